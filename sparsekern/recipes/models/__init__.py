@@ -1,0 +1,10 @@
+"""Segmentation networks in readable code; all return logits of the input's height and width."""
+
+from __future__ import annotations
+
+from .lraspp import LRASPP as LRASPP
+from .lraspp import lraspp_mobilenetv3 as lraspp_mobilenetv3
+from .mobilenetv3 import MobileNetV3Features as MobileNetV3Features
+from .unet import UNet as UNet
+
+__all__ = ["LRASPP", "MobileNetV3Features", "UNet", "lraspp_mobilenetv3"]
