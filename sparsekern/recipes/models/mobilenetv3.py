@@ -1,6 +1,6 @@
 """MobileNetV3 feature extractor (Howard et al. 2019).
 
-Module names equal those of `torchvision.models.mobilenet_v3_*().features`, so that its weights load.
+Module names equal those of `torchvision.models.mobilenet_v3_*().features`: its weights load.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand 1x1 -> depthwise -> squeeze and excite -> project 1x1, around it a residual if it fits."""
+    """Expand 1x1 -> depthwise -> squeeze and excite -> project 1x1, plus the input if it fits."""
 
     def __init__(self, in_channels: int, block: Block, multiplier: float, dilation: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ Decoder = Literal["transposed", "bilinear"]
 
 
 class DoubleConv(nn.Sequential):
-    """Twice (3x3 convolution -> batch norm -> ReLU), `[N, in_channels, H, W]` to `[N, out, H, W]`."""
+    """Twice (3x3 convolution -> batch norm -> ReLU), `[N, in, H, W]` to `[N, out, H, W]`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
@@ -52,7 +52,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Encoder and decoder of `depth` levels below the input's resolution, joined by skip connections.
+    """Encoder and decoder of `depth` levels below full resolution, joined by skip connections.
 
     Args:
         in_channels: channels of the image.
