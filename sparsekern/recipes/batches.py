@@ -1,0 +1,83 @@
+"""Augmented training batches as a pure function of (seed, step).
+
+Nothing is remembered between steps, so a resumed run sees the batches of one that was not stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .data import STD, Split, normalise
+
+# Strongest change of contrast (a factor) and of brightness (a share of the full range).
+CONTRAST = 0.2
+BRIGHTNESS = 0.1
+
+# Streams of random numbers that must not meet: the order of an epoch, the augmentation of a step.
+_ORDER, _AUGMENT = 0, 1
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Random crops in random orientation, contrast and brightness, every image once an epoch.
+
+    Args:
+        split: the images; all at least `crop` pixels in both directions.
+        batch: images a step; an epoch's last batch is filled up from the next epoch.
+        crop: height and width of a batch, in pixels.
+        seed: of order and augmentation.
+    """
+
+    split: Split
+    batch: int
+    crop: int
+    seed: int
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Batch of `step` (from 0): images float32 `[B, 3, C, C]` and classes int64 `[B, C, C]`."""
+        index = self.indices(step)
+        random = np.random.default_rng((self.seed, _AUGMENT, step))
+        where = self._crops(index, random)
+        x = normalise(self.split.pixels[where])
+        contrast, brightness = random.uniform(-1.0, 1.0, (2, len(index), 1, 1, 1))
+        x.mul_(torch.from_numpy(1 + CONTRAST * contrast).float())
+        x.add_(torch.from_numpy(BRIGHTNESS / np.mean(STD) * brightness).float())
+        return x, torch.from_numpy(self.split.labels[where].astype(np.int64))
+
+    def steps(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of steps `start` to `stop - 1`."""
+        return (self(step) for step in range(start, stop))
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Which images step `step` takes, int64 `[batch]`."""
+        count = len(self.split)
+        epoch, position = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), count)
+        orders = {
+            int(e): np.random.default_rng((self.seed, _ORDER, int(e))).permutation(count)
+            for e in np.unique(epoch)
+        }
+        return np.array(
+            [orders[int(e)][p] for e, p in zip(epoch, position, strict=True)], dtype=np.int64
+        )
+
+    def _crops(self, index: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+        """Positions in the flat pixels, int64 `[B, crop, crop]`: a crop in one of 8 orientations."""
+        split, line = self.split, np.arange(self.crop)
+        top = random.integers(0, split.heights[index] - self.crop + 1)
+        left = random.integers(0, split.widths[index] - self.crop + 1)
+        flip_rows, flip_columns, transpose = random.integers(0, 2, (3, len(index), 1)).astype(bool)
+        rows = top[:, None] + np.where(flip_rows, line[::-1], line)
+        columns = left[:, None] + np.where(flip_columns, line[::-1], line)
+        width = split.widths[index][:, None]
+        rows = split.offsets[index][:, None] + rows * width
+        return np.where(
+            transpose[:, :, None],
+            rows[:, None, :] + columns[:, :, None],
+            rows[:, :, None] + columns[:, None, :],
+        )
