@@ -1,0 +1,307 @@
+"""Every operation of the package: its function, its schema and its fake, side by side.
+
+The functions below are what the optimizers call. In eager mode they go straight to the backend of the device,
+because a pass through the dispatcher costs more than a small list of tensors takes; where something traces
+(``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) they go through ``torch.ops.sparsekern``.
+
+Everything is in place and nothing is returned, so the fakes have nothing to say about shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparsekern import _checks
+from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
+from sparsekern.backends import choose
+
+_LIBRARY = torch.library.Library("sparsekern", "DEF")
+
+_P = ParamSpec("_P")
+
+# The arrays of a RowTable travel as two lists, both empty when no tensor of a call is tracked: those only
+# read and those written.
+_ROW_INPUTS = RowArrays._fields[:1]
+_ROW_STATE = RowArrays._fields[1:7]
+_ROWS = "Tensor[] row_inputs, Tensor(r!)[] row_state, int[] starts, int[] dims, float tau, float decay) -> ()"
+_AMP = "Tensor? grad_scale=None, Tensor? found_inf=None, "
+
+
+def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
+    """Register a function as the op of that schema; what comes back picks the shorter way to it."""
+    _LIBRARY.define(schema)
+
+    def register(function: Callable[_P, None]) -> Callable[_P, None]:
+        name = function.__name__
+
+        def kernel(*tensors: Any, **options: Any) -> None:
+            function(*tensors, **_gathered(options))
+
+        def fake(*tensors: Any, **options: Any) -> None:
+            return None
+
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sparsekern::{name}", fake, lib=_LIBRARY)
+        operator = getattr(torch.ops.sparsekern, name).default
+
+        @functools.wraps(function)
+        def front(*tensors: Any, **options: Any) -> None:
+            if _recorded(tensors[0]):
+                operator(*tensors, **_flattened(options))
+            else:
+                function(*tensors, **options)
+
+        return front
+
+    return register
+
+
+def _recorded(params: Sequence[Tensor]) -> bool:
+    """Whether a call has to take the dispatcher: something traces it, or these are no plain tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(params) and type(params[0]) not in (Tensor, Parameter)
+
+
+def _flattened(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in the terms of the schema, which knows no Rows and no number that may be a tensor."""
+    flat = dict(options)
+    if isinstance(flat.get("lr"), Tensor):
+        flat |= {"lr": 0.0, "tensor_lr": flat["lr"]}
+    if "rows" not in flat:
+        return flat
+    rows = flat.pop("rows")
+    if rows is None or rows.table is None:
+        nothing: list[Any] = []
+        flat |= dict.fromkeys(("row_inputs", "row_state", "starts", "dims"), nothing)
+        return flat | {"tau": 1.0, "decay": 0.0}
+    table = rows.table
+    flat["row_inputs"] = [getattr(table, name) for name in _ROW_INPUTS]
+    flat["row_state"] = [getattr(table, name) for name in _ROW_STATE]
+    return flat | {
+        "starts": rows.starts,
+        "dims": rows.dims,
+        "tau": table.tau,
+        "decay": table.decay,
+    }
+
+
+def _gathered(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`_flattened`."""
+    options = dict(flat)
+    lr = options.pop("tensor_lr", None)
+    if lr is not None:
+        options["lr"] = lr
+    if "row_inputs" not in options:
+        return options
+    arrays = [*options.pop("row_inputs"), *options.pop("row_state")]
+    starts, dims = options.pop("starts"), options.pop("dims")
+    tau, decay = options.pop("tau"), options.pop("decay")
+    options["rows"] = Rows(RowArrays(*arrays, tau, decay), starts, dims) if arrays else None
+    return options
+
+
+@_operation(
+    "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
+    "float lr, Tensor? tensor_lr=None, float momentum, float dampening, float weight_decay, "
+    "bool nesterov, bool maximize, bool first, " + _AMP + _ROWS
+)
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    rows: Rows | None,
+) -> None:
+    """One SGD step over a list of tensors: update, statistics, penalty, decline and mask in one pass.
+
+    Args:
+        params: any shapes, one of float32, float64, bfloat16, float16, one device. Written.
+        grads: of the same shapes and dtype, any strides. Written only under ``grad_scale``.
+        momentum_buffers: like ``params``, zeroed when new; empty when ``momentum`` is 0.
+        lr: a float or a one-element tensor on the device of ``params``.
+        first: the buffers are new: they become the gradient (torch applies no dampening then).
+        grad_scale: one element; the gradients are divided by it and stored back.
+        found_inf: one element; when it is 1 nothing changes.
+        rows: which rows the tensors have, or None.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit (see :mod:`sparsekern._checks`); nothing has changed.
+    """
+    if not params:
+        return
+    _checks.params(params)
+    _checks.like("grads", grads, params)
+    _checks.like("momentum_buffers", momentum_buffers, params if momentum != 0 else ())
+    device = params[0].device
+    _check_common(params, device, lr, grad_scale, found_inf, rows)
+    choose(device).sgd_step_(
+        params,
+        grads,
+        momentum_buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        first=first,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        rows=rows,
+    )
+
+
+@_operation(
+    "adam_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, *, "
+    "float lr, Tensor? tensor_lr=None, float beta1, float beta2, float eps, float weight_decay, "
+    "bool decoupled, bool amsgrad, bool maximize, " + _AMP + _ROWS
+)
+def adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    rows: Rows | None,
+) -> None:
+    """One Adam (``decoupled``: AdamW) step over a list of tensors, as :func:`sgd_step_`.
+
+    Args:
+        exp_avgs, exp_avg_sqs: like ``params``, zeroed when new.
+        max_exp_avg_sqs: like ``params`` with ``amsgrad``, else empty.
+        steps: one float32 element per parameter, on the CPU or the device of ``params``; incremented.
+
+    The other arguments and the errors are those of :func:`sgd_step_`.
+    """
+    if not params:
+        return
+    _checks.params(params)
+    _checks.like("grads", grads, params)
+    _checks.like("exp_avgs", exp_avgs, params)
+    _checks.like("exp_avg_sqs", exp_avg_sqs, params)
+    _checks.like("max_exp_avg_sqs", max_exp_avg_sqs, params if amsgrad else ())
+    device = params[0].device
+    _checks.steps(steps, params, same_device=grad_scale is not None or found_inf is not None)
+    _check_common(params, device, lr, grad_scale, found_inf, rows)
+    choose(device).adam_step_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        rows=rows,
+    )
+
+
+@_operation("row_statistics_(Tensor[] params, Tensor[] grads, *, " + _ROWS)
+def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: Rows) -> None:
+    """The statistics of a step alone, to be called before another optimizer's step.
+
+    Args:
+        params, grads: as in :func:`sgd_step_`; only read.
+        rows: which rows the tensors have.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has changed.
+    """
+    if not params:
+        return
+    _checks.params(params)
+    _checks.like("grads", grads, params)
+    _checks.rows(rows, params)
+    choose(params[0].device).row_statistics_(params, grads, rows=rows)
+
+
+@_operation("row_mask_(Tensor(a!)[] params, *, float lr, Tensor? tensor_lr=None, " + _ROWS)
+def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
+    """Penalty, decline and mask alone, to be called after another optimizer's step.
+
+    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones fall on by one
+    step of their countdown. With ``lr`` 0 only the mask is set.
+
+    Args:
+        params: as in :func:`sgd_step_`. Written.
+        lr: of that step; a float or a one-element tensor on the device of ``params``.
+        rows: which rows the tensors have.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has changed.
+    """
+    if not params:
+        return
+    _checks.params(params)
+    device = params[0].device
+    _check_common(params, device, lr, None, None, rows)
+    choose(device).row_mask_(params, lr=lr, rows=rows)
+
+
+def channel_moments_(table: RowTable | ChannelArrays) -> None:
+    """Fold the dots of the last step into the means per channel; once per step, after all its lists.
+
+    Does nothing when no step since the last call changed anything (``found_inf``, ``lr`` 0).
+    """
+    arrays = [getattr(table, name) for name in ChannelArrays._fields[:-1]]
+    _channel_moments_(arrays[:2], arrays[2:], decay=table.decay)
+
+
+@_operation(
+    "_channel_moments_(Tensor[] gates, Tensor(a!)[] state, *, float decay) -> ()",
+)
+def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
+    """:func:`channel_moments_` in the terms of the dispatcher: the fields of ChannelArrays, in order."""
+    choose(state[0].device).channel_moments_(ChannelArrays(*gates, *state, decay))
+
+
+def _check_common(
+    params: Sequence[Tensor],
+    device: torch.device,
+    lr: float | Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    rows: Rows | None,
+) -> None:
+    if isinstance(lr, Tensor):
+        _checks.scalar("lr", lr, device)
+    _checks.scalar("grad_scale", grad_scale, device)
+    _checks.scalar("found_inf", found_inf, device)
+    _checks.rows(rows, params)

@@ -1,0 +1,82 @@
+"""Where a step is computed: backend modules by name, and the choice between them.
+
+Every backend is a module with the functions of :mod:`~sparsekern.backends.reference`. ``SPARSEKERN_BACKEND``
+forces one by name; it is read at the first step.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+from sparsekern import _native
+
+_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+_NAMES = ("reference", "cpu")
+
+
+def choose(device: torch.device) -> ModuleType:
+    """The backend for tensors on ``device``.
+
+    Raises:
+        ValueError: ``SPARSEKERN_BACKEND`` names no backend.
+        RuntimeError: it names one that does not work here.
+    """
+    return _choose(device.type)
+
+
+@functools.cache
+def _choose(device_type: str) -> ModuleType:
+    forced = os.environ.get("SPARSEKERN_BACKEND")
+    if forced:
+        return _forced(forced, device_type)
+    for name in _DEVICES.get(device_type, ("reference",)):
+        reason = _why_not(name, device_type)
+        if reason is None:
+            return _module(name)
+        warnings.warn(f"sparsekern runs without its {name} backend: {reason}", stacklevel=3)
+    raise AssertionError("the reference backend works everywhere")
+
+
+def _forced(name: str, device_type: str) -> ModuleType:
+    if name not in _NAMES:
+        raise ValueError(f"SPARSEKERN_BACKEND: got {name!r}, expected one of {', '.join(_NAMES)}")
+    reason = _why_not(name, device_type)
+    if reason is not None:
+        raise RuntimeError(
+            f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device_type}, expected a backend that works "
+            f"there: {reason}"
+        )
+    return _module(name)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _why_not(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` does not work for tensors of ``device_type``; None when it does."""
+    if name == "reference":
+        return None
+    if device_type != "cpu":
+        return f"it takes tensors on cpu, not on {device_type}"
+    return None if _native.load() is not None else _native.reason
+
+
+def available() -> list[tuple[str, bool, str]]:
+    """``(name, whether it works here, what it is or why it does not)`` of every backend."""
+    reason = _why_not("cpu", "cpu")
+    return [
+        ("reference", True, "plain torch, any device"),
+        ("cpu", reason is None, "native, tensors on the CPU" if reason is None else reason),
+    ]
+
+
+def reset() -> None:
+    """Forget the choice, so that ``SPARSEKERN_BACKEND`` is read again."""
+    _choose.cache_clear()
