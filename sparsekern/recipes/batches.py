@@ -67,7 +67,7 @@ class Batches:
         )
 
     def _crops(self, index: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-        """Positions in the flat pixels, int64 `[B, crop, crop]`: a crop in one of 8 orientations."""
+        """Places in the flat pixels, int64 `[B, crop, crop]`: a crop in one of 8 orientations."""
         split, line = self.split, np.arange(self.crop)
         top = random.integers(0, split.heights[index] - self.crop + 1)
         left = random.integers(0, split.widths[index] - self.crop + 1)

@@ -96,7 +96,7 @@ class Split:
 
 
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
-    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]` with the mean and deviation of ImageNet."""
+    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, scaled by ImageNet's mean and std."""
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
     mean = torch.tensor(MEAN).mul(255).view(1, 3, 1, 1)
     std = torch.tensor(STD).mul(255).view(1, 3, 1, 1)
@@ -181,6 +181,6 @@ def _read(path: Path, modes: tuple[str, ...], convert: str | None) -> NDArray[np
         raise InputError(f"--data: {path} cannot be read as an image ({error})") from error
     if mode not in modes:
         raise InputError(
-            f"--data: {path} has the pixel format {mode}; expected one of {', '.join(modes)} (8 bits)"
+            f"--data: {path} has the pixel format {mode}; expected {' or '.join(modes)} (8 bits)"
         )
     return np.ascontiguousarray(array, dtype=np.uint8)

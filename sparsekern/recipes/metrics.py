@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ._torchmetrics import MulticlassConfusionMatrix
 from .data import Split, normalise
 
 
