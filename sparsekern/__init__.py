@@ -1,0 +1,14 @@
+"""Channel pruning while training, fused into the optimizer step."""
+
+from sparsekern import optim as optim
+from sparsekern.compact import compact as compact
+from sparsekern.compact import load as load
+from sparsekern.compact import save as save
+from sparsekern.compact import verify as verify
+from sparsekern.graph import trace as trace
+from sparsekern.prune import Pruner as Pruner
+from sparsekern.prune import allocate as allocate
+from sparsekern.prune import criteria as criteria
+from sparsekern.prune import recalibrate as recalibrate
+
+__version__ = "0.1.0"

@@ -1,0 +1,6 @@
+"""Pruning: from statistics to masks."""
+
+from sparsekern.prune import allocate as allocate
+from sparsekern.prune import criteria as criteria
+from sparsekern.prune.pruner import Pruner as Pruner
+from sparsekern.prune.recalibrate import recalibrate as recalibrate

@@ -1,0 +1,197 @@
+"""How wide each group stays: allocators turn saliencies and a budget into the channels to keep.
+
+All of them work in *blocks*: within a group, channels are ranked by saliency and cut, from the most salient
+down, into blocks of ``round_to``; a block goes whole, the last one of its group first. So a group's width is
+a multiple of ``round_to`` or what it was, and a floor is a number of blocks that never go.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsekern.graph import ChannelGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What an allocator decides about.
+
+    Attributes:
+        graph: groups and their cost.
+        saliency: float64 ``[C]``.
+        live: bool ``[C]``; channels that may still be kept.
+        budget: the cost to come down to, in units of ``of``.
+        of: ``"macs"`` or ``"params"``.
+        floors: int64 ``[groups]``; channels that stay at least.
+        round_to: block size.
+    """
+
+    graph: ChannelGraph
+    saliency: np.ndarray
+    live: np.ndarray
+    budget: float
+    of: str
+    floors: np.ndarray
+    round_to: int = 1
+
+    def cost(self, kept: np.ndarray) -> int:
+        """Cost of the network with the channels ``kept``, in units of ``of``."""
+        return int(getattr(self.graph.cost(kept), self.of))
+
+
+class Allocator(ABC):
+    """Decides the widths of all groups under a budget."""
+
+    @abstractmethod
+    def __call__(self, problem: Problem) -> np.ndarray:
+        """The channels to keep, bool ``[C]``, a subset of ``problem.live`` whose cost is within the budget.
+
+        Where floors and rounding do not allow that, the smallest set that they do allow.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The live channels of a problem, cut into blocks.
+
+    Attributes:
+        channel: int64 ``[n]``; live channels, group by group, most salient first.
+        group: int64 ``[n]``; group of each.
+        block: int64 ``[n]``; block of each, numbered through, the most salient of a group first.
+        removable: bool ``[blocks]``; above the floor of its group.
+        rank: int64 ``[n]``; position within the group.
+    """
+
+    channel: np.ndarray
+    group: np.ndarray
+    rank: np.ndarray
+    block: np.ndarray
+    removable: np.ndarray
+
+    @classmethod
+    def cut(cls, problem: Problem) -> Blocks:
+        group_of = problem.graph.group_of
+        live = np.flatnonzero(problem.live)
+        # Ties go by id: of equally salient channels the first one stays.
+        channel = live[np.lexsort((live, -problem.saliency[live], group_of[live]))]
+        group = group_of[channel]
+        first = np.searchsorted(group, group, side="left")
+        rank = np.arange(len(channel)) - first
+        starts = rank % problem.round_to == 0
+        block = np.cumsum(starts) - 1
+        # A block that begins below the floor holds channels that have to stay.
+        removable = rank[starts] >= problem.floors[group[starts]]
+        return cls(channel, group, rank, block, removable)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over each block of a quantity given for all channels ``[C]``."""
+        return np.bincount(self.block, weights=values[self.channel], minlength=len(self.removable))
+
+    def kept(self, stays: np.ndarray, size: int) -> np.ndarray:
+        """bool ``[size]`` of the channels in the blocks that stay."""
+        kept = np.zeros(size, bool)
+        kept[self.channel[stays[self.block]]] = True
+        return kept
+
+
+def smallest(problem: Problem) -> np.ndarray:
+    """The channels that no allocator may remove: those of the blocks at the floors."""
+    blocks = Blocks.cut(problem)
+    return blocks.kept(~blocks.removable, problem.graph.num_channels)
+
+
+@dataclass(frozen=True)
+class Global(Allocator):
+    """Saliency per cost over all groups at once: the cheapest loss goes first.
+
+    Blocks are removed in order of saliency over the cost that their removal saves. Costs change as neighbours
+    shrink, so they are taken anew after each portion.
+
+    Attributes:
+        portion: share of the remaining excess cost that is removed between two looks at the costs, in (0, 1].
+    """
+
+    portion: float = 0.1
+
+    def __call__(self, problem: Problem) -> np.ndarray:
+        blocks = Blocks.cut(problem)
+        stays = np.ones(len(blocks.removable), bool)
+        saliency = blocks.sums(problem.saliency)
+        size = problem.graph.num_channels
+        kept = blocks.kept(stays, size)
+        excess = problem.cost(kept) - problem.budget
+        while excess > 0 and (candidates := np.flatnonzero(stays & blocks.removable)).size:
+            price = np.maximum(blocks.sums(problem.graph.price(kept, problem.of)), 1e-9)
+            ratio = saliency / price
+            order = self._removal_order(blocks, candidates, ratio)
+            saved = np.cumsum(price[order])
+            take = max(1, int(np.searchsorted(saved, excess * self.portion, side="right")))
+            stays[order[:take]] = False
+            kept = blocks.kept(stays, size)
+            excess = problem.cost(kept) - problem.budget
+        return kept
+
+    @staticmethod
+    def _removal_order(blocks: Blocks, candidates: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+        """Candidates by ratio, but never a block before the less salient ones of its group."""
+        group_of_block = blocks.group[np.searchsorted(blocks.block, candidates, side="left")]
+        # Within a group blocks lie most salient first: a running maximum from the last up keeps that order.
+        monotone = ratio[candidates].copy()
+        for start, stop in _runs(group_of_block):
+            monotone[start:stop] = np.maximum.accumulate(monotone[start:stop][::-1])[::-1]
+        return candidates[np.lexsort((-candidates, monotone))]
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """The same share of every group stays: the control for widths."""
+
+    def __call__(self, problem: Problem) -> np.ndarray:
+        totals = np.array([len(group.channels) for group in problem.graph.groups], np.float64)
+        return _bisect(problem, lambda share: share * totals)
+
+
+@dataclass(frozen=True)
+class Flat(Allocator):
+    """Every group keeps at most the same number of channels: the other control for widths."""
+
+    def __call__(self, problem: Problem) -> np.ndarray:
+        widest = max((len(group.channels) for group in problem.graph.groups), default=0)
+        groups = len(problem.graph.groups)
+        return _bisect(problem, lambda share: np.full(groups, share * widest))
+
+
+def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:
+    """Keep the blocks that begin below ``widths(share)``, with the largest share that meets the budget."""
+    blocks = Blocks.cut(problem)
+    begins = blocks.rank[np.searchsorted(blocks.block, np.arange(len(blocks.removable)))]
+    group = blocks.group[np.searchsorted(blocks.block, np.arange(len(blocks.removable)))]
+
+    def keep(share: float) -> np.ndarray:
+        # A block stays when most of it lies within the width.
+        within = begins + problem.round_to / 2 <= widths(share)[group]
+        return blocks.kept(within | ~blocks.removable, problem.graph.num_channels)
+
+    if problem.cost(keep(1.0 + problem.round_to)) <= problem.budget:
+        return keep(1.0 + problem.round_to)
+    low, high = 0.0, 1.0 + problem.round_to
+    # 2^-20 of a group's width: below one channel for every group of less than a million.
+    for _ in range(20 + problem.round_to.bit_length()):
+        middle = (low + high) / 2
+        if problem.cost(keep(middle)) <= problem.budget:
+            low = middle
+        else:
+            high = middle
+    return keep(low)
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    """Start and stop of each run of equal neighbours."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    bounds = [0, *edges.tolist(), len(values)]
+    return list(itertools.pairwise(bounds))

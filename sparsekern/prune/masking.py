@@ -1,0 +1,172 @@
+"""What happens to a channel: condemned, declined, masked, or folded into the one that stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekern._rows import LIVE as LIVE_ROW
+from sparsekern.graph import ChannelGraph, Group
+from sparsekern.prune.criteria import Partners
+from sparsekern.prune.statistics import ChannelRows
+
+LIVE, CONDEMNED, MASKED = range(3)
+
+
+class Masks:
+    """The state of every channel, and the rows and weights that follow from it.
+
+    Attributes:
+        state: int8 ``[C]``; ``LIVE``, ``CONDEMNED`` or ``MASKED``.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        rows: ChannelRows,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer_state: Callable[[nn.Parameter], Iterable[Tensor]],
+    ) -> None:
+        self.state = np.full(graph.num_channels, LIVE, np.int8)
+        self._graph = graph
+        self._rows = rows
+        self._parameters = parameters
+        self._optimizer_state = optimizer_state
+
+    @property
+    def live(self) -> np.ndarray:
+        """bool ``[C]``; neither condemned nor masked."""
+        return self.state == LIVE
+
+    @property
+    def unmasked(self) -> np.ndarray:
+        """bool ``[C]``; what the network still computes with."""
+        return self.state != MASKED
+
+    def condemn(self, chosen: np.ndarray, decline: int) -> None:
+        """Let the gates of the channels ``chosen`` (bool ``[C]``) fall to zero over ``decline`` steps."""
+        self.state[chosen] = CONDEMNED
+        gates = self._rows.select(chosen, gates_only=True)
+        self._rows.table.countdown.masked_fill_(gates, decline)
+        self._rows.table.refresh()
+
+    def mask(self, chosen: np.ndarray) -> None:
+        """Set every row of the channels ``chosen`` to zero, with its optimizer state, for good."""
+        self.state[chosen] = MASKED
+        table = self._rows.table
+        table.countdown.masked_fill_(self._rows.select(chosen), 0)
+        table.refresh()
+        self.zero()
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Zero all masked rows; also wanted after weights were loaded that do not know of the masks."""
+        self._rows.table.zero_masked(self._optimizer_state)
+        masked = ~self.unmasked
+        for rows in self._rows.untrained:
+            gone = np.flatnonzero((rows.channels >= 0) & masked[rows.channels])
+            index = torch.from_numpy(gone).to(rows.param.device)
+            rows.param.index_fill_(rows.dim, index, 0)
+
+    def declined(self) -> np.ndarray:
+        """bool ``[C]``; condemned channels whose gates have arrived at zero."""
+        left = self.countdowns()
+        return (self.state == CONDEMNED) & (left == 0)
+
+    def countdowns(self) -> np.ndarray:
+        """Steps that the gates of each condemned channel still need, int64 ``[C]``; 0 for all others.
+
+        They can need more than the schedule said: steps that a gradient scaler skipped do not count.
+        """
+        countdown = self._rows.table.countdown.cpu().numpy()
+        gates = self._rows.is_gate & (self._rows.channel_of >= 0)
+        left = np.zeros(len(self.state), np.int64)
+        np.maximum.at(left, self._rows.channel_of[gates], np.maximum(countdown[gates], 0))
+        return np.where(self.state == CONDEMNED, left, 0)
+
+    def pardon(self) -> np.ndarray:
+        """Make all condemned channels live again, from where they have declined to; bool ``[C]`` of those."""
+        pardoned = self.state == CONDEMNED
+        self.state[pardoned] = LIVE
+        self._rows.table.countdown.masked_fill_(self._rows.select(pardoned), LIVE_ROW)
+        self._rows.table.refresh()
+        return pardoned
+
+    def penalise(self, chosen: np.ndarray, penalty: float) -> None:
+        """Give the gates of the channels ``chosen`` an extra weight decay, and no other row any."""
+        table = self._rows.table
+        table.penalty.zero_()
+        table.penalty.masked_fill_(self._rows.select(chosen, gates_only=True), penalty)
+
+    @torch.no_grad()
+    def fold(self, condemned: np.ndarray, partners: Partners) -> np.ndarray:
+        """Add the columns of redundant channels to those of their partners.
+
+        Only where that is sound: the group has a single producer with at most one normalisation behind it,
+        the partner stays, and stands in with a positive coefficient (a rectifier keeps no other).
+
+        Returns:
+            bool ``[C]``; the folded ones among ``condemned``, to be masked at once.
+        """
+        partner = partners.channel
+        folded = condemned & (partner >= 0) & (partners.coefficient > 0)
+        folded &= self.live[partner] & ~condemned[partner]
+        for group in self._graph.groups:
+            mine = group.channels[folded[group.channels]]
+            if not len(mine):
+                continue
+            if not _foldable(self._graph, group):
+                folded[mine] = False
+                continue
+            for name, dim in group.consumers:
+                _add_columns(
+                    self._parameters[name],
+                    dim,
+                    self._graph.tensors[name].channels[dim],
+                    mine,
+                    partner[mine],
+                    partners.coefficient[mine],
+                )
+        return folded
+
+
+def _foldable(graph: ChannelGraph, group: Group) -> bool:
+    """One filter per channel and one scale: what a channel carries is then linear in that filter's output."""
+    consumers = dict(group.consumers)
+    others = [
+        graph.tensors[name]
+        for name, _ in group.members
+        if name not in consumers and name not in group.producers
+    ]
+    # gamma, beta and a bias before them at most; a depthwise filter or a second norm differs per channel.
+    parameters = [slots for slots in others if slots.kind == "parameter"]
+    one_scale = len(parameters) <= 3 and all(len(slots.shape) == 1 for slots in parameters)
+    return len(group.producers) == 1 and bool(consumers) and one_scale
+
+
+def _add_columns(
+    weight: Tensor,
+    dim: int,
+    channels: np.ndarray | None,
+    source: np.ndarray,
+    target: np.ndarray,
+    coefficient: np.ndarray,
+) -> None:
+    """``weight[target] += coefficient * weight[source]`` along ``dim``, for all columns of a channel."""
+    assert channels is not None
+    order = np.argsort(channels, kind="stable")
+    ordered = channels[order]
+    starts = np.searchsorted(ordered, source)
+    # A channel may have many columns (a flattened feature map); they correspond in order.
+    width = np.searchsorted(ordered, source, side="right") - starts
+    offsets = np.concatenate([np.arange(count) for count in width])
+    from_columns = order[np.repeat(starts, width) + offsets]
+    to_columns = order[np.repeat(np.searchsorted(ordered, target), width) + offsets]
+    shape = [1] * weight.dim()
+    shape[dim] = -1
+    scale = torch.from_numpy(np.repeat(coefficient, width)).to(weight).reshape(shape)
+    moved = weight.index_select(dim, torch.from_numpy(from_columns).to(weight.device)) * scale
+    weight.index_add_(dim, torch.from_numpy(to_columns).to(weight.device), moved)

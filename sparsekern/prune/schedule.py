@@ -1,0 +1,85 @@
+"""When channels go: budgets over the steps of a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """One decision: after optimizer step ``step`` the cost is brought to ``share`` of the dense one.
+
+    Channels condemned here have declined to zero ``decline`` steps later, when the next event masks them.
+    """
+
+    step: int
+    share: float
+    decline: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Events between ``warmup`` and ``finish``, with budgets that fall fast at first and then level off.
+
+    The share after event ``i`` of ``n`` is ``keep + (1 - keep) * (1 - i / n)**3``, the cubic of Zhu & Gupta
+    2017, "To prune, or not to prune", eq. 1: early, while weights still move, much goes; late, little.
+
+    Attributes:
+        events: in order of step.
+        finish: the step after which everything condemned is masked.
+    """
+
+    events: tuple[Event, ...]
+    finish: int
+
+    @classmethod
+    def cubic(cls, *, steps: int, keep: float, warmup: float, finish: float, events: int) -> Schedule:
+        """The schedule of a training of ``steps`` optimizer steps.
+
+        Args:
+            steps: optimizer steps of the whole training.
+            keep: share of the cost at the end, in (0, 1].
+            warmup: share of the steps before the first event.
+            finish: share of the steps by which the last condemned channel is masked.
+            events: how many decisions; fewer when the steps do not suffice for so many.
+
+        Raises:
+            ValueError: an argument is out of range, or there are too few steps for a single event.
+        """
+        _check(steps, warmup, finish, events)
+        # Nothing is known before the first step, so no event can come earlier.
+        first, last = max(1, round(warmup * steps)), round(finish * steps)
+        if last - first < 1:
+            raise ValueError(
+                f"steps: got {steps}, expected enough for one event between warmup={warmup} and "
+                f"finish={finish} of the training"
+            )
+        count = min(events, last - first)
+        starts = [first + round(i * (last - first) / count) for i in range(count)]
+        stops = [*starts[1:], last]
+        return cls(
+            tuple(
+                Event(start, keep + (1 - keep) * (1 - (i + 1) / count) ** 3, stop - start)
+                for i, (start, stop) in enumerate(zip(starts, stops, strict=True))
+            ),
+            last,
+        )
+
+    def at(self, step: int) -> Event | None:
+        """The event right after optimizer step ``step``, if there is one."""
+        return next((event for event in self.events if event.step == step), None)
+
+    def after(self, step: int) -> Event | None:
+        """The first event later than ``step``."""
+        return next((event for event in self.events if event.step > step), None)
+
+
+def _check(steps: int, warmup: float, finish: float, events: int) -> None:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: got {steps!r}, expected the number of optimizer steps, at least 1")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup: got {warmup!r}, expected a share of the steps in [0, 1)")
+    if not warmup < finish <= 1:
+        raise ValueError(f"finish: got {finish!r}, expected a share in (warmup={warmup!r}, 1]")
+    if not isinstance(events, int) or events < 1:
+        raise ValueError(f"events: got {events!r}, expected a whole number, at least 1")
