@@ -1,0 +1,11 @@
+"""From a plan to a smaller network: carry it out, check it, keep it in a file."""
+
+from sparsekern.compact.dry_run import dry_run as dry_run
+from sparsekern.compact.plan import Plan as Plan
+from sparsekern.compact.plan import TensorPlan as TensorPlan
+from sparsekern.compact.plan import make_plan as make_plan
+from sparsekern.compact.store import load as load
+from sparsekern.compact.store import save as save
+from sparsekern.compact.surgery import compact as compact
+from sparsekern.compact.surgery import plan_of as plan_of
+from sparsekern.compact.verify import verify as verify

@@ -1,0 +1,246 @@
+"""What stays of a model: a plan is plain data, independent of any module or device."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sparsekern.graph import ChannelGraph
+
+FORMAT = "sparsekern.plan"
+VERSION = 1
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+_RUNS = re.compile(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*")
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPlan:
+    """The part of one tensor that stays.
+
+    ``shape`` is the tensor's shape before anything is removed. ``keep`` maps a dimension to the
+    indices kept along it: int64, strictly increasing, at least one. A dimension that stays whole
+    is not listed. Raises ``ValueError`` where these do not hold.
+    """
+
+    shape: tuple[int, ...]
+    keep: Mapping[int, Indices] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(size) for size in self.shape)
+        keep = {}
+        for dim, indices in sorted(self.keep.items()):
+            if not 0 <= dim < len(shape):
+                raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
+            checked = _check_indices(indices, shape[dim], dim)
+            if len(checked) < shape[dim]:
+                keep[int(dim)] = checked
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "keep", keep)
+
+    @property
+    def new_shape(self) -> tuple[int, ...]:
+        """The tensor's shape once the plan is carried out."""
+        kept = self.keep
+        return tuple(len(kept[d]) if d in kept else size for d, size in enumerate(self.shape))
+
+    def then(self, later: TensorPlan) -> TensorPlan:
+        """This plan followed by ``later``, which is relative to ``new_shape``."""
+        if later.shape != self.new_shape:
+            raise ValueError(f"later: made for shape {later.shape}, expected {self.new_shape}")
+        keep = dict(self.keep)
+        for dim, indices in later.keep.items():
+            keep[dim] = keep[dim][indices] if dim in keep else indices
+        return TensorPlan(self.shape, keep)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorPlan):
+            return NotImplemented
+        return (
+            self.shape == other.shape
+            and self.keep.keys() == other.keep.keys()
+            and all(np.array_equal(self.keep[d], other.keep[d]) for d in self.keep)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which indices of which parameters and buffers stay, by name.
+
+    A tensor that is not listed stays whole. Of tied tensors one name suffices. The plan of an
+    untouched model is ``Plan({})``.
+    """
+
+    tensors: Mapping[str, TensorPlan]
+
+    def __post_init__(self) -> None:
+        for name, part in self.tensors.items():
+            if not isinstance(name, str) or not isinstance(part, TensorPlan):
+                raise ValueError(
+                    f"tensors: got {name!r} -> {type(part).__name__}, expected str -> TensorPlan"
+                )
+        object.__setattr__(self, "tensors", dict(self.tensors))
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether every tensor stays whole."""
+        return not any(part.keep for part in self.tensors.values())
+
+    def then(self, later: Plan) -> Plan:
+        """One plan for the original model that does what this and then ``later`` would do.
+
+        ``later`` is relative to the model that this plan leaves. Raises ``ValueError`` where the
+        shapes of the two do not meet.
+        """
+        tensors = dict(self.tensors)
+        for name, part in later.tensors.items():
+            try:
+                tensors[name] = tensors[name].then(part) if name in tensors else part
+            except ValueError as error:
+                raise ValueError(f"later: tensor {name!r}: {error}") from None
+        return Plan(tensors)
+
+    def inside(self, prefix: str) -> Plan:
+        """The same plan for the model as the submodule ``prefix`` of another one."""
+        if not prefix:
+            return self
+        return Plan({f"{prefix}.{name}": part for name, part in self.tensors.items()})
+
+    def to_json(self) -> str:
+        """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``."""
+        numbers: dict[str, int] = {}
+        tensors = {}
+        for name, part in self.tensors.items():
+            keep = {
+                str(dim): numbers.setdefault(_to_runs(indices), len(numbers))
+                for dim, indices in part.keep.items()
+            }
+            tensors[name] = {"shape": list(part.shape), "keep": keep}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "indices": list(numbers),
+            "tensors": tensors,
+        }
+        return json.dumps(document, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote. Raises ``ValueError`` for anything else."""
+        try:
+            document = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"text: not JSON ({error})") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"text: not a plan, expected an object with format {FORMAT!r}")
+        if document.get("version") != VERSION:
+            raise ValueError(f"text: plan of version {document.get('version')!r}, expected {VERSION}")
+        sets = [_from_runs(runs) for runs in _expect(document, "indices", list)]
+        tensors = {}
+        for name, entry in _expect(document, "tensors", dict).items():
+            try:
+                tensors[name] = _tensor_from_json(entry, sets)
+            except ValueError as error:
+                raise ValueError(f"text: tensor {name!r}: {error}") from None
+        return cls(tensors)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: {list(part.shape)} -> {list(part.new_shape)}"
+            for name, part in self.tensors.items()
+            if part.keep
+        ]
+        return "\n".join(lines) or "nothing is removed"
+
+
+def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) -> Plan:
+    """The plan that keeps exactly the channels of ``graph`` marked in ``kept``.
+
+    ``kept`` is a bool array (or bool tensor on the CPU) ``[graph.num_channels]``. Raises
+    ``ValueError`` for another dtype or length, and for a group of which nothing is kept.
+    """
+    mask = np.asarray(kept)
+    if mask.dtype != np.bool_ or mask.shape != (graph.num_channels,):
+        raise ValueError(f"kept: got {mask.dtype} {list(mask.shape)}, expected bool [{graph.num_channels}]")
+    empty = [group.name for group in graph.groups if not mask[group.channels].any()]
+    if empty:
+        raise ValueError(f"kept: no channel is left of {shorten(empty)}, expected at least one per group")
+    stays_of = np.append(mask, True)  # the last entry answers for -1, the slots of no channel
+    parts: dict[bytes, Indices] = {}
+    tensors = {}
+    for name, slots in graph.tensors.items():
+        keep = {}
+        for dim, channels in enumerate(slots.channels):
+            if channels is None:
+                continue
+            stays = stays_of[channels]
+            if not stays.all():
+                # Few distinct sets occur, each in many tensors: one array serves all.
+                keep[dim] = parts.setdefault(stays.tobytes(), np.flatnonzero(stays))
+        tensors[name] = TensorPlan(tuple(slots.shape), keep)
+    return Plan(tensors)
+
+
+def _check_indices(indices: object, size: int, dim: int) -> Indices:
+    array = np.asarray(indices)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"keep: dimension {dim} has {array.dtype} {list(array.shape)}, "
+            "expected at least one integer index in one dimension"
+        )
+    if array[0] < 0 or array[-1] >= size or (array[1:] <= array[:-1]).any():
+        raise ValueError(f"keep: dimension {dim} expects increasing indices in [0, {size})")
+    if array.dtype == np.int64 and not array.flags.writeable:
+        return array
+    array = array.astype(np.int64)
+    array.setflags(write=False)
+    return array
+
+
+def _to_runs(indices: Indices) -> str:
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    runs = np.split(indices, breaks)
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _from_runs(runs: object) -> Indices:
+    if not isinstance(runs, str) or not _RUNS.fullmatch(runs):
+        raise ValueError(f"text: indices {str(runs)[:40]!r}, expected runs such as '0-3,7'")
+    bounds = [run.partition("-") for run in runs.split(",")]
+    pairs = [(int(first), int(last or first)) for first, _, last in bounds]
+    # A bound far beyond any tensor would make a huge array before it could be refused.
+    if any(last >= 1 << 26 for _, last in pairs):
+        raise ValueError(f"text: indices {runs[:40]!r} reach beyond any dimension")
+    return np.concatenate([np.arange(first, last + 1, dtype=np.int64) for first, last in pairs])
+
+
+def _tensor_from_json(entry: object, sets: Sequence[Indices]) -> TensorPlan:
+    shape = _expect(entry, "shape", list)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape is {shape}, expected sizes")
+    keep = {}
+    for dim, number in _expect(entry, "keep", dict).items():
+        if not dim.isdecimal() or type(number) is not int or not 0 <= number < len(sets):
+            raise ValueError(f"keep has {dim!r}: {number!r}, expected dimension: set of indices")
+        keep[int(dim)] = sets[number]
+    return TensorPlan(tuple(shape), keep)
+
+
+def _expect(document: object, key: str, kind: type) -> Any:
+    value = document.get(key) if isinstance(document, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"text: {key!r} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def shorten(names: Iterable[str], most: int = 5) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -1,0 +1,260 @@
+"""Model files: safetensors with the plan in the metadata, written as a whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsekern.compact.plan import Plan, TensorPlan, shorten
+from sparsekern.compact.surgery import (
+    Registered,
+    build,
+    cut,
+    match,
+    memory_order,
+    plan_of,
+    registered,
+    unwrap,
+)
+
+FORMAT = "sparsekern.model"
+VERSION = "1"
+
+_KEYS = ("format", "version", "class", "plan", "tied", "sha256")
+
+
+def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the parameters, persistent buffers and plan of ``module`` to ``path``.
+
+    The file is safetensors: any reader of that format gets the tensors under their names in the
+    module, tied ones once. A dense module has an empty plan. The file appears under its name
+    only when it is complete and on the disk: an existing one stays whole until then.
+
+    Raises ``TypeError`` if ``module`` is not a module, ``OSError`` naming ``path`` if it cannot
+    be written, ``ValueError`` for what the format cannot hold.
+    """
+    module = unwrap(module)
+    target = _target(path)
+    entries = [entry for entry in registered(module) if entry.persistent]
+    _check_storable(module, entries)
+    tensors = {entry.names[0]: _to_host(entry.tensor) for entry in entries}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "class": type(module).__qualname__,
+        "plan": plan_of(module).to_json(),
+        "tied": json.dumps({alias: e.names[0] for e in entries for alias in e.names[1:]}),
+    }
+    metadata["sha256"] = _digest(metadata, tensors)
+    try:
+        with _replacing(target) as temporary:
+            save_file(tensors, temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"path: cannot write {os.fspath(path)!r}: {error}") from error
+
+
+def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """A copy of ``module``, cut by the plan of the file and filled with the file's values.
+
+    ``module`` is the full-size network as its factory makes it, on any device, ``meta`` included
+    (the copy is then on the CPU); it stays as it is. Values come back bit by bit in the dtype they
+    were saved in. No code from the file is run.
+
+    Raises ``TypeError`` if ``module`` is not a module, ``OSError`` naming ``path`` if it cannot
+    be read, ``ValueError`` naming ``path`` if the file is damaged, was not written by ``save``, was
+    changed since, or holds another network.
+    """
+    module = unwrap(module)
+    tensors = registered(module)
+    metadata, values = _read(Path(path))
+    where = f"path: {os.fspath(path)!r}"
+    try:
+        plan = Plan.from_json(metadata["plan"])
+        # A module that was cut by this very plan needs no more than the values.
+        parts = match(Plan({}) if plan_of(module) == plan else plan, tensors)
+        values = _by_name(values, json.loads(metadata["tied"]))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{where} does not fit {type(module).__name__}, it holds a {metadata['class']}: {error}"
+        ) from None
+    problems = list(_mismatches(tensors, parts, values))
+    if problems:
+        raise ValueError(
+            f"{where} holds a {metadata['class']}, expected the tensors of this "
+            f"{type(module).__name__}: {shorten(problems)}"
+        )
+    return build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
+
+
+def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
+    for name, part in module.named_modules():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"module: {name or type(part).__name__!r} has extra state, expected tensors only"
+            )
+    for entry in entries:
+        if entry.tensor.is_meta:
+            raise ValueError(f"module: {entry.names[0]!r} is on the meta device, it has no values")
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, with its whole storage to itself."""
+    tensor = tensor.detach()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        # Part of a larger storage, which other tensors of the module may share.
+        return tensor.cpu().clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything that the file says: metadata, names, types, shapes and values."""
+    digest = hashlib.sha256()
+    head = [[key, metadata[key]] for key in _KEYS if key != "sha256"]
+    names = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
+    digest.update(json.dumps([head, names]).encode())
+    for name in sorted(tensors):
+        digest.update(memoryview(_bytes(tensors[name]).numpy()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    # Through symbolic links: what they point at is replaced, not the link.
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"path: {os.fspath(path)!r} is a directory, expected a file name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"path: cannot write {os.fspath(path)!r}, {str(target.parent)!r} is not a directory"
+        )
+    return target
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A file beside ``target`` that takes its place once the block has written it."""
+    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.tmp")
+    # Made here, so that the user's umask holds; whoever writes it later keeps the mode.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    # The new name is on the disk only when the directory is; not every system can do that.
+    with suppress(OSError):
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    _check_complete(path)
+    where = f"path: {os.fspath(path)!r}"
+    try:
+        # One handle for both: another process may replace the file at any time.
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or any(key not in metadata for key in _KEYS):
+                raise ValueError(f"{where} was not written by sparsekern, no plan is in it")
+            if metadata["version"] != VERSION:
+                raise ValueError(f"{where} has format version {metadata['version']}, expected {VERSION}")
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if _digest(metadata, values) != metadata["sha256"]:
+        raise ValueError(f"{where} was changed after it was saved, its checksum does not match")
+    return metadata, values
+
+
+def _check_complete(path: Path) -> None:
+    """Whether the file is as long as its header says, told apart from what is no such file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            # No header is longer than this; other files begin with any eight bytes.
+            start = file.read(min(length, 100_000_000))
+    except OSError as error:
+        raise type(error)(error.errno, f"path: cannot read {os.fspath(path)!r}: {error.strerror}") from None
+    where = f"path: {os.fspath(path)!r}"
+    if size < 8 or not start.startswith(b"{") or length > 100_000_000:
+        raise ValueError(f"{where} is not a safetensors file ({size} bytes)")
+    try:
+        header = json.loads(start) if len(start) == length else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError(f"{where} is not a safetensors file, its header is damaged") from None
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise ValueError(f"{where} is truncated: {size} bytes, expected {expected}")
+
+
+def _by_name(values: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    return {**values, **{alias: values[name] for alias, name in tied.items() if name in values}}
+
+
+def _mismatches(
+    tensors: Iterable[Registered], parts: Mapping[int, TensorPlan], values: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """What of the file does not fit, one text per tensor."""
+    persistent = [entry for entry in tensors if entry.persistent]
+    for entry in persistent:
+        found = {name: values[name] for name in entry.names if name in values}
+        if not found:
+            yield f"{entry.names[0]!r} is missing"
+        for name, value in found.items():
+            expected = parts[id(entry.tensor)].new_shape
+            if tuple(value.shape) != expected:
+                yield f"{name!r} is {list(value.shape)} instead of {list(expected)}"
+            elif _kind(value) != _kind(entry.tensor):
+                yield f"{name!r} is {value.dtype} instead of {entry.tensor.dtype}"
+            elif not torch.equal(_bytes(value), _bytes(next(iter(found.values())))):
+                yield f"{name!r} differs from {entry.names[0]!r}, to which it is tied"
+    for name in sorted(values.keys() - {name for entry in persistent for name in entry.names}):
+        yield f"{name!r} is not expected"
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _filled(entry: Registered, parts: Mapping[int, TensorPlan], values: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of the copy: from the file, or what the factory computed if it is not saved."""
+    tensor = entry.tensor
+    if not entry.persistent:
+        if tensor.is_meta:
+            raise ValueError(
+                f"module: buffer {entry.names[0]!r} is on the meta device and not part of files, "
+                "expected its values"
+            )
+        return cut(tensor, parts[id(tensor)])
+    value: Any = next(values[name] for name in entry.names if name in values)
+    order = memory_order(tensor)
+    inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+    # A copy, as the values read are a view of the file; laid out in memory as the module is.
+    own = value.permute(order).clone(memory_format=torch.contiguous_format)
+    return own.to("cpu" if tensor.is_meta else tensor.device).permute(inverse)

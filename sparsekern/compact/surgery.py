@@ -1,0 +1,231 @@
+"""Carrying out a plan: a copy of the user's model whose tensors are smaller from the start."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sparsekern.compact._attributes import update_attributes
+from sparsekern.compact.plan import Plan, TensorPlan, shorten
+
+# Text, not an object: a pickled compact module then opens without this package.
+_PLAN_ATTRIBUTE = "_sparsekern_plan"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A parameter or buffer with every name under which the model holds it."""
+
+    tensor: Tensor
+    names: tuple[str, ...]
+    persistent: bool
+
+
+def compact(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of ``model`` that keeps only what ``plan`` keeps; ``model`` stays as it is.
+
+    The copy has the same classes, hooks, attributes, modes, devices, dtypes, memory formats,
+    ties and ``requires_grad``, no gradients, and sizes such as ``out_channels`` in line with its
+    tensors. Tensors are cut on their way into the copy: the full model is never held twice. The
+    copy remembers the plan relative to the model that was never cut (see ``plan_of``), through
+    ``copy.deepcopy`` and pickle, so a compact model can be compacted again. Of the result of
+    ``torch.compile`` the module inside is copied.
+
+    Raises ``TypeError`` if ``model`` is not a module or ``plan`` not a plan, ``ValueError`` if the
+    plan does not fit the model or a layer's sizes cannot be changed.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
+    model = unwrap(model)
+    tensors = registered(model)
+    parts = match(plan, tensors)
+    return build(model, tensors, parts, lambda entry: cut(entry.tensor, parts[id(entry.tensor)]))
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What was removed from ``model``, or from modules inside it, since it was first made."""
+    tensors: dict[str, TensorPlan] = {}
+    for prefix, module in unwrap(model).named_modules():
+        text = module.__dict__.get(_PLAN_ATTRIBUTE)
+        if text is not None:
+            tensors |= Plan.from_json(text).inside(prefix).tensors
+    return Plan(tensors)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returns; any other as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def registered(model: nn.Module) -> list[Registered]:
+    """The parameters and buffers of ``model``, tied ones once, in the order of registration."""
+    _check_model(model)
+    names: dict[int, list[str]] = {}
+    found: dict[int, tuple[Tensor, bool]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            full = f"{prefix}.{name}" if prefix else name
+            _check_tensor(full, tensor)
+            names.setdefault(id(tensor), []).append(full)
+            persistent = name not in module._non_persistent_buffers_set
+            known = found.get(id(tensor), (tensor, False))[1]
+            found[id(tensor)] = (tensor, known or persistent)
+    return [Registered(t, tuple(names[key]), kept) for key, (t, kept) in found.items()]
+
+
+def match(plan: Plan, tensors: list[Registered]) -> dict[int, TensorPlan]:
+    """By ``id`` of each tensor, what stays of it. ``ValueError`` if the plan is not for them."""
+    missing = plan.tensors.keys() - {name for entry in tensors for name in entry.names}
+    if missing:
+        raise ValueError(f"plan: made for another model, this one has no tensor {shorten(sorted(missing))}")
+    parts = {}
+    for entry in tensors:
+        named = [(name, plan.tensors[name]) for name in entry.names if name in plan.tensors]
+        shape = tuple(entry.tensor.shape)
+        for name, part in named:
+            if part.shape != shape:
+                raise ValueError(
+                    f"plan: made for another model, tensor {name!r} has shape {list(shape)}, "
+                    f"expected {list(part.shape)}"
+                )
+            if part != named[0][1]:
+                raise ValueError(f"plan: {named[0][0]!r} and {name!r} are tied but differ")
+        parts[id(entry.tensor)] = named[0][1] if named else TensorPlan(shape)
+    return parts
+
+
+def cut(tensor: Tensor, part: TensorPlan) -> Tensor:
+    """What stays of ``tensor``, in memory of its own laid out in the same order of dimensions."""
+    tensor = tensor.detach()
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return like(tensor, part, tensor.new_empty_strided)
+    order = memory_order(tensor)
+    inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+    data = tensor.permute(order)
+    # The dimension that loses most goes first, so that the other one has least to copy.
+    for dim in sorted(part.keep, key=lambda d: len(part.keep[d]) / part.shape[d]):
+        indices = torch.from_numpy(part.keep[dim].copy()).to(tensor.device)
+        data = data.index_select(inverse[dim], indices)
+    if not part.keep:
+        data = data.clone(memory_format=torch.contiguous_format)
+    return data.permute(inverse)
+
+
+def like(tensor: Tensor, part: TensorPlan, empty_strided: Callable[..., Tensor]) -> Tensor:
+    """An uninitialised tensor with the shape and layout that ``cut`` would give."""
+    strides = [1] * tensor.ndim
+    step = 1
+    for dim in reversed(memory_order(tensor)):
+        strides[dim] = step
+        step *= max(part.new_shape[dim], 1)
+    return empty_strided(
+        part.new_shape, strides, dtype=tensor.dtype, device=tensor.device, requires_grad=False
+    )
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of ``tensor`` from the outermost in memory to the innermost."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+
+
+def build(
+    model: nn.Module,
+    tensors: list[Registered],
+    parts: Mapping[int, TensorPlan],
+    make: Callable[[Registered], Tensor],
+) -> nn.Module:
+    """A copy of ``model`` in which ``make`` provides the data of every parameter and buffer.
+
+    ``parts`` says what ``make`` keeps of them.
+    """
+    memo: dict[int, Any] = {}
+    with torch.no_grad():
+        for entry in tensors:
+            memo[id(entry.tensor)] = _as(entry.tensor, make(entry))
+        # Deep copies of results of autograd are refused by torch; these hold a stale result
+        # (a feature map kept for inspection) that the next forward overwrites.
+        for value in _computed_attributes(model):
+            memo[id(value)] = value.detach().clone()
+        try:
+            small = copy.deepcopy(model, dict(memo))
+        except Exception as error:
+            raise ValueError(f"model: {type(model).__name__} cannot be deep-copied: {error}") from error
+        for entry in tensors:
+            _copy_attributes(entry.tensor, memo[id(entry.tensor)])
+    _check_copy(small, tensors, memo)
+    update_attributes(model, small, parts)
+    _remember(model, small, tensors, parts)
+    return small
+
+
+def _as(tensor: Tensor, data: Tensor) -> Tensor:
+    """``data`` in the role of ``tensor``: parameter or buffer, with or without gradient."""
+    if isinstance(tensor, nn.Parameter):
+        kind = type(tensor) if type(data) is Tensor else nn.Parameter
+        return kind(data, tensor.requires_grad)
+    return data.requires_grad_(tensor.requires_grad) if tensor.requires_grad else data
+
+
+def _copy_attributes(tensor: Tensor, new: Tensor) -> None:
+    for name, value in tensor.__dict__.items():
+        if name not in new.__dict__ and not isinstance(value, Tensor):
+            setattr(new, name, copy.copy(value))
+
+
+def _computed_attributes(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
+
+
+def _remember(
+    model: nn.Module,
+    small: nn.Module,
+    tensors: list[Registered],
+    parts: Mapping[int, TensorPlan],
+) -> None:
+    cuts = {e.names[0]: parts[id(e.tensor)] for e in tensors if parts[id(e.tensor)].keep}
+    plan = plan_of(model).then(Plan(cuts))
+    for module in small.modules():
+        module.__dict__.pop(_PLAN_ATTRIBUTE, None)
+    if plan.tensors:
+        setattr(small, _PLAN_ATTRIBUTE, plan.to_json())
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: {name or 'it'} is a {type(module).__name__}, whose layers cannot be "
+                "changed; expected the module before scripting"
+            )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(f"model: {name!r} is not initialised, run the model once")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"model: {name!r} is {tensor.layout}, expected a dense tensor")
+
+
+def _check_copy(small: nn.Module, tensors: list[Registered], memo: Mapping[int, Any]) -> None:
+    expected = {name: memo[id(entry.tensor)] for entry in tensors for name in entry.names}
+    found = {name: entry.tensor for entry in registered(small) for name in entry.names}
+    wrong = [name for name in expected if found.get(name) is not expected[name]]
+    if wrong or found.keys() != expected.keys():
+        raise ValueError(
+            f"model: {type(small).__name__} does not copy as torch modules do "
+            f"({shorten(wrong or sorted(found))}); expected a __deepcopy__ that uses its memo"
+        )
