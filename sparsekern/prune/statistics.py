@@ -168,8 +168,8 @@ def effective_filters(group: Group, statistics: Statistics) -> Tensor:
     """The group's filters as vectors whose inner products are the channels' inner products.
 
     Behind a batch norm an output channel is ``gamma * n + beta`` with ``n`` of unit variance, and ``n`` of
-    two filters correlate as the filters do where the inputs are white; so ``[gamma * w / ||w||, beta]`` is used,
-    and ``[w, b]`` without a normalisation. Several producers are put side by side, each normalised.
+    two filters correlate as the filters do where the inputs are white; so ``[gamma * w / ||w||, beta]`` is
+    used, and ``[w, b]`` without a normalisation. Several producers are put side by side, each normalised.
 
     Returns:
         float32 ``[channels of the group, features]`` on the parameters' device, rows in the group's order.

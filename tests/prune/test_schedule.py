@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+from sparsekern.prune.schedule import Schedule
+
+
+def cubic(**changes: object) -> Schedule:
+    options: dict = {"steps": 100, "keep": 0.2, "warmup": 0.1, "finish": 0.6, "events": 10}
+    return Schedule.cubic(**(options | changes))
+
+
+def test_events_lie_between_warmup_and_finish() -> None:
+    schedule = cubic()
+    assert [event.step for event in schedule.events] == list(range(10, 60, 5))
+    assert schedule.finish == 60
+
+
+def test_declines_end_where_the_next_event_begins() -> None:
+    schedule = cubic(steps=137, events=7)
+    ends = [event.step + event.decline for event in schedule.events]
+    assert ends == [*(event.step for event in schedule.events[1:]), schedule.finish]
+
+
+def test_shares_fall_to_keep_and_fastest_at_first() -> None:
+    shares = [1.0, *(event.share for event in cubic().events)]
+    falls = [before - after for before, after in zip(shares, shares[1:], strict=False)]
+    assert shares[-1] == pytest.approx(0.2)
+    assert all(fall > 0 for fall in falls)
+    assert falls == sorted(falls, reverse=True)
+
+
+def test_few_steps_make_fewer_events() -> None:
+    schedule = cubic(steps=10, events=50)
+    assert [event.step for event in schedule.events] == [1, 2, 3, 4, 5]
+    assert all(event.decline == 1 for event in schedule.events)
+
+
+def test_no_event_before_the_first_step() -> None:
+    assert cubic(warmup=0.0).events[0].step == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("steps", 0),
+        ("steps", 1),
+        ("steps", 10.0),
+        ("warmup", -0.1),
+        ("warmup", 1.0),
+        ("finish", 0.1),
+        ("finish", 1.5),
+        ("events", 0),
+    ],
+)
+def test_an_argument_out_of_range_is_named(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: got {value}"):
+        cubic(**{argument: value})
