@@ -1,0 +1,151 @@
+"""Wrong input gets one error that names the argument, what came and what was expected; nothing changes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import sparsekern
+import torch
+from prune.networks import Plain, batch, train
+from sparsekern import Pruner
+from sparsekern.prune.statistics import Statistics
+from torch import Tensor, nn
+
+
+def build(model: nn.Module | None = None, **changes: object) -> Pruner:
+    model = model or Plain()
+    optimizer = changes.pop("optimizer", None) or sparsekern.optim.AdamW(model.parameters())
+    inputs = changes.pop("example_inputs", batch(0))
+    options: dict = {"keep": 0.5, "steps": 100}
+    return Pruner(model, optimizer, inputs, **(options | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.5, float("nan"), "half", None, True])
+def test_keep_outside_its_range(keep: object) -> None:
+    with pytest.raises(ValueError, match=r"^keep: got .* in \(0, 1\]"):
+        build(keep=keep)
+
+
+def test_keep_below_the_floors_names_the_smallest_possible() -> None:
+    with pytest.raises(ValueError, match=r"^keep: got 0.01 of macs, expected at least (0\.\d+)") as error:
+        build(keep=0.01, min_channels=8)
+    smallest = float(str(error.value).split("at least ")[1].split(",")[0])
+    assert build(keep=smallest, min_channels=8).metrics()["macs_share"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"of": "seconds"}, "^of: got 'seconds'"),
+        ({"steps": 0}, "^steps: got 0"),
+        ({"select": "taylor"}, "^select: got 'taylor'"),
+        ({"allocate": 3}, "^allocate: got 3"),
+        ({"penalty": -1}, "^penalty: got -1"),
+        ({"nonfinite": "panic"}, "^nonfinite: got 'panic'"),
+        ({"round_to": 0}, "^round_to: got 0"),
+        ({"min_channels": 0}, "^min_channels: got 0"),
+        ({"min_channels": {"nowhere": 3}}, "^min_channels: 'nowhere' matches no group"),
+        ({"protect": ["nowhere"]}, "nowhere"),
+        ({"example_inputs": torch.zeros(1, 5, 8, 8)}, "^example_inputs: "),
+        ({"example_inputs": "image"}, "^example_inputs: "),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(changes: dict, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        build(**changes)
+
+
+def test_a_model_without_prunable_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(dim=1))
+    with pytest.raises(ValueError, match="^model: Sequential has no channel that can be removed"):
+        build(model)
+
+
+def test_trainable_parameters_that_the_optimizer_does_not_hold() -> None:
+    model = Plain()
+    optimizer = sparsekern.optim.AdamW(model.stem.parameters())
+    with pytest.raises(ValueError, match=r"^optimizer: does not hold \d+ trainable parameters .*body"):
+        build(model, optimizer=optimizer)
+
+
+def test_a_failed_construction_leaves_the_optimizer_alone() -> None:
+    model = Plain()
+    optimizer = sparsekern.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="^keep"):
+        build(model, optimizer=optimizer, keep=1e-6)
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    train(model, optimizer, range(3))
+
+
+def nan_gradient(model: nn.Module) -> None:
+    model(batch(0)).square().mean().backward()
+    model.stem[0].weight.grad[3, 0, 0, 0] = float("nan")  # type: ignore[index]
+
+
+def test_a_nan_gradient_is_raised_before_anything_changes() -> None:
+    model = Plain()
+    optimizer = sparsekern.optim.AdamW(model.parameters())
+    build(model, optimizer=optimizer, nonfinite="raise")
+    nan_gradient(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"got NaN or infinity in stem\.0\.weight"):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not optimizer.state
+
+
+def test_a_nan_gradient_never_enters_the_statistics() -> None:
+    model = Plain()
+    optimizer = sparsekern.optim.SGD(model.parameters(), lr=0.0 + 1e-9)
+    pruner = build(model, optimizer=optimizer, steps=20, warmup=0.3, finish=0.9)
+    for _ in range(5):
+        nan_gradient(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            # What torch's update made of it; the statistics are what is tested here.
+            model.stem[0].weight.nan_to_num_()
+    nan_gradient(model)
+    with pytest.warns(UserWarning, match="rows of gradients with NaN or infinity were left out"):
+        optimizer.step()
+    assert pruner.metrics()["nonfinite"] == 6
+    table = pruner._rows.table
+    assert all(bool(torch.isfinite(array).all()) for array in (table.activity, table.channel_dot_sq))
+
+
+class Broken(sparsekern.criteria.Criterion):
+    def __call__(self, statistics: Statistics) -> np.ndarray:
+        return np.full(statistics.graph.num_channels, np.nan)
+
+
+def test_a_criterion_that_gives_nonsense_is_named() -> None:
+    model = Plain()
+    optimizer = sparsekern.optim.AdamW(model.parameters())
+    build(model, optimizer=optimizer, select=Broken(), steps=10)
+    with pytest.raises(ValueError, match="^select: .*Broken.* non-finite values"):
+        train(model, optimizer, range(10))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Plain()
+        self.phase = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.phase.real
+
+
+def test_complex_parameters_are_refused_by_the_step() -> None:
+    model = Complex()
+    optimizer = sparsekern.optim.AdamW(model.parameters())
+    model(batch(0)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((RuntimeError, TypeError, ValueError), match="complex"):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
