@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from prune.networks import Plain, Residual, batch
+
 from sparsekern.graph import ChannelGraph, trace
 from sparsekern.prune.allocate import Allocator, Flat, Global, Problem, Uniform, smallest
 

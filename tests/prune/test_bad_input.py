@@ -6,12 +6,13 @@ import copy
 
 import numpy as np
 import pytest
-import sparsekern
 import torch
 from prune.networks import Plain, batch, train
+from torch import Tensor, nn
+
+import sparsekern
 from sparsekern import Pruner
 from sparsekern.prune.statistics import Statistics
-from torch import Tensor, nn
 
 
 def build(model: nn.Module | None = None, **changes: object) -> Pruner:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from prune.networks import Plain, batch
+
 from sparsekern import criteria
 from sparsekern.graph import ChannelGraph, trace
 from sparsekern.prune.statistics import Statistics

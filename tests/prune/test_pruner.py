@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import sparsekern
 import torch
 from prune.networks import Plain, Residual, batch, train
+from torch import nn
+
+import sparsekern
 from sparsekern import Pruner
 from sparsekern.prune.masking import MASKED
-from torch import nn
 
 STEPS = 30
 

@@ -6,9 +6,10 @@ import copy
 from pathlib import Path
 
 import pytest
-import sparsekern
 import torch
 from prune.networks import Plain, batch, train
+
+import sparsekern
 from sparsekern import Pruner
 
 STEPS = 24

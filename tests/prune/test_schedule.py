@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
+
 from sparsekern.prune.schedule import Schedule
 
 
@@ -23,7 +26,7 @@ def test_declines_end_where_the_next_event_begins() -> None:
 
 def test_shares_fall_to_keep_and_fastest_at_first() -> None:
     shares = [1.0, *(event.share for event in cubic().events)]
-    falls = [before - after for before, after in zip(shares, shares[1:], strict=False)]
+    falls = [before - after for before, after in itertools.pairwise(shares)]
     assert shares[-1] == pytest.approx(0.2)
     assert all(fall > 0 for fall in falls)
     assert falls == sorted(falls, reverse=True)
