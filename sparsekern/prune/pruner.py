@@ -54,9 +54,9 @@ class Pruner:
         protect: modules, parameters, or name patterns whose channels all stay.
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
             training: by a factor of about ``exp(-penalty)``; 0 for none.
-        nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` lets the
-            optimizer do with it as it always does; ``"raise"`` checks all gradients before each step (a pass over them
-            and, on a GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
+        nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
+            to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
+            GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
 
     Attributes:
         graph: the channels, their groups and their cost.
