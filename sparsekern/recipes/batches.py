@@ -62,9 +62,7 @@ class Batches:
             int(e): np.random.default_rng((self.seed, _ORDER, int(e))).permutation(count)
             for e in np.unique(epoch)
         }
-        return np.array(
-            [orders[int(e)][p] for e, p in zip(epoch, position, strict=True)], dtype=np.int64
-        )
+        return np.array([orders[int(e)][p] for e, p in zip(epoch, position, strict=True)], dtype=np.int64)
 
     def _crops(self, index: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
         """Places in the flat pixels, int64 `[B, crop, crop]`: a crop in one of 8 orientations."""

@@ -117,9 +117,7 @@ def load_folder(root: Path, classes: int) -> tuple[Split, Split]:
     """
     root = Path(root)
     folders = {
-        (split, kind): root / split / kind
-        for split in ("train", "test")
-        for kind in ("images", "masks")
+        (split, kind): root / split / kind for split in ("train", "test") for kind in ("images", "masks")
     }
     for folder in folders.values():
         if not folder.is_dir():

@@ -16,9 +16,7 @@ class LRASPPHead(nn.Module):
     Shapes: low `[N, low_channels, H, W]`, high `[N, high_channels, h, w]` to `[N, classes, H, W]`.
     """
 
-    def __init__(
-        self, low_channels: int, high_channels: int, classes: int, inter_channels: int
-    ) -> None:
+    def __init__(self, low_channels: int, high_channels: int, classes: int, inter_channels: int) -> None:
         super().__init__()
         self.cbr = nn.Sequential(
             nn.Conv2d(high_channels, inter_channels, 1, bias=False),
@@ -55,17 +53,13 @@ class LRASPP(nn.Module):
         ValueError: `classes` or `inter_channels` below 1.
     """
 
-    def __init__(
-        self, backbone: MobileNetV3Features, classes: int = 1, inter_channels: int = 128
-    ) -> None:
+    def __init__(self, backbone: MobileNetV3Features, classes: int = 1, inter_channels: int = 128) -> None:
         super().__init__()
         for name, value in (("classes", classes), ("inter_channels", inter_channels)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.backbone = backbone
-        self.classifier = LRASPPHead(
-            backbone.low_channels, backbone.high_channels, classes, inter_channels
-        )
+        self.classifier = LRASPPHead(backbone.low_channels, backbone.high_channels, classes, inter_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = self.backbone.low_and_high(x)
@@ -97,8 +91,6 @@ def lraspp_mobilenetv3(
     model = LRASPP(MobileNetV3Features(variant, multiplier=multiplier, dilated=dilated), classes)
     if backbone_weights is not None:
         prefix = "features."
-        features = {
-            k[len(prefix) :]: v for k, v in backbone_weights.items() if k.startswith(prefix)
-        }
+        features = {k[len(prefix) :]: v for k, v in backbone_weights.items() if k.startswith(prefix)}
         model.backbone.load_state_dict(features or dict(backbone_weights))
     return model

@@ -170,9 +170,7 @@ class MobileNetV3Features(nn.Sequential):
         ValueError: unknown variant, or a multiplier that is not positive.
     """
 
-    def __init__(
-        self, variant: Variant = "large", *, multiplier: float = 1.0, dilated: bool = False
-    ) -> None:
+    def __init__(self, variant: Variant = "large", *, multiplier: float = 1.0, dilated: bool = False) -> None:
         if variant not in BLOCKS:
             raise ValueError(f'variant must be "large" or "small", got {variant!r}')
         if not multiplier > 0:

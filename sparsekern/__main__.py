@@ -1,0 +1,35 @@
+"""`sparsekern` and `python -m sparsekern`: the command line, as far as its libraries are there."""
+
+from __future__ import annotations
+
+import sys
+
+# What the extra `demo` installs, by import name.
+EXTRAS = ("matplotlib", "PIL", "rich", "torchmetrics", "typer")
+
+
+def main() -> int:
+    """Runs the command line on `sys.argv`; returns the exit code."""
+    try:
+        from sparsekern.cli import run
+
+        return run(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        if sys.argv[1:] == ["info"]:  # the first thing in a bug report, so it needs no extras
+            from sparsekern import _info
+
+            for name, value in _info.lines(_info.collect()):
+                sys.stdout.write(f"{name:20} {value}\n")
+            return 0
+        sys.stderr.write(
+            f"error: the sparsekern command needs {missing}, which is not installed; run: "
+            'pip install "sparsekern[demo]"\n'
+        )
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

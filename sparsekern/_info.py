@@ -1,0 +1,115 @@
+"""What this installation consists of: the first thing in a bug report, and part of every run.json."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekern
+from sparsekern import _native, backends
+
+# Packages that figures may depend on.
+PACKAGES = ("torch", "numpy", "safetensors", "torchmetrics", "triton")
+
+
+def machine() -> dict[str, Any]:
+    """The machine, as far as figures depend on it."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _isa(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions by package, None for what is not installed."""
+    found: dict[str, str | None] = {
+        "sparsekern": sparsekern.__version__,
+        "python": platform.python_version(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def collect() -> dict[str, Any]:
+    """Everything, as plain data."""
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "backends": [
+            {"name": name, "works": works, "detail": detail} for name, works, detail in backends.available()
+        ],
+        "forced": {
+            name: os.environ[name]
+            for name in ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_NO_NATIVE")
+            if name in os.environ
+        },
+        "compiler": _compiler(),
+        "cuda": _cuda(),
+        "triton": _triton(),
+    }
+
+
+def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `collect` found as pairs of a name and a text."""
+    machine, versions = info["machine"], info["versions"]
+    pairs = [
+        ("sparsekern", versions["sparsekern"]),
+        ("python", f"{versions['python']} on {machine['system']} {machine['architecture']}"),
+        ("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"),
+        ("isa", machine["isa"]),
+        ("compiler", info["compiler"]),
+    ]
+    for backend in info["backends"]:
+        state = "works" if backend["works"] else "does not work"
+        pairs.append((f"backend {backend['name']}", f"{state}: {backend['detail']}"))
+    pairs += [(name, f"{value} (environment)") for name, value in info["forced"].items()]
+    pairs += [("torch", versions["torch"]), ("cuda", info["cuda"]), ("triton", info["triton"])]
+    pairs += [(name, versions[name] or "not installed") for name in ("numpy", "safetensors")]
+    return pairs
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _isa() -> str:
+    return _native.isa() if _native.load() is not None else f"none ({_native.reason})"
+
+
+def _compiler() -> str:
+    return "unknown"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch was built without it"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, no device is available"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _triton() -> str:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except Exception as error:  # a triton that does not fit fails in many ways
+        return f"not available ({type(error).__name__}: {error})"

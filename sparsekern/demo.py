@@ -1,0 +1,97 @@
+"""The main job on generated images, next to a training without pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from . import report
+from .recipes.data import Split, normalise
+from .recipes.errors import InputError
+from .recipes.files import writable_directory
+from .recipes.measure import latency
+from .recipes.metrics import predict
+from .recipes.run import Result, execute
+from .recipes.settings import Settings
+from .recipes.synthetic import generate
+from .recipes.train import Step
+
+SHOWN = 4  # images in the picture of predictions
+
+# Gives a callback for the steps of a training, by its name and number of steps.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[Step], None]]]
+
+
+def demonstrate(
+    settings: Settings,
+    images: int,
+    out: Path,
+    *,
+    arguments: Mapping[str, Any],
+    progress: Progress,
+) -> tuple[Table, Result]:
+    """Trains dense and pruned with otherwise equal settings, and compares the two.
+
+    Writes curves.png, predictions.png, and the results of the trainings in dense/ and pruned/.
+
+    Args:
+        settings: of the pruned training; generated images are as large as its crop.
+        images: how many to train on; a quarter as many again to test.
+        out: directory of the results.
+        arguments: what the user gave, for run.json.
+        progress: shows the progress of a training.
+
+    Returns:
+        The comparison, and the pruned run.
+
+    Raises:
+        InputError: an argument cannot be used; nothing was trained.
+    """
+    if images < 1:
+        raise InputError(f"--images: got {images}, expected at least 1")
+    writable_directory(out, "--out")
+    train = generate(images, settings.crop, settings.seed)
+    test = generate(max(SHOWN, images // 4), settings.crop, settings.seed + 1)
+    runs: dict[str, Result] = {}
+    for name, keep in (("dense", None), ("pruned", settings.keep)):
+        with progress(name, settings.steps) as on_step:
+            result = execute(
+                replace(settings, keep=keep),
+                train,
+                test,
+                out / name,
+                arguments=arguments,
+                on_step=on_step,
+            )
+        assert result is not None
+        runs[name] = result
+    report.curves(out / "curves.png", runs)
+    _predictions(out / "predictions.png", runs, test)
+    return _table(runs, settings, test), runs["pruned"]
+
+
+def _predictions(path: Path, runs: Mapping[str, Result], test: Split) -> None:
+    images = [test.image(index) for index in range(SHOWN)]
+    truths = [test.mask(index) for index in range(SHOWN)]
+    x = normalise(np.stack(images))
+    with torch.inference_mode():
+        found = {name: list(predict(run.model(x)).numpy()) for name, run in runs.items()}
+    report.predictions(path, images, truths, found)
+
+
+def _table(runs: Mapping[str, Result], settings: Settings, test: Split) -> Table:
+    image = normalise(test.image(0)[None]).contiguous(memory_format=torch.channels_last)
+    # Timed anew, taking turns: the two trainings ended minutes apart.
+    speed = latency({name: run.model for name, run in runs.items()}, image)
+    columns = {name: run.figures | {"latency": speed[name]} for name, run in runs.items()}
+    return report.comparison(
+        f"UNet, {settings.crop}x{settings.crop} pixels an image, {torch.get_num_threads()} threads",
+        columns,
+    )
