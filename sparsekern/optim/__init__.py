@@ -1,0 +1,36 @@
+"""Optimizers that carry a table of rows in their step, and hooks that do it beside any other."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from sparsekern._rows import RowTable
+from sparsekern.optim._base import Attachment, RowOptimizer
+from sparsekern.optim._lists import state_tensors as state_tensors
+from sparsekern.optim.adam import Adam as Adam
+from sparsekern.optim.adam import AdamW as AdamW
+from sparsekern.optim.hooks import RowHooks, attach_hooks
+from sparsekern.optim.sgd import SGD as SGD
+
+
+def attach(optimizer: Optimizer, table: RowTable) -> Attachment | RowHooks:
+    """Do the work of ``table`` in every step of ``optimizer`` from now on.
+
+    In the step itself where the optimizer is one of ours (:meth:`RowOptimizer.attach`), else by
+    hooks around it (:func:`~sparsekern.optim.hooks.attach_hooks`).
+
+    Args:
+        optimizer: any :class:`torch.optim.Optimizer`.
+        table: rows of its parameters.
+
+    Returns:
+        A handle whose ``remove()`` undoes this.
+
+    Raises:
+        TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
+        ValueError: none of the table's parameters is in it.
+        RuntimeError: it has another table already.
+    """
+    if isinstance(optimizer, RowOptimizer):
+        return optimizer.attach(table)
+    return attach_hooks(optimizer, table)

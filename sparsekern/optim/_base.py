@@ -1,0 +1,358 @@
+"""What the optimizers share: lists kept between steps, the step itself, and the table of rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from sparsekern._ops import channel_moments_
+from sparsekern._rows import RowTable
+from sparsekern.optim._lists import (
+    TensorList,
+    check_group,
+    check_plain,
+    check_table,
+    fit_state,
+    split,
+    state_tensors,
+)
+
+_grad, _dtype, _layout = attrgetter("grad"), attrgetter("dtype"), attrgetter("layout")
+_attachments = itertools.count(1)
+
+
+class RowOptimizer(Optimizer):
+    """Base of the optimizers that make a step and the work of a table of rows in one pass.
+
+    A subclass names its state, makes it, and calls its operation: :meth:`_state_names`,
+    :meth:`_new_state`, :meth:`_update`.
+    """
+
+    # Read by GradScaler: the kernels unscale and skip by themselves, as torch's fused ones do.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        name = type(self).__name__
+        if defaults["differentiable"]:
+            raise RuntimeError(
+                f"{name}: got differentiable=True, expected False: `fused` does not support "
+                f"`differentiable`, and this optimizer always is fused"
+            )
+        if defaults["fused"] and defaults["foreach"]:
+            raise RuntimeError(f"{name}: `fused` and `foreach` cannot be `True` together.")
+        self._forget()
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Start without lists and without a table."""
+        self._kept: _Kept | None = None
+        self._table: RowTable | None = None
+        # Another one for every attachment: a compiled step has the positions of rows as constants,
+        # and torch.compile never stops guarding strings by value.
+        self._attachment = ""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept = None
+        if not hasattr(self, "_table"):
+            self._forget()
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            group.setdefault("differentiable", False)
+            group.setdefault("fused", None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            RuntimeError: a parameter wraps other tensors (DTensor); the group has not been added.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_plain(type(self).__name__, len(self.param_groups) - 1, param_group)
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; state dicts of the optimizer of the same name in ``torch.optim`` fit.
+
+        With a table attached, masked rows and their state are zero again afterwards.
+        """
+        super().load_state_dict(state_dict)
+        self._zero_masked()
+
+    def attach(self, table: RowTable) -> Attachment:
+        """Do the work of ``table`` in every step from now on: statistics, penalty, decline, masks.
+
+        Masked rows and their state are set to zero. The table stays out of ``state_dict``, pickles
+        and deep copies of the optimizer: a copy has none, and steps as ``torch.optim`` would.
+
+        Args:
+            table: rows of parameters of this optimizer; rows of other parameters stay as they are.
+
+        Returns:
+            A handle whose ``remove()`` detaches this table.
+
+        Raises:
+            RuntimeError: another table is attached.
+            ValueError: none of the table's parameters is in this optimizer.
+        """
+        if self._table is not None and self._table is not table:
+            raise RuntimeError("table: another one is attached already, expected a detach() before")
+        check_table(self, table)
+        self._table = table
+        self._kept = None
+        self._attachment = f"table {next(_attachments)}"
+        self._zero_masked()
+        return Attachment(self, table)
+
+    def detach(self) -> None:
+        """Step as ``torch.optim`` would from now on. Without a table nothing happens."""
+        self._table = None
+        self._kept = None
+        self._attachment = ""
+
+    def _zero_masked(self) -> None:
+        if self._table is not None:
+            self._table.zero_masked(state_tensors(self))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            RuntimeError: a sparse or complex gradient, an unsupported dtype, or state that does not
+                fit its parameter; nothing has changed then.
+        """
+        if "capturable" in self.defaults:
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            # GradScaler adds up over devices, kernels compare with 1.
+            found_inf = found_inf.clamp(max=1)
+        for tensors, grads in self._lists():
+            device = tensors.params[0].device
+            scale, inf = _on(grad_scale, device), _on(found_inf, device)
+            self._update(self.param_groups[tensors.group], tensors, grads, scale, inf)
+        if self._table is not None:
+            channel_moments_(self._table)
+        return loss
+
+    def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
+        """What one step takes: every list with its gradients."""
+        if torch.compiler.is_compiling():
+            return self._traced_lists()
+        groups = self.param_groups
+        params = [param for group in groups for param in group["params"]]
+        every = list(map(_grad, params))
+        present = [grad is not None for grad in every]
+        grads = [grad for grad in every if grad is not None]
+        source = [(len(group["params"]), self._state_names(group)) for group in groups]
+        kept = self._kept
+        if kept is None or not kept.holds(params, present, source, grads, self.state):
+            kept = self._keep(params, present, source)
+        return [(tensors, tensors.pick(grads)) for tensors in kept.lists]
+
+    def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> _Kept:
+        self._kept = None
+        for index, group in enumerate(self.param_groups):
+            check_group(type(self).__name__, index, group)
+        lists: list[TensorList] = []
+        offset = 0
+        for index, group in enumerate(self.param_groups):
+            parts, grads = self._lists_of(index, group, offset)
+            lists += parts
+            offset += len(grads)
+        self._kept = _Kept.of(lists, params, present, source, self.state)
+        return self._kept
+
+    def _traced_lists(self) -> list[tuple[TensorList, list[Tensor]]]:
+        result = []
+        for index, group in enumerate(self.param_groups):
+            parts, grads = self._lists_of(index, group, 0)
+            result += [(tensors, tensors.pick(grads)) for tensors in parts]
+        return result
+
+    def _lists_of(
+        self, index: int, group: dict[str, Any], offset: int
+    ) -> tuple[list[TensorList], list[Tensor]]:
+        """Lists of one group, and all its gradients, the first of which is number ``offset``."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buckets: list[int] = []
+        starts: list[int] = []
+        dims: list[int] = []
+        columns: dict[str, list[Any]] = {name: [] for name in self._state_names(group)}
+        self._init_group(group, params, grads, buckets, starts, dims, *columns.values())
+        table = self._table if self._attachment else None
+        lists = split(index, params, buckets, columns, table, starts, dims, offset=offset)
+        return lists, grads
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        buckets: list[int],
+        starts: list[int],
+        dims: list[int],
+        *columns: list[Any],
+    ) -> None:
+        """Fill the lists with what of the group has a gradient, and make the state it lacks.
+
+        By this name because torch.compile runs it in Python and maps the lists back into its trace;
+        so whatever needs Python proper (identities, checks) is done here.
+
+        Args:
+            buckets: per parameter the number of the list that it goes to.
+            starts, dims: per parameter where its rows are, as in ``Rows``.
+            columns: per name of :meth:`_state_names` the state, None where the step is to make it.
+        """
+        names = self._state_names(group)
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        check_group(type(self).__name__, index, group)
+        numbers: dict[Any, int] = {}
+        seen: dict[int, int] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = [self._state_of(param, name) for name in names]
+            # A parameter that the group has twice is stepped twice, as in torch: in two calls.
+            turn = seen[id(param)] = seen.get(id(param), -1) + 1
+            kind = (param.device, param.dtype, turn, any(value is None for value in state))
+            view = None if self._table is None else self._table.index.get(id(param))
+            params.append(param)
+            grads.append(param.grad)
+            buckets.append(numbers.setdefault(kind, len(numbers)))
+            starts.append(-1 if view is None else view.start)
+            dims.append(0 if view is None else view.dim)
+            for column, value in zip(columns, state, strict=True):
+                column.append(value)
+
+    def _state_of(self, param: Tensor, name: str) -> Tensor | None:
+        """State made if it is missing and fitted if it came from elsewhere; stored in both cases."""
+        state = self.state[param]
+        value = state.get(name)
+        value = self._new_state(name, param) if value is None else fit_state(name, value, param)
+        if value is not None:
+            state[name] = value
+        return value
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names in ``state[p]`` of what a step of the group uses, as torch has them."""
+        raise NotImplementedError
+
+    def _new_state(self, name: str, param: Tensor) -> Tensor | None:
+        """What a parameter has before its first step; None if that step is to make it."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        tensors: TensorList,
+        grads: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """One step of one list."""
+        raise NotImplementedError
+
+
+class Attachment:
+    """A table's attachment to an optimizer, to be undone by :meth:`remove`."""
+
+    def __init__(self, optimizer: RowOptimizer, table: RowTable) -> None:
+        self._optimizer = optimizer
+        self._table = table
+
+    def remove(self) -> None:
+        """Detach this table, unless it was already."""
+        if self._optimizer._table is self._table:
+            self._optimizer.detach()
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Lists of a step, and everything they were made from, by identity.
+
+    Validating them costs a third of making them: no hash of a tensor is taken, and all loops over
+    tensors run in C.
+    """
+
+    lists: list[TensorList]
+    params: list[Tensor]
+    present: list[bool]
+    source: list[Any]
+    states: list[Any]
+    state_dicts: list[dict[str, Any]]
+    values: list[Any]
+    dtypes: set[torch.dtype]
+
+    @classmethod
+    def of(
+        cls,
+        lists: list[TensorList],
+        params: list[Tensor],
+        present: list[bool],
+        source: list[Any],
+        state: dict[Any, Any],
+    ) -> _Kept:
+        states = list(state.values())
+        state_dicts = [value for value in states if isinstance(value, dict)]
+        values = list(_values(state_dicts))
+        dtypes = {tensors.params[0].dtype for tensors in lists}
+        return cls(lists, params, present, source, states, state_dicts, values, dtypes)
+
+    def holds(
+        self,
+        params: list[Tensor],
+        present: list[bool],
+        source: list[Any],
+        grads: list[Tensor],
+        state: dict[Any, Any],
+    ) -> bool:
+        """Whether lists made now would be the same ones."""
+        return (
+            present == self.present
+            and source == self.source
+            and _same(params, self.params)
+            and _same(list(state.values()), self.states)
+            and _same(list(_values(self.state_dicts)), self.values)
+            and self.dtypes == set(map(_dtype, grads))
+            and {torch.strided}.issuperset(map(_layout, grads))
+        )
+
+
+def _values(state_dicts: list[dict[str, Any]]) -> Iterable[Any]:
+    return itertools.chain.from_iterable(map(dict.values, state_dicts))
+
+
+def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    if value is None or value.device == device:
+        return value
+    return value.to(device, non_blocking=True)

@@ -1,0 +1,184 @@
+"""Adam and AdamW, in one pass with the work of a table of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sparsekern._ops import adam_step_
+from sparsekern.optim._base import RowOptimizer
+from sparsekern.optim._lists import TensorList, rate
+
+_NAMES = ("step", "exp_avg", "exp_avg_sq")
+_TOP = "max_exp_avg_sq"
+
+
+class Adam(RowOptimizer):
+    """:class:`torch.optim.Adam` as a fused step that can also carry a table of rows.
+
+    Arguments, defaults, groups and state are torch's, and state dicts load both ways. It always is
+    fused: ``foreach`` and ``fused`` are only checked, and ``step`` lies on the parameter's device.
+    Parameters are dense float32, float64, bfloat16 or float16 tensors; gradients are dense and of
+    the parameter's dtype. Tensor ``betas`` are read in every step, which waits for their device.
+
+    Raises:
+        ValueError: a hyperparameter out of range, or tensors with ``foreach`` unless ``capturable``.
+        RuntimeError: ``differentiable``, or ``fused`` and ``foreach`` together.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        _check(lr, betas, eps, weight_decay, tensors_fit=not foreach or capturable)
+        defaults = {
+            "lr": lr,
+            "betas": tuple(_scalar(beta) for beta in betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("amsgrad", False)
+            group.setdefault("capturable", False)
+            group.setdefault("decoupled_weight_decay", False)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (*_NAMES, _TOP) if group["amsgrad"] else _NAMES
+
+    def _new_state(self, name: str, param: Tensor) -> Tensor | None:
+        if name == "step":
+            return torch.zeros((), dtype=torch.float32, device=param.device)
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        tensors: TensorList,
+        grads: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        state = tensors.state
+        beta1, beta2 = group["betas"]
+        adam_step_(
+            tensors.params,
+            grads,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state.get(_TOP, []),
+            state["step"],
+            lr=rate(group["lr"], tensors.params[0].device),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            rows=tensors.rows,
+        )
+
+
+class AdamW(Adam):
+    """:class:`torch.optim.AdamW`, as :class:`Adam`: weight decay apart from the gradient."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Groups that come from a checkpoint of an Adam, or of an AdamW before it had this key.
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
+def _check(
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float,
+    weight_decay: float,
+    *,
+    tensors_fit: bool,
+) -> None:
+    unfit = "as a Tensor is not supported for capturable=False and foreach=True"
+    if isinstance(lr, Tensor):
+        if not tensors_fit:
+            raise ValueError(f"lr {unfit}")
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}, expected >= 0")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}, expected >= 0")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}, expected in [0, 1)")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}, expected >= 0")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if not tensors_fit:
+                raise ValueError(f"betas[{i}] {unfit}")
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+
+
+def _scalar(value: float | Tensor) -> float | Tensor:
+    return value.squeeze() if isinstance(value, Tensor) else value

@@ -1,0 +1,130 @@
+"""Rows beside any other optimizer: one pass of statistics before its step, one of masks after."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsekern._ops import channel_moments_, row_mask_, row_statistics_
+from sparsekern._rows import Rows, RowTable
+from sparsekern.optim._lists import check_table, rate, state_tensors
+
+
+def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
+    """Do the work of ``table`` around every step of an optimizer that knows nothing of rows.
+
+    Statistics are taken from the gradients as the step finds them: after its closure if it has one
+    (the first call counts), unscaled if GradScaler leaves that to the optimizer. Afterwards rows are
+    shrunk by ``1 - lr * penalty``, decline, and masked ones are set to zero again; ``lr`` is that of
+    the parameter's group, or 1 where groups have none. Parameters without a gradient are left alone.
+    Masked rows and their state are set to zero now and after ``load_state_dict``.
+
+    Args:
+        optimizer: any :class:`torch.optim.Optimizer`.
+        table: rows of its parameters; rows of other parameters stay as they are.
+
+    Returns:
+        A handle whose ``remove()`` undoes this. Pickles and copies of the optimizer have no hooks.
+
+    Raises:
+        TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
+        ValueError: none of the table's parameters is in it.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    check_table(optimizer, table)
+    return RowHooks(optimizer, table)
+
+
+class RowHooks:
+    """Hooks that carry a table around an optimizer's steps, to be undone by :meth:`remove`."""
+
+    def __init__(self, optimizer: Optimizer, table: RowTable) -> None:
+        self._table = table
+        # What the step under way goes over; empty when it changes nothing (found_inf).
+        self._taken: list[tuple[dict[str, Any], list[Tensor], Rows]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_post_hook(self._zero_masked),
+        ]
+        self._zero_masked(optimizer)
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was without the table."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _zero_masked(self, optimizer: Optimizer) -> None:
+        self._table.zero_masked(state_tensors(optimizer))
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._taken = []
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._take(optimizer)
+            return None
+        counted = self._counted(optimizer, closure)
+        if len(args) > 1:
+            return (args[0], counted, *args[2:]), kwargs
+        return args, kwargs | {"closure": counted}
+
+    def _counted(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, followed by the statistics when it is called first."""
+
+        @functools.wraps(closure)
+        def counted() -> Any:
+            loss = closure()
+            if not self._taken:
+                self._take(optimizer)
+            return loss
+
+        return counted
+
+    @torch.no_grad()
+    def _take(self, optimizer: Optimizer) -> None:
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        taken = [
+            (group, params, self._table.rows_of(params))
+            for group in optimizer.param_groups
+            for params in self._lists(group)
+        ]
+        for group, params, rows in taken:
+            if group.get("lr", 1.0) != 0:
+                grads = [_gradient(param, group, scale) for param in params]
+                row_statistics_(params, grads, rows=rows)
+        self._taken = taken
+
+    def _lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Tracked parameters of a group that have a gradient, parted by dtype."""
+        lists: dict[torch.dtype, list[Tensor]] = {}
+        for param in group["params"]:
+            if param.grad is not None and id(param) in self._table.index:
+                lists.setdefault(param.dtype, []).append(param)
+        return list(lists.values())
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for group, params, rows in self._taken:
+            row_mask_(params, lr=rate(group.get("lr", 1.0), params[0].device), rows=rows)
+        self._taken = []
+        channel_moments_(self._table)
+
+
+def _gradient(param: Tensor, group: dict[str, Any], scale: Tensor | None) -> Tensor:
+    """The gradient that the step goes down, which ``maximize`` and a scale change."""
+    grad = param.grad
+    assert grad is not None
+    if scale is not None:
+        grad = grad / scale.to(grad.device, grad.dtype)
+    return -grad if group.get("maximize") else grad

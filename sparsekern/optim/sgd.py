@@ -1,0 +1,114 @@
+"""Stochastic gradient descent, in one pass with the work of a table of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sparsekern._ops import sgd_step_
+from sparsekern.optim._base import RowOptimizer
+from sparsekern.optim._lists import TensorList, rate
+
+_BUFFER = "momentum_buffer"
+
+
+class SGD(RowOptimizer):
+    """:class:`torch.optim.SGD` as a fused step that can also carry a table of rows.
+
+    Arguments, defaults, groups and state are torch's, and state dicts load both ways. It always is
+    fused: ``foreach`` and ``fused`` are only checked. Parameters are dense float32, float64,
+    bfloat16 or float16 tensors; gradients are dense and of the parameter's dtype.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: ``differentiable``, or ``fused`` and ``foreach`` together.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
+        if not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}, expected >= 0")
+        if not momentum >= 0.0:
+            raise ValueError(f"Invalid momentum value: {momentum}, expected >= 0")
+        if not weight_decay >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}, expected >= 0")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"Nesterov momentum requires a momentum and zero dampening, "
+                f"got momentum {momentum} and dampening {dampening}"
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (_BUFFER,) if group["momentum"] != 0 else ()
+
+    def _new_state(self, name: str, param: Tensor) -> Tensor | None:
+        # The first buffer is the first gradient, undampened.
+        return None
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        tensors: TensorList,
+        grads: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        params = tensors.params
+        if tensors.first:
+            # Zeros, because masked rows of it are never written.
+            buffers = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in params]
+        else:
+            buffers = tensors.state.get(_BUFFER, [])
+        sgd_step_(
+            params,
+            grads,
+            buffers,
+            lr=rate(group["lr"], params[0].device),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=tensors.first,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            rows=tensors.rows,
+        )
+        # A skipped first step leaves no buffer behind, else the next gradient would be dampened.
+        if tensors.first and (found_inf is None or found_inf.item() != 1):
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param][_BUFFER] = buffer
