@@ -1,0 +1,1 @@
+"""What measures time, and what it showed."""

@@ -1,0 +1,51 @@
+"""The networks that measurements are made on, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
+
+_operators = torch.library.Library("torchvision", "DEF")
+# torchvision's wheels are built for CUDA; beside a CPU build of torch they look for these two at import.
+_operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from torchvision import models as tv  # noqa: E402
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "unet-31m": lambda: UNet(3, 1, width=64),
+    "unet-2m": lambda: UNet(3, 1, width=16),
+    "unet-2m-bilinear": lambda: UNet(3, 1, width=16, decoder="bilinear"),
+    "mobilenetv3-seg": lambda: lraspp_mobilenetv3("large", classes=1),
+    "mobilenet_v3_large": tv.mobilenet_v3_large,
+    "resnet18": tv.resnet18,
+    "resnet50": tv.resnet50,
+    "densenet121": tv.densenet121,
+    "vgg16_bn": tv.vgg16_bn,
+}
+
+
+def example(name: str, size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An input of the network ``name``: ``[2, 3, size, size]`` of fixed noise."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Random statistics and affines in every batch norm, so that nothing hides in ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
+            module.running_var.copy_(uniform(module.running_var, 0.5, 2.0))
+            module.weight.copy_(uniform(module.weight, 0.5, 1.5))
+            module.bias.copy_(uniform(module.bias, -0.5, 0.5))
