@@ -60,6 +60,9 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         with _replacing(target) as temporary:
             save_file(tensors, temporary, metadata)
+    except KeyError as error:
+        names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
+        raise ValueError(f"module: {shorten(names)} is {error}, which safetensors cannot hold") from None
     except (OSError, SafetensorError) as error:
         raise OSError(f"path: cannot write {os.fspath(path)!r}: {error}") from error
 
@@ -135,9 +138,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _target(path: str | os.PathLike[str]) -> Path:
     # Through symbolic links: what they point at is replaced, not the link.
     target = Path(os.path.realpath(path))
-    if target.is_dir():
+    if os.path.isdir(target):
         raise IsADirectoryError(f"path: {os.fspath(path)!r} is a directory, expected a file name")
-    if not target.parent.is_dir():
+    if os.path.exists(target) and not os.path.isfile(target):
+        # Replacing a device or a pipe would take it away from the system.
+        raise OSError(f"path: {os.fspath(path)!r} is not a regular file")
+    if not os.path.isdir(target.parent):
         raise FileNotFoundError(
             f"path: cannot write {os.fspath(path)!r}, {str(target.parent)!r} is not a directory"
         )
@@ -148,10 +154,12 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def _replacing(target: Path) -> Iterator[Path]:
     """A file beside ``target`` that takes its place once the block has written it."""
     temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.tmp")
-    # Made here, so that the user's umask holds; whoever writes it later keeps the mode.
+    # Made here, so that the user's umask holds whatever mode the writer prefers.
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, target)
     except BaseException:

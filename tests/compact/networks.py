@@ -1,0 +1,84 @@
+"""A small network that compaction is tested on, and plans for it written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekern.compact import Plan, TensorPlan
+
+# The channels that are kept of an eight-channel layer.
+KEPT = (0, 3, 4, 5, 7)
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+class Chain(nn.Module):
+    """Convolution, norm, depthwise, transposed convolution and linear, eight channels wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.act = nn.PReLU(8)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.depth(torch.relu(self.norm(self.stem(x)))))
+        return self.head(self.up(x).mean((2, 3)))
+
+
+def plan_for(model: nn.Module, keep: Mapping[str, Mapping[int, Sequence[int]]]) -> Plan:
+    """A plan with the shapes of ``model`` and the indices of ``keep``."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return Plan(
+        {
+            name: TensorPlan(tuple(tensors[name].shape), {d: np.array(i) for d, i in dims.items()})
+            for name, dims in keep.items()
+        }
+    )
+
+
+def chain_plan(model: Chain, kept: Sequence[int] = KEPT) -> Plan:
+    """Removes all but ``kept`` of the eight channels that run from ``stem`` to ``up``."""
+    rows = ["stem.weight", *(f"norm.{n}" for n in NORM), "depth.weight", "depth.bias", "act.weight"]
+    return plan_for(model, {**{name: {0: kept} for name in rows}, "up.weight": {0: kept}})
+
+
+def mask_chain(model: Chain, kept: Sequence[int] = KEPT) -> Chain:
+    """Zeroes the channels that ``chain_plan`` removes."""
+    gone = [c for c in range(8) if c not in kept]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.partition(".")[0] in ("stem", "norm", "depth", "act"):
+                parameter[gone] = 0
+    return model
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Norm statistics and affine parameters as after a training, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, norms):
+                continue
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.is_floating_point():
+                    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                    # Away from zero, where the norm would amplify whatever comes.
+                    tensor.copy_(noise + 0.5 if name in ("weight", "running_var") else noise - 0.5)
+    return model
+
+
+def chain() -> Chain:
+    """A ``Chain`` in float64 with seeded weights and random norm statistics."""
+    torch.manual_seed(0)
+    model = Chain().to(torch.float64)
+    randomise(model)
+    return model
