@@ -339,7 +339,8 @@ class _Kept:
             and _same(params, self.params)
             and _same(list(state.values()), self.states)
             and _same(list(_values(self.state_dicts)), self.values)
-            and self.dtypes == set(map(_dtype, grads))
+            # Of a single list the operation itself compares the dtypes, before it changes anything.
+            and (len(self.lists) == 1 or self.dtypes == set(map(_dtype, grads)))
             and {torch.strided}.issuperset(map(_layout, grads))
         )
 
