@@ -1,17 +1,28 @@
-"""Checks of arguments, shared by every layer: one exception each, naming the argument, what came and what
-was expected. They change nothing and read no device values.
+"""Checks of arguments, shared by every layer.
+
+Each raises one exception that names the argument, what came and what was expected. They change
+nothing and read no device value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from sparsekern._rows import Rows
 
-DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What the backends take."""
+
+_dtype = attrgetter("dtype")
+
+# By id of the first parameter: what `step` last found good. Cleared when it grows beyond the limit.
+_good: dict[int, tuple[object, ...]] = {}
+_GOOD_LIMIT = 512
 
 
 def number(
@@ -39,117 +50,160 @@ def number(
     return float(value)
 
 
-def scalar(name: str, value: Tensor | None, device: torch.device) -> None:
-    """``value`` is None or has one element of a real floating dtype on ``device``.
+def step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    rows: Rows | None,
+) -> None:
+    """The tensors of one call fit each other and their rows.
 
-    Raises:
-        ValueError: it is something else.
-    """
-    if value is None:
-        return
-    if value.numel() != 1 or not value.is_floating_point() or value.device != device:
-        raise ValueError(
-            f"{name}: got {_describe(value)}, expected one floating-point element on {device}"
-        )
+    An optimizer calls with the same parameters and state step after step, and to look at each of
+    them takes longer than the step of a small network. So what was found good is remembered by
+    identity, together with what changes behind an identity (``param.data`` put on another device,
+    into another type or size); only gradients are looked at every time.
 
-
-def params(tensors: Sequence[Tensor]) -> None:
-    """The parameters of one call: dense, of one supported dtype, on one device.
+    Args:
+        params: at least one.
+        grads: like ``params``.
+        states: further lists like ``params``, by the name of the argument.
+        steps: float32 counters of one element, one per parameter; empty for ops without any.
+        rows: of ``params``.
 
     Raises:
         TypeError: a dtype or layout that no backend takes.
-        ValueError: tensors of several devices or dtypes.
+        ValueError: another number of tensors, or one that differs.
     """
-    if not tensors:
+    dtype, sizes = params[0].dtype, list(map(Tensor.numel, params))
+    key = (
+        list(map(id, chain(params, *states.values(), steps))),
+        sizes,
+        dtype,
+        params[0].device,
+        None if rows is None else (id(rows.table), list(rows.starts), list(rows.dims)),
+    )
+    if (
+        _good.get(id(params[0])) == key
+        and list(map(Tensor.numel, grads)) == sizes
+        and set(map(_dtype, grads)) == {dtype}
+    ):
         return
-    dtype, device = tensors[0].dtype, tensors[0].device
+    parameters(params)
+    for name, tensors in {"grads": grads, **states}.items():
+        like(name, tensors, params)
+    if steps:
+        counters(steps, len(params))
+    inside(rows, params)
+    if len(_good) >= _GOOD_LIMIT:
+        _good.clear()
+    _good[id(params[0])] = key
+
+
+def parameters(params: Sequence[Tensor]) -> None:
+    """At least one parameter, all dense, of one supported dtype, on one device.
+
+    Raises:
+        TypeError: a dtype or layout that no backend takes.
+        ValueError: several devices or dtypes.
+    """
+    dtype, device = params[0].dtype, params[0].device
     if dtype not in DTYPES:
-        expected = "float32, float64, bfloat16 or float16"
-        raise TypeError(f"params[0]: got {_describe(tensors[0])}, expected {expected}")
-    for i, tensor in enumerate(tensors):
-        if tensor.dtype is not dtype or tensor.device != device:
+        raise TypeError(
+            f"params[0]: got {_describe(params[0])}, expected float32, float64, bfloat16 or float16"
+        )
+    for i, param in enumerate(params):
+        if param.dtype is not dtype or param.device != device:
             raise ValueError(
-                f"params[{i}]: got {_describe(tensor)}, expected {dtype} on {device} as params[0]"
+                f"params[{i}]: got {_describe(param)}, expected {dtype} on {device} as params[0]"
             )
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"params[{i}]: got layout {tensor.layout}, expected a dense tensor")
+        _dense(f"params[{i}]", param)
 
 
-def like(name: str, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """``tensors`` match the parameters ``expected`` one by one in shape, dtype, device and layout.
+def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """``tensors`` match the parameters one by one in shape, dtype, device, and are dense.
 
     Raises:
         TypeError: a sparse tensor.
         ValueError: another number of tensors, or one that differs.
     """
-    length(name, tensors, len(expected))
-    if not expected:
-        return
-    dtype, device = expected[0].dtype, expected[0].device
-    for i, (tensor, param) in enumerate(zip(tensors, expected, strict=True)):
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name}[{i}]: got layout {tensor.layout}, expected a dense tensor")
-        if tensor.dtype is not dtype or tensor.shape != param.shape or tensor.device != device:
+    if len(tensors) != len(params):
+        raise ValueError(f"{name}: got {len(tensors)} tensors, expected {len(params)} as params")
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        _dense(f"{name}[{i}]", tensor)
+        if _kind(tensor) != _kind(param):
             raise ValueError(
-                f"{name}[{i}]: got {_describe(tensor)}, expected {_describe(param)} as its parameter"
+                f"{name}[{i}]: got {_describe(tensor)}, expected {_describe(param)} as params[{i}]"
             )
 
 
-def length(name: str, values: Sequence[object], expected: int) -> None:
-    """There are ``expected`` values, one per parameter.
+def empty(name: str, tensors: Sequence[Tensor], unless: str) -> None:
+    """There are no such tensors, because an option says so.
 
     Raises:
-        ValueError: there are not.
+        ValueError: there are.
     """
-    if len(values) != expected:
-        raise ValueError(
-            f"{name}: got {len(values)} entries, expected {expected}, one per parameter"
-        )
+    if tensors:
+        raise ValueError(f"{name}: got {len(tensors)} tensors, expected none unless {unless}")
 
 
-def steps(values: Sequence[Tensor], expected: Sequence[Tensor], *, same_device: bool) -> None:
-    """One-element float32 step counters, one per parameter.
+def scalar(name: str, value: object, device: torch.device) -> None:
+    """``value`` is None, a number, or a tensor of one floating element on ``device``.
 
     Raises:
-        ValueError: another number of them, another size or dtype, or (``same_device``) another device.
+        ValueError: it is another tensor.
     """
-    length("steps", values, len(expected))
-    for i, value in enumerate(values):
+    if not isinstance(value, Tensor):
+        return
+    if value.numel() != 1 or not value.is_floating_point() or value.device != device:
+        raise ValueError(f"{name}: got {_describe(value)}, expected one floating-point element on {device}")
+
+
+def counters(steps: Sequence[Tensor], expected: int) -> None:
+    """Step counters: one float32 element for each of ``expected`` parameters.
+
+    Raises:
+        ValueError: another number of them, another size or dtype.
+    """
+    if len(steps) != expected:
+        raise ValueError(f"steps: got {len(steps)} tensors, expected {expected} as params")
+    for i, value in enumerate(steps):
         if value.numel() != 1 or value.dtype is not torch.float32:
             raise ValueError(f"steps[{i}]: got {_describe(value)}, expected one float32 element")
-        if same_device and value.device != expected[i].device:
-            raise ValueError(
-                f"steps[{i}]: got {_describe(value)}, expected it on {expected[i].device} as its "
-                f"parameter, because grad_scale or found_inf was given"
-            )
 
 
-def rows(value: Rows | None, tensors: Sequence[Tensor]) -> None:
-    """Rows fit the parameters and lie inside their table, on the same device.
+def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
+    """The rows of every tracked parameter lie inside their table, on the same device.
 
     Raises:
         ValueError: they do not.
     """
-    if value is None or value.table is None or not tensors:
+    if rows is None or rows.table is None:
         return
-    length("rows.starts", value.starts, len(tensors))
-    length("rows.dims", value.dims, len(tensors))
-    table = value.table
-    total = table.penalty.shape[0]
-    if table.penalty.device != tensors[0].device:
+    total, device = rows.table.penalty.numel(), rows.table.penalty.device
+    if device != params[0].device:
         raise ValueError(
-            f"rows.table: got arrays on {table.penalty.device}, expected {tensors[0].device} as the "
-            f"parameters (make the table after the model was moved)"
+            f"rows.table: got arrays on {device}, expected them on {params[0].device} as params "
+            f"(make the table after the model was moved)"
         )
-    for i, (start, dim) in enumerate(zip(value.starts, value.dims, strict=True)):
-        if start < 0:
-            continue
-        shape = tensors[i].shape
-        if not 0 <= dim < len(shape) or start + shape[dim] > total:
+    for name, values in (("starts", rows.starts), ("dims", rows.dims)):
+        if len(values) != len(params):
+            raise ValueError(f"rows.{name}: got {len(values)} entries, expected {len(params)} as params")
+    for i, (param, start, dim) in enumerate(zip(params, rows.starts, rows.dims, strict=True)):
+        if start >= 0 and not (0 <= dim < param.dim() and start + param.shape[dim] <= total):
             raise ValueError(
-                f"rows: got start {start} and dim {dim} for params[{i}] of shape {list(shape)}, expected "
-                f"rows inside the {total} of the table"
+                f"rows: got start {start} and dimension {dim} for params[{i}] of shape "
+                f"{list(param.shape)}, expected rows inside the table's {total}"
             )
+
+
+def _dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, expected a dense tensor")
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _describe(tensor: Tensor) -> str:

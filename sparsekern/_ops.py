@@ -1,8 +1,9 @@
 """Every operation of the package: its function, its schema and its fake, side by side.
 
-The functions below are what the optimizers call. In eager mode they go straight to the backend of the device,
-because a pass through the dispatcher costs more than a small list of tensors takes; where something traces
-(``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) they go through ``torch.ops.sparsekern``.
+The functions below are what the optimizers call. In eager mode they go straight to the backend of
+the device, because a pass through the dispatcher costs more than a small list of tensors takes;
+where something traces (``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) they
+go through ``torch.ops.sparsekern``.
 
 Everything is in place and nothing is returned, so the fakes have nothing to say about shapes.
 """
@@ -25,8 +26,8 @@ _LIBRARY = torch.library.Library("sparsekern", "DEF")
 
 _P = ParamSpec("_P")
 
-# The arrays of a RowTable travel as two lists, both empty when no tensor of a call is tracked: those only
-# read and those written.
+# The arrays of a RowTable travel as two lists, both empty when no tensor of a call is tracked:
+# those only read and those written.
 _ROW_INPUTS = RowArrays._fields[:1]
 _ROW_STATE = RowArrays._fields[1:7]
 _ROWS = "Tensor[] row_inputs, Tensor(r!)[] row_state, int[] starts, int[] dims, float tau, float decay) -> ()"
@@ -63,14 +64,14 @@ def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]
 
 
 def _recorded(params: Sequence[Tensor]) -> bool:
-    """Whether a call has to take the dispatcher: something traces it, or these are no plain tensors."""
+    """Whether a call has to take the dispatcher: it is traced, or these are no plain tensors."""
     if torch.compiler.is_compiling():
         return True
     return bool(params) and type(params[0]) not in (Tensor, Parameter)
 
 
 def _flattened(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in the terms of the schema, which knows no Rows and no number that may be a tensor."""
+    """Options in the terms of the schema, which knows neither Rows nor a number or tensor."""
     flat = dict(options)
     if isinstance(flat.get("lr"), Tensor):
         flat |= {"lr": 0.0, "tensor_lr": flat["lr"]}
@@ -128,7 +129,7 @@ def sgd_step_(
     found_inf: Tensor | None = None,
     rows: Rows | None,
 ) -> None:
-    """One SGD step over a list of tensors: update, statistics, penalty, decline and mask in one pass.
+    """One SGD step over a list of tensors, with everything their rows ask for.
 
     Args:
         params: any shapes, one of float32, float64, bfloat16, float16, one device. Written.
@@ -141,15 +142,17 @@ def sgd_step_(
         rows: which rows the tensors have, or None.
 
     Raises:
-        TypeError, ValueError: an argument does not fit (see :mod:`sparsekern._checks`); nothing has changed.
+        TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
     if not params:
         return
-    _checks.params(params)
-    _checks.like("grads", grads, params)
-    _checks.like("momentum_buffers", momentum_buffers, params if momentum != 0 else ())
+    states = {"momentum_buffers": momentum_buffers}
+    if momentum == 0:
+        _checks.empty("momentum_buffers", momentum_buffers, "momentum is not 0")
+        states = {}
+    _checks.step(params, grads, states, (), rows)
     device = params[0].device
-    _check_common(params, device, lr, grad_scale, found_inf, rows)
+    _check_scalars(device, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
     choose(device).sgd_step_(
         params,
         grads,
@@ -198,20 +201,21 @@ def adam_step_(
     Args:
         exp_avgs, exp_avg_sqs: like ``params``, zeroed when new.
         max_exp_avg_sqs: like ``params`` with ``amsgrad``, else empty.
-        steps: one float32 element per parameter, on the CPU or the device of ``params``; incremented.
+        steps: one float32 element per parameter, on the device of ``params`` (without
+            ``found_inf`` also on the CPU); incremented.
 
     The other arguments and the errors are those of :func:`sgd_step_`.
     """
     if not params:
         return
-    _checks.params(params)
-    _checks.like("grads", grads, params)
-    _checks.like("exp_avgs", exp_avgs, params)
-    _checks.like("exp_avg_sqs", exp_avg_sqs, params)
-    _checks.like("max_exp_avg_sqs", max_exp_avg_sqs, params if amsgrad else ())
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if amsgrad:
+        states["max_exp_avg_sqs"] = max_exp_avg_sqs
+    else:
+        _checks.empty("max_exp_avg_sqs", max_exp_avg_sqs, "amsgrad is set")
+    _checks.step(params, grads, states, steps, rows)
     device = params[0].device
-    _checks.steps(steps, params, same_device=grad_scale is not None or found_inf is not None)
-    _check_common(params, device, lr, grad_scale, found_inf, rows)
+    _check_scalars(device, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
     choose(device).adam_step_(
         params,
         grads,
@@ -242,13 +246,11 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
         rows: which rows the tensors have.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has changed.
+        TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
     if not params:
         return
-    _checks.params(params)
-    _checks.like("grads", grads, params)
-    _checks.rows(rows, params)
+    _checks.step(params, grads, {}, (), rows)
     choose(params[0].device).row_statistics_(params, grads, rows=rows)
 
 
@@ -256,8 +258,8 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
 def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
     """Penalty, decline and mask alone, to be called after another optimizer's step.
 
-    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones fall on by one
-    step of their countdown. With ``lr`` 0 only the mask is set.
+    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones fall
+    on by one step of their countdown. With ``lr`` 0 only the mask is set.
 
     Args:
         params: as in :func:`sgd_step_`. Written.
@@ -265,18 +267,18 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
         rows: which rows the tensors have.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has changed.
+        TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
     if not params:
         return
-    _checks.params(params)
     device = params[0].device
-    _check_common(params, device, lr, None, None, rows)
+    _checks.step(params, params, {}, (), rows)
+    _check_scalars(device, lr=lr)
     choose(device).row_mask_(params, lr=lr, rows=rows)
 
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
-    """Fold the dots of the last step into the means per channel; once per step, after all its lists.
+    """Fold the dots of a step into the means per channel, after the last list of that step.
 
     Does nothing when no step since the last call changed anything (``found_inf``, ``lr`` 0).
     """
@@ -288,20 +290,10 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     "_channel_moments_(Tensor[] gates, Tensor(a!)[] state, *, float decay) -> ()",
 )
 def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
-    """:func:`channel_moments_` in the terms of the dispatcher: the fields of ChannelArrays, in order."""
+    """:func:`channel_moments_` with the fields of ChannelArrays, as the dispatcher takes them."""
     choose(state[0].device).channel_moments_(ChannelArrays(*gates, *state, decay))
 
 
-def _check_common(
-    params: Sequence[Tensor],
-    device: torch.device,
-    lr: float | Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    rows: Rows | None,
-) -> None:
-    if isinstance(lr, Tensor):
-        _checks.scalar("lr", lr, device)
-    _checks.scalar("grad_scale", grad_scale, device)
-    _checks.scalar("found_inf", found_inf, device)
-    _checks.rows(rows, params)
+def _check_scalars(device: torch.device, **values: float | Tensor | None) -> None:
+    for name, value in values.items():
+        _checks.scalar(name, value, device)

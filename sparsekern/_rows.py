@@ -1,9 +1,10 @@
 """Per-row arrays over the tracked parameters of a model.
 
 A *row* is one output channel of one parameter: index ``r`` along the parameter's logical dimension
-``dim``. Rows of all tracked parameters are numbered through, parameter after parameter, and everything
-known about them lives in flat arrays of length ``R`` (the number of rows), so that a kernel sees one
-pointer per quantity and a checkpoint holds a handful of tensors instead of some per layer.
+``dim``. Rows of all tracked parameters are numbered through, parameter after parameter, and
+everything known about them lives in flat arrays of length ``R`` (the number of rows), so that a
+kernel sees one pointer per quantity and a checkpoint holds a handful of tensors instead of some per
+layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 LIVE = -1
-"""Countdown of a live row. ``k > 0``: the row declines and has ``k`` steps left; ``0``: it is masked."""
+"""Countdown of a live row. A declining row has the steps that are left, a masked row 0."""
 
 COUNT, DOT, GRAD_SQ, WEIGHT_SQ = range(4)
 """Columns of :attr:`RowTable.sums`."""
@@ -61,7 +62,7 @@ class RowArrays(NamedTuple):
 
 
 class ChannelArrays(NamedTuple):
-    """What :func:`sparsekern._ops.channel_moments_` needs of a :class:`RowTable`, by the same names."""
+    """What ``channel_moments_`` needs of a :class:`RowTable`, by the same names."""
 
     gate_offsets: Tensor
     gate_rows: Tensor
@@ -79,7 +80,8 @@ class Rows:
 
     Attributes:
         table: the flat arrays, or None when no tensor of the list is tracked.
-        starts: per tensor, the index of its first row in the flat arrays; -1 when it is not tracked.
+        starts: per tensor, the index of its first row in the flat arrays; -1 when it is not
+            tracked.
         dims: per tensor, the dimension that counts rows (any value when it is not tracked).
     """
 
@@ -98,17 +100,21 @@ class RowTable:
         index: the same by ``id(param)``.
         penalty: float32 ``[R]``; extra weight decay of the row (0 = none).
         countdown: int32 ``[R]``; :data:`LIVE`, steps left of a decline, or 0 when masked.
-        sums: float32 ``[R, 4]``; count, dot, grad_sq, weight_sq of the last step. All 0 in a masked row and
-            in one whose sums were not finite. ``dot`` is consumed (set to 0) by ``channel_moments_``.
-        threshold: float32 ``[R]``; what ``|gradient|`` has to exceed in the next step to be counted.
+        sums: float32 ``[R, 4]``; count, dot, grad_sq, weight_sq of the last step. All 0 in a masked
+            row and in one whose sums were not finite. ``dot`` is consumed (set to 0) by
+            ``channel_moments_``.
+        threshold: float32 ``[R]``; what ``|gradient|`` has to exceed in the next step to be
+            counted.
         activity: float32 ``[R]``; exponential mean of ``count / row size``, in [0, 1].
         nonfinite: int64 ``[]``; how many rows of how many steps were left out for non-finite sums.
-        pending: float32 ``[]``; 1 between a step that filled ``sums`` and ``channel_moments_``, else 0.
-        gate_offsets: int64 ``[C + 1]``; gate_rows: int64 ``[G]``; the gates of channel ``c`` are the rows
-            ``gate_rows[gate_offsets[c]:gate_offsets[c + 1]]``.
+        pending: float32 ``[]``; 1 between a step that filled ``sums`` and ``channel_moments_``,
+            else 0.
+        gate_offsets: int64 ``[C + 1]``; gate_rows: int64 ``[G]``; the gates of channel ``c`` are
+            the rows ``gate_rows[gate_offsets[c]:gate_offsets[c + 1]]``.
         channel_dot: float32 ``[C]``; exponential mean of the sum over a channel's gates of ``dot``.
         channel_dot_sq: float32 ``[C]``; exponential mean of the square of that sum.
-        updates: float32 ``[]``; steps that entered the means. ``mean / (1 - decay**updates)`` is unbiased.
+        updates: float32 ``[]``; steps that entered the means. ``mean / (1 - decay**updates)`` is
+            unbiased.
         tau: factor of the threshold.
         decay: of the exponential means.
     """
@@ -137,15 +143,16 @@ class RowTable:
         """Arrays for ``params``, all rows live, no statistics yet.
 
         Args:
-            params: ``(parameter, dimension of its rows)`` of every tracked parameter, on one device.
-            gates: per channel the indices of its gates' rows (1-D integer arrays), or the same as a pair
-                ``(offsets [C + 1], rows [G])``.
+            params: ``(parameter, dimension of its rows)`` of every tracked parameter, on one
+                device.
+            gates: per channel the indices of its gates' rows (1-D integer arrays), or the same as a
+                pair ``(offsets [C + 1], rows [G])``.
             tau: factor of the threshold, > 0.
             decay: of the exponential means, in [0, 1).
 
         Raises:
-            ValueError: a dimension, gate, ``tau`` or ``decay`` out of range, a parameter given twice, or
-                parameters on several devices.
+            ValueError: a dimension, gate, ``tau`` or ``decay`` out of range, a parameter given
+                twice, or parameters on several devices.
         """
         if not tau > 0:
             raise ValueError(f"tau: got {tau!r}, expected a number > 0")
@@ -186,11 +193,12 @@ class RowTable:
     def refresh(self) -> None:
         """Recount the masked rows; to be called after ``countdown`` was changed from Python.
 
-        Reads the device once. Sets :attr:`masked`, the number of masked rows of each view as it was at this
-        call (declines that end later do not show in it), which backends may use to choose how to walk a tensor.
+        Reads the device once. Sets :attr:`masked`, the number of masked rows of each view as it was
+        at this call (declines that end later do not show in it), which backends may use to choose
+        how to walk a tensor.
         """
         masked = (self.countdown == 0).cpu().numpy()
-        self.masked = {view.start: int(masked[view.slice].sum()) for view in self.views}
+        self.masked = [int(masked[view.slice].sum()) for view in self.views]
 
     def rows_of(self, params: Iterable[Tensor]) -> Rows:
         """The :class:`Rows` of a list of parameters, tracked or not."""
@@ -203,12 +211,12 @@ class RowTable:
     def zero_masked(self, states: Callable[[Parameter], Iterable[Tensor]]) -> None:
         """Set the masked rows of every tracked parameter and of its optimizer state to zero.
 
-        Kernels skip masked rows on the understanding that this was done when the mask was set, and again
-        after anything loaded weights or state.
+        Kernels skip masked rows on the understanding that this was done when the mask was set, and
+        again after anything loaded weights or state.
 
         Args:
-            states: gives the optimizer state of a parameter; tensors of another shape than the parameter's
-                (``step``) are left alone.
+            states: gives the optimizer state of a parameter; tensors of another shape than the
+                parameter's (``step``) are left alone.
         """
         for view in self.views:
             masked = self.countdown[view.slice] == 0
@@ -222,9 +230,7 @@ class RowTable:
 
     def state_dict(self) -> dict[str, Any]:
         """All arrays (not copied), ``tau`` and ``decay``."""
-        state: dict[str, Any] = {
-            name: getattr(self, name) for name in self._ARRAYS + self._STRUCTURE
-        }
+        state: dict[str, Any] = {name: getattr(self, name) for name in self._ARRAYS + self._STRUCTURE}
         return state | {"tau": self.tau, "decay": self.decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,14 +238,12 @@ class RowTable:
 
         Raises:
             KeyError: an entry is missing.
-            ValueError: an entry has another shape or dtype, or the gates are those of another model;
-                nothing has been changed then.
+            ValueError: an entry has another shape or dtype, or the gates are those of another
+                model; nothing has been changed then.
         """
         for name in (*self._ARRAYS, *self._STRUCTURE, "tau", "decay"):
             if name not in state:
-                raise KeyError(
-                    f"state: has no entry {name!r}, expected the state_dict of a RowTable"
-                )
+                raise KeyError(f"state: has no entry {name!r}, expected the state_dict of a RowTable")
         for name in self._ARRAYS + self._STRUCTURE:
             own, other = getattr(self, name), state[name]
             if own.shape != other.shape or own.dtype != other.dtype:
@@ -272,8 +276,8 @@ def _views(params: Sequence[tuple[Parameter, int]]) -> list[RowView]:
             raise ValueError(f"params[{position}]: got a parameter a second time, expected it once")
         if views and param.device != views[0].param.device:
             raise ValueError(
-                f"params[{position}]: got a parameter on {param.device}, expected all on one device, "
-                f"and the first is on {views[0].param.device}"
+                f"params[{position}]: got a parameter on {param.device}, "
+                f"expected all on {views[0].param.device} as the first"
             )
         seen.add(id(param))
         views.append(RowView(param, dim, start, param.shape[dim]))
@@ -296,8 +300,8 @@ def _csr(gates: Sequence[Any] | tuple[Any, Any], rows: int) -> tuple[np.ndarray,
     ends_fit = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(gate_rows)
     if not ends_fit or (np.diff(offsets) < 0).any():
         raise ValueError(
-            f"gates: got offsets from {offsets[:1].tolist()} to {offsets[-1:].tolist()}, expected them to "
-            f"rise from 0 to the number of gate rows, {len(gate_rows)}"
+            f"gates: got offsets from {offsets[:1]} to {offsets[-1:]}, expected them to rise "
+            f"from 0 to the number of gate rows, {len(gate_rows)}"
         )
     if len(gate_rows) and not (gate_rows.min() >= 0 and gate_rows.max() < rows):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Where a step is computed: backend modules by name, and the choice between them.
 
-Every backend is a module with the functions of :mod:`~sparsekern.backends.reference`. ``SPARSEKERN_BACKEND``
-forces one by name; it is read at the first step.
+Every backend is a module with the functions of :mod:`~sparsekern.backends.reference`.
+``SPARSEKERN_BACKEND`` forces one by name; it is read at the first step.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _forced(name: str, device_type: str) -> ModuleType:
     reason = _why_not(name, device_type)
     if reason is not None:
         raise RuntimeError(
-            f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device_type}, expected a backend that works "
-            f"there: {reason}"
+            f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device_type}, "
+            f"expected a backend that works there: {reason}"
         )
     return _module(name)
 
@@ -65,7 +65,7 @@ def _why_not(name: str, device_type: str) -> str | None:
         return None
     if device_type != "cpu":
         return f"it takes tensors on cpu, not on {device_type}"
-    return None if _native.load() is not None else _native.reason
+    return None if _native.load() is not None else str(_native.reason)
 
 
 def available() -> list[tuple[str, bool, str]]:

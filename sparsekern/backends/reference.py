@@ -1,18 +1,20 @@
 """The step in plain torch: the specification that every other backend equals, and itself a backend.
 
 A backend is a module with the five functions below, called with arguments that were already checked
-(:mod:`sparsekern._checks`). All tensors of a call lie on one device; ``params``, ``grads`` and the state
-lists are as long as each other and of one floating dtype. ``rows`` says which rows the tensors have; it is
-None when none of them is tracked. ``rows.table`` may be any object with the attributes of ``RowArrays``.
+(:mod:`sparsekern._checks`). All tensors of a call lie on one device; ``params``, ``grads`` and the
+state lists are as long as each other and of one floating dtype. ``rows`` says which rows the
+tensors have; it is None when none of them is tracked. ``rows.table`` may be any object with the
+attributes of ``RowArrays``.
 
-Arithmetic. The compute type is float64 for float64 tensors and float32 for all others; 16-bit tensors are
-widened at the load and rounded once at the store, and an update reads the unrounded state. Scalars are
-formed in float64 and rounded once to the compute type. Every operation written here is one rounding, in the
-order written (no fused multiply-add), so a backend may be compared element by element.
+Arithmetic. The compute type is float64 for float64 tensors and float32 for all others; 16-bit
+tensors are widened at the load and rounded once at the store, and an update reads the unrounded
+state. Scalars are formed in float64 and rounded once to the compute type. Every operation written
+here is one rounding, in the order written (no fused multiply-add), so a backend may be compared
+element by element.
 
-Rows. A row with ``countdown == 0`` is *masked*: nothing of it is read or written, its gradient included
-(it was zeroed when the mask was set), and its sums are 0. Rows are taken along a logical dimension, so memory
-formats make no difference; the sum over a row may be taken in any order.
+Rows. A row with ``countdown == 0`` is *masked*: nothing of it is read or written, its gradient
+included (it was zeroed when the mask was set), and its sums are 0. Rows are taken along a logical
+dimension, so memory formats make no difference; the sum over a row may be taken in any order.
 
 Nothing here reads a device value into Python: conditions are tensors.
 """
@@ -56,8 +58,8 @@ def sgd_step_(
     """One step of SGD with everything that the rows ask for, in place.
 
     Args:
-        momentum_buffers: empty when ``momentum`` is 0. With ``first`` they are set to the gradient and
-            their content is not read; they come zeroed, because masked rows are not written.
+        momentum_buffers: empty when ``momentum`` is 0. With ``first`` they are set to the gradient
+            and their content is not read; they come zeroed, because masked rows are not written.
         lr: a float, or a one-element floating tensor on the device of the parameters.
         grad_scale: one-element float32; gradients are divided by it and stored back.
         found_inf: one-element float32; when it is 1 nothing at all changes.
@@ -162,8 +164,8 @@ def adam_step_(
 def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: Rows) -> None:
     """The statistics of a step alone, before an optimizer that knows nothing of rows makes its own.
 
-    Fills ``sums`` and updates ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step does;
-    parameters and gradients are only read.
+    Fills ``sums`` and updates ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step
+    does; parameters and gradients are only read.
     """
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, None)
@@ -175,8 +177,8 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
 def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
     """Penalty, decline and mask alone, after an optimizer that knows nothing of rows made its step.
 
-    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones then fall as
-    in a step. With ``lr`` 0 nothing but the mask takes place.
+    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones then
+    fall as in a step. With ``lr`` 0 nothing but the mask takes place.
     """
     _, learn = _conditions(lr, None, params)
     lr = _rate(lr)
@@ -194,9 +196,9 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     """Fold the dots of the last step into the means per channel; once per step, after all lists.
 
     Per channel, ``x`` is the sum over its gates' rows of ``dot`` (float32, any order), and
-    ``channel_dot = decay * channel_dot + (1 - decay) * x``, likewise ``channel_dot_sq`` with ``x * x``;
-    ``updates`` rises by 1. The dots and ``pending`` are then set to 0. When ``pending`` is 0 (no step since, or
-    one that changed nothing) nothing changes.
+    ``channel_dot = decay * channel_dot + (1 - decay) * x``, likewise ``channel_dot_sq`` with
+    ``x * x``; ``updates`` rises by 1. The dots and ``pending`` are then set to 0. When ``pending``
+    is 0 (no step since, or one that changed nothing) nothing changes.
     """
     learn = table.pending != 0
     dot = table.sums[:, DOT].index_select(0, table.gate_rows)
@@ -255,7 +257,7 @@ class _RowStep:
         _store(table.pending, torch.ones_like(table.pending), self.learn)
 
     def _next_threshold(self, sums: Tensor, counted: Tensor) -> Tensor:
-        """``tau * rms over counted rows of (|d| * norm of the row) / norm of the row``, in float64."""
+        """``tau * rms of |d| * norm over the counted rows / norm``, with a row's norm; float64."""
         weight_sq = sums[:, WEIGHT_SQ].double()
         total = (sums[:, GRAD_SQ].double() * weight_sq).sum()
         rms = (total / (counted.sum() * max(self.size, 1))).sqrt()
@@ -263,7 +265,7 @@ class _RowStep:
         return torch.where(weight_sq == 0, torch.inf, threshold).float()
 
     def decline(self, w: Tensor) -> Tensor:
-        """``w`` times ``(k - 1) / k`` in declining rows; exactly 0 (whatever it was) in their last step."""
+        """``w`` times ``(k - 1) / k`` in declining rows; in their last step exactly 0."""
         steps = self.countdown.to(w.dtype)
         factor = torch.where(self.declining, (steps - 1) / steps, 1)
         return self.clear(w * self.spread(factor))
@@ -329,7 +331,7 @@ def _blend(mean: Tensor, value: Tensor, decay: float, keep: Tensor | None) -> No
 def _gradient(
     grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool, keep: Tensor | None
 ) -> Tensor:
-    """The unscaled gradient in the compute type; stored back (before its sign changes) under a scale."""
+    """The unscaled gradient in the compute type; under a scale also stored, with torch's sign."""
     d = grad.to(dtype)
     if grad_scale is not None:
         d = d / _scalar(grad_scale, d)
@@ -345,9 +347,7 @@ def _l2(weight_decay: float, row: _RowStep | None, w: Tensor) -> Tensor | None:
     return None if weight_decay == 0 else _scalar(weight_decay, w)
 
 
-def _decay_factor(
-    lr: float | Tensor, weight_decay: float, row: _RowStep | None, w: Tensor
-) -> Tensor | None:
+def _decay_factor(lr: float | Tensor, weight_decay: float, row: _RowStep | None, w: Tensor) -> Tensor | None:
     """What W is multiplied by: ``1 - lr * (weight_decay + penalty)``; None for nothing."""
     if row:
         penalty = row.table.penalty[row.slice].double()
