@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from rich.table import Table
 
@@ -36,6 +37,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -47,13 +49,17 @@ def count(value: float) -> str:
     """A number with three digits and a unit: 1.94 M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.3g} {unit}"
+            return f"{_digits(value / size)} {unit}"
     return f"{value:.3g}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def milliseconds(seconds: float) -> str:
     """Seconds as text in milliseconds."""
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{_digits(1e3 * seconds)} ms"
 
 
 # Name of a row, key of a figure, text of a value, text of the second value against the first.
@@ -66,6 +72,8 @@ def _times(first: float, second: float) -> str:
 
 
 def _faster(first: float, second: float) -> str:
+    if second <= 0 or 0.95 < first / second < 1.05:  # closer than two timings of the same thing
+        return "about equal"
     return f"{first / second:.1f}x faster" if first >= second else f"{second / first:.2f}x slower"
 
 
@@ -139,7 +147,7 @@ def curves(path: Path, runs: Mapping[str, Result]) -> None:
         dice.legend(loc="lower right")
         _decorate(loss, "Training loss", "cross entropy + 1 - Dice", log=True)
         _decorate(dice, "Foreground Dice of the test images", "Dice")
-        _decorate(cost, "Cost of the network while it trains", "MACs, % of dense")
+        _decorate(cost, "Cost over time: MACs of the channels not masked", "% of dense")
         cost.set_xlabel("optimizer step")
         cost.set_ylim(0, 105)
         if pruned:
@@ -151,8 +159,12 @@ def curves(path: Path, runs: Mapping[str, Result]) -> None:
 def _decorate(axes: Axes, title: str, label: str, log: bool = False) -> None:
     axes.set_title(title)
     axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _loss(axes: Axes, name: str, result: Result, colour: str) -> None:
@@ -174,7 +186,7 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _dice(axes: Axes, name: str, result: Result, colour: str) -> None:
     step, dice, _ = np.asarray(result.history.scores).T
     label = f"{name}: {dice[-1]:.4f} at the end"
-    axes.plot(step, dice, color=colour, marker="o", markersize=5, label=label)
+    axes.plot(step, dice, color=colour, marker="o", markersize=5, label=label, clip_on=False)
 
 
 def _cost(axes: Axes, name: str, result: Result, colour: str) -> None:
