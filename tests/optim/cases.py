@@ -1,0 +1,139 @@
+"""Optimizers under test, beside the ones of torch that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sparsekern import optim
+from sparsekern._checks import DTYPES
+from sparsekern._rows import RowTable
+
+
+@dataclass(frozen=True)
+class Case:
+    ours: type[optim.RowOptimizer]
+    theirs: type[Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.ours.__name__, *self.options])
+
+
+CASES = (
+    Case(optim.SGD, torch.optim.SGD),
+    Case(optim.SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.25}),
+    Case(optim.Adam, torch.optim.Adam),
+    Case(optim.AdamW, torch.optim.AdamW, {"amsgrad": True}),
+)
+"""One optimizer with and one without each kind of state: the contract holds for both."""
+
+
+@dataclass(frozen=True)
+class Under:
+    """Makes optimizers of one case, with or without a table that tracks their parameters."""
+
+    case: Case
+    attached: bool
+
+    def __call__(self, params: Iterable[Any], **options: Any) -> optim.RowOptimizer:
+        optimizer = self.case.ours(params, **{"lr": 0.05} | self.case.options | options)
+        if self.attached:
+            self.attach(optimizer)
+        return optimizer
+
+    def theirs(self, params: Iterable[Any], **options: Any) -> Optimizer:
+        """The optimizer of torch, by its plainest loop."""
+        options = {"lr": 0.05, "foreach": False} | self.case.options | options
+        return self.case.theirs(params, **options)
+
+    def attach(self, optimizer: Optimizer) -> RowTable:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        table = table_of(params)
+        optim.attach(optimizer, table)
+        return table
+
+
+def table_of(params: Iterable[Tensor]) -> RowTable:
+    """Rows of all parameters that can have some, in dimension 1 where it is longer; every row is a
+    channel of its own.
+    """
+    rows = [(p, _row_dim(p)) for p in unique(params) if p.dim() and p.dtype in DTYPES]
+    total = sum(p.shape[dim] for p, dim in rows)
+    return RowTable(rows, [[r] for r in range(total)], decay=0.5)
+
+
+def unique(params: Iterable[Tensor]) -> list[Any]:
+    return list({id(p): p for p in params}.values())
+
+
+def _row_dim(param: Tensor) -> int:
+    return int(param.dim() > 2 and param.shape[1] > param.shape[0])
+
+
+def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    """Parameters of the usual kinds: a convolution in either memory format, a transposed one, a
+    depthwise one, a matrix, biases, one without dimensions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(6, 4, 3, 3), (8, 4, 3, 3), (3, 10, 2, 2), (5, 1, 3, 3), (7, 33), (40,), (1,), ()]
+    params = [torch.randn(shape, generator=generator) for shape in shapes]
+    params[1] = params[1].contiguous(memory_format=torch.channels_last)
+    return [Parameter(p.to(dtype)) for p in params]
+
+
+def copies(params: Iterable[Tensor]) -> list[Parameter]:
+    return [Parameter(p.detach().clone()) for p in params]
+
+
+def grade(params: Sequence[Tensor], seed: int, also: Sequence[Tensor] = (), scale: float = 1) -> None:
+    """Give parameters gradients, and the same ones to as many others."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, param in enumerate(params):
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype) * scale
+        param.grad = grad.clone()
+        if also:
+            also[i].grad = grad.clone()
+
+
+def snapshot(optimizer: Optimizer, table: RowTable | None = None) -> list[Any]:
+    """Values of all that a step changes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    values: list[Any] = [p.detach().clone() for p in params]
+    for state in optimizer.state.values():
+        values += [v.clone() if isinstance(v, Tensor) else v for v in state.values()]
+    if table is not None:
+        values += [v.clone() for v in table.state_dict().values() if isinstance(v, Tensor)]
+    return values
+
+
+def assert_same(these: Sequence[Any], those: Sequence[Any]) -> None:
+    """Equal bit for bit, NaN included."""
+    torch.testing.assert_close(list(these), list(those), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_near(these: Sequence[Tensor], those: Sequence[Tensor]) -> None:
+    """Equal up to the rounding of a few steps."""
+    for this, that in zip(these, those, strict=True):
+        torch.testing.assert_close(this.detach(), that.detach(), rtol=1e-5, atol=1e-6)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+def train(model: nn.Module, step: Callable[[], Any], steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        model.zero_grad()
+        model(torch.randn(5, 2, 4, 4, generator=generator)).square().mean().backward()
+        step()

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from optim.cases import CASES, Case, Under
+
+from sparsekern import backends
+
+
+@pytest.fixture(params=[name for name, works, _ in backends.available() if works])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every backend that works here, in turn."""
+    monkeypatch.setenv("SPARSEKERN_BACKEND", request.param)
+    backends.reset()
+    yield request.param
+    monkeypatch.undo()
+    backends.reset()
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=["plain", "table"])
+def under(case: Case, request: pytest.FixtureRequest) -> Under:
+    """An optimizer under test, without and with a table of live rows (which must not show)."""
+    return Under(case, attached=request.param == "table")
