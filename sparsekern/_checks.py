@@ -18,7 +18,7 @@ from sparsekern._rows import Rows
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What the backends take."""
 
-_dtype = attrgetter("dtype")
+_memory = attrgetter("dtype", "layout", "device")
 
 # By id of the first parameter: what `step` last found good. Cleared when it grows beyond the limit.
 _good: dict[int, tuple[object, ...]] = {}
@@ -54,7 +54,7 @@ def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor],
+    steps: Sequence[Tensor] | None,
     rows: Rows | None,
 ) -> None:
     """The tensors of one call fit each other and their rows.
@@ -68,31 +68,32 @@ def step(
         params: at least one.
         grads: like ``params``.
         states: further lists like ``params``, by the name of the argument.
-        steps: float32 counters of one element, one per parameter; empty for ops without any.
+        steps: float32 counters of one element, one per parameter; None for ops without.
         rows: of ``params``.
 
     Raises:
         TypeError: a dtype or layout that no backend takes.
         ValueError: another number of tensors, or one that differs.
     """
-    dtype, sizes = params[0].dtype, list(map(Tensor.numel, params))
+    lists = [params, *states.values(), steps or ()]
+    sizes, memory = list(map(Tensor.numel, params)), _memory(params[0])
     key = (
-        list(map(id, chain(params, *states.values(), steps))),
+        list(map(id, chain.from_iterable(lists))),
+        list(map(len, lists)),
         sizes,
-        dtype,
-        params[0].device,
+        memory,
         None if rows is None else (id(rows.table), list(rows.starts), list(rows.dims)),
     )
     if (
         _good.get(id(params[0])) == key
         and list(map(Tensor.numel, grads)) == sizes
-        and set(map(_dtype, grads)) == {dtype}
+        and set(map(_memory, grads)) == {memory}
     ):
         return
     parameters(params)
     for name, tensors in {"grads": grads, **states}.items():
         like(name, tensors, params)
-    if steps:
+    if steps is not None:
         counters(steps, len(params))
     inside(rows, params)
     if len(_good) >= _GOOD_LIMIT:

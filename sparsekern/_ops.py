@@ -150,7 +150,7 @@ def sgd_step_(
     if momentum == 0:
         _checks.empty("momentum_buffers", momentum_buffers, "momentum is not 0")
         states = {}
-    _checks.step(params, grads, states, (), rows)
+    _checks.step(params, grads, states, None, rows)
     device = params[0].device
     _check_scalars(device, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
     choose(device).sgd_step_(
@@ -250,7 +250,7 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
     """
     if not params:
         return
-    _checks.step(params, grads, {}, (), rows)
+    _checks.step(params, grads, {}, None, rows)
     choose(params[0].device).row_statistics_(params, grads, rows=rows)
 
 
@@ -272,7 +272,7 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
     if not params:
         return
     device = params[0].device
-    _checks.step(params, params, {}, (), rows)
+    _checks.step(params, params, {}, None, rows)
     _check_scalars(device, lr=lr)
     choose(device).row_mask_(params, lr=lr, rows=rows)
 

@@ -139,7 +139,6 @@ def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
     for row in live:
         row.w = [w * (1 - 0.1 * row.penalty) for w in row.w]
         oracle.decline(row)
-        row.state = dict.fromkeys(row.state, [])
     want = torch.tensor([row.w for row in side.rows], dtype=torch.float64)
     torch.testing.assert_close(side.param.detach().flatten(1), want, rtol=1e-13, atol=0)
     assert side.table.countdown.tolist() == [LIVE, 0, 0, LIVE, 1, 0, LIVE, 4]
