@@ -1,0 +1,19 @@
+"""Which channels of a network can be removed, what they are made of and what they cost."""
+
+from __future__ import annotations
+
+from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
+from .cost import Cost
+from .rules import register_rule
+from .trace import trace
+
+__all__ = [
+    "ChannelGraph",
+    "Cost",
+    "Gates",
+    "Group",
+    "Note",
+    "TensorSlots",
+    "register_rule",
+    "trace",
+]

@@ -1,0 +1,246 @@
+"""From slots and records to channels, groups, gates and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
+from .cost import CostBuilder, CostModel, refine
+from .interpret import Tracked
+from .records import Producer, Records
+from .slots import Slots
+
+
+@dataclass
+class _Numbering:
+    """channel_of: int64 per slot, -1 for slots that stay; group_of: int64 per channel."""
+
+    channel_of: np.ndarray
+    group_of: np.ndarray
+
+
+def build(tensors: Sequence[Tracked], slots: Slots, records: Records) -> ChannelGraph:
+    """The channels that may go: free classes that hold at least one row of a parameter."""
+    roots, reasons = slots.classes()
+    numbering = _number(tensors, roots, reasons, records)
+    groups = _groups(tensors, numbering, records, slots)
+    costs = _costs(tensors, numbering, records)
+    named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
+    notes = _notes(tensors, numbering, reasons, slots, records)
+    return ChannelGraph(
+        groups=groups,
+        group_of=numbering.group_of,
+        tensors=named,
+        gates=_gates(tensors, numbering, records, slots),
+        frozen=_frozen(tensors, notes, records, slots),
+        costs=costs,
+        notes=notes,
+    )
+
+
+def _row_ids(tensors: Sequence[Tracked], records: Records) -> list[np.ndarray]:
+    """Raw ids of all rows, those of producers first and in the order in which they run."""
+    made = [ids for p in records.producers for ids in (p.rows, p.bias)]
+    others = [t.ids[t.row_dim] for t in tensors if t.row_dim is not None]
+    return made + [ids for ids in others if ids is not None]
+
+
+def _number(
+    tensors: Sequence[Tracked], roots: np.ndarray, reasons: np.ndarray, records: Records
+) -> _Numbering:
+    rows = np.concatenate([np.empty(0, np.int64), *_row_ids(tensors, records)])
+    rows = rows[reasons[rows] < 0]
+    # Classes in the order of the first row that belongs to them.
+    classes, first = np.unique(roots[rows], return_index=True)
+    classes = classes[np.argsort(first, kind="stable")]
+    class_of = np.full(len(roots) + 1, -1, np.int64)
+    class_of[classes] = np.arange(len(classes))
+    of_slot = class_of[roots]
+    parts = []
+    for tensor in tensors:
+        for ids in tensor.ids:
+            inside = np.empty(0, np.int64) if ids is None else of_slot[ids]
+            inside = np.unique(inside[inside >= 0])
+            if len(inside):
+                parts.append((inside, np.zeros(len(inside), np.int64)))
+    group_of = refine(np.zeros(len(classes), np.int64), parts)
+    order = np.argsort(group_of, kind="stable")
+    channel = np.empty(len(classes) + 1, np.int64)
+    channel[order] = np.arange(len(classes))
+    channel[-1] = -1
+    return _Numbering(channel[of_slot], group_of[order])
+
+
+def _tensor(tensor: Tracked, numbering: _Numbering) -> TensorSlots | None:
+    channels = []
+    for ids in tensor.ids:
+        own = None if ids is None else numbering.channel_of[ids]
+        channels.append(None if own is None or (own < 0).all() else own)
+    if all(own is None for own in channels):
+        return None
+    entry = tensor.entry
+    kind = "parameter" if entry.parameter else "buffer"
+    return TensorSlots(entry.names[0], entry.names[1:], entry.shape, kind, tuple(channels), tensor.row_dim)
+
+
+def _groups(
+    tensors: Sequence[Tracked], numbering: _Numbering, records: Records, slots: Slots
+) -> tuple[Group, ...]:
+    count = int(numbering.group_of.max()) + 1 if len(numbering.group_of) else 0
+    members: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for index, tensor in enumerate(tensors):
+        for dim, ids in enumerate(tensor.ids):
+            own = np.empty(0, np.int64) if ids is None else numbering.channel_of[ids]
+            for group in np.unique(numbering.group_of[own[own >= 0]]):
+                members[group].append((index, dim))
+    makers = _makers(records, slots)
+    starts = np.searchsorted(numbering.group_of, np.arange(count + 1))
+    groups: list[Group] = []
+    for number, inside in enumerate(members):
+        belongs = set(inside)
+        producers = [tensors[i].entry.names[0] for i, dim in makers if (i, dim) in belongs]
+        names = [(tensors[i].entry.names[0], dim) for i, dim in inside]
+        consumed = [(tensors[i].entry.names[0], dim) for i, dim in records.consumers if (i, dim) in belongs]
+        rows = [tensors[i].entry.names[0] for i, dim in inside if tensors[i].row_dim == dim]
+        name = _unused(_owner((producers or rows)[0]), groups)
+        channels = np.arange(starts[number], starts[number + 1], dtype=np.int64)
+        groups.append(Group(number, name, channels, tuple(producers), tuple(names), tuple(consumed)))
+    return tuple(groups)
+
+
+def _makers(records: Records, slots: Slots) -> list[tuple[int, int]]:
+    """(tensor, dimension) of the weights that make channels, depthwise ones last, each once."""
+    found: dict[tuple[int, int], None] = {}
+    for depthwise in (False, True):
+        for producer in records.producers:
+            if producer.kind != "norm" and (producer.kind == "depthwise") == depthwise:
+                found.update(dict.fromkeys(slots.owners(producer.rows)))
+    return list(found)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _unused(name: str, groups: Sequence[Group]) -> str:
+    taken = {group.name for group in groups}
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}:{number}"
+    return candidate
+
+
+def _gates(tensors: Sequence[Tracked], numbering: _Numbering, records: Records, slots: Slots) -> Gates:
+    consumed = [p for p in records.producers if p.consumed]
+    channels = [_gate_rows(p, records) for p in consumed]
+    live, ids = _by_channel(channels, [_channels(p, numbering) for p in consumed], numbering)
+    # Channels of whose producers none is consumed still need something to decline.
+    everything = [np.concatenate([p.rows, p.bias]) for p in records.producers]
+    if len(np.unique(live)) < len(numbering.group_of):
+        own = [_channels(p, numbering) for p in records.producers]
+        more, more_ids = _by_channel(
+            [*everything, *_row_ids(tensors, records)],
+            [*own, *[None] * len(_row_ids(tensors, records))],
+            numbering,
+        )
+        bare = ~np.isin(more, live)
+        live, ids = np.concatenate([live, more[bare]]), np.concatenate([ids, more_ids[bare]])
+    pairs = np.unique(np.stack([live, ids], axis=1), axis=0)
+    tensor, _, row = slots.locate(pairs[:, 1])
+    used, index = np.unique(tensor, return_inverse=True)
+    counts = np.bincount(pairs[:, 0], minlength=len(numbering.group_of))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    names = tuple(tensors[i].entry.names[0] for i in used)
+    return Gates(offsets, index.reshape(-1).astype(np.int64), row, names)
+
+
+def _channels(producer: Producer, numbering: _Numbering) -> np.ndarray:
+    return np.unique(numbering.channel_of[producer.rows])
+
+
+def _gate_rows(producer: Producer, records: Records) -> np.ndarray:
+    """Raw ids of the rows that set the scale of what the producer makes."""
+    if producer.norms and not producer.mixed:
+        own = [_gate_rows(records.producers[n], records) for n in dict.fromkeys(producer.norms)]
+        return np.concatenate(own)
+    return np.concatenate([producer.rows, producer.bias])
+
+
+def _by_channel(
+    rows: Sequence[np.ndarray], own: Sequence[np.ndarray | None], numbering: _Numbering
+) -> tuple[np.ndarray, np.ndarray]:
+    """Channel and raw id of every row, where the channel is one of the producer's own."""
+    live, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for ids, channels in zip(rows, own, strict=True):
+        channel = numbering.channel_of[ids]
+        inside = channel >= 0
+        if channels is not None:
+            inside &= np.isin(channel, channels)
+        live.append(channel[inside])
+        kept.append(ids[inside])
+    return np.concatenate(live), np.concatenate(kept)
+
+
+def _costs(tensors: Sequence[Tracked], numbering: _Numbering, records: Records) -> CostModel:
+    builder = CostBuilder(len(numbering.group_of))
+    for tensor in tensors:
+        if tensor.entry.parameter:
+            scale, factors = 1, []
+            for size, ids in zip(tensor.entry.shape, tensor.ids, strict=True):
+                if ids is None:
+                    scale *= size
+                else:
+                    factors.append(numbering.channel_of[ids])
+            builder.add("params", scale, factors)
+    for measure, terms in (("macs", records.macs), ("activations", records.activations)):
+        for term in terms:
+            factors = [np.where(ids >= 0, numbering.channel_of[ids], -1) for ids in term.factors]
+            builder.add(measure, term.scale, factors)
+    return builder.build(numbering.group_of)
+
+
+def _notes(
+    tensors: Sequence[Tracked],
+    numbering: _Numbering,
+    reasons: np.ndarray,
+    slots: Slots,
+    records: Records,
+) -> dict[str, tuple[Note, ...]]:
+    """Why indices of rows and of contracted dimensions stay."""
+    wanted = {*records.row_marks, *records.consumers}
+    notes = {}
+    for index, tensor in enumerate(tensors):
+        own = []
+        for dim, ids in enumerate(tensor.ids):
+            if ids is None or (dim != tensor.row_dim and (index, dim) not in wanted):
+                continue
+            given = reasons[ids[numbering.channel_of[ids] < 0]]
+            numbers, counts = np.unique(given[given >= 0], return_counts=True)
+            for k in np.argsort(-counts, kind="stable"):
+                own.append(Note(dim, int(counts[k]), slots.reasons[numbers[k]]))
+        if own:
+            notes[tensor.entry.names[0]] = tuple(own)
+    return notes
+
+
+def _frozen(
+    tensors: Sequence[Tracked],
+    notes: dict[str, tuple[Note, ...]],
+    records: Records,
+    slots: Slots,
+) -> tuple[tuple[str, str], ...]:
+    """For every weight that makes channels, why rows of it stay (the most frequent reason)."""
+    table = []
+    for index, dim in _makers(records, slots):
+        tensor = tensors[index]
+        name, size = tensor.entry.names[0], tensor.entry.shape[dim]
+        of_rows = [note for note in notes.get(name, ()) if note.dim == dim]
+        if of_rows:
+            stay = sum(note.count for note in of_rows)
+            part = "" if stay == size else f" ({stay} of {size} rows)"
+            table.append((name, f"{of_rows[0].reason}{part}"))
+    return tuple(table)

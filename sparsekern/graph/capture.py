@@ -1,0 +1,190 @@
+"""The model's ATen graphs in evaluation and training mode, taken from a copy without memory."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A parameter or buffer of the model with all names it goes by, the first one first."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    parameter: bool
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One traced graph. ``sources`` says, for each placeholder by name, the number of the
+    registered tensor it stands for, or why it is none."""
+
+    module: torch.fx.GraphModule
+    sources: Mapping[str, int | str]
+    training: bool
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What tracing yields: the model's tensors, tied ones once, and one graph per mode."""
+
+    tensors: tuple[Registered, ...]
+    graphs: tuple[Captured, ...]
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+    """Trace ``model`` in both modes on fake tensors; ``model`` itself is never run or changed.
+
+    Raises ``ValueError`` naming ``model`` where it cannot be copied or has uninitialised
+    parameters, and naming ``example_inputs`` where its forward rejects them.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _undisturbed():
+        clone = _fake_copy(model, mode)
+        tensors, numbers = _registered(clone)
+        fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, dict(kwargs)))
+        graphs = tuple(
+            _export(clone, fake_args, fake_kwargs, numbers, training) for training in (False, True)
+        )
+    return Capture(tensors, graphs)
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for name, tensor in _all_tensors(model):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"model: parameter {name!r} is not initialised yet, expected a model that has been run once"
+            )
+        if id(tensor) not in memo:
+            memo[id(tensor)] = mode.from_tensor(tensor)
+    for module in model.modules():
+        for value in vars(module).values():
+            # Results of autograd kept as attributes (weight_norm does) refuse to be copied.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        clone: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be copied for tracing: {type(error).__name__}: {error}"
+        ) from error
+    return clone
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[str, int]]:
+    """The tensors of the copy, tied ones once, and the number of each by every name."""
+    names: dict[int, list[str]] = {}
+    held: dict[int, Tensor] = {}
+    for name, tensor in _all_tensors(clone):
+        names.setdefault(id(tensor), []).append(name)
+        held[id(tensor)] = tensor
+    tensors = tuple(
+        Registered(
+            tuple(names[key]),
+            tuple(tensor.shape),
+            isinstance(tensor, nn.Parameter),
+            tensor.element_size(),
+        )
+        for key, tensor in held.items()
+    )
+    numbers = {name: index for index, entry in enumerate(tensors) for name in entry.names}
+    return tensors, numbers
+
+
+def _export(
+    clone: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    numbers: Mapping[str, int],
+    training: bool,
+) -> Captured:
+    clone.train(training)
+    try:
+        program = torch.export.export(clone, args, kwargs, strict=False)
+    except Exception as error:
+        doubled = _doubled(args, kwargs) if training else None
+        if doubled is None:
+            raise _rejected(clone, args, kwargs, training, error) from error
+        # A batch norm behind a global pool cannot train on a batch of one.
+        try:
+            program = torch.export.export(clone, *doubled, strict=False)
+        except Exception:
+            raise _rejected(clone, args, kwargs, training, error) from error
+    sources: dict[str, int | str] = {}
+    for spec in program.graph_signature.input_specs:
+        name = getattr(spec.arg, "name", None)
+        if name is None:
+            continue
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in numbers:
+            sources[name] = numbers[spec.target]
+        elif spec.kind == InputKind.USER_INPUT:
+            sources[name] = "tied to an input of the network"
+        else:
+            sources[name] = "tied to a constant tensor"
+    return Captured(program.graph_module, sources, training)
+
+
+def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The inputs with every batch of one repeated, or None if there is no such batch."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return None
+    twice: tuple[Any, Any] = pytree.tree_map_only(
+        Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, (args, kwargs)
+    )
+    return twice
+
+
+def _rejected(model: nn.Module, args: Any, kwargs: Any, training: bool, error: Exception) -> ValueError:
+    given = ", ".join([_describe(a) for a in args] + [f"{name}={_describe(a)}" for name, a in kwargs.items()])
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ValueError(
+        f"example_inputs: got ({given}), expected what {type(model).__name__}.forward accepts in "
+        f"{'training' if training else 'evaluation'} mode; it raised "
+        f"{type(error).__name__}: {lines[0] if lines else ''}"
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_describe(item) for item in value) + ")"
+    return type(value).__name__
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Random generators as before, compiled parts run eagerly, the tracer's warnings unseen."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with (
+            torch.random.fork_rng(),
+            torch.compiler.set_stance("force_eager"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

@@ -1,0 +1,229 @@
+"""Which channels a network has: plain arrays, independent of any module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .cost import MEASURES, Cost, CostModel
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSlots:
+    """The channels of one parameter or buffer.
+
+    name: as in ``named_parameters()``; aliases: further names of the same (tied) tensor.
+    channels: per dimension an int64 array of channel ids, -1 where an index always stays; None
+        for a dimension that no channel runs through.
+    row_dim: the dimension whose slices are zeroed when a channel is masked; None for buffers and
+        for parameters that have no rows of their own.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    kind: Literal["parameter", "buffer"]
+    channels: tuple[np.ndarray | None, ...]
+    row_dim: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that run through the same dimensions of the same tensors: a width of the network.
+
+    name: module of the first producer. channels: their ids, contiguous. producers: names of the
+    weights whose rows they are, depthwise ones last. members: every (tensor, dimension) they run
+    through. consumers: the (tensor, dimension) pairs of weights that are contracted over them.
+    """
+
+    id: int
+    name: str
+    channels: np.ndarray
+    producers: tuple[str, ...]
+    members: tuple[tuple[str, int], ...]
+    consumers: tuple[tuple[str, int], ...]
+
+
+class Gates(NamedTuple):
+    """The rows that set each channel's scale, in compressed sparse rows.
+
+    Channel c has entries ``offsets[c]:offsets[c + 1]`` of ``tensors`` (index into ``names``) and
+    ``rows`` (index along the tensor's row dimension). Where every reader of a producer's output,
+    through ops that pass a scale on (moves, concatenation, pooling, relu), is a normalisation
+    with an affine, the gates are gamma and beta of those normalisations; else the producer's
+    weight and bias. Producers whose zeros reach no consumer, such as the last layer of a
+    squeeze-and-excitation block behind its sigmoid, have no gates.
+    """
+
+    offsets: np.ndarray
+    tensors: np.ndarray
+    rows: np.ndarray
+    names: tuple[str, ...]
+
+
+class Note(NamedTuple):
+    """``count`` indices of dimension ``dim`` of a tensor stay for ``reason``."""
+
+    dim: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """The channels of a network, their groups and their cost; see ``sparsekern.trace``.
+
+    groups: ordered by first producer; channel ids of a group are contiguous and follow the rows
+        of its first producer. group_of: int64 [C], the group of every channel.
+    tensors: every parameter and buffer that carries a channel, by name.
+    gates: the rows that set the channels' scales.
+    frozen: (parameter, reason) for weights whose rows cannot, or not all, be removed.
+    """
+
+    groups: tuple[Group, ...]
+    group_of: np.ndarray
+    tensors: dict[str, TensorSlots]
+    gates: Gates
+    frozen: tuple[tuple[str, str], ...]
+    costs: CostModel
+    notes: dict[str, tuple[Note, ...]]
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.group_of)
+
+    def cost(self, kept: np.ndarray) -> Cost:
+        """The cost of the network with the channels ``kept``, bool [C].
+
+        Raises ValueError if ``kept`` has another shape or dtype.
+        """
+        return self.costs.cost(self._checked(kept))
+
+    def price(self, kept: np.ndarray, of: str) -> np.ndarray:
+        """What removing each channel of ``kept`` (bool [C]) alone would save, float64 [C].
+
+        of: "params", "macs" or "activations" (bytes). Channels that are not kept get 0.
+        Raises ValueError for another measure, or if ``kept`` has another shape or dtype.
+        """
+        if of not in MEASURES:
+            raise ValueError(f"of: got {of!r}, expected one of {', '.join(MEASURES)}")
+        return self.costs.price(self._checked(kept), of)
+
+    def _checked(self, kept: np.ndarray) -> np.ndarray:
+        kept = np.asarray(kept)
+        if kept.dtype != bool or kept.shape != (self.num_channels,):
+            raise ValueError(f"kept: got {kept.dtype}{list(kept.shape)}, expected bool[{self.num_channels}]")
+        return kept
+
+    def freeze(self, names: Iterable[str | int | Group], reason: str) -> ChannelGraph:
+        """A graph without the named groups (names, ids or groups), channels renumbered.
+
+        Raises ValueError for a group that this graph does not have.
+        """
+        numbers = {self._number(name) for name in names}
+        if not numbers:
+            return self
+        gone = np.isin(self.group_of, sorted(numbers))
+        renumbered = np.where(gone, -1, np.cumsum(~gone) - 1)
+        notes = _noted(self, gone, reason)
+        left = [g for g in self.groups if g.id not in numbers]
+        groups = tuple(
+            replace(g, id=number, channels=renumbered[g.channels]) for number, g in enumerate(left)
+        )
+        new = np.full(len(self.groups), -1, np.int64)
+        new[[g.id for g in left]] = np.arange(len(left))
+        fixed = [p for g in self.groups if g.id in numbers for p in g.producers]
+        return ChannelGraph(
+            groups=groups,
+            group_of=new[self.group_of[~gone]],
+            tensors=_renumbered(self.tensors, renumbered),
+            gates=_kept_gates(self.gates, gone),
+            frozen=_merged(self.frozen, fixed, reason),
+            costs=self.costs.fixed(gone),
+            notes=notes,
+        )
+
+    def _number(self, name: str | int | Group) -> int:
+        for group in self.groups:
+            if name in (group.name, group.id) or name is group:
+                return group.id
+        raise ValueError(
+            f"names: got {name!r}, expected groups of this graph "
+            f"({', '.join(g.name for g in self.groups[:3])}, ...)"
+        )
+
+    def explain(self, name: str) -> str:
+        """What can be removed from a parameter, buffer or module, and why the rest stays.
+
+        Raises ValueError if nothing of that name was traced.
+        """
+        known = {alias: t.name for t in self.tensors.values() for alias in (t.name, *t.aliases)}
+        names = {**{n: n for n in self.notes}, **known}
+        found = {real for n, real in names.items() if n == name or n.startswith(f"{name}.") or not name}
+        if not found:
+            raise ValueError(f"name: got {name!r}, expected a module or parameter that was traced")
+        return "\n".join(line for real in sorted(found) for line in self._explained(real))
+
+    def _explained(self, name: str) -> list[str]:
+        lines = []
+        slots = self.tensors.get(name)
+        for dim, channels in enumerate(slots.channels if slots else ()):
+            if channels is None or slots is None:
+                continue
+            inside = sorted(set(self.group_of[channels[channels >= 0]].tolist()))
+            count = int((channels >= 0).sum())
+            where = ", ".join(self.groups[number].name for number in inside)
+            lines.append(f"{name}, dim {dim}: {count} of {slots.shape[dim]} in {where}")
+        for note in self.notes.get(name, ()):
+            lines.append(f"{name}, dim {note.dim}: {note.count} stay: {note.reason}")
+        return lines or [f"{name}: no channel runs through it"]
+
+    def __str__(self) -> str:
+        from .table import describe
+
+        return describe(self)
+
+
+def _noted(graph: ChannelGraph, gone: np.ndarray, reason: str) -> dict[str, tuple[Note, ...]]:
+    notes = dict(graph.notes)
+    for name, slots in graph.tensors.items():
+        for dim, channels in enumerate(slots.channels):
+            if channels is None:
+                continue
+            count = int(gone[channels[channels >= 0]].sum())
+            if count:
+                notes[name] = (*notes.get(name, ()), Note(dim, count, reason))
+    return notes
+
+
+def _renumbered(tensors: dict[str, TensorSlots], new: np.ndarray) -> dict[str, TensorSlots]:
+    result = {}
+    for name, slots in tensors.items():
+        channels = []
+        for ids in slots.channels:
+            moved = None if ids is None else np.where(ids >= 0, new[ids], -1)
+            channels.append(None if moved is None or (moved < 0).all() else moved)
+        if any(ids is not None for ids in channels):
+            result[name] = replace(slots, channels=tuple(channels))
+    return result
+
+
+def _kept_gates(gates: Gates, gone: np.ndarray) -> Gates:
+    counts = np.diff(gates.offsets)
+    kept = np.repeat(~gone, counts)
+    used, tensors = np.unique(gates.tensors[kept], return_inverse=True)
+    offsets = np.concatenate([[0], np.cumsum(counts[~gone])]).astype(np.int64)
+    names = tuple(gates.names[i] for i in used)
+    return Gates(offsets, tensors.astype(np.int64), gates.rows[kept], names)
+
+
+def _merged(
+    frozen: tuple[tuple[str, str], ...], names: Iterable[str], reason: str
+) -> tuple[tuple[str, str], ...]:
+    table = dict(frozen)
+    for name in names:
+        table.setdefault(name, reason)
+    return tuple(table.items())

@@ -1,0 +1,241 @@
+"""Running a traced graph over slots instead of numbers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .capture import Captured, Registered
+from .records import Records, term
+from .rules import RULES, Call, Rule
+from .slots import Slots
+from .values import Flags, Ids, Value, untracked
+
+_Environment = dict[fx.Node, Any]
+
+
+@dataclass
+class Tracked:
+    """A registered tensor with its slots. row_dim: the dimension of its rows, once known."""
+
+    entry: Registered
+    ids: tuple[Ids, ...]
+    row_dim: int | None = None
+
+    def value(self, settled: bool, storage: int) -> Value:
+        """Before row dimensions are known every slice of a parameter counts as zero."""
+        zero: list[Flags] = []
+        for dim, ids in enumerate(self.ids):
+            masked = self.entry.parameter and (not settled or dim == self.row_dim)
+            zero.append(None if ids is None else np.full(len(ids), masked))
+        why = "tied to a tensor that nothing prunes"
+        return Value(
+            self.entry.shape,
+            self.ids,
+            tuple(zero),
+            self.entry.itemsize,
+            why,
+            cleared=f"adding {self.entry.names[0]}",
+            storage=storage,
+            static=True,
+        )
+
+
+@dataclass
+class Interpreter:
+    """Applies the rules to a graph, node by node.
+
+    Run once over all graphs to find which slots go together, then again, ``settled``, to find
+    what is zero and to record producers, consumers and costs.
+    """
+
+    tensors: Sequence[Tracked]
+    slots: Slots
+    records: Records
+    settled: bool
+    _storage: int = field(default=0)
+
+    def run(self, graph: Captured) -> None:
+        sources = graph.sources
+        known: dict[int, Value] = {}
+
+        def placeholder(node: fx.Node) -> Value:
+            source = sources.get(node.name, "tied to a constant tensor")
+            if isinstance(source, str):
+                shape, itemsize = _shapes(node)[0] if _shapes(node) else ((), 1)
+                static = "constant" in source
+                return untracked(shape, itemsize, source, self._next(), static=static)
+            if source not in known:
+                known[source] = self.tensors[source].value(self.settled, self._next())
+            return known[source]
+
+        values = [placeholder(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
+        for value in pytree.tree_leaves(self._walk(graph.module, values, not graph.training)):
+            if isinstance(value, Value):
+                for ids in value.ids:
+                    if ids is not None:
+                        self.slots.freeze(ids, "reaches an output of the network")
+
+    def _next(self) -> int:
+        self._storage += 1
+        return self._storage
+
+    def _walk(self, module: fx.GraphModule, inputs: Sequence[Any], counted: bool) -> Any:
+        """The values that ``module`` returns."""
+        env: _Environment = {}
+        given = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                env[node] = self._attribute(module, node)
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], env.__getitem__)
+            else:
+                env[node] = self._step(node, env, counted)
+        return None
+
+    def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
+        found = operator.attrgetter(str(node.target))(module)
+        if isinstance(found, Tensor):
+            shape, why = tuple(found.shape), "tied to a constant tensor"
+            return untracked(shape, found.element_size(), why, self._next(), static=True)
+        return found
+
+    def _step(self, node: fx.Node, env: _Environment, counted: bool) -> Any:
+        args = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], (tuple, list)) else args[0]
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self._higher_order(node, [*args, *kwargs.values()], counted)
+        schema = node.target._schema
+        call = self._call(node, _bind(node.target, args, kwargs), counted)
+        result = call.rule.function(call)
+        self._note(call, result, in_place=schema.is_mutable)
+        if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
+            return self._write(node.args[0], result, env)
+        return result
+
+    def _call(self, node: fx.Node, args: dict[str, Any], counted: bool) -> Call:
+        name, overload, rule = _rule(node.target)
+        return Call(
+            name=name,
+            overload=overload,
+            node=node.name,
+            module=_module(node),
+            args=args,
+            outputs=_shapes(node),
+            slots=self.slots,
+            records=self.records,
+            rule=rule,
+            settled=self.settled,
+            counted=counted,
+            new_storage=self._next,
+        )
+
+    def _note(self, call: Call, result: Any, *, in_place: bool) -> None:
+        """What holds for all rules: who reads a producer's output, and what is allocated."""
+        if not call.rule.pure and not call.rule.norm:
+            for value in call.values():
+                for number in value.pure:
+                    self.records.producers[number].mixed = True
+        if in_place or call.rule.view or not (call.counted and self.settled):
+            return
+        for value in result if isinstance(result, tuple) else (result,):
+            if isinstance(value, Value) and not value.static:
+                factors = [
+                    size if ids is None else ids for size, ids in zip(value.shape, value.ids, strict=True)
+                ]
+                self.records.activations.append(term(value.itemsize, factors))
+
+    def _write(self, target: fx.Node, result: Value, env: _Environment) -> Value:
+        """An op in place: every value that may share the memory loses what is no longer true."""
+        before = env[target]
+        result = replace(result, storage=before.storage)
+        if any(_lost(a, b) for a, b in zip(before.zero, result.zero, strict=False)):
+            for node, value in env.items():
+                if isinstance(value, Value) and value.storage == before.storage:
+                    env[node] = value.with_cleared_zeros(result.cleared)
+                elif isinstance(value, tuple):
+                    env[node] = tuple(
+                        v.with_cleared_zeros(result.cleared) if v.storage == before.storage else v
+                        for v in value
+                    )
+        env[target] = result
+        return result
+
+    def _higher_order(self, node: fx.Node, args: list[Any], counted: bool) -> Any:
+        """Regions under autocast or a gradient mode are entered; others are not followed."""
+        inner = [i for i, a in enumerate(args) if isinstance(a, fx.GraphModule)]
+        if str(node.target).startswith("wrap_with_") and len(inner) == 1:
+            return self._walk(args[inner[0]], args[inner[0] + 1 :], counted)
+        reason = f"{node.target} has no rule"
+        for value in pytree.tree_leaves(args):
+            if isinstance(value, Value):
+                for ids in value.ids:
+                    if ids is not None:
+                        self.slots.freeze(ids, reason)
+        return tuple(untracked(s, i, reason, self._next()) for s, i in _shapes(node))
+
+
+def _lost(before: Flags, after: Flags) -> bool:
+    if before is None:
+        return False
+    return bool(before.any()) if after is None else bool((before & ~after).any())
+
+
+def _no_rule(call: Call) -> Any:
+    return call.give_up(f"{call.label} has no rule")
+
+
+@cache
+def _rule(target: Any) -> tuple[str, str, Rule]:
+    """Name, overload and rule of an op; in-place variants go by the plain name's rule."""
+    namespace, _, name = target._schema.name.partition("::")
+    overload = target._schema.overload_name
+    if namespace != "aten":
+        return target._schema.name, overload, Rule(_no_rule)
+    plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    for key in (f"{name}.{overload}", name, f"{plain}.{overload}", plain):
+        if key in RULES:
+            return name, overload, RULES[key]
+    return name, overload, Rule(_no_rule)
+
+
+@cache
+def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...]:
+    return tuple((a.name, a.has_default_value(), a.default_value) for a in target._schema.arguments)
+
+
+def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = {}
+    for index, (name, has_default, default) in enumerate(_signature(target)):
+        if index < len(args):
+            bound[name] = args[index]
+        elif name in kwargs:
+            bound[name] = kwargs[name]
+        elif has_default:
+            bound[name] = default
+    return bound
+
+
+def _shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
+    return [
+        (tuple(int(size) for size in t.shape), t.element_size())
+        for t in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(t, Tensor)
+    ]
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""

@@ -1,0 +1,32 @@
+"""One rule per ATen op, one file per kind; importing the package fills the registry."""
+
+from __future__ import annotations
+
+from . import (
+    arithmetic,
+    convolution,
+    elementwise,
+    joining,
+    linear,
+    normalisation,
+    pooling,
+    reduce,
+    shape,
+)
+from .base import RULES, Call, Rule, register_rule
+
+__all__ = [
+    "RULES",
+    "Call",
+    "Rule",
+    "arithmetic",
+    "convolution",
+    "elementwise",
+    "joining",
+    "linear",
+    "normalisation",
+    "pooling",
+    "reduce",
+    "register_rule",
+    "shape",
+]

@@ -1,0 +1,90 @@
+"""Normalisations: per channel they are exact, over channels they are not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..values import Flags, Ids
+from .base import Call, Result, flags, register_rule
+
+
+def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
+    """Tie the channels of the input with the operands of size [channels]; the result is zero
+    where the affine's rows are."""
+    x = call["input"]
+    if x.ndim < 2:
+        return call.give_up(f"{call.label} has no channel dimension")
+    size, ids = x.shape[1], x.ids[1]
+    known = [call[name] for name in operands if call[name] is not None]
+    for other in known:
+        reason = x.why or other.why or f"{call.label} reads positions that stay"
+        call.unify(ids, other.ids[0], size, reason)
+        ids = other.ids[0] if ids is None else ids
+    weight, bias = call["weight"], call["bias"]
+    zero: Flags = None
+    made: frozenset[int] = frozenset()
+    pure: frozenset[int] = frozenset()
+    if ids is not None:
+        zero = np.zeros(size, bool)
+    if ids is not None and weight is not None:
+        zero = flags(weight.zero[0], size)
+        zero = zero if bias is None else zero & flags(bias.zero[0], size)
+        pure = call.produce("norm", weight.ids[0], None if bias is None else bias.ids[0])
+        made = x.origins | pure
+    for producer in x.pure:
+        call.records.producers[producer].norms.extend(pure)
+        call.records.producers[producer].mixed |= not pure
+    out_ids: list[Ids] = list(x.ids)
+    out_zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in out_ids]
+    out_ids[1], out_zero[1] = ids, zero
+    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared=call.label)
+
+
+@register_rule("batch_norm", norm=True)
+def batch_norm(call: Call) -> Result:
+    x = call["input"]
+    for dim in range(x.ndim):
+        if dim != 1:
+            call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
+    return _per_channel(call, ("weight", "bias", "running_mean", "running_var"))
+
+
+@register_rule("instance_norm", norm=True)
+def instance_norm(call: Call) -> Result:
+    x = call["input"]
+    for dim in range(2, x.ndim):
+        call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
+    return _per_channel(call, ("weight", "bias", "running_mean", "running_var"))
+
+
+@register_rule("group_norm")
+def group_norm(call: Call) -> Result:
+    return call.give_up(f"{call.label} normalises over channels (removing some changes the others)")
+
+
+@register_rule("layer_norm", "rms_norm")
+def layer_norm(call: Call) -> Result:
+    """Exact only where the normalised dimensions hold no channels."""
+    x, weight, bias = call["input"], call["weight"], call.args.get("bias")
+    over = len(call["normalized_shape"])
+    reason = f"{call.label} normalises over channels (removing some changes the others)"
+    for dim in range(x.ndim - over, x.ndim):
+        call.freeze(x.ids[dim], reason)
+    for affine in (weight, bias):
+        for ids in affine.ids if affine is not None else ():
+            call.freeze(ids, reason)
+    ids = list(x.ids[: x.ndim - over]) + [None] * over
+    kept = bias is None
+    zero = [None if i is None else z & kept for i, z in zip(ids, x.zero, strict=True)]
+    return call.make(ids, zero, cleared="" if kept else call.label)
+
+
+@register_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+def softmax(call: Call) -> Result:
+    x = call["self"]
+    dim = call["dim"] % max(x.ndim, 1)
+    if x.ids[dim] is not None:
+        call.freeze(x.ids[dim], f"{call.label} normalises over channels")
+    ids = [None if d == dim else i for d, i in enumerate(x.ids)]
+    zero = [None if i is None else np.zeros(len(i), bool) for i in ids]
+    return call.make(ids, zero, cleared=call.label)

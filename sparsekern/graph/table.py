@@ -1,0 +1,76 @@
+"""A channel graph as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .channels import ChannelGraph, Group
+
+_MOST_REASONS = 12
+
+
+def describe(graph: ChannelGraph) -> str:
+    """A table of groups, and one of what is not pruned and why."""
+    kept = np.ones(graph.num_channels, bool)
+    cost = graph.cost(kept)
+    prices = [graph.price(kept, of) for of in ("params", "macs")]
+    totals = [max(cost.params, 1), max(cost.macs, 1)]
+    head = ("group", "channels", "params", "MACs", "made by", "gates")
+    rows = [
+        (
+            group.name,
+            str(len(group.channels)),
+            *(f"{p[group.channels].sum() / t:.1%}" for p, t in zip(prices, totals, strict=True)),
+            _shortened(group.producers),
+            _shortened(_gate_names(graph, group)),
+        )
+        for group in graph.groups
+    ]
+    lines = [
+        f"{graph.num_channels} channels in {len(graph.groups)} groups; "
+        f"{cost.params:,} parameters, {cost.macs:,} MACs, "
+        f"{cost.activations / 2**20:.1f} MiB of activations",
+    ]
+    lines += _table(head, rows) if rows else []
+    if graph.frozen:
+        lines += ["", "not pruned because"]
+        lines += _reasons(graph)
+    return "\n".join(lines)
+
+
+def _reasons(graph: ChannelGraph) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in graph.frozen:
+        by_reason.setdefault(reason, []).append(name)
+    shown = list(by_reason.items())[:_MOST_REASONS]
+    lines = [f"  {reason}: {_shortened(tuple(names))}" for reason, names in shown]
+    left = sum(len(names) for names in by_reason.values()) - sum(len(n) for _, n in shown)
+    return [*lines, f"  and {left} more"] if left else lines
+
+
+def _gate_names(graph: ChannelGraph, group: Group) -> tuple[str, ...]:
+    first = int(group.channels[0])
+    span = slice(graph.gates.offsets[first], graph.gates.offsets[first + 1])
+    return tuple(graph.gates.names[i] for i in Counter(graph.gates.tensors[span].tolist()))
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    numeric = (1, 2, 3)
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = (
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return [line(head), *(line(row) for row in rows)]

@@ -1,0 +1,140 @@
+"""From a module and example inputs to its channel graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .build import build
+from .capture import Capture, Registered, capture
+from .channels import ChannelGraph
+from .interpret import Interpreter, Tracked
+from .records import Records
+from .slots import Slots
+
+_PROTECTED = "protected by the user"
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    protect: Sequence[str | nn.Module | nn.Parameter] | str | nn.Module | nn.Parameter = (),
+) -> ChannelGraph:
+    """Find the channels of ``model`` that can be removed without changing what the others compute.
+
+    The model is traced in evaluation and in training mode on fake tensors of the shapes, dtypes
+    and devices of ``example_inputs`` (a tensor, or a sequence of positional arguments); it is
+    never run and stays as it is. A channel is found only if removing it is exact: once its rows
+    are zero, the smaller network gives the same outputs.
+
+    protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
+        parameters, modules, or parameters.
+
+    Raises ValueError if ``model`` cannot be copied, if its forward does not accept
+    ``example_inputs``, or if ``protect`` names something that the model does not have.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(
+            f"example_inputs: got {type(example_inputs).__name__}, expected a tensor or a tuple "
+            "of the arguments of the model's forward"
+        )
+    protected = _protected(model, protect)
+    captured = capture(model, tuple(args), example_kwargs or {})
+    slots = Slots()
+    tensors = [_tracked(number, entry, slots) for number, entry in enumerate(captured.tensors)]
+    for tensor in tensors:
+        if protected.intersection(tensor.entry.names):
+            _freeze(tensor, slots, _PROTECTED)
+    assumed = _interpret(captured, tensors, slots, settled=False)
+    _settle_rows(tensors, slots, assumed)
+    records = _interpret(captured, tensors, slots, settled=True)
+    return build(tensors, slots, records)
+
+
+def _tracked(number: int, entry: Registered, slots: Slots) -> Tracked:
+    """Fresh slots for every dimension; a dimension of size 1 can neither shrink nor couple."""
+    ids = tuple(
+        slots.allocate((number, dim), size) if size > 1 else None for dim, size in enumerate(entry.shape)
+    )
+    return Tracked(entry, ids)
+
+
+def _freeze(tensor: Tracked, slots: Slots, reason: str) -> None:
+    for ids in tensor.ids:
+        if ids is not None:
+            slots.freeze(ids, reason)
+
+
+def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, settled: bool) -> Records:
+    """Apply the rules to the graphs of both modes."""
+    records = Records(slots)
+    interpreter = Interpreter(tensors, slots, records, settled)
+    for graph in captured.graphs:
+        interpreter.run(graph)
+    return records
+
+
+def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> None:
+    """Decide which dimension of every parameter is zeroed with a masked channel.
+
+    It is the one along which a layer makes channels from it. Other parameters (a scale per
+    channel) have rows where exactly one of their dimensions goes with other tensors.
+    """
+    roots, reasons = slots.classes()
+    sizes = np.bincount(roots, minlength=len(roots))
+    for number, tensor in enumerate(tensors):
+        if not tensor.entry.parameter:
+            continue
+        marked = [d for d in range(len(tensor.ids)) if (number, d) in records.row_marks]
+        free = [
+            d
+            for d, ids in enumerate(tensor.ids)
+            if ids is not None and (reasons[ids] < 0).any() and (d in marked or (sizes[roots[ids]] > 1).any())
+        ]
+        candidates = [d for d in free if d in marked] if marked else free
+        if len(candidates) == 1:
+            tensor.row_dim = candidates[0]
+        elif marked and not candidates:
+            tensor.row_dim = marked[0]
+        elif len(candidates) > 1 and marked:
+            _freeze(tensor, slots, f"{tensor.entry.names[0]} makes channels along two dimensions")
+
+
+def _protected(
+    model: nn.Module,
+    protect: Sequence[str | nn.Module | nn.Parameter] | str | nn.Module | nn.Parameter,
+) -> set[str]:
+    """Names of the parameters and buffers that ``protect`` covers."""
+    single = isinstance(protect, (str, nn.Module, Tensor))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    found: set[str] = set()
+    for item in [protect] if single else protect:  # type: ignore[union-attr]
+        roots = [name for name, module in modules.items() if _meant(item, name, module)]
+        own = {name for name, tensor in tensors.items() if _meant(item, name, tensor)}
+        for root in roots:
+            own |= {name for name in tensors if not root or name.startswith(f"{root}.")}
+        if not own and not roots:
+            shown = repr(item) if isinstance(item, str) else type(item).__name__
+            raise ValueError(
+                f"protect: {shown} matches nothing in {type(model).__name__}, expected names or "
+                "patterns of its modules or parameters, its modules, or its parameters"
+            )
+        found |= own
+    return found
+
+
+def _meant(item: object, name: str, thing: object) -> bool:
+    return fnmatchcase(name, item) if isinstance(item, str) else item is thing
