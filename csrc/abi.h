@@ -1,0 +1,89 @@
+// The only contract between Python and native code: plain structs of addresses and numbers.
+//
+// This header is also compiled into the per-ISA files, so it holds no inline function: the linker keeps one
+// copy of such a function, and it might be the one made of instructions that the machine lacks.
+#pragma once
+
+#include <stdint.h>
+
+namespace sparsekern {
+
+enum Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kDtypes };
+
+enum Op : int32_t { kSgd, kAdam, kStatistics, kMask, kOps };
+
+// The lists of a call, in this order. SGD keeps its momentum in kState0; Adam has exp_avg, exp_avg_sq,
+// max_exp_avg_sq there and one float per tensor in kStep.
+enum Slot : int32_t { kParam, kGrad, kState0, kState1, kState2, kStep, kSlots };
+
+enum Error : int32_t { kOk = 0, kNullPointer = 1, kParallelFailed = 2 };
+
+// A dense tensor as it lies in memory: element (o, r, i) is at (o * rows + r) * inner + i.
+// `start` is its first row in the flat arrays; -1 when it is not tracked, and then it is one row.
+struct Shape {
+  int64_t outer, rows, inner;
+  int64_t start;
+};
+
+// A piece of one tensor, the unit of work. A row that is cut (into equal ranges of outer, or of inner elements)
+// leaves one partial sum per cut; `piece` says which.
+struct Chunk {
+  int32_t tensor, piece;
+  int64_t outer_begin, outer_end;
+  int64_t row_begin, row_end;
+  int64_t inner_begin, inner_end;
+};
+
+// Where the sums of a tensor's rows go: one piece, straight into the flat array; several, into `partials`
+// at (offset + piece * rows + row) * 4.
+struct Pieces {
+  int64_t count, offset;
+};
+
+// The flat arrays of a RowTable (sparsekern/_rows.py says what they hold), in that order.
+struct RowArrays {
+  float* penalty;
+  int32_t* countdown;
+  float* sums;
+  float* threshold;
+  float* activity;
+  int64_t* nonfinite;
+  float* pending;
+};
+
+struct Hyper {
+  double lr, weight_decay;
+  double momentum, dampening;   // SGD
+  double beta1, beta2, eps;     // Adam
+  double grad_scale;            // read when `scaled`
+  double tau, decay;            // of the row statistics
+  int32_t nesterov, first;      // SGD
+  int32_t decoupled, amsgrad;   // Adam
+  int32_t maximize, scaled;
+};
+
+// Adam's bias corrections, per tensor because every tensor has its own step.
+struct AdamBias {
+  double step_size, root;
+};
+
+// One call over a list of tensors.
+struct Job {
+  const Shape* shapes;
+  const Pieces* pieces;
+  void* const* addresses[kSlots];  // [slot][tensor]
+  const AdamBias* bias;            // [tensor], Adam only
+  float* partials;
+  RowArrays rows;   // all null when nothing is tracked
+  Hyper hyper;
+  int32_t statistics;  // fill sums, means and thresholds
+  int32_t decline;     // apply and advance the countdowns
+};
+
+// What one ISA offers.
+struct Kernels {
+  void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
+  void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk
+};
+
+}  // namespace sparsekern

@@ -1,0 +1,72 @@
+// What a row asks of the update of its elements.
+
+// Decline of a masked row, whose elements stay as they are. Others: 0 ends a decline (weights and state become
+// 0, whatever they were), anything else multiplies the new weight.
+constexpr int kMasked = -1;
+
+template <class C>
+struct Factors {
+  C decay, decline;
+
+  bool operator==(const Factors& other) const { return decay == other.decay && decline == other.decline; }
+};
+
+// AdamW and the mask multiply the weight by `decay`; SGD and Adam add `decay` times the weight to the gradient.
+template <class C>
+inline C decay_of(const Hyper& hyper, double penalty) {
+  const double rate = hyper.weight_decay + penalty;
+  return C(hyper.decoupled ? 1 - hyper.lr * rate : rate);
+}
+
+template <class C>
+inline C decline_of(const Job& job, int32_t countdown) {
+  const C declining = (C(countdown) - 1) / C(countdown);
+  const C living = countdown > 0 && job.decline ? declining : C(1);
+  return countdown == 0 ? C(kMasked) : living;
+}
+
+template <class C>
+inline Factors<C> factors_of(const Job& job, const Shape& shape, int64_t row) {
+  if (shape.start < 0) return {decay_of<C>(job.hyper, 0), C(1)};
+  const int64_t r = shape.start + row;
+  return {decay_of<C>(job.hyper, job.rows.penalty[r]), decline_of<C>(job, job.rows.countdown[r])};
+}
+
+// Two kinds of factors for one loop body: the same for all its elements ...
+template <class C>
+struct Same {
+  C value;
+
+  C operator[](int64_t) const { return value; }
+};
+
+template <class C>
+struct SameDecline {
+  C value;
+
+  C weight(int64_t, C updated, C) const { return updated * value; }
+  C state(int64_t, C updated, C) const { return updated; }
+};
+
+// ... or one per element, masked ones among them.
+template <class C>
+struct EachDecline {
+  const C* __restrict value;
+
+  C weight(int64_t i, C updated, C old) const { return state(i, updated * value[i], old); }
+  C state(int64_t i, C updated, C old) const {
+    const C living = value[i] == 0 ? C(0) : updated;
+    return value[i] < 0 ? old : living;
+  }
+};
+
+// No weight decay on the gradient: adding 0 times the weight would make NaN of an infinite one.
+template <class C>
+struct NoDecay {
+  C operator[](int64_t) const { return 0; }
+};
+
+template <class T>
+constexpr bool kDecays = true;
+template <class C>
+constexpr bool kDecays<NoDecay<C>> = false;

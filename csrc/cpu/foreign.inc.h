@@ -1,0 +1,52 @@
+// What optimizers that know nothing of rows need around their own step.
+
+// Statistics alone, before it.
+template <class S>
+struct Look {
+  using C = typename Compute<S>::Type;
+  static constexpr bool kReadsGrad = true;
+
+  Look(const Job&, int32_t) {}
+
+  template <class Decay, class Decline>
+  void update(int64_t, int64_t, const C*, Decay, Decline) const {}
+  void masked(int64_t, int64_t) const {}
+  void end(int64_t, int64_t) const {}
+  void prefetch(int64_t) const {}
+};
+
+// Penalty, decline and mask, after it: masked rows are set to 0, since that step may have moved them.
+template <class S>
+struct Mask {
+  using C = typename Compute<S>::Type;
+  static constexpr bool kReadsGrad = false;
+
+  Mask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
+
+  void update(int64_t at, int64_t n, const C*, Same<C> decay, SameDecline<C> decline) const {
+    // Most rows ask for nothing: leave their memory alone.
+    if (decay.value == 1 && decline.value == 1) return;
+    loop(param + at, n, decay, decline);
+  }
+
+  void update(int64_t at, int64_t n, const C*, const C* decay, EachDecline<C> decline) const {
+    loop(param + at, n, decay, decline);
+    for (int64_t i = 0; i < n; ++i)
+      if (decline.value[i] < 0) param[at + i] = S{};
+  }
+
+  void masked(int64_t at, int64_t n) const { __builtin_memset(param + at, 0, n * sizeof(S)); }
+  void end(int64_t at, int64_t n) const { masked(at, n); }
+  void prefetch(int64_t) const {}
+
+ private:
+  template <class Decay, class Decline>
+  static void loop(S* __restrict ws, int64_t n, Decay decay, Decline decline) {
+    for (int64_t i = 0; i < n; ++i) {
+      const C w = widen(ws[i]);
+      narrow(decline.weight(i, w * decay[i], w), &ws[i]);
+    }
+  }
+
+  S* param;
+};

@@ -1,0 +1,49 @@
+// Every CPU loop, compiled once per ISA by kernels_<isa>.cpp, which names the namespace.
+//
+// Plain loops that the compiler vectorises. No STL and nothing else that leaves inline functions with external
+// linkage: a copy made for one ISA must never be linked into another. Sums are taken in sixteen lanes that are
+// written out in the source, so that the order of additions, and with it every bit of the result, is the same
+// whatever the width of the machine's vectors.
+#include "../abi.h"
+
+#ifndef SPARSEKERN_ISA
+#error "SPARSEKERN_ISA names the instruction set this file is compiled for"
+#endif
+
+namespace sparsekern {
+namespace SPARSEKERN_ISA {
+namespace {
+
+#include "half.h"
+// In this order: each builds on those before it.
+#include "sums.inc.h"
+#include "factors.inc.h"
+#include "sgd.inc.h"
+#include "adam.inc.h"
+#include "foreign.inc.h"
+#include "walk.inc.h"
+#include "finish.inc.h"
+
+template <template <class> class Update>
+struct Entry {
+  template <class S>
+  static void run(const Job* job, const Chunk* chunk) {
+    Walk<S, Update<S>>(*job, *chunk).run();
+  }
+};
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    {
+        {Entry<Sgd>::run<float>, Entry<Sgd>::run<double>, Entry<Sgd>::run<BFloat16>},
+        {Entry<Adam>::run<float>, Entry<Adam>::run<double>, Entry<Adam>::run<BFloat16>},
+        {Entry<Look>::run<float>, Entry<Look>::run<double>, Entry<Look>::run<BFloat16>},
+        {Entry<Mask>::run<float>, Entry<Mask>::run<double>, Entry<Mask>::run<BFloat16>},
+    },
+    finish,
+};
+
+}  // namespace SPARSEKERN_ISA
+}  // namespace sparsekern

@@ -1,0 +1,2 @@
+#define SPARSEKERN_ISA baseline
+#include "kernels.inc.h"

@@ -1,0 +1,2 @@
+#define SPARSEKERN_ISA v4
+#include "kernels.inc.h"

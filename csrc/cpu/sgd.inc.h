@@ -1,0 +1,84 @@
+// SGD, in torch's order of operations.
+
+template <class S>
+struct Sgd {
+  using C = typename Compute<S>::Type;
+  static constexpr bool kReadsGrad = true;
+  enum Mode { kPlain, kFirst, kFirstNesterov, kHeavyBall, kNesterov };
+
+  Sgd(const Job& job, int32_t tensor)
+      : param(static_cast<S*>(job.addresses[kParam][tensor])),
+        buffer(static_cast<S*>(job.addresses[kState0][tensor])),
+        lr(C(job.hyper.lr)),
+        momentum(C(job.hyper.momentum)),
+        fresh(C(1 - job.hyper.dampening)) {
+    const bool nesterov = job.hyper.nesterov;
+    if (job.hyper.momentum == 0) {
+      mode = kPlain;
+    } else if (job.hyper.first) {
+      mode = nesterov ? kFirstNesterov : kFirst;
+    } else {
+      mode = nesterov ? kNesterov : kHeavyBall;
+    }
+  }
+
+  void update(int64_t at, int64_t n, const C* d, Same<C> decay, SameDecline<C> decline) const {
+    if (decay.value == 0) {
+      choose(at, n, d, NoDecay<C>(), decline);
+    } else {
+      choose(at, n, d, decay, decline);
+    }
+  }
+
+  void update(int64_t at, int64_t n, const C* d, const C* decay, EachDecline<C> decline) const {
+    choose(at, n, d, decay, decline);
+  }
+
+  void masked(int64_t, int64_t) const {}
+
+  void end(int64_t at, int64_t n) const {
+    __builtin_memset(param + at, 0, n * sizeof(S));
+    if (mode != kPlain) __builtin_memset(buffer + at, 0, n * sizeof(S));
+  }
+
+  void prefetch(int64_t at) const {
+    __builtin_prefetch(param + at, 1);
+    if (mode != kPlain) __builtin_prefetch(buffer + at, 1);
+  }
+
+ private:
+  template <class Decay, class Decline>
+  void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline) const {
+    switch (mode) {
+      case kPlain: return loop<kPlain>(param + at, nullptr, d, n, decay, decline);
+      case kFirst: return loop<kFirst>(param + at, buffer + at, d, n, decay, decline);
+      case kFirstNesterov: return loop<kFirstNesterov>(param + at, buffer + at, d, n, decay, decline);
+      case kHeavyBall: return loop<kHeavyBall>(param + at, buffer + at, d, n, decay, decline);
+      case kNesterov: return loop<kNesterov>(param + at, buffer + at, d, n, decay, decline);
+    }
+  }
+
+  template <Mode kMode, class Decay, class Decline>
+  void loop(S* __restrict ws, S* __restrict bs, const C* __restrict ds, int64_t n, Decay decay,
+            Decline decline) const {
+    const C rate = lr, mu = momentum, share = fresh;
+    for (int64_t i = 0; i < n; ++i) {
+      const C w = widen(ws[i]);
+      C d = ds[i];
+      if constexpr (kDecays<Decay>) d = d + w * decay[i];
+      if constexpr (kMode != kPlain) {
+        const C old = widen(bs[i]);
+        C b = d;
+        if constexpr (kMode == kHeavyBall || kMode == kNesterov) b = old * mu + d * share;
+        narrow(decline.state(i, b, old), &bs[i]);
+        d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
+      }
+      narrow(decline.weight(i, w - d * rate, w), &ws[i]);
+    }
+  }
+
+  S* param;
+  S* buffer;
+  C lr, momentum, fresh;
+  Mode mode;
+};

@@ -1,0 +1,279 @@
+// The Python module, and the only file that knows pybind11. It turns lists of tensors into tables of addresses,
+// compares them with what the plan was made for, and calls the kernels without the GIL. Arguments are checked in
+// Python; what is compared here is what could have changed since then.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "abi.h"
+#include "cpu/dispatch.h"
+#include "cpu/moments.h"
+#include "cpu/plan.h"
+#include "exchange.h"
+
+namespace py = pybind11;
+
+namespace sparsekern {
+namespace {
+
+// What the process hands over once (sparsekern/_native.py).
+struct Runtime {
+  const Kernels* kernels = nullptr;
+  std::string isa;
+  ParallelFor parallel_for = nullptr;
+  const DLPackExchangeAPI* exchange = nullptr;
+  std::vector<PyTypeObject*> tensor_types;
+  int64_t calls = 0;
+} runtime;
+
+// Sizes and strides of a tensor, as the plan expects them.
+struct Layout {
+  std::vector<int64_t> sizes, strides;
+
+  bool matches(const DLTensor& tensor) const {
+    if (tensor.ndim != static_cast<int32_t>(sizes.size())) return false;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      // The stride of a dimension of one element says nothing.
+      if (tensor.shape[d] != sizes[d] || (sizes[d] != 1 && tensor.strides[d] != strides[d])) return false;
+    }
+    return true;
+  }
+};
+
+// A plan with the layouts for which it holds.
+struct ListPlan {
+  Plan plan;
+  Dtype dtype;
+  std::vector<Layout> layouts;
+  int64_t table_rows;  // rows that the flat arrays must have at least
+};
+
+int64_t count_elements(const DLTensor& tensor) {
+  int64_t count = 1;
+  for (int32_t d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
+  return count;
+}
+
+bool is_contiguous(const DLTensor& tensor) {
+  int64_t stride = 1;
+  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
+    if (tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
+    stride *= tensor.shape[d];
+  }
+  return true;
+}
+
+bool has_dtype(const DLTensor& tensor, uint8_t code, uint8_t bits) {
+  return tensor.type_code == code && tensor.type_bits == bits && tensor.type_lanes == 1;
+}
+
+bool has_dtype(const DLTensor& tensor, Dtype dtype) {
+  switch (dtype) {
+    case kFloat32: return has_dtype(tensor, kDLFloat, 32);
+    case kFloat64: return has_dtype(tensor, kDLFloat, 64);
+    default: return has_dtype(tensor, kDLBFloat, 16);
+  }
+}
+
+// Reads a plain CPU tensor. False when `object` is anything else, or when this torch offers no such reading.
+bool read_tensor(PyObject* object, DLTensor* out) {
+  bool known = false;
+  for (PyTypeObject* type : runtime.tensor_types) known = known || Py_TYPE(object) == type;
+  if (!known || runtime.exchange == nullptr) return false;
+  if (runtime.exchange->dltensor_from_py_object(object, out) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  out->data = static_cast<char*>(out->data) + out->byte_offset;
+  return out->device_type == kDLCPU && out->data != nullptr;
+}
+
+// The addresses of all lists of a call.
+using Addresses = std::vector<void*>[kSlots];
+
+// False when a tensor is not what the plan was made for.
+bool read_lists(const ListPlan& plan, const py::tuple& lists, Addresses& addresses) {
+  for (size_t slot = 0; slot < lists.size(); ++slot) {
+    const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(lists[slot].ptr(), "lists: not a sequence"));
+    if (!list) throw py::error_already_set();
+    const auto n = static_cast<size_t>(PySequence_Fast_GET_SIZE(list.ptr()));
+    if (n == 0) continue;
+    if (n != plan.layouts.size()) return false;
+    addresses[slot].resize(n);
+    for (size_t i = 0; i < n; ++i) {
+      DLTensor tensor;
+      if (!read_tensor(PySequence_Fast_GET_ITEM(list.ptr(), i), &tensor)) return false;
+      const bool fits = slot == kStep ? has_dtype(tensor, kDLFloat, 32) && count_elements(tensor) == 1
+                                      : has_dtype(tensor, plan.dtype) && plan.layouts[i].matches(tensor);
+      if (!fits) return false;
+      addresses[slot][i] = tensor.data;
+    }
+  }
+  return true;
+}
+
+// One flat array of a RowTable: contiguous, of at least `least` elements.
+template <class T>
+bool read_array(py::handle object, uint8_t code, int64_t least, T** out) {
+  DLTensor tensor;
+  if (!read_tensor(object.ptr(), &tensor)) return false;
+  *out = static_cast<T*>(tensor.data);
+  return has_dtype(tensor, code, sizeof(T) * 8) && count_elements(tensor) >= least && is_contiguous(tensor);
+}
+
+bool read_rows(const ListPlan& plan, const py::tuple& arrays, RowArrays* rows) {
+  const int64_t n = plan.table_rows;
+  return read_array(arrays[0], kDLFloat, n, &rows->penalty) && read_array(arrays[1], kDLInt, n, &rows->countdown) &&
+         read_array(arrays[2], kDLFloat, n * 4, &rows->sums) &&
+         read_array(arrays[3], kDLFloat, n, &rows->threshold) &&
+         read_array(arrays[4], kDLFloat, n, &rows->activity) &&
+         read_array(arrays[5], kDLInt, 1, &rows->nonfinite) && read_array(arrays[6], kDLFloat, 1, &rows->pending);
+}
+
+// The order is that of `_HYPER` in sparsekern/backends/cpu.py.
+Hyper read_hyper(const py::tuple& values) {
+  double number[16];
+  if (values.size() != 16) throw py::value_error("hyper: expected 16 numbers");
+  for (size_t i = 0; i < 16; ++i) number[i] = values[i].cast<double>();
+  const auto flag = [&](int i) { return static_cast<int32_t>(number[i] != 0); };
+  return {number[0], number[1], number[2], number[3], number[4], number[5], number[6], number[7], number[8],
+          number[9], flag(10),  flag(11),  flag(12),  flag(13),  flag(14),  flag(15)};
+}
+
+bool all_there(const std::vector<void*>& addresses, size_t n) {
+  if (addresses.size() != n) return false;
+  for (const void* address : addresses)
+    if (address == nullptr) return false;
+  return true;
+}
+
+// Whether every address that the kernels will follow was given.
+bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& addresses, const RowArrays& rows) {
+  const size_t n = plan.layouts.size();
+  bool ok = all_there(addresses[kParam], n);
+  if (op != kMask) ok = ok && all_there(addresses[kGrad], n);
+  if (op == kAdam || (op == kSgd && hyper.momentum != 0)) ok = ok && all_there(addresses[kState0], n);
+  if (op == kAdam) ok = ok && all_there(addresses[kState1], n) && all_there(addresses[kStep], n);
+  if (op == kAdam && hyper.amsgrad) ok = ok && all_there(addresses[kState2], n);
+  if (plan.plan.tracks())
+    ok = ok && rows.penalty && rows.countdown && rows.sums && rows.threshold && rows.activity && rows.nonfinite &&
+         rows.pending;
+  return ok;
+}
+
+int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows, const Hyper& hyper, bool learn,
+        int64_t threads) {
+  if (!complete(plan, op, hyper, addresses, rows)) return kNullPointer;
+  // The kernels index every list by tensor, also those that they then leave alone.
+  for (auto& list : addresses) list.resize(plan.layouts.size(), nullptr);
+  Job job = {};
+  for (int slot = 0; slot < kSlots; ++slot) job.addresses[slot] = addresses[slot].data();
+  job.rows = rows;
+  job.hyper = hyper;
+  job.statistics = learn && op != kMask && plan.plan.tracks();
+  job.decline = learn && op != kStatistics;
+  ++runtime.calls;
+  const py::gil_scoped_release release;
+  return plan.plan.run(job, *runtime.kernels, op, plan.dtype, runtime.parallel_for, threads);
+}
+
+// -1: a tensor is not what the plan was made for, and nothing has been done.
+int step(const ListPlan& plan, int op, const py::tuple& lists, const py::tuple& arrays, const py::tuple& hyper,
+         bool learn, int64_t threads) {
+  Addresses addresses;
+  RowArrays rows = {};
+  if (!read_lists(plan, lists, addresses)) return -1;
+  if (plan.plan.tracks() && !read_rows(plan, arrays, &rows)) return -1;
+  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
+}
+
+// The same with addresses that Python read and compared.
+int step_at(const ListPlan& plan, int op, const std::vector<std::vector<uintptr_t>>& lists,
+            const std::vector<uintptr_t>& arrays, const py::tuple& hyper, bool learn, int64_t threads) {
+  Addresses addresses;
+  for (size_t slot = 0; slot < lists.size(); ++slot)
+    for (const uintptr_t address : lists[slot]) addresses[slot].push_back(reinterpret_cast<void*>(address));
+  RowArrays rows = {};
+  if (!arrays.empty()) {
+    rows = {reinterpret_cast<float*>(arrays[0]),   reinterpret_cast<int32_t*>(arrays[1]),
+            reinterpret_cast<float*>(arrays[2]),   reinterpret_cast<float*>(arrays[3]),
+            reinterpret_cast<float*>(arrays[4]),   reinterpret_cast<int64_t*>(arrays[5]),
+            reinterpret_cast<float*>(arrays[6])};
+  }
+  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
+}
+
+// False: an array is not what it should be, and nothing has been done.
+bool step_channels(const py::tuple& arrays, int64_t channels, int64_t gates, int64_t rows, double decay) {
+  int64_t *offsets, *gate_rows;
+  ChannelArrays channel = {};
+  const bool ok = read_array(arrays[0], kDLInt, channels + 1, &offsets) &&
+                  read_array(arrays[1], kDLInt, gates, &gate_rows) &&
+                  read_array(arrays[2], kDLFloat, rows * 4, &channel.sums) &&
+                  read_array(arrays[3], kDLFloat, channels, &channel.dot) &&
+                  read_array(arrays[4], kDLFloat, channels, &channel.dot_sq) &&
+                  read_array(arrays[5], kDLFloat, 1, &channel.updates) &&
+                  read_array(arrays[6], kDLFloat, 1, &channel.pending);
+  if (!ok) return false;
+  channel.gate_offsets = offsets;
+  channel.gate_rows = gate_rows;
+  const py::gil_scoped_release release;
+  channel_moments(channel, channels, rows, decay);
+  return true;
+}
+
+// layouts: (sizes, strides) per tensor; shapes: (outer, rows, inner, start) per tensor.
+ListPlan make_plan(int dtype, const std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>& layouts,
+                   const std::vector<std::array<int64_t, 4>>& shapes) {
+  std::vector<Shape> cut;
+  std::vector<Layout> expected;
+  int64_t table_rows = 0;
+  for (const auto& [outer, rows, inner, start] : shapes) {
+    if (outer < 1 || rows < 1 || inner < 1) throw py::value_error("shapes: expected sizes of 1 and more");
+    cut.push_back({outer, rows, inner, start});
+    if (start >= 0) table_rows = std::max(table_rows, start + rows);
+  }
+  for (const auto& [sizes, strides] : layouts) expected.push_back({sizes, strides});
+  if (cut.size() != expected.size() || dtype < 0 || dtype >= kDtypes) throw py::value_error("plan: lengths differ");
+  return {Plan(std::move(cut)), static_cast<Dtype>(dtype), std::move(expected), table_rows};
+}
+
+std::string select_isa(const std::string& name) {
+  runtime.kernels = &choose_kernels(name, runtime.isa);
+  return runtime.isa;
+}
+
+void set_parallel_for(uintptr_t address) { runtime.parallel_for = reinterpret_cast<ParallelFor>(address); }
+
+// `capsule`: torch.Tensor.__dlpack_c_exchange_api__; `types`: the classes whose instances it may be asked about.
+bool set_exchange(const py::object& capsule, const py::tuple& types) {
+  void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (pointer == nullptr) throw py::error_already_set();
+  const auto* api = static_cast<const DLPackExchangeAPI*>(pointer);
+  if (api->major != 1 || api->dltensor_from_py_object == nullptr) return false;
+  for (const py::handle type : types) runtime.tensor_types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  runtime.exchange = api;
+  return true;
+}
+
+}  // namespace
+}  // namespace sparsekern
+
+PYBIND11_MODULE(_C, module) {
+  using namespace sparsekern;
+  py::class_<ListPlan>(module, "Plan");
+  module.def("plan", make_plan);
+  module.def("step", step);
+  module.def("step_at", step_at);
+  module.def("step_channels", step_channels);
+  module.def("select_isa", select_isa);
+  module.def("isa", [] { return runtime.isa; });
+  module.def("call_count", [] { return runtime.calls; });
+  module.def("set_parallel_for", set_parallel_for);
+  module.def("set_exchange", set_exchange);
+}

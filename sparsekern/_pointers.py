@@ -1,0 +1,62 @@
+"""Addresses of tensors, for a torch that does not tell them to native code by itself.
+
+The only file that calls ``data_ptr``. An address holds for one call: storage may be exchanged behind a
+tensor at any time, so nothing here is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Layout = tuple[list[int], list[int]]
+"""Sizes and strides of a tensor."""
+
+
+def layout(tensor: Tensor) -> Layout:
+    return list(tensor.shape), list(tensor.stride())
+
+
+def of_lists(
+    lists: Sequence[Sequence[Tensor]], layouts: Sequence[Layout], dtype: torch.dtype, steps: int
+) -> list[list[int]] | None:
+    """Addresses of lists of tensors that all have ``dtype`` and, one by one, ``layouts``.
+
+    Args:
+        lists: each as long as ``layouts``, or empty.
+        steps: position of the list that holds float32 step counters instead.
+
+    Returns:
+        A list of addresses per list; None when a tensor is something else.
+    """
+    result = []
+    for position, tensors in enumerate(lists):
+        if tensors and len(tensors) != len(layouts):
+            return None
+        for tensor, expected in zip(tensors, layouts, strict=False):
+            if position == steps:
+                fits = tensor.dtype is torch.float32 and tensor.numel() == 1
+            else:
+                fits = tensor.dtype is dtype and _same(tensor, expected)
+            if not fits or tensor.device.type != "cpu" or tensor.data_ptr() == 0:
+                return None
+        result.append([tensor.data_ptr() for tensor in tensors])
+    return result
+
+
+def of_arrays(arrays: Sequence[Tensor]) -> list[int] | None:
+    """Addresses of the flat arrays of a table; None when one is not contiguous on the CPU."""
+    if not all(array.is_contiguous() and array.device.type == "cpu" for array in arrays):
+        return None
+    return [array.data_ptr() for array in arrays]
+
+
+def _same(tensor: Tensor, expected: Layout) -> bool:
+    sizes, strides = layout(tensor)
+    # The stride of a dimension of one element says nothing.
+    return sizes == expected[0] and all(
+        size == 1 or mine == theirs
+        for size, mine, theirs in zip(sizes, strides, expected[1], strict=True)
+    )
