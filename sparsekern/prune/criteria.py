@@ -229,7 +229,8 @@ def _nearest_more_salient(statistics: Statistics, saliency: np.ndarray) -> Partn
         channels = channels[order]
         norms = vectors.norm(dim=1)
         products = vectors @ vectors.T
-        cosine = products / (norms[:, None] * norms[None, :]).clamp_min(1e-30)
+        # A filter that is not finite resembles none.
+        cosine = (products / (norms[:, None] * norms[None, :]).clamp_min(1e-30)).nan_to_num(0.0)
         above = torch.ones_like(cosine, dtype=torch.bool).tril(-1)
         best, nearest = torch.where(above, cosine, -1.0).max(dim=1)
         coefficient = products.gather(1, nearest[:, None])[:, 0] / norms[nearest].square().clamp_min(1e-30)

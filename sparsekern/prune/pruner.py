@@ -51,7 +51,7 @@ class Pruner:
         events: how many times channels are condemned between the two.
         round_to: group widths are multiples of this, or unchanged; ``"auto"`` chooses for the device.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
-        protect: modules, parameters, or name patterns whose channels all stay.
+        protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
             training: by a factor of about ``exp(-penalty)``; 0 for none.
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update

@@ -39,7 +39,7 @@ class ChannelRows:
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
         self.untrained: list[UntrainedRows] = []
-        self._starts: dict[str, int] = {}
+        self._spans: dict[str, slice] = {}
         start = 0
         for name, slots in graph.tensors.items():
             if slots.kind != "parameter" or slots.row_dim is None:
@@ -51,7 +51,7 @@ class ChannelRows:
             if id(param) not in trained:
                 self.untrained.append(UntrainedRows(param, slots.row_dim, of_rows))
                 continue
-            self._starts[name] = start
+            self._spans[name] = slice(start, start + len(of_rows))
             tracked.append((param, slots.row_dim))
             channels.append(of_rows)
             start += len(of_rows)
@@ -62,21 +62,19 @@ class ChannelRows:
         self.is_gate = np.zeros(start, bool)
         self.is_gate[rows] = True
         self.table = RowTable(tracked, (offsets, rows), decay=decay)
-        self.names = tuple(self._starts)
 
     def _mark_producers(self, graph: ChannelGraph) -> np.ndarray:
         marks = np.zeros(len(self.channel_of), bool)
         for group in graph.groups:
             for name in group.producers:
-                if name in self._starts:
-                    rows = self.rows_of(name)
+                if (rows := self._spans.get(name)) is not None:
                     marks[rows] |= np.isin(self.channel_of[rows], group.channels)
         return marks
 
     def _gate_rows(self, graph: ChannelGraph) -> tuple[np.ndarray, np.ndarray]:
         """The graph's gates as rows of the flat arrays; those of untrained parameters fall out."""
         gates = graph.gates
-        starts = np.array([self._starts.get(name, -1) for name in gates.names], np.int64)
+        starts = np.array([self._spans[n].start if n in self._spans else -1 for n in gates.names], np.int64)
         channel = np.repeat(np.arange(graph.num_channels), np.diff(gates.offsets))
         first = starts[gates.tensors] if len(gates.tensors) else np.zeros(0, np.int64)
         held = first >= 0
@@ -84,11 +82,6 @@ class ChannelRows:
         offsets = np.zeros(graph.num_channels + 1, np.int64)
         np.cumsum(np.bincount(channel[held], minlength=graph.num_channels), out=offsets[1:])
         return offsets, rows
-
-    def rows_of(self, name: str) -> slice:
-        """The rows of one tracked parameter in the flat arrays."""
-        view = self.table.views[list(self._starts).index(name)]
-        return view.slice
 
     def select(self, chosen: np.ndarray, *, gates_only: bool = False) -> Tensor:
         """Bool ``[R]`` on the table's device: the rows of the channels chosen by the bool array ``[C]``."""
