@@ -48,8 +48,9 @@ def dry_run(
     groups = [group for group in graph.groups if len(group.channels) > 1]
     with _undisturbed():
         faults = dict(_faults(trial, groups))
-    for name, reason in faults.items():
-        graph = graph.freeze([name], reason)
+    # Freezing renumbers the groups behind: from the last to the first, the numbers stay right.
+    for number in sorted(faults, reverse=True):
+        graph = graph.freeze([number], faults[number])
     return graph
 
 
@@ -85,7 +86,7 @@ class _Trial:
         """What goes wrong when ``groups`` are halved, as a sentence, or None."""
         kept = np.ones(self._graph.num_channels, dtype=bool)
         for group in groups:
-            kept[self._halves[group.name]] = False
+            kept[self._halves[group.id]] = False
         shapes: _Shapes = []
         with _errors() as failed:
             shapes = self._run(make_plan(self._graph, kept), training)
@@ -114,7 +115,7 @@ class _Trial:
             return like(entry.tensor, parts[id(entry.tensor)], torch.empty_strided)
 
 
-def _faults(trial: _Trial, groups: Sequence[Group]) -> Iterator[tuple[str, str]]:
+def _faults(trial: _Trial, groups: Sequence[Group]) -> Iterator[tuple[int, str]]:
     """The groups that cannot be halved, each with the error it causes."""
     try:
         modes = trial.modes()
@@ -122,26 +123,26 @@ def _faults(trial: _Trial, groups: Sequence[Group]) -> Iterator[tuple[str, str]]
         raise ValueError(f"example_inputs: the model does not accept them: {_sentence(error)}") from error
     left = list(groups)
     for training in modes:
-        while (error := trial.error(left, training)) is not None:
+        while (reason := trial.error(left, training)) is not None:
             found = dict(_search(trial, left, training)) or _last_straw(trial, left, training)
             if not found:
-                raise RuntimeError(f"model: its forward pass is not repeatable: {error}")
+                raise RuntimeError(f"model: its forward pass is not repeatable: {reason}")
             yield from found.items()
-            left = [group for group in left if group.name not in found]
+            left = [group for group in left if group.id not in found]
 
 
-def _search(trial: _Trial, groups: Sequence[Group], training: bool) -> Iterator[tuple[str, str]]:
+def _search(trial: _Trial, groups: Sequence[Group], training: bool) -> Iterator[tuple[int, str]]:
     """Those of ``groups``, together at fault, that fail alone: by halving, as most are innocent."""
     middle = len(groups) // 2
     for part in (groups[:middle], groups[middle:]):
         if part and (error := trial.error(part, training)) is not None:
             if len(part) == 1:
-                yield part[0].name, error
+                yield part[0].id, error
             else:
                 yield from _search(trial, part, training)
 
 
-def _last_straw(trial: _Trial, groups: Sequence[Group], training: bool) -> dict[str, str]:
+def _last_straw(trial: _Trial, groups: Sequence[Group], training: bool) -> dict[int, str]:
     """Of groups that fail only together, the one that completes the first failing set."""
     good, bad = 0, len(groups)
     while bad - good > 1:
@@ -151,10 +152,10 @@ def _last_straw(trial: _Trial, groups: Sequence[Group], training: bool) -> dict[
         else:
             bad = middle
     error = trial.error(groups[:bad], training)
-    return {} if error is None else {groups[bad - 1].name: error}
+    return {} if error is None else {groups[bad - 1].id: error}
 
 
-def _halves(groups: Sequence[Group]) -> dict[str, np.ndarray[Any, Any]]:
+def _halves(groups: Sequence[Group]) -> dict[int, np.ndarray[Any, Any]]:
     """About half of the channels of each group, never all of them.
 
     Equally wide groups lose unequal numbers: a wrong tie between them would not show otherwise.
@@ -165,7 +166,7 @@ def _halves(groups: Sequence[Group]) -> dict[str, np.ndarray[Any, Any]]:
         size = len(group.channels)
         order = seen[size] = seen.get(size, -1) + 1
         removed = size // 2 - order % max(size // 4, 1)
-        halves[group.name] = np.asarray(group.channels)[1::2][:removed]
+        halves[group.id] = np.asarray(group.channels)[1::2][:removed]
     return halves
 
 

@@ -48,7 +48,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     target = _target(path)
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
-    tensors = {entry.names[0]: _to_host(entry.tensor) for entry in entries}
+    tensors = _on_host(entries)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -111,13 +111,19 @@ def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
             raise ValueError(f"module: {entry.names[0]!r} is on the meta device, it has no values")
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with its whole storage to itself."""
-    tensor = tensor.detach()
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        # Part of a larger storage, which other tensors of the module may share.
-        return tensor.cpu().clone(memory_format=torch.contiguous_format)
-    return tensor.cpu().contiguous()
+def _on_host(entries: Iterable[Registered]) -> dict[str, Tensor]:
+    """The tensors by their first names: on the CPU, contiguous, each in memory of its own."""
+    tensors: dict[str, Tensor] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
+    for entry in entries:
+        tensor = entry.tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # Views of one storage (a buffer that is part of another) are written as tensors apart.
+        if id(storage) in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages[id(storage)] = storage
+        tensors[entry.names[0]] = tensor
+    return tensors
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -127,7 +133,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     names = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
     digest.update(json.dumps([head, names]).encode())
     for name in sorted(tensors):
-        digest.update(memoryview(_bytes(tensors[name]).numpy()))
+        digest.update(_bytes(tensors[name]).numpy().data)
     return digest.hexdigest()
 
 

@@ -199,7 +199,7 @@ def _remember(
     for module in small.modules():
         module.__dict__.pop(_PLAN_ATTRIBUTE, None)
     if plan.tensors:
-        setattr(small, _PLAN_ATTRIBUTE, plan.to_json())
+        small.__dict__[_PLAN_ATTRIBUTE] = plan.to_json()
 
 
 def _check_model(model: object) -> None:

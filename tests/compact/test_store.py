@@ -147,6 +147,7 @@ class Shared(nn.Module):
             self.two.weight = self.one.weight
         self.register_buffer("table", torch.randn(16))
         self.register_buffer("part", self.table[8:])
+        self.register_buffer("same", self.table.view(4, 4))
         self.register_buffer("scale", torch.arange(8.0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ def shared_plan(model: nn.Module) -> Plan:
 def test_tied_and_overlapping_tensors_are_saved_once_each(tmp_path: Path) -> None:
     small = compact(Shared(), shared_plan(Shared()))
     save(small, tmp_path / "model")
-    assert load_file(tmp_path / "model").keys() == {"one.weight", "table", "part"}
+    assert load_file(tmp_path / "model").keys() == {"one.weight", "table", "part", "same"}
     loaded = load(Shared(), tmp_path / "model")
     assert loaded.one.weight is loaded.two.weight
     assert loaded.scale.tolist() == list(KEPT)
