@@ -7,8 +7,6 @@ nothing and read no device value.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,12 +15,6 @@ from sparsekern._rows import Rows
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What the backends take."""
-
-_memory = attrgetter("dtype", "layout", "device")
-
-# By id of the first parameter: what `step` last found good. Cleared when it grows beyond the limit.
-_good: dict[int, tuple[object, ...]] = {}
-_GOOD_LIMIT = 512
 
 
 def number(
@@ -50,55 +42,47 @@ def number(
     return float(value)
 
 
-def step(
+def lengths(params: Sequence[Tensor], lists: Mapping[str, Sequence[object]], rows: Rows | None) -> None:
+    """Every list has one entry for each parameter.
+
+    Args:
+        lists: by the name of the argument.
+        rows: of ``params``.
+
+    Raises:
+        ValueError: a list has another number of entries.
+    """
+    if rows is not None and rows.table is not None:
+        lists = {**lists, "rows.starts": rows.starts, "rows.dims": rows.dims}
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{name}: got {len(values)} entries, expected {len(params)} as params")
+
+
+def tensors(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor] | None,
+    lists: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
     rows: Rows | None,
 ) -> None:
-    """The tensors of one call fit each other and their rows.
-
-    An optimizer calls with the same parameters and state step after step, and to look at each of
-    them takes longer than the step of a small network. So what was found good is remembered by
-    identity, together with what changes behind an identity (``param.data`` put on another device,
-    into another type or size); only gradients are looked at every time.
+    """The tensors of one call fit each other and their rows, one by one.
 
     Args:
         params: at least one.
-        grads: like ``params``.
-        states: further lists like ``params``, by the name of the argument.
-        steps: float32 counters of one element, one per parameter; None for ops without.
+        lists: like ``params``, by the name of the argument.
+        steps: float32 counters of one element, one per parameter, or none.
         rows: of ``params``.
 
     Raises:
         TypeError: a dtype or layout that no backend takes.
         ValueError: another number of tensors, or one that differs.
     """
-    lists = [params, *states.values(), steps or ()]
-    sizes, memory = list(map(Tensor.numel, params)), _memory(params[0])
-    key = (
-        list(map(id, chain.from_iterable(lists))),
-        list(map(len, lists)),
-        sizes,
-        memory,
-        None if rows is None else (id(rows.table), list(rows.starts), list(rows.dims)),
-    )
-    if (
-        _good.get(id(params[0])) == key
-        and list(map(Tensor.numel, grads)) == sizes
-        and set(map(_memory, grads)) == {memory}
-    ):
-        return
     parameters(params)
-    for name, tensors in {"grads": grads, **states}.items():
-        like(name, tensors, params)
-    if steps is not None:
+    for name, values in lists.items():
+        like(name, values, params)
+    if steps:
         counters(steps, len(params))
     inside(rows, params)
-    if len(_good) >= _GOOD_LIMIT:
-        _good.clear()
-    _good[id(params[0])] = key
 
 
 def parameters(params: Sequence[Tensor]) -> None:
@@ -128,8 +112,7 @@ def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None
         TypeError: a sparse tensor.
         ValueError: another number of tensors, or one that differs.
     """
-    if len(tensors) != len(params):
-        raise ValueError(f"{name}: got {len(tensors)} tensors, expected {len(params)} as params")
+    lengths(params, {name: tensors}, None)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         _dense(f"{name}[{i}]", tensor)
         if _kind(tensor) != _kind(param):
@@ -145,7 +128,7 @@ def empty(name: str, tensors: Sequence[Tensor], unless: str) -> None:
         ValueError: there are.
     """
     if tensors:
-        raise ValueError(f"{name}: got {len(tensors)} tensors, expected none unless {unless}")
+        raise ValueError(f"{name}: got {len(tensors)} entries, expected none unless {unless}")
 
 
 def scalar(name: str, value: object, device: torch.device) -> None:
@@ -167,7 +150,7 @@ def counters(steps: Sequence[Tensor], expected: int) -> None:
         ValueError: another number of them, another size or dtype.
     """
     if len(steps) != expected:
-        raise ValueError(f"steps: got {len(steps)} tensors, expected {expected} as params")
+        raise ValueError(f"steps: got {len(steps)} entries, expected {expected} as params")
     for i, value in enumerate(steps):
         if value.numel() != 1 or value.dtype is not torch.float32:
             raise ValueError(f"steps[{i}]: got {_describe(value)}, expected one float32 element")

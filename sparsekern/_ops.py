@@ -11,7 +11,8 @@ Everything is in place and nothing is returned, so the fakes have nothing to say
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ParamSpec
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import Parameter
 
 from sparsekern import _checks
 from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
-from sparsekern.backends import choose
+from sparsekern.backends import choose, reference
 
 _LIBRARY = torch.library.Library("sparsekern", "DEF")
 
@@ -146,14 +147,11 @@ def sgd_step_(
     """
     if not params:
         return
-    states = {"momentum_buffers": momentum_buffers}
+    lists = {"grads": grads, "momentum_buffers": momentum_buffers}
     if momentum == 0:
-        _checks.empty("momentum_buffers", momentum_buffers, "momentum is not 0")
-        states = {}
-    _checks.step(params, grads, states, None, rows)
-    device = params[0].device
-    _check_scalars(device, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
-    choose(device).sgd_step_(
+        _checks.empty("momentum_buffers", lists.pop("momentum_buffers"), "momentum is not 0")
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    _checked_backend(params, lists, (), scalars, rows).sgd_step_(
         params,
         grads,
         momentum_buffers,
@@ -208,15 +206,14 @@ def adam_step_(
     """
     if not params:
         return
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if amsgrad:
-        states["max_exp_avg_sqs"] = max_exp_avg_sqs
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
     else:
         _checks.empty("max_exp_avg_sqs", max_exp_avg_sqs, "amsgrad is set")
-    _checks.step(params, grads, states, steps, rows)
-    device = params[0].device
-    _check_scalars(device, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
-    choose(device).adam_step_(
+    _checks.lengths(params, {"steps": steps}, None)
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    _checked_backend(params, lists, steps, scalars, rows).adam_step_(
         params,
         grads,
         exp_avgs,
@@ -250,8 +247,8 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
     """
     if not params:
         return
-    _checks.step(params, grads, {}, None, rows)
-    choose(params[0].device).row_statistics_(params, grads, rows=rows)
+    backend = _checked_backend(params, {"grads": grads}, (), {}, rows)
+    backend.row_statistics_(params, grads, rows=rows)
 
 
 @_operation("row_mask_(Tensor(a!)[] params, *, float lr, Tensor? tensor_lr=None, " + _ROWS)
@@ -271,10 +268,7 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
     """
     if not params:
         return
-    device = params[0].device
-    _checks.step(params, params, {}, None, rows)
-    _check_scalars(device, lr=lr)
-    choose(device).row_mask_(params, lr=lr, rows=rows)
+    _checked_backend(params, {}, (), {"lr": lr}, rows).row_mask_(params, lr=lr, rows=rows)
 
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
@@ -294,6 +288,21 @@ def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay
     choose(state[0].device).channel_moments_(ChannelArrays(*gates, *state, decay))
 
 
-def _check_scalars(device: torch.device, **values: float | Tensor | None) -> None:
-    for name, value in values.items():
+def _checked_backend(
+    params: Sequence[Tensor],
+    lists: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    scalars: Mapping[str, float | Tensor | None],
+    rows: Rows | None,
+) -> ModuleType:
+    """The backend for ``params``, after the checks that it does not make itself."""
+    device = params[0].device
+    for name, value in scalars.items():
         _checks.scalar(name, value, device)
+    _checks.lengths(params, lists, rows)
+    backend = choose(device)
+    # To look at every tensor in Python takes longer than the step of a small network. Native
+    # backends do it where they read the addresses.
+    if backend is reference:
+        _checks.tensors(params, lists, steps, rows)
+    return backend

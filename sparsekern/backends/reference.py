@@ -147,7 +147,7 @@ def adam_step_(
         count = step.double()
         step_size = lr / (1 - torch.pow(beta1, count))
         root = (1 - torch.pow(beta2, count)).sqrt()
-        denominator = top.sqrt() / _scalar(root, w) + _scalar(eps, w)
+        denominator = _sqrt(top) / _scalar(root, w) + _scalar(eps, w)
         w = w - _scalar(step_size, w) * m / denominator
         if row:
             w, m, v, top = row.decline(w), row.clear(m), row.clear(v), row.clear(top)
@@ -353,6 +353,13 @@ def _decay_factor(lr: float | Tensor, weight_decay: float, row: _RowStep | None,
         penalty = row.table.penalty[row.slice].double()
         return row.spread((1 - lr * (weight_decay + penalty)).to(w.dtype))
     return None if weight_decay == 0 else _scalar(1 - lr * weight_decay, w)
+
+
+def _sqrt(values: Tensor) -> Tensor:
+    """Correctly rounded, which torch's own is not for float32 on a CPU (MKL's is the last bit off)."""
+    if values.is_cpu and values.dtype == torch.float32:
+        return values.double().sqrt().float()
+    return values.sqrt()
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from sparsekern._rows import COUNT, DOT, GRAD_SQ, WEIGHT_SQ
 
-# Units in the last place of the larger of an element before and after the step. The order of
-# operations is specified, and none is contracted, so nothing but `pow` in the bias correction may
-# differ: in its last bit in float64, which moves a float64 result by a few units and another one
-# only where it tips a rounding.
-UPDATE_ULPS = {torch.float32: 1.0, torch.float64: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+# Units in the last place of the larger of an element before and after the step. The order of the
+# operations is specified, none is contracted and each is rounded correctly, so results are the same
+# bits. In float64 torch's square root and `pow` (in the bias correction) may miss the last bit.
+UPDATE_ULPS = {torch.float32: 0.0, torch.float64: 4.0, torch.bfloat16: 0.0, torch.float16: 0.0}
 
 # Float32 sums over a row in any order: n terms in sequence err by about sqrt(n) / 2 roundings; 4
 # times that never occurs by chance. Relative to the sum of the absolute values, of which
