@@ -105,7 +105,7 @@ def _gathered(flat: dict[str, Any]) -> dict[str, Any]:
     arrays = [*options.pop("row_inputs"), *options.pop("row_state")]
     starts, dims = options.pop("starts"), options.pop("dims")
     tau, decay = options.pop("tau"), options.pop("decay")
-    options["rows"] = Rows(RowArrays(*arrays, tau, decay), starts, dims) if arrays else None
+    options["rows"] = Rows(RowArrays._make([*arrays, tau, decay]), starts, dims) if arrays else None
     return options
 
 
@@ -212,6 +212,9 @@ def adam_step_(
     else:
         _checks.empty("max_exp_avg_sqs", max_exp_avg_sqs, "amsgrad is set")
     _checks.lengths(params, {"steps": steps}, None)
+    if found_inf is not None:
+        # A step that is not made is not counted, and only the device knows of it.
+        _checks.scalar("steps[0]", steps[0], params[0].device)
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     _checked_backend(params, lists, steps, scalars, rows).adam_step_(
         params,
@@ -285,7 +288,7 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 )
 def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
     """:func:`channel_moments_` with the fields of ChannelArrays, as the dispatcher takes them."""
-    choose(state[0].device).channel_moments_(ChannelArrays(*gates, *state, decay))
+    choose(state[0].device).channel_moments_(ChannelArrays._make([*gates, *state, decay]))
 
 
 def _checked_backend(

@@ -70,7 +70,7 @@ def sgd_step_(
     lr = _rate(lr)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, learn)
-        keep = _both(go, row.live if row else None)
+        keep = _and(row.live, go) if row else go
         w = _widen(param)
         d = _gradient(grad, w.dtype, grad_scale, maximize, keep)
         if row:
@@ -128,7 +128,7 @@ def adam_step_(
     lr = _rate(lr)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, learn)
-        keep = _both(go, row.live if row else None)
+        keep = _and(row.live, go) if row else go
         step = steps[i]
         step += 1 if go is None else go.to(step.dtype)
         w = _widen(param)
@@ -136,8 +136,7 @@ def adam_step_(
         if row:
             row.statistics(w, d)
         if decoupled:
-            factor = _decay_factor(lr, weight_decay, row, w)
-            w = w if factor is None else w * factor
+            w = _shrink(w, lr, weight_decay, row)
         else:
             decay = _l2(weight_decay, row, w)
             d = d if decay is None else d + w * decay
@@ -186,7 +185,7 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
         row = _rows_of(rows, i, param, learn)
         if row:
             w = _widen(param)
-            w = row.decline(w * _decay_factor(lr, 0.0, row, w))
+            w = row.decline(_shrink(w, lr, 0.0, row))
             _store(param, torch.where(row.live, w, 0), None)
             row.count_down()
 
@@ -224,11 +223,12 @@ class _RowStep:
         self.shape[dim] = self.rows
         self.slice = slice(start, start + self.rows)
         self.learn = learn
+        self.penalty = table.penalty[self.slice].double()
         self.countdown = table.countdown[self.slice]
         self.alive = self.countdown != 0
         self.live = self.spread(self.alive)
-        self.declining = _both(self.countdown > 0, learn)
-        self.ending = self.spread(_both(self.countdown == 1, learn))
+        self.declining = _and(self.countdown > 0, learn)
+        self.ending = self.spread(_and(self.countdown == 1, learn))
 
     def spread(self, values: Tensor) -> Tensor:
         """Per-row values in a shape that broadcasts over the tensor."""
@@ -250,7 +250,7 @@ class _RowStep:
         spoilt = (self.alive & ~finite).sum()
         table.nonfinite.add_(spoilt if self.learn is None else spoilt * self.learn)
         _store(table.sums[self.slice], sums, self.learn)
-        counted = _both(counted, self.learn)
+        counted = _and(counted, self.learn)
         share = sums[:, COUNT] / max(self.size, 1)
         _blend(table.activity[self.slice], share, table.decay, counted)
         _store(threshold, self._next_threshold(sums, counted), counted)
@@ -290,7 +290,7 @@ def _conditions(
     """Whether anything changes, and whether the rows take part; None stands for certainly."""
     go = None if found_inf is None else found_inf.reshape(()) != 1
     if isinstance(lr, Tensor):
-        return go, _both(lr.reshape(()) != 0, go)
+        return go, _and(lr.reshape(()) != 0, go)
     if lr == 0 and params:
         # A tensor although known here: "certainly not" would be a third case everywhere below.
         return go, torch.zeros((), dtype=torch.bool, device=params[0].device)
@@ -302,10 +302,9 @@ def _rate(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()).double() if isinstance(lr, Tensor) else lr
 
 
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
+def _and(condition: Tensor, other: Tensor | None) -> Tensor:
+    """Both; None stands for certainly."""
+    return condition if other is None else condition & other
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -342,17 +341,15 @@ def _gradient(
 def _l2(weight_decay: float, row: _RowStep | None, w: Tensor) -> Tensor | None:
     """What times W is added to the gradient: ``weight_decay + penalty``; None for nothing."""
     if row:
-        penalty = row.table.penalty[row.slice].double()
-        return row.spread((weight_decay + penalty).to(w.dtype))
+        return row.spread((weight_decay + row.penalty).to(w.dtype))
     return None if weight_decay == 0 else _scalar(weight_decay, w)
 
 
-def _decay_factor(lr: float | Tensor, weight_decay: float, row: _RowStep | None, w: Tensor) -> Tensor | None:
-    """What W is multiplied by: ``1 - lr * (weight_decay + penalty)``; None for nothing."""
+def _shrink(w: Tensor, lr: float | Tensor, weight_decay: float, row: _RowStep | None) -> Tensor:
+    """``w`` times ``1 - lr * (weight_decay + penalty)``."""
     if row:
-        penalty = row.table.penalty[row.slice].double()
-        return row.spread((1 - lr * (weight_decay + penalty)).to(w.dtype))
-    return None if weight_decay == 0 else _scalar(1 - lr * weight_decay, w)
+        return w * row.spread((1 - lr * (weight_decay + row.penalty)).to(w.dtype))
+    return w if weight_decay == 0 else w * _scalar(1 - lr * weight_decay, w)
 
 
 def _sqrt(values: Tensor) -> Tensor:

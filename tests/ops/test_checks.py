@@ -90,6 +90,14 @@ ADAM_ONLY = [
     (_set("steps", 1, torch.ones(2)), ValueError, r"steps\[1\]: got .*\[2\]"),
     (_set("steps", 1, torch.ones((), dtype=torch.int64)), ValueError, r"steps\[1\]: got .*int64"),
     (_assign(steps=[torch.ones(())]), ValueError, r"steps: got 1 entries, expected 2"),
+    (
+        lambda call: (
+            call.options.update(found_inf=torch.zeros(())),
+            call.steps.__setitem__(0, torch.ones((), device="meta")),
+        ),
+        ValueError,
+        r"steps\[0\]: got .*on meta, expected .*on cpu",
+    ),
     (_assign(steps=[]), ValueError, r"steps: got 0 entries, expected 2"),
 ]
 SGD_ONLY = [(_assign(options={"momentum": 0.0}), ValueError, r"momentum_buffers: got 2 .*momentum")]

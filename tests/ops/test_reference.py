@@ -12,7 +12,7 @@ from ops.cases import ADAM, OPS, SGD, Op
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern._rows import LIVE, RowTable
+from sparsekern._rows import LIVE, Rows, RowTable
 from sparsekern.backends import reference
 
 # Rows in every state; spoilt: whether the gradient of the row contains a NaN.
@@ -142,6 +142,27 @@ def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
     want = torch.tensor([row.w for row in side.rows], dtype=torch.float64)
     torch.testing.assert_close(side.param.detach().flatten(1), want, rtol=1e-13, atol=0)
     assert side.table.countdown.tolist() == [LIVE, 0, 0, LIVE, 1, 0, LIVE, 4]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_is_read_from_the_device(name: str) -> None:
+    """Meta tensors have no values: whatever would wait for a device's, raises here."""
+    op = OPS[name]
+    param = Parameter(torch.ones(4, 3, device="meta"))
+    table = RowTable.__new__(RowTable)
+    table._allocate(4, 2, param.device)
+    table.tau, table.decay = 1.0, 0.5
+    rows = Rows(table, [0], [0])
+    lists = {"": [], "params": [param], "steps": [torch.ones((), device="meta")]}
+    tensors = (lists.get(name, [torch.ones(4, 3, device="meta")]) for name in op.lists)
+    options = {
+        name: value.to("meta") if isinstance(value, Tensor) else value for name, value in op.options.items()
+    }
+    with pytest.raises(RuntimeError):
+        bool(table.updates)
+    getattr(reference, op.name)(*tensors, **options, rows=rows)
+    table.gate_offsets, table.gate_rows = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    reference.channel_moments_(table)
 
 
 # Against torch: the settings that it has, with what its kernels are called.
