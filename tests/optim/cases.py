@@ -93,21 +93,22 @@ def copies(params: Iterable[Tensor]) -> list[Parameter]:
 
 
 def grade(params: Sequence[Tensor], seed: int, also: Sequence[Tensor] = (), scale: float = 1) -> None:
-    """Give parameters gradients, and the same ones to as many others."""
+    """Give parameters gradients that lie in memory as they do, and the same to as many others."""
     generator = torch.Generator().manual_seed(seed)
     for i, param in enumerate(params):
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype) * scale
-        param.grad = grad.clone()
-        if also:
-            also[i].grad = grad.clone()
+        grad = torch.randn(param.shape, generator=generator) * scale
+        for one in (param, *also[i : i + 1]):
+            one.grad = torch.empty_like(one).copy_(grad)
 
 
 def snapshot(optimizer: Optimizer, table: RowTable | None = None) -> list[Any]:
     """Values of all that a step changes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    values: list[Any] = [p.detach().clone() for p in params]
-    for state in optimizer.state.values():
-        values += [v.clone() if isinstance(v, Tensor) else v for v in state.values()]
+    values: list[Any] = []
+    for param in params:
+        values.append(param.detach().clone())
+        state = optimizer.state.get(param, {}).values()
+        values += [v.clone() if isinstance(v, Tensor) else v for v in state]
     if table is not None:
         values += [v.clone() for v in table.state_dict().values() if isinstance(v, Tensor)]
     return values
@@ -126,9 +127,7 @@ def assert_near(these: Sequence[Tensor], those: Sequence[Tensor]) -> None:
 
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
-    )
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
 
 
 def train(model: nn.Module, step: Callable[[], Any], steps: int, seed: int = 0) -> None:
