@@ -26,7 +26,6 @@ def measure(name: str) -> tuple[float, float]:
     model = NETWORKS[name]()
     optimizer = sparsekern.optim.AdamW(model.parameters())
     inputs = example(name, size=224)
-    model.eval()(inputs[:1])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     sparsekern.Pruner(model, optimizer, inputs, keep=0.2, steps=1000)
