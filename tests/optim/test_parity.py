@@ -24,10 +24,10 @@ PAIRS = {
 
 
 def _options() -> list[tuple[str, dict[str, Any]]]:
+    momenta = [(0, 0, False), (0.9, 0, False), (0.9, 0.3, False), (0.9, 0, True)]
     sgd = [
         {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        for momentum, dampening, nesterov in [(0, 0, False), (0.9, 0, False), (0.9, 0.3, False)]
-        + [(0.9, 0, True)]
+        for momentum, dampening, nesterov in momenta
     ]
     adam = [
         {"amsgrad": amsgrad, "betas": betas, "eps": eps}
@@ -38,11 +38,8 @@ def _options() -> list[tuple[str, dict[str, Any]]]:
             (False, (0.0, 0.9), 1e-8),
         ]
     ]
-    common = [
-        {"weight_decay": decay, "maximize": maximize, "lr": lr}
-        for decay, maximize, lr in [(0, False, 1e-3), (0, True, 0.05), (0.1, False, 0.05)]
-        + [(0.1, True, 1e-3)]
-    ]
+    rates = [(0, False, 1e-3), (0, True, 0.05), (0.1, False, 0.05), (0.1, True, 1e-3)]
+    common = [{"weight_decay": decay, "maximize": maximize, "lr": lr} for decay, maximize, lr in rates]
     kinds = [("SGD", sgd), ("Adam", adam), ("AdamW", adam)]
     return [(name, own | c) for name, owns in kinds for own in owns for c in common]
 
