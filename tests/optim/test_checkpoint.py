@@ -1,0 +1,77 @@
+"""Distributed checkpoints, and parameters that are sharded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from optim.cases import Under, assert_same, network, snapshot, train
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.nn import Parameter
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_optimizer_state_goes_through_distributed_checkpoint(under: Under, flat: bool) -> None:
+    model = network()
+    ours = under(model.parameters())
+    train(model, ours.step, 3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, ours, options=options))
+
+    twin = copy.deepcopy(model)
+    fresh = under(twin.parameters(), lr=7.0)
+    set_optimizer_state_dict(twin, fresh, saved, options=options)
+    assert_same(snapshot(fresh), snapshot(ours))
+    assert fresh.param_groups[0]["lr"] == 0.05
+    for each in (model, twin):
+        train(each, (ours if each is model else fresh).step, 2, seed=1)
+    assert_same(snapshot(fresh), snapshot(ours))
+
+
+def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(under: Under) -> None:
+    """Distributed checkpoint makes a step with lr 0 and gradients 0 then."""
+    model = network()
+    ours = under(model.parameters(), weight_decay=0.1)
+    table = ours._table
+    if table is not None:
+        table.penalty.fill_(0.5)
+        table.countdown[::2] = 4
+        table.refresh()
+    params = [p.detach().clone() for p in model.parameters()]
+    rows = [] if table is None else [v.clone() for v in _rows(table)]
+    get_optimizer_state_dict(model, ours)
+    assert_same([p.detach() for p in model.parameters()], params)
+    assert_same([] if table is None else _rows(table), rows)
+
+
+def _rows(table: object) -> list[torch.Tensor]:
+    names = ("countdown", "threshold", "activity", "channel_dot", "channel_dot_sq", "updates")
+    return [getattr(table, name) for name in names]
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[dist.DeviceMesh]:
+    """A world of this one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_refused_by_name(under: Under, mesh: dist.DeviceMesh) -> None:
+    sharded = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    assert isinstance(sharded, DTensor)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is a DTensor"):
+        under.case.ours([sharded])
+    ours = under.case.ours([Parameter(torch.ones(2))])
+    with pytest.raises(RuntimeError, match="parameter 1 of group 1 is a DTensor"):
+        ours.add_param_group({"params": [Parameter(torch.ones(2)), sharded]})
+    assert len(ours.param_groups) == 1
