@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
-from .cost import CostBuilder, CostModel, refine
+from .cost import CostBuilder, CostModel
 from .interpret import Tracked
+from .numbering import Numbering, row_ids
 from .records import Producer, Records
 from .slots import Slots
 
 
-@dataclass
-class _Numbering:
-    """channel_of: int64 per slot, -1 for slots that stay; group_of: int64 per channel."""
-
-    channel_of: np.ndarray
-    group_of: np.ndarray
-
-
-def build(tensors: Sequence[Tracked], slots: Slots, records: Records) -> ChannelGraph:
-    """The channels that may go: free classes that hold at least one row of a parameter."""
-    roots, reasons = slots.classes()
-    numbering = _number(tensors, roots, reasons, records)
+def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering) -> ChannelGraph:
+    """The public graph, names instead of numbers."""
     groups = _groups(tensors, numbering, records, slots)
     costs = _costs(tensors, numbering, records)
     named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
-    notes = _notes(tensors, numbering, reasons, slots, records)
+    notes = _notes(tensors, numbering, slots, records)
     return ChannelGraph(
         groups=groups,
         group_of=numbering.group_of,
@@ -41,40 +31,7 @@ def build(tensors: Sequence[Tracked], slots: Slots, records: Records) -> Channel
     )
 
 
-def _row_ids(tensors: Sequence[Tracked], records: Records) -> list[np.ndarray]:
-    """Raw ids of all rows, those of producers first and in the order in which they run."""
-    made = [ids for p in records.producers for ids in (p.rows, p.bias)]
-    others = [t.ids[t.row_dim] for t in tensors if t.row_dim is not None]
-    return made + [ids for ids in others if ids is not None]
-
-
-def _number(
-    tensors: Sequence[Tracked], roots: np.ndarray, reasons: np.ndarray, records: Records
-) -> _Numbering:
-    rows = np.concatenate([np.empty(0, np.int64), *_row_ids(tensors, records)])
-    rows = rows[reasons[rows] < 0]
-    # Classes in the order of the first row that belongs to them.
-    classes, first = np.unique(roots[rows], return_index=True)
-    classes = classes[np.argsort(first, kind="stable")]
-    class_of = np.full(len(roots) + 1, -1, np.int64)
-    class_of[classes] = np.arange(len(classes))
-    of_slot = class_of[roots]
-    parts = []
-    for tensor in tensors:
-        for ids in tensor.ids:
-            inside = np.empty(0, np.int64) if ids is None else of_slot[ids]
-            inside = np.unique(inside[inside >= 0])
-            if len(inside):
-                parts.append((inside, np.zeros(len(inside), np.int64)))
-    group_of = refine(np.zeros(len(classes), np.int64), parts)
-    order = np.argsort(group_of, kind="stable")
-    channel = np.empty(len(classes) + 1, np.int64)
-    channel[order] = np.arange(len(classes))
-    channel[-1] = -1
-    return _Numbering(channel[of_slot], group_of[order])
-
-
-def _tensor(tensor: Tracked, numbering: _Numbering) -> TensorSlots | None:
+def _tensor(tensor: Tracked, numbering: Numbering) -> TensorSlots | None:
     channels = []
     for ids in tensor.ids:
         own = None if ids is None else numbering.channel_of[ids]
@@ -87,7 +44,7 @@ def _tensor(tensor: Tracked, numbering: _Numbering) -> TensorSlots | None:
 
 
 def _groups(
-    tensors: Sequence[Tracked], numbering: _Numbering, records: Records, slots: Slots
+    tensors: Sequence[Tracked], numbering: Numbering, records: Records, slots: Slots
 ) -> tuple[Group, ...]:
     count = int(numbering.group_of.max()) + 1 if len(numbering.group_of) else 0
     members: list[list[tuple[int, int]]] = [[] for _ in range(count)]
@@ -134,7 +91,7 @@ def _unused(name: str, groups: Sequence[Group]) -> str:
     return candidate
 
 
-def _gates(tensors: Sequence[Tracked], numbering: _Numbering, records: Records, slots: Slots) -> Gates:
+def _gates(tensors: Sequence[Tracked], numbering: Numbering, records: Records, slots: Slots) -> Gates:
     consumed = [p for p in records.producers if p.consumed]
     channels = [_gate_rows(p, records) for p in consumed]
     live, ids = _by_channel(channels, [_channels(p, numbering) for p in consumed], numbering)
@@ -143,8 +100,8 @@ def _gates(tensors: Sequence[Tracked], numbering: _Numbering, records: Records, 
     if len(np.unique(live)) < len(numbering.group_of):
         own = [_channels(p, numbering) for p in records.producers]
         more, more_ids = _by_channel(
-            [*everything, *_row_ids(tensors, records)],
-            [*own, *[None] * len(_row_ids(tensors, records))],
+            [*everything, *row_ids(tensors, records)],
+            [*own, *[None] * len(row_ids(tensors, records))],
             numbering,
         )
         bare = ~np.isin(more, live)
@@ -158,7 +115,7 @@ def _gates(tensors: Sequence[Tracked], numbering: _Numbering, records: Records, 
     return Gates(offsets, index.reshape(-1).astype(np.int64), row, names)
 
 
-def _channels(producer: Producer, numbering: _Numbering) -> np.ndarray:
+def _channels(producer: Producer, numbering: Numbering) -> np.ndarray:
     return np.unique(numbering.channel_of[producer.rows])
 
 
@@ -171,7 +128,7 @@ def _gate_rows(producer: Producer, records: Records) -> np.ndarray:
 
 
 def _by_channel(
-    rows: Sequence[np.ndarray], own: Sequence[np.ndarray | None], numbering: _Numbering
+    rows: Sequence[np.ndarray], own: Sequence[np.ndarray | None], numbering: Numbering
 ) -> tuple[np.ndarray, np.ndarray]:
     """Channel and raw id of every row, where the channel is one of the producer's own."""
     live, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -185,7 +142,7 @@ def _by_channel(
     return np.concatenate(live), np.concatenate(kept)
 
 
-def _costs(tensors: Sequence[Tracked], numbering: _Numbering, records: Records) -> CostModel:
+def _costs(tensors: Sequence[Tracked], numbering: Numbering, records: Records) -> CostModel:
     builder = CostBuilder(len(numbering.group_of))
     for tensor in tensors:
         if tensor.entry.parameter:
@@ -205,8 +162,7 @@ def _costs(tensors: Sequence[Tracked], numbering: _Numbering, records: Records) 
 
 def _notes(
     tensors: Sequence[Tracked],
-    numbering: _Numbering,
-    reasons: np.ndarray,
+    numbering: Numbering,
     slots: Slots,
     records: Records,
 ) -> dict[str, tuple[Note, ...]]:
@@ -218,7 +174,7 @@ def _notes(
         for dim, ids in enumerate(tensor.ids):
             if ids is None or (dim != tensor.row_dim and (index, dim) not in wanted):
                 continue
-            given = reasons[ids[numbering.channel_of[ids] < 0]]
+            given = numbering.reasons[ids[numbering.channel_of[ids] < 0]]
             numbers, counts = np.unique(given[given >= 0], return_counts=True)
             for k in np.argsort(-counts, kind="stable"):
                 own.append(Note(dim, int(counts[k]), slots.reasons[numbers[k]]))

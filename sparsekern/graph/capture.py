@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+
+INPUT = "tied to an input of the network"
+CONSTANT = "tied to a constant tensor"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,55 @@ class Capture:
 
     tensors: tuple[Registered, ...]
     graphs: tuple[Captured, ...]
+    source: Source
+
+
+class Source:
+    """A copy of the model on fake tensors, with fake inputs: what graphs are taken from."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.clone = _fake_copy(model, self.mode)
+        self.args, self.kwargs = pytree.tree_map_only(Tensor, self.mode.from_tensor, (args, dict(kwargs)))
+        self.tensors, self._numbers = _registered(self.clone)
+
+    def numbered(self) -> list[tuple[Tensor, int]]:
+        """Every parameter and buffer of the copy once, with its number."""
+        held = {number: name for name, number in self._numbers.items()}
+        found = dict(_all_tensors(self.clone))
+        return [(found[name], number) for number, name in held.items()]
+
+    def export(self, training: bool) -> Captured:
+        """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
+        with undisturbed():
+            program = self._program(training)
+        sources: dict[str, int | str] = {}
+        for spec in program.graph_signature.input_specs:
+            name = getattr(spec.arg, "name", None)
+            if name is None:
+                continue
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in self._numbers:
+                sources[name] = self._numbers[spec.target]
+            elif spec.kind == InputKind.USER_INPUT:
+                sources[name] = INPUT
+            else:
+                sources[name] = CONSTANT
+        return Captured(program.graph_module, sources, training)
+
+    def _program(self, training: bool) -> ExportedProgram:
+        self.clone.train(training)
+        given = self.args, self.kwargs
+        try:
+            return torch.export.export(self.clone, *given, strict=False)
+        except Exception as error:
+            doubled = _doubled(*given) if training else None
+            if doubled is None:
+                raise _rejected(self.clone, *given, training, error) from error
+            # A batch norm behind a global pool cannot train on a batch of one.
+            try:
+                return torch.export.export(self.clone, *doubled, strict=False)
+            except Exception:
+                raise _rejected(self.clone, *given, training, error) from error
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
@@ -52,15 +105,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     Raises ``ValueError`` naming ``model`` where it cannot be copied or has uninitialised
     parameters, and naming ``example_inputs`` where its forward rejects them.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _undisturbed():
-        clone = _fake_copy(model, mode)
-        tensors, numbers = _registered(clone)
-        fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, dict(kwargs)))
-        graphs = tuple(
-            _export(clone, fake_args, fake_kwargs, numbers, training) for training in (False, True)
-        )
-    return Capture(tensors, graphs)
+    source = Source(model, args, kwargs)
+    return Capture(source.tensors, (source.export(False), source.export(True)), source)
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -111,39 +157,6 @@ def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[str, int
     return tensors, numbers
 
 
-def _export(
-    clone: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    numbers: Mapping[str, int],
-    training: bool,
-) -> Captured:
-    clone.train(training)
-    try:
-        program = torch.export.export(clone, args, kwargs, strict=False)
-    except Exception as error:
-        doubled = _doubled(args, kwargs) if training else None
-        if doubled is None:
-            raise _rejected(clone, args, kwargs, training, error) from error
-        # A batch norm behind a global pool cannot train on a batch of one.
-        try:
-            program = torch.export.export(clone, *doubled, strict=False)
-        except Exception:
-            raise _rejected(clone, args, kwargs, training, error) from error
-    sources: dict[str, int | str] = {}
-    for spec in program.graph_signature.input_specs:
-        name = getattr(spec.arg, "name", None)
-        if name is None:
-            continue
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in numbers:
-            sources[name] = numbers[spec.target]
-        elif spec.kind == InputKind.USER_INPUT:
-            sources[name] = "tied to an input of the network"
-        else:
-            sources[name] = "tied to a constant tensor"
-    return Captured(program.graph_module, sources, training)
-
-
 def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """The inputs with every batch of one repeated, or None if there is no such batch."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
@@ -174,12 +187,12 @@ def _describe(value: Any) -> str:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Random generators as before, compiled parts run eagerly, the tracer's warnings unseen."""
     python, legacy = random.getstate(), np.random.get_state()
     try:
         with (
-            torch.random.fork_rng(),
+            torch.random.fork_rng(devices=[]),
             torch.compiler.set_stance("force_eager"),
             warnings.catch_warnings(),
         ):

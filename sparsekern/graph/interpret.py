@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .capture import Captured, Registered
+from .capture import CONSTANT, Captured, Registered
 from .records import Records, term
 from .rules import RULES, Call, Rule
 from .slots import Slots
@@ -68,11 +68,10 @@ class Interpreter:
         known: dict[int, Value] = {}
 
         def placeholder(node: fx.Node) -> Value:
-            source = sources.get(node.name, "tied to a constant tensor")
+            source = sources.get(node.name, CONSTANT)
             if isinstance(source, str):
-                shape, itemsize = _shapes(node)[0] if _shapes(node) else ((), 1)
-                static = "constant" in source
-                return untracked(shape, itemsize, source, self._next(), static=static)
+                shape, itemsize = shapes(node)[0] if shapes(node) else ((), 1)
+                return untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
             if source not in known:
                 known[source] = self.tensors[source].value(self.settled, self._next())
             return known[source]
@@ -106,8 +105,7 @@ class Interpreter:
     def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
         found = operator.attrgetter(str(node.target))(module)
         if isinstance(found, Tensor):
-            shape, why = tuple(found.shape), "tied to a constant tensor"
-            return untracked(shape, found.element_size(), why, self._next(), static=True)
+            return untracked(tuple(found.shape), found.element_size(), CONSTANT, self._next(), static=True)
         return found
 
     def _step(self, node: fx.Node, env: _Environment, counted: bool) -> Any:
@@ -120,6 +118,8 @@ class Interpreter:
         schema = node.target._schema
         call = self._call(node, _bind(node.target, args, kwargs), counted)
         result = call.rule.function(call)
+        if self.settled:
+            self.records.values[counted, node.name] = result
         self._note(call, result, in_place=schema.is_mutable)
         if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
             return self._write(node.args[0], result, env)
@@ -133,7 +133,7 @@ class Interpreter:
             node=node.name,
             module=_module(node),
             args=args,
-            outputs=_shapes(node),
+            outputs=shapes(node),
             slots=self.slots,
             records=self.records,
             rule=rule,
@@ -184,7 +184,7 @@ class Interpreter:
                 for ids in value.ids:
                     if ids is not None:
                         self.slots.freeze(ids, reason)
-        return tuple(untracked(s, i, reason, self._next()) for s, i in _shapes(node))
+        return tuple(untracked(s, i, reason, self._next()) for s, i in shapes(node))
 
 
 def _lost(before: Flags, after: Flags) -> bool:
@@ -228,7 +228,7 @@ def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
     return bound
 
 
-def _shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
+def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
     return [
         (tuple(int(size) for size in t.shape), t.element_size())
         for t in pytree.tree_leaves(node.meta.get("val"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .slots import Slots
+from .values import Value
 
 Factor = np.ndarray | int
 
@@ -49,7 +50,10 @@ class Records:
         self.consumers: dict[tuple[int, int], None] = {}
         self.macs: list[Term] = []
         self.activations: list[Term] = []
-        self.guesses: dict[str, np.ndarray] = {}
+        # By (evaluation mode, node): slots tied by a reading that the trace cannot prove, and
+        # the values that every op makes, against which the reading is checked.
+        self.guesses: dict[tuple[bool, str], np.ndarray] = {}
+        self.values: dict[tuple[bool, str], Value | tuple[Value, ...]] = {}
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """The number of the producer with these rows; a tied weight is one producer."""

@@ -13,6 +13,8 @@ from .build import build
 from .capture import Capture, Registered, capture
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
+from .numbering import number
+from .recheck import wrong_guesses
 from .records import Records
 from .slots import Slots
 
@@ -41,6 +43,8 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    # What torch.compile returns holds the module itself; its parameters are the same.
+    model = getattr(model, "_orig_mod", model)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, (tuple, list)):
         raise ValueError(
@@ -50,20 +54,25 @@ def trace(
     protected = _protected(model, protect)
     captured = capture(model, tuple(args), example_kwargs or {})
     slots = Slots()
-    tensors = [_tracked(number, entry, slots) for number, entry in enumerate(captured.tensors)]
+    tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
     for tensor in tensors:
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
     assumed = _interpret(captured, tensors, slots, settled=False)
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True)
-    return build(tensors, slots, records)
+    numbering = number(tensors, slots, records)
+    while wrong := wrong_guesses(captured, tensors, numbering, records):
+        for guess in wrong:
+            slots.freeze(guess.ids, guess.reason)
+        numbering = number(tensors, slots, records)
+    return build(tensors, slots, records, numbering)
 
 
-def _tracked(number: int, entry: Registered, slots: Slots) -> Tracked:
+def _tracked(index: int, entry: Registered, slots: Slots) -> Tracked:
     """Fresh slots for every dimension; a dimension of size 1 can neither shrink nor couple."""
     ids = tuple(
-        slots.allocate((number, dim), size) if size > 1 else None for dim, size in enumerate(entry.shape)
+        slots.allocate((index, dim), size) if size > 1 else None for dim, size in enumerate(entry.shape)
     )
     return Tracked(entry, ids)
 
@@ -91,10 +100,10 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
     """
     roots, reasons = slots.classes()
     sizes = np.bincount(roots, minlength=len(roots))
-    for number, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         if not tensor.entry.parameter:
             continue
-        marked = [d for d in range(len(tensor.ids)) if (number, d) in records.row_marks]
+        marked = [d for d in range(len(tensor.ids)) if (index, d) in records.row_marks]
         free = [
             d
             for d, ids in enumerate(tensor.ids)

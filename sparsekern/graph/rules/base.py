@@ -73,7 +73,7 @@ class Call:
     outputs: (shape, itemsize) of every tensor the op returns.
     module: path of the module in whose forward the op was called ("" at the top).
     settled: second round: all unions are known, and zero flags are facts, not assumptions.
-    counted: costs of this graph are counted.
+    counted: the graph of evaluation mode, whose costs are counted.
     """
 
     name: str
@@ -187,7 +187,7 @@ class Call:
 
     def guess(self, ids: np.ndarray) -> None:
         """Note that the slots were tied by a reading of sizes that the trace cannot prove."""
-        self.records.guesses[self.node] = ids
+        self.records.guesses[self.counted, self.node] = ids
 
     def count_macs(self, scale: int, *factors: Factor | None) -> None:
         """Count multiply-adds: ``scale`` times the sizes (ints) or slot counts (ids)."""

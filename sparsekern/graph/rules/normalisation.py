@@ -16,6 +16,8 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
         return call.give_up(f"{call.label} has no channel dimension")
     size, ids = x.shape[1], x.ids[1]
     known = [call[name] for name in operands if call[name] is not None]
+    if not all(other.static for other in known):
+        return call.give_up(f"{call.label} has an affine computed from activations")
     for other in known:
         reason = x.why or other.why or f"{call.label} reads positions that stay"
         call.unify(ids, other.ids[0], size, reason)
@@ -25,7 +27,10 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     made: frozenset[int] = frozenset()
     pure: frozenset[int] = frozenset()
     if ids is not None:
-        zero = np.zeros(size, bool)
+        # Without an affine a map of zeros stays zero unless it is shifted by a running mean.
+        stored = call.args.get("running_mean") is not None
+        zero = np.zeros(size, bool) if stored else flags(x.zero[1], size)
+        made = x.origins if zero.any() else frozenset()
     if ids is not None and weight is not None:
         zero = flags(weight.zero[0], size)
         zero = zero if bias is None else zero & flags(bias.zero[0], size)
@@ -37,29 +42,41 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     out_ids: list[Ids] = list(x.ids)
     out_zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in out_ids]
     out_ids[1], out_zero[1] = ids, zero
-    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared=call.label)
+    kept = zero is None or zero.all()
+    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared="" if kept else call.label)
 
 
 @register_rule("batch_norm", norm=True)
 def batch_norm(call: Call) -> Result:
-    x = call["input"]
-    for dim in range(x.ndim):
-        if dim != 1:
-            call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
+    _freeze_others(call)
     return _per_channel(call, ("weight", "bias", "running_mean", "running_var"))
 
 
 @register_rule("instance_norm", norm=True)
 def instance_norm(call: Call) -> Result:
-    x = call["input"]
-    for dim in range(2, x.ndim):
-        call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
+    _freeze_others(call)
     return _per_channel(call, ("weight", "bias", "running_mean", "running_var"))
 
 
-@register_rule("group_norm")
+@register_rule("group_norm", norm=True)
 def group_norm(call: Call) -> Result:
-    return call.give_up(f"{call.label} normalises over channels (removing some changes the others)")
+    """Exact for whole normalisation groups: the channels of each are tied."""
+    x, groups = call["input"], call["num_groups"]
+    if groups == 1:
+        return call.give_up(f"{call.label} normalises over channels (removing some changes the others)")
+    _freeze_others(call)
+    if x.ids[1] is not None:
+        table = x.ids[1].reshape(groups, -1)
+        first = np.broadcast_to(table[:, :1], table.shape).ravel()
+        call.slots.union(first, x.ids[1], f"{call.label} has groups that go whole")
+    return _per_channel(call, ("weight", "bias"))
+
+
+def _freeze_others(call: Call) -> None:
+    x = call["input"]
+    for dim in range(x.ndim):
+        if dim != 1:
+            call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
 
 
 @register_rule("layer_norm", "rms_norm")
