@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from sparsekern.compact.plan import Plan, TensorPlan, make_plan
+from sparsekern.compact.plan import TensorPlan, make_plan
 from sparsekern.compact.surgery import Registered, build, like, match, registered, unwrap
 from sparsekern.compact.verify import as_arguments, leaves
 
@@ -73,23 +73,21 @@ class _Trial:
         )
         self._halves = _halves(graph.groups)
         self._whole: dict[bool, _Shapes] = {}
+        self._latest: tuple[frozenset[int], nn.Module] | None = None
 
     def modes(self) -> list[bool]:
         """The modes, as values of ``training``, in which the model runs at its full size."""
-        self._whole[False] = self._run(Plan({}), training=False)
+        self._whole[False] = self._run((), training=False)
         # Batch norm refuses to train on a single value per channel: then there is nothing to try.
-        with _errors() as failed:
-            self._whole[True] = self._run(Plan({}), training=True)
-        return [False] if failed else [False, True]
+        with _errors():
+            self._whole[True] = self._run((), training=True)
+        return list(self._whole)
 
     def error(self, groups: Sequence[Group], training: bool) -> str | None:
         """What goes wrong when ``groups`` are halved, as a sentence, or None."""
-        kept = np.ones(self._graph.num_channels, dtype=bool)
-        for group in groups:
-            kept[self._halves[group.id]] = False
         shapes: _Shapes = []
         with _errors() as failed:
-            shapes = self._run(make_plan(self._graph, kept), training)
+            shapes = self._run(groups, training)
         if failed:
             return failed[0]
         before = self._whole[training]
@@ -98,32 +96,48 @@ class _Trial:
             return f"the shape of the model's output changes: {changed}"
         return None
 
-    def _run(self, plan: Plan, training: bool) -> _Shapes:
-        parts = match(plan, self._tensors)
-        small = build(self._model, self._tensors, parts, lambda entry: self._empty(entry, parts))
-        _drop_hooks(small)
+    def _run(self, groups: Sequence[Group], training: bool) -> _Shapes:
+        small = self.copy(groups)
         small.train(training)
         with self._fake, torch.no_grad():
             output = small(*self._args, **self._kwargs)
-        return [
-            (where, tuple(map(str, x.shape)) if isinstance(x, Tensor) else type(x).__name__)
-            for where, x in leaves(output)
-        ]
+        return [(where, _shape(leaf)) for where, leaf in leaves(output)]
+
+    def copy(self, groups: Sequence[Group]) -> nn.Module:
+        """A fake copy of the model with ``groups`` halved; the latest one serves both modes."""
+        key = frozenset(group.id for group in groups)
+        if self._latest is None or self._latest[0] != key:
+            kept = np.ones(self._graph.num_channels, dtype=bool)
+            for number in key:
+                kept[self._halves[number]] = False
+            parts = match(make_plan(self._graph, kept), self._tensors)
+            small = build(self._model, self._tensors, parts, lambda entry: self._empty(entry, parts))
+            _drop_hooks(small)
+            self._latest = key, small
+        return self._latest[1]
 
     def _empty(self, entry: Registered, parts: Mapping[int, TensorPlan]) -> Tensor:
         with self._fake:
             return like(entry.tensor, parts[id(entry.tensor)], torch.empty_strided)
 
 
+def _shape(leaf: Any) -> Any:
+    """The sizes of a tensor, with ``?`` for those that depend on its values; else the type."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return tuple(size if type(size) is int else "?" for size in leaf.shape)
+
+
 def _faults(trial: _Trial, groups: Sequence[Group]) -> Iterator[tuple[int, str]]:
     """The groups that cannot be halved, each with the error it causes."""
+    trial.copy(())  # a model that cannot be copied says so itself
     try:
         modes = trial.modes()
     except Exception as error:
         raise ValueError(f"example_inputs: the model does not accept them: {_sentence(error)}") from error
     left = list(groups)
     for training in modes:
-        while (reason := trial.error(left, training)) is not None:
+        while left and (reason := trial.error(left, training)) is not None:
             found = dict(_search(trial, left, training)) or _last_straw(trial, left, training)
             if not found:
                 raise RuntimeError(f"model: its forward pass is not repeatable: {reason}")

@@ -205,9 +205,11 @@ def _check_indices(indices: object, size: int, dim: int) -> Indices:
 
 
 def _to_runs(indices: Indices) -> str:
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    runs = np.split(indices, breaks)
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    breaks = np.flatnonzero(np.diff(indices) != 1)
+    firsts = indices[np.concatenate([[0], breaks + 1])].tolist()
+    lasts = indices[np.concatenate([breaks, [-1]])].tolist()
+    runs = zip(firsts, lasts, strict=True)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _from_runs(runs: object) -> Indices:

@@ -25,6 +25,7 @@ from sparsekern.compact.surgery import (
     memory_order,
     plan_of,
     registered,
+    remember,
     unwrap,
 )
 
@@ -97,7 +98,9 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{where} holds a {metadata['class']}, expected the tensors of this "
             f"{type(module).__name__}: {shorten(problems)}"
         )
-    return build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
+    loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
+    remember(module, loaded, tensors, parts)
+    return loaded
 
 
 def _check_storable(module: nn.Module, entries: list[Registered]) -> None:

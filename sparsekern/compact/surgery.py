@@ -45,7 +45,9 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
     model = unwrap(model)
     tensors = registered(model)
     parts = match(plan, tensors)
-    return build(model, tensors, parts, lambda entry: cut(entry.tensor, parts[id(entry.tensor)]))
+    small = build(model, tensors, parts, lambda entry: cut(entry.tensor, parts[id(entry.tensor)]))
+    remember(model, small, tensors, parts)
+    return small
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -163,8 +165,22 @@ def build(
             _copy_attributes(entry.tensor, memo[id(entry.tensor)])
     _check_copy(small, tensors, memo)
     update_attributes(model, small, parts)
-    _remember(model, small, tensors, parts)
     return small
+
+
+def remember(
+    model: nn.Module,
+    small: nn.Module,
+    tensors: list[Registered],
+    parts: Mapping[int, TensorPlan],
+) -> None:
+    """Notes on ``small`` what ``parts`` and earlier surgery removed from the model first made."""
+    cuts = {e.names[0]: parts[id(e.tensor)] for e in tensors if parts[id(e.tensor)].keep}
+    plan = plan_of(model).then(Plan(cuts))
+    for module in small.modules():
+        module.__dict__.pop(_PLAN_ATTRIBUTE, None)
+    if plan.tensors:
+        small.__dict__[_PLAN_ATTRIBUTE] = plan.to_json()
 
 
 def _as(tensor: Tensor, data: Tensor) -> Tensor:
@@ -186,20 +202,6 @@ def _computed_attributes(model: nn.Module) -> Iterator[Tensor]:
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 yield value
-
-
-def _remember(
-    model: nn.Module,
-    small: nn.Module,
-    tensors: list[Registered],
-    parts: Mapping[int, TensorPlan],
-) -> None:
-    cuts = {e.names[0]: parts[id(e.tensor)] for e in tensors if parts[id(e.tensor)].keep}
-    plan = plan_of(model).then(Plan(cuts))
-    for module in small.modules():
-        module.__dict__.pop(_PLAN_ATTRIBUTE, None)
-    if plan.tensors:
-        small.__dict__[_PLAN_ATTRIBUTE] = plan.to_json()
 
 
 def _check_model(model: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.compact import Plan, TensorPlan
+from sparsekern.graph import ChannelGraph
 
 # The channels that are kept of an eight-channel layer.
 KEPT = (0, 3, 4, 5, 7)
@@ -31,6 +32,17 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.depth(torch.relu(self.norm(self.stem(x)))))
         return self.head(self.up(x).mean((2, 3)))
+
+
+def mask(model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> None:
+    """Zeroes every row of the channels that are not ``kept``, bool [C], in place."""
+    parameters = dict(model.named_parameters())
+    for name, slots in graph.tensors.items():
+        channels = None if slots.row_dim is None else slots.channels[slots.row_dim]
+        if channels is not None:
+            gone = np.flatnonzero((channels >= 0) & ~kept[channels])
+            with torch.no_grad():
+                parameters[name].index_fill_(slots.row_dim, torch.from_numpy(gone), 0)
 
 
 def plan_for(model: nn.Module, keep: Mapping[str, Mapping[int, Sequence[int]]]) -> Plan:
