@@ -7,47 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import assert_near, grade, parameters
+from optim.cases import Case, Under, assert_near, grade, parameters
+from optim.configurations import Inputs, errors, inputs
+from torch.optim import lr_scheduler
 
 from sparsekern import optim
 
-try:
-    from torch.testing._internal.common_optimizers import optim_db
-except ImportError:  # private, and not in every build; test_parity has options of its own
-    optim_db = []
-# Importing it forbids the whole process to set torch.backends.*.enabled and the like.
-torch.backends.__allow_nonbracketed_mutation_flag = True
-
-OURS = {"SGD": optim.SGD, "Adam": optim.Adam, "AdamW": optim.AdamW}
-INFOS = [info for info in optim_db if info.optim_cls.__name__ in OURS]
 DTYPES = (torch.float32, torch.float64, torch.float16)
+INPUTS = [pytest.param(i, dtype, id=f"{i}-{dtype}") for dtype in DTYPES for i in inputs(dtype)]
 
 
-def _inputs() -> list[Any]:
-    return [
-        pytest.param(info.optim_cls, case.kwargs, dtype, id=f"{info.name}-{case.desc}-{dtype}")
-        for info in INFOS
-        for dtype in DTYPES
-        for case in info.optim_inputs_func("cpu", dtype)
-    ]
-
-
-def _error_inputs() -> list[Any]:
-    return [
-        pytest.param(info.optim_cls, error, id=f"{info.name}-{error.optimizer_error_input.desc}")
-        for info in INFOS
-        for error in info.optim_error_inputs_func("cpu", torch.float32)
-    ]
-
-
-@pytest.mark.parametrize(("theirs", "options", "dtype"), _inputs())
-def test_configurations(theirs: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("given", "dtype"), INPUTS)
+def test_configurations(given: Inputs, dtype: torch.dtype) -> None:
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)
-    pair = OURS[theirs.__name__](params, **options), theirs(others, **copy.deepcopy(options))
+    ours = getattr(optim, given.name)(params, **given.options)
+    theirs = getattr(torch.optim, given.name)(others, **copy.deepcopy(given.options))
     for seed in range(4):
         grade(params, seed, others)
-        for optimizer in pair:
-            optimizer.step()
+        ours.step()
+        theirs.step()
     if dtype is torch.float16:
         # torch rounds to 16 bits between the operations of a step, we at its end.
         for param, other in zip(params, others, strict=True):
@@ -56,32 +34,45 @@ def test_configurations(theirs: Any, options: dict[str, Any], dtype: torch.dtype
         assert_near(params, others)
 
 
-@pytest.mark.parametrize(("theirs", "error"), _error_inputs())
-def test_errors(theirs: Any, error: Any) -> None:
-    given = error.optimizer_error_input
+@pytest.mark.parametrize("given", errors(), ids=str)
+def test_errors(given: Inputs) -> None:
+    assert given.error is not None
     params = parameters() if given.params is None else given.params
-    make = OURS[theirs.__name__]
-    if issubclass(error.error_type, Warning):
-        with pytest.warns(error.error_type, match=error.error_regex):
-            make(params, **given.kwargs)
-    else:
-        with pytest.raises(error.error_type, match=error.error_regex):
-            make(params, **given.kwargs)
+    warns = issubclass(given.error, Warning)
+    with (pytest.warns if warns else pytest.raises)(given.error, match=given.message):
+        getattr(optim, given.name)(params, **given.options)
 
 
-@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-def test_schedulers(info: Any) -> None:
-    for makers in info.scheduler_inputs:
-        params, others = parameters(), parameters()
-        pair = OURS[info.name](params, lr=0.1), info.optim_cls(others, lr=0.1)
-        schedulers = [[make(optimizer) for make in makers] for optimizer in pair]
-        for seed in range(12):
-            grade(params, seed, others)
-            for optimizer, chain in zip(pair, schedulers, strict=True):
-                optimizer.step()
-                for scheduler in chain:
-                    plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                    scheduler.step(1.0) if plateau else scheduler.step()
-            assert pair[0].param_groups[0]["lr"] == pair[1].param_groups[0]["lr"]
-        for param, other in zip(params, others, strict=True):
-            torch.testing.assert_close(param, other, rtol=1e-4, atol=1e-5)
+SCHEDULERS: dict[str, Any] = {
+    "step": lambda o: [lr_scheduler.StepLR(o, 5, 0.9)],
+    "linear and exponential": lambda o: [
+        lr_scheduler.LinearLR(o, 0.4, total_iters=4),
+        lr_scheduler.ExponentialLR(o, 0.9),
+    ],
+    "warm restarts": lambda o: [lr_scheduler.CosineAnnealingWarmRestarts(o, 3)],
+    "cyclic, with momentum or beta": lambda o: [lr_scheduler.OneCycleLR(o, 0.1, total_steps=13)],
+    "sequential": lambda o: [
+        lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.PolynomialLR(o, 9)], [3])
+    ],
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers(case: Case, make: Any) -> None:
+    under = Under(case, attached=False)
+    params, others = parameters(), parameters()
+    options = {"momentum": 0.9} if "momentum" in case.ours([params[0]]).defaults else {}
+    pair = under(params, lr=0.1, **options), under.theirs(others, lr=0.1, **options)
+    schedulers = [make(optimizer) for optimizer in pair]
+    for seed in range(12):
+        grade(params, seed, others)
+        for optimizer, chain in zip(pair, schedulers, strict=True):
+            optimizer.step()
+            for scheduler in chain:
+                scheduler.step()
+        mine, yours = (optimizer.param_groups[0] for optimizer in pair)
+        assert {k: v for k, v in mine.items() if k not in ("params", "foreach")} == {
+            k: v for k, v in yours.items() if k not in ("params", "foreach")
+        }
+    for param, other in zip(params, others, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-4, atol=1e-4)
