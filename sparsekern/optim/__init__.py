@@ -29,7 +29,7 @@ def attach(optimizer: Optimizer, table: RowTable) -> Attachment | RowHooks:
     Raises:
         TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
         ValueError: none of the table's parameters is in it.
-        RuntimeError: it has another table already.
+        RuntimeError: it has a table already.
     """
     if isinstance(optimizer, RowOptimizer):
         return optimizer.attach(table)

@@ -104,11 +104,11 @@ class RowOptimizer(Optimizer):
             A handle whose ``remove()`` detaches this table.
 
         Raises:
-            RuntimeError: another table is attached.
+            RuntimeError: a table is attached already.
             ValueError: none of the table's parameters is in this optimizer.
         """
-        if self._table is not None and self._table is not table:
-            raise RuntimeError("table: another one is attached already, expected a detach() before")
+        if self._table is not None:
+            raise RuntimeError("table: one is attached already, expected none (detach it before)")
         check_table(self, table)
         self._table = table
         self._kept = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 from sparsekern._ops import channel_moments_, row_mask_, row_statistics_
 from sparsekern._rows import Rows, RowTable
 from sparsekern.optim._lists import check_table, rate, state_tensors
+
+_hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
@@ -34,10 +37,13 @@ def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
     Raises:
         TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
         ValueError: none of the table's parameters is in it.
+        RuntimeError: it has hooks of a table already.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     check_table(optimizer, table)
+    if optimizer in _hooked:
+        raise RuntimeError("table: one is attached already, expected none (remove it before)")
     return RowHooks(optimizer, table)
 
 
@@ -53,12 +59,17 @@ class RowHooks:
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(self._zero_masked),
         ]
+        self._optimizer = weakref.ref(optimizer)
+        _hooked.add(optimizer)
         self._zero_masked(optimizer)
 
     def remove(self) -> None:
         """Leave the optimizer as it was without the table."""
         for handle in self._handles:
             handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _hooked.discard(optimizer)
 
     def _zero_masked(self, optimizer: Optimizer) -> None:
         self._table.zero_masked(state_tensors(optimizer))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from optim.cases import Under, assert_same, copies, grade, parameters, snapshot, table_of
+from optim.cases import Case, Under, assert_same, copies, grade, parameters, snapshot, table_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
@@ -35,9 +35,9 @@ def test_a_compiled_step_is_the_same_step(under: Under, lr: float | torch.Tensor
     assert 1 <= counter.frame_count <= 2
 
 
-def test_a_compiled_step_notices_tables(under: Under) -> None:
+def test_a_compiled_step_notices_tables(case: Case) -> None:
     params, others = parameters()[:3], parameters()[:3]
-    pair = under(params), under(others)
+    pair = Under(case, False)(params), Under(case, False)(others)
     step = torch.compile(pair[0].step, backend="aot_eager")
     for seed, chosen in enumerate([None, slice(0, 2), slice(1, 3), None, slice(2, None, -2)]):
         tables = []

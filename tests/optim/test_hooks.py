@@ -248,11 +248,14 @@ def test_groups_have_their_own_lr(make: Make) -> None:
     assert (table.countdown[24:] == 3).all()
 
 
-def test_removed_copied_and_pickled_hooks_are_gone(make: Make) -> None:
+def test_hooks_come_once_and_removed_copied_and_pickled_ones_are_gone(make: Make) -> None:
     params = parameters()
     hooked = make(params)
     table = table_of(params)
+    optim.attach(hooked, table).remove()
     handle = optim.attach(hooked, table)
+    with pytest.raises(RuntimeError, match="one is attached already"):
+        optim.attach(hooked, table)
     for twin in (copy.deepcopy(hooked), pickle.loads(pickle.dumps(hooked))):
         grade(twin.param_groups[0]["params"], 0)
         twin.step()
