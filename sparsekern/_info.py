@@ -57,7 +57,6 @@ def collect() -> dict[str, Any]:
             for name in ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_NO_NATIVE")
             if name in os.environ
         },
-        "compiler": _compiler(),
         "cuda": _cuda(),
         "triton": _triton(),
     }
@@ -71,7 +70,6 @@ def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("python", f"{versions['python']} on {machine['system']} {machine['architecture']}"),
         ("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"),
         ("isa", machine["isa"]),
-        ("compiler", info["compiler"]),
     ]
     for backend in info["backends"]:
         state = "works" if backend["works"] else "does not work"
@@ -92,11 +90,7 @@ def _cpu_name() -> str:
 
 
 def _isa() -> str:
-    return _native.isa() if _native.load() is not None else f"none ({_native.reason})"
-
-
-def _compiler() -> str:
-    return "unknown"
+    return _native.isa() or f"none ({_native.reason})"
 
 
 def _cuda() -> str:

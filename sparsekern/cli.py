@@ -166,7 +166,7 @@ def demo(
     out: Out = Path("demo"),
     keep: Annotated[float, typer.Option(help="Share of the MACs that stays.")] = 0.2,
     width: Annotated[int, typer.Option(help="First channels of the UNet.")] = 16,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each training.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each training.")] = 600,
     images: Annotated[int, typer.Option(help="Generated training images.")] = 192,
     round_to: Annotated[
         str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
@@ -184,6 +184,7 @@ def demo(
         round_to=_round_to(round_to),
         steps=steps,
         batch=4,
+        crop=96,
         lr=2e-3,
         seed=seed,
         evaluations=6,
