@@ -170,9 +170,7 @@ def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
             f"rows.table: got arrays on {device}, expected them on {params[0].device} as params "
             f"(make the table after the model was moved)"
         )
-    for name, values in (("starts", rows.starts), ("dims", rows.dims)):
-        if len(values) != len(params):
-            raise ValueError(f"rows.{name}: got {len(values)} entries, expected {len(params)} as params")
+    lengths(params, {}, rows)
     for i, (param, start, dim) in enumerate(zip(params, rows.starts, rows.dims, strict=True)):
         if start >= 0 and not (0 <= dim < param.dim() and start + param.shape[dim] <= total):
             raise ValueError(

@@ -76,6 +76,24 @@ def test_no_threshold_before_the_first_step_and_none_for_an_empty_filter() -> No
     torch.testing.assert_close(table.threshold[[0, 2]], (rms / 5**0.5).expand(2))
 
 
+def test_only_what_exceeds_the_threshold_counts() -> None:
+    """Neither what just reaches it, nor, where nothing learns, a gradient of 0."""
+    param = Parameter(torch.ones(2, 4))
+    table = RowTable([(param, 0)], [])
+    table.threshold.copy_(torch.tensor([0.5, 0.0]))
+    gradient = torch.tensor([[0.5, -0.5, 0.50001, -1.0], [0.0, 0.0, -0.0, 1e-30]])
+    _ops.row_statistics_([param], [gradient], rows=table.rows_of([param]))
+    assert table.sums[:, COUNT].tolist() == [2, 1]
+
+
+def test_thresholds_without_any_gradient() -> None:
+    """0 for a filter with weights, and still none for an empty one (not 0 / 0)."""
+    param = Parameter(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    table = RowTable([(param, 0)], [])
+    _sgd(table, [torch.zeros(2, 2)])
+    assert table.threshold.tolist() == [0, float("inf")]
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_decline_is_linear_to_an_exact_zero_and_stays_there(kind: str, dtype: torch.dtype) -> None:
