@@ -148,6 +148,8 @@ def curves(path: Path, runs: Mapping[str, Result]) -> None:
         _decorate(loss, "Training loss", "cross entropy + 1 - Dice", log=True)
         _decorate(dice, "Foreground Dice of the test images", "Dice")
         _decorate(cost, "Cost over time: MACs of the channels not masked", "% of dense")
+        low, high = dice.get_ylim()
+        dice.set_ylim(max(0.0, low), min(1.0, max(high, low + 0.1)))
         cost.set_xlabel("optimizer step")
         cost.set_ylim(0, 105)
         if pruned:
