@@ -114,27 +114,57 @@ class Global(Allocator):
 
     Attributes:
         portion: share of the remaining excess cost that is removed between two looks at the costs, in (0, 1].
+        balance: no group becomes narrower than ``balance`` times what an even cut would leave of it, unless
+            the budget cannot be met otherwise, in [0, 1]. An estimate of first order sees a group's channels
+            one by one and not that the last few of them carry it all.
+
+    Raises:
+        ValueError: an attribute is out of range.
     """
 
     portion: float = 0.1
+    balance: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.portion <= 1:
+            raise ValueError(f"portion: got {self.portion!r}, expected a share in (0, 1]")
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance: got {self.balance!r}, expected a share in [0, 1]")
 
     def __call__(self, problem: Problem) -> np.ndarray:
         blocks = Blocks.cut(problem)
         stays = np.ones(len(blocks.removable), bool)
+        for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
+            stays = self._remove(problem, blocks, stays, removable)
+        return blocks.kept(stays, problem.graph.num_channels)
+
+    def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
+        """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
+        everything = np.ones(problem.graph.num_channels, bool)
+        # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
+        even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
+        totals = np.array([len(group.channels) for group in problem.graph.groups])
+        first = np.searchsorted(blocks.block, np.arange(len(blocks.removable)))
+        return blocks.rank[first] >= self.balance * even * totals[blocks.group[first]]
+
+    def _remove(
+        self, problem: Problem, blocks: Blocks, stays: np.ndarray, removable: np.ndarray
+    ) -> np.ndarray:
+        """The blocks among ``stays`` that are left when the budget is met, or nothing removable is."""
+        stays = stays.copy()
         saliency = blocks.sums(problem.saliency)
         size = problem.graph.num_channels
         kept = blocks.kept(stays, size)
         excess = problem.cost(kept) - problem.budget
-        while excess > 0 and (candidates := np.flatnonzero(stays & blocks.removable)).size:
+        while excess > 0 and (candidates := np.flatnonzero(stays & removable)).size:
             price = np.maximum(blocks.sums(problem.graph.price(kept, problem.of)), 1e-9)
-            ratio = saliency / price
-            order = self._removal_order(blocks, candidates, ratio)
+            order = self._removal_order(blocks, candidates, saliency / price)
             saved = np.cumsum(price[order])
             take = max(1, int(np.searchsorted(saved, excess * self.portion, side="right")))
             stays[order[:take]] = False
             kept = blocks.kept(stays, size)
             excess = problem.cost(kept) - problem.budget
-        return kept
+        return stays
 
     @staticmethod
     def _removal_order(blocks: Blocks, candidates: np.ndarray, ratio: np.ndarray) -> np.ndarray:
