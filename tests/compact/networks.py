@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,3 +96,24 @@ def chain() -> Chain:
     model = Chain().to(torch.float64)
     randomise(model)
     return model
+
+
+def sizes(module: nn.Module) -> dict[str, Any]:
+    """Those of the sizes that torch's layers keep as attributes that this one has."""
+    names = (
+        "in_channels out_channels groups in_features out_features num_features num_channels "
+        "num_groups num_parameters embedding_dim normalized_shape"
+    )
+    return {name: getattr(module, name) for name in names.split() if hasattr(module, name)}
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Asserts that the block leaves tensors and sizes of ``module`` as they are."""
+    before = {name: (id(t), t.clone()) for name, t in module.state_dict(keep_vars=True).items()}
+    attributes = [repr(m) for m in module.modules()]
+    yield
+    after = module.state_dict(keep_vars=True)
+    assert after.keys() == before.keys()
+    assert all(id(after[n]) == i and torch.equal(after[n], t) for n, (i, t) in before.items())
+    assert [repr(m) for m in module.modules()] == attributes
