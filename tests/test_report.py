@@ -24,14 +24,14 @@ def rendered(columns):
 
 
 def test_two_columns_are_compared_and_missing_figures_left_empty():
-    dense = {"parameters": 2_000_000, "latency": 0.02, "dice": 0.9, "seconds": 10.0}
-    pruned = {"parameters": 400_000, "latency": 0.03, "dice": 0.91, "seconds": 10.1, "miou": 0.8}
+    dense = {"parameters": 2_000_000, "latency": 0.02, "dice": 0.9, "step_seconds": 0.1}
+    pruned = {"parameters": 400_000, "latency": 0.03, "dice": 0.91, "step_seconds": 0.101, "miou": 0.8}
     rows = rendered({"dense": dense, "pruned": pruned})
-    assert list(rows) == ["parameters", "CPU latency", "foreground Dice", "mIoU", "training"]
+    assert list(rows) == ["parameters", "CPU latency", "foreground Dice", "mIoU", "training step"]
     assert "5.0x less" in rows["parameters"] and "400 k" in rows["parameters"]
     assert "1.50x slower" in rows["CPU latency"] and "30.0 ms" in rows["CPU latency"]
     assert "+0.0100" in rows["foreground Dice"]
-    assert "about equal" in rows["training"]
+    assert "about equal" in rows["training step"]
     assert "0.8000" in rows["mIoU"] and "+" not in rows["mIoU"]
 
 
