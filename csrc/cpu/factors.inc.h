@@ -70,3 +70,66 @@ template <class T>
 constexpr bool kDecays = true;
 template <class C>
 constexpr bool kDecays<NoDecay<C>> = false;
+
+// What the rows of a block ask for, taken together.
+enum Wish { kNothing, kSame, kDifferent };
+
+// Elements that `spread` writes at least.
+constexpr int64_t kSpread = 32;
+
+// The value of each row in each of its `width` columns. Short rows write on behind their end, into what the next one
+// writes afterwards: a loop of fixed length is a store or two.
+template <class C, class T>
+inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, int64_t width) {
+  if (width == 1) {
+    for (int64_t r = 0; r < rows; ++r) out[r] = C(values[r]);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = width <= kSpread ? kSpread : width;
+    const C value = C(values[r]);
+    if (n == kSpread) {
+      for (int64_t i = 0; i < kSpread; ++i) out[r * width + i] = value;
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[r * width + i] = value;
+    }
+  }
+}
+
+// Factors of a block of rows, and then of its columns.
+template <class C>
+struct ColumnFactors {
+  C decay[kBlock + kSpread], decline[kBlock + kSpread];
+
+  Wish of_rows(const Job& job, const Shape& shape, int64_t row, int64_t rows) {
+    const float* __restrict penalty = job.rows.penalty + shape.start + row;
+    const int32_t* __restrict countdown = job.rows.countdown + shape.start + row;
+    int32_t differ = 0, any = 0, all = -1;
+    for (int64_t r = 0; r < rows; ++r) {
+      differ |= penalty[r] != penalty[0];
+      any |= countdown[r];
+      all &= countdown[r];
+    }
+    if (any == 0) return kNothing;
+    decay[0] = decay_of<C>(job.hyper, penalty[0]);
+    decline[0] = 1;
+    // Negative in all of them: no row is masked or declines.
+    if (!differ && all < 0) return kSame;
+    for (int64_t r = 0; r < rows; ++r) decay[r] = decay_of<C>(job.hyper, penalty[r]);
+    for (int64_t r = 0; r < rows; ++r) decline[r] = decline_of<C>(job, countdown[r]);
+    return kDifferent;
+  }
+
+  void widen(int64_t rows, int64_t width) {
+    if (width == 1) return;
+    widen(decay, rows, width);
+    widen(decline, rows, width);
+  }
+
+ private:
+  static void widen(C* values, int64_t rows, int64_t width) {
+    C copy[kBlock];
+    __builtin_memcpy(copy, values, rows * sizeof(C));
+    spread(values, copy, rows, width);
+  }
+};

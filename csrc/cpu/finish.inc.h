@@ -1,9 +1,5 @@
 // The rows of one tensor after all of its chunks: sums folded, means, next thresholds, countdowns.
 
-constexpr int kRows = 16;
-
-inline bool finite(float x) { return x - x == 0; }
-
 // Partial sums are added in the order of their pieces.
 inline void fold_pieces(const Job& job, const Shape& shape, const Pieces& pieces) {
   float* __restrict sums = job.rows.sums + shape.start * kSums;
@@ -13,64 +9,86 @@ inline void fold_pieces(const Job& job, const Shape& shape, const Pieces& pieces
   }
 }
 
-// What is gathered over the rows of a tensor, in lanes.
-struct Gathered {
-  double product[kRows];  // grad_sq * weight_sq of the rows that count
-  int32_t counted[kRows], spoilt[kRows];
-};
-
-// Clears the sums of masked and non-finite rows; of the others it updates the mean activity, and it marks their
-// thresholds (never negative otherwise) as due.
-inline void look_at_rows(const Job& job, int64_t start, int64_t n, float size, Gathered& all) {
-  float* __restrict sums = job.rows.sums + start * kSums;
-  const int32_t* __restrict countdown = job.rows.countdown + start;
-  float* __restrict activity = job.rows.activity + start;
-  float* __restrict threshold = job.rows.threshold + start;
-  const float keep = float(job.hyper.decay), fresh = float(1 - job.hyper.decay);
-  for (int64_t i = 0; i < n; ++i) {
-    float* s = sums + i * kSums;
-    const bool alive = countdown[i] != 0;
-    const bool sound = finite(s[0]) & finite(s[1]) & finite(s[2]) & finite(s[3]);
-    const bool counts = alive & sound;
-    for (int k = 0; k < kSums; ++k) s[k] = counts ? s[k] : 0.0f;
-    all.product[i] += double(s[2]) * double(s[3]);
-    all.counted[i] += counts;
-    all.spoilt[i] += alive & !sound;
-    const float mean = activity[i] * keep + s[0] / size * fresh;
-    activity[i] = counts ? mean : activity[i];
-    threshold[i] = counts ? -1.0f : threshold[i];
-  }
+inline int32_t finite(float x) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  return (__builtin_bit_cast(uint32_t, x) & kExponent) != kExponent;
 }
 
-inline void set_thresholds(const Job& job, int64_t start, int64_t n, double scaled_rms) {
-  const float* __restrict sums = job.rows.sums + start * kSums;
-  float* __restrict threshold = job.rows.threshold + start;
-  for (int64_t i = 0; i < n; ++i) {
-    const double weight_sq = sums[i * kSums + 3];
-    const double next = scaled_rms / __builtin_sqrt(weight_sq);
-    const float due = weight_sq == 0 ? __builtin_inff() : float(next);
-    threshold[i] = threshold[i] < 0 ? due : threshold[i];
+// What was found about the rows of a tensor.
+struct Found {
+  int32_t counted, spoilt;
+};
+
+// Rows that are neither masked nor have a sum that is not finite count: their mean activity is updated, and their
+// threshold (never negative otherwise) marked as due.
+inline Found look_at_rows(const Job& job, const Shape& shape) {
+  const float* __restrict sums = job.rows.sums + shape.start * kSums;
+  const int32_t* __restrict countdown = job.rows.countdown + shape.start;
+  float* __restrict activity = job.rows.activity + shape.start;
+  float* __restrict threshold = job.rows.threshold + shape.start;
+  const float keep = float(job.hyper.decay), fresh = float(1 - job.hyper.decay);
+  const float size = float(shape.outer * shape.inner);
+  Found found = {0, 0};
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const float* s = sums + r * kSums;
+    const int32_t alive = countdown[r] != 0;
+    const int32_t sound = finite(s[0]) & finite(s[1]) & finite(s[2]) & finite(s[3]);
+    const int32_t counts = alive & sound;
+    found.counted += counts;
+    found.spoilt += alive & ~sound;
+    const float old_mean = activity[r], old_threshold = threshold[r];
+    const float mean = old_mean * keep + s[0] / size * fresh;
+    activity[r] = counts ? mean : old_mean;
+    threshold[r] = counts ? -1.0f : old_threshold;
+  }
+  return found;
+}
+
+// Sums of rows that do not count become 0.
+inline void clear_sums(const Job& job, const Shape& shape) {
+  float* sums = job.rows.sums + shape.start * kSums;
+  const float* threshold = job.rows.threshold + shape.start;
+  for (int64_t r = 0; r < shape.rows; ++r)
+    if (!(threshold[r] < 0))
+      for (int s = 0; s < kSums; ++s) sums[r * kSums + s] = 0;
+}
+
+// Root of the mean of (gradient * norm of its row) squared over the rows that count.
+inline double rms_of(const Job& job, const Shape& shape, int32_t counted) {
+  const float* __restrict sums = job.rows.sums + shape.start * kSums;
+  double lane[kLanes] = {}, product[kBlock];
+  for (int64_t begin = 0; begin < shape.rows; begin += kBlock) {
+    const float* __restrict block = sums + begin * kSums;
+    const int64_t n = shape.rows - begin < kBlock ? shape.rows - begin : kBlock;
+    for (int64_t r = 0; r < n; ++r) product[r] = double(block[r * kSums + 2]) * double(block[r * kSums + 3]);
+    int64_t r = 0;
+    for (; r + kLanes <= n; r += kLanes)
+      for (int l = 0; l < kLanes; ++l) lane[l] += product[r + l];
+    for (int l = 0; r + l < n; ++l) lane[l] += product[r + l];
+  }
+  double total = 0;
+  for (int l = 0; l < kLanes; ++l) total += lane[l];
+  return __builtin_sqrt(total / (double(counted) * double(shape.outer * shape.inner)));
+}
+
+inline void set_thresholds(const Job& job, const Shape& shape, double scaled_rms) {
+  const float* __restrict sums = job.rows.sums + shape.start * kSums;
+  float* __restrict threshold = job.rows.threshold + shape.start;
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const double weight_sq = sums[r * kSums + 3];
+    const float next = float(scaled_rms / __builtin_sqrt(weight_sq));
+    const float due = weight_sq == 0 ? __builtin_inff() : next;
+    const float old = threshold[r];
+    threshold[r] = old < 0 ? due : old;
   }
 }
 
 inline void finish_statistics(const Job& job, const Shape& shape, const Pieces& pieces) {
   if (pieces.count > 1) fold_pieces(job, shape, pieces);
-  const int64_t size = shape.outer * shape.inner;
-  Gathered all = {};
-  for (int64_t r = 0; r < shape.rows; r += kRows) {
-    const int64_t n = shape.rows - r < kRows ? shape.rows - r : kRows;
-    look_at_rows(job, shape.start + r, n, float(size), all);
-  }
-  double total = 0;
-  int64_t counted = 0, spoilt = 0;
-  for (int l = 0; l < kRows; ++l) {
-    total += all.product[l];
-    counted += all.counted[l];
-    spoilt += all.spoilt[l];
-  }
-  const double rms = __builtin_sqrt(total / (double(counted) * double(size)));
-  set_thresholds(job, shape.start, shape.rows, job.hyper.tau * rms);
-  if (spoilt) __atomic_fetch_add(job.rows.nonfinite, spoilt, __ATOMIC_RELAXED);
+  const Found found = look_at_rows(job, shape);
+  if (found.counted < shape.rows) clear_sums(job, shape);
+  set_thresholds(job, shape, job.hyper.tau * rms_of(job, shape, found.counted));
+  if (found.spoilt) __atomic_fetch_add(job.rows.nonfinite, int64_t(found.spoilt), __ATOMIC_RELAXED);
 }
 
 void finish(const Job* job, int32_t tensor) {

@@ -6,13 +6,19 @@ struct Look {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
 
-  Look(const Job&, int32_t) {}
+  Look(const Job& job, int32_t tensor) : param(static_cast<const S*>(job.addresses[kParam][tensor])) {}
 
-  template <class Decay, class Decline>
-  void update(int64_t, int64_t, const C*, Decay, Decline) const {}
+  void update(int64_t, int64_t, const C*, Same<C>, SameDecline<C>, NoStatistics) const {}
+  void update(int64_t at, int64_t n, const C* d, Same<C>, SameDecline<C>, RowStatistics<C> row) const {
+    add_row(*row.sums, param + at, d, n, row.readable, row.threshold);
+  }
+  void update(int64_t, int64_t, const C*, const C*, EachDecline<C>) const {}
   void masked(int64_t, int64_t) const {}
   void end(int64_t, int64_t) const {}
   void prefetch(int64_t) const {}
+
+ private:
+  const S* param;
 };
 
 // Penalty, decline and mask, after it: masked rows are set to 0, since that step may have moved them.
@@ -23,7 +29,8 @@ struct Mask {
 
   Mask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
 
-  void update(int64_t at, int64_t n, const C*, Same<C> decay, SameDecline<C> decline) const {
+  template <class Statistics>
+  void update(int64_t at, int64_t n, const C*, Same<C> decay, SameDecline<C> decline, Statistics) const {
     // Most rows ask for nothing: leave their memory alone.
     if (decay.value == 1 && decline.value == 1) return;
     loop(param + at, n, decay, decline);

@@ -12,11 +12,7 @@ namespace {
 // Elements of a chunk: enough to hide what a chunk costs, few enough to share out small networks.
 constexpr int64_t kChunk = 32 * 1024;
 
-// Rows shorter than this, or scattered over an outer dimension, are summed by columns (cpu/walk.inc.h).
-constexpr int64_t kLongRow = 32;
-
-// Columns that such a chunk takes from the [rows, inner] plane when there are outer indices to go through:
-// consecutive addresses long enough for the prefetcher, sums few enough for the cache.
+// Columns that a chunk takes from the [rows, inner] plane when there are outer indices to go through: consecutive addresses long enough for the prefetcher, sums few enough for the cache.
 constexpr int64_t kColumns = 512;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -22,16 +22,17 @@ struct Sgd {
     }
   }
 
-  void update(int64_t at, int64_t n, const C* d, Same<C> decay, SameDecline<C> decline) const {
+  template <class Statistics>
+  void update(int64_t at, int64_t n, const C* d, Same<C> decay, SameDecline<C> decline, Statistics statistics) const {
     if (decay.value == 0) {
-      choose(at, n, d, NoDecay<C>(), decline);
+      choose(at, n, d, NoDecay<C>(), decline, statistics);
     } else {
-      choose(at, n, d, decay, decline);
+      choose(at, n, d, decay, decline, statistics);
     }
   }
 
   void update(int64_t at, int64_t n, const C* d, const C* decay, EachDecline<C> decline) const {
-    choose(at, n, d, decay, decline);
+    choose(at, n, d, decay, decline, NoStatistics());
   }
 
   void masked(int64_t, int64_t) const {}
@@ -42,27 +43,32 @@ struct Sgd {
   }
 
   void prefetch(int64_t at) const {
-    __builtin_prefetch(param + at, 1);
-    if (mode != kPlain) __builtin_prefetch(buffer + at, 1);
+    __builtin_prefetch(param + at);
+    if (mode != kPlain) __builtin_prefetch(buffer + at);
   }
 
  private:
-  template <class Decay, class Decline>
-  void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline) const {
+  template <class... Rest>
+  void choose(int64_t at, int64_t n, const C* d, Rest... rest) const {
     switch (mode) {
-      case kPlain: return loop<kPlain>(param + at, nullptr, d, n, decay, decline);
-      case kFirst: return loop<kFirst>(param + at, buffer + at, d, n, decay, decline);
-      case kFirstNesterov: return loop<kFirstNesterov>(param + at, buffer + at, d, n, decay, decline);
-      case kHeavyBall: return loop<kHeavyBall>(param + at, buffer + at, d, n, decay, decline);
-      case kNesterov: return loop<kNesterov>(param + at, buffer + at, d, n, decay, decline);
+      case kPlain: return loop<kPlain>(at, n, d, rest...);
+      case kFirst: return loop<kFirst>(at, n, d, rest...);
+      case kFirstNesterov: return loop<kFirstNesterov>(at, n, d, rest...);
+      case kHeavyBall: return loop<kHeavyBall>(at, n, d, rest...);
+      case kNesterov: return loop<kNesterov>(at, n, d, rest...);
     }
   }
 
-  template <Mode kMode, class Decay, class Decline>
-  void loop(S* __restrict ws, S* __restrict bs, const C* __restrict ds, int64_t n, Decay decay,
-            Decline decline) const {
+  template <Mode kMode, class Decay, class Decline, class Statistics>
+  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline, Statistics statistics) const {
+    S* __restrict ws = param + at;
+    S* __restrict bs = kMode == kPlain ? nullptr : buffer + at;
     const C rate = lr, mu = momentum, share = fresh;
-    for (int64_t i = 0; i < n; ++i) {
+    const auto prefetch = [=](int64_t i) SPARSEKERN_ALWAYS {
+      __builtin_prefetch(ds + i);
+      this->prefetch(at + i);
+    };
+    for_elements(n, ws, ds, statistics, prefetch, [=](int64_t i) SPARSEKERN_ALWAYS {
       const C w = widen(ws[i]);
       C d = ds[i];
       if constexpr (kDecays<Decay>) d = d + w * decay[i];
@@ -74,7 +80,7 @@ struct Sgd {
         d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
       }
       narrow(decline.weight(i, w - d * rate, w), &ws[i]);
-    }
+    });
   }
 
   S* param;

@@ -1,7 +1,10 @@
 // How a chunk of a tensor is walked: statistics of a block first, then its update while it is in the cache.
 
-// Shortest row that is summed in lanes and updated with constants; shorter ones go column by column.
-constexpr int64_t kLongRow = 32;
+// Shortest row that is summed in lanes; shorter ones go column by column.
+constexpr int64_t kLongRow = 8;
+
+// Shortest row that is updated by itself. Shorter ones are updated together with their neighbours.
+constexpr int64_t kWideRow = 64;
 
 template <class S, class Update>
 class Walk {
@@ -22,14 +25,18 @@ class Walk {
   void run() {
     if (shape_.start < 0) {
       untracked();
-    } else if (shape_.outer == 1 && shape_.inner >= kLongRow) {
-      long_rows();
-    } else {
+    } else if (shape_.outer > 1 || shape_.inner < kLongRow) {
       columns();
+    } else if (shape_.inner < kWideRow || !statistics_) {
+      short_rows();
+    } else {
+      wide_rows();
     }
   }
 
  private:
+  static constexpr int64_t kBufferSize = 2 * kBlock + kLanes;
+
   // The gradient of n elements in the compute type, unscaled and with the sign that is descended. Read from
   // where it lies if nothing has to be done to it, else put into `buffer`.
   const C* gradient(int64_t at, int64_t n, C* buffer, const C* decline = nullptr) {
@@ -52,28 +59,72 @@ class Walk {
     return out;
   }
 
+  // Elements to take at once where nothing but the buffer of the gradient limits them.
+  int64_t longest() const { return __is_same(S, C) && as_it_is_ ? shape_.inner : kBlock; }
+
   float* sums_of(int64_t row) const {
     if (pieces_.count == 1) return job_.rows.sums + (shape_.start + row) * kSums;
     return job_.partials + (pieces_.offset + chunk_.piece * shape_.rows + row) * kSums;
   }
 
+  C threshold_of(int64_t row) const { return statistics_ ? C(job_.rows.threshold[shape_.start + row]) : C(0); }
+
   void untracked() {
-    const Factors<C> factors = factors_of<C>(job_, shape_, 0);
-    C buffer[kBlock];
-    const int64_t step = __is_same(S, C) && as_it_is_ ? chunk_.inner_end : kBlock;
+    const C decay = decay_of<C>(job_.hyper, 0);
+    C buffer[kBufferSize];
+    const int64_t step = longest();
     for (int64_t at = chunk_.inner_begin; at < chunk_.inner_end; at += step) {
       const int64_t n = least(step, chunk_.inner_end - at);
-      update_.update(at, n, gradient(at, n, buffer), Same<C>{factors.decay}, SameDecline<C>{factors.decline});
+      update_.update(at, n, gradient(at, n, buffer), Same<C>{decay}, SameDecline<C>{1}, NoStatistics());
     }
   }
 
-  // Rows that lie in one piece. Updates run over neighbouring rows that ask for the same.
-  void long_rows() {
-    C buffer[2 * kBlock];
-    Run run = {0, 0, {}, nullptr};
+  int64_t begin_of(int64_t row) const { return row * shape_.inner + chunk_.inner_begin; }
+  int64_t end_of(int64_t row) const { return row * shape_.inner + chunk_.inner_end; }
+
+  void wide_rows() {
+    C buffer[kBufferSize];
+    const int64_t chunk_end = end_of(chunk_.row_end - 1);
+    const int64_t step = kFuses ? longest() : kBlock;
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) {
-      const int64_t begin = row * shape_.inner + chunk_.inner_begin;
-      const int64_t end = row * shape_.inner + chunk_.inner_end;
+      const int64_t begin = begin_of(row), end = end_of(row);
+      const Factors<C> factors = factors_of<C>(job_, shape_, row);
+      if (factors.decline == C(kMasked)) {
+        update_.masked(begin, end - begin);
+        continue;
+      }
+      const Same<C> decay{factors.decay};
+      const SameDecline<C> decline{factors.decline};
+      const C threshold = threshold_of(row);
+      Lanes<C> sums;
+      for (int64_t at = begin; at < end; at += step) {
+        const int64_t n = least(step, end - at);
+        const C* d = gradient(at, n, buffer);
+        if constexpr (kFuses) {
+          update_.update(at, n, d, decay, decline, RowStatistics<C>{&sums, chunk_end - at, threshold});
+        } else {
+          add_row(sums, weight_ + at, d, n, chunk_end - at, threshold);
+          update_.update(at, n, d, decay, decline, NoStatistics());
+        }
+      }
+      if (factors.decline == 0) update_.end(begin, end - begin);
+      store_row(sums, sums_of(row));
+    }
+  }
+
+  // Neighbouring rows that ask for the same, and whose update is still to be made.
+  struct Run {
+    int64_t begin, end;
+    Factors<C> factors;
+    const C* grad;
+  };
+
+  void short_rows() {
+    C buffer[kBufferSize];
+    Run run = {0, 0, {}, nullptr};
+    const int64_t chunk_end = end_of(chunk_.row_end - 1);
+    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) {
+      const int64_t begin = begin_of(row), end = end_of(row);
       const Factors<C> factors = factors_of<C>(job_, shape_, row);
       if (!(factors == run.factors)) {
         finish(run, begin);
@@ -84,14 +135,14 @@ class Walk {
         run.begin = run.end = end;
         continue;
       }
-      Lanes<C> sums = {};
-      const C threshold = statistics_ ? C(job_.rows.threshold[shape_.start + row]) : C(0);
+      const C threshold = threshold_of(row);
+      Lanes<C> sums;
       for (int64_t at = begin; at < end; at += kBlock) {
         const int64_t n = least(kBlock, end - at);
         const C* d = gradient(at, n, buffer + (at - run.begin));
         if (run.begin == run.end) run.grad = d;
         run.end = at + n;
-        if (statistics_) add_row(sums, weight_ + at, d, n, threshold);
+        if (statistics_) add_row(sums, weight_ + at, d, n, chunk_end - at, threshold);
         if (run.end - run.begin >= kBlock) finish(run, run.end);
       }
       if (statistics_) store_row(sums, sums_of(row));
@@ -99,64 +150,48 @@ class Walk {
     finish(run, 0);
   }
 
-  struct Run {
-    int64_t begin, end;
-    Factors<C> factors;
-    const C* grad;
-  };
-
   void finish(Run& run, int64_t next) {
     const int64_t n = run.end - run.begin;
-    if (n > 0) {
-      if (run.factors.decline == 0) {
-        update_.end(run.begin, n);
-      } else {
-        update_.update(run.begin, n, run.grad, Same<C>{run.factors.decay}, SameDecline<C>{run.factors.decline});
-      }
+    const Factors<C>& factors = run.factors;
+    if (n > 0 && factors.decline == 0) {
+      update_.end(run.begin, n);
+    } else if (n > 0) {
+      update_.update(run.begin, n, run.grad, Same<C>{factors.decay}, SameDecline<C>{factors.decline}, NoStatistics());
     }
     run.begin = run.end = next;
   }
 
-  // Rows that are short, or whose elements lie scattered: blocks of neighbouring columns of the [rows, inner]
+  // Rows of a few elements, or whose elements lie scattered: blocks of neighbouring columns of the [rows, inner]
   // plane, through all of the chunk's outer indices.
   void columns() {
     const int64_t width = chunk_.inner_end - chunk_.inner_begin;
     const int64_t rows_a_block = width > kBlock ? 1 : kBlock / width;
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += rows_a_block) {
       const int64_t rows = least(rows_a_block, chunk_.row_end - row);
-      if (spread(row, rows, width)) column_block(row, rows, width);
-    }
-  }
-
-  // Factors and thresholds per column. False when all rows are masked: nothing to do.
-  bool spread(int64_t row, int64_t rows, int64_t width) {
-    const Factors<C> first = factors_of<C>(job_, shape_, row);
-    plain_ = first.decline > 0;
-    bool any = false;
-    for (int64_t r = 0; r < rows; ++r) {
-      const Factors<C> factors = factors_of<C>(job_, shape_, row + r);
-      plain_ = plain_ && factors == first;
-      any = any || factors.decline >= 0;
-      const C threshold = statistics_ ? C(job_.rows.threshold[shape_.start + row + r]) : C(0);
-      for (int64_t i = r * width; i < (r + 1) * width; ++i) {
-        decay_[i] = factors.decay;
-        decline_[i] = factors.decline;
-        threshold_[i] = threshold;
+      const Wish wish = factors_.of_rows(job_, shape_, row, rows);
+      if (wish != kNothing) {
+        if (statistics_) spread(threshold_, job_.rows.threshold + shape_.start + row, rows, width);
+        if (wish == kDifferent) factors_.widen(rows, width);
+        column_block(row, rows, width, wish == kSame);
+      } else {
+        for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
+          update_.masked(column_address(o, row), rows * width);
       }
     }
-    if (!any)
-      for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
-        update_.masked((o * shape_.rows + row) * shape_.inner + chunk_.inner_begin, rows * width);
-    return any;
   }
 
-  void column_block(int64_t row, int64_t rows, int64_t width) {
+  int64_t column_address(int64_t outer, int64_t row) const {
+    return (outer * shape_.rows + row) * shape_.inner + chunk_.inner_begin;
+  }
+
+  void column_block(int64_t row, int64_t rows, int64_t width, bool same) {
     const int64_t n = rows * width;
-    C buffer[kBlock];
+    C buffer[kBufferSize];
     Columns<C> sums;
     for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o) {
-      const int64_t at = (o * shape_.rows + row) * shape_.inner + chunk_.inner_begin;
-      const C* d = gradient(at, n, buffer, decline_);
+      const int64_t at = column_address(o, row);
+      if (o + 1 < chunk_.outer_end) prefetch(column_address(o + 1, row), n);
+      const C* d = gradient(at, n, buffer, same ? nullptr : factors_.decline);
       if (statistics_) {
         if (o == chunk_.outer_begin) {
           add_columns<false>(sums, weight_ + at, d, n, threshold_);
@@ -164,13 +199,22 @@ class Walk {
           add_columns<true>(sums, weight_ + at, d, n, threshold_);
         }
       }
-      if (plain_) {
-        update_.update(at, n, d, Same<C>{decay_[0]}, SameDecline<C>{decline_[0]});
+      if (same) {
+        update_.update(at, n, d, Same<C>{factors_.decay[0]}, SameDecline<C>{1}, NoStatistics());
       } else {
-        update_.update(at, n, d, decay_, EachDecline<C>{decline_});
+        update_.update(at, n, d, factors_.decay, EachDecline<C>{factors_.decline});
       }
     }
     if (statistics_) store_columns(sums, rows, width, sums_of(row));
+  }
+
+  // The next outer index lies where no prefetcher of the machine would look for it.
+  void prefetch(int64_t at, int64_t n) const {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t i = at; i < at + n; i += kLine) {
+      if (Update::kReadsGrad) __builtin_prefetch(grad_ + i);
+      update_.prefetch(i);
+    }
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -183,6 +227,6 @@ class Walk {
   const S* weight_;
   S* grad_;
   bool statistics_, as_it_is_;
-  bool plain_;
-  C decay_[kBlock], decline_[kBlock], threshold_[kBlock];
+  ColumnFactors<C> factors_;
+  C threshold_[kBlock + kSpread];
 };
