@@ -15,7 +15,7 @@ STEPS = 12
 
 
 def watched(scales: torch.Tensor | None) -> tuple[Pruner, Statistics]:
-    """The same network with and without rescaled filters, seen over the same batches but not moved by them."""
+    """The same network with and without rescaled filters, seen over the same batches, not moved."""
     torch.manual_seed(0)
     model = Plain().double()
     for norm in model.modules():
