@@ -246,6 +246,5 @@ def _progress(name: str, steps: int) -> Iterator[Callable[[Step], None]]:
 def _print_verified(result: Result) -> None:
     if "difference" in result.figures:
         console.print(
-            "compact equals masked to "
-            f"{result.figures['difference']:.1e} of the output's scale (float64)"
+            f"compact equals masked to {result.figures['difference']:.1e} of the output's scale (float64)"
         )
