@@ -33,6 +33,7 @@ template <class S>
 struct Adam {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kFuses = kVectorBytes == 64;
 
   Adam(const Job& job, int32_t tensor)
       : param(static_cast<S*>(job.addresses[kParam][tensor])),

@@ -99,7 +99,7 @@ inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, 
 // Factors of a block of rows, and then of its columns.
 template <class C>
 struct ColumnFactors {
-  C decay[kBlock + kSpread], decline[kBlock + kSpread];
+  C decay[kTile + kSpread], decline[kTile + kSpread];
 
   Wish of_rows(const Job& job, const Shape& shape, int64_t row, int64_t rows) {
     const float* __restrict penalty = job.rows.penalty + shape.start + row;
@@ -128,7 +128,7 @@ struct ColumnFactors {
 
  private:
   static void widen(C* values, int64_t rows, int64_t width) {
-    C copy[kBlock];
+    C copy[kTile];
     __builtin_memcpy(copy, values, rows * sizeof(C));
     spread(values, copy, rows, width);
   }

@@ -5,6 +5,7 @@ template <class S>
 struct Look {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kFuses = true;
 
   Look(const Job& job, int32_t tensor) : param(static_cast<const S*>(job.addresses[kParam][tensor])) {}
 
@@ -26,6 +27,7 @@ template <class S>
 struct Mask {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = false;
+  static constexpr bool kFuses = false;
 
   Mask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
 

@@ -10,9 +10,6 @@ constexpr int kVectorBytes = 16;
 
 constexpr int kLanes = 16;
 
-// Whether one loop takes the statistics and makes the update: only where the registers suffice for both.
-constexpr bool kFuses = kVectorBytes == 64;
-
 // For what works on sums: they are in registers only where the compiler sees all that is done to them.
 #define SPARSEKERN_ALWAYS __attribute__((always_inline))
 #define SPARSEKERN_INLINE SPARSEKERN_ALWAYS inline
@@ -36,6 +33,16 @@ struct Vectors {
   typedef C Vector __attribute__((vector_size(kVectorBytes)));
   typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
 
+#if defined(__clang__)
+  static Vector shuffle(Vector a, Vector b, Integers from) {
+    Vector result;
+    for (int l = 0; l < kWidth; ++l) result[l] = from[l] < kWidth ? a[from[l]] : b[from[l] - kWidth];
+    return result;
+  }
+#else
+  static Vector shuffle(Vector a, Vector b, Integers from) { return __builtin_shuffle(a, b, from); }
+#endif
+
   static Vector load(const C* from) {
     Vector vector;
     __builtin_memcpy(&vector, from, sizeof(vector));
@@ -49,6 +56,11 @@ struct Vectors {
     return (Vector)(__builtin_convertvector(halves, Integers) << 16);
   }
 
+  static Vector load(C everywhere) { return Vector{} + everywhere; }
+
+  static C next(C everywhere) { return everywhere; }
+  static const C* next(const C* from) { return from + kWidth; }
+
   // Elements from `count` on become 0, whatever stands there.
   static Vector first(Vector vector, int64_t count) {
     Integers index;
@@ -56,8 +68,28 @@ struct Vectors {
     return (Vector)((Integers)vector & (index < Integer(count)));
   }
 
+  // In every four lanes the elements i, j of `a` and then of `b`; i and j number them from the first of the four.
+  template <int i, int j, bool kInterleaved>
+  static Vector pick(Vector a, Vector b) {
+    Integers from;
+    for (int l = 0; l < kWidth; ++l) {
+      const int place = l % 4;
+      const bool second = kInterleaved ? place >= 2 : place % 2 == 1;
+      const bool of_b = kInterleaved ? place % 2 == 1 : place >= 2;
+      from[l] = l - place + (second ? j : i) + (of_b ? kWidth : 0);
+    }
+    return shuffle(a, b, from);
+  }
+
+  // Four vectors, each with four neighbouring lanes added up, side by side in those four lanes.
+  static Vector quads(Vector a, Vector b, Vector c, Vector d) {
+    const Vector ab = pick<0, 1, true>(a, b) + pick<2, 3, true>(a, b);
+    const Vector cd = pick<0, 1, true>(c, d) + pick<2, 3, true>(c, d);
+    return pick<0, 1, false>(ab, cd) + pick<2, 3, false>(ab, cd);
+  }
+
   // 1 where the absolute value exceeds the threshold, else 0.
-  static Vector exceeds(Vector vector, C threshold) {
+  static Vector exceeds(Vector vector, Vector threshold) {
     constexpr Integer kMagnitude = ~(Integer(1) << (sizeof(C) * 8 - 1));
     const Vector one = Vector{} + C(1);
     return (Vector)((Integers)one & ((Vector)((Integers)vector & kMagnitude) > threshold));
@@ -69,10 +101,11 @@ struct LanesOf;
 
 template <class C>
 struct LanesOf<C, 0> {
-  template <class S>
-  void add(const S*, const C*, C) {}
-  template <class S>
-  void add_first(const S*, const C*, int64_t, C) {}
+  template <class... Arguments>
+  void add(Arguments...) {}
+  template <class... Arguments>
+  void add_first(Arguments...) {}
+  void add_quads_to(C*) const {}
   void store(C*, C*, C*, C*) const {}
 };
 
@@ -84,17 +117,25 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
   typename V::Vector count = {}, dot = {}, grad_sq = {}, weight_sq = {};
 
-  template <class S>
-  SPARSEKERN_INLINE void add(const S* w, const C* d, C threshold) {
-    add_vector(V::load(w), V::load(d), threshold);
-    Rest::add(w + V::kWidth, d + V::kWidth, threshold);
+  // Sixteen elements. The threshold is one number, or a pointer to one per element.
+  template <class S, class Threshold>
+  SPARSEKERN_INLINE void add(const S* w, const C* d, Threshold threshold) {
+    add_vector(V::load(w), V::load(d), V::load(threshold));
+    Rest::add(w + V::kWidth, d + V::kWidth, V::next(threshold));
   }
 
   // The first `n` of sixteen elements.
-  template <class S>
-  SPARSEKERN_INLINE void add_first(const S* w, const C* d, int64_t n, C threshold) {
-    add_vector(V::first(V::load(w), n), V::first(V::load(d), n), threshold);
-    Rest::add_first(w + V::kWidth, d + V::kWidth, n - V::kWidth, threshold);
+  template <class S, class Threshold>
+  SPARSEKERN_INLINE void add_first(const S* w, const C* d, int64_t n, Threshold threshold) {
+    add_vector(V::first(V::load(w), n), V::first(V::load(d), n), V::load(threshold));
+    Rest::add_first(w + V::kWidth, d + V::kWidth, n - V::kWidth, V::next(threshold));
+  }
+
+  // Adds the sums over every four lanes: count, dot, grad_sq and weight_sq of the first four, then of the next.
+  SPARSEKERN_INLINE void add_quads_to(C* sums) const {
+    const typename V::Vector total = V::load(sums) + V::quads(count, dot, grad_sq, weight_sq);
+    __builtin_memcpy(sums, &total, kVectorBytes);
+    Rest::add_quads_to(sums + V::kWidth);
   }
 
   SPARSEKERN_INLINE void store(C* counts, C* dots, C* grad_sqs, C* weight_sqs) const {
@@ -107,7 +148,7 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
   }
 
  private:
-  SPARSEKERN_INLINE void add_vector(typename V::Vector w, typename V::Vector d, C threshold) {
+  SPARSEKERN_INLINE void add_vector(typename V::Vector w, typename V::Vector d, typename V::Vector threshold) {
     count += V::exceeds(d, threshold);
     dot += w * d;
     grad_sq += d * d;

@@ -12,8 +12,12 @@ namespace {
 // Elements of a chunk: enough to hide what a chunk costs, few enough to share out small networks.
 constexpr int64_t kChunk = 32 * 1024;
 
-// Columns that a chunk takes from the [rows, inner] plane when there are outer indices to go through: consecutive addresses long enough for the prefetcher, sums few enough for the cache.
-constexpr int64_t kColumns = 512;
+// The same where rows lie scattered and a chunk has to gather the sums of all of its rows.
+constexpr int64_t kScatteredChunk = 128 * 1024;
+
+// Columns that a chunk takes from the [rows, inner] plane when there are outer indices to go through: a tile of
+// cpu/walk.inc.h.
+constexpr int64_t kColumns = 2048;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,10 +52,11 @@ Plan::Plan(std::vector<Shape> shapes) : shapes_(std::move(shapes)) {
 
 void Plan::cut(int32_t tensor) {
   const Shape& shape = shapes_[tensor];
-  const int64_t widest = shape.outer > 1 ? kColumns : kChunk;
+  const bool scattered = shape.outer > 1;
+  const int64_t widest = scattered ? kColumns : kChunk;
   const int64_t inner_step = std::min(shape.inner, widest);
   const int64_t row_step = std::max<int64_t>(1, widest / inner_step);
-  const int64_t outer_step = std::max<int64_t>(1, kChunk / (std::min(row_step, shape.rows) * inner_step));
+  const int64_t outer_step = std::max<int64_t>(1, kScatteredChunk / (std::min(row_step, shape.rows) * inner_step));
   const int64_t inner_pieces = divide_up(shape.inner, inner_step);
   const int64_t outer_pieces = divide_up(shape.outer, outer_step);
   for (int64_t row = 0; row < shape.rows; row += row_step) {

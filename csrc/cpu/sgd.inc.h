@@ -4,6 +4,7 @@ template <class S>
 struct Sgd {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kFuses = false;
   enum Mode { kPlain, kFirst, kFirstNesterov, kHeavyBall, kNesterov };
 
   Sgd(const Job& job, int32_t tensor)

@@ -6,6 +6,16 @@ constexpr int64_t kLongRow = 8;
 // Shortest row that is updated by itself. Shorter ones are updated together with their neighbours.
 constexpr int64_t kWideRow = 64;
 
+constexpr uintptr_t kPage = 4096;
+
+// What the columns of a tile need; the thresholds a quarter of a page away from the sums (Walk::place_tile says why).
+template <class C>
+struct Tile {
+  Columns<C> columns;
+  char gap[kPage / 4];
+  C threshold[kTile + kSpread];
+};
+
 template <class S, class Update>
 class Walk {
  public:
@@ -85,7 +95,7 @@ class Walk {
   void wide_rows() {
     C buffer[kBufferSize];
     const int64_t chunk_end = end_of(chunk_.row_end - 1);
-    const int64_t step = kFuses ? longest() : kBlock;
+    const int64_t step = Update::kFuses ? longest() : kBlock;
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) {
       const int64_t begin = begin_of(row), end = end_of(row);
       const Factors<C> factors = factors_of<C>(job_, shape_, row);
@@ -100,7 +110,7 @@ class Walk {
       for (int64_t at = begin; at < end; at += step) {
         const int64_t n = least(step, end - at);
         const C* d = gradient(at, n, buffer);
-        if constexpr (kFuses) {
+        if constexpr (Update::kFuses) {
           update_.update(at, n, d, decay, decline, RowStatistics<C>{&sums, chunk_end - at, threshold});
         } else {
           add_row(sums, weight_ + at, d, n, chunk_end - at, threshold);
@@ -161,18 +171,22 @@ class Walk {
     run.begin = run.end = next;
   }
 
-  // Rows of a few elements, or whose elements lie scattered: blocks of neighbouring columns of the [rows, inner]
-  // plane, through all of the chunk's outer indices.
+  // Rows of a few elements, or whose elements lie scattered: tiles of neighbouring columns of the [rows, inner] plane,
+  // through all of the chunk's outer indices, in the order of memory.
   void columns() {
+    place_tile();
     const int64_t width = chunk_.inner_end - chunk_.inner_begin;
-    const int64_t rows_a_block = width > kBlock ? 1 : kBlock / width;
-    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += rows_a_block) {
-      const int64_t rows = least(rows_a_block, chunk_.row_end - row);
+    const int64_t rows_a_tile = width > kTile ? 1 : kTile / width;
+    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += rows_a_tile) {
+      const int64_t rows = least(rows_a_tile, chunk_.row_end - row);
       const Wish wish = factors_.of_rows(job_, shape_, row, rows);
       if (wish != kNothing) {
-        if (statistics_) spread(threshold_, job_.rows.threshold + shape_.start + row, rows, width);
+        if (statistics_) tile_->columns.clear(rows * width, width);
+        if (statistics_) spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width);
         if (wish == kDifferent) factors_.widen(rows, width);
-        column_block(row, rows, width, wish == kSame);
+        for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
+          column_blocks(column_address(o, row), rows * width, wish == kSame);
+        if (statistics_) store_columns(tile_->columns, rows, width, sums_of(row));
       } else {
         for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
           update_.masked(column_address(o, row), rows * width);
@@ -180,40 +194,32 @@ class Walk {
     }
   }
 
+  // Half a page away from the parameter's place in its page. A load waits for an earlier store that differs in the
+  // upper bits of the address alone, and planes of whole pages would keep sums and parameters that close all along.
+  void place_tile() {
+    const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+    const uintptr_t wanted = address(weight_ + column_address(chunk_.outer_begin, chunk_.row_begin)) + kPage / 2;
+    const uintptr_t shift = (wanted - address(tile_memory_)) % kPage / 64 * 64;
+    tile_ = reinterpret_cast<Tile<C>*>(tile_memory_ + shift);
+  }
+
   int64_t column_address(int64_t outer, int64_t row) const {
     return (outer * shape_.rows + row) * shape_.inner + chunk_.inner_begin;
   }
 
-  void column_block(int64_t row, int64_t rows, int64_t width, bool same) {
-    const int64_t n = rows * width;
+  // The columns of a tile at one outer index, the first of them at address `begin`.
+  void column_blocks(int64_t begin, int64_t columns, bool same) {
     C buffer[kBufferSize];
-    Columns<C> sums;
-    for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o) {
-      const int64_t at = column_address(o, row);
-      if (o + 1 < chunk_.outer_end) prefetch(column_address(o + 1, row), n);
-      const C* d = gradient(at, n, buffer, same ? nullptr : factors_.decline);
-      if (statistics_) {
-        if (o == chunk_.outer_begin) {
-          add_columns<false>(sums, weight_ + at, d, n, threshold_);
-        } else {
-          add_columns<true>(sums, weight_ + at, d, n, threshold_);
-        }
-      }
+    for (int64_t column = 0; column < columns; column += kBlock) {
+      const int64_t n = least(kBlock, columns - column), at = begin + column;
+      const C* d = gradient(at, n, buffer, same ? nullptr : factors_.decline + column);
+      if (statistics_)
+        add_columns(tile_->columns, column, weight_ + at, d, n, columns - column, tile_->threshold + column);
       if (same) {
         update_.update(at, n, d, Same<C>{factors_.decay[0]}, SameDecline<C>{1}, NoStatistics());
       } else {
-        update_.update(at, n, d, factors_.decay, EachDecline<C>{factors_.decline});
+        update_.update(at, n, d, factors_.decay + column, EachDecline<C>{factors_.decline + column});
       }
-    }
-    if (statistics_) store_columns(sums, rows, width, sums_of(row));
-  }
-
-  // The next outer index lies where no prefetcher of the machine would look for it.
-  void prefetch(int64_t at, int64_t n) const {
-    constexpr int64_t kLine = 64 / sizeof(S);
-    for (int64_t i = at; i < at + n; i += kLine) {
-      if (Update::kReadsGrad) __builtin_prefetch(grad_ + i);
-      update_.prefetch(i);
     }
   }
 
@@ -228,5 +234,6 @@ class Walk {
   S* grad_;
   bool statistics_, as_it_is_;
   ColumnFactors<C> factors_;
-  C threshold_[kBlock + kSpread];
+  Tile<C>* tile_;
+  alignas(64) char tile_memory_[sizeof(Tile<C>) + kPage];
 };
