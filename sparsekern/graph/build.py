@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def _tensor(tensor: Tracked, numbering: Numbering) -> TensorSlots | None:
     if all(own is None for own in channels):
         return None
     entry = tensor.entry
-    kind = "parameter" if entry.parameter else "buffer"
+    kind: Literal["parameter", "buffer"] = "parameter" if entry.parameter else "buffer"
     return TensorSlots(entry.names[0], entry.names[1:], entry.shape, kind, tuple(channels), tensor.row_dim)
 
 

@@ -6,7 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 INPUT = "tied to an input of the network"
@@ -55,10 +56,15 @@ class Source:
     """A copy of the model on fake tensors, with fake inputs: what graphs are taken from."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.clone = _fake_copy(model, self.mode)
-        self.args, self.kwargs = pytree.tree_map_only(Tensor, self.mode.from_tensor, (args, dict(kwargs)))
+        # A shape environment lets programs through that read numbers off tensors.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        with undisturbed():
+            self.clone = _fake_copy(model, self.mode)
+            self._given = pytree.tree_map_only(
+                Tensor, lambda t: self.mode.from_tensor(t, static_shapes=True), (args, dict(kwargs))
+            )
         self.tensors, self._numbers = _registered(self.clone)
+        self._doubled = False
 
     def numbered(self) -> list[tuple[Tensor, int]]:
         """Every parameter and buffer of the copy once, with its number."""
@@ -83,20 +89,32 @@ class Source:
                 sources[name] = CONSTANT
         return Captured(program.graph_module, sources, training)
 
+    def run(self, training: bool) -> Any:
+        """What the copy returns, in the mode and on the inputs of ``export``."""
+        self.clone.train(training)
+        args, kwargs = self._inputs(training)
+        return self.clone(*args, **kwargs)
+
+    def _inputs(self, training: bool) -> tuple[Any, Any]:
+        if training and self._doubled:
+            with self.mode:
+                return _doubled(*self._given)
+        args, kwargs = self._given
+        return args, kwargs
+
     def _program(self, training: bool) -> ExportedProgram:
         self.clone.train(training)
-        given = self.args, self.kwargs
         try:
-            return torch.export.export(self.clone, *given, strict=False)
+            return torch.export.export(self.clone, *self._inputs(training), strict=False)
         except Exception as error:
-            doubled = _doubled(*given) if training else None
-            if doubled is None:
-                raise _rejected(self.clone, *given, training, error) from error
-            # A batch norm behind a global pool cannot train on a batch of one.
-            try:
-                return torch.export.export(self.clone, *doubled, strict=False)
-            except Exception:
-                raise _rejected(self.clone, *given, training, error) from error
+            if training and not self._doubled and _single(*self._given):
+                # A batch norm behind a global pool cannot train on a batch of one.
+                self._doubled = True
+                with suppress(ValueError):
+                    return self._program(training)
+                self._doubled = False
+            args, kwargs = self._given
+            raise _rejected(self.clone, args, kwargs, training, error) from error
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
@@ -117,7 +135,7 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 f"model: parameter {name!r} is not initialised yet, expected a model that has been run once"
             )
         if id(tensor) not in memo:
-            memo[id(tensor)] = mode.from_tensor(tensor)
+            memo[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
     for module in model.modules():
         for value in vars(module).values():
             # Results of autograd kept as attributes (weight_norm does) refuse to be copied.
@@ -157,11 +175,13 @@ def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[str, int
     return tensors, numbers
 
 
-def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """The inputs with every batch of one repeated, or None if there is no such batch."""
+def _single(args: Any, kwargs: Any) -> bool:
+    """Whether every tensor is a batch of one."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
-    if not tensors or any(t.shape[0] != 1 for t in tensors):
-        return None
+    return bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+
+
+def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any]:
     twice: tuple[Any, Any] = pytree.tree_map_only(
         Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, (args, kwargs)
     )
@@ -170,12 +190,16 @@ def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
 
 def _rejected(model: nn.Module, args: Any, kwargs: Any, training: bool, error: Exception) -> ValueError:
     given = ", ".join([_describe(a) for a in args] + [f"{name}={_describe(a)}" for name, a in kwargs.items()])
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ValueError(
         f"example_inputs: got ({given}), expected what {type(model).__name__}.forward accepts in "
-        f"{'training' if training else 'evaluation'} mode; it raised "
-        f"{type(error).__name__}: {lines[0] if lines else ''}"
+        f"{'training' if training else 'evaluation'} mode; it raised {first_line(error)}"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _describe(value: Any) -> str:

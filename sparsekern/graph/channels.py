@@ -64,7 +64,8 @@ class Gates(NamedTuple):
     names: tuple[str, ...]
 
 
-class Note(NamedTuple):
+@dataclass(frozen=True)
+class Note:
     """``count`` indices of dimension ``dim`` of a tensor stay for ``reason``."""
 
     dim: int

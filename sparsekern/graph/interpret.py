@@ -109,21 +109,30 @@ class Interpreter:
         return found
 
     def _step(self, node: fx.Node, env: _Environment, counted: bool) -> Any:
-        args = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        args: Any = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else args[0]
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._higher_order(node, [*args, *kwargs.values()], counted)
         schema = node.target._schema
         call = self._call(node, _bind(node.target, args, kwargs), counted)
-        result = call.rule.function(call)
+        result = self._apply(call)
         if self.settled:
             self.records.values[counted, node.name] = result
         self._note(call, result, in_place=schema.is_mutable)
         if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
             return self._write(node.args[0], result, env)
         return result
+
+    def _apply(self, call: Call) -> Any:
+        """The rule's result; what it does not expect is frozen rather than guessed at."""
+        if any(size < 0 for shape, _ in call.outputs for size in shape):
+            return call.give_up(f"{call.label} makes a tensor whose size depends on data")
+        try:
+            return call.rule.function(call)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return call.give_up(f"{call.label} is not followed ({type(error).__name__}: {error})")
 
     def _call(self, node: fx.Node, args: dict[str, Any], counted: bool) -> Call:
         name, overload, rule = _rule(node.target)
@@ -229,8 +238,9 @@ def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
 
 
 def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and bytes per element of every tensor a node makes; -1 for a size not known."""
     return [
-        (tuple(int(size) for size in t.shape), t.element_size())
+        (tuple(size if isinstance(size, int) else -1 for size in t.shape), t.element_size())
         for t in pytree.tree_leaves(node.meta.get("val"))
         if isinstance(t, Tensor)
     ]

@@ -22,6 +22,11 @@ class Numbering:
     group_of: np.ndarray
     reasons: np.ndarray
 
+    def slots_of(self, channels: np.ndarray) -> np.ndarray:
+        """Which slots belong to the channels (bool per channel), bool per slot."""
+        chosen: np.ndarray = np.append(channels, False)[self.channel_of]
+        return chosen
+
 
 def row_ids(tensors: Sequence[Tracked], records: Records) -> list[np.ndarray]:
     """Raw ids of all rows, those of producers first and in the order in which they run."""

@@ -13,10 +13,11 @@ from .build import build
 from .capture import Capture, Registered, capture
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
-from .numbering import number
+from .numbering import Numbering, number
 from .recheck import wrong_guesses
 from .records import Records
 from .slots import Slots
+from .trial import Fault, Trials
 
 _PROTECTED = "protected by the user"
 
@@ -62,10 +63,11 @@ def trace(
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True)
     numbering = number(tensors, slots, records)
-    while wrong := wrong_guesses(captured, tensors, numbering, records):
-        for guess in wrong:
-            slots.freeze(guess.ids, guess.reason)
-        numbering = number(tensors, slots, records)
+    for find in (_tried, wrong_guesses):
+        while faults := find(captured, tensors, numbering, records):
+            for fault in faults:
+                slots.freeze(fault.ids, fault.reason)
+            numbering = number(tensors, slots, records)
     return build(tensors, slots, records, numbering)
 
 
@@ -90,6 +92,12 @@ def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, s
     for graph in captured.graphs:
         interpreter.run(graph)
     return records
+
+
+def _tried(
+    captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
+) -> list[Fault]:
+    return list(Trials(captured.source, tensors, numbering).faults())
 
 
 def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> None:

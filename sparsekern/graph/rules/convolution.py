@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 
-from ..slots import STAYS
 from ..values import Flags, Ids, Value
-from .base import Call, Result, flags, register_rule
+from .base import Call, Result, dense, flags, register_rule
 
 
 def _tie(call: Call, ids: Ids, groups: int, across: bool) -> None:
@@ -59,9 +58,7 @@ def _depthwise(call: Call, weight_dim: int) -> Value:
     size = call.shape()[channel]
     multiplier = size // groups
     reason = x.why or f"{call.label} reads positions that stay"
-    source = np.repeat(
-        np.full(groups, STAYS, np.int64) if x.ids[channel] is None else x.ids[channel], multiplier
-    )
+    source = np.repeat(dense(x.ids[channel], groups), multiplier)
     rows = weight.ids[0]
     spread = rows if weight_dim == 0 or rows is None else np.repeat(rows, multiplier)
     row_zero = flags(weight.zero[0], weight.shape[0])

@@ -21,76 +21,22 @@ def cleared(call: Call) -> Value:
     return call.make(x.ids, zero, cleared=call.label)
 
 
-KEEP_ZERO = [
-    "relu6",
-    "rrelu",
-    "silu",
-    "hardswish",
-    "gelu",
-    "tanh",
-    "mish",
-    "elu",
-    "selu",
-    "celu",
-    "softshrink",
-    "hardshrink",
-    "neg",
-    "abs",
-    "sign",
-    "square",
-    "sqrt",
-    "sin",
-    "sinh",
-    "tan",
-    "asin",
-    "atan",
-    "asinh",
-    "erf",
-    "expm1",
-    "log1p",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "frac",
-    "absolute",
-    "negative",
-]
-IDENTITIES = [
-    "contiguous",
-    "clone",
-    "alias",
-    "to",
-    "_to_copy",
-    "detach",
-    "type_as",
-    "lift_fresh_copy",
-    "lift_fresh",
-]
-CLEAR_ZERO = [
-    "sigmoid",
-    "hardsigmoid",
-    "exp",
-    "exp2",
-    "cos",
-    "cosh",
-    "log_sigmoid",
-    "softplus",
-    "logical_not",
-    "bitwise_not",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "erfc",
-    "acos",
-]
+KEEP_ZERO = """
+relu6 rrelu silu hardswish gelu tanh mish elu selu celu softshrink hardshrink neg abs sign square
+sqrt sin sinh tan asin atan asinh erf expm1 log1p floor ceil round trunc frac absolute negative
+"""
+IDENTITIES = "contiguous clone alias to _to_copy detach type_as lift_fresh_copy lift_fresh"
+CLEAR_ZERO = """
+sigmoid hardsigmoid exp exp2 cos cosh log_sigmoid softplus logical_not bitwise_not isnan isinf
+isfinite erfc acos
+"""
 
-register_rule(*KEEP_ZERO)(same)
-register_rule(*IDENTITIES, pure=True, view=True)(same)
+register_rule(*KEEP_ZERO.split())(same)
+register_rule(*IDENTITIES.split(), pure=True, view=True)(same)
 # A dropout draws its mask per element or channel: a zero stays zero, a scale passes through.
 register_rule("dropout", "feature_dropout", pure=True, view=True)(same)
 register_rule("relu", "leaky_relu", pure=True)(same)
-register_rule(*CLEAR_ZERO)(cleared)
+register_rule(*CLEAR_ZERO.split())(cleared)
 
 
 def _bounded(call: Call, low: float | None, high: float | None) -> Value:
@@ -119,7 +65,7 @@ def threshold(call: Call) -> Result:
 
 @register_rule("pow")
 def power(call: Call) -> Result:
-    exponent = call.args.get("exponent")
+    exponent = call["exponent"]
     if isinstance(exponent, Value) or exponent < 0:
         return call.give_up(f"{call.label} of a zero may not be finite")
     return same(call) if exponent > 0 else cleared(call)

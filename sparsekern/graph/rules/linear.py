@@ -11,6 +11,11 @@ from .base import Call, Result, flags, register_rule
 @register_rule("linear")
 def linear(call: Call) -> Result:
     x, weight, bias = call["input"], call["weight"], call["bias"]
+    call.count_macs(
+        1,
+        *(call.size(x, dim) for dim in range(x.ndim - 1)),
+        *(call.size(weight, dim) for dim in range(weight.ndim)),
+    )
     if not weight.static or (bias is not None and not bias.static):
         return call.give_up(f"{call.label} has weights computed from activations")
     if weight.ndim != 2:
@@ -29,12 +34,6 @@ def linear(call: Call) -> Result:
         None if i is None else flags(z, len(i)) & (bias is None)
         for i, z in zip(leading, x.zero, strict=False)
     ]
-    call.count_macs(
-        1,
-        *(call.size(x, dim) for dim in range(x.ndim - 1)),
-        call.size(weight, 0),
-        call.size(weight, 1),
-    )
     origins = made | (x.origins if bias is None else frozenset())
     return call.make([*leading, rows], [*kept, zero], origins=origins, pure=made)
 
@@ -120,7 +119,7 @@ def _padded(value: Value, ndim: int) -> Value:
 
 @register_rule("matmul", "bmm", "mm")
 def matmul(call: Call) -> Result:
-    left, right = call["self"], call.args.get("other", call.args.get("mat2"))
+    left, right = call["self"], call["other" if call.name == "matmul" else "mat2"]
     if min(left.ndim, right.ndim) < 2:
         return call.give_up(f"{call.label} takes a vector")
     ndim = max(left.ndim, right.ndim)
@@ -208,7 +207,6 @@ def addmm(call: Call) -> Result:
     tracked = any(v.tracked for v in call.values())
     if tracked:
         return call.give_up(f"{call.label} has no rule for pruned operands")
-    left = call.args.get("mat1", call.args.get("batch1"))
-    right = call.args.get("mat2", call.args.get("batch2"))
+    left, right = list(call.values())[1:3]
     call.count_macs(1, *left.shape, right.shape[-1])
     return call.opaque(left.why)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..slots import STAYS
 from ..values import Flags, Ids
-from .base import Call, Result, flags, register_rule
+from .base import Call, Result, RuleFunction, flags, register_rule
 
 
 def over_space(call: Call, spatial: int) -> Result:
@@ -31,33 +31,26 @@ def over_space(call: Call, spatial: int) -> Result:
     return made[0] if len(made) == 1 else tuple(made)
 
 
-def _register_over_space() -> None:
-    for n in (1, 2, 3):
-        names = [
-            f"max_pool{n}d",
-            f"max_pool{n}d_with_indices",
-            f"avg_pool{n}d",
-            f"adaptive_avg_pool{n}d",
-            f"_adaptive_avg_pool{n}d",
-            f"adaptive_max_pool{n}d",
-            f"upsample_nearest{n}d",
-            f"_upsample_nearest_exact{n}d",
-            f"reflection_pad{n}d",
-            f"replication_pad{n}d",
-        ]
-        register_rule(*names, pure=True)(lambda call, n=n: over_space(call, n))
+def _rule(spatial: int) -> RuleFunction:
+    return lambda call: over_space(call, spatial)
 
 
-_register_over_space()
-register_rule("upsample_linear1d", pure=True)(lambda call: over_space(call, 1))
+_OVER_SPACE = (
+    "max_pool{}d max_pool{}d_with_indices avg_pool{}d adaptive_avg_pool{}d _adaptive_avg_pool{}d "
+    "adaptive_max_pool{}d upsample_nearest{}d _upsample_nearest_exact{}d reflection_pad{}d "
+    "replication_pad{}d"
+)
+for _n in (1, 2, 3):
+    register_rule(*_OVER_SPACE.replace("{}", str(_n)).split(), pure=True)(_rule(_n))
+register_rule("upsample_linear1d", pure=True)(_rule(1))
 register_rule(
     "upsample_bilinear2d",
     "upsample_bicubic2d",
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
     pure=True,
-)(lambda call: over_space(call, 2))
-register_rule("upsample_trilinear3d", pure=True)(lambda call: over_space(call, 3))
+)(_rule(2))
+register_rule("upsample_trilinear3d", pure=True)(_rule(3))
 
 
 @register_rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "grid_sample")

@@ -70,7 +70,7 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
         table, truth = (a.reshape([shape[d] for d in axes]) for a in flat)
         others = tuple(k for k in range(len(axes)) if k != axis)
         ids[axes[axis]] = table[tuple(slice(None) if k == axis else 0 for k in range(table.ndim))]
-        zero[axes[axis]] = truth.all(axis=others)
+        zero[axes[axis]] = np.all(truth, axis=others)
         elsewhere = inferred is not None and axes[axis] != inferred
         if sizes is not None and (elsewhere or len(axes) > 1):
             call.guess(flat[0])
@@ -190,6 +190,10 @@ def squeeze(call: Call) -> Result:
     listed = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % x.ndim for d in listed if x.shape[d % x.ndim] == 1} if x.ndim else set()
     kept = [d for d in range(x.ndim) if d not in gone]
+    if dims is None:
+        for ids in x.ids:
+            # One channel left would vanish with the dimension.
+            call.freeze(None if ids is None else ids[:2], f"{call.label} drops a dimension of size 1")
     return _reordered(call, kept)
 
 
@@ -204,7 +208,7 @@ def expand(call: Call) -> Result:
 @register_rule("repeat", "tile", pure=True)
 def repeat(call: Call) -> Result:
     x = call["self"]
-    times = list(call.args.get("repeats", call.args.get("dims")))
+    times = list(call["repeats" if call.name == "repeat" else "dims"])
     ndim = len(call.shape())
     times = [1] * (ndim - len(times)) + times
     extra: list[None] = [None] * (ndim - x.ndim)
