@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import CONSTANT, Captured, Registered
 from .records import Records, term
@@ -117,7 +120,10 @@ class Interpreter:
             return self._higher_order(node, [*args, *kwargs.values()], counted)
         schema = node.target._schema
         call = self._call(node, _bind(node.target, args, kwargs), counted)
+        before = len(self.records.macs)
         result = self._apply(call)
+        if call.gave_up and self.settled and counted and len(self.records.macs) == before:
+            call.count_macs(_macs(node))
         if self.settled:
             self.records.values[counted, node.name] = result
         self._note(call, result, in_place=schema.is_mutable)
@@ -244,6 +250,16 @@ def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
         for t in pytree.tree_leaves(node.meta.get("val"))
         if isinstance(t, Tensor)
     ]
+
+
+def _macs(node: fx.Node) -> int:
+    """What torch counts for an op that no rule prices: nothing that enters it is pruned."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
+    target: Any = node.target
+    with mode or nullcontext(), FlopCounterMode(display=False) as counter, suppress(Exception):
+        target(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
 
 
 def _module(node: fx.Node) -> str:

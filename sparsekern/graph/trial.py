@@ -64,7 +64,7 @@ def _numbers(name: str, arguments: Any) -> list[float]:
     kinds: tuple[type, ...] = (int, float) if name in _ARITHMETIC else (float,)
     numbers: list[float] = []
     for leaf in pytree.tree_leaves(arguments):
-        if isinstance(leaf, kinds) and not isinstance(leaf, bool):
+        if isinstance(leaf, (int, float)) and type(leaf) in kinds:
             numbers.append(leaf)
     return numbers
 

@@ -312,13 +312,34 @@ def sigmoid_in_place_through_a_view(net: Net, x: Tensor) -> Tensor:
     return y
 
 
+@structure(0)
+def divided_by_the_number_of_channels(net: Net, x: Tensor) -> Tensor:
+    return x.sum(1, keepdim=True) / x.shape[1] + x
+
+
+@structure(0)
+def scaled_by_a_tensor_of_the_number_of_channels(net: Net, x: Tensor) -> Tensor:
+    return x * torch.tensor(x.shape[1]).to(x.dtype).sqrt()
+
+
+@structure(0, conv=conv(16, 16, 3))
+def other_path_for_other_widths(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return x + y if x.shape[1] == 16 else x
+
+
+@structure(14)
+def squeezed_without_a_dimension(net: Net, x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1).squeeze()[:, :, None, None]
+
+
 @structure(16)
 def mish_from_parts(net: Net, x: Tensor) -> Tensor:
     return x * F.softplus(x).tanh()
 
 
-@structure(0)
-def divided_by_itself(net: Net, x: Tensor) -> Tensor:
+@structure(16)
+def divided_by_one_and_more(net: Net, x: Tensor) -> Tensor:
     return x / (x.abs() + 1)
 
 
@@ -399,12 +420,12 @@ def concatenation_under_a_residual(net: Net, x: Tensor) -> Tensor:
     return x + net.back(torch.cat([x, net.conv(x)], 1))
 
 
-@structure(12, conv=conv(12, 12, 3), reduce=conv(16, 12), out=16)
+@structure(16 + 12, conv=conv(12, 12, 3), reduce=conv(16, 12), out=16)
 def padded_shortcut(net: Net, x: Tensor) -> Tensor:
     return F.pad(net.reduce(x), (0, 0, 0, 0, 2, 2))
 
 
-@structure(16 + 16, out=32, fc=lambda: nn.Linear(16 * 16, 32))
+@structure(16 + 32, out=32, fc=lambda: nn.Linear(16 * 16, 32))
 def flattened_positions(net: Net, x: Tensor) -> Tensor:
     return net.fc(F.adaptive_avg_pool2d(x, 4).flatten(1))[:, :, None, None]
 
@@ -428,12 +449,12 @@ def fused_attention(net: Net, x: Tensor) -> Tensor:
     return net.proj(y.transpose(1, 2).reshape(n, h * w, c)).transpose(1, 2).reshape(n, c, h, w)
 
 
-@structure(16, weight=lambda: nn.Parameter(torch.randn(16, 16)))
+@structure(16 + 16, weight=lambda: nn.Parameter(torch.randn(16, 16)))
 def product_with_a_parameter(net: Net, x: Tensor) -> Tensor:
     return (x.permute(0, 2, 3, 1) @ net.weight).permute(0, 3, 1, 2)
 
 
-@structure(16, weight=lambda: nn.Parameter(torch.randn(16, 16)))
+@structure(16 + 16, weight=lambda: nn.Parameter(torch.randn(16, 16)))
 def einsum_with_a_parameter(net: Net, x: Tensor) -> Tensor:
     return torch.einsum("nchw,dc->ndhw", x, net.weight)
 
@@ -507,7 +528,7 @@ def weight_standardised_by_a_buffer(net: Net, x: Tensor) -> Tensor:
     return F.conv2d(x, net.conv.weight * 0.5, net.conv.bias, padding=1)
 
 
-@structure(0)
+@structure(16)
 def batch_and_channels_merged(net: Net, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     return x.view(1, n * c, h, w).view(n, c, h, w) + x.reshape(n * c, 1, h, w).view(n, c, h, w)

@@ -88,6 +88,7 @@ class Call:
     settled: bool
     counted: bool
     new_storage: Callable[[], int]
+    gave_up: bool = False
 
     @property
     def label(self) -> str:
@@ -144,6 +145,7 @@ class Call:
 
     def give_up(self, reason: str) -> Result:
         """Freeze every slot that enters; the results are untracked because of ``reason``."""
+        self.gave_up = True
         for value in self.values():
             for ids in value.ids:
                 self.freeze(ids, reason)

@@ -204,8 +204,7 @@ def _letters(call: Call, operands: list[Value], words: list[str]) -> dict[str, t
 @register_rule("addmm", "baddbmm")
 def addmm(call: Call) -> Result:
     """The bias of an explicit product is not followed; a product of fixed sizes is."""
-    tracked = any(v.tracked for v in call.values())
-    if tracked:
+    if any(v.tracked for v in call.values()):
         return call.give_up(f"{call.label} has no rule for pruned operands")
     left, right = list(call.values())[1:3]
     call.count_macs(1, *left.shape, right.shape[-1])
