@@ -1,9 +1,7 @@
 """Small networks, one structure each, that are hard for channel propagation.
 
-``STRUCTURES`` maps a name to (body, width, prunable): the body is a function of a ``Net`` and its
-feature map ``[N, width, 8, 8]``; ``prunable`` is how many channels the whole network must show.
-Around every body stand a convolution with batch norm and a head, so that ``width`` channels come
-in (if nothing freezes them) and are contracted at the end.
+``STRUCTURES`` maps a name to a body, a function of a ``Piece`` and a feature map ``[2, 16, 8, 8]``.
+``Net`` puts a convolution with batch norm before it and a head behind it.
 """
 
 from __future__ import annotations
@@ -15,28 +13,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Body = Callable[["Net", Tensor], Tensor]
+Body = Callable[["Piece", Tensor], Tensor]
 
 
 class Structure(NamedTuple):
-    """prunable: channels of the whole network; out: channels that the body returns."""
+    """prunable: channels of the whole ``Net``; out: channels that the body returns; anywhere:
+    whether the body keeps the size of the map and takes inputs of any sign."""
 
     make: Callable[[nn.Module], None]
     body: Body
     prunable: int
-    out: int = 16
+    out: int
+    anywhere: bool
 
 
-class Net(nn.Module):
-    """Convolution, batch norm, relu, the structure, convolution to 5 outputs."""
+class Piece(nn.Module):
+    """One structure with its layers."""
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
+        structure.make(self)
+        self.body = structure.body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+class Net(Piece):
+    """Convolution, batch norm, relu, the structure, convolution to 5 outputs."""
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__(structure)
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
         self.norm = nn.BatchNorm2d(16)
         self.head = nn.Conv2d(structure.out, 5, 1)
-        structure.make(self)
-        self.body = structure.body
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self, F.relu(self.norm(self.stem(x)))))
@@ -46,7 +56,10 @@ STRUCTURES: dict[str, Structure] = {}
 
 
 def structure(
-    prunable: int, out: int = 16, **layers: Callable[[], nn.Module | nn.Parameter | Tensor]
+    prunable: int,
+    out: int = 16,
+    anywhere: bool = True,
+    **layers: Callable[[], nn.Module | nn.Parameter | Tensor],
 ) -> Callable[[Body], Body]:
     """Enter the decorated body; ``layers`` are made for every network anew."""
 
@@ -59,7 +72,7 @@ def structure(
                 net.register_buffer(name, made)
 
     def enter(body: Body) -> Body:
-        STRUCTURES[body.__name__] = Structure(make, body, prunable, out)
+        STRUCTURES[body.__name__] = Structure(make, body, prunable, out, anywhere)
         return body
 
     return enter
@@ -70,204 +83,204 @@ def conv(into: int, out: int, kernel: int = 1, **options: int) -> Callable[[], n
 
 
 @structure(16)
-def plain(net: Net, x: Tensor) -> Tensor:
+def plain(net: Piece, x: Tensor) -> Tensor:
     return x
 
 
 @structure(16)
-def flip_channels(net: Net, x: Tensor) -> Tensor:
+def flip_channels(net: Piece, x: Tensor) -> Tensor:
     return x.flip(1)
 
 
 @structure(0)
-def roll_channels(net: Net, x: Tensor) -> Tensor:
+def roll_channels(net: Piece, x: Tensor) -> Tensor:
     return x.roll(3, 1)
 
 
 @structure(16)
-def roll_space(net: Net, x: Tensor) -> Tensor:
+def roll_space(net: Piece, x: Tensor) -> Tensor:
     return x.roll((1, 2), (2, 3))
 
 
 @structure(4)
-def channel_shuffle_module(net: Net, x: Tensor) -> Tensor:
+def channel_shuffle_module(net: Piece, x: Tensor) -> Tensor:
     return F.channel_shuffle(x, 4)
 
 
 @structure(4)
-def channel_shuffle_views(net: Net, x: Tensor) -> Tensor:
+def channel_shuffle_views(net: Piece, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     return x.view(n, 4, c // 4, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
 @structure(0)
-def blocks_of_fixed_size(net: Net, x: Tensor) -> Tensor:
+def blocks_of_fixed_size(net: Piece, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     return x.view(n, c // 4, 4, h, w).flip(2).reshape(n, c, h, w)
 
 
 @structure(4)
-def blocks_of_inferred_number(net: Net, x: Tensor) -> Tensor:
+def blocks_of_inferred_number(net: Piece, x: Tensor) -> Tensor:
     n, _, h, w = x.shape
     return x.view(n, -1, 4, h, w).flip(2).reshape(n, -1, h, w)
 
 
 @structure(0)
-def written_out_beside_inferred(net: Net, x: Tensor) -> Tensor:
+def written_out_beside_inferred(net: Piece, x: Tensor) -> Tensor:
     return x.view(x.shape[0], 16, -1).mean(2)[:, :, None, None]
 
 
 @structure(16, out=32)
-def stack_and_flatten(net: Net, x: Tensor) -> Tensor:
+def stack_and_flatten(net: Piece, x: Tensor) -> Tensor:
     return torch.stack([x, x * 2], 2).flatten(1, 2)
 
 
 @structure(16, conv=conv(16, 16, 3))
-def applied_twice(net: Net, x: Tensor) -> Tensor:
+def applied_twice(net: Piece, x: Tensor) -> Tensor:
     return net.conv(F.relu(net.conv(x)))
 
 
 @structure(0)
-def softmax_over_channels(net: Net, x: Tensor) -> Tensor:
+def softmax_over_channels(net: Piece, x: Tensor) -> Tensor:
     return x.softmax(1)
 
 
 @structure(0)
-def softmax_over_space(net: Net, x: Tensor) -> Tensor:
+def softmax_over_space(net: Piece, x: Tensor) -> Tensor:
     return x.flatten(2).softmax(2).view_as(x)
 
 
 @structure(0, spatial=conv(2, 1, 3))
-def block_attention(net: Net, x: Tensor) -> Tensor:
+def block_attention(net: Piece, x: Tensor) -> Tensor:
     pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
     return x * net.spatial(pooled).sigmoid()
 
 
 @structure(16)
-def sum_over_channels_gates(net: Net, x: Tensor) -> Tensor:
+def sum_over_channels_gates(net: Piece, x: Tensor) -> Tensor:
     return x * x.sum(1, keepdim=True).sigmoid()
 
 
 @structure(4, out=4)
-def pixel_shuffle(net: Net, x: Tensor) -> Tensor:
+def pixel_shuffle(net: Piece, x: Tensor) -> Tensor:
     return F.pixel_shuffle(x, 2)
 
 
 @structure(16, out=64)
-def pixel_unshuffle(net: Net, x: Tensor) -> Tensor:
+def pixel_unshuffle(net: Piece, x: Tensor) -> Tensor:
     return F.pixel_unshuffle(x, 2)
 
 
 @structure(8, out=8)
-def gated_linear_unit(net: Net, x: Tensor) -> Tensor:
+def gated_linear_unit(net: Piece, x: Tensor) -> Tensor:
     return F.glu(x, 1)
 
 
 @structure(16, out=32, conv=conv(16, 32, 3, groups=16))
-def depthwise_with_multiplier(net: Net, x: Tensor) -> Tensor:
+def depthwise_with_multiplier(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
 @structure(16, conv=conv(16, 16, 3, groups=16), norm2=lambda: nn.BatchNorm2d(16))
-def separable(net: Net, x: Tensor) -> Tensor:
+def separable(net: Piece, x: Tensor) -> Tensor:
     return F.relu6(net.norm2(net.conv(x)))
 
 
 @structure(4 + 6, out=24, conv=conv(16, 24, 3, groups=4))
-def grouped(net: Net, x: Tensor) -> Tensor:
+def grouped(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
 @structure(4 + 6, out=24, conv=lambda: nn.ConvTranspose2d(16, 24, 2, stride=2, groups=4))
-def grouped_transposed(net: Net, x: Tensor) -> Tensor:
+def grouped_transposed(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
-@structure(16, conv=lambda: nn.ConvTranspose2d(16, 16, 2, stride=2, groups=16))
-def depthwise_transposed(net: Net, x: Tensor) -> Tensor:
+@structure(16, conv=lambda: nn.ConvTranspose2d(16, 16, 2, stride=2, groups=16), anywhere=False)
+def depthwise_transposed(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
 @structure(16, out=48, conv=lambda: nn.ConvTranspose2d(16, 48, 2, stride=2, groups=16))
-def depthwise_transposed_with_multiplier(net: Net, x: Tensor) -> Tensor:
+def depthwise_transposed_with_multiplier(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
 @structure(16 + 12, out=12, conv=lambda: nn.ConvTranspose2d(16, 12, 2, stride=2))
-def transposed(net: Net, x: Tensor) -> Tensor:
+def transposed(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
 @structure(0, conv=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 1)))
-def weight_norm(net: Net, x: Tensor) -> Tensor:
+def weight_norm(net: Piece, x: Tensor) -> Tensor:
     return net.conv(x)
 
 
 @structure(0, rnn=lambda: nn.LSTM(16, 16, batch_first=True))
-def recurrent(net: Net, x: Tensor) -> Tensor:
+def recurrent(net: Piece, x: Tensor) -> Tensor:
     return net.rnn(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).reshape(x.shape)
 
 
 @structure(0, out=8)
-def fixed_slice(net: Net, x: Tensor) -> Tensor:
+def fixed_slice(net: Piece, x: Tensor) -> Tensor:
     return x[:, 4:12]
 
 
 @structure(8, out=8)
-def chunks(net: Net, x: Tensor) -> Tensor:
+def chunks(net: Piece, x: Tensor) -> Tensor:
     left, right = x.chunk(2, 1)
     return left - right
 
 
 @structure(8, out=8)
-def split_by_half_of_the_width(net: Net, x: Tensor) -> Tensor:
+def split_by_half_of_the_width(net: Piece, x: Tensor) -> Tensor:
     left, right = x.split(x.shape[1] // 2, 1)
     return left * right
 
 
 @structure(0)
-def split_by_number_and_swapped(net: Net, x: Tensor) -> Tensor:
+def split_by_number_and_swapped(net: Piece, x: Tensor) -> Tensor:
     return torch.cat(x.split(8, 1)[::-1], 1)
 
 
 @structure(0)
-def split_unevenly(net: Net, x: Tensor) -> Tensor:
+def split_unevenly(net: Piece, x: Tensor) -> Tensor:
     left, right = x.split([4, 12], 1)
     return torch.cat([right, left], 1)
 
 
 @structure(0)
-def fixed_permutation(net: Net, x: Tensor) -> Tensor:
+def fixed_permutation(net: Piece, x: Tensor) -> Tensor:
     return x[:, torch.arange(15, -1, -1)]
 
 
 @structure(0, order=lambda: torch.randperm(16))
-def permutation_in_a_buffer(net: Net, x: Tensor) -> Tensor:
+def permutation_in_a_buffer(net: Piece, x: Tensor) -> Tensor:
     return x.index_select(1, net.order)
 
 
 @structure(16, out=48)
-def repeat(net: Net, x: Tensor) -> Tensor:
+def repeat(net: Piece, x: Tensor) -> Tensor:
     return x.repeat(1, 3, 1, 1)
 
 
 @structure(16, out=32)
-def repeat_interleave(net: Net, x: Tensor) -> Tensor:
+def repeat_interleave(net: Piece, x: Tensor) -> Tensor:
     return x.repeat_interleave(2, 1)
 
 
 @structure(0)
-def fixed_view(net: Net, x: Tensor) -> Tensor:
+def fixed_view(net: Piece, x: Tensor) -> Tensor:
     return x.view(2, 16, 64).view(2, 16, 8, 8)
 
 
 @structure(16, scale=lambda: torch.rand(16, 1, 1))
-def scaled_by_a_buffer(net: Net, x: Tensor) -> Tensor:
+def scaled_by_a_buffer(net: Piece, x: Tensor) -> Tensor:
     return x * net.scale
 
 
 @structure(0, shift=lambda: torch.rand(16, 1, 1))
-def shifted_by_a_buffer(net: Net, x: Tensor) -> Tensor:
+def shifted_by_a_buffer(net: Piece, x: Tensor) -> Tensor:
     return x + net.shift
 
 
@@ -276,173 +289,173 @@ def shifted_by_a_buffer(net: Net, x: Tensor) -> Tensor:
     scale=lambda: nn.Parameter(torch.rand(1, 16, 1, 1)),
     shift=lambda: nn.Parameter(torch.rand(1, 16, 1, 1)),
 )
-def affine_of_parameters(net: Net, x: Tensor) -> Tensor:
+def affine_of_parameters(net: Piece, x: Tensor) -> Tensor:
     return x * net.scale + net.shift
 
 
 @structure(16, position=lambda: nn.Parameter(torch.rand(1, 16, 8, 8)))
-def position_embedding(net: Net, x: Tensor) -> Tensor:
+def position_embedding(net: Piece, x: Tensor) -> Tensor:
     return x + net.position
 
 
 @structure(0)
-def shifted_by_a_number(net: Net, x: Tensor) -> Tensor:
+def shifted_by_a_number(net: Piece, x: Tensor) -> Tensor:
     return x + 0.5
 
 
 @structure(16)
-def scaled_and_clamped(net: Net, x: Tensor) -> Tensor:
+def scaled_and_clamped(net: Piece, x: Tensor) -> Tensor:
     return (x * 3 / 2).clamp(-1, 2) - 0 + x.clamp_min(0)
 
 
 @structure(0)
-def clamped_away_from_zero(net: Net, x: Tensor) -> Tensor:
+def clamped_away_from_zero(net: Piece, x: Tensor) -> Tensor:
     return x.clamp(0.1, 2)
 
 
 @structure(0)
-def sigmoid(net: Net, x: Tensor) -> Tensor:
+def sigmoid(net: Piece, x: Tensor) -> Tensor:
     return x.sigmoid()
 
 
 @structure(0)
-def sigmoid_in_place_through_a_view(net: Net, x: Tensor) -> Tensor:
+def sigmoid_in_place_through_a_view(net: Piece, x: Tensor) -> Tensor:
     y = x * 1
     y.view(2, -1).sigmoid_()
     return y
 
 
 @structure(0)
-def divided_by_the_number_of_channels(net: Net, x: Tensor) -> Tensor:
+def divided_by_the_number_of_channels(net: Piece, x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True) / x.shape[1] + x
 
 
 @structure(0)
-def scaled_by_a_tensor_of_the_number_of_channels(net: Net, x: Tensor) -> Tensor:
+def scaled_by_a_tensor_of_the_number_of_channels(net: Piece, x: Tensor) -> Tensor:
     return x * torch.tensor(x.shape[1]).to(x.dtype).sqrt()
 
 
 @structure(0, conv=conv(16, 16, 3))
-def other_path_for_other_widths(net: Net, x: Tensor) -> Tensor:
+def other_path_for_other_widths(net: Piece, x: Tensor) -> Tensor:
     y = net.conv(x)
     return x + y if x.shape[1] == 16 else x
 
 
-@structure(14)
-def squeezed_without_a_dimension(net: Net, x: Tensor) -> Tensor:
+@structure(14, anywhere=False)
+def squeezed_without_a_dimension(net: Piece, x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 1).squeeze()[:, :, None, None]
 
 
 @structure(16)
-def mish_from_parts(net: Net, x: Tensor) -> Tensor:
+def mish_from_parts(net: Piece, x: Tensor) -> Tensor:
     return x * F.softplus(x).tanh()
 
 
 @structure(16)
-def divided_by_one_and_more(net: Net, x: Tensor) -> Tensor:
+def divided_by_one_and_more(net: Piece, x: Tensor) -> Tensor:
     return x / (x.abs() + 1)
 
 
-@structure(0)
-def quotient_of_zeros(net: Net, x: Tensor) -> Tensor:
+@structure(0, anywhere=False)
+def quotient_of_zeros(net: Piece, x: Tensor) -> Tensor:
     return (x + 1e-3) / x.exp().sub(1).add(1e-9).abs()
 
 
 @structure(0)
-def normalised_over_channels(net: Net, x: Tensor) -> Tensor:
+def normalised_over_channels(net: Piece, x: Tensor) -> Tensor:
     return F.normalize(x, dim=1)
 
 
 @structure(0, ln=lambda: nn.LayerNorm(16))
-def layer_norm(net: Net, x: Tensor) -> Tensor:
+def layer_norm(net: Piece, x: Tensor) -> Tensor:
     return net.ln(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @structure(4, gn=lambda: nn.GroupNorm(4, 16))
-def group_norm(net: Net, x: Tensor) -> Tensor:
+def group_norm(net: Piece, x: Tensor) -> Tensor:
     return net.gn(x)
 
 
 @structure(0, gn=lambda: nn.GroupNorm(1, 16))
-def group_norm_of_one_group(net: Net, x: Tensor) -> Tensor:
+def group_norm_of_one_group(net: Piece, x: Tensor) -> Tensor:
     return net.gn(x)
 
 
 @structure(16, norm2=lambda: nn.InstanceNorm2d(16, affine=True))
-def instance_norm(net: Net, x: Tensor) -> Tensor:
+def instance_norm(net: Piece, x: Tensor) -> Tensor:
     return net.norm2(x)
 
 
 @structure(16, norm2=lambda: nn.InstanceNorm2d(16))
-def instance_norm_without_affine(net: Net, x: Tensor) -> Tensor:
+def instance_norm_without_affine(net: Piece, x: Tensor) -> Tensor:
     return net.norm2(x)
 
 
 @structure(0, norm2=lambda: nn.BatchNorm2d(16, affine=False))
-def batch_norm_without_affine(net: Net, x: Tensor) -> Tensor:
+def batch_norm_without_affine(net: Piece, x: Tensor) -> Tensor:
     return net.norm2(x)
 
 
 @structure(0, lrn=lambda: nn.LocalResponseNorm(3))
-def local_response_norm(net: Net, x: Tensor) -> Tensor:
+def local_response_norm(net: Piece, x: Tensor) -> Tensor:
     return net.lrn(x)
 
 
 @structure(16, act=lambda: nn.PReLU(16))
-def prelu_per_channel(net: Net, x: Tensor) -> Tensor:
+def prelu_per_channel(net: Piece, x: Tensor) -> Tensor:
     return net.act(x)
 
 
 @structure(16, act=lambda: nn.PReLU())
-def prelu_of_one_slope(net: Net, x: Tensor) -> Tensor:
+def prelu_of_one_slope(net: Piece, x: Tensor) -> Tensor:
     return net.act(x)
 
 
 @structure(16 + 4, down=conv(16, 4), up=conv(4, 16))
-def squeeze_and_excitation(net: Net, x: Tensor) -> Tensor:
+def squeeze_and_excitation(net: Piece, x: Tensor) -> Tensor:
     return x * net.up(F.relu(net.down(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 @structure(16 + 4, down=lambda: nn.Linear(16, 4), up=lambda: nn.Linear(4, 16))
-def squeeze_by_linear(net: Net, x: Tensor) -> Tensor:
+def squeeze_by_linear(net: Piece, x: Tensor) -> Tensor:
     n, c, _, _ = x.shape
     gate = net.up(F.relu(net.down(F.adaptive_avg_pool2d(x, 1).view(n, c))))
     return x * gate.sigmoid().view(n, c, 1, 1).expand_as(x)
 
 
 @structure(16 + 16, out=32, conv=conv(16, 16, 3))
-def concatenation(net: Net, x: Tensor) -> Tensor:
+def concatenation(net: Piece, x: Tensor) -> Tensor:
     return torch.cat([x, net.conv(x)], 1)
 
 
 @structure(16 + 8, conv=conv(16, 8, 3), back=conv(24, 16))
-def concatenation_under_a_residual(net: Net, x: Tensor) -> Tensor:
+def concatenation_under_a_residual(net: Piece, x: Tensor) -> Tensor:
     return x + net.back(torch.cat([x, net.conv(x)], 1))
 
 
 @structure(16 + 12, conv=conv(12, 12, 3), reduce=conv(16, 12), out=16)
-def padded_shortcut(net: Net, x: Tensor) -> Tensor:
+def padded_shortcut(net: Piece, x: Tensor) -> Tensor:
     return F.pad(net.reduce(x), (0, 0, 0, 0, 2, 2))
 
 
-@structure(16 + 32, out=32, fc=lambda: nn.Linear(16 * 16, 32))
-def flattened_positions(net: Net, x: Tensor) -> Tensor:
+@structure(16 + 32, out=32, fc=lambda: nn.Linear(16 * 16, 32), anywhere=False)
+def flattened_positions(net: Piece, x: Tensor) -> Tensor:
     return net.fc(F.adaptive_avg_pool2d(x, 4).flatten(1))[:, :, None, None]
 
 
 @structure(16 + 24, one=lambda: nn.Linear(16, 24), two=lambda: nn.Linear(24, 16))
-def mlp_over_channels_last(net: Net, x: Tensor) -> Tensor:
+def mlp_over_channels_last(net: Piece, x: Tensor) -> Tensor:
     y = net.two(F.gelu(net.one(x.permute(0, 2, 3, 1))))
     return x + y.permute(0, 3, 1, 2)
 
 
 @structure(0, mix=lambda: nn.Linear(64, 64))
-def mixer_over_positions(net: Net, x: Tensor) -> Tensor:
+def mixer_over_positions(net: Piece, x: Tensor) -> Tensor:
     return net.mix(x.flatten(2)).view_as(x)
 
 
 @structure(0, qkv=lambda: nn.Linear(16, 48), proj=lambda: nn.Linear(16, 16))
-def fused_attention(net: Net, x: Tensor) -> Tensor:
+def fused_attention(net: Piece, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     q, k, v = net.qkv(x.flatten(2).transpose(1, 2)).reshape(n, h * w, 3, 2, 8).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v)
@@ -450,38 +463,38 @@ def fused_attention(net: Net, x: Tensor) -> Tensor:
 
 
 @structure(16 + 16, weight=lambda: nn.Parameter(torch.randn(16, 16)))
-def product_with_a_parameter(net: Net, x: Tensor) -> Tensor:
+def product_with_a_parameter(net: Piece, x: Tensor) -> Tensor:
     return (x.permute(0, 2, 3, 1) @ net.weight).permute(0, 3, 1, 2)
 
 
 @structure(16 + 16, weight=lambda: nn.Parameter(torch.randn(16, 16)))
-def einsum_with_a_parameter(net: Net, x: Tensor) -> Tensor:
+def einsum_with_a_parameter(net: Piece, x: Tensor) -> Tensor:
     return torch.einsum("nchw,dc->ndhw", x, net.weight)
 
 
 @structure(16 + 16, weight=lambda: nn.Parameter(torch.randn(16, 16, 3, 3)))
-def functional_convolution(net: Net, x: Tensor) -> Tensor:
+def functional_convolution(net: Piece, x: Tensor) -> Tensor:
     return F.conv2d(x, net.weight, padding=1)
 
 
 @structure(0, maker=lambda: nn.Linear(16, 16 * 16))
-def weights_from_activations(net: Net, x: Tensor) -> Tensor:
+def weights_from_activations(net: Piece, x: Tensor) -> Tensor:
     weight = net.maker(x.mean((0, 2, 3))).view(16, 16, 1, 1)
     return F.conv2d(x, weight)
 
 
 @structure(16)
-def masked_and_selected(net: Net, x: Tensor) -> Tensor:
+def masked_and_selected(net: Piece, x: Tensor) -> Tensor:
     return torch.where(x > 0.1, x, torch.zeros_like(x)).masked_fill(x < 0.2, 0.0)
 
 
-@structure(0)
-def sorted_channels(net: Net, x: Tensor) -> Tensor:
+@structure(0, anywhere=False)
+def sorted_channels(net: Piece, x: Tensor) -> Tensor:
     return x.sort(1).values
 
 
 @structure(0)
-def written_into_a_new_tensor(net: Net, x: Tensor) -> Tensor:
+def written_into_a_new_tensor(net: Piece, x: Tensor) -> Tensor:
     y = torch.zeros(2, 16, 8, 8, dtype=x.dtype)
     y[:, :8] = x[:, 8:]
     y[:, 8:] = x[:, :8]
@@ -489,46 +502,46 @@ def written_into_a_new_tensor(net: Net, x: Tensor) -> Tensor:
 
 
 @structure(16, out=64)
-def focus(net: Net, x: Tensor) -> Tensor:
+def focus(net: Piece, x: Tensor) -> Tensor:
     parts = [x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
     return torch.cat(parts, 1)
 
 
 @structure(16, out=16 * 9)
-def unfold(net: Net, x: Tensor) -> Tensor:
+def unfold(net: Piece, x: Tensor) -> Tensor:
     return F.unfold(x, 3, padding=1).unflatten(2, (8, 8))
 
 
-@structure(16)
-def resized_and_pooled(net: Net, x: Tensor) -> Tensor:
+@structure(16, anywhere=False)
+def resized_and_pooled(net: Piece, x: Tensor) -> Tensor:
     y = F.interpolate(F.max_pool2d(x, 3, 2, 1), scale_factor=2, mode="bilinear")
     return F.pad(y, (1, 1, 1, 1), mode="reflect") + F.pad(F.interpolate(x, size=(10, 10)), (0, 0, 0, 0))
 
 
 @structure(0)
-def cumulative_over_channels(net: Net, x: Tensor) -> Tensor:
+def cumulative_over_channels(net: Piece, x: Tensor) -> Tensor:
     return x.cumsum(1)
 
 
 @structure(16)
-def autocast_region(net: Net, x: Tensor) -> Tensor:
+def autocast_region(net: Piece, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return F.silu(x)
 
 
 @structure(16)
-def region_without_gradient(net: Net, x: Tensor) -> Tensor:
+def region_without_gradient(net: Piece, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = F.hardswish(x)
     return x + y
 
 
 @structure(16 + 16, conv=conv(16, 16, 3))
-def weight_standardised_by_a_buffer(net: Net, x: Tensor) -> Tensor:
+def weight_standardised_by_a_buffer(net: Piece, x: Tensor) -> Tensor:
     return F.conv2d(x, net.conv.weight * 0.5, net.conv.bias, padding=1)
 
 
 @structure(16)
-def batch_and_channels_merged(net: Net, x: Tensor) -> Tensor:
+def batch_and_channels_merged(net: Piece, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     return x.view(1, n * c, h, w).view(n, c, h, w) + x.reshape(n * c, 1, h, w).view(n, c, h, w)
