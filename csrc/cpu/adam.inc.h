@@ -29,11 +29,19 @@ struct Divisor<float> {
 };
 #endif
 
+// a where all bits of `which` are set, b where none is. A conditional on a constant of the loop would keep it from
+// becoming vectors.
+template <class C>
+inline C select(typename IntegerOf<C>::Type which, C a, C b) {
+  using Integer = typename IntegerOf<C>::Type;
+  const Integer bits_a = __builtin_bit_cast(Integer, a), bits_b = __builtin_bit_cast(Integer, b);
+  return __builtin_bit_cast(C, (bits_a & which) | (bits_b & ~which));
+}
+
 template <class S>
 struct Adam {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
-  static constexpr bool kFuses = kVectorBytes == 64;
 
   Adam(const Job& job, int32_t tensor)
       : param(static_cast<S*>(job.addresses[kParam][tensor])),
@@ -50,17 +58,15 @@ struct Adam {
         decoupled(job.hyper.decoupled),
         amsgrad(job.hyper.amsgrad) {}
 
-  template <class Statistics>
-  void update(int64_t at, int64_t n, const C* d, Same<C> decay, SameDecline<C> decline, Statistics statistics) const {
-    if (!decoupled && decay.value == 0) {
+  template <class Decay, class Decline, class Statistics>
+  void update(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+    if (decoupled) {
+      choose<true>(at, n, d, decay, decline, statistics);
+    } else if (is_nothing(decay)) {
       choose<false>(at, n, d, NoDecay<C>(), decline, statistics);
     } else {
-      choose_decay(at, n, d, decay, decline, statistics);
+      choose<false>(at, n, d, decay, decline, statistics);
     }
-  }
-
-  void update(int64_t at, int64_t n, const C* d, const C* decay, EachDecline<C> decline) const {
-    choose_decay(at, n, d, decay, decline, NoStatistics());
   }
 
   void masked(int64_t, int64_t) const {}
@@ -72,40 +78,41 @@ struct Adam {
     if (amsgrad) __builtin_memset(top + at, 0, n * sizeof(S));
   }
 
-  void prefetch(int64_t at) const {
-    __builtin_prefetch(param + at);
-    __builtin_prefetch(mean + at);
-    __builtin_prefetch(square + at);
-    if (amsgrad) __builtin_prefetch(top + at);
-  }
+  // Elements to take at once.
+  int64_t longest() const { return fuses() ? INT64_MAX : kBlock; }
 
  private:
-  template <class... Rest>
-  void choose_decay(int64_t at, int64_t n, const C* d, Rest... rest) const {
-    decoupled ? choose<true>(at, n, d, rest...) : choose<false>(at, n, d, rest...);
-  }
+  // Whether one loop takes the statistics and makes the update: where the registers suffice for both.
+  bool fuses() const { return kVectorBytes == 64 && !amsgrad; }
 
-  template <bool kDecoupled, class... Rest>
-  void choose(int64_t at, int64_t n, const C* d, Rest... rest) const {
-    if (amsgrad) {
-      low ? loop<kDecoupled, true, true>(at, n, d, rest...) : loop<kDecoupled, true, false>(at, n, d, rest...);
-    } else {
-      low ? loop<kDecoupled, false, true>(at, n, d, rest...) : loop<kDecoupled, false, false>(at, n, d, rest...);
+  template <bool kDecoupled, class Decay, class Decline, class Statistics>
+  void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+    if constexpr (kVectorBytes == 64) {
+      if (fuses()) return loop<kDecoupled, false>(at, n, d, decay, decline, statistics);
     }
+    look(n, param + at, d, statistics);
+    amsgrad ? loop<kDecoupled, true>(at, n, d, decay, decline, NoStatistics())
+            : loop<kDecoupled, false>(at, n, d, decay, decline, NoStatistics());
   }
 
-  // kLow: torch.lerp has two formulas, chosen by its weight, so that both of its ends are exact.
-  template <bool kDecoupled, bool kAmsgrad, bool kLow, class Decay, class Decline, class Statistics>
+  template <bool kDecoupled, bool kAmsgrad, class Decay, class Decline, class Statistics>
   void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline, Statistics statistics) const {
     S* __restrict ws = param + at;
     S* __restrict ms = mean + at;
     S* __restrict vs = square + at;
     S* __restrict ts = kAmsgrad ? top + at : nullptr;
-    const C a = lerp, rest = C(1) - lerp, b2 = beta2, f2 = fresh, e = eps, step = step_size;
+    const C b2 = beta2, f2 = fresh, e = eps, step = step_size;
     const Divisor<C> scale = root;
+    // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
+    // share of the way.
+    using Integer = typename IntegerOf<C>::Type;
+    const Integer from_mean = low ? -1 : 0;
+    const C share = low ? lerp : -(C(1) - lerp);
     const auto prefetch = [=](int64_t i) SPARSEKERN_ALWAYS {
+      __builtin_prefetch(ws + i);
       __builtin_prefetch(ds + i);
-      this->prefetch(at + i);
+      __builtin_prefetch(ms + i);
+      __builtin_prefetch(vs + i);
     };
     for_elements(n, ws, ds, statistics, prefetch, [=](int64_t i) SPARSEKERN_ALWAYS {
       const C old_w = widen(ws[i]), old_m = widen(ms[i]), old_v = widen(vs[i]);
@@ -115,7 +122,7 @@ struct Adam {
       } else if constexpr (kDecays<Decay>) {
         d = d + w * decay[i];
       }
-      const C m = kLow ? old_m + a * (d - old_m) : d - (d - old_m) * rest;
+      const C m = select(from_mean, old_m, d) + share * (d - old_m);
       const C v = old_v * b2 + d * f2 * d;
       C t = v;
       if constexpr (kAmsgrad) {

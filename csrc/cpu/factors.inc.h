@@ -1,7 +1,7 @@
 // What a row asks of the update of its elements.
 
-// Decline of a masked row, whose elements stay as they are. Others: 0 ends a decline (weights and state become
-// 0, whatever they were), anything else multiplies the new weight.
+// Decline of a masked row, whose elements stay as they are. Of others it multiplies the new weight; 0 ends a decline,
+// and then weights and state are set to 0, whatever they were.
 constexpr int kMasked = -1;
 
 template <class C>
@@ -14,8 +14,8 @@ struct Factors {
 // AdamW and the mask multiply the weight by `decay`; SGD and Adam add `decay` times the weight to the gradient.
 template <class C>
 inline C decay_of(const Hyper& hyper, double penalty) {
-  const double rate = hyper.weight_decay + penalty;
-  return C(hyper.decoupled ? 1 - hyper.lr * rate : rate);
+  const double rate = hyper.weight_decay + penalty, factor = 1 - hyper.lr * rate;
+  return C(hyper.decoupled ? factor : rate);
 }
 
 template <class C>
@@ -50,14 +50,18 @@ struct SameDecline {
 
 // ... or one per element, masked ones among them.
 template <class C>
+struct Each {
+  const C* __restrict value;
+
+  C operator[](int64_t i) const { return value[i]; }
+};
+
+template <class C>
 struct EachDecline {
   const C* __restrict value;
 
   C weight(int64_t i, C updated, C old) const { return state(i, updated * value[i], old); }
-  C state(int64_t i, C updated, C old) const {
-    const C living = value[i] == 0 ? C(0) : updated;
-    return value[i] < 0 ? old : living;
-  }
+  C state(int64_t i, C updated, C old) const { return value[i] < 0 ? old : updated; }
 };
 
 // No weight decay on the gradient: adding 0 times the weight would make NaN of an infinite one.
@@ -66,12 +70,21 @@ struct NoDecay {
   C operator[](int64_t) const { return 0; }
 };
 
+template <class C>
+inline bool is_nothing(Same<C> decay) {
+  return decay.value == 0;
+}
+template <class C>
+inline bool is_nothing(Each<C>) {
+  return false;
+}
+
 template <class T>
 constexpr bool kDecays = true;
 template <class C>
 constexpr bool kDecays<NoDecay<C>> = false;
 
-// What the rows of a block ask for, taken together.
+// What the rows of a tile ask for, taken together.
 enum Wish { kNothing, kSame, kDifferent };
 
 // Elements that `spread` writes at least.
@@ -96,10 +109,11 @@ inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, 
   }
 }
 
-// Factors of a block of rows, and then of its columns.
+// Factors of a tile of rows, and then of its columns.
 template <class C>
 struct ColumnFactors {
   C decay[kTile + kSpread], decline[kTile + kSpread];
+  bool some_end;
 
   Wish of_rows(const Job& job, const Shape& shape, int64_t row, int64_t rows) {
     const float* __restrict penalty = job.rows.penalty + shape.start + row;
@@ -112,11 +126,15 @@ struct ColumnFactors {
     }
     if (any == 0) return kNothing;
     decay[0] = decay_of<C>(job.hyper, penalty[0]);
-    decline[0] = 1;
+    some_end = false;
     // Negative in all of them: no row is masked or declines.
     if (!differ && all < 0) return kSame;
-    for (int64_t r = 0; r < rows; ++r) decay[r] = decay_of<C>(job.hyper, penalty[r]);
+    const Hyper hyper = job.hyper;
+    for (int64_t r = 0; r < rows; ++r) decay[r] = decay_of<C>(hyper, penalty[r]);
     for (int64_t r = 0; r < rows; ++r) decline[r] = decline_of<C>(job, countdown[r]);
+    int32_t ending = 0;
+    for (int64_t r = 0; r < rows; ++r) ending |= decline[r] == 0;
+    some_end = ending;
     return kDifferent;
   }
 

@@ -17,6 +17,7 @@ namespace {
 #include "half.h"
 // In this order: each builds on those before it.
 #include "lanes.inc.h"
+#include "statistics.inc.h"
 #include "sums.inc.h"
 #include "factors.inc.h"
 #include "sgd.inc.h"

@@ -4,7 +4,6 @@ template <class S>
 struct Sgd {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
-  static constexpr bool kFuses = false;
   enum Mode { kPlain, kFirst, kFirstNesterov, kHeavyBall, kNesterov };
 
   Sgd(const Job& job, int32_t tensor)
@@ -23,17 +22,14 @@ struct Sgd {
     }
   }
 
-  template <class Statistics>
-  void update(int64_t at, int64_t n, const C* d, Same<C> decay, SameDecline<C> decline, Statistics statistics) const {
-    if (decay.value == 0) {
-      choose(at, n, d, NoDecay<C>(), decline, statistics);
+  template <class Decay, class Decline, class Statistics>
+  void update(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+    look(n, param + at, d, statistics);
+    if (is_nothing(decay)) {
+      choose(at, n, d, NoDecay<C>(), decline);
     } else {
-      choose(at, n, d, decay, decline, statistics);
+      choose(at, n, d, decay, decline);
     }
-  }
-
-  void update(int64_t at, int64_t n, const C* d, const C* decay, EachDecline<C> decline) const {
-    choose(at, n, d, decay, decline, NoStatistics());
   }
 
   void masked(int64_t, int64_t) const {}
@@ -43,10 +39,7 @@ struct Sgd {
     if (mode != kPlain) __builtin_memset(buffer + at, 0, n * sizeof(S));
   }
 
-  void prefetch(int64_t at) const {
-    __builtin_prefetch(param + at);
-    if (mode != kPlain) __builtin_prefetch(buffer + at);
-  }
+  int64_t longest() const { return kBlock; }
 
  private:
   template <class... Rest>
@@ -60,16 +53,12 @@ struct Sgd {
     }
   }
 
-  template <Mode kMode, class Decay, class Decline, class Statistics>
-  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline, Statistics statistics) const {
+  template <Mode kMode, class Decay, class Decline>
+  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline) const {
     S* __restrict ws = param + at;
     S* __restrict bs = kMode == kPlain ? nullptr : buffer + at;
     const C rate = lr, mu = momentum, share = fresh;
-    const auto prefetch = [=](int64_t i) SPARSEKERN_ALWAYS {
-      __builtin_prefetch(ds + i);
-      this->prefetch(at + i);
-    };
-    for_elements(n, ws, ds, statistics, prefetch, [=](int64_t i) SPARSEKERN_ALWAYS {
+    for (int64_t i = 0; i < n; ++i) {
       const C w = widen(ws[i]);
       C d = ds[i];
       if constexpr (kDecays<Decay>) d = d + w * decay[i];
@@ -81,7 +70,7 @@ struct Sgd {
         d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
       }
       narrow(decline.weight(i, w - d * rate, w), &ws[i]);
-    });
+    }
   }
 
   S* param;

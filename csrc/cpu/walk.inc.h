@@ -69,8 +69,8 @@ class Walk {
     return out;
   }
 
-  // Elements to take at once where nothing but the buffer of the gradient limits them.
-  int64_t longest() const { return __is_same(S, C) && as_it_is_ ? shape_.inner : kBlock; }
+  // Elements to take at once: as many as the update likes, or as the buffer of the gradient holds.
+  int64_t longest() const { return __is_same(S, C) && as_it_is_ ? update_.longest() : kBlock; }
 
   float* sums_of(int64_t row) const {
     if (pieces_.count == 1) return job_.rows.sums + (shape_.start + row) * kSums;
@@ -83,8 +83,8 @@ class Walk {
     const C decay = decay_of<C>(job_.hyper, 0);
     C buffer[kBufferSize];
     const int64_t step = longest();
-    for (int64_t at = chunk_.inner_begin; at < chunk_.inner_end; at += step) {
-      const int64_t n = least(step, chunk_.inner_end - at);
+    for (int64_t at = chunk_.inner_begin, n; at < chunk_.inner_end; at += n) {
+      n = least(step, chunk_.inner_end - at);
       update_.update(at, n, gradient(at, n, buffer), Same<C>{decay}, SameDecline<C>{1}, NoStatistics());
     }
   }
@@ -95,7 +95,7 @@ class Walk {
   void wide_rows() {
     C buffer[kBufferSize];
     const int64_t chunk_end = end_of(chunk_.row_end - 1);
-    const int64_t step = Update::kFuses ? longest() : kBlock;
+    const int64_t step = longest();
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) {
       const int64_t begin = begin_of(row), end = end_of(row);
       const Factors<C> factors = factors_of<C>(job_, shape_, row);
@@ -107,15 +107,10 @@ class Walk {
       const SameDecline<C> decline{factors.decline};
       const C threshold = threshold_of(row);
       Lanes<C> sums;
-      for (int64_t at = begin; at < end; at += step) {
-        const int64_t n = least(step, end - at);
+      for (int64_t at = begin, n; at < end; at += n) {
+        n = least(step, end - at);
         const C* d = gradient(at, n, buffer);
-        if constexpr (Update::kFuses) {
-          update_.update(at, n, d, decay, decline, RowStatistics<C>{&sums, chunk_end - at, threshold});
-        } else {
-          add_row(sums, weight_ + at, d, n, chunk_end - at, threshold);
-          update_.update(at, n, d, decay, decline, NoStatistics());
-        }
+        update_.update(at, n, d, decay, decline, RowStatistics<C>{&sums, chunk_end - at, threshold});
       }
       if (factors.decline == 0) update_.end(begin, end - begin);
       store_row(sums, sums_of(row));
@@ -152,7 +147,7 @@ class Walk {
         const C* d = gradient(at, n, buffer + (at - run.begin));
         if (run.begin == run.end) run.grad = d;
         run.end = at + n;
-        if (statistics_) add_row(sums, weight_ + at, d, n, chunk_end - at, threshold);
+        if (statistics_) look(n, weight_ + at, d, RowStatistics<C>{&sums, chunk_end - at, threshold});
         if (run.end - run.begin >= kBlock) finish(run, run.end);
       }
       if (statistics_) store_row(sums, sums_of(row));
@@ -184,8 +179,10 @@ class Walk {
         if (statistics_) tile_->columns.clear(rows * width, width);
         if (statistics_) spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width);
         if (wish == kDifferent) factors_.widen(rows, width);
-        for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
+        for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o) {
           column_blocks(column_address(o, row), rows * width, wish == kSame);
+          if (factors_.some_end) end_rows(column_address(o, row), rows, width);
+        }
         if (statistics_) store_columns(tile_->columns, rows, width, sums_of(row));
       } else {
         for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
@@ -211,16 +208,34 @@ class Walk {
   void column_blocks(int64_t begin, int64_t columns, bool same) {
     C buffer[kBufferSize];
     for (int64_t column = 0; column < columns; column += kBlock) {
-      const int64_t n = least(kBlock, columns - column), at = begin + column;
+      const int64_t n = least(kBlock, columns - column), readable = columns - column, at = begin + column;
       const C* d = gradient(at, n, buffer, same ? nullptr : factors_.decline + column);
-      if (statistics_)
-        add_columns(tile_->columns, column, weight_ + at, d, n, columns - column, tile_->threshold + column);
-      if (same) {
-        update_.update(at, n, d, Same<C>{factors_.decay[0]}, SameDecline<C>{1}, NoStatistics());
+      Columns<C>& sums = tile_->columns;
+      const C* threshold = tile_->threshold + column;
+      if (!statistics_) {
+        update_columns(at, n, d, column, same, NoStatistics());
+      } else if (sums.quads) {
+        update_columns(at, n, d, column, same, QuadStatistics<C>{sums.quad_sums + column, readable, threshold});
       } else {
-        update_.update(at, n, d, factors_.decay + column, EachDecline<C>{factors_.decline + column});
+        update_columns(at, n, d, column, same, ColumnStatistics<C>{sums.sums + column / kLanes, readable, threshold});
       }
     }
+  }
+
+  template <class Statistics>
+  void update_columns(int64_t at, int64_t n, const C* d, int64_t column, bool same, Statistics statistics) {
+    if (same) {
+      update_.update(at, n, d, Same<C>{factors_.decay[0]}, SameDecline<C>{1}, statistics);
+    } else {
+      const Each<C> decay{factors_.decay + column};
+      update_.update(at, n, d, decay, EachDecline<C>{factors_.decline + column}, statistics);
+    }
+  }
+
+  // Rows of the tile whose decline ends.
+  void end_rows(int64_t begin, int64_t rows, int64_t width) const {
+    for (int64_t r = 0; r < rows; ++r)
+      if (factors_.decline[r * width] == 0) update_.end(begin + r * width, width);
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,0 +1,140 @@
+// The statistics that a loop over elements takes before it updates them: sixteen elements at a time.
+
+// Elements looked at before they are updated: four arrays of this many floats stay in a first-level cache between the
+// two passes. 4096 leaves it and costs a quarter of the speed.
+constexpr int64_t kBlock = 512;
+
+// How far ahead of the arithmetic memory is asked for, in elements. Statistics lengthen the loop, and with it the time
+// that the machine's own prefetcher needs to see that it goes on.
+constexpr int64_t kAhead = 128;
+
+// n < 16 elements from where sixteen may be read: from where they lie if `readable` of them can be looked at, else from
+// a copy.
+template <class T>
+struct Last {
+  T copy[kLanes];
+  const T* at;
+
+  Last(const T* from, int64_t n, int64_t readable) : at(from) {
+    if (readable >= kLanes) return;
+    for (int64_t l = 0; l < n; ++l) copy[l] = from[l];
+    at = copy;
+  }
+};
+
+struct NoStatistics {};
+
+// Of one row, with its threshold. `readable` elements may be looked at.
+template <class C>
+struct RowStatistics {
+  using Local = Lanes<C>;
+  Lanes<C>* sums;
+  int64_t readable;
+  C threshold;
+
+  Local begin() const { return *sums; }
+  void end(const Local& local) const { *sums = local; }
+
+  template <class S>
+  SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const C* d) const {
+    local.add(w, d, threshold);
+  }
+  template <class S>
+  SPARSEKERN_INLINE void add_last(Local& local, int64_t i, const S* w, const C* d, int64_t n) const {
+    const Last<S> last_w(w, n, readable - i);
+    const Last<C> last_d(d, n, readable - i);
+    local.add_first(last_w.at, last_d.at, n, threshold);
+  }
+};
+
+struct Nothing {};
+
+// Of columns, with a threshold each: every column has a lane.
+template <class C>
+struct ColumnStatistics {
+  using Local = Nothing;
+  Lanes<C>* sums;
+  int64_t readable;
+  const C* threshold;
+
+  Local begin() const { return {}; }
+  void end(Local) const {}
+
+  template <class S>
+  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
+    sums[i / kLanes].add(w, d, threshold + i);
+  }
+  template <class S>
+  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const C* d, int64_t n) const {
+    const Last<S> last_w(w, n, readable - i);
+    const Last<C> last_d(d, n, readable - i);
+    sums[i / kLanes].add_first(last_w.at, last_d.at, n, threshold + i);
+  }
+};
+
+// The same where rows are made of quads, four neighbouring columns: the four sums of a quad lie side by side.
+template <class C>
+struct QuadStatistics {
+  using Local = Nothing;
+  C* sums;
+  int64_t readable;
+  const C* threshold;
+
+  Local begin() const { return {}; }
+  void end(Local) const {}
+
+  template <class S>
+  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
+    Lanes<C> lanes;
+    lanes.add(w, d, threshold + i);
+    lanes.add_quads_to(sums + i);
+  }
+  template <class S>
+  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const C* d, int64_t n) const {
+    const Last<S> last_w(w, n, readable - i);
+    const Last<C> last_d(d, n, readable - i);
+    Lanes<C> lanes;
+    lanes.add_first(last_w.at, last_d.at, n, threshold + i);
+    lanes.add_quads_to(sums + i);
+  }
+};
+
+// Takes the statistics of n elements.
+template <class S, class C, class Statistics>
+SPARSEKERN_INLINE void look(int64_t n, const S* w, const C* d, Statistics statistics) {
+  auto local = statistics.begin();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) statistics.add(local, i, w + i, d + i);
+  if (i < n) statistics.add_last(local, i, w + i, d + i, n - i);
+  statistics.end(local);
+}
+
+template <class S, class C>
+SPARSEKERN_INLINE void look(int64_t, const S*, const C*, NoStatistics) {}
+
+// Calls element(i) for every i below n.
+template <class S, class C, class Prefetch, class Element>
+SPARSEKERN_INLINE void for_elements(int64_t n, const S*, const C*, NoStatistics, Prefetch, Element element) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) element(i);
+}
+
+// The same in turns with the statistics, which are added up while the dividers are busy with the elements before.
+template <class S, class C, class Statistics, class Prefetch, class Element>
+SPARSEKERN_INLINE void for_elements(int64_t n, const S* w, const C* d, Statistics statistics, Prefetch prefetch,
+                                    Element element) {
+  auto local = statistics.begin();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(i + kAhead);
+    statistics.add(local, i, w + i, d + i);
+#pragma GCC ivdep
+    for (int64_t l = 0; l < kLanes; ++l) element(i + l);
+  }
+  if (i < n) {
+    statistics.add_last(local, i, w + i, d + i, n - i);
+#pragma GCC ivdep
+    for (; i < n; ++i) element(i);
+  }
+  statistics.end(local);
+}
