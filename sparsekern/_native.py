@@ -44,7 +44,7 @@ def load() -> ModuleType | None:
 
 
 def isa() -> str | None:
-    """The instruction set of the kernels in use (``baseline``, ``v3``, ``v4``); None without native module."""
+    """The instruction set of the kernels in use (``baseline``, ``v3``, ``v4``); None without them."""
     module = load()
     return None if module is None else module.isa()
 

@@ -265,7 +265,7 @@ def _memory_shape(param: Tensor, start: int, dim: int) -> tuple[int, int, int, i
     plain = type(param) in (Parameter, Tensor) and param.device.type == "cpu"
     if not plain or param.dtype not in _DTYPES or param.numel() == 0:
         return None
-    order = sorted((d for d in range(param.dim()) if param.shape[d] != 1), key=lambda d: -param.stride(d))
+    order = sorted((d for d in range(param.dim()) if param.shape[d] != 1), key=lambda d: -param.stride()[d])
     span = 1
     for d in reversed(order):
         if param.stride(d) != span:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import warnings
 from collections.abc import Iterator, Mapping
@@ -212,8 +213,13 @@ def _describe(value: Any) -> str:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Random generators as before, compiled parts run eagerly, the tracer's warnings unseen."""
+    """Random generators as before, compiled parts run eagerly, the tracer's messages unseen.
+
+    A forward that fails on fake tensors raises, and is reported; torch would log it, too.
+    """
     python, legacy = random.getstate(), np.random.get_state()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -223,5 +229,6 @@ def undisturbed() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        log.disabled = disabled
         random.setstate(python)
         np.random.set_state(legacy)

@@ -125,7 +125,7 @@ def blocks_of_inferred_number(net: Piece, x: Tensor) -> Tensor:
     return x.view(n, -1, 4, h, w).flip(2).reshape(n, -1, h, w)
 
 
-@structure(0)
+@structure(0, anywhere=False)
 def written_out_beside_inferred(net: Piece, x: Tensor) -> Tensor:
     return x.view(x.shape[0], 16, -1).mean(2)[:, :, None, None]
 
