@@ -212,13 +212,9 @@ def _no_rule(call: Call) -> Any:
     return call.give_up(f"{call.label} has no rule")
 
 
-@cache
 def _rule(target: Any) -> tuple[str, str, Rule]:
     """Name, overload and rule of an op; in-place variants go by the plain name's rule."""
-    namespace, _, name = target._schema.name.partition("::")
-    overload = target._schema.overload_name
-    if namespace != "aten":
-        return target._schema.name, overload, Rule(_no_rule)
+    name, overload = target._schema.name.removeprefix("aten::"), target._schema.overload_name
     plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     for key in (f"{name}.{overload}", name, f"{plain}.{overload}", plain):
         if key in RULES:

@@ -320,7 +320,7 @@ def sigmoid(net: Piece, x: Tensor) -> Tensor:
 
 @structure(0)
 def sigmoid_in_place_through_a_view(net: Piece, x: Tensor) -> Tensor:
-    y = x * 1
+    y = (x * 1).contiguous()
     y.view(2, -1).sigmoid_()
     return y
 

@@ -39,7 +39,8 @@ RULES: dict[str, Rule] = {}
 def register_rule(
     *names: str, pure: bool = False, view: bool = False, norm: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Enter a rule for the ATen ops ``names`` (without ``aten::`` and overload).
+    """Enter a rule for the ops ``names``: ``relu`` for all overloads of ``aten::relu`` and
+    ``relu_``, ``max.other`` for one overload, ``mylib::op`` for an op of another library.
 
     Raises ValueError if a name already has a rule.
     """
