@@ -266,7 +266,7 @@ bool set_exchange(const py::object& capsule, const py::tuple& types) {
 
 PYBIND11_MODULE(_C, module) {
   using namespace sparsekern;
-  py::class_<ListPlan>(module, "Plan");
+  py::class_<ListPlan>(module, "Plan", py::module_local());
   module.def("plan", make_plan);
   module.def("step", step);
   module.def("step_at", step_at);
