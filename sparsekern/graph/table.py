@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ def describe(graph: ChannelGraph) -> str:
 def _reasons(graph: ChannelGraph) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in graph.frozen:
-        by_reason.setdefault(reason, []).append(name)
+        # One line for all layers of a kind: the layer at fault is told by ``explain``.
+        by_reason.setdefault(re.sub(r" in [\w.]+", "", reason, count=1), []).append(name)
     shown = list(by_reason.items())[:_MOST_REASONS]
     lines = [f"  {reason}: {_shortened(tuple(names))}" for reason, names in shown]
     left = sum(len(names) for names in by_reason.values()) - sum(len(n) for _, n in shown)

@@ -90,6 +90,7 @@ class Call:
     counted: bool
     new_storage: Callable[[], int]
     gave_up: bool = False
+    froze: str = ""
 
     @property
     def label(self) -> str:
@@ -125,9 +126,10 @@ class Call:
         carries = any(z is not None and z.any() for z in zero)
         if origins is None:
             origins = _joined(v.origins for v in operands) if carries else frozenset()
+        # What a producer makes is new; what is frozen here stays because of this op.
+        why = self.froze or ("" if pure else next((v.why for v in operands if v.why), ""))
         if pure is None:
             pure = _joined(v.pure for v in operands) if self.rule.pure else frozenset()
-        why = next((v.why for v in operands if v.why), "")
         cleared = cleared or next((v.cleared for v in operands if v.cleared), "")
         shares = self.rule.view and operands
         storage = operands[0].storage if shares else self.new_storage()
@@ -142,6 +144,7 @@ class Call:
 
     def freeze(self, ids: Ids, reason: str) -> None:
         if ids is not None:
+            self.froze = self.froze or reason
             self.slots.freeze(ids, reason)
 
     def give_up(self, reason: str) -> Result:
