@@ -22,7 +22,7 @@ from sparsekern.recipes.train import Trainer
 
 
 def main(
-    width: Annotated[list[int], typer.Option(help="of the UNet, may be repeated")] = [16, 32, 64],  # noqa: B006
+    width: Annotated[list[int], typer.Option(help="of the UNet, may be repeated")] = [32, 64],  # noqa: B006
     keep: float = 0.1,
     round_to: int = 16,
     size: int = 256,
