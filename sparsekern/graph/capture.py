@@ -220,9 +220,10 @@ def undisturbed() -> Iterator[None]:
     python, legacy = random.getstate(), np.random.get_state()
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with (
-            torch.random.fork_rng(devices=[]),
+            torch.random.fork_rng(devices=devices),
             torch.compiler.set_stance("force_eager"),
             warnings.catch_warnings(),
         ):

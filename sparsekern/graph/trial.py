@@ -140,7 +140,7 @@ class Trials:
         with undisturbed():
             random.seed(0)
             np.random.seed(0)
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             with self._source.mode, torch.no_grad(), recorder:
                 output = self._source.run(training)
         shapes = [
