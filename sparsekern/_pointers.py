@@ -57,6 +57,5 @@ def _same(tensor: Tensor, expected: Layout) -> bool:
     sizes, strides = layout(tensor)
     # The stride of a dimension of one element says nothing.
     return sizes == expected[0] and all(
-        size == 1 or mine == theirs
-        for size, mine, theirs in zip(sizes, strides, expected[1], strict=True)
+        size == 1 or mine == theirs for size, mine, theirs in zip(sizes, strides, expected[1], strict=True)
     )
