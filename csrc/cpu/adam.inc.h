@@ -78,6 +78,12 @@ struct Adam {
     if (amsgrad) __builtin_memset(top + at, 0, n * sizeof(S));
   }
 
+  void prefetch(int64_t at) const {
+    prefetch_far(param + at);
+    prefetch_far(mean + at);
+    prefetch_far(square + at);
+  }
+
   // Elements to take at once.
   int64_t longest() const { return fuses() ? INT64_MAX : kBlock; }
 

@@ -14,6 +14,7 @@ struct Look {
   }
   void masked(int64_t, int64_t) const {}
   void end(int64_t, int64_t) const {}
+  void prefetch(int64_t at) const { prefetch_far(param + at); }
   int64_t longest() const { return INT64_MAX; }
 
  private:
@@ -45,6 +46,7 @@ struct Mask {
 
   void masked(int64_t at, int64_t n) const { __builtin_memset(param + at, 0, n * sizeof(S)); }
   void end(int64_t at, int64_t n) const { masked(at, n); }
+  void prefetch(int64_t at) const { prefetch_far(param + at); }
   int64_t longest() const { return INT64_MAX; }
 
  private:

@@ -39,6 +39,11 @@ struct Sgd {
     if (mode != kPlain) __builtin_memset(buffer + at, 0, n * sizeof(S));
   }
 
+  void prefetch(int64_t at) const {
+    prefetch_far(param + at);
+    if (mode != kPlain) prefetch_far(buffer + at);
+  }
+
   int64_t longest() const { return kBlock; }
 
  private:

@@ -8,6 +8,9 @@ constexpr int64_t kBlock = 512;
 // that the machine's own prefetcher needs to see that it goes on.
 constexpr int64_t kAhead = 128;
 
+// Asks for memory that is needed later than in the next few hundred nanoseconds.
+inline void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
+
 // n < 16 elements from where sixteen may be read: from where they lie if `readable` of them can be looked at, else from
 // a copy.
 template <class T>
@@ -22,7 +25,9 @@ struct Last {
   }
 };
 
-struct NoStatistics {};
+struct NoStatistics {
+  int64_t readable;
+};
 
 // Of one row, with its threshold. `readable` elements may be looked at.
 template <class C>

@@ -6,6 +6,9 @@ constexpr int64_t kLongRow = 8;
 // Shortest row that is updated by itself. Shorter ones are updated together with their neighbours.
 constexpr int64_t kWideRow = 64;
 
+// Elements to ask for in advance where masked rows are left out: what is worked on while memory answers.
+constexpr int64_t kGap = 1024;
+
 constexpr uintptr_t kPage = 4096;
 
 // What the columns of a tile need; the thresholds a quarter of a page away from the sums (Walk::place_tile says why).
@@ -35,17 +38,15 @@ class Walk {
   void run() {
     if (shape_.start < 0) {
       untracked();
-    } else if (shape_.outer > 1 || shape_.inner < kLongRow) {
-      columns();
-    } else if (shape_.inner < kWideRow || !statistics_) {
-      short_rows();
-    } else {
+    } else if (shape_.outer == 1 && shape_.inner >= kWideRow) {
       wide_rows();
+    } else {
+      tiles();
     }
   }
 
  private:
-  static constexpr int64_t kBufferSize = 2 * kBlock + kLanes;
+  static constexpr int64_t kBufferSize = kBlock + kLanes;
 
   // The gradient of n elements in the compute type, unscaled and with the sign that is descended. Read from
   // where it lies if nothing has to be done to it, else put into `buffer`.
@@ -92,103 +93,122 @@ class Walk {
   int64_t begin_of(int64_t row) const { return row * shape_.inner + chunk_.inner_begin; }
   int64_t end_of(int64_t row) const { return row * shape_.inner + chunk_.inner_end; }
 
+  // How much of this chunk there is from `at` on; what lies behind may be another thread's.
+  int64_t readable_from(int64_t at) const { return end_of(chunk_.row_end - 1) - at; }
+
+  // Rows that lie in one piece and are long enough to be updated one by one.
   void wide_rows() {
-    C buffer[kBufferSize];
-    const int64_t chunk_end = end_of(chunk_.row_end - 1);
-    const int64_t step = longest();
+    Ahead ahead = {chunk_.row_begin, some_masked() ? 0 : INT64_MAX};
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) {
-      const int64_t begin = begin_of(row), end = end_of(row);
+      const int64_t begin = begin_of(row), n = end_of(row) - begin;
       const Factors<C> factors = factors_of<C>(job_, shape_, row);
       if (factors.decline == C(kMasked)) {
-        update_.masked(begin, end - begin);
+        update_.masked(begin, n);
         continue;
       }
-      const Same<C> decay{factors.decay};
-      const SameDecline<C> decline{factors.decline};
-      const C threshold = threshold_of(row);
-      Lanes<C> sums;
-      for (int64_t at = begin, n; at < end; at += n) {
-        n = least(step, end - at);
-        const C* d = gradient(at, n, buffer);
-        update_.update(at, n, d, decay, decline, RowStatistics<C>{&sums, chunk_end - at, threshold});
+      ahead.elements -= n;
+      while (ahead.elements < kGap && ahead.row < chunk_.row_end) look_ahead(ahead);
+      if (statistics_) {
+        Lanes<C> sums;
+        wide_row(begin, n, factors, RowStatistics<C>{&sums, readable_from(begin), threshold_of(row)});
+        store_row(sums, sums_of(row));
+      } else {
+        wide_row(begin, n, factors, NoStatistics());
       }
-      if (factors.decline == 0) update_.end(begin, end - begin);
-      store_row(sums, sums_of(row));
+      if (factors.decline == 0) update_.end(begin, n);
     }
   }
 
-  // Neighbouring rows that ask for the same, and whose update is still to be made.
-  struct Run {
-    int64_t begin, end;
-    Factors<C> factors;
-    const C* grad;
+  template <class Statistics>
+  void wide_row(int64_t begin, int64_t count, const Factors<C>& factors, Statistics statistics) {
+    C buffer[kBufferSize];
+    const int64_t step = longest();
+    for (int64_t at = begin, n; at < begin + count; at += n) {
+      n = least(step, begin + count - at);
+      statistics.readable = readable_from(at);
+      const C* d = gradient(at, n, buffer);
+      update_.update(at, n, d, Same<C>{factors.decay}, SameDecline<C>{factors.decline}, statistics);
+    }
+  }
+
+  // The machine's prefetchers follow memory that is read without gaps. Between masked rows they lose the trail, so the
+  // rows to come are asked for here: `elements` of them, up to row `row`. Into the second-level cache, because the
+  // first has too few requests under way at a time: it made rows of 160 take half as long again.
+  struct Ahead {
+    int64_t row, elements;
   };
 
-  void short_rows() {
-    C buffer[kBufferSize];
-    Run run = {0, 0, {}, nullptr};
-    const int64_t chunk_end = end_of(chunk_.row_end - 1);
-    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) {
-      const int64_t begin = begin_of(row), end = end_of(row);
-      const Factors<C> factors = factors_of<C>(job_, shape_, row);
-      if (!(factors == run.factors)) {
-        finish(run, begin);
-        run.factors = factors;
-      }
-      if (factors.decline == C(kMasked)) {
-        update_.masked(begin, end - begin);
-        run.begin = run.end = end;
-        continue;
-      }
-      const C threshold = threshold_of(row);
-      Lanes<C> sums;
-      for (int64_t at = begin; at < end; at += kBlock) {
-        const int64_t n = least(kBlock, end - at);
-        const C* d = gradient(at, n, buffer + (at - run.begin));
-        if (run.begin == run.end) run.grad = d;
-        run.end = at + n;
-        if (statistics_) look(n, weight_ + at, d, RowStatistics<C>{&sums, chunk_end - at, threshold});
-        if (run.end - run.begin >= kBlock) finish(run, run.end);
-      }
-      if (statistics_) store_row(sums, sums_of(row));
-    }
-    finish(run, 0);
+  void look_ahead(Ahead& ahead) const {
+    const int64_t row = ahead.row++;
+    if (job_.rows.countdown[shape_.start + row] == 0) return;
+    const int64_t begin = begin_of(row), n = end_of(row) - begin;
+    prefetch(begin, least(n, kGap));
+    ahead.elements += n;
   }
 
-  void finish(Run& run, int64_t next) {
-    const int64_t n = run.end - run.begin;
-    const Factors<C>& factors = run.factors;
-    if (n > 0 && factors.decline == 0) {
-      update_.end(run.begin, n);
-    } else if (n > 0) {
-      update_.update(run.begin, n, run.grad, Same<C>{factors.decay}, SameDecline<C>{factors.decline}, NoStatistics());
+  void prefetch(int64_t begin, int64_t n) const {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t at = begin; at < begin + n; at += kLine) {
+      if (Update::kReadsGrad) prefetch_far(grad_ + at);
+      update_.prefetch(at);
     }
-    run.begin = run.end = next;
   }
 
-  // Rows of a few elements, or whose elements lie scattered: tiles of neighbouring columns of the [rows, inner] plane,
-  // through all of the chunk's outer indices, in the order of memory.
-  void columns() {
+  bool some_masked() const {
+    const int32_t* countdown = job_.rows.countdown + shape_.start;
+    int32_t some = 0;
+    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; ++row) some |= countdown[row] == 0;
+    return some;
+  }
+
+  // Other rows: tiles of neighbouring columns of the [rows, inner] plane, through all of the chunk's outer indices, in
+  // the order of memory. Masked rows among others are read and kept: to leave them out would cost more.
+  void tiles() {
     place_tile();
     const int64_t width = chunk_.inner_end - chunk_.inner_begin;
-    const int64_t rows_a_tile = width > kTile ? 1 : kTile / width;
-    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += rows_a_tile) {
-      const int64_t rows = least(rows_a_tile, chunk_.row_end - row);
-      const Wish wish = factors_.of_rows(job_, shape_, row, rows);
-      if (wish != kNothing) {
-        if (statistics_) tile_->columns.clear(rows * width, width);
-        if (statistics_) spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width);
-        if (wish == kDifferent) factors_.widen(rows, width);
-        for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o) {
-          column_blocks(column_address(o, row), rows * width, wish == kSame);
-          if (factors_.some_end) end_rows(column_address(o, row), rows, width);
-        }
-        if (statistics_) store_columns(tile_->columns, rows, width, sums_of(row));
-      } else {
-        for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o)
-          update_.masked(column_address(o, row), rows * width);
-      }
+    const int64_t widest = sums_by_row() ? kBlock : kTile;
+    const int64_t rows_a_tile = width > widest ? 1 : widest / width;
+    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += rows_a_tile)
+      tile(row, least(rows_a_tile, chunk_.row_end - row), width);
+  }
+
+  // Short rows in one piece have their sums taken one by one, but are updated together.
+  bool sums_by_row() const { return shape_.outer == 1 && shape_.inner >= kLongRow; }
+
+  void tile(int64_t row, int64_t rows, int64_t width) {
+    const Wish wish = factors_.of_rows(job_, shape_, row, rows);
+    const bool in_columns = statistics_ && !sums_by_row() && wish != kNothing;
+    if (in_columns) {
+      tile_->columns.clear(rows * width, width);
+      spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width);
     }
+    if (wish == kDifferent) factors_.widen(rows, width);
+    for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o) {
+      const int64_t begin = column_address(o, row);
+      if (wish == kNothing) {
+        update_.masked(begin, rows * width);
+      } else if (sums_by_row()) {
+        row_block(row, rows, width, wish == kSame);
+      } else {
+        column_blocks(begin, rows * width, wish == kSame);
+      }
+      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width);
+    }
+    if (in_columns) store_columns(tile_->columns, rows, width, sums_of(row));
+  }
+
+  void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
+    C buffer[kBufferSize];
+    const int64_t begin = begin_of(row), n = rows * width;
+    const C* d = gradient(begin, n, buffer, same ? nullptr : factors_.decline);
+    for (int64_t r = 0; statistics_ && r < rows; ++r) {
+      if (!same && factors_.decline[r * width] < 0) continue;
+      const int64_t i = r * width;
+      Lanes<C> sums;
+      look(width, weight_ + begin + i, d + i, RowStatistics<C>{&sums, readable_from(begin + i), threshold_of(row + r)});
+      store_row(sums, sums_of(row + r));
+    }
+    update_columns(begin, n, d, 0, same, NoStatistics());
   }
 
   // Half a page away from the parameter's place in its page. A load waits for an earlier store that differs in the
