@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import graph.moving_structures
+import graph.value_structures  # noqa: F401
 import pytest
 import torch
 from graph.exactness import check
