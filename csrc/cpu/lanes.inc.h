@@ -81,7 +81,8 @@ struct Vectors {
     return shuffle(a, b, from);
   }
 
-  // Four vectors, each with four neighbouring lanes added up, side by side in those four lanes.
+  // For vectors of four lanes and more. Four of them, each with four neighbouring lanes added up, side by side
+  // in those four lanes.
   static Vector quads(Vector a, Vector b, Vector c, Vector d) {
     const Vector ab = pick<0, 1, true>(a, b) + pick<2, 3, true>(a, b);
     const Vector cd = pick<0, 1, true>(c, d) + pick<2, 3, true>(c, d);
@@ -133,9 +134,17 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
   // Adds the sums over every four lanes: count, dot, grad_sq and weight_sq of the first four, then of the next.
   SPARSEKERN_INLINE void add_quads_to(C* sums) const {
-    const typename V::Vector total = V::load(sums) + V::quads(count, dot, grad_sq, weight_sq);
-    __builtin_memcpy(sums, &total, kVectorBytes);
-    Rest::add_quads_to(sums + V::kWidth);
+    if constexpr (V::kWidth >= 4) {
+      const typename V::Vector total = V::load(sums) + V::quads(count, dot, grad_sq, weight_sq);
+      __builtin_memcpy(sums, &total, kVectorBytes);
+      Rest::add_quads_to(sums + V::kWidth);
+    } else {
+      C lane[4][kVectors * V::kWidth];
+      store(lane[0], lane[1], lane[2], lane[3]);
+      for (int q = 0; q < kVectors * V::kWidth; q += 4)
+        for (int s = 0; s < 4; ++s)
+          sums[q + s] += (lane[s][q] + lane[s][q + 2]) + (lane[s][q + 1] + lane[s][q + 3]);
+    }
   }
 
   SPARSEKERN_INLINE void store(C* counts, C* dots, C* grad_sqs, C* weight_sqs) const {
