@@ -52,6 +52,7 @@ struct Mask {
  private:
   template <class Decay, class Decline>
   static void loop(S* __restrict ws, int64_t n, Decay decay, Decline decline) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       const C w = widen(ws[i]);
       narrow(decline.weight(i, w * decay[i], w), &ws[i]);

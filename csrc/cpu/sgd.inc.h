@@ -63,6 +63,7 @@ struct Sgd {
     S* __restrict ws = param + at;
     S* __restrict bs = kMode == kPlain ? nullptr : buffer + at;
     const C rate = lr, mu = momentum, share = fresh;
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       const C w = widen(ws[i]);
       C d = ds[i];
