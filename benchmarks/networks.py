@@ -7,14 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+import sparsekern.recipes._torchvision  # noqa: F401  # has to come before torchvision
 from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
 
-_operators = torch.library.Library("torchvision", "DEF")
-# torchvision's wheels are built for CUDA; beside a CPU build of torch they look for these two at import.
-_operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# isort: split
 
-from torchvision import models as tv  # noqa: E402
+from torchvision import models as tv
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "unet-31m": lambda: UNet(3, 1, width=64),
