@@ -88,6 +88,11 @@ class Blocks:
         removable = rank[starts] >= problem.floors[group[starts]]
         return cls(channel, group, rank, block, removable)
 
+    @property
+    def first(self) -> np.ndarray:
+        """Position of each block's first channel, int64 ``[blocks]``."""
+        return np.searchsorted(self.block, np.arange(len(self.removable)))
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum over each block of a quantity given for all channels ``[C]``."""
         return np.bincount(self.block, weights=values[self.channel], minlength=len(self.removable))
@@ -144,7 +149,7 @@ class Global(Allocator):
         # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
         even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
         totals = np.array([len(group.channels) for group in problem.graph.groups])
-        first = np.searchsorted(blocks.block, np.arange(len(blocks.removable)))
+        first = blocks.first
         return blocks.rank[first] >= self.balance * even * totals[blocks.group[first]]
 
     def _remove(
@@ -169,7 +174,7 @@ class Global(Allocator):
     @staticmethod
     def _removal_order(blocks: Blocks, candidates: np.ndarray, ratio: np.ndarray) -> np.ndarray:
         """Candidates by ratio, but never a block before the less salient ones of its group."""
-        group_of_block = blocks.group[np.searchsorted(blocks.block, candidates, side="left")]
+        group_of_block = blocks.group[blocks.first[candidates]]
         # Within a group blocks lie most salient first: a running maximum from the last up keeps that order.
         monotone = ratio[candidates].copy()
         for start, stop in _runs(group_of_block):
@@ -199,8 +204,7 @@ class Flat(Allocator):
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:
     """Keep the blocks that begin below ``widths(share)``, with the largest share that meets the budget."""
     blocks = Blocks.cut(problem)
-    begins = blocks.rank[np.searchsorted(blocks.block, np.arange(len(blocks.removable)))]
-    group = blocks.group[np.searchsorted(blocks.block, np.arange(len(blocks.removable)))]
+    begins, group = blocks.rank[blocks.first], blocks.group[blocks.first]
 
     def keep(share: float) -> np.ndarray:
         # A block stays when most of it lies within the width.

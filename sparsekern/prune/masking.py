@@ -55,6 +55,9 @@ class Masks:
 
     def mask(self, chosen: np.ndarray) -> None:
         """Set every row of the channels ``chosen`` to zero, with its optimizer state, for good."""
+        if not chosen.any():
+            # Zeroing walks the whole model and its state: an event often has nothing to mask.
+            return
         self.state[chosen] = MASKED
         table = self._rows.table
         table.countdown.masked_fill_(self._rows.select(chosen), 0)

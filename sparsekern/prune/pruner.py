@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class Pruner:
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
         self._rows = ChannelRows(self._model, self.graph, trained, decay=1 - 1 / interval)
-        self._masks = Masks(self.graph, self._rows, self._parameters, self._optimizer_state)
+        self._masks = Masks(self.graph, self._rows, self._parameters, optim.state_tensors(optimizer))
         self._step = 0
         self._nonfinite_seen = 0
         self._next = self._next_step()
@@ -251,10 +251,6 @@ class Pruner:
     def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
         budget = share * getattr(self._dense, self._of)
         return Problem(self.graph, saliency, live, budget, self._of, self._floors, self._round_to)
-
-    def _optimizer_state(self, param: nn.Parameter) -> Iterable[Tensor]:
-        state = self._optimizer.state.get(param, {})
-        return [value for value in state.values() if isinstance(value, Tensor)]
 
     def _check_gradients(self, *_: Any) -> None:
         bad = [
