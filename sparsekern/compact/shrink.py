@@ -65,6 +65,13 @@ def shrink(
     _forget_compiled()
 
 
+def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> None:
+    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``."""
+    live = _Surgery(unwrap(model), plan, "model")
+    for index, module in enumerate(also):
+        _copy_of(module, live, f"also[{index}]")
+
+
 class _Surgery:
     """A plan for one module, checked when it is made, so that carrying it out cannot fail."""
 

@@ -291,6 +291,12 @@ class Attachment:
         if self._optimizer._table is self._table:
             self._optimizer.detach()
 
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table, of parameters that have changed their shape since."""
+        self.remove()
+        self._optimizer.attach(table)
+        self._table = table
+
 
 @dataclass(eq=False)
 class _Kept:

@@ -261,3 +261,14 @@ def test_many_plans_at_random() -> None:
         expected = compact(model, chain_plan(model, kept))
         shrink(model, chain_plan(model, kept))
         assert verify(model, expected, INPUT) == 0
+
+
+def test_a_plan_for_the_whole_model_says_what_is_left_of_a_shrunk_one() -> None:
+    model = mask_chain(chain(), (0, 4))
+    plan = chain_plan(model, (0, 4))
+    expected = compact(model, plan)
+    shrink(model, chain_plan(model, (0, 2, 4, 7)))
+    assert verify(compact(model, plan), expected, INPUT) == 0
+    assert plan_of(compact(model, plan)) == plan
+    with pytest.raises(ValueError, match="plan: made for another model, tensor 'stem.weight'"):
+        compact(model, chain_plan(chain(), (0, 5)))
