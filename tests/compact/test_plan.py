@@ -192,9 +192,8 @@ def test_kept_is_what_the_hand_written_plan_keeps() -> None:
 
 def test_what_is_left_of_a_plan_after_another() -> None:
     first = Plan({"a": TensorPlan((6, 4), {0: np.array([0, 2, 3, 5])})})
-    second = Plan(
-        {"a": TensorPlan((4, 4), {0: np.array([1, 3]), 1: np.array([0, 1])}), "b": TensorPlan((3,))}
-    )
+    of_a = TensorPlan((4, 4), {0: np.array([1, 3]), 1: np.array([0, 1])})
+    second = Plan({"a": of_a, "b": TensorPlan((3,))})
     both = first.then(second)
     assert both.after(first).tensors["a"] == of_a
     assert first.after(first).removes_nothing
