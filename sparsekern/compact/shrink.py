@@ -150,7 +150,8 @@ def _cut_in_place(tensor: Tensor, part: TensorPlan) -> None:
     tensor.data = smaller
     # Assigning data does not tell autograd that a saved tensor has changed.
     increment_version(tensor)
-    if grad is not None and grad.layout is torch.strided:
+    # Other kinds of gradient (sparse, or the stand-in for one that is used up) are not worth keeping.
+    if type(grad) is Tensor and grad.layout is torch.strided:
         tensor.grad = cut(grad, part)
 
 

@@ -12,6 +12,9 @@ from sparsekern.optim.adam import Adam as Adam
 from sparsekern.optim.adam import AdamW as AdamW
 from sparsekern.optim.hooks import RowHooks as RowHooks
 from sparsekern.optim.hooks import attach_hooks
+from sparsekern.optim.in_backward import InBackward as InBackward
+from sparsekern.optim.in_backward import UsedGradient as UsedGradient
+from sparsekern.optim.in_backward import in_backward as in_backward
 from sparsekern.optim.sgd import SGD as SGD
 
 

@@ -312,3 +312,19 @@ def test_hooks_go_on_being_called_with_the_smaller_tensors() -> None:
     losses(model, optimizer, range(STEPS + 1))
     assert seen[0] == (16, 3, 3, 3)
     assert seen[-1] == tuple(model.stem[0].weight.shape) != seen[0]
+
+
+def test_a_step_in_the_backward_pass_shrinks_to_the_same_network() -> None:
+    runs = []
+    for inside in (False, True):
+        model, optimizer, pruner = parts(shrink=True)
+        if inside:
+            sparsekern.optim.in_backward(optimizer)
+        losses(model, optimizer, range(STEPS))
+        model(batch(0, dtype=DOUBLE)).square().mean().backward()
+        pruner.shrink()
+        optimizer.step()
+        runs.append((model.state_dict(), pruner.plan()))
+    (stepped, plan), (other, its_plan) = runs
+    assert plan == its_plan
+    assert all(torch.equal(value, other[name]) for name, value in stepped.items())
