@@ -2,8 +2,8 @@
 
 What is measured is the high-water mark of the process's resident memory over some steps, reset after the
 checkpoint was loaded (a full-size model exists for a moment before it is cut), less what the process held
-before any model was made: so parameters, gradients, optimizer state, activations, and the scratch memory of
-the convolutions. Linux only: it reads and resets ``VmHWM``.
+without a model, all libraries loaded: so parameters, gradients, optimizer state, activations, and the scratch
+memory of the convolutions. Linux only: it reads and resets ``VmHWM``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main(
     state = load_checkpoint(checkpoint)
     settings = Settings(**state["settings"])
     train, test = load_folder(data, settings.classes)
-    del state
+    # Tracing loads libraries, which are no part of a training's tensors.
+    trainer = Trainer(settings, train, test)
+    del state, trainer
     _release()
     before = _status("VmRSS")
     trainer = Trainer(settings, train, test)
