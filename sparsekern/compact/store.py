@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
+from sparsekern._sharding import unwrap
 from sparsekern.compact.surgery import (
     Registered,
     build,
@@ -26,7 +27,6 @@ from sparsekern.compact.surgery import (
     plan_of,
     registered,
     remember,
-    unwrap,
 )
 
 FORMAT = "sparsekern.model"

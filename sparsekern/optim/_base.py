@@ -15,11 +15,12 @@ from torch.optim.optimizer import ParamsT
 
 from sparsekern._ops import channel_moments_
 from sparsekern._rows import RowTable
+from sparsekern._sharding import is_sharded, local, wrapped_like
 from sparsekern.optim._lists import (
     TensorList,
     check_group,
-    check_plain,
     check_table,
+    check_wrapped,
     fit_state,
     split,
     state_tensors,
@@ -74,11 +75,12 @@ class RowOptimizer(Optimizer):
         """As in torch; see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            RuntimeError: a parameter wraps other tensors (DTensor); the group has not been added.
+            RuntimeError: a parameter wraps other tensors and is no DTensor, or is one that is a partial sum;
+                the group has not been added.
         """
         super().add_param_group(param_group)
         try:
-            check_plain(type(self).__name__, len(self.param_groups) - 1, param_group)
+            check_wrapped(type(self).__name__, len(self.param_groups) - 1, param_group)
         except RuntimeError:
             self.param_groups.pop()
             raise
@@ -172,6 +174,8 @@ class RowOptimizer(Optimizer):
         kept = self._kept
         if kept is None or not kept.holds(params, present, source, grads, self.state):
             kept = self._keep(params, present, source)
+        if kept.sharded:
+            grads = list(map(local, grads))
         return [(tensors, tensors.pick(grads)) for tensors in kept.lists]
 
     def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> _Kept:
@@ -207,6 +211,10 @@ class RowOptimizer(Optimizer):
         self._init_group(group, params, grads, buckets, starts, dims, *columns.values())
         table = self._table if self._attachment else None
         lists = split(index, params, buckets, columns, table, starts, dims, offset=offset)
+        if not torch.compiler.is_compiling():
+            owners = [param for param in group["params"] if param.grad is not None]
+            for tensors in lists:
+                tensors.owners = [owners[i - offset] for i in tensors.where]
         return lists, grads
 
     def _init_group(
@@ -242,13 +250,18 @@ class RowOptimizer(Optimizer):
             turn = seen[id(param)] = seen.get(id(param), -1) + 1
             kind = (param.device, param.dtype, turn, any(value is None for value in state))
             view = None if self._table is None else self._table.index.get(id(param))
-            params.append(param)
-            grads.append(param.grad)
+            params.append(local(param))
+            grads.append(local(param.grad))
             buckets.append(numbers.setdefault(kind, len(numbers)))
             starts.append(-1 if view is None else view.start)
             dims.append(0 if view is None else view.dim)
             for column, value in zip(columns, state, strict=True):
-                column.append(value)
+                column.append(value if value is None else local(value))
+
+    def _store(self, tensors: TensorList, name: str, values: Sequence[Tensor]) -> None:
+        """Keep what a step has made as the state ``name`` of the list's parameters."""
+        for param, value in zip(tensors.owners or tensors.params, values, strict=True):
+            self.state[param][name] = wrapped_like(value, param)
 
     def _state_of(self, param: Tensor, name: str) -> Tensor | None:
         """State made if it is missing and fitted if it came from elsewhere; stored in both cases."""
@@ -308,6 +321,7 @@ class _Kept:
     state_dicts: list[dict[str, Any]]
     values: list[Any]
     dtypes: set[torch.dtype]
+    sharded: bool
 
     @classmethod
     def of(
@@ -322,7 +336,8 @@ class _Kept:
         state_dicts = [value for value in states if isinstance(value, dict)]
         values = list(_values(state_dicts))
         dtypes = {tensors.params[0].dtype for tensors in lists}
-        return cls(lists, params, present, source, states, state_dicts, values, dtypes)
+        sharded = any(map(is_sharded, params))
+        return cls(lists, params, present, source, states, state_dicts, values, dtypes, sharded)
 
     def holds(
         self,
@@ -342,6 +357,13 @@ class _Kept:
             # Of a single list the operation itself compares the dtypes, before it changes anything.
             and (len(self.lists) == 1 or self.dtypes == set(map(_dtype, grads)))
             and {torch.strided}.issuperset(map(_layout, grads))
+            and not (self.sharded and self._moved())
+        )
+
+    def _moved(self) -> bool:
+        """Whether a parameter or state has another local part than the lists."""
+        return not all(
+            _same(list(map(local, tensors.owners)), tensors.params) for tensors in self.lists
         )
 
 
