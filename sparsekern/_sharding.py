@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,12 +30,14 @@ class Part:
         dim: the dimension that is cut, or None where every process of ``group`` holds the whole.
         start: index of the first local entry along ``dim``.
         size: number of local entries along ``dim``; may be 0.
+        parts: number of processes that hold any.
         group: the processes that the tensor is cut over.
     """
 
     dim: int | None
     start: int
     size: int
+    parts: int
     group: Any
 
 
@@ -80,7 +83,7 @@ def same_placement(tensor: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, detached; gathered from all processes that hold a part, which all have to call this."""
+    """All of ``tensor``, detached; gathered from the processes that hold it, which all have to call this."""
     if not is_sharded(tensor):
         return tensor.detach()
     full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
@@ -119,14 +122,23 @@ def part_of(tensor: Tensor) -> Part:
         raise ValueError(f"model: a parameter is placed as {placements}, expected one Shard, else Replicate")
     if not cuts:
         # All processes of the mesh hold the same; the group of its last dimension stands for them.
-        return Part(None, 0, 0, mesh.get_group(mesh.ndim - 1))
+        return Part(None, 0, 0, 1, mesh.get_group(mesh.ndim - 1))
     axis = cuts[0]
     dim = placements[axis].dim
     size, ranks = tensor.shape[dim], mesh.size(axis)
     # As torch.chunk cuts: equal parts rounded up, so that the last ones may be short or empty.
     chunk = -(-size // ranks)
     start = min(chunk * mesh.get_local_rank(axis), size)
-    return Part(dim, start, min(chunk, size - start), mesh.get_group(axis))
+    return Part(dim, start, min(chunk, size - start), -(-size // max(chunk, 1)), mesh.get_group(axis))
+
+
+@torch.no_grad()
+def zero_entries(tensor: Tensor, dim: int, entries: np.ndarray) -> None:
+    """Set the given entries (int64) along ``dim`` to zero, each process in the part it holds."""
+    mine = local(tensor)
+    if is_sharded(tensor) and (at := part_of(tensor)).dim == dim:
+        entries = entries[(entries >= at.start) & (entries < at.start + at.size)] - at.start
+    mine.index_fill_(dim, torch.from_numpy(entries).to(mine.device), 0)
 
 
 def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -174,8 +186,10 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if not sharded:
         return copy.deepcopy(model, memo)
     contract = sys.modules["torch.distributed._composable.contract"]
-    memo |= {id(hook): _GONE for module in modules for hooks in _hooks(module) for hook in hooks.values() if _of_fsdp(hook)}
-    memo |= {id(module.__dict__[key]): _GONE for module in sharded for key in (contract.STATE_KEY, contract.REGISTRY_KEY)}
+    keys = (contract.STATE_KEY, contract.REGISTRY_KEY)
+    hooks = [hook for module in modules for held in _hooks(module) for hook in held.values()]
+    memo |= {id(hook): _GONE for hook in hooks if _of_fsdp(hook)}
+    memo |= {id(module.__dict__[key]): _GONE for module in sharded for key in keys}
     classes = [type(module) for module in sharded]
     try:
         for module in sharded:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern._sharding import unwrap
+from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
     Registered,
     build,

@@ -362,9 +362,7 @@ class _Kept:
 
     def _moved(self) -> bool:
         """Whether a parameter or state has another local part than the lists."""
-        return not all(
-            _same(list(map(local, tensors.owners)), tensors.params) for tensors in self.lists
-        )
+        return not all(_same(list(map(local, tensors.owners)), tensors.params) for tensors in self.lists)
 
 
 def _values(state_dicts: list[dict[str, Any]]) -> Iterable[Any]:

@@ -106,8 +106,9 @@ def check_wrapped(optimizer: str, index: int, group: dict[str, Any]) -> None:
     for i, param in enumerate(group["params"]):
         if not is_traceable_wrapper_subclass(param):
             continue
-        if not is_sharded(param) or any(placement.is_partial() for placement in param.placements):
-            kind = f"DTensor placed as {param.placements}" if is_sharded(param) else type(param).__name__
+        placements: Any = getattr(param, "placements", None) if is_sharded(param) else None
+        if placements is None or any(placement.is_partial() for placement in placements):
+            kind = type(param).__name__ + (f" placed as {placements}" if placements else "")
             raise RuntimeError(
                 f"{optimizer}: parameter {i} of group {index} is a {kind}, expected a plain tensor or a "
                 f"DTensor that is sharded or replicated"
@@ -157,7 +158,8 @@ def fit_state(name: str, value: Any, param: Tensor) -> Tensor:
         )
     if not same_placement(value, param):
         raise RuntimeError(
-            f"optimizer state {name!r}: got {_placement(value)}, expected {_placement(param)} as its parameter"
+            f"optimizer state {name!r}: got {_placement(value)}, "
+            f"expected {_placement(param)} as its parameter"
         )
     if value.stride() == param.stride():
         return value

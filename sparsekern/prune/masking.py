@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern._rows import LIVE as LIVE_ROW
+from sparsekern._sharding import rewritten, zero_entries
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.criteria import Partners
 from sparsekern.prune.statistics import ChannelRows
@@ -71,8 +72,7 @@ class Masks:
         masked = ~self.unmasked
         for rows in self._rows.untrained:
             gone = np.flatnonzero((rows.channels >= 0) & masked[rows.channels])
-            index = torch.from_numpy(gone).to(rows.param.device)
-            rows.param.index_fill_(rows.dim, index, 0)
+            zero_entries(rows.param, rows.dim, gone)
 
     def declined(self) -> np.ndarray:
         """bool ``[C]``; condemned channels whose gates have arrived at zero."""
@@ -125,14 +125,9 @@ class Masks:
                 folded[mine] = False
                 continue
             for name, dim in group.consumers:
-                _add_columns(
-                    self._parameters[name],
-                    dim,
-                    self._graph.tensors[name].channels[dim],
-                    mine,
-                    partner[mine],
-                    partners.coefficient[mine],
-                )
+                channels = self._graph.tensors[name].channels[dim]
+                with rewritten(self._parameters[name]) as weight:
+                    _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
         return folded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import optim
+from sparsekern._sharding import local, unwrap
 from sparsekern.compact import Plan, compact, dry_run, make_plan
 from sparsekern.graph import ChannelGraph, trace
 from sparsekern.prune import criteria
@@ -23,10 +25,36 @@ from sparsekern.prune.budget import (
     resolve_round_to,
 )
 from sparsekern.prune.masking import CONDEMNED, Masks
+from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.schedule import Event, Schedule
+from sparsekern.prune.sharded import attach
 from sparsekern.prune.statistics import ChannelRows, Statistics, gather
 
 NONFINITE = ("ignore", "raise")
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What one event does, with channels as bool arrays ``[C]``.
+
+    Attributes:
+        condemned: channels that go.
+        partners: what they may be folded into.
+        penalised: channels whose gates get the extra decay ``penalty``.
+    """
+
+    event: Event
+    condemned: np.ndarray
+    partners: criteria.Partners | None
+    penalised: np.ndarray
+    penalty: float
+
+    def parts(self) -> tuple[Any, ...]:
+        """All that the network's further way depends on, to be compared."""
+        folds: tuple[Any, ...] = ()
+        if self.partners is not None:
+            folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
+        return self.condemned, self.penalised, self.penalty, *folds
 
 
 class Pruner:
@@ -37,7 +65,8 @@ class Pruner:
     some of them channels are condemned, decline to zero and are masked, until the budget is met.
 
     Args:
-        model: the model to prune, where it is trained (also the result of ``torch.compile``).
+        model: the model to prune, where it is trained; also the result of ``torch.compile``, of
+            DistributedDataParallel, or sharded by ``fully_shard``. All processes have to make their Pruner.
         optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
@@ -57,6 +86,8 @@ class Pruner:
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
             to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
             GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
+        process_group: the processes that train this model together and check that they decide alike; None for
+            those of DistributedDataParallel, else the default group where there is one.
 
     Attributes:
         graph: the channels, their groups and their cost.
@@ -65,6 +96,7 @@ class Pruner:
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
             frozen layers allow, the optimizer lacks trainable parameters of the model, or ``example_inputs``
             are not accepted by the model. Nothing has been changed then.
+        RuntimeError: the processes differ in their arguments or models, here or at a later decision.
     """
 
     def __init__(
@@ -86,6 +118,7 @@ class Pruner:
         protect: Sequence[str | nn.Module | nn.Parameter] = (),
         penalty: float = 0.1,
         nonfinite: str = "ignore",
+        process_group: Any = None,
     ) -> None:
         self._keep = check_keep(keep)
         self._of = check_unit(of)
@@ -93,8 +126,7 @@ class Pruner:
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
-        # torch.compile wraps the module; its parameters are those of the one inside.
-        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._model: nn.Module = unwrap(model)
         self._optimizer = optimizer
         self._select = select or criteria.default()
         self._allocate = allocate or Global()
@@ -115,7 +147,10 @@ class Pruner:
         self._step = 0
         self._nonfinite_seen = 0
         self._next = self._next_step()
-        self._handle = optim.attach(optimizer, self._rows.table)
+        self._ranks = Ranks(model, process_group, self._rows.table.countdown.device)
+        with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
+            check(self._settings(), self._fingerprint(), nonfinite)
+        self._handle = attach(optimizer, self._rows.table)
         self._hooks = [optimizer.register_step_post_hook(self._after_step)]
         if nonfinite == "raise":
             self._hooks.append(optimizer.register_step_pre_hook(self._check_gradients))
@@ -139,6 +174,7 @@ class Pruner:
         if keep is None:
             return make_plan(self.graph, self._masks.unmasked)
         share = check_keep(keep)
+        self._rows.table.settle()
         statistics = gather(self._rows, self.graph, self._masks.unmasked, self._parameters)
         problem = self._problem(self._saliency(statistics), statistics.live, share)
         check_feasible(problem, share)
@@ -159,6 +195,7 @@ class Pruner:
         Returns:
             How many channels were saved.
         """
+        self._rows.table.settle()
         return int(self._masks.pardon().sum())
 
     def detach(self) -> None:
@@ -176,6 +213,7 @@ class Pruner:
         ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
         statistics; ``finished``.
         """
+        self._rows.table.settle()
         unmasked = self._masks.unmasked
         cost = self.graph.cost(unmasked)
         return {
@@ -256,24 +294,44 @@ class Pruner:
         bad = [
             name
             for name, param in self._model.named_parameters()
-            if param.grad is not None and not bool(torch.isfinite(param.grad).all())
+            if param.grad is not None and not bool(torch.isfinite(local(param.grad)).all())
         ]
-        if bad:
+        # A part of a gradient is seen by one process only, and all have to stop.
+        if self._ranks.any(bool(bad)):
             raise FloatingPointError(
-                f"gradient: got NaN or infinity in {', '.join(bad[:3])} ({len(bad)} parameters), expected "
-                f"finite values; nonfinite='ignore' lets the optimizer go on"
+                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "
+                f"({len(bad)} parameters here), expected finite values; nonfinite='ignore' lets the "
+                f"optimizer go on"
             )
 
     def _after_step(self, *_: Any) -> None:
+        if self._idle_step():
+            return
         self._step += 1
         if self._step == self._next:
             self._decide()
 
+    def _idle_step(self) -> bool:
+        """Whether it was the step by which ``torch.distributed.checkpoint`` gets an optimizer's state."""
+        groups = self._optimizer.param_groups
+        rates = [group.get("lr") for group in groups]
+        # One on a device is not read: that step's is not there.
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+            return False
+        grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+        return not self._ranks.any(any(bool(local(grad).any()) for grad in grads))
+
     def _decide(self) -> None:
-        self._masks.mask(self._masks.declined())
-        event = self._schedule.at(self._step)
-        if event is not None:
-            self._condemn(event)
+        table = self._rows.table
+        table.settle()
+        with self._ranks.agreeing(f"pruning after step {self._step}") as check:
+            declined = self._masks.declined()
+            event = self._schedule.at(self._step)
+            choice = None if event is None else self._choose(event)
+            check(self._step, declined, *(() if choice is None else choice.parts()))
+        self._masks.mask(declined)
+        if choice is not None:
+            self._carry_out(choice)
         self._next = self._next_step()
         self._warn_of_nonfinite()
 
@@ -288,32 +346,35 @@ class Pruner:
         left = int(self._masks.countdowns().max(initial=0))
         return self._step + left if left else None
 
-    def _condemn(self, event: Event) -> None:
+    def _choose(self, event: Event) -> _Choice:
+        """What ``event`` does; nothing is changed yet."""
         live = self._masks.live
         statistics = gather(self._rows, self.graph, live, self._parameters)
         saliency = self._saliency(statistics)
         kept = self._allocate(self._problem(saliency, live, event.share))
-        condemned = live & ~kept
         partners = self._select.partners(statistics, saliency)
-        if partners is not None:
-            folded = self._masks.fold(condemned, partners)
-            self._masks.mask(folded)
-            condemned &= ~folded
-        self._masks.condemn(condemned, event.decline)
-        self._penalise_next(event, saliency, kept)
+        return _Choice(event, live & ~kept, partners, *self._next_in_line(event, saliency, kept))
 
-    def _penalise_next(self, event: Event, saliency: np.ndarray, kept: np.ndarray) -> None:
-        """Extra decay for the gates of those channels that would go at the next event."""
+    def _carry_out(self, choice: _Choice) -> None:
+        condemned = choice.condemned
+        if choice.partners is not None:
+            folded = self._masks.fold(condemned, choice.partners)
+            self._masks.mask(folded)
+            condemned = condemned & ~folded
+        self._masks.condemn(condemned, choice.event.decline)
+        self._masks.penalise(choice.penalised, choice.penalty)
+
+    def _next_in_line(self, event: Event, saliency: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
+        """The channels that would go at the next event, and the extra decay for their gates until then."""
         following = self._schedule.after(event.step)
         if not self._penalty or following is None:
-            self._masks.penalise(np.zeros_like(kept), 0.0)
-            return
+            return np.zeros_like(kept), 0.0
         then = self._allocate(self._problem(saliency, kept, following.share))
         group = self._optimizer.param_groups[0]
         momentum = float(group.get("momentum", 0.0))
         # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
         rate = float(group["lr"]) * event.decline / (1 - momentum)
-        self._masks.penalise(kept & ~then, self._penalty / rate if rate > 0 else 0.0)
+        return kept & ~then, self._penalty / rate if rate > 0 else 0.0
 
     def _saliency(self, statistics: Statistics) -> np.ndarray:
         saliency = np.asarray(self._select(statistics), np.float64)
