@@ -55,6 +55,7 @@ class RowOptimizer(Optimizer):
     def _forget(self) -> None:
         """Start without lists and without a table."""
         self._kept: _Kept | None = None
+        self._sharded = False
         self._table: RowTable | None = None
         # Another one for every attachment: a compiled step has the positions of rows as constants,
         # and torch.compile never stops guarding strings by value.
@@ -66,6 +67,7 @@ class RowOptimizer(Optimizer):
         if not hasattr(self, "_table"):
             self._forget()
         for group in self.param_groups:
+            self._sharded |= any(map(is_sharded, group["params"]))
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
             group.setdefault("differentiable", False)
@@ -79,6 +81,7 @@ class RowOptimizer(Optimizer):
                 the group has not been added.
         """
         super().add_param_group(param_group)
+        self._sharded |= any(map(is_sharded, self.param_groups[-1]["params"]))
         try:
             check_wrapped(type(self).__name__, len(self.param_groups) - 1, param_group)
         except RuntimeError:
@@ -142,6 +145,16 @@ class RowOptimizer(Optimizer):
             RuntimeError: a sparse or complex gradient, an unsupported dtype, or state that does not
                 fit its parameter; nothing has changed then.
         """
+        if self._sharded:
+            return self._uncompiled_step(closure)
+        return self._step(closure)
+
+    @torch.compiler.disable
+    def _uncompiled_step(self, closure: Callable[[], float] | None) -> float | None:
+        # A trace would take the local parts of parameters and gradients for constants.
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         if "capturable" in self.defaults:
             self._accelerator_graph_capture_health_check()
         loss = None

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: the masks of one process with the same global batch, and a word when they differ."""
+"""DistributedDataParallel: the masks of one process with the same global batch, or an error."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed.processes import run
+from distributed.training import IMAGES, STEPS, assert_equal_results, batch, loss_of, network, start, trained
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
-from distributed.processes import run
-from distributed.training import IMAGES, STEPS, assert_equal_results, batch, loss_of, network, start, trained
 from sparsekern import criteria
 
 
@@ -30,7 +30,9 @@ def test_four_processes_prune_as_one() -> None:
         assert_equal_results(result, alone)
 
 
-@pytest.mark.parametrize("select", [criteria.Random(3), criteria.Shuffled(criteria.Taylor(), seed=1)], ids=repr)
+@pytest.mark.parametrize(
+    "select", [criteria.Random(3), criteria.Shuffled(criteria.Taylor(), seed=1)], ids=repr
+)
 def test_chance_is_the_same_everywhere(select: criteria.Criterion) -> None:
     alone = trained("alone", arguments={"select": select})
     for result in run(trained, 2, "parallel", "ours AdamW", {"select": select}):

@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch.distributed as dist
-
 from distributed.processes import run
 
 

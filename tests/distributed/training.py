@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
 
-STEPS = 16
+STEPS = 12
 ARGUMENTS: dict[str, Any] = {"keep": 0.3, "steps": STEPS, "events": 3, "warmup": 0.2, "finish": 0.8}
 IMAGES = 8
 
@@ -124,9 +123,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
-def start(
-    how: str, *, optimizer: str = "ours AdamW", mesh: tuple[int, ...] = (), **arguments: Any
-) -> Run:
+def start(how: str, *, optimizer: str = "ours AdamW", mesh: tuple[int, ...] = (), **arguments: Any) -> Run:
     """A training ``how`` it is distributed: ``"alone"``, ``"parallel"`` (DDP) or ``"sharded"`` (FSDP2)."""
     inner = network()
     model: nn.Module = inner
@@ -134,7 +131,8 @@ def start(
     if how == "parallel":
         model = DistributedDataParallel(inner)
     elif how == "sharded":
-        devices = init_device_mesh("cpu", mesh or (ranks,))
+        shape = mesh or (ranks,)
+        devices = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
         fully_shard(inner.up, mesh=devices)
         fully_shard(inner, mesh=devices)
     origin, name = optimizer.split()
@@ -145,7 +143,9 @@ def start(
     return Run(model, inner, made, pruner, rank, ranks)
 
 
-def trained(how: str, optimizer: str = "ours AdamW", arguments: dict[str, Any] | None = None, **more: Any) -> Result:
+def trained(
+    how: str, optimizer: str = "ours AdamW", arguments: dict[str, Any] | None = None, **more: Any
+) -> Result:
     run = start(how, optimizer=optimizer, **more, **(arguments or {}))
     run.train(range(STEPS))
     return run.result()
@@ -162,8 +162,3 @@ def assert_equal_results(ours: Result, alone: Result) -> None:
     for name, values in alone.rows.items():
         # Kept in float32.
         torch.testing.assert_close(ours.rows[name], values, rtol=2e-5, atol=1e-8, msg=name)
-
-
-def shares(result: Result) -> np.ndarray:
-    """Kept channels per group, as an array."""
-    return np.array(result.kept)
