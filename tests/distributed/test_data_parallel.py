@@ -99,7 +99,7 @@ class _Failing(criteria.Criterion):
 
 def test_other_gradients_are_an_error_on_all_ranks_before_anything_is_masked() -> None:
     for message, zeros in run(_messages_of_differing, 2, "gradients"):
-        assert message.startswith("RuntimeError: pruning after step 2: rank 1 of 2 differ from rank 0")
+        assert message.startswith("RuntimeError: pruning after step 1: rank 1 of 2 differ from rank 0")
         assert "gradients averaged" in message
         assert not any(zeros[:2])
 
@@ -112,7 +112,7 @@ def test_the_ranks_that_differ_are_named() -> None:
 
 def test_a_rank_that_fails_to_decide_takes_the_others_with_it() -> None:
     first, second = run(_messages_of_differing, 2, "failure")
-    assert "RuntimeError: pruning after step 2: rank 1 failed" in first[0]
+    assert "RuntimeError: pruning after step 1: rank 1 failed" in first[0]
     assert "ValueError: select" in second[0]
 
 
