@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter, is_
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch.optim.optimizer import ParamsT
 from sparsekern._ops import channel_moments_
 from sparsekern._rows import RowTable
 from sparsekern._sharding import is_sharded, local, wrapped_like
+from sparsekern.optim._kept import Kept
 from sparsekern.optim._lists import (
     TensorList,
     check_group,
+    check_parameter,
     check_table,
     check_wrapped,
     fit_state,
@@ -26,7 +27,7 @@ from sparsekern.optim._lists import (
     state_tensors,
 )
 
-_grad, _dtype, _layout = attrgetter("grad"), attrgetter("dtype"), attrgetter("layout")
+_grad = attrgetter("grad")
 _attachments = itertools.count(1)
 
 
@@ -54,7 +55,7 @@ class RowOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Start without lists and without a table."""
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
         self._sharded = False
         self._table: RowTable | None = None
         # Another one for every attachment: a compiled step has the positions of rows as constants,
@@ -174,6 +175,26 @@ class RowOptimizer(Optimizer):
             channel_moments_(self._table)
         return loss
 
+    def step_parameter(self, index: int, param: Tensor) -> None:
+        """What a step does to one parameter with a gradient; ``step()`` has to end that step.
+
+        Args:
+            index: the group that holds it.
+            param: the parameter; its gradient stays as it is.
+
+        Raises:
+            RuntimeError: as :meth:`step`.
+        """
+        group = self.param_groups[index]
+        check_parameter(type(self).__name__, index, group, param)
+        assert param.grad is not None
+        state = {name: self._state_of(param, name) for name in self._state_names(group)}
+        first = any(value is None for value in state.values())
+        kept = {} if first else {name: [local(value)] for name, value in state.items() if value is not None}
+        rows = None if self._table is None else self._table.rows_of([param])
+        tensors = TensorList(index, first, [local(param)], [0], kept, rows, [param])
+        self._update(group, tensors, [local(param.grad)], None, None)
+
     def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
         """What one step takes: every list with its gradients."""
         if torch.compiler.is_compiling():
@@ -191,7 +212,7 @@ class RowOptimizer(Optimizer):
             grads = list(map(local, grads))
         return [(tensors, tensors.pick(grads)) for tensors in kept.lists]
 
-    def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> _Kept:
+    def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> Kept:
         self._kept = None
         for index, group in enumerate(self.param_groups):
             check_group(type(self).__name__, index, group)
@@ -201,7 +222,7 @@ class RowOptimizer(Optimizer):
             parts, grads = self._lists_of(index, group, offset)
             lists += parts
             offset += len(grads)
-        self._kept = _Kept.of(lists, params, present, source, self.state)
+        self._kept = Kept.of(lists, params, present, source, self.state)
         return self._kept
 
     def _traced_lists(self) -> list[tuple[TensorList, list[Tensor]]]:
@@ -317,73 +338,11 @@ class Attachment:
         if self._optimizer._table is self._table:
             self._optimizer.detach()
 
-
-@dataclass(eq=False)
-class _Kept:
-    """Lists of a step, and everything they were made from, by identity.
-
-    Validating them costs a third of making them: no hash of a tensor is taken, and all loops over
-    tensors run in C.
-    """
-
-    lists: list[TensorList]
-    params: list[Tensor]
-    present: list[bool]
-    source: list[Any]
-    states: list[Any]
-    state_dicts: list[dict[str, Any]]
-    values: list[Any]
-    dtypes: set[torch.dtype]
-    sharded: bool
-
-    @classmethod
-    def of(
-        cls,
-        lists: list[TensorList],
-        params: list[Tensor],
-        present: list[bool],
-        source: list[Any],
-        state: dict[Any, Any],
-    ) -> _Kept:
-        states = list(state.values())
-        state_dicts = [value for value in states if isinstance(value, dict)]
-        values = list(_values(state_dicts))
-        dtypes = {tensors.params[0].dtype for tensors in lists}
-        sharded = any(map(is_sharded, params))
-        return cls(lists, params, present, source, states, state_dicts, values, dtypes, sharded)
-
-    def holds(
-        self,
-        params: list[Tensor],
-        present: list[bool],
-        source: list[Any],
-        grads: list[Tensor],
-        state: dict[Any, Any],
-    ) -> bool:
-        """Whether lists made now would be the same ones."""
-        return (
-            present == self.present
-            and source == self.source
-            and _same(params, self.params)
-            and _same(list(state.values()), self.states)
-            and _same(list(_values(self.state_dicts)), self.values)
-            # Of a single list the operation itself compares the dtypes, before it changes anything.
-            and (len(self.lists) == 1 or self.dtypes == set(map(_dtype, grads)))
-            and {torch.strided}.issuperset(map(_layout, grads))
-            and not (self.sharded and self._moved())
-        )
-
-    def _moved(self) -> bool:
-        """Whether a parameter or state has another local part than the lists."""
-        return not all(_same(list(map(local, tensors.owners)), tensors.params) for tensors in self.lists)
-
-
-def _values(state_dicts: list[dict[str, Any]]) -> Iterable[Any]:
-    return itertools.chain.from_iterable(map(dict.values, state_dicts))
-
-
-def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table, of parameters that have changed their shape since."""
+        self.remove()
+        self._optimizer.attach(table)
+        self._table = table
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sparsekern import optim
 from sparsekern._ops import channel_moments_
@@ -49,29 +48,34 @@ def row_table(
     return RowTable(params, gates, decay=decay)
 
 
-def attach(optimizer: Optimizer, table: RowTable) -> Handle:
+def attach(optimizer: Optimizer, table: RowTable) -> optim.Attachment | optim.RowHooks | Handle:
     """As :func:`sparsekern.optim.attach`, for tables of either kind."""
-    if not isinstance(table, ShardedTable):
-        return Handle([optim.attach(optimizer, table)])
-    # In this order: hooks of an optimizer that is not ours take statistics before the step, too.
-    before = optimizer.register_step_pre_hook(table.before_step)
-    try:
-        handle = optim.attach(optimizer, table.local)
-    except Exception:
-        before.remove()
-        raise
-    return Handle([before, handle, optimizer.register_step_post_hook(table.after_step)])
+    return Handle(optimizer, table) if isinstance(table, ShardedTable) else optim.attach(optimizer, table)
 
 
 class Handle:
-    """Undoes an attachment."""
+    """Attachment of a sharded table, to be undone by :meth:`remove`."""
 
-    def __init__(self, handles: Sequence[RemovableHandle | optim.Attachment | optim.RowHooks]) -> None:
-        self._handles = handles
+    def __init__(self, optimizer: Optimizer, table: ShardedTable) -> None:
+        self._table = table
+        # In this order: hooks of an optimizer that is not ours take statistics before the step, too.
+        self._before = optimizer.register_step_pre_hook(lambda *_: self._table.before_step())
+        try:
+            self._handle = optim.attach(optimizer, table.local)
+        except Exception:
+            self._before.remove()
+            raise
+        self._after = optimizer.register_step_post_hook(lambda *_: self._table.after_step())
+
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table of the same optimizer."""
+        assert isinstance(table, ShardedTable)
+        self._handle.replace(table.local)
+        self._table = table
 
     def remove(self) -> None:
         """Leave the optimizer as it was without the table."""
-        for handle in self._handles:
+        for handle in (self._before, self._handle, self._after):
             handle.remove()
 
 
@@ -185,7 +189,7 @@ class ShardedTable(RowTable):
         self.settle()
         super().load_state_dict(state)
 
-    def before_step(self, *_: Any) -> None:
+    def before_step(self) -> None:
         """Hand the local table what the coming step needs."""
         self.settle()
         torch.index_select(self.threshold, 0, self._rows, out=self.local.threshold)
@@ -195,7 +199,7 @@ class ShardedTable(RowTable):
         self.local.updates.zero_()
 
     @torch.no_grad()
-    def after_step(self, *_: Any) -> None:
+    def after_step(self) -> None:
         """Start to add up what the processes have seen in the step."""
         here = self.local
         counted = (here.activity >= 0) * self._counts
