@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from distributed.processes import run
@@ -18,7 +17,7 @@ from distributed.training import (
     loss_of,
     network,
     start,
-    trained,
+    trained_each,
 )
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -30,18 +29,15 @@ import sparsekern
 SHRINK = {"shrink": True, "round_to": 1}
 
 
-@pytest.mark.parametrize("optimizer", ["ours AdamW", "torch RMSprop"])
-def test_two_processes_shrink_as_one(optimizer: str) -> None:
-    alone = trained("alone", optimizer, SHRINK)
-    for result in run(trained, 2, "parallel", optimizer, SHRINK):
-        assert_equal_results(result, alone)
-    assert sum(p.numel() for p in alone.params) < sum(p.numel() for p in network().parameters()) / 2
-
-
-def test_four_processes_shrink_as_one() -> None:
-    alone = trained("alone", "ours SGD", SHRINK)
-    for result in run(trained, 4, "parallel", "ours SGD", SHRINK):
-        assert_equal_results(result, alone)
+def test_processes_shrink_as_one() -> None:
+    cases = [(optimizer, SHRINK) for optimizer in ("ours AdamW", "ours SGD", "torch RMSprop")]
+    alone = trained_each("alone", cases)
+    for ranks, first in ((2, 0), (4, 1)):
+        for results in run(trained_each, ranks, "parallel", cases[first : first + 2]):
+            for result, expected in zip(results, alone[first : first + 2], strict=True):
+                assert_equal_results(result, expected)
+    whole = sum(p.numel() for p in network().parameters())
+    assert all(sum(p.numel() for p in each.params) < whole / 2 for each in alone)
 
 
 def _counting(seen: list[int]) -> Callable[..., torch.futures.Future[torch.Tensor]]:
@@ -72,32 +68,30 @@ def _bytes(options: dict[str, Any], compiled: bool) -> list[list[int]]:
         images = batch(step, rank=dist.get_rank(), ranks=dist.get_world_size())
         loss_of(called, images).backward()
         seen.append([sum(p.grad.nbytes for p in inner.parameters()), sum(buckets)])
-        for param in inner.parameters():
-            gradients = [torch.empty_like(param) for _ in range(dist.get_world_size())]
-            dist.all_gather(gradients, param.grad)
-            assert all(torch.equal(gradient, param.grad) for gradient in gradients)
+        own = torch.cat([p.grad.flatten() for p in inner.parameters()])
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        assert all(torch.equal(other, own) for other in every)
         optimizer.step()
         optimizer.zero_grad()
     assert before == [id(p) for p in inner.parameters()]
     return seen
 
 
-@pytest.mark.parametrize(
-    ("options", "compiled"),
-    [
-        ({}, False),
-        ({"static_graph": True}, False),
-        ({"gradient_as_bucket_view": True, "find_unused_parameters": True}, False),
-        ({}, True),
-    ],
-)
-def test_fewer_bytes_go_round_and_gradients_stay_averaged(options: dict[str, Any], compiled: bool) -> None:
-    first, second = run(_bytes, 2, options, compiled)
+def _bytes_of_each() -> list[list[list[int]]]:
+    views = {"gradient_as_bucket_view": True, "find_unused_parameters": True}
+    cases = (({}, False), ({"static_graph": True}, False), (views, False), ({}, True))
+    return [_bytes(options, compiled) for options, compiled in cases]
+
+
+def test_fewer_bytes_go_round_and_gradients_stay_averaged() -> None:
+    first, second = run(_bytes_of_each, 2)
     assert first == second
-    gradients, reduced = zip(*first, strict=True)
-    assert gradients == reduced
-    assert reduced[-1] < reduced[0] / 2
-    assert sorted(reduced, reverse=True) == list(reduced)
+    for steps in first:
+        gradients, reduced = zip(*steps, strict=True)
+        assert gradients == reduced
+        assert reduced[-1] < reduced[0] / 2
+        assert sorted(reduced, reverse=True) == list(reduced)
 
 
 def _by_hand() -> list[Any]:
@@ -164,17 +158,17 @@ def _refused(what: str) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("state", "has the communication hook powerSGD_hook with a PowerSGDState, which may know the sizes"),
-        ("builtin", "has torch's built-in communication hook"),
-    ],
-)
-def test_a_hook_that_knows_of_sizes_is_refused_before_anything_changes(what: str, message: str) -> None:
-    for at_once, later in run(_refused, 2, what):
-        assert message in at_once
-        assert message in later
+def _refused_each() -> list[list[str]]:
+    return [_refused("state"), _refused("builtin")]
+
+
+def test_a_hook_that_knows_of_sizes_is_refused_before_anything_changes() -> None:
+    for state, builtin in run(_refused_each, 2):
+        assert len(state) == len(builtin) == 2
+        for message in state:
+            assert "has the communication hook powerSGD_hook with a PowerSGDState, which may know" in message
+        for message in builtin:
+            assert "has torch's built-in communication hook" in message
 
 
 def _sharded() -> list[str]:
