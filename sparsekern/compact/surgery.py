@@ -18,6 +18,13 @@ from sparsekern.compact.plan import Plan, TensorPlan, shorten
 # Text, not an object: a pickled compact module then opens without this package.
 _PLAN_ATTRIBUTE = "_sparsekern_plan"
 
+# A dimension of size 1 may have any stride, and torch tells the format of a tensor by it: cut many times or
+# once, a depthwise weight has to stay what it was.
+_FORMATS = {
+    4: (torch.contiguous_format, torch.channels_last),
+    5: (torch.contiguous_format, torch.channels_last_3d),
+}
+
 
 @dataclass(frozen=True)
 class Registered:
@@ -129,19 +136,28 @@ def cut(tensor: Tensor, part: TensorPlan) -> Tensor:
         data = data.index_select(inverse[dim], indices)
     if not part.keep:
         data = data.clone(memory_format=torch.contiguous_format)
-    return data.permute(inverse)
+    # The same memory: only dimensions of size 1 may get another stride.
+    return data.as_strided(part.new_shape, _strides(tensor, part))
 
 
 def like(tensor: Tensor, part: TensorPlan, empty_strided: Callable[..., Tensor]) -> Tensor:
     """An uninitialised tensor with the shape and layout that ``cut`` would give."""
+    return empty_strided(
+        part.new_shape, _strides(tensor, part), dtype=tensor.dtype, device=tensor.device, requires_grad=False
+    )
+
+
+def _strides(tensor: Tensor, part: TensorPlan) -> tuple[int, ...]:
+    """Those of what stays of ``tensor`` when it lies in memory in the same order without gaps."""
+    for form in _FORMATS.get(tensor.ndim, ()):
+        if torch.empty(tuple(tensor.shape), device="meta", memory_format=form).stride() == tensor.stride():
+            return torch.empty(part.new_shape, device="meta", memory_format=form).stride()
     strides = [1] * tensor.ndim
     step = 1
     for dim in reversed(memory_order(tensor)):
         strides[dim] = step
         step *= max(part.new_shape[dim], 1)
-    return empty_strided(
-        part.new_shape, strides, dtype=tensor.dtype, device=tensor.device, requires_grad=False
-    )
+    return tuple(strides)
 
 
 def memory_order(tensor: Tensor) -> list[int]:

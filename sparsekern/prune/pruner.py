@@ -28,11 +28,12 @@ from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.preparation import check_options, prunable_graph
 from sparsekern.prune.ranks import Ranks
+from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.statistics import ChannelRows, gather
 
 
-class Pruner:
+class Pruner(Resumable):
     """Prunes a model's channels while an optimizer trains it.
 
     Nothing has to be called during training: the optimizer's steps count gradients, penalise and mask (in the
@@ -252,72 +253,6 @@ class Pruner:
             "nonfinite": int(self._rows.table.nonfinite),
             "finished": self.finished,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
-        plain values only, so that ``torch.load(weights_only=True)`` reads it."""
-        return {
-            "version": 2,
-            "settings": self._settings(),
-            "network": self._fingerprint(),
-            "step": self._step,
-            "next": self._next,
-            "nonfinite_seen": self._nonfinite_seen,
-            **self._network.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
-        """Go on from :meth:`state_dict`, in a full-size model or one as large as that of the state.
-
-        The model, its optimizer's state and copies of the model are brought to the size that they had; what
-        they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
-
-        Args:
-            state: what :meth:`state_dict` gave.
-            also: as for :meth:`shrink`.
-
-        Raises:
-            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
-        """
-        self._check_state(state)
-        self._network.load_state_dict(state, also)
-        self._step = int(state["step"])
-        self._next = state["next"]
-        self._nonfinite_seen = int(state["nonfinite_seen"])
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 2:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
-        if list(state["network"]) != self._fingerprint():
-            raise ValueError(
-                f"state: got the channels of another network ({len(state['network'])} groups), expected "
-                f"those of this one ({len(self.graph.groups)} groups)"
-            )
-        for name, own in self._settings().items():
-            if state["settings"].get(name) != own:
-                raise ValueError(
-                    f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
-                )
-        self._network.check_state(state)
-
-    def _settings(self) -> dict[str, Any]:
-        policy = self._policy
-        return {
-            "keep": self._keep,
-            "of": policy.of,
-            "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
-            "finish": self._schedule.finish,
-            "select": repr(policy.select),
-            "allocate": repr(policy.allocate),
-            "round_to": policy.round_to,
-            "floors": policy.floors.tolist(),
-            "penalty": policy.penalty,
-            "shrink": self._shrinks,
-        }
-
-    def _fingerprint(self) -> list[str]:
-        groups = zip(self.graph.groups, self._network.widths.tolist(), strict=True)
-        return [f"{group.name}:{width}" for group, width in groups]
 
     def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
         return self._policy.problem(self._network, saliency, live, share)
