@@ -16,6 +16,7 @@ from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.masking import Masks
+from sparsekern.prune.sharded import Handle, attach
 from sparsekern.prune.statistics import ChannelRows
 
 CUT = 3
@@ -61,11 +62,11 @@ class Network:
         self.also = tuple(also)
         self._state_cutter = state_cutter
         self._removed = Plan({})
-        self._handle: optim.Attachment | optim.RowHooks | None = None
+        self._handle: optim.Attachment | optim.RowHooks | Handle | None = None
 
     def attach(self) -> None:
         """From now on the optimizer's steps do the work of the rows."""
-        self._handle = optim.attach(self.optimizer, self.rows.table)
+        self._handle = attach(self.optimizer, self.rows.table)
 
     def _masks(self) -> Masks:
         return Masks(self.graph, self.rows, self.parameters, optim.state_tensors(self.optimizer))
