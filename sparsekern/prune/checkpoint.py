@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsekern._files import read_plain, replacing, target
+from sparsekern._sharding import is_sharded
 
 FORMAT = "sparsekern.checkpoint"
 VERSION = 1
@@ -101,6 +102,20 @@ def _check_tensors(state: Mapping[str, Any], model: nn.Module, shapes: Mapping[s
             raise ValueError(
                 f"checkpoint: of another network, {name!r} has shape {list(value.shape)}, "
                 f"expected {list(shape)}"
+            )
+
+
+def check_whole(model: nn.Module) -> None:
+    """A file of one process can hold all of the model.
+
+    Raises:
+        ValueError: it is spread over processes.
+    """
+    for name, param in model.named_parameters():
+        if is_sharded(param):
+            raise ValueError(
+                f"model: {name!r} is a DTensor, of which each process holds a part, expected a whole model: "
+                f"save the state dicts of model, optimizer and Pruner with torch.distributed.checkpoint"
             )
 
 

@@ -80,7 +80,8 @@ class Resumable:
         generators of torch, NumPy and Python, and ``extra``.
 
         The file appears under its name only when it is complete and on the disk; an existing one stays
-        whole until then, also if the process is killed meanwhile.
+        whole until then, also if the process is killed meanwhile. Processes that train together each write a
+        file of their own: their generators differ.
 
         Args:
             path: a file name.
@@ -88,9 +89,11 @@ class Resumable:
 
         Raises:
             OSError: ``path`` cannot be written.
-            ValueError: a value of ``extra`` is something else; nothing has been written then.
+            ValueError: a value of ``extra`` is something else, or the model is sharded; nothing has been
+                written then.
         """
         network = self._network
+        checkpoint.check_whole(network.model)
         content = {
             "classes": checkpoint.classes(network.model, self._optimizer),
             "model": network.model.state_dict(),
@@ -121,8 +124,9 @@ class Resumable:
         Raises:
             OSError: ``path`` cannot be read.
             ValueError: the file is truncated or no checkpoint, or is of another network, optimizer or
-                settings. Nothing has been changed in these cases.
+                settings, or the model is sharded. Nothing has been changed in these cases.
         """
+        checkpoint.check_whole(self._network.model)
         content = checkpoint.read(path)
         network, state = self._network, content["pruner"]
         self._check_state(state)
