@@ -1,0 +1,114 @@
+"""What a network runs: the ops of a pass in evaluation mode, and how large their operands are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .values import Ids, Value
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an op reads.
+
+    shape: its sizes in the network as it is. extents: per dimension the number of the extent
+    (of the graph's ``costs``) that is its size, None for a size that never changes. order: its
+    dimensions from the outermost in memory to the innermost.
+    """
+
+    shape: tuple[int, ...]
+    extents: tuple[int | None, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+    def sized(self, sizes: np.ndarray) -> tuple[int, ...]:
+        """Its shape when the extents have the ``sizes``, int64 [E]."""
+        return tuple(
+            size if extent is None else int(sizes[extent])
+            for size, extent in zip(self.shape, self.extents, strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One op: ``target`` as in ``aten::conv2d.default``, called in the forward of ``module``.
+
+    args, kwargs: as the op takes them, with an ``Operand`` in the place of every tensor.
+    """
+
+    target: str
+    module: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def operands(self) -> Iterator[Operand]:
+        """The tensors it reads, those in lists included."""
+        yield from _operands((*self.args, *self.kwargs.values()))
+
+
+def _operands(arguments: Any) -> Iterator[Operand]:
+    for argument in arguments:
+        if isinstance(argument, Operand):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _operands(argument)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """An operation before channels have numbers. ids: raw slot ids of each operand's dimensions."""
+
+    operation: Operation
+    ids: tuple[tuple[Ids, ...], ...]
+
+    def numbered(
+        self, channel_of: np.ndarray, extent: Callable[[np.ndarray], int | None]
+    ) -> Operation:
+        """The operation, with the extent that ``extent`` gives for the channels of a dimension."""
+        left = iter(self.ids)
+
+        def of(argument: Any) -> Any:
+            if isinstance(argument, Operand):
+                own = (None if i is None else extent(np.where(i >= 0, channel_of[i], -1)) for i in next(left))
+                return replace(argument, extents=tuple(own))
+            if isinstance(argument, (list, tuple)):
+                return [of(item) for item in argument]
+            return argument
+
+        operation = self.operation
+        args = tuple(of(argument) for argument in operation.args)
+        kwargs = {name: of(argument) for name, argument in operation.kwargs.items()}
+        return replace(operation, args=args, kwargs=kwargs)
+
+
+def read(node: fx.Node, env: Mapping[fx.Node, Any], module: str) -> Read:
+    """What ``node`` calls, with the values of ``env`` as operands."""
+    ids: list[tuple[Ids, ...]] = []
+
+    def operand(source: fx.Node) -> Any:
+        value, traced = env[source], source.meta.get("val")
+        if not isinstance(value, Value):
+            return value
+        dtype, order = torch.float32, tuple(range(value.ndim))
+        if isinstance(traced, Tensor) and traced.ndim == value.ndim:
+            dtype, order = traced.dtype, _memory_order(traced)
+        ids.append(value.ids)
+        return Operand(value.shape, (None,) * value.ndim, dtype, order)
+
+    args: Any = fx.node.map_arg(node.args, operand)
+    kwargs: Any = fx.node.map_arg(node.kwargs, operand)
+    target: Any = node.target
+    name = f"{target._schema.name}.{target._schema.overload_name or 'default'}"
+    return Read(Operation(name, module, tuple(args), dict(kwargs)), tuple(ids))
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...]:
+    strides = [stride if isinstance(stride, int) else 0 for stride in tensor.stride()]
+    # A dimension of size 1 may have any stride; last among equals it leaves channels last what it is.
+    return tuple(sorted(range(tensor.ndim), key=lambda d: (strides[d], tensor.shape[d]), reverse=True))

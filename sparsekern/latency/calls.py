@@ -1,0 +1,117 @@
+"""Running one op of a network by itself, at any width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekern.graph.operations import Operand, Operation
+
+# What a wrong number of channels raises, whoever looks first.
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+
+
+class Call:
+    """An operation at given sizes of the network's extents (int64 ``[E]``).
+
+    Attributes:
+        key: what determines its time on a given machine, as text.
+        elements: numbers in all tensors that it reads.
+    """
+
+    def __init__(self, operation: Operation, sizes: np.ndarray) -> None:
+        self._operation = operation
+        self._args = _ADJUST.get(operation.target.partition(".")[0], _unchanged)(operation, sizes)
+        self._sizes = sizes
+        self.elements = sum(int(np.prod(o.sized(sizes), dtype=np.int64)) for o in operation.operands())
+        parts = [*map(self._text, self._args), *(f"{k}={self._text(v)}" for k, v in operation.kwargs.items())]
+        self.key = f"{operation.target}({', '.join(parts)})"
+
+    def prepare(self, device: torch.device) -> Callable[[], Any]:
+        """What runs the op once, on tensors made for it.
+
+        Raises:
+            one of FAILURES: the op does not exist, or does not take tensors of these sizes.
+        """
+        namespace, _, name = self._operation.target.partition("::")
+        packet, _, overload = name.partition(".")
+        try:
+            function = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        except AttributeError as error:
+            raise RuntimeError(str(error)) from error
+        args = [self._filled(argument, device) for argument in self._args]
+        kwargs = {name: self._filled(value, device) for name, value in self._operation.kwargs.items()}
+        return lambda: function(*args, **kwargs)
+
+    def _filled(self, argument: Any, device: torch.device) -> Any:
+        if isinstance(argument, Operand):
+            return _tensor(argument, argument.sized(self._sizes), device)
+        if isinstance(argument, (list, tuple)):
+            return [self._filled(item, device) for item in argument]
+        return device if isinstance(argument, torch.device) else argument
+
+    def _text(self, argument: Any) -> str:
+        if isinstance(argument, Operand):
+            dtype = str(argument.dtype).removeprefix("torch.")
+            shape = "x".join(map(str, argument.sized(self._sizes)))
+            return f"{dtype}[{shape}]@{''.join(map(str, argument.order))}"
+        if isinstance(argument, (list, tuple)):
+            return f"[{', '.join(map(self._text, argument))}]"
+        return str(argument)
+
+
+def _tensor(operand: Operand, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Ones, which in-place arithmetic leaves harmless however often it is repeated; index 0 of integers."""
+    order = operand.order
+    laid = torch.empty([shape[d] for d in order], dtype=operand.dtype, device=device)
+    tensor = laid.permute(sorted(range(len(order)), key=order.__getitem__))
+    integer = not (operand.dtype.is_floating_point or operand.dtype.is_complex or operand.dtype == torch.bool)
+    return tensor.fill_(0 if integer else 1)
+
+
+def _unchanged(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    return list(operation.args)
+
+
+def _convolution(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    """Groups go with the channels where a filter sees a fixed number of them (depthwise)."""
+    args = list(operation.args)
+    weight = args[1]
+    if len(args) > 6 and isinstance(args[6], int) and args[6] > 1 and isinstance(weight, Operand):
+        transposed = "transpose" in operation.target
+        before, now = weight.shape, weight.sized(sizes)
+        if transposed:
+            args[6] = args[6] * now[0] // before[0] if before[0] == args[6] else args[6]
+        else:
+            x = args[0]
+            args[6] = x.sized(sizes)[len(x.shape) - len(before) + 1] // now[1]
+    return args
+
+
+def _group_norm(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    args = list(operation.args)
+    args[1] = max(1, args[1] * args[0].sized(sizes)[1] // args[0].shape[1])
+    return args
+
+
+def _layer_norm(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    args = list(operation.args)
+    args[1] = list(args[0].sized(sizes)[-len(args[1]) :])
+    return args
+
+
+# Ops with a number of channels among their arguments, by name without overload.
+_ADJUST: dict[str, Callable[[Operation, np.ndarray], list[Any]]] = {
+    "aten::conv1d": _convolution,
+    "aten::conv2d": _convolution,
+    "aten::conv3d": _convolution,
+    "aten::conv_transpose1d": _convolution,
+    "aten::conv_transpose2d": _convolution,
+    "aten::conv_transpose3d": _convolution,
+    "aten::group_norm": _group_norm,
+    "aten::layer_norm": _layer_norm,
+}
