@@ -9,6 +9,7 @@ from sparsekern.graph import trace as trace
 from sparsekern.prune import Pruner as Pruner
 from sparsekern.prune import allocate as allocate
 from sparsekern.prune import criteria as criteria
+from sparsekern.prune import prune_once as prune_once
 from sparsekern.prune import recalibrate as recalibrate
 
 __version__ = "0.1.0"

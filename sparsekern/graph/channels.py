@@ -166,9 +166,7 @@ class ChannelGraph:
         renumbered = np.where(kept, np.cumsum(kept) - 1, -1)
         return replace(
             self,
-            groups=tuple(
-                replace(g, channels=renumbered[g.channels[kept[g.channels]]]) for g in self.groups
-            ),
+            groups=tuple(replace(g, channels=renumbered[g.channels[kept[g.channels]]]) for g in self.groups),
             group_of=self.group_of[kept],
             tensors={name: _cut_slots(slots, kept, renumbered) for name, slots in self.tensors.items()},
             gates=_cut_gates(self.gates, self.tensors, kept),
@@ -251,9 +249,7 @@ def _cut_slots(slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray) -> 
     for ids in slots.channels:
         own = None if ids is None else ids[_staying(ids, kept)]
         channels.append(None if own is None else np.where(own >= 0, renumbered[own], -1))
-    shape = tuple(
-        size if own is None else len(own) for size, own in zip(slots.shape, channels, strict=True)
-    )
+    shape = tuple(size if own is None else len(own) for size, own in zip(slots.shape, channels, strict=True))
     return replace(slots, shape=shape, channels=tuple(channels))
 
 

@@ -67,9 +67,7 @@ class Read:
     operation: Operation
     ids: tuple[tuple[Ids, ...], ...]
 
-    def numbered(
-        self, channel_of: np.ndarray, extent: Callable[[np.ndarray], int | None]
-    ) -> Operation:
+    def numbered(self, channel_of: np.ndarray, extent: Callable[[np.ndarray], int | None]) -> Operation:
         """The operation, with the extent that ``extent`` gives for the channels of a dimension."""
         left = iter(self.ids)
 

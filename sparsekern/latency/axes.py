@@ -48,7 +48,7 @@ def lay_axes(
     of_operation = np.full((len(operations), 2), -1, np.int64)
     everything = np.ones(graph.num_channels, bool)
     full = graph.costs.sizes(everything)
-    moves = graph.costs.share.any(axis=1)
+    moves: np.ndarray = (graph.costs.share > 0).any(axis=1)
     for index, operation in enumerate(operations):
         weights = _weights(operation, moves)
         keys = [(extent,) for extent in weights] if len(weights) <= 2 else [(-1 - index,)]
@@ -72,9 +72,7 @@ def _weights(operation: Operation, moves: np.ndarray) -> dict[int, float]:
     return weights
 
 
-def _axis(
-    graph: ChannelGraph, full: np.ndarray, weights: dict[int, float], block: int, natural: int
-) -> Axis:
+def _axis(graph: ChannelGraph, full: np.ndarray, weights: dict[int, float], block: int, natural: int) -> Axis:
     extents = tuple(weights)
     factors = np.array(list(weights.values()))
     share = graph.costs.share[list(extents)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,10 +68,12 @@ class LatencyModel:
     def price(self, kept: np.ndarray) -> np.ndarray:
         """Nanoseconds that a channel's removal saves, float64 ``[C]``; 0 for those not kept.
 
-        It is the mean over the ``block`` of channels that would go with it, since time goes in steps.
+        It is the mean over the channels that go with it to the next multiple of ``block`` below, since time
+        falls in steps.
         """
         counts = self._counts(kept)
-        going = np.minimum(counts, self.block)
+        # What is over the last multiple goes together, and then a block at a time.
+        going = np.where(counts > 0, (counts - 1) % self.block + 1, 0)
         widths = self._constant + self._of_atom @ counts
         axes = self._axes_of[self._pair_op]
         less = self._of_atom[axes, self._pair_atom[:, None]] * going[self._pair_atom][:, None]
@@ -79,6 +82,12 @@ class LatencyModel:
         saved = np.bincount(self._pair_atom, now[self._pair_op] - then, minlength=len(counts))
         per_channel = self.scale * saved / np.maximum(going, 1)
         return np.where(kept, per_channel[self.graph.costs.atom_of], 0.0)
+
+    def restrict(self, graph: ChannelGraph) -> LatencyModel:
+        """The same latencies for ``graph``, what ``ChannelGraph.restrict`` made of this one's."""
+        restricted = copy.copy(self)
+        restricted.graph = graph
+        return restricted
 
     def _counts(self, kept: np.ndarray) -> np.ndarray:
         return np.bincount(self.graph.costs.atom_of[kept], minlength=self._of_atom.shape[1])

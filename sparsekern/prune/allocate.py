@@ -11,10 +11,21 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from sparsekern.graph import ChannelGraph
+
+
+class Pricing(Protocol):
+    """A cost of kept channels that is not one of the graph's own, in a unit of its own."""
+
+    def cost(self, kept: np.ndarray) -> float:
+        """Cost of the network with the channels ``kept``, bool ``[C]``."""
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What a channel's removal saves, float64 ``[C]``; 0 for those not kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +37,10 @@ class Problem:
         saliency: float64 ``[C]``.
         live: bool ``[C]``; channels that may still be kept.
         budget: the cost to come down to, in units of ``of``.
-        of: ``"macs"`` or ``"params"``.
+        of: the cost: ``"macs"``, ``"params"`` or what ``pricing`` gives.
         floors: int64 ``[groups]``; channels that stay at least.
         round_to: block size.
+        pricing: costs that are not the graph's own.
     """
 
     graph: ChannelGraph
@@ -38,10 +50,15 @@ class Problem:
     of: str
     floors: np.ndarray
     round_to: int = 1
+    pricing: Pricing | None = None
 
-    def cost(self, kept: np.ndarray) -> int:
+    def cost(self, kept: np.ndarray) -> float:
         """Cost of the network with the channels ``kept``, in units of ``of``."""
-        return int(getattr(self.graph.cost(kept), self.of))
+        return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What the removal of each channel saves, float64 ``[C]``; 0 for those not ``kept``."""
+        return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
 
 
 class Allocator(ABC):
@@ -162,7 +179,7 @@ class Global(Allocator):
         kept = blocks.kept(stays, size)
         excess = problem.cost(kept) - problem.budget
         while excess > 0 and (candidates := np.flatnonzero(stays & removable)).size:
-            price = np.maximum(blocks.sums(problem.graph.price(kept, problem.of)), 1e-9)
+            price = np.maximum(blocks.sums(problem.price(kept)), 1e-9)
             order = self._removal_order(blocks, candidates, saliency / price)
             saved = np.cumsum(price[order])
             take = max(1, int(np.searchsorted(saved, excess * self.portion, side="right")))

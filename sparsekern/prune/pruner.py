@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern import optim
-from sparsekern.compact import Plan, compact, dry_run, make_plan
-from sparsekern.graph import ChannelGraph, trace
+from sparsekern import latency, optim
+from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.prune import criteria
-from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.prune.allocate import Allocator, Global, Pricing, Problem
 from sparsekern.prune.budget import (
     check_feasible,
     check_keep,
@@ -23,6 +23,7 @@ from sparsekern.prune.budget import (
     resolve_round_to,
 )
 from sparsekern.prune.masking import CONDEMNED, Masks
+from sparsekern.prune.prepare import check_parts, prunable_graph
 from sparsekern.prune.schedule import Event, Schedule
 from sparsekern.prune.statistics import ChannelRows, Statistics, gather
 
@@ -42,7 +43,8 @@ class Pruner:
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
         keep: share of the dense cost that stays, in (0, 1].
-        of: the cost, ``"macs"`` or ``"params"``.
+        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
+            with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`.
         allocate: decides the widths of the groups; default :class:`sparsekern.allocate.Global`.
@@ -54,6 +56,7 @@ class Pruner:
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
             training: by a factor of about ``exp(-penalty)``; 0 for none.
+        cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
             to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
             GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
@@ -85,6 +88,7 @@ class Pruner:
         min_channels: int | Mapping[str, int] = 1,
         protect: Sequence[str | nn.Module | nn.Parameter] = (),
         penalty: float = 0.1,
+        cache: str | os.PathLike[str] | None = None,
         nonfinite: str = "ignore",
     ) -> None:
         self._keep = check_keep(keep)
@@ -102,10 +106,12 @@ class Pruner:
         self._round_to = resolve_round_to(round_to, self._model)
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.graph = _prunable_graph(self._model, example_inputs, protect, self._parameters, trained)
+        self.graph = prunable_graph(self._model, example_inputs, protect, self._parameters, trained)
         self._floors = resolve_floors(min_channels, self.graph)
         everything = np.ones(self.graph.num_channels, bool)
         self._dense = self.graph.cost(everything)
+        self._example, self._cache = example_inputs, cache
+        self._latency: tuple[latency.LatencyModel, float] | None = None
         check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
 
         # A mean over about one interval between events: each decision rests on what came since the last one.
@@ -125,22 +131,27 @@ class Pruner:
         """Whether the budget is met and nothing is condemned any more."""
         return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
 
-    def plan(self, keep: float | None = None) -> Plan:
+    def plan(self, keep: float | None = None, *, of: str | None = None) -> Plan:
         """What stays of the model.
 
         Args:
             keep: None for the channels that are not masked: the compact model is then exactly the masked one.
-                A share of the dense cost plans that budget anew, from the statistics gathered so far and
-                among the channels not masked; the result is then not the trained network without zeros.
+                A share of the dense cost plans that budget anew, from the statistics gathered so far (or
+                loaded) and among the channels not masked; the result is then not the trained network without
+                zeros.
+            of: the cost that ``keep`` is a share of; None for the Pruner's own.
 
         Raises:
-            ValueError: ``keep`` is out of range or below what floors and frozen layers allow.
+            ValueError: ``keep`` is out of range or below what floors and frozen layers allow, ``of`` names no
+                cost or comes without ``keep``.
         """
         if keep is None:
+            if of is not None:
+                raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
             return make_plan(self.graph, self._masks.unmasked)
-        share = check_keep(keep)
+        share, of = check_keep(keep), self._of if of is None else check_unit(of)
         statistics = gather(self._rows, self.graph, self._masks.unmasked, self._parameters)
-        problem = self._problem(self._saliency(statistics), statistics.live, share)
+        problem = self._problem(self._saliency(statistics), statistics.live, share, of)
         check_feasible(problem, share)
         return make_plan(self.graph, self._allocate(problem))
 
@@ -248,9 +259,23 @@ class Pruner:
     def _fingerprint(self) -> list[str]:
         return [f"{group.name}:{len(group.channels)}" for group in self.graph.groups]
 
-    def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
-        budget = share * getattr(self._dense, self._of)
-        return Problem(self.graph, saliency, live, budget, self._of, self._floors, self._round_to)
+    def _problem(
+        self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
+    ) -> Problem:
+        of = of or self._of
+        pricing, whole = self._pricing(of)
+        return Problem(self.graph, saliency, live, share * whole, of, self._floors, self._round_to, pricing)
+
+    def _pricing(self, of: str) -> tuple[Pricing | None, float]:
+        """What prices ``of`` where the graph does not, and the cost of the whole network."""
+        if of != "latency":
+            return None, getattr(self._dense, of)
+        if self._latency is None:
+            model = latency.measure(
+                self._model, self.graph, self._example, round_to=self._round_to, cache=self._cache
+            )
+            self._latency = model, model.cost(np.ones(self.graph.num_channels, bool))
+        return self._latency
 
     def _check_gradients(self, *_: Any) -> None:
         bad = [
@@ -316,14 +341,7 @@ class Pruner:
         self._masks.penalise(kept & ~then, self._penalty / rate if rate > 0 else 0.0)
 
     def _saliency(self, statistics: Statistics) -> np.ndarray:
-        saliency = np.asarray(self._select(statistics), np.float64)
-        if saliency.shape != (self.graph.num_channels,) or not np.isfinite(saliency).all():
-            raise ValueError(
-                f"select: {self._select!r} gave an array of shape {saliency.shape} with "
-                f"{int((~np.isfinite(saliency)).sum())} non-finite values, expected "
-                f"[{self.graph.num_channels}] finite ones"
-            )
-        return saliency
+        return criteria.saliency(self._select, statistics)
 
     def _warn_of_nonfinite(self) -> None:
         count = int(self._rows.table.nonfinite)
@@ -337,54 +355,8 @@ class Pruner:
 
 
 def _check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
-    if select is not None and not isinstance(select, criteria.Criterion):
-        raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
-    if allocate is not None and not isinstance(allocate, Allocator):
-        raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
+    check_parts(select, allocate)
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
-
-
-def _prunable_graph(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
-    protect: Sequence[str | nn.Module | nn.Parameter],
-    parameters: Mapping[str, nn.Parameter],
-    trained: set[int],
-) -> ChannelGraph:
-    """The model's graph, without groups that are not trained and those that a dry run found wanting."""
-    _check_held(parameters, trained)
-    graph = trace(model, example_inputs, protect=protect)
-    idle = [
-        group.name
-        for group in graph.groups
-        if not any(id(parameters[name]) in trained for name in _gate_names(graph, group.channels))
-    ]
-    if idle:
-        graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
-    if graph.num_channels:
-        graph = dry_run(model, graph, example_inputs)
-    if not graph.num_channels:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
-        raise ValueError(
-            f"model: {type(model).__name__} has no channel that can be removed, expected at least one "
-            f"({reasons})"
-        )
-    return graph
-
-
-def _gate_names(graph: ChannelGraph, channels: np.ndarray) -> set[str]:
-    first = int(channels[0])
-    span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
-    return {graph.gates.names[index] for index in graph.gates.tensors[span]}
-
-
-def _check_held(parameters: Mapping[str, nn.Parameter], trained: set[int]) -> None:
-    missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in trained]
-    if missing:
-        raise ValueError(
-            f"optimizer: does not hold {len(missing)} trainable parameters of the model "
-            f"({', '.join(missing[:3])}), expected all that require a gradient"
-        )
