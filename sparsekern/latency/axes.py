@@ -48,7 +48,7 @@ def lay_axes(
     of_operation = np.full((len(operations), 2), -1, np.int64)
     everything = np.ones(graph.num_channels, bool)
     full = graph.costs.sizes(everything)
-    moves: np.ndarray = (graph.costs.share > 0).any(axis=1)
+    moves = np.count_nonzero(graph.costs.share, axis=1)
     for index, operation in enumerate(operations):
         weights = _weights(operation, moves)
         keys = [(extent,) for extent in weights] if len(weights) <= 2 else [(-1 - index,)]

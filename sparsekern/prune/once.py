@@ -33,7 +33,7 @@ from sparsekern.prune.masking import Masks
 from sparsekern.prune.prepare import check_parts, prunable_graph
 from sparsekern.prune.recalibrate import recalibrate as recalibrate_norms
 from sparsekern.prune.recalibrate import run
-from sparsekern.prune.statistics import ChannelRows, gather
+from sparsekern.prune.statistics import ChannelRows, gather, weigh
 
 # So close to 1 that the exponential means over some batches are plain means within a few percent.
 DECAY = 0.999
@@ -151,23 +151,24 @@ class _Batches:
     def __init__(self, calibration: Iterable[Any] | None, most: int) -> None:
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise ValueError(f"batches: got {most!r}, expected a whole number >= 1")
-        self._most = most
+        self._most, self._given = most, calibration is not None
         self._source: Iterable[Any] = () if calibration is None else calibration
         if isinstance(calibration, Iterator):
             # It can be gone through only once.
             self._source = list(islice(calibration, most))
 
     def __bool__(self) -> bool:
-        return self._source != ()
+        return self._given
 
     def on(self, model: nn.Module) -> Iterator[tuple[Any, Any]]:
         """The pairs, on the device of the model. Raises ValueError if there are none."""
         device = next(model.parameters()).device
-        number = -1
-        for number, batch in enumerate(islice(self._source, self._most)):
+        empty = True
+        for batch in islice(self._source, self._most):
+            empty = False
             pair = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
             yield pytree.tree_map_only(Tensor, lambda t: t.to(device), pair)
-        if number < 0:
+        if empty:
             raise ValueError("calibration: got no batch, expected at least one")
 
 
@@ -185,10 +186,7 @@ def _check_calibration(select: criteria.Criterion, given: _Batches, loss: Loss |
 def _gather_rows(work: nn.Module, table: RowTable, given: _Batches | None, loss: Loss | None) -> None:
     """Fill the table: from gradients over the batches, or from the weights alone without any."""
     if given is None or loss is None:
-        for view in table.views:
-            view.param.grad = torch.zeros_like(view.param)
-            _take(table, [view.param])
-            view.param.grad = None
+        weigh(table)
         return
     for number, (inputs, targets) in enumerate(given.on(work)):
         with torch.enable_grad():
@@ -212,7 +210,8 @@ def _take(table: RowTable, params: Sequence[Tensor]) -> None:
     for param in params:
         lists.setdefault(param.dtype, []).append(param)
     for same in lists.values():
-        row_statistics_(same, [param.grad for param in same], rows=table.rows_of(same))
+        grads = [param.grad for param in same if param.grad is not None]
+        row_statistics_(same, grads, rows=table.rows_of(same))
     channel_moments_(table)
 
 
@@ -226,7 +225,7 @@ def _check_loss(value: object, number: int) -> None:
         problem = f"{value.item()}"
     if problem is not None:
         raise ValueError(
-            f"loss: gave {problem} for batch {number}, expected one finite number to differentiate"
+            f"loss: gave {problem} for batch {number}, expected one finite number with a gradient"
         )
 
 

@@ -135,6 +135,14 @@ class Statistics:
         return spread
 
 
+@torch.no_grad()
+def weigh(table: RowTable) -> None:
+    """Fill in what a step leaves in the table that is of the weights alone, without one."""
+    for view in table.views:
+        rows = view.param.movedim(view.dim, 0).reshape(view.rows, -1)
+        table.sums[view.slice, WEIGHT_SQ] = rows.double().square().sum(1).float()
+
+
 def gather(
     rows: ChannelRows, graph: ChannelGraph, live: np.ndarray, parameters: Mapping[str, nn.Parameter]
 ) -> Statistics:
