@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +20,15 @@ class Operand:
 
     shape: its sizes in the network as it is. extents: per dimension the number of the extent
     (of the graph's ``costs``) that is its size, None for a size that never changes. order: its
-    dimensions from the outermost in memory to the innermost.
+    dimensions from the outermost in memory to the innermost. source: name and output number of the
+    operation that made it, None for a parameter, buffer, constant or input of the network.
     """
 
     shape: tuple[int, ...]
     extents: tuple[int | None, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
+    source: tuple[str, int] | None = None
 
     def sized(self, sizes: np.ndarray) -> tuple[int, ...]:
         """Its shape when the extents have the ``sizes``, int64 [E]."""
@@ -39,9 +42,10 @@ class Operand:
 class Operation:
     """One op: ``target`` as in ``aten::conv2d.default``, called in the forward of ``module``.
 
-    args, kwargs: as the op takes them, with an ``Operand`` in the place of every tensor.
+    name: its own in the traced graph. args, kwargs: as the op takes them, with an ``Operand`` in the place of every tensor.
     """
 
+    name: str
     target: str
     module: str
     args: tuple[Any, ...]
@@ -97,13 +101,23 @@ def read(node: fx.Node, env: Mapping[fx.Node, Any], module: str) -> Read:
         if isinstance(traced, Tensor) and traced.ndim == value.ndim:
             dtype, order = traced.dtype, _memory_order(traced)
         ids.append(value.ids)
-        return Operand(value.shape, (None,) * value.ndim, dtype, order)
+        return Operand(value.shape, (None,) * value.ndim, dtype, order, _source(source))
 
     args: Any = fx.node.map_arg(node.args, operand)
     kwargs: Any = fx.node.map_arg(node.kwargs, operand)
     target: Any = node.target
-    name = f"{target._schema.name}.{target._schema.overload_name or 'default'}"
-    return Read(Operation(name, module, tuple(args), dict(kwargs)), tuple(ids))
+    overload = target._schema.overload_name or "default"
+    name = f"{target._schema.name}.{overload}"
+    return Read(Operation(node.name, name, module, tuple(args), dict(kwargs)), tuple(ids))
+
+
+def _source(node: fx.Node) -> tuple[str, int] | None:
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        made, number = node.args
+        return (made.name, number) if isinstance(made, fx.Node) and isinstance(number, int) else None
+    return node.name, 0
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...]:

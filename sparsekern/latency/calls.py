@@ -19,12 +19,13 @@ class Call:
     """An operation at given sizes of the network's extents (int64 ``[E]``).
 
     Attributes:
+        operation: what is called.
         key: what determines its time on a given machine, as text.
         elements: numbers in all tensors that it reads.
     """
 
     def __init__(self, operation: Operation, sizes: np.ndarray) -> None:
-        self._operation = operation
+        self.operation = operation
         self._args = _ADJUST.get(operation.target.partition(".")[0], _unchanged)(operation, sizes)
         self._sizes = sizes
         self.elements = sum(int(np.prod(o.sized(sizes), dtype=np.int64)) for o in operation.operands())
@@ -37,22 +38,51 @@ class Call:
         Raises:
             one of FAILURES: the op does not exist, or does not take tensors of these sizes.
         """
-        namespace, _, name = self._operation.target.partition("::")
-        packet, _, overload = name.partition(".")
-        try:
-            function = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-        except AttributeError as error:
-            raise RuntimeError(str(error)) from error
-        args = [self._filled(argument, device) for argument in self._args]
-        kwargs = {name: self._filled(value, device) for name, value in self._operation.kwargs.items()}
+        function = self.function()
+        args, kwargs = self.arguments(lambda operand: self.tensor(operand, device), device)
         return lambda: function(*args, **kwargs)
 
-    def _filled(self, argument: Any, device: torch.device) -> Any:
-        if isinstance(argument, Operand):
-            return _tensor(argument, argument.sized(self._sizes), device)
-        if isinstance(argument, (list, tuple)):
-            return [self._filled(item, device) for item in argument]
-        return device if isinstance(argument, torch.device) else argument
+    def function(self) -> Callable[..., Any]:
+        """The op itself. Raises RuntimeError if torch does not have it."""
+        namespace, _, name = self.operation.target.partition("::")
+        packet, _, overload = name.partition(".")
+        try:
+            found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        except AttributeError as error:
+            raise RuntimeError(str(error)) from error
+        return found
+
+    def arguments(
+        self, tensor: Callable[[Operand], Tensor], device: torch.device
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """What the op is called with, given what every operand is."""
+
+        def filled(argument: Any) -> Any:
+            if isinstance(argument, Operand):
+                return tensor(argument)
+            if isinstance(argument, (list, tuple)):
+                return [filled(item) for item in argument]
+            return device if isinstance(argument, torch.device) else argument
+
+        args = [filled(argument) for argument in self._args]
+        return args, {name: filled(value) for name, value in self.operation.kwargs.items()}
+
+    def tensor(self, operand: Operand, device: torch.device) -> Tensor:
+        """Ones in the operand's shape, which in-place arithmetic leaves harmless; index 0 of integers."""
+        order, shape = operand.order, operand.sized(self._sizes)
+        laid = torch.empty([shape[d] for d in order], dtype=operand.dtype, device=device)
+        tensor = laid.permute(sorted(range(len(order)), key=order.__getitem__))
+        dtype = operand.dtype
+        number = dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+        return tensor.fill_(1 if number else 0)
+
+    def fits(self, operand: Operand, value: object) -> bool:
+        """Whether ``value`` is a tensor as the operand should be."""
+        return (
+            isinstance(value, Tensor)
+            and value.shape == operand.sized(self._sizes)
+            and value.dtype == operand.dtype
+        )
 
     def _text(self, argument: Any) -> str:
         if isinstance(argument, Operand):
@@ -62,15 +92,6 @@ class Call:
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(map(self._text, argument))}]"
         return str(argument)
-
-
-def _tensor(operand: Operand, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Ones, which in-place arithmetic leaves harmless however often it is repeated; index 0 of integers."""
-    order = operand.order
-    laid = torch.empty([shape[d] for d in order], dtype=operand.dtype, device=device)
-    tensor = laid.permute(sorted(range(len(order)), key=order.__getitem__))
-    integer = not (operand.dtype.is_floating_point or operand.dtype.is_complex or operand.dtype == torch.bool)
-    return tensor.fill_(0 if integer else 1)
 
 
 def _unchanged(operation: Operation, sizes: np.ndarray) -> list[Any]:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from sparsekern.compact import compact, make_plan
 from sparsekern.compact.surgery import unwrap
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
+from sparsekern.graph.operations import Operation
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
 from sparsekern.latency.cache import Cache, directory
 from sparsekern.latency.calls import FAILURES, Call
 from sparsekern.latency.model import LatencyModel
+from sparsekern.latency.replay import Replay
 from sparsekern.latency.timing import Stopwatch
 
 _LOG = logging.getLogger(__name__)
@@ -47,8 +49,9 @@ def measure(
     """How long a forward pass takes with any set of kept channels, on this machine as it is now.
 
     Every op of the network, with the shapes, dtypes and memory formats that it has on the example inputs,
-    is timed by itself at a few widths, with the number of threads that is set; then copies of the whole
-    network at three widths, which tell what a pass takes beside its ops. Evaluation mode, no gradients.
+    is timed by itself at a few widths, with the number of threads that is set; then all of them in their order
+    at three widths, where caches are cold; then copies of the network at those widths, which tell what a pass
+    takes beside its ops. Evaluation mode, no gradients.
     Timings are kept in a file of the directory ``cache``: what was timed before on this device, with this
     torch and as many threads is not timed again.
 
@@ -72,6 +75,7 @@ def measure(
     _time_calls({call.key: call for call in calls.values()}, stored, device)
     times = _table(len(graph.operations), calls, stored.seconds)
     found = LatencyModel(graph, axes, axes_of, times, block=round_to if round_to > 1 else natural)
+    _settle(found, stored, device)
     _calibrate(found, model, example_inputs, stored, device)
     return found
 
@@ -147,17 +151,36 @@ def _last_positions(calls: Mapping[tuple[int, int, int], Call]) -> dict[int, tup
     return last
 
 
+def _settle(found: LatencyModel, stored: Cache, device: torch.device) -> None:
+    """Bring the tables to what each op takes between the others, as it was timed at three widths."""
+    operations = found.graph.operations
+    alone, within = [], []
+    for kept in _uniform(found.graph, found.block):
+        sizes = found.graph.costs.sizes(kept)
+        key = _network_key(operations, sizes)
+        keys = [f"{key}/{number}" for number in range(len(operations))]
+        if any(name not in stored.seconds for name in keys):
+            replay, watch = Replay(operations, sizes, device), Stopwatch(device)
+            times = np.median([replay.seconds(watch) for _ in range(PASSES)][1:], axis=0)
+            stored.seconds |= dict(zip(keys, np.nan_to_num(times).tolist(), strict=True))
+            stored.save()
+        alone.append(found.of_each(kept))
+        within.append(1e9 * np.array([stored.seconds[name] for name in keys]))
+    found.settle(np.array(alone), np.array(within))
+
+
 def _calibrate(
     found: LatencyModel, model: nn.Module, example_inputs: Any, stored: Cache, device: torch.device
 ) -> None:
     """Set scale and overhead from whole networks of three widths."""
+    operations = found.graph.operations
     widths = list(_uniform(found.graph, found.block))
-    of_ops = np.array([found.of_ops(kept) for kept in widths])
-    keys = [_network_key(found.graph, kept) for kept in widths]
+    keys = [_network_key(operations, found.graph.costs.sizes(kept)) for kept in widths]
     if any(key not in stored.seconds for key in keys):
         seconds = _time_networks(found, model, example_inputs, widths, device)
         stored.seconds |= dict(zip(keys, seconds, strict=True))
         stored.save()
+    of_ops = np.array([found.of_each(kept).sum() for kept in widths])
     whole = 1e9 * np.array([stored.seconds[key] for key in keys])
     found.scale, found.overhead = _line(of_ops, whole)
 
@@ -173,10 +196,9 @@ def _uniform(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
         yield kept
 
 
-def _network_key(graph: ChannelGraph, kept: np.ndarray) -> str:
-    sizes = graph.costs.sizes(kept)
-    text = "\n".join(Call(operation, sizes).key for operation in graph.operations)
-    return f"network {hashlib.sha256(text.encode()).hexdigest()}"
+def _network_key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
+    text = "\n".join(Call(operation, sizes).key for operation in operations)
+    return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _time_networks(

@@ -58,12 +58,25 @@ class LatencyModel:
 
     def cost(self, kept: np.ndarray) -> float:
         """Nanoseconds of a pass with the channels ``kept``, bool ``[C]``."""
-        return self.scale * self.of_ops(kept) + self.overhead
+        return self.scale * float(self.of_each(kept).sum()) + self.overhead
 
-    def of_ops(self, kept: np.ndarray) -> float:
-        """Nanoseconds of the ops alone, neither scaled nor with the overhead."""
+    def of_each(self, kept: np.ndarray) -> np.ndarray:
+        """Nanoseconds of each op, neither scaled nor with the overhead, float64 ``[ops]``."""
         widths = self._constant + self._of_atom @ self._counts(kept)
-        return float(self._times(np.arange(len(self._table)), widths[self._axes_of]).sum())
+        return self._times(np.arange(len(self._table)), widths[self._axes_of])
+
+    def settle(self, alone: np.ndarray, within: np.ndarray) -> None:
+        """Correct the tables: ops that they say take ``alone`` were found to take ``within``.
+
+        Both are nanoseconds, float64 ``[k, ops]``, of the same ``k`` sets of channels; between and beyond
+        those the ratio of the two is interpolated in the time.
+        """
+        for op, (x, y) in enumerate(zip(alone.T, within.T, strict=True)):
+            good = (x > 0) & (y > 0)
+            if good.any():
+                order = np.argsort(x[good])
+                ratio = np.interp(self._table[op], x[good][order], (y[good] / x[good])[order])
+                self._table[op] *= ratio
 
     def price(self, kept: np.ndarray) -> np.ndarray:
         """Nanoseconds that a channel's removal saves, float64 ``[C]``; 0 for those not kept.
