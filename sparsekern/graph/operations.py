@@ -42,7 +42,8 @@ class Operand:
 class Operation:
     """One op: ``target`` as in ``aten::conv2d.default``, called in the forward of ``module``.
 
-    name: its own in the traced graph. args, kwargs: as the op takes them, with an ``Operand`` in the place of every tensor.
+    name: its own in the traced graph. args, kwargs: as the op takes them, with an ``Operand`` in
+    the place of every tensor.
     """
 
     name: str

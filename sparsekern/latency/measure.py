@@ -49,9 +49,9 @@ def measure(
     """How long a forward pass takes with any set of kept channels, on this machine as it is now.
 
     Every op of the network, with the shapes, dtypes and memory formats that it has on the example inputs,
-    is timed by itself at a few widths, with the number of threads that is set; then all of them in their order
-    at three widths, where caches are cold; then copies of the network at those widths, which tell what a pass
-    takes beside its ops. Evaluation mode, no gradients.
+    is timed by itself at a few widths, with the number of threads that is set; then all of them in their
+    order at three widths, where caches are cold; then copies of the network at those widths, which tell what
+    a pass takes beside its ops. Evaluation mode, no gradients.
     Timings are kept in a file of the directory ``cache``: what was timed before on this device, with this
     torch and as many threads is not timed again.
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from sparsekern.graph import ChannelGraph
+from sparsekern.prune.exchange import exchange
 
 
 class Pricing(Protocol):
@@ -158,14 +159,20 @@ class Global(Allocator):
         stays = np.ones(len(blocks.removable), bool)
         for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
             stays = self._remove(problem, blocks, stays, removable)
+        if problem.pricing is not None:
+            # Times go in steps, and what a step leaves of the budget is worth having.
+            stays = exchange(problem, blocks, stays)
         return blocks.kept(stays, problem.graph.num_channels)
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
         """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
         everything = np.ones(problem.graph.num_channels, bool)
-        # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
-        even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
         totals = np.array([len(group.channels) for group in problem.graph.groups])
+        if problem.pricing is None:
+            # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
+            even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
+        else:
+            even = Uniform()(problem).sum() / len(everything)
         first = blocks.first
         return blocks.rank[first] >= self.balance * even * totals[blocks.group[first]]
 
