@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.environment import environment
+from benchmarks.environment import ALLOCATOR, environment, with_allocator
 from benchmarks.networks import NETWORKS
 from sparsekern import compact, criteria, latency, trace
 from sparsekern.compact import dry_run, make_plan
@@ -124,7 +124,7 @@ def main(
     keep: float = 0.4,
     size: int = 256,
     round_to: int = 16,
-    rounds: int = 31,
+    rounds: int = 61,
     output: Annotated[str, typer.Option(help="name of the files in benchmarks/results; none to print")] = "",
 ) -> None:
     """Prune the networks to a share of their latency and compare."""
@@ -139,7 +139,9 @@ def main(
             cells.append(f"{row['measured'] / keep - 1:+.1%}")
             cells += [f"{row[key]:.1%}" for key in ("saliency", "macs", "params")]
             table.add_row(f"{name} ({figure['dense_ms']:.0f} ms)", row["of"], *cells)
-    settings = {"keep": keep, "size": size, "round_to": round_to, "rounds": rounds} | environment()
+    settings = (
+        {"keep": keep, "size": size, "round_to": round_to, "rounds": rounds} | environment() | ALLOCATOR
+    )
     console = Console(width=110, record=True)
     console.print(table)
     console.print(settings)
@@ -150,4 +152,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with_allocator("benchmarks.latency_budget", lambda: typer.run(main))

@@ -18,6 +18,8 @@ from sparsekern._machine import cpu_name
 
 FORMAT = "sparsekern.latency"
 VERSION = 1
+# What glibc's allocator reads: whether the memory of a tensor is made anew every time.
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def directory(given: str | os.PathLike[str] | None = None) -> Path:
@@ -43,6 +45,7 @@ def settings(device: torch.device) -> dict[str, Any]:
         "precision": torch.get_float32_matmul_precision(),
     }
     if device.type == "cpu":
+        found |= {name: os.environ.get(name, "") for name in ALLOCATOR}
         return found | {"threads": torch.get_num_threads(), "onednn": torch.backends.mkldnn.is_available()}
     return found | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
 

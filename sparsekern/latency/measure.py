@@ -1,38 +1,29 @@
-"""Timing the ops of a network at a few widths, and whole networks to set them right."""
+"""Timing the ops of a network, each by itself at a few widths."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern.compact import compact, make_plan
 from sparsekern.compact.surgery import unwrap
-from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
-from sparsekern.graph.operations import Operation
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
 from sparsekern.latency.cache import Cache, directory
 from sparsekern.latency.calls import FAILURES, Call
 from sparsekern.latency.model import LatencyModel
-from sparsekern.latency.replay import Replay
 from sparsekern.latency.timing import Stopwatch
+from sparsekern.latency.whole import adjust
 
 _LOG = logging.getLogger(__name__)
 
 # An op's time is the shortest of so many visits, made in turn with all others.
 ROUNDS = 3
-# Uniform widths at which whole networks are timed, beside the full one, and how often.
-SHARES = (0.5, 0.2)
-PASSES = 9
 # oneDNN computes 16 channels together, tensor cores 8.
 NATURAL = {"cpu": 16, "cuda": 8}
 
@@ -50,8 +41,13 @@ def measure(
 
     Every op of the network, with the shapes, dtypes and memory formats that it has on the example inputs,
     is timed by itself at a few widths, with the number of threads that is set; then all of them in their
-    order at three widths, where caches are cold; then copies of the network at those widths, which tell what
-    a pass takes beside its ops. Evaluation mode, no gradients.
+    order at three widths, where caches are cold, and copies of the network at several, which tell what a
+    pass takes beside its ops. Evaluation mode, no gradients.
+    On Linux the allocator gives large tensors' memory back to the system and asks for it anew, which takes
+    longer than many an op, at one width and not at another: times are shorter, and predicted within a few
+    percent, in a process started with ``MALLOC_MMAP_THRESHOLD_=4294967296`` and
+    ``MALLOC_TRIM_THRESHOLD_=4294967296`` in its environment.
+
     Timings are kept in a file of the directory ``cache``: what was timed before on this device, with this
     torch and as many threads is not timed again.
 
@@ -75,8 +71,7 @@ def measure(
     _time_calls({call.key: call for call in calls.values()}, stored, device)
     times = _table(len(graph.operations), calls, stored.seconds)
     found = LatencyModel(graph, axes, axes_of, times, block=round_to if round_to > 1 else natural)
-    _settle(found, stored, device)
-    _calibrate(found, model, example_inputs, stored, device)
+    adjust(found, model, example_inputs, stored, device)
     return found
 
 
@@ -149,77 +144,3 @@ def _last_positions(calls: Mapping[tuple[int, int, int], Call]) -> dict[int, tup
     for number, i, j in calls:
         last[number] = max(last.get(number, (0, 0)), (i, j))
     return last
-
-
-def _settle(found: LatencyModel, stored: Cache, device: torch.device) -> None:
-    """Bring the tables to what each op takes between the others, as it was timed at three widths."""
-    operations = found.graph.operations
-    alone, within = [], []
-    for kept in _uniform(found.graph, found.block):
-        sizes = found.graph.costs.sizes(kept)
-        key = _network_key(operations, sizes)
-        keys = [f"{key}/{number}" for number in range(len(operations))]
-        if any(name not in stored.seconds for name in keys):
-            replay, watch = Replay(operations, sizes, device), Stopwatch(device)
-            times = np.median([replay.seconds(watch) for _ in range(PASSES)][1:], axis=0)
-            stored.seconds |= dict(zip(keys, np.nan_to_num(times).tolist(), strict=True))
-            stored.save()
-        alone.append(found.of_each(kept))
-        within.append(1e9 * np.array([stored.seconds[name] for name in keys]))
-    found.settle(np.array(alone), np.array(within))
-
-
-def _calibrate(
-    found: LatencyModel, model: nn.Module, example_inputs: Any, stored: Cache, device: torch.device
-) -> None:
-    """Set scale and overhead from whole networks of three widths."""
-    operations = found.graph.operations
-    widths = list(_uniform(found.graph, found.block))
-    keys = [_network_key(operations, found.graph.costs.sizes(kept)) for kept in widths]
-    if any(key not in stored.seconds for key in keys):
-        seconds = _time_networks(found, model, example_inputs, widths, device)
-        stored.seconds |= dict(zip(keys, seconds, strict=True))
-        stored.save()
-    of_ops = np.array([found.of_each(kept).sum() for kept in widths])
-    whole = 1e9 * np.array([stored.seconds[key] for key in keys])
-    found.scale, found.overhead = _line(of_ops, whole)
-
-
-def _uniform(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
-    """All channels, then the first ones of every group, about the same share of each: bool ``[C]``."""
-    for share in (1.0, *SHARES):
-        kept = np.zeros(graph.num_channels, bool)
-        for group in graph.groups:
-            size = len(group.channels)
-            width = min(size, max(block, round(share * size / block) * block))
-            kept[group.channels[:width]] = True
-        yield kept
-
-
-def _network_key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
-    text = "\n".join(Call(operation, sizes).key for operation in operations)
-    return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _time_networks(
-    found: LatencyModel, model: nn.Module, example_inputs: Any, widths: list[np.ndarray], device: torch.device
-) -> list[float]:
-    """Seconds of a pass of each: that of the widest, times the median ratio to it in the same round."""
-    args, kwargs = as_arguments(example_inputs)
-    runs = {}
-    for number, kept in enumerate(widths):
-        small = compact(model, make_plan(found.graph, kept)).eval()
-        runs[str(number)] = partial(small, *args, **kwargs)
-    times = np.array(list(Stopwatch(device).turns(runs, PASSES).values()))
-    ratios = np.median(times / times[0], axis=1)
-    return [float(ratio * statistics.median(times[0])) for ratio in ratios]
-
-
-def _line(of_ops: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    """Scale and overhead (at least 0) with ``scale * of_ops + overhead`` closest to ``whole``, relatively."""
-    rows = np.stack([of_ops, np.ones_like(of_ops)], axis=1) / whole[:, None]
-    scale, overhead = np.linalg.lstsq(rows, np.ones_like(whole), rcond=None)[0]
-    if overhead < 0 or scale <= 0:
-        relative = of_ops / whole
-        return float(relative.sum() / (relative**2).sum()), 0.0
-    return float(scale), float(overhead)

@@ -1,9 +1,9 @@
-"""A stopwatch for many short calls, and for a few networks that take turns."""
+"""A stopwatch."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import perf_counter, thread_time
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 # Calls are repeated until they have taken this long: less is mostly the clock and the scheduler.
 SHORTEST_CALLS = 1.5e-3
-SHORTEST_PASSES = 2e-2
 
 Run = Callable[[], Any]
 
@@ -28,14 +27,13 @@ class Stopwatch:
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self._clock = thread_time if alone else perf_counter
 
-    def seconds(self, run: Run, repeats: int = 1) -> float:
-        """Mean seconds of ``repeats`` calls."""
+    def seconds(self, run: Run) -> float:
+        """Seconds of a call."""
         self._synchronise()
         begin = self._clock()
-        for _ in range(repeats):
-            run()
+        run()
         self._synchronise()
-        return (self._clock() - begin) / repeats
+        return self._clock() - begin
 
     def visit(self, run: Run) -> float:
         """Median seconds of a few calls, after one that warms up."""
@@ -44,18 +42,6 @@ class Stopwatch:
         while len(times) < 2 or sum(times) < SHORTEST_CALLS:
             times.append(self.seconds(run))
         return statistics.median(times)
-
-    def turns(self, runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-        """Seconds of each of ``runs`` in every round, all in turn, so that a slow spell hits them alike."""
-        repeats = {}
-        for name, run in runs.items():
-            run()
-            repeats[name] = max(1, round(SHORTEST_PASSES / self.seconds(run)))
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(self.seconds(run, repeats[name]))
-        return times
 
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
