@@ -29,7 +29,7 @@ from sparsekern import compact, criteria, latency, trace
 from sparsekern.compact import dry_run, make_plan
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Global, Problem
-from sparsekern.prune.statistics import ChannelRows, gather, weigh
+from sparsekern.prune.statistics import of_weights
 
 RESULTS = Path(__file__).parent / "results"
 CASES = ("mobilenetv3-seg", "unet-8m")
@@ -54,10 +54,7 @@ def network(name: str, size: int) -> tuple[nn.Module, Tensor]:
 
 def magnitudes(model: nn.Module, graph: ChannelGraph) -> np.ndarray:
     """The norm of every channel's filters over the mean of its group, so that no layer counts for more."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    rows = ChannelRows(model, graph, {id(p) for p in parameters.values()}, decay=0.9)
-    weigh(rows.table)
-    found = gather(rows, graph, np.ones(graph.num_channels, bool), parameters)
+    found = of_weights(model, graph)
     saliency = criteria.Magnitude()(found)
     return saliency / found.per_group(lambda live: float(live.mean()), saliency)
 
@@ -123,7 +120,7 @@ def measure(name: str, size: int, keep: float, round_to: int, rounds: int) -> di
 def main(
     keep: float = 0.4,
     size: int = 256,
-    round_to: int = 16,
+    round_to: int = 8,
     rounds: int = 61,
     output: Annotated[str, typer.Option(help="name of the files in benchmarks/results; none to print")] = "",
 ) -> None:
@@ -142,7 +139,7 @@ def main(
     settings = (
         {"keep": keep, "size": size, "round_to": round_to, "rounds": rounds} | environment() | ALLOCATOR
     )
-    console = Console(width=110, record=True)
+    console = Console(width=120, record=True)
     console.print(table)
     console.print(settings)
     if output:

@@ -102,9 +102,16 @@ def prune_once(
     _check_calibration(select, given, loss)
     model = unwrap(model)
     with _same_random_state():
-        task = _task(model, example_inputs, protect, of, round_to, min_channels, cache)
-        task = replace(task, budget=share * task.budget)
-        check_feasible(task, share)
+        task = task_of(
+            model,
+            example_inputs,
+            keep=share,
+            of=of,
+            round_to=round_to,
+            min_channels=min_channels,
+            protect=protect,
+            cache=cache,
+        )
         # Everything from here on happens to copies.
         work = compact(model, Plan({})).eval().requires_grad_(True)
         rows = ChannelRows(work, task.graph, {id(p) for p in work.parameters()}, decay=DECAY)
@@ -123,16 +130,22 @@ def prune_once(
     return Pruned(network, plan)
 
 
-def _task(
+def task_of(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
-    protect: Sequence[str | nn.Module | nn.Parameter],
+    *,
+    keep: float,
     of: str,
     round_to: int | str,
-    min_channels: int | Mapping[str, int],
-    cache: str | os.PathLike[str] | None,
+    min_channels: int | Mapping[str, int] = 1,
+    protect: Sequence[str | nn.Module | nn.Parameter] = (),
+    cache: str | os.PathLike[str] | None = None,
 ) -> Problem:
-    """What the allocator is going to decide about, with the cost of the whole network as its budget."""
+    """What an allocator decides about, all parameters being free to go, once it has a saliency.
+
+    Raises:
+        ValueError: as :func:`prune_once`.
+    """
     multiple = resolve_round_to(round_to, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = prunable_graph(model, example_inputs, protect, parameters, {id(p) for p in parameters.values()})
@@ -142,7 +155,9 @@ def _task(
         pricing = latency.measure(model, graph, example_inputs, round_to=multiple, cache=cache)
     live = np.ones(graph.num_channels, bool)
     whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing)
-    return replace(whole, budget=whole.cost(live))
+    task = replace(whole, budget=keep * whole.cost(live))
+    check_feasible(task, keep)
+    return task
 
 
 class _Batches:

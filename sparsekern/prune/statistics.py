@@ -164,6 +164,14 @@ def gather(
     )
 
 
+def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
+    """What the weights tell by themselves; ``activity`` and ``taylor`` are 0."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = ChannelRows(model, graph, {id(param) for param in parameters.values()}, decay=0.0)
+    weigh(rows.table)
+    return gather(rows, graph, np.ones(graph.num_channels, bool), parameters)
+
+
 @torch.no_grad()
 def effective_filters(group: Group, statistics: Statistics) -> Tensor:
     """The group's filters as vectors whose inner products are the channels' inner products.
