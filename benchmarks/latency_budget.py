@@ -94,12 +94,12 @@ def measure(name: str, size: int, keep: float, round_to: int, rounds: int) -> di
     saliency = magnitudes(model, graph)
     everything = np.ones(graph.num_channels, bool)
     floors = np.ones(len(graph.groups), np.int64)
-    problem = Problem(graph, saliency, everything, 0.0, "latency", floors, round_to, times)
+    problem = Problem(graph, saliency, everything, 0.0, "latency", floors, round_to, pricing=times)
     problem = replace(problem, budget=keep * problem.cost(everything))
     choices = {f"latency, round_to={round_to}": ALLOCATE(problem)}
     nanoseconds = times.cost(choices[f"latency, round_to={round_to}"])
     for multiple in (round_to, 1):
-        macs = replace(problem, of="macs", pricing=None, round_to=multiple)
+        macs = replace(problem, of="macs", pricing=None, round_to=multiple, whole=0)
         choices[f"macs, round_to={multiple}"] = same_time(macs, times, nanoseconds)
     small = [compact(model, make_plan(graph, kept)) for kept in choices.values()]
     dense, measured = ratios([model, *small], image, rounds)

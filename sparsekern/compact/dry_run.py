@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import TensorPlan, make_plan
-from sparsekern.compact.surgery import Registered, build, like, match, registered, unwrap
+from sparsekern.compact.surgery import Registered, build, like, match, registered
 from sparsekern.compact.verify import as_arguments, leaves
 
 if TYPE_CHECKING:

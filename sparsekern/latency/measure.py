@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern.compact.surgery import unwrap
+from sparsekern._sharding import unwrap
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
 from sparsekern.latency.cache import Cache, directory

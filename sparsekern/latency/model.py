@@ -56,6 +56,16 @@ class LatencyModel:
         touches = (self._of_atom[self._axes_of] > 0).any(axis=1)
         self._pair_op, self._pair_atom = np.nonzero(touches)
 
+    @property
+    def values(self) -> np.ndarray:
+        """All that was measured, float64 ``[n]``: to be handed to an equal model of another process."""
+        return np.append(self._table.ravel(), (self.scale, self.overhead))
+
+    @values.setter
+    def values(self, values: np.ndarray) -> None:
+        self._table = values[:-2].reshape(self._table.shape).copy()
+        self.scale, self.overhead = map(float, values[-2:])
+
     def cost(self, kept: np.ndarray) -> float:
         """Nanoseconds of a pass with the channels ``kept``, bool ``[C]``."""
         return self.scale * float(self.of_each(kept).sum()) + self.overhead

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,8 @@ class Problem:
         of: the cost: ``"macs"``, ``"params"`` or what ``pricing`` gives.
         floors: int64 ``[groups]``; channels that stay at least.
         round_to: block size.
+        whole: cost of the network that nothing was removed from, by default that of ``graph``.
+        widths: int64 ``[groups]``; channels that the groups had there, by default those of ``graph``.
         pricing: costs that are not the graph's own.
     """
 
@@ -51,7 +53,15 @@ class Problem:
     of: str
     floors: np.ndarray
     round_to: int = 1
+    whole: float = 0
+    widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pricing: Pricing | None = None
+
+    def __post_init__(self) -> None:
+        if not self.whole:
+            object.__setattr__(self, "whole", self.cost(np.ones(self.graph.num_channels, bool)))
+        if not len(self.widths):
+            object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 
     def cost(self, kept: np.ndarray) -> float:
         """Cost of the network with the channels ``kept``, in units of ``of``."""
@@ -166,15 +176,13 @@ class Global(Allocator):
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
         """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
-        everything = np.ones(problem.graph.num_channels, bool)
-        totals = np.array([len(group.channels) for group in problem.graph.groups])
         if problem.pricing is None:
             # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
-            even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
+            even = np.sqrt(min(1.0, problem.budget / problem.whole))
         else:
-            even = Uniform()(problem).sum() / len(everything)
+            even = Uniform()(problem).sum() / problem.widths.sum()
         first = blocks.first
-        return blocks.rank[first] >= self.balance * even * totals[blocks.group[first]]
+        return blocks.rank[first] >= self.balance * even * problem.widths[blocks.group[first]]
 
     def _remove(
         self, problem: Problem, blocks: Blocks, stays: np.ndarray, removable: np.ndarray
@@ -211,8 +219,7 @@ class Uniform(Allocator):
     """The same share of every group stays: the control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        totals = np.array([len(group.channels) for group in problem.graph.groups], np.float64)
-        return _bisect(problem, lambda share: share * totals)
+        return _bisect(problem, lambda share: share * problem.widths)
 
 
 @dataclass(frozen=True)
@@ -220,9 +227,8 @@ class Flat(Allocator):
     """Every group keeps at most the same number of channels: the other control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        widest = max((len(group.channels) for group in problem.graph.groups), default=0)
-        groups = len(problem.graph.groups)
-        return _bisect(problem, lambda share: np.full(groups, share * widest))
+        widest = problem.widths.max(initial=0)
+        return _bisect(problem, lambda share: np.full(len(problem.widths), share * widest))
 
 
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from sparsekern import latency
 from sparsekern._ops import channel_moments_, row_statistics_
 from sparsekern._rows import RowTable
+from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, compact, make_plan
-from sparsekern.compact.surgery import unwrap
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
@@ -30,7 +30,7 @@ from sparsekern.prune.budget import (
     resolve_round_to,
 )
 from sparsekern.prune.masking import Masks
-from sparsekern.prune.prepare import check_parts, prunable_graph
+from sparsekern.prune.preparation import check_options, prunable_graph
 from sparsekern.prune.recalibrate import recalibrate as recalibrate_norms
 from sparsekern.prune.recalibrate import run
 from sparsekern.prune.statistics import ChannelRows, gather, weigh
@@ -96,7 +96,7 @@ def prune_once(
         ValueError: an argument is out of range or missing, as above.
     """
     share, of = check_keep(keep), check_unit(of)
-    check_parts(select, allocate)
+    check_options(select, allocate, 0.0, "ignore")
     select, allocate = select or criteria.default(), allocate or Global()
     given = _Batches(calibration, batches)
     _check_calibration(select, given, loss)
@@ -146,16 +146,16 @@ def task_of(
     Raises:
         ValueError: as :func:`prune_once`.
     """
-    multiple = resolve_round_to(round_to, model)
+    multiple = resolve_round_to(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    graph = prunable_graph(model, example_inputs, protect, parameters, {id(p) for p in parameters.values()})
+    graph = prunable_graph(model, {id(p) for p in parameters.values()}, example_inputs, protect)
     floors = resolve_floors(min_channels, graph)
     pricing = None
     if of == "latency":
         pricing = latency.measure(model, graph, example_inputs, round_to=multiple, cache=cache)
     live = np.ones(graph.num_channels, bool)
-    whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing)
-    task = replace(whole, budget=keep * whole.cost(live))
+    whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
+    task = replace(whole, budget=keep * whole.whole)
     check_feasible(task, keep)
     return task
 

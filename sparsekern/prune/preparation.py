@@ -1,4 +1,4 @@
-"""What has to hold of a model before it is pruned."""
+"""Before a training: are the arguments sound, and which channels can be removed at all."""
 
 from __future__ import annotations
 
@@ -10,26 +10,39 @@ from torch import Tensor, nn
 
 from sparsekern.compact import dry_run
 from sparsekern.graph import ChannelGraph, trace
+from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator
-from sparsekern.prune.criteria import Criterion
+
+NONFINITE = ("ignore", "raise")
 
 
-def check_parts(select: object, allocate: object) -> None:
-    """Raise a ValueError where one of the two is neither None nor of its kind."""
-    if select is not None and not isinstance(select, Criterion):
+def check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
+    """Raise a ValueError for the first of these arguments of a Pruner that is not sound."""
+    if select is not None and not isinstance(select, criteria.Criterion):
         raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
     if allocate is not None and not isinstance(allocate, Allocator):
         raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
+    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
+        raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
 
 
 def prunable_graph(
     model: nn.Module,
+    trained: set[int],
     example_inputs: Tensor | tuple[Any, ...],
     protect: Sequence[str | nn.Module | nn.Parameter],
-    parameters: Mapping[str, nn.Parameter],
-    trained: set[int],
 ) -> ChannelGraph:
-    """The model's graph, without groups that are not trained and those that a dry run found wanting."""
+    """The model's graph, without groups that are not trained and those that a dry run found wanting.
+
+    ``trained`` holds ``id`` of every parameter of the optimizer.
+
+    Raises:
+        ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
+            channel is left.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_held(parameters, trained)
     graph = trace(model, example_inputs, protect=protect)
     idle = [
