@@ -26,9 +26,11 @@ from sparsekern.latency.timing import Stopwatch
 # widths are left to chance.
 EVEN = (1.0, 0.5, 0.2)
 UNEVEN = (0.7, 0.6, 0.5, 0.4, 0.3)
-# Rounds in which all of them take turns: at least so many, and so many seconds.
+# Rounds in which all of them take turns: at least so many, and then until so many seconds are spent in
+# networks or so many rounds are over.
 ROUNDS = 15
 SHORTEST = 3.0
+MOST_ROUNDS = 100
 
 
 def adjust(
@@ -95,7 +97,7 @@ def _time(
     single: list[list[list[float]]] = []
     for run in networks:
         run()
-    while len(whole) < ROUNDS or sum(map(sum, whole)) < SHORTEST:
+    while len(whole) < ROUNDS or (len(whole) < MOST_ROUNDS and sum(map(sum, whole)) < SHORTEST):
         whole.append([watch.seconds(run) for run in networks])
         single.append([replay.seconds(watch) for replay in replays])
     full = statistics.median(row[0] for row in whole)
