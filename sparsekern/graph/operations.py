@@ -18,7 +18,7 @@ from .values import Ids, Value
 class Operand:
     """A tensor that an op reads.
 
-    shape: its sizes in the network as it is. extents: per dimension the number of the extent
+    shape: its sizes in the network as it is. dtype: as ``float32``. extents: per dimension the number of the extent
     (of the graph's ``costs``) that is its size, None for a size that never changes. order: its
     dimensions from the outermost in memory to the innermost. source: name and output number of the
     operation that made it, None for a parameter, buffer, constant or input of the network.
@@ -26,7 +26,7 @@ class Operand:
 
     shape: tuple[int, ...]
     extents: tuple[int | None, ...]
-    dtype: torch.dtype
+    dtype: str
     order: tuple[int, ...]
     source: tuple[str, int] | None = None
 
@@ -38,12 +38,19 @@ class Operand:
         )
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A dtype, layout or memory format, ``name`` as in ``torch.float32``, or ``device`` for any device."""
+
+    name: str
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One op: ``target`` as in ``aten::conv2d.default``, called in the forward of ``module``.
 
     name: its own in the traced graph. args, kwargs: as the op takes them, with an ``Operand`` in
-    the place of every tensor.
+    the place of every tensor and a ``Constant`` in that of every object of torch.
     """
 
     name: str
@@ -98,18 +105,29 @@ def read(node: fx.Node, env: Mapping[fx.Node, Any], module: str) -> Read:
         value, traced = env[source], source.meta.get("val")
         if not isinstance(value, Value):
             return value
-        dtype, order = torch.float32, tuple(range(value.ndim))
+        dtype, order = "float32", tuple(range(value.ndim))
         if isinstance(traced, Tensor) and traced.ndim == value.ndim:
-            dtype, order = traced.dtype, _memory_order(traced)
+            dtype, order = str(traced.dtype).removeprefix("torch."), _memory_order(traced)
         ids.append(value.ids)
         return Operand(value.shape, (None,) * value.ndim, dtype, order, _source(source))
 
-    args: Any = fx.node.map_arg(node.args, operand)
-    kwargs: Any = fx.node.map_arg(node.kwargs, operand)
+    args: Any = _plain(fx.node.map_arg(node.args, operand))
+    kwargs: Any = {name: _plain(value) for name, value in fx.node.map_arg(node.kwargs, operand).items()}
     target: Any = node.target
     overload = target._schema.overload_name or "default"
     name = f"{target._schema.name}.{overload}"
-    return Read(Operation(node.name, name, module, tuple(args), dict(kwargs)), tuple(ids))
+    return Read(Operation(node.name, name, module, tuple(args), kwargs), tuple(ids))
+
+
+def _plain(argument: Any) -> Any:
+    """The argument without objects of torch, so that a graph is data and nothing else."""
+    if isinstance(argument, (list, tuple)):
+        return [_plain(item) for item in argument]
+    if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
+        return Constant(str(argument))
+    if isinstance(argument, torch.device):
+        return Constant("device")
+    return argument
 
 
 def _source(node: fx.Node) -> tuple[str, int] | None:

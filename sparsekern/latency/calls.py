@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.graph.operations import Operand, Operation
+from sparsekern.graph.operations import Constant, Operand, Operation
 
 # What a wrong number of channels raises, whoever looks first.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
@@ -62,7 +62,10 @@ class Call:
                 return tensor(argument)
             if isinstance(argument, (list, tuple)):
                 return [filled(item) for item in argument]
-            return device if isinstance(argument, torch.device) else argument
+            if isinstance(argument, Constant):
+                name = argument.name
+                return device if name == "device" else getattr(torch, name.removeprefix("torch."))
+            return argument
 
         args = [filled(argument) for argument in self._args]
         return args, {name: filled(value) for name, value in self.operation.kwargs.items()}
@@ -70,9 +73,9 @@ class Call:
     def tensor(self, operand: Operand, device: torch.device) -> Tensor:
         """Ones in the operand's shape, which in-place arithmetic leaves harmless; index 0 of integers."""
         order, shape = operand.order, operand.sized(self._sizes)
-        laid = torch.empty([shape[d] for d in order], dtype=operand.dtype, device=device)
+        dtype = getattr(torch, operand.dtype)
+        laid = torch.empty([shape[d] for d in order], dtype=dtype, device=device)
         tensor = laid.permute(sorted(range(len(order)), key=order.__getitem__))
-        dtype = operand.dtype
         number = dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
         return tensor.fill_(1 if number else 0)
 
@@ -81,17 +84,16 @@ class Call:
         return (
             isinstance(value, Tensor)
             and value.shape == operand.sized(self._sizes)
-            and value.dtype == operand.dtype
+            and value.dtype == getattr(torch, operand.dtype)
         )
 
     def _text(self, argument: Any) -> str:
         if isinstance(argument, Operand):
-            dtype = str(argument.dtype).removeprefix("torch.")
             shape = "x".join(map(str, argument.sized(self._sizes)))
-            return f"{dtype}[{shape}]@{''.join(map(str, argument.order))}"
+            return f"{argument.dtype}[{shape}]@{''.join(map(str, argument.order))}"
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(map(self._text, argument))}]"
-        return str(argument)
+        return argument.name if isinstance(argument, Constant) else str(argument)
 
 
 def _unchanged(operation: Operation, sizes: np.ndarray) -> list[Any]:
