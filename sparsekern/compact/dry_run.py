@@ -113,7 +113,7 @@ class _Trial:
                 kept[self._halves[number]] = False
             parts = match(make_plan(self._graph, kept), self._tensors)
             small = build(self._model, self._tensors, parts, lambda entry: self._empty(entry, parts))
-            _drop_hooks(small)
+            drop_hooks(small)
             self._latest = key, small
         return self._latest[1]
 
@@ -185,7 +185,7 @@ def _halves(groups: Sequence[Group]) -> dict[int, np.ndarray[Any, Any]]:
     return halves
 
 
-def _drop_hooks(model: nn.Module) -> None:
+def drop_hooks(model: nn.Module) -> None:
     """Hooks of the user would see fake tensors, in the user's own lists and loggers."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
