@@ -18,10 +18,11 @@ from .values import Ids, Value
 class Operand:
     """A tensor that an op reads.
 
-    shape: its sizes in the network as it is. dtype: as ``float32``. extents: per dimension the number of the extent
-    (of the graph's ``costs``) that is its size, None for a size that never changes. order: its
-    dimensions from the outermost in memory to the innermost. source: name and output number of the
-    operation that made it, None for a parameter, buffer, constant or input of the network.
+    shape: its sizes in the network as it is. extents: per dimension the number of the extent (of the
+    graph's ``costs``) that is its size, None for a size that never changes. dtype: such as
+    ``float32``. order: its dimensions from the outermost in memory to the innermost. source: name
+    and output number of the operation that made it, None for a parameter, buffer, constant or input
+    of the network.
     """
 
     shape: tuple[int, ...]
