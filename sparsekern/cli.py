@@ -138,7 +138,7 @@ def train(
     keep: Annotated[
         float | None, typer.Option(help="Share of the cost that stays, in (0, 1]; default 0.2.")
     ] = None,
-    of: Annotated[str, typer.Option(help="The cost: macs, params")] = "macs",
+    of: Annotated[str, typer.Option(help="The cost: macs, params, latency")] = "macs",
     dense: Annotated[bool, typer.Option("--dense", help="Train without pruning.")] = False,
     select: Annotated[
         str,

@@ -39,8 +39,9 @@ def directory(given: str | os.PathLike[str] | None = None) -> Path:
 
 def settings(device: torch.device) -> dict[str, Any]:
     """Everything but an op's own shapes that its time depends on."""
+    names = {"cpu": cpu_name, "cuda": lambda: torch.cuda.get_device_name(device)}
     found: dict[str, Any] = {
-        "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": names.get(device.type, lambda: str(device))(),
         "torch": torch.__version__,
         "precision": torch.get_float32_matmul_precision(),
     }
