@@ -115,5 +115,5 @@ def _line(of_ops: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
     ops, time = of_ops[0] - of_ops[1:], whole[0] - whole[1:]
     weight = whole[1:] ** -2.0
     scale = float((weight * ops * time).sum() / max((weight * ops * ops).sum(), 1e-30))
-    scale = min(max(scale, 0.0), float(whole[0] / of_ops[0]))
+    scale = min(max(scale, 0.0), float(whole[0] / max(of_ops[0], 1e-9)))
     return scale, float(whole[0] - scale * of_ops[0])

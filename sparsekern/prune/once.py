@@ -182,6 +182,8 @@ class _Batches:
         for batch in islice(self._source, self._most):
             empty = False
             pair = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+            if isinstance(pair[0], list):  # a DataLoader makes lists of tuples
+                pair = tuple(pair[0]), pair[1]
             yield pytree.tree_map_only(Tensor, lambda t: t.to(device), pair)
         if empty:
             raise ValueError("calibration: got no batch, expected at least one")

@@ -185,6 +185,7 @@ def test_norms_are_recalibrated_in_the_smaller_network() -> None:
         lambda: iter(calibration()),
         lambda: [list(pair) for pair in calibration()],
         lambda: [((inputs,), targets) for inputs, targets in calibration()],
+        lambda: [[[inputs], targets] for inputs, targets in calibration()],
         lambda: [({"x": inputs}, targets) for inputs, targets in calibration()],
         lambda: torch.utils.data.DataLoader(
             torch.utils.data.TensorDataset(
@@ -193,7 +194,7 @@ def test_norms_are_recalibrated_in_the_smaller_network() -> None:
             batch_size=4,
         ),
     ],
-    ids=["iterator", "lists", "tuples", "dicts", "loader"],
+    ids=["iterator", "lists", "tuples", "nested", "dicts", "loader"],
 )
 def test_batches_of_any_form_give_the_same(given: Any) -> None:
     expected = prune_once(trained(), example(), keep=0.4, calibration=calibration(), loss=LOSS)
