@@ -1,0 +1,81 @@
+// One thread's work on up to sixteen bytes of a tensor: everything read once, everything written once.
+#pragma once
+
+#include "factors.cuh"
+#include "pack.cuh"
+#include "sums.cuh"
+
+namespace sparsekern::cuda {
+
+template <class S, class Update>
+class Worker {
+ public:
+  using C = typename Compute<S>::Type;
+
+  __device__ Worker(const Table& table, const Entry& entry, const Conditions& conditions)
+      : entry_(entry),
+        update_(table, entry, conditions),
+        scale_(table.scaled ? static_cast<C>(read(table.grad_scale)) : C(1)),
+        scaled_(table.scaled),
+        maximize_(table.hyper.maximize),
+        statistics(table.statistics && entry.start >= 0 && conditions.learn) {}
+
+  // Whether there is nothing to do for a row with these factors.
+  __device__ bool leaves(const Factors<C>& row) const {
+    return (row.masked && !Update::kClearsMasked) || update_.leaves(row);
+  }
+
+  __device__ __forceinline__ void operator()(const Span& span, const Factors<C>& row, C threshold, Sums<C>& sums) const {
+    S* const param = list(kParam);
+    Pack<S> weights = load(param, span), gradients = {}, states[kStates] = {};
+    if (Update::kReadsGrad) gradients = load(list(kGrad), span);
+#pragma unroll
+    for (int s = 0; s < Update::kStates; ++s)
+      if (!update_.ignores_states()) states[s] = load(list(kState0 + s), span);
+#pragma unroll
+    for (int k = 0; k < kPack<S>; ++k) {
+      const C w = widen(weights.values[k]);
+      const C d = gradient(&gradients.values[k]);
+      if (statistics && span.holds(k)) sums.add(w, d, threshold);
+      if constexpr (Update::kWrites) {
+        C state[kStates];
+#pragma unroll
+        for (int s = 0; s < Update::kStates; ++s) state[s] = widen(states[s].values[k]);
+        const C updated = update_(w, d, state, row) * row.decline;
+        const bool clear = row.ends || row.masked;
+        narrow(clear ? C(0) : updated, &weights.values[k]);
+#pragma unroll
+        for (int s = 0; s < Update::kStates; ++s) narrow(clear ? C(0) : state[s], &states[s].values[k]);
+      }
+    }
+    if (Update::kWrites) store(weights, param, span);
+#pragma unroll
+    for (int s = 0; s < Update::kStates; ++s) store(states[s], list(kState0 + s), span);
+    if (Update::kReadsGrad && scaled_) store(gradients, list(kGrad), span);
+  }
+
+ private:
+  static constexpr int kStates = Update::kStates > 0 ? Update::kStates : 1;
+
+  __device__ S* list(int slot) const { return static_cast<S*>(entry_.address[slot]); }
+
+  // In the compute type, unscaled (and then stored so) and with the sign that is descended.
+  __device__ C gradient(S* stored) const {
+    C d = widen(*stored);
+    if (scaled_) {
+      d = d / scale_;
+      narrow(d, stored);
+    }
+    return maximize_ ? -d : d;
+  }
+
+  const Entry& entry_;
+  Update update_;
+  C scale_;
+  bool scaled_, maximize_;
+
+ public:
+  const bool statistics;
+};
+
+}  // namespace sparsekern::cuda
