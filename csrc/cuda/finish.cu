@@ -24,7 +24,7 @@ __device__ Found fold(const Found& mine) {
   all[threadIdx.x] = mine;
   for (int reach = kFinishThreads / 2; reach > 0; reach /= 2) {
     __syncthreads();
-    if (threadIdx.x < reach) all[threadIdx.x] += all[threadIdx.x + reach];
+    if (static_cast<int>(threadIdx.x) < reach) all[threadIdx.x] += all[threadIdx.x + reach];
   }
   __syncthreads();
   return all[0];
@@ -81,7 +81,7 @@ __device__ void finish_statistics(const Table& table, const Entry& entry) {
     atomicAdd(reinterpret_cast<unsigned long long*>(table.rows.nonfinite), static_cast<unsigned long long>(found.spoilt));
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kFinishThreads) finish(const Table __grid_constant__ table) {
   const Conditions conditions = conditions_of(table);
   if (!conditions.go) return;
   const Entry& entry = table.entries[blockIdx.x];

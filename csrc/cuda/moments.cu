@@ -16,7 +16,7 @@ __device__ bool is_last_block(uint32_t* ticket) {
   return last;
 }
 
-__global__ void __launch_bounds__(kThreads) fold_channels(const __grid_constant__ Moments moments) {
+__global__ void __launch_bounds__(kThreads) fold_channels(const Moments __grid_constant__ moments) {
   const bool learn = *moments.pending != 0;
   const float keep = static_cast<float>(moments.decay), fresh = static_cast<float>(1 - moments.decay);
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -40,7 +40,7 @@ __device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
 }
 
 template <class S, class Update>
-__global__ void __launch_bounds__(kThreads) step(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads) step(const Table __grid_constant__ table) {
   const Conditions conditions = conditions_of(table);
   if (!conditions.go) return;
   const int32_t index = static_cast<int32_t>(blockIdx.x);
