@@ -1,4 +1,4 @@
-"""Builds the native kernels with ninja: for the CPU where there is a compiler, for CUDA where there is nvcc too.
+"""Builds the native kernels with ninja: for the CPU where there is a compiler, for CUDA where there is nvcc.
 
 Everything else about the package stands in pyproject.toml. torch is not needed: the kernels take addresses.
 
@@ -31,8 +31,8 @@ CSRC = Path(__file__).parent / "csrc"
 # change no result; they let the compiler vectorise square roots and selections.
 KERNEL_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wextra"
-# The same arithmetic on a GPU: nvcc would contract, too. Kernels are compiled for each of these architectures that nvcc
-# knows, and the last is kept as PTX for those to come.
+# The same arithmetic on a GPU: nvcc would contract, too. Kernels are compiled for each of these architectures
+# that nvcc knows, and the last is kept as PTX for those to come.
 CUDA_FLAGS = (
     "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG -Werror all-warnings "
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static"

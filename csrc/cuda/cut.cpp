@@ -45,7 +45,8 @@ Cut cut_of(const Shape& shape, int64_t element_size) {
     cut.lanes = lanes_of(shape.inner, pack);
     row_step = std::min(kChunk / cut.inner_step, kTurns * kBlockThreads / cut.lanes);
   } else {
-    row_step = kTileColumns / std::max<int64_t>(1, shape.inner / pack);
+    // Rounded up: where packs do not fit into rows, a tile of several rows has a thread for every element.
+    row_step = kTileColumns / divide_up(shape.inner, pack);
   }
   row_step = std::max<int64_t>(1, std::min(row_step, shape.rows));
   if (shape.outer > 1) cut.outer_step = std::max<int64_t>(1, kChunk / (row_step * cut.inner_step));

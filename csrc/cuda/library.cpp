@@ -73,8 +73,8 @@ bool fill_head(const Call& call, Table& table) {
     cut_rows = cut_rows || (call.shapes[i].start >= 0 && call.cuts[i].pieces > 1);
   }
   if (!table.tracks) return true;
-  void* const* arrays = call.row_arrays;
-  if (arrays == nullptr || std::any_of(arrays, arrays + 7, [](void* array) { return array == nullptr; })) return false;
+  void* const* arrays = call.addresses + kSlots * call.tensors;
+  if (std::any_of(arrays, arrays + 7, [](void* array) { return array == nullptr; })) return false;
   table.rows = {static_cast<float*>(arrays[0]), static_cast<int32_t*>(arrays[1]), static_cast<float*>(arrays[2]),
                 static_cast<float*>(arrays[3]), static_cast<float*>(arrays[4]),   static_cast<int64_t*>(arrays[5]),
                 static_cast<float*>(arrays[6])};
