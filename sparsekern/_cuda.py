@@ -22,7 +22,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 DEVICE_TYPE = 2
 """What DLPack calls a CUDA device."""
 
-NEVER_RUN = "compiled for sm_80, sm_90, sm_100 and PTX, tested in emulation, never run on a GPU"
+NEVER_RUN = "compiled and tested in emulation, never run on a GPU"
 
 
 class Shape(Structure):
@@ -143,6 +143,12 @@ def why_not() -> str | None:
     library = load()
     if library is None:
         return str(reason)
+    problem = _problem(library)
+    return None if problem is None else f"{problem} ({NEVER_RUN})"
+
+
+def _problem(library: ctypes.CDLL) -> str | None:
+    """What of torch or this machine is in the way."""
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     if not torch.cuda.is_available():

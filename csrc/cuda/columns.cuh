@@ -29,8 +29,13 @@ __device__ inline void walk_columns(const Table& table, const Entry& entry, cons
     const C threshold = work.statistics ? table.rows.threshold[entry.start + row] : C(0);
     for (int64_t outer = chunk.outer_begin + level; outer < chunk.outer_end; outer += depth) {
       const int64_t begin = (outer * entry.rows + row) * entry.inner + chunk.inner_begin;
-      for (int64_t at = column % of_row; at < inner; at += of_row)
-        work({begin + at * size, 0, size, whole}, factors, threshold, sums);
+      for (int64_t at = column % of_row; at < inner; at += of_row) {
+        if (whole) {
+          work.template run<kPack<S>>(begin + at * size, factors, threshold, sums);
+        } else {
+          work.template run<1>(begin + at, factors, threshold, sums);
+        }
+      }
     }
   }
   if (!work.statistics) return;

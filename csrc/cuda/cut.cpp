@@ -26,11 +26,13 @@ constexpr int64_t kBlockThreads = 256, kWarpThreads = 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Threads for a row: one for each pack, and in short rows, many of whose elements belong to none, one for each element.
 int32_t lanes_of(int64_t inner, int64_t pack) {
   if (inner > kWarpRow) return kBlockThreads;
-  int64_t lanes = 1;
-  while (lanes < kWarpThreads && lanes * pack < inner) lanes *= 2;
-  return static_cast<int32_t>(lanes);
+  const int64_t useful = inner < kWarpThreads ? inner : divide_up(inner, pack);
+  int32_t lanes = 1;
+  while (lanes < kWarpThreads && lanes < useful) lanes *= 2;
+  return lanes;
 }
 
 }  // namespace

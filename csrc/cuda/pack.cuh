@@ -1,48 +1,37 @@
-// Sixteen bytes of a tensor at a time, or the part of them that belongs to a row.
+// Sixteen bytes of a tensor at a time, or one element.
 #pragma once
 
+#include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 namespace sparsekern::cuda {
 
 template <class S>
 constexpr int kPack = 16 / sizeof(S);
 
-template <class S>
-struct alignas(16) Pack {
-  S values[kPack<S>];
+template <class S, int kCount>
+struct alignas(kCount * sizeof(S)) Pack {
+  S values[kCount];
 };
 
-// Elements [begin + low, begin + high) of a tensor. `whole`: as many as a pack has, and aligned.
-struct Span {
-  int64_t begin;
-  int32_t low, high;
-  bool whole;
-
-  __device__ bool holds(int k) const { return k >= low && k < high; }
-};
-
-template <class S>
-__device__ __forceinline__ Pack<S> load(const S* tensor, const Span& span) {
-  const S* address = tensor + span.begin;
-  if (span.whole) return *static_cast<const Pack<S>*>(__builtin_assume_aligned(address, 16));
-  Pack<S> pack = {};
-#pragma unroll
-  for (int k = 0; k < kPack<S>; ++k)
-    if (span.holds(k)) pack.values[k] = address[k];
-  return pack;
+template <int kCount, class S>
+__device__ __forceinline__ Pack<S, kCount> load(const S* address) {
+  using Type = Pack<S, kCount>;
+  return *static_cast<const Type*>(__builtin_assume_aligned(address, sizeof(Type)));
 }
 
-template <class S>
-__device__ __forceinline__ void store(const Pack<S>& pack, S* tensor, const Span& span) {
-  S* address = tensor + span.begin;
-  if (span.whole) {
-    *static_cast<Pack<S>*>(__builtin_assume_aligned(address, 16)) = pack;
-    return;
+// By an intrinsic (of the usual caching): the compiler takes the copy of a struct apart, and for sm_80 and sm_90 it does
+// not put the stores of the elements together again.
+template <int kCount, class S>
+__device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address) {
+  if constexpr (kCount == kPack<S>) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    __stwb(reinterpret_cast<uint4*>(address), bits);
+  } else {
+    *address = pack.values[0];
   }
-#pragma unroll
-  for (int k = 0; k < kPack<S>; ++k)
-    if (span.holds(k)) address[k] = pack.values[k];
 }
 
 }  // namespace sparsekern::cuda

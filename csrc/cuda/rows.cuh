@@ -13,17 +13,20 @@ struct Chunk {
   int32_t piece;
 };
 
-// The elements [begin, end) as packs that are aligned with the tensor's; `lane` is one of `lanes` that share them.
+// The elements [begin, end), shared by `lanes` threads of which this is number `lane`: packs as they are aligned with
+// the tensor, and one by one what is left at both ends. The thread that adds an element up thus depends on addresses:
+// torch gives every tensor of its own an aligned one.
 template <class S, class Update, class C>
 __device__ __forceinline__ void walk_row(const Worker<S, Update>& work, int64_t begin, int64_t end, int lane, int lanes,
                                          bool aligned, const Factors<C>& row, C threshold, Sums<C>& sums) {
   constexpr int64_t kSize = kPack<S>;
-  const int64_t first = begin - begin % kSize, step = lanes * kSize;
-  for (int64_t at = first + lane * kSize; at < end; at += step) {
-    const int32_t low = at < begin ? static_cast<int32_t>(begin - at) : 0;
-    const int32_t high = at + kSize > end ? static_cast<int32_t>(end - at) : static_cast<int32_t>(kSize);
-    work({at, low, high, aligned && high - low == kSize}, row, threshold, sums);
-  }
+  int64_t first = (begin + kSize - 1) / kSize * kSize, last = end / kSize * kSize;
+  if (!aligned || first >= last) first = last = end;
+  for (int64_t at = first + lane * kSize; at < last; at += lanes * kSize)
+    work.template run<kPack<S>>(at, row, threshold, sums);
+  const int64_t before = first - begin, singles = before + end - last;
+  for (int64_t i = lane; i < singles; i += lanes)
+    work.template run<1>(i < before ? begin + i : last + i - before, row, threshold, sums);
 }
 
 template <class S, class Update>

@@ -39,8 +39,12 @@ __device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
           row,   least(entry.rows, row + entry.row_step),      piece};
 }
 
+// Blocks that a multiprocessor has registers for at least. With three or more of them some kernels would spill; two
+// have 32 KB on their way from memory, twice what its latency asks for.
+constexpr int kBlocks = 2;
+
 template <class S, class Update>
-__global__ void __launch_bounds__(kThreads) step(const Table __grid_constant__ table) {
+__global__ void __launch_bounds__(kThreads, kBlocks) step(const Table __grid_constant__ table) {
   const Conditions conditions = conditions_of(table);
   if (!conditions.go) return;
   const int32_t index = static_cast<int32_t>(blockIdx.x);

@@ -1,4 +1,4 @@
-// One thread's work on up to sixteen bytes of a tensor: everything read once, everything written once.
+// One thread's work on an element of a tensor or on a pack of them: everything read once, everything written once.
 #pragma once
 
 #include "factors.cuh"
@@ -25,18 +25,19 @@ class Worker {
     return (row.masked && !Update::kClearsMasked) || update_.leaves(row);
   }
 
-  __device__ __forceinline__ void operator()(const Span& span, const Factors<C>& row, C threshold, Sums<C>& sums) const {
-    S* const param = list(kParam);
-    Pack<S> weights = load(param, span), gradients = {}, states[kStates] = {};
-    if (Update::kReadsGrad) gradients = load(list(kGrad), span);
+  // Elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or that of a pack with all addresses aligned.
+  template <int kCount>
+  __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
+    Pack<S, kCount> weights = load<kCount>(list(kParam) + at), gradients = {}, states[kStates] = {};
+    if constexpr (Update::kReadsGrad) gradients = load<kCount>(list(kGrad) + at);
 #pragma unroll
     for (int s = 0; s < Update::kStates; ++s)
-      if (!update_.ignores_states()) states[s] = load(list(kState0 + s), span);
+      if (!update_.ignores_states()) states[s] = load<kCount>(list(kState0 + s) + at);
 #pragma unroll
-    for (int k = 0; k < kPack<S>; ++k) {
+    for (int k = 0; k < kCount; ++k) {
       const C w = widen(weights.values[k]);
       const C d = gradient(&gradients.values[k]);
-      if (statistics && span.holds(k)) sums.add(w, d, threshold);
+      if (statistics) sums.add(w, d, threshold);
       if constexpr (Update::kWrites) {
         C state[kStates];
 #pragma unroll
@@ -48,10 +49,11 @@ class Worker {
         for (int s = 0; s < Update::kStates; ++s) narrow(clear ? C(0) : state[s], &states[s].values[k]);
       }
     }
-    if (Update::kWrites) store(weights, param, span);
+    if constexpr (Update::kWrites) store(weights, list(kParam) + at);
 #pragma unroll
-    for (int s = 0; s < Update::kStates; ++s) store(states[s], list(kState0 + s), span);
-    if (Update::kReadsGrad && scaled_) store(gradients, list(kGrad), span);
+    for (int s = 0; s < Update::kStates; ++s) store(states[s], list(kState0 + s) + at);
+    if constexpr (Update::kReadsGrad)
+      if (scaled_) store(gradients, list(kGrad) + at);
   }
 
  private:

@@ -27,12 +27,17 @@ struct dim3 {
   dim3(unsigned x = 1) : x(x), y(1), z(1) {}
 };
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 inline dim3& threadIdx = emulation::thread_index<dim3>;
 inline dim3& blockIdx = emulation::block_index<dim3>;
 inline dim3& gridDim = emulation::grid_size<dim3>;
 
 inline void __syncthreads() { emulation::meet_block(); }
 inline void __threadfence() {}
+inline void __stwb(uint4* address, uint4 value) { memcpy(emulation::aligned(address, 16), &value, sizeof(value)); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {

@@ -114,12 +114,12 @@ bool run_block(const std::vector<unsigned>& threads, const std::function<void(un
       waiting += fibers[thread].state == State::kAtBlock;
     }
     if (done == threads.size()) return true;
-    // A barrier waits for every thread that has not ended; this kernels' threads end together or not at all.
+    // A barrier waits for every thread that has not ended; the kernels' threads end together or not at all.
     if (waiting == threads.size()) {
       for (unsigned thread : threads) fibers[thread].state = State::kReady;
     } else if (!moved) {
       complain("threads wait for others that do not come");
-      for (unsigned thread : threads) fibers[thread].started = false;
+      for (unsigned thread : threads) fibers[thread].started = false, fibers[thread].turns = 0;
       return false;
     }
   }
