@@ -103,6 +103,8 @@ class Interpreter:
                 return fx.node.map_arg(node.args[0], env.__getitem__)
             else:
                 env[node] = self._step(node, env, counted)
+            if self.settled:
+                self.records.values[node] = env[node]
         return None
 
     def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
@@ -124,8 +126,6 @@ class Interpreter:
         result = self._apply(call)
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
             call.count_macs(_macs(node))
-        if self.settled:
-            self.records.values[counted, node.name] = result
         self._note(call, result, in_place=schema.is_mutable)
         if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
             return self._write(node.args[0], result, env)

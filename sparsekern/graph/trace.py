@@ -10,14 +10,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from .build import build
-from .capture import Capture, Registered, capture
+from .capture import Capture, Registered, arguments, capture, inner_module
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
-from .numbering import Numbering, number
-from .recheck import wrong_guesses
+from .numbering import number
+from .recheck import faults
 from .records import Records
 from .slots import Slots
-from .trial import Fault, Trials
 
 _PROTECTED = "protected by the user"
 
@@ -42,18 +41,9 @@ def trace(
     Raises ValueError if ``model`` cannot be copied, if its forward does not accept
     ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    # What torch.compile returns holds the module itself; its parameters are the same.
-    model = getattr(model, "_orig_mod", model)
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(
-            f"example_inputs: got {type(example_inputs).__name__}, expected a tensor or a tuple "
-            "of the arguments of the model's forward"
-        )
+    model, args = inner_module(model), arguments(example_inputs)
     protected = _protected(model, protect)
-    captured = capture(model, tuple(args), example_kwargs or {})
+    captured = capture(model, args, example_kwargs or {})
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
     for tensor in tensors:
@@ -63,11 +53,10 @@ def trace(
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True)
     numbering = number(tensors, slots, records)
-    for find in (_tried, wrong_guesses):
-        while faults := find(captured, tensors, numbering, records):
-            for fault in faults:
-                slots.freeze(fault.ids, fault.reason)
-            numbering = number(tensors, slots, records)
+    if wrong := faults(captured, tensors, numbering, records):
+        for fault in wrong:
+            slots.freeze(fault.ids, fault.reason)
+        numbering = number(tensors, slots, records)
     return build(tensors, slots, records, numbering)
 
 
@@ -92,12 +81,6 @@ def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, s
     for graph in captured.graphs:
         interpreter.run(graph)
     return records
-
-
-def _tried(
-    captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
-) -> list[Fault]:
-    return list(Trials(captured.source, tensors, numbering).faults())
 
 
 def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> None:

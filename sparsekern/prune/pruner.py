@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import optim
-from sparsekern.compact import Plan, compact, dry_run, make_plan
-from sparsekern.graph import ChannelGraph, trace
+from sparsekern.compact import Plan, compact, make_plan
+from sparsekern.graph import ChannelGraph, dry_run, trace
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
@@ -364,7 +364,6 @@ def _prunable_graph(
     ]
     if idle:
         graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
-    if graph.num_channels:
         graph = dry_run(model, graph, example_inputs)
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
