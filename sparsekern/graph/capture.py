@@ -62,7 +62,8 @@ class Capture:
 class Source:
     """A copy of the model on fake tensors, with fake inputs: what graphs are taken from.
 
-    held: the copy's parameters and buffers by number, tied ones once.
+    held: the copy's parameters and buffers by number, tied ones once. smaller: tensors that have
+    stood in for them, by number and shape.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -74,6 +75,7 @@ class Source:
                 Tensor, lambda t: self.mode.from_tensor(t, static_shapes=True), (args, dict(kwargs))
             )
         self.tensors, self.held = _registered(self.clone)
+        self.smaller: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         self._numbers = {name: n for n, entry in enumerate(self.tensors) for name in entry.names}
         self._doubled = False
 

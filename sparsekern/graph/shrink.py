@@ -23,7 +23,7 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
     ValueError where the sizes of a layer cannot follow.
     """
     left = {id(source.held[n]): part for n, part in parts.items() if part.keep}
-    made = {id(source.held[n]): _smaller(source, source.held[n], parts[n]) for n in parts if parts[n].keep}
+    made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
     restore: list[Callable[[], Any]] = []
     try:
         for name, module in source.clone.named_modules():
@@ -42,13 +42,16 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
             undo()
 
 
-def _smaller(source: Source, tensor: Tensor, part: Part) -> Tensor:
-    """Laid out in memory in the same order of dimensions."""
-    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    inverse = sorted(range(tensor.ndim), key=order.__getitem__)
-    shape = [part.new_shape[dim] for dim in order]
-    with source.mode:
-        small = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).permute(inverse)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(small, tensor.requires_grad)
-    return small
+def _smaller(source: Source, number: int, part: Part) -> Tensor:
+    """Laid out in memory in the same order of dimensions; made once, as it holds no data."""
+    key = number, part.new_shape
+    if key not in source.smaller:
+        tensor = source.held[number]
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+        shape = [part.new_shape[dim] for dim in order]
+        with source.mode:
+            small = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).permute(inverse)
+        parameter = isinstance(tensor, nn.Parameter)
+        source.smaller[key] = nn.Parameter(small, tensor.requires_grad) if parameter else small
+    return source.smaller[key]

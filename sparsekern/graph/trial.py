@@ -129,28 +129,32 @@ def search(probe: Probe, groups: Sequence[int]) -> Iterator[tuple[int, str]]:
     Raises ValueError where it finds one even without any.
     """
     left = list(groups)
-    while left and (outcome := probe(left)).error is not None:
-        group, error = _culprit(probe, left, outcome)
+    outcome = probe(left)
+    while left and outcome.error is not None:
+        group, error, known = _culprit(probe, left, outcome)
         left.remove(group)
         yield group, error
+        outcome = known or probe(left)
 
 
-def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int, str]:
-    """The group that ends the shortest list of suspects without which the program gets on."""
+def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int, str, Outcome | None]:
+    """The group that ends the shortest list of suspects without which the program gets on.
+
+    With its error and, where known, the outcome without it alone.
+    """
     order = [group for group in outcome.suspects if group in groups]
     order += [group for group in groups if group not in order]
-    errors = {0: outcome.error or ""}
+    outcomes = {0: outcome}
 
     def gets_on(count: int) -> bool:
-        now = probe(order[count:])
-        errors[count] = now.error or ""
+        now = outcomes[count] = probe(order[count:])
         return now.error is None or now.position > outcome.position
 
     bad, good = 0, 1
     while not gets_on(good):
         if good == len(order):
             raise ValueError(
-                f"model: a second run of its forward differs from the first: {errors[good]}; "
+                f"model: a second run of its forward differs from the first: {outcomes[good].error}; "
                 "expected a program that repeats"
             )
         bad, good = good, min(2 * good, len(order))
@@ -160,7 +164,7 @@ def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int
             good = middle
         else:
             bad = middle
-    return order[bad], errors[bad]
+    return order[bad], outcomes[bad].error or "", outcomes[1] if good == 1 else None
 
 
 class _Recorder(TorchFunctionMode):
