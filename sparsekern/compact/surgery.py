@@ -34,8 +34,9 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
     ties and ``requires_grad``, no gradients, and sizes such as ``out_channels`` in line with its
     tensors. Tensors are cut on their way into the copy: the full model is never held twice. The
     copy remembers the plan relative to the model that was never cut (see ``plan_of``), through
-    ``copy.deepcopy`` and pickle, so a compact model can be compacted again. Of the result of
-    ``torch.compile`` the module inside is copied.
+    ``copy.deepcopy`` and pickle, so a compact model can be compacted again: by a plan that is
+    relative to it, or by one for the model that was never cut, which then says what is left in all.
+    Of the result of ``torch.compile`` the module inside is copied.
 
     Raises ``TypeError`` if ``model`` is not a module or ``plan`` not a plan, ``ValueError`` if the
     plan does not fit the model or a layer's sizes cannot be changed.
@@ -44,10 +45,21 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
     model = unwrap(model)
     tensors = registered(model)
-    parts = match(plan, tensors)
+    parts = match(_left_to_do(plan, model, tensors), tensors)
     small = build(model, tensors, parts, lambda entry: cut(entry.tensor, parts[id(entry.tensor)]))
     remember(model, small, tensors, parts)
     return small
+
+
+def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan:
+    """``plan``, or what is left of it where it is for the size that the model had before it was cut."""
+    shapes = {name: tuple(entry.tensor.shape) for entry in tensors for name in entry.names}
+    if all(shapes.get(name, part.shape) == part.shape for name, part in plan.tensors.items()):
+        return plan
+    try:
+        return plan.after(plan_of(model))
+    except ValueError:
+        return plan  # for another model: its shapes say so best
 
 
 def plan_of(model: nn.Module) -> Plan:

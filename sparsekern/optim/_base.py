@@ -18,6 +18,7 @@ from sparsekern._rows import RowTable
 from sparsekern.optim._lists import (
     TensorList,
     check_group,
+    check_parameter,
     check_plain,
     check_table,
     fit_state,
@@ -159,6 +160,25 @@ class RowOptimizer(Optimizer):
             channel_moments_(self._table)
         return loss
 
+    def step_parameter(self, index: int, param: Tensor) -> None:
+        """What a step does to one parameter with a gradient; ``step()`` has to end that step.
+
+        Args:
+            index: the group that holds it.
+            param: the parameter; its gradient stays as it is.
+
+        Raises:
+            RuntimeError: as :meth:`step`.
+        """
+        group = self.param_groups[index]
+        check_parameter(type(self).__name__, index, group, param)
+        assert param.grad is not None
+        state = {name: self._state_of(param, name) for name in self._state_names(group)}
+        first = any(value is None for value in state.values())
+        kept = {} if first else {name: [value] for name, value in state.items() if value is not None}
+        rows = None if self._table is None else self._table.rows_of([param])
+        self._update(group, TensorList(index, first, [param], [0], kept, rows), [param.grad], None, None)
+
     def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
         """What one step takes: every list with its gradients."""
         if torch.compiler.is_compiling():
@@ -290,6 +310,12 @@ class Attachment:
         """Detach this table, unless it was already."""
         if self._optimizer._table is self._table:
             self._optimizer.detach()
+
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table, of parameters that have changed their shape since."""
+        self.remove()
+        self._optimizer.attach(table)
+        self._table = table
 
 
 @dataclass(eq=False)

@@ -86,12 +86,24 @@ def check_group(optimizer: str, index: int, group: dict[str, Any]) -> None:
             f"{optimizer}: param_groups[{index}] has differentiable=True, expected False: the fused "
             f"step is not recorded by autograd"
         )
-    names = group.get("param_names")
-    for i, param in enumerate(group["params"]):
-        problem = None if param.grad is None else _problem(param, param.grad)
-        if problem is not None:
-            name = f" ({names[i]})" if names else ""
-            raise RuntimeError(f"{optimizer}: parameter {i}{name} of group {index} has {problem}")
+    for param in group["params"]:
+        if param.grad is not None:
+            check_parameter(optimizer, index, group, param)
+
+
+def check_parameter(optimizer: str, index: int, group: dict[str, Any], param: Tensor) -> None:
+    """A parameter of a group that has a gradient can be stepped.
+
+    Raises:
+        RuntimeError: no backend takes the parameter or its gradient.
+    """
+    assert param.grad is not None
+    problem = _problem(param, param.grad)
+    if problem is not None:
+        names = group.get("param_names")
+        i = next(i for i, other in enumerate(group["params"]) if other is param)
+        name = f" ({names[i]})" if names else ""
+        raise RuntimeError(f"{optimizer}: parameter {i}{name} of group {index} has {problem}")
 
 
 def check_plain(optimizer: str, index: int, group: dict[str, Any]) -> None:

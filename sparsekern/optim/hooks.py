@@ -71,6 +71,14 @@ class RowHooks:
         if optimizer is not None:
             _hooked.discard(optimizer)
 
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table, of parameters that have changed their shape since.
+
+        The hooks stay where they are: this is also called from within a step's hooks.
+        """
+        self._table = table
+        self._taken = []
+
     def _zero_masked(self, optimizer: Optimizer) -> None:
         self._table.zero_masked(state_tensors(optimizer))
 

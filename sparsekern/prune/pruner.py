@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern import optim
 from sparsekern.compact import Plan, compact, make_plan
-from sparsekern.graph import ChannelGraph, dry_run, trace
+from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.graph import ChannelGraph
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
@@ -22,11 +22,12 @@ from sparsekern.prune.budget import (
     resolve_floors,
     resolve_round_to,
 )
+from sparsekern.prune.decision import Policy
 from sparsekern.prune.masking import CONDEMNED, Masks
-from sparsekern.prune.schedule import Event, Schedule
-from sparsekern.prune.statistics import ChannelRows, Statistics, gather
-
-NONFINITE = ("ignore", "raise")
+from sparsekern.prune.network import Network
+from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.schedule import Schedule
+from sparsekern.prune.statistics import ChannelRows, gather
 
 
 class Pruner:
@@ -49,7 +50,8 @@ class Pruner:
         warmup: share of ``steps`` before the first channel is condemned.
         finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
         events: how many times channels are condemned between the two.
-        round_to: group widths are multiples of this, or unchanged; ``"auto"`` chooses for the device.
+        round_to: group widths are multiples of this, or unchanged; ``"auto"``, the default with ``shrink``,
+            chooses for the device; else the default is 1.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
@@ -57,9 +59,11 @@ class Pruner:
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
             to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
             GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
-
-    Attributes:
-        graph: the channels, their groups and their cost.
+        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
+            step costs what the smaller network costs.
+        also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
+        state_cutter: for an optimizer that keeps state of another shape than its parameters:
+            ``(parameter, name, value, TensorPlan) -> smaller value``.
 
     Raises:
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
@@ -81,44 +85,63 @@ class Pruner:
         warmup: float = 0.1,
         finish: float = 0.6,
         events: int = 10,
-        round_to: int | str = 1,
+        round_to: int | str | None = None,
         min_channels: int | Mapping[str, int] = 1,
         protect: Sequence[str | nn.Module | nn.Parameter] = (),
         penalty: float = 0.1,
         nonfinite: str = "ignore",
+        shrink: bool = False,
+        also: Sequence[nn.Module] = (),
+        state_cutter: StateCutter | None = None,
     ) -> None:
         self._keep = check_keep(keep)
-        self._of = check_unit(of)
-        _check_options(select, allocate, penalty, nonfinite)
+        check_unit(of)
+        check_options(select, allocate, penalty, nonfinite)
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
         # torch.compile wraps the module; its parameters are those of the one inside.
-        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        model = getattr(model, "_orig_mod", model)
         self._optimizer = optimizer
-        self._select = select or criteria.default()
-        self._allocate = allocate or Global()
-        self._penalty = float(penalty)
-        self._round_to = resolve_round_to(round_to, self._model)
-        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.graph = _prunable_graph(self._model, example_inputs, protect, self._parameters, trained)
-        self._floors = resolve_floors(min_channels, self.graph)
-        everything = np.ones(self.graph.num_channels, bool)
-        self._dense = self.graph.cost(everything)
-        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
-
+        self._example = example_inputs
+        self._shrinks = bool(shrink)
+        graph = prunable_graph(model, optimizer, example_inputs, protect)
+        self._policy = Policy(
+            select or criteria.default(),
+            allocate or Global(),
+            check_unit(of),
+            resolve_floors(min_channels, graph),
+            resolve_round_to(round_to, model, self._shrinks),
+            float(penalty),
+        )
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
-        self._rows = ChannelRows(self._model, self.graph, trained, decay=1 - 1 / interval)
-        self._masks = Masks(self.graph, self._rows, self._parameters, optim.state_tensors(optimizer))
+        self._network = Network(
+            model, optimizer, graph, decay=1 - 1 / interval, also=also, state_cutter=state_cutter
+        )
+        everything = np.ones(graph.num_channels, bool)
+        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
+        self._network.attach()
         self._step = 0
         self._nonfinite_seen = 0
         self._next = self._next_step()
-        self._handle = optim.attach(optimizer, self._rows.table)
-        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+        # A compiled step must not trace what happens at events.
+        self._hooks = [optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))]
         if nonfinite == "raise":
             self._hooks.append(optimizer.register_step_pre_hook(self._check_gradients))
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """The channels of the live model, their groups and their cost."""
+        return self._network.graph
+
+    @property
+    def _masks(self) -> Masks:
+        return self._network.masks
+
+    @property
+    def _rows(self) -> ChannelRows:
+        return self._network.rows
 
     @property
     def finished(self) -> bool:
@@ -126,7 +149,7 @@ class Pruner:
         return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
 
     def plan(self, keep: float | None = None) -> Plan:
-        """What stays of the model.
+        """What stays of the model, relative to the size that it had when the Pruner was made.
 
         Args:
             keep: None for the channels that are not masked: the compact model is then exactly the masked one.
@@ -137,19 +160,41 @@ class Pruner:
             ValueError: ``keep`` is out of range or below what floors and frozen layers allow.
         """
         if keep is None:
-            return make_plan(self.graph, self._masks.unmasked)
+            return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
-        statistics = gather(self._rows, self.graph, self._masks.unmasked, self._parameters)
-        problem = self._problem(self._saliency(statistics), statistics.live, share)
+        statistics = gather(self._rows, self.graph, self._masks.unmasked, self._network.parameters)
+        problem = self._problem(self._policy.saliency(statistics), statistics.live, share)
         check_feasible(problem, share)
-        return make_plan(self.graph, self._allocate(problem))
+        return self._network.plan(self._policy.allocate(problem))
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels, computing exactly what the masked model computes.
 
         Channels that are only condemned are still there: see :attr:`finished`.
         """
-        return compact(self._model, self.plan())
+        return compact(self._network.model, make_plan(self.graph, self._masks.unmasked))
+
+    def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
+        """Cut the masked channels out of the live model now, with its optimizer's state.
+
+        Modules, parameters, buffers, the optimizer with its groups and state stay the same objects and become
+        smaller; gradients, statistics and masks move along; hooks, learning rate schedulers and gradient
+        scalers see nothing of it. The next step has the loss that the masked model would have had, to
+        rounding; where random numbers are drawn by size (dropout) or an optimizer looks at a whole tensor
+        (Adafactor's scale), training goes on with other numbers of the same kind. ``torch.compile`` compiles
+        once more at the next call. With ``shrink=True`` this happens by itself at every event.
+
+        Args:
+            also: copies of the model, such as an ``AveragedModel``, beside those given to the Pruner.
+
+        Returns:
+            Whether there was anything to cut.
+
+        Raises:
+            TypeError, ValueError: the optimizer has state whose cut is not known, or an entry of ``also`` is
+                no copy of the model; nothing has changed then.
+        """
+        return self._network.shrink(also)
 
     def abort(self) -> int:
         """Undo the latest decision where it can be undone: condemned channels live again.
@@ -163,7 +208,7 @@ class Pruner:
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
-        self._handle.remove()
+        self._network.detach()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -172,7 +217,7 @@ class Pruner:
         """Where the pruning stands, for logs; all values are plain numbers, strings and lists.
 
         ``step``; ``macs``, ``params`` of the network without its masked channels and ``macs_share``,
-        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (all);
+        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (at first);
         ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
         statistics; ``finished``.
         """
@@ -182,11 +227,11 @@ class Pruner:
             "step": self._step,
             "macs": int(cost.macs),
             "params": int(cost.params),
-            "macs_share": cost.macs / max(self._dense.macs, 1),
-            "params_share": cost.params / max(self._dense.params, 1),
+            "macs_share": cost.macs / max(self._network.whole.macs, 1),
+            "params_share": cost.params / max(self._network.whole.params, 1),
             "group_names": [group.name for group in self.graph.groups],
             "kept": [int(unmasked[group.channels].sum()) for group in self.graph.groups],
-            "channels": [len(group.channels) for group in self.graph.groups],
+            "channels": self._network.widths.tolist(),
             "condemned": int((self._masks.state == CONDEMNED).sum()),
             "nonfinite": int(self._rows.table.nonfinite),
             "finished": self.finished,
@@ -195,26 +240,38 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
         plain values only, so that ``torch.load(weights_only=True)`` reads it."""
-        table = self._rows.table.state_dict()
         return {
-            "version": 1,
+            "version": 2,
             "settings": self._settings(),
             "network": self._fingerprint(),
             "step": self._step,
             "next": self._next,
             "nonfinite_seen": self._nonfinite_seen,
-            "channels": torch.from_numpy(self._masks.state.copy()),
-            "rows": {key: v.clone() if isinstance(v, Tensor) else v for key, v in table.items()},
+            **self._network.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; model and optimizer are loaded by themselves, before or after.
+    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
+        """Go on from :meth:`state_dict`, in a full-size model or one as large as that of the state.
+
+        The model, its optimizer's state and copies of the model are brought to the size that they had; what
+        they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            also: as for :meth:`shrink`.
 
         Raises:
             ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 1")
+        self._check_state(state)
+        self._network.load_state_dict(state, also)
+        self._step = int(state["step"])
+        self._next = state["next"]
+        self._nonfinite_seen = int(state["nonfinite_seen"])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != 2:
+            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
         if list(state["network"]) != self._fingerprint():
             raise ValueError(
                 f"state: got the channels of another network ({len(state['network'])} groups), expected "
@@ -225,37 +282,34 @@ class Pruner:
                 raise ValueError(
                     f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
                 )
-        self._rows.table.load_state_dict(state["rows"])
-        self._masks.state[:] = state["channels"].cpu().numpy()
-        self._step = int(state["step"])
-        self._next = state["next"]
-        self._nonfinite_seen = int(state["nonfinite_seen"])
-        self._masks.zero()
+        self._network.check_state(state)
 
     def _settings(self) -> dict[str, Any]:
+        policy = self._policy
         return {
             "keep": self._keep,
-            "of": self._of,
+            "of": policy.of,
             "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
             "finish": self._schedule.finish,
-            "select": repr(self._select),
-            "allocate": repr(self._allocate),
-            "round_to": self._round_to,
-            "floors": self._floors.tolist(),
-            "penalty": self._penalty,
+            "select": repr(policy.select),
+            "allocate": repr(policy.allocate),
+            "round_to": policy.round_to,
+            "floors": policy.floors.tolist(),
+            "penalty": policy.penalty,
+            "shrink": self._shrinks,
         }
 
     def _fingerprint(self) -> list[str]:
-        return [f"{group.name}:{len(group.channels)}" for group in self.graph.groups]
+        groups = zip(self.graph.groups, self._network.widths.tolist(), strict=True)
+        return [f"{group.name}:{width}" for group, width in groups]
 
     def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
-        budget = share * getattr(self._dense, self._of)
-        return Problem(self.graph, saliency, live, budget, self._of, self._floors, self._round_to)
+        return self._policy.problem(self._network, saliency, live, share)
 
     def _check_gradients(self, *_: Any) -> None:
         bad = [
             name
-            for name, param in self._model.named_parameters()
+            for name, param in self._network.model.named_parameters()
             if param.grad is not None and not bool(torch.isfinite(param.grad).all())
         ]
         if bad:
@@ -273,7 +327,10 @@ class Pruner:
         self._masks.mask(self._masks.declined())
         event = self._schedule.at(self._step)
         if event is not None:
-            self._condemn(event)
+            self._policy.condemn(self._network, event, self._schedule.after(event.step))
+        if self._shrinks:
+            # After everything that reads the statistics, and once: every cut costs a recompilation.
+            self._network.shrink()
         self._next = self._next_step()
         self._warn_of_nonfinite()
 
@@ -288,43 +345,6 @@ class Pruner:
         left = int(self._masks.countdowns().max(initial=0))
         return self._step + left if left else None
 
-    def _condemn(self, event: Event) -> None:
-        live = self._masks.live
-        statistics = gather(self._rows, self.graph, live, self._parameters)
-        saliency = self._saliency(statistics)
-        kept = self._allocate(self._problem(saliency, live, event.share))
-        condemned = live & ~kept
-        partners = self._select.partners(statistics, saliency)
-        if partners is not None:
-            folded = self._masks.fold(condemned, partners)
-            self._masks.mask(folded)
-            condemned &= ~folded
-        self._masks.condemn(condemned, event.decline)
-        self._penalise_next(event, saliency, kept)
-
-    def _penalise_next(self, event: Event, saliency: np.ndarray, kept: np.ndarray) -> None:
-        """Extra decay for the gates of those channels that would go at the next event."""
-        following = self._schedule.after(event.step)
-        if not self._penalty or following is None:
-            self._masks.penalise(np.zeros_like(kept), 0.0)
-            return
-        then = self._allocate(self._problem(saliency, kept, following.share))
-        group = self._optimizer.param_groups[0]
-        momentum = float(group.get("momentum", 0.0))
-        # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
-        rate = float(group["lr"]) * event.decline / (1 - momentum)
-        self._masks.penalise(kept & ~then, self._penalty / rate if rate > 0 else 0.0)
-
-    def _saliency(self, statistics: Statistics) -> np.ndarray:
-        saliency = np.asarray(self._select(statistics), np.float64)
-        if saliency.shape != (self.graph.num_channels,) or not np.isfinite(saliency).all():
-            raise ValueError(
-                f"select: {self._select!r} gave an array of shape {saliency.shape} with "
-                f"{int((~np.isfinite(saliency)).sum())} non-finite values, expected "
-                f"[{self.graph.num_channels}] finite ones"
-            )
-        return saliency
-
     def _warn_of_nonfinite(self) -> None:
         count = int(self._rows.table.nonfinite)
         if count > self._nonfinite_seen:
@@ -334,56 +354,3 @@ class Pruner:
                 stacklevel=2,
             )
             self._nonfinite_seen = count
-
-
-def _check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
-    if select is not None and not isinstance(select, criteria.Criterion):
-        raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
-    if allocate is not None and not isinstance(allocate, Allocator):
-        raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
-    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
-        raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
-
-
-def _prunable_graph(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
-    protect: Sequence[str | nn.Module | nn.Parameter],
-    parameters: Mapping[str, nn.Parameter],
-    trained: set[int],
-) -> ChannelGraph:
-    """The model's graph, without groups that are not trained and those that a dry run found wanting."""
-    _check_held(parameters, trained)
-    graph = trace(model, example_inputs, protect=protect)
-    idle = [
-        group.name
-        for group in graph.groups
-        if not any(id(parameters[name]) in trained for name in _gate_names(graph, group.channels))
-    ]
-    if idle:
-        graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
-        graph = dry_run(model, graph, example_inputs)
-    if not graph.num_channels:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
-        raise ValueError(
-            f"model: {type(model).__name__} has no channel that can be removed, expected at least one "
-            f"({reasons})"
-        )
-    return graph
-
-
-def _gate_names(graph: ChannelGraph, channels: np.ndarray) -> set[str]:
-    first = int(channels[0])
-    span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
-    return {graph.gates.names[index] for index in graph.gates.tensors[span]}
-
-
-def _check_held(parameters: Mapping[str, nn.Parameter], trained: set[int]) -> None:
-    missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in trained]
-    if missing:
-        raise ValueError(
-            f"optimizer: does not hold {len(missing)} trainable parameters of the model "
-            f"({', '.join(missing[:3])}), expected all that require a gradient"
-        )

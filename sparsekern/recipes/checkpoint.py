@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import replacing
 from .errors import InputError
-from .files import replacing
 
 FORMAT = "sparsekern checkpoint 1"
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import sparsekern
 from sparsekern import _info
 
+from .._files import replacing
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Split, normalise
 from .errors import InputError
-from .files import replacing, writable_directory
+from .files import writable_directory
 from .measure import latency, macs, parameters
 from .metrics import evaluate
 from .settings import Settings, build_model
