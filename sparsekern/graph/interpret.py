@@ -65,6 +65,7 @@ class Interpreter:
     records: Records
     settled: bool
     _storage: int = field(default=0)
+    _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
     def run(self, graph: Captured) -> None:
         sources = graph.sources
@@ -103,9 +104,15 @@ class Interpreter:
                 return fx.node.map_arg(node.args[0], env.__getitem__)
             else:
                 env[node] = self._step(node, env, counted)
-            if self.settled:
-                self.records.values[node] = env[node]
+            self._made(node, env)
         return None
+
+    def _made(self, node: fx.Node, env: _Environment) -> None:
+        if self.settled:
+            self.records.values[node] = env[node]
+        values = env[node] if isinstance(env[node], (tuple, list)) else (env[node],)
+        for storage in {value.storage for value in values if isinstance(value, Value)}:
+            self._sharing.setdefault(storage, []).append((env, node))
 
     def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
         found = operator.attrgetter(str(node.target))(module)
@@ -177,12 +184,13 @@ class Interpreter:
         before = env[target]
         result = replace(result, storage=before.storage)
         if any(_lost(a, b) for a, b in zip(before.zero, result.zero, strict=False)):
-            for node, value in env.items():
-                if isinstance(value, Value) and value.storage == before.storage:
-                    env[node] = value.with_cleared_zeros(result.cleared)
-                elif isinstance(value, tuple):
-                    env[node] = tuple(
-                        v.with_cleared_zeros(result.cleared) if v.storage == before.storage else v
+            for around, node in self._sharing.get(before.storage, ()):
+                value = around[node]
+                if isinstance(value, Value):
+                    around[node] = value.with_cleared_zeros(result.cleared)
+                else:
+                    around[node] = type(value)(
+                        _cleared(v, before.storage, result.cleared)
                         for v in value
                     )
         env[target] = result

@@ -10,7 +10,7 @@ slots predict.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -179,16 +179,27 @@ def _skeleton(node: fx.Node) -> tuple[Any, ...]:
 def _numbers(node: fx.Node) -> list[Any]:
     """The numbers among the arguments that say what is computed, not how large it is."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        kinds: tuple[type, ...] = (int, float) if node.op == "output" else (float,)
-        return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in kinds]
+        plain: tuple[type, ...] = (int, float) if node.op == "output" else (float,)
+        return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in plain]
     numbers = []
-    for index, argument in enumerate(node.target._schema.arguments):
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-        kind = str(argument.type)
-        # Integers where a schema says int are sizes and positions, which may differ.
-        wanted = (int, float, complex) if "number" in kind or "Tensor" in kind else (float,)
-        numbers += [leaf for leaf in pytree.tree_leaves(given) if type(leaf) in wanted]
+    for index, (name, kinds) in enumerate(_kinds(node.target)):
+        given = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+        if type(given) in kinds:
+            numbers.append(given)
+        elif isinstance(given, (list, tuple)):
+            numbers += [leaf for leaf in given if type(leaf) in kinds]
     return numbers
+
+
+@cache
+def _kinds(target: torch._ops.OpOverload) -> list[tuple[str, tuple[type, ...]]]:
+    """By argument, the types of number that are values there.
+
+    Integers where a schema says int are sizes and positions, which may differ.
+    """
+    types = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    values = (int, float, complex)
+    return [(name, values if "number" in kind or "Tensor" in kind else (float,)) for name, kind in types]
 
 
 def _changed_constants(whole: Captured, small: Captured) -> set[str]:
