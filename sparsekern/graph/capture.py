@@ -81,7 +81,7 @@ class Source:
 
     def export(self, training: bool) -> Captured:
         """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
-        with undisturbed(), _lightly():
+        with undisturbed():
             program = self._program(training)
         sources: dict[str, int | str] = {}
         constants: dict[str, Any] = {}
@@ -270,8 +270,8 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _lightly() -> Iterator[None]:
-    """A third off the tracer's time: no source lines for its nodes, no walks of the collector."""
+def lightly() -> Iterator[None]:
+    """A third off a trace's time: no source lines for nodes, no walks of the garbage collector."""
     collecting, lines = gc.isenabled(), getattr(torch.fx.config, "do_not_emit_stack_traces", False)
     gc.disable()
     torch.fx.config.do_not_emit_stack_traces = True

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .capture import Source, arguments, inner_module
+from .capture import Source, arguments, inner_module, lightly
 from .channels import ChannelGraph
 from .trial import Layout, Trials
 
 
+@lightly()
 def dry_run(
     model: nn.Module,
     graph: ChannelGraph,

@@ -186,13 +186,10 @@ class Interpreter:
         if any(_lost(a, b) for a, b in zip(before.zero, result.zero, strict=False)):
             for around, node in self._sharing.get(before.storage, ()):
                 value = around[node]
-                if isinstance(value, Value):
-                    around[node] = value.with_cleared_zeros(result.cleared)
+                if isinstance(value, (tuple, list)):
+                    around[node] = [_cleared(v, before.storage, result.cleared) for v in value]
                 else:
-                    around[node] = type(value)(
-                        _cleared(v, before.storage, result.cleared)
-                        for v in value
-                    )
+                    around[node] = _cleared(value, before.storage, result.cleared)
         env[target] = result
         return result
 
@@ -208,6 +205,11 @@ class Interpreter:
                     if ids is not None:
                         self.slots.freeze(ids, reason)
         return tuple(untracked(s, i, reason, self._next()) for s, i in shapes(node))
+
+
+def _cleared(value: Any, storage: int, op: str) -> Any:
+    shares = isinstance(value, Value) and value.storage == storage
+    return value.with_cleared_zeros(op) if shares else value
 
 
 def _lost(before: Flags, after: Flags) -> bool:

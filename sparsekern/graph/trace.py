@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .build import build
-from .capture import Capture, Registered, arguments, capture, inner_module
+from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
 from .numbering import number
@@ -21,6 +21,7 @@ from .slots import Slots
 _PROTECTED = "protected by the user"
 
 
+@lightly()
 def trace(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
