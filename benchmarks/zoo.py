@@ -1,7 +1,7 @@
 """Forty networks of four libraries: traced, half of all channels removed, compared, priced.
 
-``python -m benchmarks.zoo`` takes every network of ``benchmarks.zoo_networks`` with random weights in float64,
-with the statistics and affines of all norms at random, too. Of every group half of the channels go, once at
+``python -m benchmarks.zoo`` takes every network of ``benchmarks.zoo_networks`` with random weights in
+float64, with the statistics and affines of all norms at random, too. Of every group half of the channels go, once at
 random and once those of the smallest norm. The network with these channels masked and the compact one have
 to give the same outputs, in evaluation and in training mode (where every probability of dropout and
 stochastic depth is set to 0, so that both runs do the same). The cost that the graph predicts for the
@@ -88,11 +88,7 @@ def choose(model: nn.Module, graph: ChannelGraph, choice: str) -> np.ndarray:
         for name, slots in graph.tensors.items():
             channels = None if slots.row_dim is None else slots.channels[slots.row_dim]
             if channels is not None and slots.row_dim is not None:
-                rows = (
-                    parameters[name].detach().movedim(slots.row_dim, 0).flatten(1)
-                    if parameters[name].ndim > 1
-                    else parameters[name].detach()[:, None]
-                )
+                rows = parameters[name].detach().transpose(0, slots.row_dim).reshape(len(channels), -1)
                 sums = rows.square().sum(1).numpy()
                 np.add.at(scores, channels[channels >= 0], sums[channels >= 0])
     kept = np.ones(graph.num_channels, bool)
@@ -222,11 +218,10 @@ def main(
 ) -> None:
     wrong = sorted(set(only or ()) - set(NETWORKS))
     if wrong:
-        raise typer.BadParameter(
-            f"got {wrong[0]!r}, expected some of {', '.join(NETWORKS)}", param_hint="--only"
-        )
+        raise typer.BadParameter(f"{wrong[0]!r}, expected some of {', '.join(NETWORKS)}", param_hint="--only")
     torch.set_num_threads(1)
     console = Console()
+    console.width = max(console.width, 130)
     reports = []
     for name in only or NETWORKS:
         with console.status(name):
