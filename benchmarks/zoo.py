@@ -1,13 +1,13 @@
 """Forty networks of four libraries: traced, half of all channels removed, compared, priced.
 
 ``python -m benchmarks.zoo`` takes every network of ``benchmarks.zoo_networks`` with random weights in
-float64, with the statistics and affines of all norms at random, too. Of every group half of the channels go, once at
-random and once those of the smallest norm. The network with these channels masked and the compact one have
-to give the same outputs, in evaluation and in training mode (where every probability of dropout and
-stochastic depth is set to 0, so that both runs do the same). The cost that the graph predicts for the
-channels kept has to be that of the compact network: numbers in its parameters, and half the flops that
-``torch.utils.flop_counter`` counts in convolutions and matrix products (mm, addmm, bmm, baddbmm; attention
-is run as two such products, since the counter does not know the fused kernel for CPUs).
+float64, with the statistics and affines of all norms at random, too. Of every group half of the channels
+go, once at random and once those of the smallest norm. The network with these channels masked and the
+compact one have to give the same outputs, in evaluation and in training mode (where every probability of
+dropout and stochastic depth is set to 0, so that both runs do the same). The cost that the graph predicts
+for the channels kept has to be that of the compact network: numbers in its parameters, and half the flops
+that ``torch.utils.flop_counter`` counts in convolutions and matrix products (mm, addmm, bmm, baddbmm;
+attention is run as two such products, since the counter does not know the fused kernel for CPUs).
 
 ``exact``: every difference below 1e-12 of the largest output and every cost equal. ``whole``: exact, but no
 channel can go. Seconds are of the process on one thread.

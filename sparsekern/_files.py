@@ -1,12 +1,16 @@
-"""Output files that are complete or absent."""
+"""Files that are complete or absent, and hold no code."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -51,6 +55,25 @@ def target(path: str | os.PathLike[str]) -> Path:
             f"path: cannot write {os.fspath(path)!r}, {str(found.parent)!r} is not a directory"
         )
     return found
+
+
+def read_plain(path: str | os.PathLike[str]) -> Any:
+    """What ``torch.save`` wrote, of tensors and plain values alone, on the CPU; no code from it is run.
+
+    Raises:
+        OSError: the file cannot be read; names ``path``.
+        ValueError: it is truncated or something else; names ``path``.
+    """
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, f"path: cannot read {os.fspath(path)!r}: {error.strerror}") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"path: {os.fspath(path)!r} cannot be read: {reason}") from error
 
 
 def _flush(path: Path) -> None:

@@ -192,6 +192,9 @@ class RowTable:
         masked = (self.countdown == 0).cpu().numpy()
         self.masked = [int(masked[view.slice].sum()) for view in self.views]
 
+    def settle(self) -> None:
+        """Bring the arrays up to date. They always are, unless a step is shared between processes."""
+
     def rows_of(self, params: Iterable[Tensor]) -> Rows:
         """The :class:`Rows` of a list of parameters, tracked or not."""
         views = [self.index.get(id(param)) for param in params]

@@ -4,6 +4,7 @@ from sparsekern.compact.plan import Plan as Plan
 from sparsekern.compact.plan import TensorPlan as TensorPlan
 from sparsekern.compact.plan import make_plan as make_plan
 from sparsekern.compact.shrink import check_copies as check_copies
+from sparsekern.compact.shrink import check_cuttable as check_cuttable
 from sparsekern.compact.shrink import shrink as shrink
 from sparsekern.compact.store import load as load
 from sparsekern.compact.store import save as save

@@ -11,10 +11,12 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparsekern._sharding import unwrap
 from sparsekern.compact._attributes import update_attributes
 from sparsekern.compact.optimizer_state import StateCutter, prepare_state
+from sparsekern.compact.parallel import check_rebuildable, rebuild, wrappers_of
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
-from sparsekern.compact.surgery import Registered, cut, match, registered, remember, unwrap
+from sparsekern.compact.surgery import Registered, cut, match, registered, remember
 
 
 def shrink(
@@ -33,11 +35,12 @@ def shrink(
     through outputs from before are refused by autograd afterwards, as after any change in place.
     What ``torch.compile`` has compiled in this process is compiled anew at its next call.
 
-    Hooks on the gradient accumulators themselves (``DistributedDataParallel`` has them) do not
-    follow: wrap the model anew.
+    Every ``DistributedDataParallel`` of this process that the model is inside of gets a new reducer, with
+    its options and its communication hook: all processes have to call this alike. Other hooks on the
+    gradient accumulators themselves do not follow.
 
     Args:
-        model: also the result of ``torch.compile``.
+        model: also the result of ``torch.compile`` and ``DistributedDataParallel``.
         plan: relative to the model as it is.
         optimizer: of parameters of the model. State of a parameter's shape, or with size 1 in place
             of some dimensions (Adafactor's), is cut as the parameter is; single numbers stay.
@@ -48,8 +51,9 @@ def shrink(
     Raises:
         TypeError: ``model``, ``plan`` or an entry of ``also`` is something else.
         ValueError: the plan does not fit, a layer's sizes cannot be changed, tensors are sharded, an
-            entry of ``also`` is no copy, or there is state whose cut is not known. Nothing has been
-            changed in all these cases.
+            entry of ``also`` is no copy, there is state whose cut is not known, or a
+            ``DistributedDataParallel`` has a communication hook or an option that knows of sizes. Nothing
+            has been changed in all these cases.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
@@ -58,18 +62,32 @@ def shrink(
     state = None
     if optimizer is not None:
         state = prepare_state(optimizer, live.parts, live.names, state_cutter)
+    wrappers = wrappers_of(live.module)
+    for wrapper in wrappers:
+        check_rebuildable(wrapper)
     for surgery in (live, *copies):
         surgery.carry_out()
     if state is not None:
         state.cut()
+    for wrapper in wrappers:
+        rebuild(wrapper)
     _forget_compiled()
+
+
+def check_cuttable(model: nn.Module) -> None:
+    """Raise what :func:`shrink` would for every plan: sharded tensors, or a wrapper that cannot follow."""
+    inner = unwrap(model)
+    _check_whole(registered(inner), "model")
+    for wrapper in wrappers_of(inner):
+        check_rebuildable(wrapper)
 
 
 def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> None:
     """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``."""
-    live = _Surgery(unwrap(model), plan, "model")
-    for index, module in enumerate(also):
-        _copy_of(module, live, f"also[{index}]")
+    if also:
+        live = _Surgery(unwrap(model), plan, "model")
+        for index, module in enumerate(also):
+            _copy_of(module, live, f"also[{index}]")
 
 
 class _Surgery:
@@ -80,15 +98,15 @@ class _Surgery:
         self.tensors = registered(module)
         self.parts = match(plan, self.tensors)
         self.names = {id(entry.tensor): entry.names[0] for entry in self.tensors}
-        self._module = module
+        self.module = module
         _check_whole(self.tensors, label)
         with _attributes_restored(module):
             update_attributes(module, module, self.parts)
 
     @torch.no_grad()
     def carry_out(self) -> None:
-        update_attributes(self._module, self._module, self.parts)
-        remember(self._module, self._module, self.tensors, self.parts)
+        update_attributes(self.module, self.module, self.parts)
+        remember(self.module, self.module, self.tensors, self.parts)
         for entry in self.tensors:
             part = self.parts[id(entry.tensor)]
             if part.keep:
@@ -123,7 +141,8 @@ def _check_whole(tensors: Sequence[Registered], label: str) -> None:
         if is_traceable_wrapper_subclass(entry.tensor):
             raise ValueError(
                 f"{label}: {entry.names[0]!r} is a {type(entry.tensor).__name__}, expected plain "
-                f"tensors: sharded and other wrapped ones cannot be cut in place"
+                f"tensors: sharded and other wrapped ones cannot be cut in place (fully_shard fixes the "
+                f"sizes of its parts)"
             )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsekern._files import replacing, target
+from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
     Registered,
@@ -25,7 +26,6 @@ from sparsekern.compact.surgery import (
     plan_of,
     registered,
     remember,
-    unwrap,
 )
 
 FORMAT = "sparsekern.model"

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sparsekern.prune.allocate import Allocator, Problem
-from sparsekern.prune.criteria import Criterion
+from sparsekern.prune.criteria import Criterion, Partners
+from sparsekern.prune.masking import Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.schedule import Event
 from sparsekern.prune.statistics import Statistics, gather
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What happens at one event, with channels as bool arrays ``[C]``.
+
+    Attributes:
+        condemned: channels that go.
+        partners: what they may be folded into.
+        penalised: channels whose gates get the extra decay ``penalty``.
+    """
+
+    event: Event
+    condemned: np.ndarray
+    partners: Partners | None
+    penalised: np.ndarray
+    penalty: float
+
+    def parts(self) -> tuple[Any, ...]:
+        """All that the network's further way depends on, to be compared between processes."""
+        folds: tuple[Any, ...] = ()
+        if self.partners is not None:
+            folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
+        return self.condemned, self.penalised, self.penalty, *folds
+
+    def carry_out(self, masks: Masks) -> None:
+        """Fold, condemn and penalise."""
+        condemned = self.condemned
+        if self.partners is not None:
+            folded = masks.fold(condemned, self.partners)
+            masks.mask(folded)
+            condemned = condemned & ~folded
+        masks.condemn(condemned, self.event.decline)
+        masks.penalise(self.penalised, self.penalty)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,34 +79,28 @@ class Policy:
             network.widths,
         )
 
-    def condemn(self, network: Network, event: Event, following: Event | None) -> None:
-        """Let the least salient channels go until the budget is met, and weigh on the next in line."""
-        masks, live = network.masks, network.masks.live
+    def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
+        """The least salient channels that have to go, and the next in line. Changes nothing."""
+        live = network.masks.live
         statistics = gather(network.rows, network.graph, live, network.parameters)
         saliency = self.saliency(statistics)
         kept = self.allocate(self.problem(network, saliency, live, event.share))
-        condemned = live & ~kept
         partners = self.select.partners(statistics, saliency)
-        if partners is not None:
-            folded = masks.fold(condemned, partners)
-            masks.mask(folded)
-            condemned &= ~folded
-        masks.condemn(condemned, event.decline)
-        self._penalise(network, event, following, saliency, kept)
+        penalised, penalty = self._next_in_line(network, event, following, saliency, kept)
+        return Choice(event, live & ~kept, partners, penalised, penalty)
 
-    def _penalise(
+    def _next_in_line(
         self, network: Network, event: Event, following: Event | None, saliency: np.ndarray, kept: np.ndarray
-    ) -> None:
-        """Extra decay for the gates of those channels that would go at the next event."""
+    ) -> tuple[np.ndarray, float]:
+        """The channels that would go at the next event, and the extra decay for their gates until then."""
         if not self.penalty or following is None:
-            network.masks.penalise(np.zeros_like(kept), 0.0)
-            return
+            return np.zeros_like(kept), 0.0
         then = self.allocate(self.problem(network, saliency, kept, following.share))
         group = network.optimizer.param_groups[0]
         momentum = float(group.get("momentum", 0.0))
         # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
         rate = float(group["lr"]) * event.decline / (1 - momentum)
-        network.masks.penalise(kept & ~then, self.penalty / rate if rate > 0 else 0.0)
+        return kept & ~then, self.penalty / rate if rate > 0 else 0.0
 
     def saliency(self, statistics: Statistics) -> np.ndarray:
         """What ``select`` gives, float64 ``[C]``.

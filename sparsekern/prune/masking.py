@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern._rows import LIVE as LIVE_ROW
+from sparsekern._sharding import rewritten, zero_entries
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.criteria import Partners
 from sparsekern.prune.statistics import ChannelRows
@@ -88,7 +89,7 @@ class Masks:
     def _fill(self, tensor: Tensor, dim: int, channels: np.ndarray) -> None:
         gone = np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
         if len(gone):
-            tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+            zero_entries(tensor, dim, gone)
 
     def declined(self) -> np.ndarray:
         """bool ``[C]``; condemned channels whose gates have arrived at zero."""
@@ -141,14 +142,9 @@ class Masks:
                 folded[mine] = False
                 continue
             for name, dim in group.consumers:
-                _add_columns(
-                    self._parameters[name],
-                    dim,
-                    self._graph.tensors[name].channels[dim],
-                    mine,
-                    partner[mine],
-                    partners.coefficient[mine],
-                )
+                channels = self._graph.tensors[name].channels[dim]
+                with rewritten(self._parameters[name]) as weight:
+                    _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
         return folded
 
 

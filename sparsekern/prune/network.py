@@ -13,8 +13,10 @@ from sparsekern import optim
 from sparsekern._rows import RowTable
 from sparsekern.compact import Plan, check_copies, make_plan, shrink
 from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.masking import Masks
+from sparsekern.prune.sharded import Handle, attach
 from sparsekern.prune.statistics import ChannelRows
 
 CUT = 3
@@ -31,6 +33,7 @@ class Network:
         parameters: the model's, by name.
         whole: cost of the model before any channel was cut out of it.
         widths: int64 ``[groups]``; channels that the groups had then.
+        also: copies of the model that are cut with it.
     """
 
     def __init__(
@@ -56,14 +59,14 @@ class Network:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.rows = ChannelRows(model, graph, trained, decay=decay)
         self.masks = self._masks()
-        self._also = tuple(also)
+        self.also = tuple(also)
         self._state_cutter = state_cutter
         self._removed = Plan({})
-        self._handle: optim.Attachment | optim.RowHooks | None = None
+        self._handle: optim.Attachment | optim.RowHooks | Handle | None = None
 
     def attach(self) -> None:
         """From now on the optimizer's steps do the work of the rows."""
-        self._handle = optim.attach(self.optimizer, self.rows.table)
+        self._handle = attach(self.optimizer, self.rows.table)
 
     def _masks(self) -> Masks:
         return Masks(self.graph, self.rows, self.parameters, optim.state_tensors(self.optimizer))
@@ -90,7 +93,7 @@ class Network:
 
     def _cut(self, kept: np.ndarray, also: Sequence[nn.Module]) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
-        copies = [*self._also, *(module for module in also if module not in self._also)]
+        copies = [*self.also, *(module for module in also if module not in self.also)]
         shrink(self.model, plan, optimizer=self.optimizer, also=copies, state_cutter=self._state_cutter)
         state = self.masks.state[kept]
         self.rows = self.rows.restricted(self.model, graph, kept)
@@ -100,6 +103,12 @@ class Network:
         if self._handle is not None:
             self._handle.replace(self.rows.table)
         self._removed = self._removed.then(plan)
+
+    def shapes(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
+        """Of the model's tensors by every name, when ``kept`` (bool ``[C]``) stays."""
+        tensors = registered(self.model)
+        parts = match(make_plan(self.graph, kept), tensors)
+        return {name: parts[id(entry.tensor)].new_shape for entry in tensors for name in entry.names}
 
     def state_dict(self) -> dict[str, Any]:
         """``channels``: int8, the state of every channel that there ever was; ``rows``: copies of the arrays

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern.compact import Plan, compact, make_plan
+from sparsekern._sharding import local, unwrap
+from sparsekern.compact import Plan, check_cuttable, compact, make_plan
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune import criteria
@@ -26,11 +27,13 @@ from sparsekern.prune.decision import Policy
 from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.ranks import Ranks
+from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.statistics import ChannelRows, gather
 
 
-class Pruner:
+class Pruner(Resumable):
     """Prunes a model's channels while an optimizer trains it.
 
     Nothing has to be called during training: the optimizer's steps count gradients, penalise and mask (in the
@@ -38,7 +41,8 @@ class Pruner:
     some of them channels are condemned, decline to zero and are masked, until the budget is met.
 
     Args:
-        model: the model to prune, where it is trained (also the result of ``torch.compile``).
+        model: the model to prune, where it is trained; also the result of ``torch.compile`` or
+            ``DistributedDataParallel``, or sharded by ``fully_shard``. All processes make a Pruner.
         optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
@@ -64,11 +68,15 @@ class Pruner:
         also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
         state_cutter: for an optimizer that keeps state of another shape than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
+        process_group: the processes that train this model together and check that they decide alike; None for
+            those of ``DistributedDataParallel``, else the default group where there is one.
 
     Raises:
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
-            frozen layers allow, the optimizer lacks trainable parameters of the model, or ``example_inputs``
-            are not accepted by the model. Nothing has been changed then.
+            frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
+            are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
+            then.
+        RuntimeError: the processes differ in their arguments or models, here or at a later decision.
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class Pruner:
         shrink: bool = False,
         also: Sequence[nn.Module] = (),
         state_cutter: StateCutter | None = None,
+        process_group: Any = None,
     ) -> None:
         self._keep = check_keep(keep)
         check_unit(of)
@@ -100,8 +109,9 @@ class Pruner:
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
-        # torch.compile wraps the module; its parameters are those of the one inside.
-        model = getattr(model, "_orig_mod", model)
+        given, model = model, unwrap(model)
+        if shrink:
+            check_cuttable(model)
         self._optimizer = optimizer
         self._example = example_inputs
         self._shrinks = bool(shrink)
@@ -121,6 +131,9 @@ class Pruner:
         )
         everything = np.ones(graph.num_channels, bool)
         check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
+        self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
+        with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
+            check(self._settings(), self._fingerprint(), nonfinite)
         self._network.attach()
         self._step = 0
         self._nonfinite_seen = 0
@@ -162,6 +175,7 @@ class Pruner:
         if keep is None:
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
+        self._rows.table.settle()
         statistics = gather(self._rows, self.graph, self._masks.unmasked, self._network.parameters)
         problem = self._problem(self._policy.saliency(statistics), statistics.live, share)
         check_feasible(problem, share)
@@ -170,7 +184,8 @@ class Pruner:
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels, computing exactly what the masked model computes.
 
-        Channels that are only condemned are still there: see :attr:`finished`.
+        Channels that are only condemned are still there: see :attr:`finished`. Of a sharded model all
+        processes have to call this; it is gathered one tensor at a time, and each gets an ordinary module.
         """
         return compact(self._network.model, make_plan(self.graph, self._masks.unmasked))
 
@@ -204,6 +219,7 @@ class Pruner:
         Returns:
             How many channels were saved.
         """
+        self._rows.table.settle()
         return int(self._masks.pardon().sum())
 
     def detach(self) -> None:
@@ -221,6 +237,7 @@ class Pruner:
         ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
         statistics; ``finished``.
         """
+        self._rows.table.settle()
         unmasked = self._masks.unmasked
         cost = self.graph.cost(unmasked)
         return {
@@ -237,72 +254,6 @@ class Pruner:
             "finished": self.finished,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
-        plain values only, so that ``torch.load(weights_only=True)`` reads it."""
-        return {
-            "version": 2,
-            "settings": self._settings(),
-            "network": self._fingerprint(),
-            "step": self._step,
-            "next": self._next,
-            "nonfinite_seen": self._nonfinite_seen,
-            **self._network.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
-        """Go on from :meth:`state_dict`, in a full-size model or one as large as that of the state.
-
-        The model, its optimizer's state and copies of the model are brought to the size that they had; what
-        they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
-
-        Args:
-            state: what :meth:`state_dict` gave.
-            also: as for :meth:`shrink`.
-
-        Raises:
-            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
-        """
-        self._check_state(state)
-        self._network.load_state_dict(state, also)
-        self._step = int(state["step"])
-        self._next = state["next"]
-        self._nonfinite_seen = int(state["nonfinite_seen"])
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 2:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
-        if list(state["network"]) != self._fingerprint():
-            raise ValueError(
-                f"state: got the channels of another network ({len(state['network'])} groups), expected "
-                f"those of this one ({len(self.graph.groups)} groups)"
-            )
-        for name, own in self._settings().items():
-            if state["settings"].get(name) != own:
-                raise ValueError(
-                    f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
-                )
-        self._network.check_state(state)
-
-    def _settings(self) -> dict[str, Any]:
-        policy = self._policy
-        return {
-            "keep": self._keep,
-            "of": policy.of,
-            "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
-            "finish": self._schedule.finish,
-            "select": repr(policy.select),
-            "allocate": repr(policy.allocate),
-            "round_to": policy.round_to,
-            "floors": policy.floors.tolist(),
-            "penalty": policy.penalty,
-            "shrink": self._shrinks,
-        }
-
-    def _fingerprint(self) -> list[str]:
-        groups = zip(self.graph.groups, self._network.widths.tolist(), strict=True)
-        return [f"{group.name}:{width}" for group, width in groups]
-
     def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
         return self._policy.problem(self._network, saliency, live, share)
 
@@ -310,24 +261,45 @@ class Pruner:
         bad = [
             name
             for name, param in self._network.model.named_parameters()
-            if param.grad is not None and not bool(torch.isfinite(param.grad).all())
+            if param.grad is not None and not bool(torch.isfinite(local(param.grad)).all())
         ]
-        if bad:
+        # A part of a gradient is seen by one process only, and all have to stop.
+        if self._ranks.any(bool(bad)):
             raise FloatingPointError(
-                f"gradient: got NaN or infinity in {', '.join(bad[:3])} ({len(bad)} parameters), expected "
-                f"finite values; nonfinite='ignore' lets the optimizer go on"
+                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "
+                f"({len(bad)} parameters here), expected finite values; nonfinite='ignore' lets the "
+                f"optimizer go on"
             )
 
     def _after_step(self, *_: Any) -> None:
+        if self._idle_step():
+            return
         self._step += 1
         if self._step == self._next:
             self._decide()
 
+    def _idle_step(self) -> bool:
+        """Whether it was the step by which ``torch.distributed.checkpoint`` gets an optimizer's state."""
+        groups = self._optimizer.param_groups
+        rates = [group.get("lr") for group in groups]
+        # One on a device is not read: that step's is not there.
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+            return False
+        grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+        return not self._ranks.any(any(bool(local(grad).any()) for grad in grads))
+
     def _decide(self) -> None:
-        self._masks.mask(self._masks.declined())
+        self._rows.table.settle()
         event = self._schedule.at(self._step)
-        if event is not None:
-            self._policy.condemn(self._network, event, self._schedule.after(event.step))
+        with self._ranks.agreeing(f"pruning after step {self._step}") as check:
+            declined = self._masks.declined()
+            choice = None
+            if event is not None:
+                choice = self._policy.choose(self._network, event, self._schedule.after(event.step))
+            check(self._step, declined, *(choice.parts() if choice is not None else ()))
+        self._masks.mask(declined)
+        if choice is not None:
+            choice.carry_out(self._masks)
         if self._shrinks:
             # After everything that reads the statistics, and once: every cut costs a recompilation.
             self._network.shrink()

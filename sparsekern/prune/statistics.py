@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern._rows import WEIGHT_SQ, RowTable
+from sparsekern._rows import WEIGHT_SQ
+from sparsekern._sharding import whole
 from sparsekern.graph import ChannelGraph, Group
+from sparsekern.prune.sharded import row_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class ChannelRows:
         offsets, rows = self._gate_rows(graph)
         self.is_gate = np.zeros(start, bool)
         self.is_gate[rows] = True
-        self.table = RowTable(tracked, (offsets, rows), decay=decay)
+        self.table = row_table(tracked, (offsets, rows), decay=decay)
 
     def restricted_state(self, kept: np.ndarray) -> dict[str, Any]:
         """The table's state for a network that has only the channels ``kept`` (bool ``[C]``) left."""
@@ -135,7 +137,8 @@ class Statistics:
         taylor: root of the mean over steps of (gradient . weight)^2 over the channel's gates: the first-order
             change of the loss when the channel is scaled to zero.
         magnitude: l2 norm of the channel's filters (root mean square over several producers).
-        parameters: the model's parameters by name, for criteria that look at the filters themselves.
+        parameters: the model's parameters by name, for criteria that look at the filters themselves; DTensors
+            where the model is sharded.
         numbers: int64 ``[C]``; what number each channel had in the network that nothing was removed from.
         total: how many channels that network had; by default it is the network of ``graph``.
     """
@@ -202,7 +205,7 @@ def effective_filters(group: Group, statistics: Statistics) -> Tensor:
     for name in group.producers:
         slots = statistics.graph.tensors[name]
         assert slots.row_dim is not None
-        weight = statistics.parameters[name].detach().float().movedim(slots.row_dim, 0).flatten(1)
+        weight = whole(statistics.parameters[name]).float().movedim(slots.row_dim, 0).flatten(1)
         rows = first_rows(slots.channels[slots.row_dim], group.channels)
         weight = weight[torch.from_numpy(rows).to(weight.device)]
         if len(group.producers) > 1 or gates.normalised:
@@ -237,7 +240,7 @@ def gate_vectors(group: Group, statistics: Statistics) -> GateVectors:
         if len(matching) != 1:
             return None
         slots = graph.tensors[matching[0]]
-        param = statistics.parameters[matching[0]].detach().float().flatten()
+        param = whole(statistics.parameters[matching[0]]).float().flatten()
         rows = first_rows(slots.channels[0], group.channels)
         return param[torch.from_numpy(rows).to(param.device)]
 

@@ -53,8 +53,10 @@ class Settings:
         of: the cost, `"macs"` or `"params"`.
         select: which channels go; names of `CRITERIA` joined by `*` and `+`.
         allocate: how wide layers stay; a name of `ALLOCATORS`.
-        round_to: channel counts become multiples of it; `"auto"` takes what suits the device.
+        round_to: channel counts become multiples of it; `"auto"` takes what suits the device, None is
+            `"auto"` with `shrink`, else 1.
         min_channels: every layer keeps so many.
+        shrink: the network gets smaller while it is trained, not only at the end.
         steps, batch, crop: optimizer steps, images a step, their height and width in pixels.
         lr, weight_decay, warmup: of AdamW; the rate rises over the share `warmup` of the steps, then
             falls along a cosine to zero.
@@ -74,8 +76,9 @@ class Settings:
     of: str = "macs"
     select: str = "joint"
     allocate: str = "global"
-    round_to: int | str = 1
+    round_to: int | str | None = None
     min_channels: int = 1
+    shrink: bool = False
     steps: int = 1000
     batch: int = 8
     crop: int = 128
@@ -206,4 +209,5 @@ def build_pruner(
         allocate=ALLOCATORS[settings.allocate](),
         round_to=settings.round_to,
         min_channels=settings.min_channels,
+        shrink=settings.shrink,
     )

@@ -272,3 +272,14 @@ def test_a_plan_for_the_whole_model_says_what_is_left_of_a_shrunk_one() -> None:
     assert plan_of(compact(model, plan)) == plan
     with pytest.raises(ValueError, match="plan: made for another model, tensor 'stem.weight'"):
         compact(model, chain_plan(chain(), (0, 5)))
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_cut_often_or_once_a_weight_has_the_strides_that_its_format_gives(form: torch.memory_format) -> None:
+    model = mask_chain(chain(), (0, 1)).to(memory_format=form)
+    for left in (6, 5, 3, 2):
+        shrink(model, chain_plan(model, tuple(range(left))))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 4:
+            expected = torch.empty(parameter.shape, memory_format=form).stride()
+            assert parameter.stride() == expected, name
