@@ -7,8 +7,9 @@ import logging
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from sparsekern._sharding import copy_module, fake, settle, unwrap
@@ -27,6 +28,8 @@ from .hooks import detach_hooks, without_global_hooks
 
 INPUT = "tied to an input of the network"
 CONSTANT = "tied to a constant tensor"
+
+_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,18 @@ class Source:
 
     def rejected(self, training: bool, error: Exception) -> ValueError:
         """What to raise when the copy does not run at its full size."""
+        mode = f"{'training' if training else 'evaluation'} mode"
+        name = type(self.clone).__name__
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return ValueError(
+                f"model: in {mode} {name}.forward decides by the values in tensors, expected one whose "
+                f"course follows from shapes; it raised {first_line(error)}"
+            )
         args, kwargs = self._given
         given = ", ".join([_describe(a) for a in args] + [f"{n}={_describe(a)}" for n, a in kwargs.items()])
         return ValueError(
-            f"example_inputs: got ({given}), expected what {type(self.clone).__name__}.forward accepts in "
-            f"{'training' if training else 'evaluation'} mode; it raised {first_line(error)}"
+            f"example_inputs: got ({given}), expected what {name}.forward accepts in {mode}; "
+            f"it raised {first_line(error)}"
         )
 
 
@@ -249,8 +259,10 @@ def undisturbed() -> Iterator[None]:
     fails on fake tensors raises, and is reported; torch would log it, too.
     """
     python, legacy = random.getstate(), np.random.get_state()
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
+    logs = [logging.getLogger(name) for name in _LOGS]
+    disabled = [log.disabled for log in logs]
+    for log in logs:
+        log.disabled = True
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with (
@@ -258,6 +270,8 @@ def undisturbed() -> Iterator[None]:
             torch.compiler.set_stance("force_eager"),
             without_global_hooks(),
             warnings.catch_warnings(),
+            # The tracer prints what it has of the graph when it fails.
+            redirect_stderr(StringIO()),
         ):
             warnings.simplefilter("ignore")
             random.seed(0)
@@ -265,7 +279,8 @@ def undisturbed() -> Iterator[None]:
             torch.default_generator.manual_seed(0)
             yield
     finally:
-        log.disabled = disabled
+        for log, before in zip(logs, disabled, strict=True):
+            log.disabled = before
         random.setstate(python)
         np.random.set_state(legacy)
 

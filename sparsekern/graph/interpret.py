@@ -259,13 +259,18 @@ def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
 
 
 def _macs(node: fx.Node) -> int:
-    """What torch counts for an op that no rule prices: nothing that enters it is pruned."""
+    """What torch counts for an op that no rule prices: nothing that enters it is pruned.
+
+    0 where its sizes depend on data.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
     target: Any = node.target
-    with mode or nullcontext(), FlopCounterMode(display=False) as counter, suppress(Exception):
-        target(*args, **kwargs)
-    return int(counter.get_total_flops()) // 2
+    with suppress(Exception):
+        with mode or nullcontext(), FlopCounterMode(display=False) as counter:
+            target(*args, **kwargs)
+        return int(counter.get_total_flops()) // 2
+    return 0
 
 
 def _module(node: fx.Node) -> str:
