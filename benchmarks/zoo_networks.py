@@ -73,7 +73,7 @@ NETWORKS: dict[str, Network] = {
     "regnet_y_400mf": _torchvision("regnet_y_400mf"),
     "shufflenet_v2_x1_0": _torchvision("shufflenet_v2_x1_0"),
     "squeezenet1_1": _torchvision("squeezenet1_1"),
-    "inception_v3": _torchvision("inception_v3", 96, aux_logits=False, init_weights=False),
+    "inception_v3": _torchvision("inception_v3", 139, aux_logits=False, init_weights=False),
     "convnext_tiny": _torchvision("convnext_tiny"),
     "vit_b_16": _torchvision("vit_b_16", image_size=64),
     "swin_t": _torchvision("swin_t"),
