@@ -47,7 +47,11 @@ CHOICES = ("random", "magnitude")
 
 @dataclass
 class Report:
-    """What is known of one network. differences: by choice of channels and mode."""
+    """What is known of one network.
+
+    differences: of masked and compact outputs, by choice of channels and mode. moved: by how much
+    the masks change the output, in the same measure: what was removed did reach it.
+    """
 
     network: str
     trace_seconds: float = 0.0
@@ -58,6 +62,7 @@ class Report:
     params_left: float = 1.0
     macs_left: float = 1.0
     differences: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.0
     costs_equal: bool = False
     reasons: list[str] = field(default_factory=list)
     error: str = ""
@@ -158,6 +163,7 @@ def _measure(report: Report, model: nn.Module, inputs: Tensor) -> None:
         for training in (False, True):
             key = f"{choice}, {'training' if training else 'evaluation'}"
             report.differences[key] = difference(masked, small, inputs, training)
+        report.moved = max(report.moved, difference(model, masked, inputs, False))
         cost = graph.cost(kept)
         parameters = sum(p.numel() for p in small.parameters())
         report.costs_equal &= cost.params == parameters and cost.macs == macs(small, inputs)
@@ -173,6 +179,7 @@ def tabulate(reports: list[Report]) -> Table:
         "channels",
         "params left",
         "MACs left",
+        "moved",
         "eval",
         "train",
         "costs",
@@ -191,6 +198,7 @@ def tabulate(reports: list[Report]) -> Table:
             f"{r.channels}",
             f"{r.params_left:.2f}",
             f"{r.macs_left:.2f}",
+            f"{r.moved:.2f}",
             *(f"{w:.0e}" for w in worst),
             "equal" if r.costs_equal else "DIFFER",
             r.outcome,

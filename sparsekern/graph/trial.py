@@ -68,15 +68,19 @@ class Layout:
 
 @dataclass
 class Trials:
-    """Runs a source's copy with some of the groups halved. groups: those that can be."""
+    """Runs a source's copy with some of the groups halved. groups: those that can be.
+
+    pattern: how many channels each of them loses; 0 is about half, others are more mixed.
+    """
 
     source: Source
     layout: Layout
+    pattern: int = 0
     _halves: dict[int, np.ndarray] = field(init=False)
     _shapes: dict[bool, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._halves = _halves(self.layout.group_of)
+        self._halves = _halves(self.layout.group_of, self.pattern)
 
     @property
     def groups(self) -> list[int]:
@@ -199,20 +203,23 @@ def _shapes(output: Any) -> list[Any]:
     ]
 
 
-def _halves(group_of: np.ndarray) -> dict[int, np.ndarray]:
-    """About half of the channels of every group of two or more.
+def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
+    """Some of the channels of every group of two or more.
 
-    Equally wide groups lose different numbers, or a program that pairs them would not show it.
+    Equally wide groups lose different numbers, or a program that pairs them would not show it. So
+    many numbers there are not in narrow groups; over several patterns any two of them differ once.
     """
     starts = np.searchsorted(group_of, np.arange(group_of.max(initial=-1) + 2))
     seen: dict[int, int] = {}
     halves = {}
     for group, (start, end) in enumerate(pairwise(starts.tolist())):
         size = end - start
-        least = max(size // 4, 1)
         if size > 1:
             order = seen[size] = seen.get(size, -1) + 1
+            least = max(size // 4, 1)
             removed = least + (size // 2 - least + order) % (size - 2 * least + 1)
+            if pattern:
+                removed = 1 + (order // (size - 1) ** (pattern - 1) + 7 * pattern) % (size - 1)
             ids = np.arange(start, end)
             halves[group] = np.concatenate([ids[1::2], ids[2::2]])[:removed]
     return halves

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from graph.random_networks import At, Draw, Run, block, conv
+from graph.random_networks import At, Draw, Head, Run, block, conv
 from torch import Tensor, nn
 
 
@@ -24,7 +23,7 @@ def pooled_linear(draw: Draw, at: At) -> nn.Module:
 
 def flattened_linear(draw: Draw, at: At) -> nn.Module:
     size = at.channels * at.size**at.dims
-    flat = nn.Flatten() if draw.chance() else Run(lambda net, x: x.view(x.size(0), -1))
+    flat = nn.Flatten() if draw.chance() else Run(lambda net, x: x.contiguous().view(x.size(0), -1))
     return nn.Sequential(flat, nn.Linear(size, 10), nn.ReLU(), nn.Linear(10, 3))
 
 
@@ -64,7 +63,7 @@ def normalised(draw: Draw, at: At) -> nn.Module:
     return Run(run, fc=nn.Linear(at.channels, 6))
 
 
-HEADS: tuple[Callable[[Draw, At], nn.Module], ...] = (
+HEADS: tuple[Head, ...] = (
     dense_map,
     pooled_linear,
     flattened_linear,

@@ -48,6 +48,9 @@ class Draw:
         return self.one(4, 6, 8, 12, 16)
 
 
+Head = Callable[[Draw, At], nn.Module]
+
+
 class Step(NamedTuple):
     """make: the structure. dims: the dimensions of space that it is for."""
 
