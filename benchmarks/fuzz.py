@@ -38,6 +38,7 @@ OUTCOMES = ("exact", "whole", "refused", "DIFFERENT", "CRASH")
 def main(
     count: Annotated[int, typer.Option(help="How many networks.")] = 2000,
     start: Annotated[int, typer.Option(help="First seed.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Stop after that long.")] = float("inf"),
     text: Annotated[Path | None, typer.Option(help="File for what is printed.")] = None,
 ) -> None:
     torch.set_num_threads(1)
@@ -48,6 +49,8 @@ def main(
     begin = time.perf_counter()
     channels = 0
     for seed in track(range(start, start + count), console=Console(stderr=True)):
+        if time.perf_counter() - begin > 60 * minutes:
+            break
         plan = random_plan(seed)
         try:
             outcome, said, found = examine(plan)
@@ -66,8 +69,10 @@ def main(
                 f"{outcomes[name]} {name}" for name in ("exact", "whole", "refused", "DIFFERENT", "CRASH")
             )
         )
-        console.print(f"{count} networks of {len(structures)} structures, {channels} channels found")
-        console.print(f"seeds {start} to {start + count - 1}, {time.perf_counter() - begin:.0f} s")
+        console.print(
+            f"{outcomes.total()} networks of {len(structures)} structures, {channels} channels found"
+        )
+        console.print(f"seeds {start} to {start + outcomes.total() - 1}, {time.perf_counter() - begin:.0f} s")
         console.print(environment())
     if outcomes["DIFFERENT"] or outcomes["CRASH"]:
         raise typer.Exit(1)

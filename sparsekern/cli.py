@@ -108,6 +108,9 @@ def train(
         typer.Option(help="Channel counts become multiples of it; a number (1) or auto (with --shrink)."),
     ] = None,
     min_channels: Annotated[int, typer.Option(help="Every layer keeps so many.")] = 1,
+    begin: Annotated[float, typer.Option(help="Share of the steps before the first channel goes.")] = 0.1,
+    finish: Annotated[float, typer.Option(help="Share of the steps by which the budget is met.")] = 0.6,
+    events: Annotated[int, typer.Option(help="How many times channels go.")] = 10,
     shrink: Annotated[
         bool, typer.Option(help="Make the network smaller during the training, which gets cheaper by it.")
     ] = False,

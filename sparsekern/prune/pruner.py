@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekern._sharding import local, unwrap
 from sparsekern.compact import Plan, check_cuttable, compact, make_plan
 from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator, Global, Problem
@@ -24,6 +25,7 @@ from sparsekern.prune.budget import (
     resolve_round_to,
 )
 from sparsekern.prune.decision import Policy
+from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.preparation import check_options, prunable_graph
@@ -113,6 +115,7 @@ class Pruner(Resumable):
         if shrink:
             check_cuttable(model)
         self._optimizer = optimizer
+        self._steps = steps
         self._example = example_inputs
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, optimizer, example_inputs, protect)
@@ -210,6 +213,36 @@ class Pruner(Resumable):
                 no copy of the model; nothing has changed then.
         """
         return self._network.shrink(also)
+
+    def forecast(self, *, ranks: int = 1, measure: bool | Tensor | tuple[Any, ...] = False) -> Forecast:
+        """What the training will cost, stage by stage: to be asked before it begins.
+
+        Nothing is known then of which layers will stay wide, so all are taken to keep an equal share, within
+        floors and ``round_to``. Without ``shrink`` every step costs what a dense one does.
+
+        Args:
+            ranks: processes that average their gradients.
+            measure: time training steps on this machine, on copies of the model at a few sizes: True on the
+                example inputs, or on a batch given here.
+
+        Raises:
+            ValueError: ``ranks`` is no number of at least 1, or no step can be made on these inputs.
+            RuntimeError: channels have been cut out of the model already.
+        """
+        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+            raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
+        if self.graph.num_channels != self._rows.total:
+            raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
+        inputs = None if measure is False else self._example if measure is True else measure
+        return forecast(
+            self._network,
+            self._policy,
+            self._schedule,
+            steps=self._steps,
+            shrinks=self._shrinks,
+            ranks=ranks,
+            inputs=None if inputs is None else as_arguments(inputs)[0],
+        )
 
     def abort(self) -> int:
         """Undo the latest decision where it can be undone: condemned channels live again.

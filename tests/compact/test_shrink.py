@@ -11,7 +11,9 @@ import pytest
 import torch
 from compact.networks import KEPT, Chain, chain, chain_plan, mask_chain, plan_for, sizes, unchanged
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sparsekern.compact import Plan, TensorPlan, compact, load, plan_of, save, shrink, verify
 
@@ -283,3 +285,34 @@ def test_cut_often_or_once_a_weight_has_the_strides_that_its_format_gives(form: 
         if parameter.dim() == 4:
             expected = torch.empty(parameter.shape, memory_format=form).stride()
             assert parameter.stride() == expected, name
+
+
+def reparametrised() -> Chain:
+    model = chain()
+    nn.utils.parametrizations.weight_norm(model.stem)
+    prune.l1_unstructured(model.depth, "weight", amount=0.3)
+    return model
+
+
+def test_reparametrised_weights_follow() -> None:
+    model, plan = reparametrised(), {}
+    for name, tensor in model.state_dict().items():
+        if name.partition(".")[0] in ("stem", "norm", "depth", "act") and tensor.ndim:
+            plan[name] = {0: KEPT}
+    whole = plan_for(model, {**plan, "up.weight": {0: KEPT}})
+    expected = compact(model, whole)
+    shrink(model, whole)
+    assert verify(model, expected, INPUT) == 0
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    assert model.depth.weight.shape == (5, 1, 3, 3)
+
+
+def test_wrapped_tensors_are_refused() -> None:
+    model = chain()
+    data = model.stem.weight.detach()
+    model.stem.weight = nn.Parameter(TwoTensor(data, data.clone()))
+    message = "^model: 'stem.weight' is a TwoTensor, expected plain tensors: sharded"
+    with pytest.raises(ValueError, match=message):
+        shrink(model, chain_plan(model))
+    assert model.norm.weight.shape == (8,)

@@ -19,7 +19,14 @@ import torch.distributed as dist
 _context = multiprocessing.get_context("forkserver")
 # Processes are forked from one that has imported these: a start then takes a fraction of a second.
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.export", "sparsekern"]
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "torch.export",
+        "torch._dynamo",
+        "sparsekern",
+    ]
 )
 
 

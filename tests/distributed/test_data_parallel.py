@@ -4,38 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from distributed.processes import run
-from distributed.training import IMAGES, STEPS, assert_equal_results, batch, loss_of, network, start, trained
+from distributed.training import (
+    IMAGES,
+    STEPS,
+    assert_equal_results,
+    batch,
+    loss_of,
+    network,
+    start,
+    trained,
+    trained_each,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
 from sparsekern import criteria
 
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("ours AdamW", {}),
+    ("ours SGD", {}),
+    ("torch RMSprop", {}),
+    # Chance is the same everywhere.
+    ("ours AdamW", {"select": criteria.Random(3)}),
+    ("ours AdamW", {"select": criteria.Shuffled(criteria.Taylor(), seed=1)}),
+]
 
-@pytest.mark.parametrize("optimizer", ["ours AdamW", "ours SGD", "torch RMSprop"])
-def test_two_processes_prune_as_one(optimizer: str) -> None:
-    alone = trained("alone", optimizer)
-    assert 0 < sum(alone.kept) < 0.8 * len(alone.channels)
-    for result in run(trained, 2, "parallel", optimizer):
-        assert_equal_results(result, alone)
+
+def test_two_processes_prune_as_one() -> None:
+    alone = trained_each("alone", CASES)
+    assert all(0 < sum(each.kept) < 0.8 * len(each.channels) for each in alone)
+    for results in run(trained_each, 2, "parallel", CASES):
+        for result, expected in zip(results, alone, strict=True):
+            assert_equal_results(result, expected)
 
 
 def test_four_processes_prune_as_one() -> None:
     alone = trained("alone")
     for result in run(trained, 4, "parallel"):
-        assert_equal_results(result, alone)
-
-
-@pytest.mark.parametrize(
-    "select", [criteria.Random(3), criteria.Shuffled(criteria.Taylor(), seed=1)], ids=repr
-)
-def test_chance_is_the_same_everywhere(select: criteria.Criterion) -> None:
-    alone = trained("alone", arguments={"select": select})
-    for result in run(trained, 2, "parallel", "ours AdamW", {"select": select}):
         assert_equal_results(result, alone)
 
 

@@ -6,7 +6,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,6 +18,7 @@ from distributed.training import (
     network,
     start,
     trained,
+    trained_each,
     whole,
 )
 from torch import nn
@@ -29,12 +29,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 import sparsekern
 
+CASES: list[tuple[str, dict[str, Any]]] = [("ours AdamW", {}), ("ours SGD", {}), ("torch AdamW", {})]
 
-@pytest.mark.parametrize("optimizer", ["ours AdamW", "ours SGD", "torch AdamW"])
-def test_two_processes_prune_as_one(optimizer: str) -> None:
-    alone = trained("alone", optimizer)
-    for result in run(trained, 2, "sharded", optimizer):
-        assert_equal_results(result, alone)
+
+def test_two_processes_prune_as_one() -> None:
+    alone = trained_each("alone", CASES)
+    for results in run(trained_each, 2, "sharded", CASES):
+        for result, expected in zip(results, alone, strict=True):
+            assert_equal_results(result, expected)
 
 
 def _on_meshes() -> list[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +150,11 @@ def trained(
     run = start(how, optimizer=optimizer, **more, **(arguments or {}))
     run.train(range(STEPS))
     return run.result()
+
+
+def trained_each(how: str, cases: Sequence[tuple[str, dict[str, Any]]]) -> list[Result]:
+    """A training per case: an optimizer, and arguments of the Pruner."""
+    return [trained(how, optimizer, arguments) for optimizer, arguments in cases]
 
 
 def assert_equal_results(ours: Result, alone: Result) -> None:
