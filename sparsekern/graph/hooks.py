@@ -39,23 +39,39 @@ def hooked(call: Call) -> Result:
 
 
 def detach_hooks(model: nn.Module) -> None:
+    """Takes all hooks off the modules but those of ``torch.nn.utils``, which make weights.
+
+    In the place of one that may change something stands an op that nothing is pruned through.
+    """
+    for module in model.modules():
+        standing = [
+            (hooks, key, stand_in)
+            for hooks, stand_in in ((module._forward_pre_hooks, _before), (module._forward_hooks, _after))
+            for key, hook in hooks.items()
+            if not _makes_weights(hook) and may_change(hook)
+        ]
+        _drop(module)
+        for hooks, key, stand_in in standing:
+            hooks[key] = stand_in
+
+
+def drop_hooks(model: nn.Module) -> None:
     """Takes all hooks off the modules but those of ``torch.nn.utils``, which make weights."""
     for module in model.modules():
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-        for hooks, stands_for in (
-            (module._forward_pre_hooks, _before),
-            (module._forward_hooks, _after),
-        ):
-            for key, hook in list(hooks.items()):
-                if _makes_weights(hook):
-                    continue
-                if may_change(hook):
-                    hooks[key] = stands_for
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-                    module._forward_hooks_with_kwargs.pop(key, None)
-                else:
-                    del hooks[key]
+        _drop(module)
+
+
+def _drop(module: nn.Module) -> None:
+    module._backward_hooks.clear()
+    module._backward_pre_hooks.clear()
+    for hooks, named in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key, hook in list(hooks.items()):
+            if not _makes_weights(hook):
+                del hooks[key]
+                named.pop(key, None)
 
 
 def may_change(hook: Callable[..., Any]) -> bool:
