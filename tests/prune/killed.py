@@ -1,7 +1,7 @@
 """A shrinking training that is killed at random moments: ``python tests/prune/killed.py --times 50``.
 
-Every time a training is killed by SIGKILL and started again until it ends; its last checkpoint then has to
-be, bit by bit, that of a training that nobody disturbed.
+Every training is killed by SIGKILL once, in a step or while a checkpoint is being written, and started again;
+its last checkpoint then has to be, bit by bit, that of a training that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def train(folder: Path) -> None:
         scheduler.step()
         average.update_parameters(model)
         pruner.save_checkpoint(path, step=step + 1, scheduler=scheduler.state_dict())
-    (folder / "done").touch()
+        with (folder / "progress").open("ab") as progress:
+            progress.write(b".")
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -72,32 +73,32 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
-def undisturbed(folder: Path) -> tuple[float, float]:
-    """Seconds until the first checkpoint and until the end of a training that runs through."""
-    begin, first = time.monotonic(), None
+def wait(process: subprocess.Popen[bytes], folder: Path, steps: int) -> None:
+    """Until ``steps`` checkpoints have been written in all, or the process has ended."""
+    progress = folder / "progress"
+    while process.poll() is None and (progress.stat().st_size if progress.exists() else 0) < steps:
+        time.sleep(0.002)
+
+
+def finish(folder: Path) -> float:
+    """Let a training run to its end; seconds that a step took."""
     process = start(folder)
-    while process.poll() is None:
-        if first is None and (folder / "run.pt").exists():
-            first = time.monotonic() - begin
-        time.sleep(0.005)
-    assert process.returncode == 0
-    assert first is not None
-    return first, time.monotonic() - begin
+    wait(process, folder, STEPS - 10)
+    begin = time.monotonic()
+    wait(process, folder, STEPS)
+    seconds = (time.monotonic() - begin) / 10
+    assert process.wait() == 0
+    return seconds
 
 
-def killed(folder: Path, first: float, end: float, chance: random.Random) -> int:
-    """Kill a training and start it again until it gets through; how many times it was killed."""
-    times = 0
-    while not (folder / "done").exists():
-        process = start(folder)
-        try:
-            process.wait(chance.uniform(0.9 * first, end))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            times += process.wait() == -signal.SIGKILL
-        else:
-            assert process.returncode == 0
-    return times
+def kill(folder: Path, seconds: float, chance: random.Random) -> None:
+    """Start a training and kill it at a random moment of a random step."""
+    process = start(folder)
+    wait(process, folder, chance.randrange(1, STEPS - 4))
+    # In a step or while its checkpoint is being written.
+    time.sleep(chance.uniform(0, seconds))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 def same(a: Any, b: Any) -> bool:
@@ -111,20 +112,21 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def campaign(times: int, seed: int = 0) -> tuple[int, int]:
-    """How many of so many disturbed trainings end as the undisturbed one, and kills in all."""
-    chance, good, kills = random.Random(seed), 0, 0
+def campaign(times: int, seed: int = 0) -> int:
+    """How many of so many trainings, each killed once, end as the one that nobody disturbed."""
+    chance, good = random.Random(seed), 0
     with TemporaryDirectory() as name:
         whole = Path(name) / "whole"
         whole.mkdir()
-        first, end = undisturbed(whole)
+        seconds = finish(whole)
         expected = torch.load(whole / "run.pt", weights_only=True)
         for number in range(times):
             folder = Path(name) / str(number)
             folder.mkdir()
-            kills += killed(folder, first, end, chance)
+            kill(folder, seconds, chance)
+            finish(folder)
             good += same(torch.load(folder / "run.pt", weights_only=True), expected)
-    return good, kills
+    return good
 
 
 if __name__ == "__main__":
@@ -135,6 +137,6 @@ if __name__ == "__main__":
     if arguments.train is not None:
         train(arguments.train)
     else:
-        good, kills = campaign(arguments.times)
-        print(f"{good} of {arguments.times} bit-identical, killed {kills} times")
+        good = campaign(arguments.times)
+        print(f"{good} of {arguments.times} trainings, each killed once, ended bit-identical")
         sys.exit(good != arguments.times)

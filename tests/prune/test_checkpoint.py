@@ -285,7 +285,5 @@ def test_kill_9_while_saving_leaves_the_old_file_whole(written: Path, tmp_path: 
     assert parts()[2].load_checkpoint(path) == {"step": 12}
 
 
-def test_killed_at_random_moments_a_run_ends_as_if_nobody_had_disturbed_it() -> None:
-    good, kills = campaign(1, seed=1)
-    assert good == 1
-    assert kills >= 1
+def test_killed_at_a_random_moment_a_run_ends_as_if_nobody_had_disturbed_it() -> None:
+    assert campaign(1, seed=1) == 1
