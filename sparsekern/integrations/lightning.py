@@ -1,0 +1,98 @@
+"""Pruning in a Lightning ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sparsekern.integrations._trainers import HeldWeights, check_both, optimizer_of, progress
+from sparsekern.prune import Pruner
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+else:
+    try:
+        import lightning.pytorch as pl
+    except ImportError:
+        import pytorch_lightning as pl
+
+
+class PruningCallback(pl.Callback):
+    """Prunes a ``LightningModule`` while ``Trainer.fit`` trains it; every checkpoint can be resumed from.
+
+    Automatic and manual optimization, ``accumulate_grad_batches`` and all precisions work as they are. Curves
+    ``pruning/{macs_share,params_share,condemned,channels}`` are logged with ``self.log``. One callback serves
+    one ``fit``; to resume, ``fit(..., ckpt_path=...)`` with a fresh module and callback, made alike.
+
+    Args:
+        example_inputs: see :class:`sparsekern.Pruner`; default the module's ``example_input_array``.
+        module: name of the submodule to prune, with ``forward`` of ``example_inputs``; default all of it.
+        steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
+        options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
+
+    Attributes:
+        pruner: made when ``fit`` starts, None before.
+    """
+
+    def __init__(
+        self,
+        example_inputs: Tensor | tuple[Any, ...] | None = None,
+        *,
+        module: str = "",
+        steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.pruner: Pruner | None = None
+        self._inputs, self._module, self._steps, self._options = example_inputs, module, steps, options
+        self._held: HeldWeights | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def compact(self) -> nn.Module:
+        """See :meth:`sparsekern.Pruner.compact`.
+
+        Raises:
+            RuntimeError: ``fit`` has not started.
+        """
+        if self.pruner is None:
+            raise RuntimeError("pruner: there is none yet, expected Trainer.fit to have started")
+        return self.pruner.compact()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hold back the weights of a checkpoint, which may be smaller than the module."""
+        if stage == "fit":
+            if self.pruner is not None:
+                raise RuntimeError("callback: has pruned already, expected a new one for another Trainer.fit")
+            self._held = HeldWeights(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the Pruner: the optimizers exist, their states are not restored yet."""
+        assert self._held is not None
+        weights = self._held.take()
+        check_both(weights, self._restored, "ckpt_path")
+        module = pl_module.get_submodule(self._module)
+        inputs = pl_module.example_input_array if self._inputs is None else self._inputs
+        inputs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs))
+        steps = trainer.estimated_stepping_batches if self._steps is None else self._steps
+        if not 1 <= steps < float("inf"):
+            raise ValueError(f"steps: the trainer estimates {steps}, expected an explicit number")
+        optimizer = optimizer_of(module, trainer.optimizers)
+        self.pruner = Pruner(module, optimizer, inputs, steps=int(steps), **self._options)
+        if weights is not None and self._restored is not None:
+            self.pruner.load_state_dict(self._restored)
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log the curves."""
+        if self.pruner is not None:
+            pl_module.log_dict(progress(self.pruner))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Pruner's; it goes into every checkpoint."""
+        return {} if self.pruner is None else self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the Pruner is made."""
+        self._restored = state_dict
