@@ -1,0 +1,134 @@
+"""The training that :mod:`benchmarks.faults` kills: a UNet that shrinks, with a checkpoint every few steps."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsekern
+from sparsekern.recipes.models.unet import UNet
+
+SIZE, BATCH, DROPOUT = 32, 4, 0.1
+
+
+class Phase(IntEnum):
+    """What a process was doing when it died."""
+
+    START = 0
+    TRAIN = 1
+    SAVE = 2
+    END = 3
+
+
+class Watch(ctypes.Structure):
+    """What the processes of a run tell the one that kills them, in shared memory."""
+
+    _fields_ = (("phase", ctypes.c_int), ("step", ctypes.c_int), ("save_seconds", ctypes.c_double))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: where its files are, how long it is, and of how many processes."""
+
+    folder: Path
+    processes: int
+    steps: int
+    every: int
+    seed: int
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def end(self, rank: int) -> Path:
+        """Everything that a process holds after the last step."""
+        return self.folder / f"end-{rank}.pt"
+
+
+def batch(index: int) -> tuple[Tensor, Tensor]:
+    """Noise float32 ``[BATCH, 3, SIZE, SIZE]`` and where it is bright on average, ``[BATCH, 1, SIZE, SIZE]``."""
+    random = torch.Generator().manual_seed(index)
+    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=random)
+    smooth = F.avg_pool2d(x.mean(1, keepdim=True), 5, stride=1, padding=2)
+    return x, (smooth > 0).float()
+
+
+def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
+    """Go on from the checkpoint, if there is one, to the end of the run.
+
+    Args:
+        meeting: a file that does not exist yet, where the processes of this start find each other.
+        watch: a :class:`Watch` in shared memory.
+    """
+    watch.phase = Phase.START
+    torch.set_num_threads(1)
+    if job.processes > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=job.processes
+        )
+    torch.manual_seed(job.seed)
+    model = UNet(width=8, depth=2)
+    optimizer = sparsekern.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
+    pruner = sparsekern.Pruner(model, optimizer, batch(0)[0], keep=0.2, steps=job.steps, events=6, shrink=True)
+    # Every process has dropout of its own.
+    torch.manual_seed(job.seed + 1 + rank)
+    step = 0
+    if job.checkpoint.exists():
+        extra = pruner.load_checkpoint(job.checkpoint)
+        scheduler.load_state_dict(extra["scheduler"])
+        torch.set_rng_state(extra["random"][rank])
+        step = extra["step"]
+    network, size = _parallel(model), _size(model)
+    watch.phase = Phase.TRAIN
+    while step < job.steps:
+        x, y = batch(step * job.processes + rank)
+        loss = F.binary_cross_entropy_with_logits(network(F.dropout(x, DROPOUT)), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        step += 1
+        watch.step = step
+        if _size(model) != size:
+            network, size = _parallel(model), _size(model)
+        if step % job.every == 0 or step == job.steps:
+            watch.phase = Phase.SAVE
+            begin = perf_counter()
+            extra = {"step": step, "scheduler": scheduler.state_dict(), "random": _random_states()}
+            if rank == 0:
+                pruner.save_checkpoint(job.checkpoint, **extra)
+            watch.save_seconds = perf_counter() - begin
+            watch.phase = Phase.TRAIN
+    pruner.save_checkpoint(job.end(rank), **extra)
+    watch.phase = Phase.END
+    if job.processes > 1:
+        dist.destroy_process_group()
+
+
+def _parallel(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def _size(model: nn.Module) -> int:
+    return sum(param.numel() for param in model.parameters())
+
+
+def _random_states() -> list[Tensor]:
+    """The states of the generators of all processes, by rank."""
+    own = torch.get_rng_state()
+    if not dist.is_initialized():
+        return [own]
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own)
+    return every
