@@ -104,9 +104,16 @@ def train(
     ] = "joint",
     allocate: Annotated[str, typer.Option(help="How wide layers stay: global, uniform, flat")] = "global",
     round_to: Annotated[
-        str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
-    ] = "1",
+        str | None,
+        typer.Option(help="Channel counts become multiples of it; a number (1) or auto (with --shrink)."),
+    ] = None,
     min_channels: Annotated[int, typer.Option(help="Every layer keeps so many.")] = 1,
+    begin: Annotated[float, typer.Option(help="Share of the steps before the first channel goes.")] = 0.1,
+    finish: Annotated[float, typer.Option(help="Share of the steps by which the budget is met.")] = 0.6,
+    events: Annotated[int, typer.Option(help="How many times channels go.")] = 10,
+    shrink: Annotated[
+        bool, typer.Option(help="Make the network smaller during the training, which gets cheaper by it.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 8,
     crop: Annotated[int, typer.Option(help="Pixels an edge that a step sees of an image.")] = 128,
@@ -204,9 +211,12 @@ def _settings(parameters: Mapping[str, Any]) -> Settings:
     if parameters["dense"]:
         if values["keep"] is not None:
             raise InputError(f"--keep: got {values['keep']} with --dense, expected one of the two")
+        if values["shrink"]:
+            raise InputError("--shrink: got it with --dense, expected one of the two")
     elif values["keep"] is None:
         values["keep"] = 0.2
-    values["round_to"] = _round_to(values["round_to"])
+    if values["round_to"] is not None:
+        values["round_to"] = _round_to(values["round_to"])
     return Settings(**values)
 
 

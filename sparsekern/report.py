@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from rich.table import Table
 
-from .recipes.files import replacing
+from ._files import replacing
 
 if TYPE_CHECKING:
     from .recipes.run import Result

@@ -27,9 +27,11 @@ def test_the_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "example_inputs": batch(0),
         "loader": [(batch(step), torch.arange(4) % 4) for step in range(steps)],
         "total_steps": steps,
+        "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(Plain().parameters()), 1),
     }
     for block in blocks:
         exec(block, scope)
     assert scope["pruner"].metrics()["macs_share"] <= 0.2
     assert scope["small"].stem[0].out_channels < 16
     assert (tmp_path / "small.safetensors").exists()
+    assert scope["extra"] == {"scheduler": scope["scheduler"].state_dict()}

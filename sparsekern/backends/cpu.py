@@ -42,7 +42,7 @@ _MISFIT = -1
 # By identities of the parameters. A plan holds no tensors and is compared at every call, so a wrong or
 # outdated one costs time and nothing else.
 _plans: dict[tuple[int, ...], _Plan] = {}
-_PLANS_LIMIT = 256
+_PLANNED_TENSORS_LIMIT = 1 << 14
 
 
 def sgd_step_(
@@ -177,7 +177,8 @@ def _run(op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> b
     plan = _make_plan(params, rows)
     if plan is None or not _call(plan, op, lists, options, rows):
         return False
-    if len(_plans) >= _PLANS_LIMIT:
+    # In the backward pass every tensor is a list of its own, and has its own plan.
+    if sum(map(len, _plans)) + len(key) > _PLANNED_TENSORS_LIMIT:
         _plans.clear()
     _plans[key] = plan
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,6 +80,10 @@ class CostModel:
         stays, share = self.stays + self.share @ counts, self.share[:, left]
         terms = {m: make_terms(t.scale, t.factors, share) for m, t in self.terms.items()}
         return CostModel(atom_of.astype(np.int64), stays, share, terms)
+
+    def restrict(self, kept: np.ndarray) -> CostModel:
+        """The costs of the network that has only the channels ``kept`` (bool [C]) left."""
+        return replace(self, atom_of=self.atom_of[kept])
 
 
 def make_terms(scale: np.ndarray, factors: np.ndarray, share: np.ndarray) -> Terms:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from sparsekern._sharding import unwrap
+
 from .build import build
 from .capture import Capture, Registered, capture
 from .channels import ChannelGraph
@@ -44,8 +46,8 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    # What torch.compile returns holds the module itself; its parameters are the same.
-    model = getattr(model, "_orig_mod", model)
+    # What torch.compile and data parallelism return holds the module itself, with the same parameters.
+    model = unwrap(model)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, (tuple, list)):
         raise ValueError(

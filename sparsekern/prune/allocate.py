@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class Problem:
         of: ``"macs"`` or ``"params"``.
         floors: int64 ``[groups]``; channels that stay at least.
         round_to: block size.
+        whole: cost of the network that nothing was removed from, by default that of ``graph``.
+        widths: int64 ``[groups]``; channels that the groups had there, by default those of ``graph``.
     """
 
     graph: ChannelGraph
@@ -38,6 +40,14 @@ class Problem:
     of: str
     floors: np.ndarray
     round_to: int = 1
+    whole: int = 0
+    widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not self.whole:
+            object.__setattr__(self, "whole", self.cost(np.ones(self.graph.num_channels, bool)))
+        if not len(self.widths):
+            object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 
     def cost(self, kept: np.ndarray) -> int:
         """Cost of the network with the channels ``kept``, in units of ``of``."""
@@ -145,12 +155,10 @@ class Global(Allocator):
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
         """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
-        everything = np.ones(problem.graph.num_channels, bool)
         # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
-        even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
-        totals = np.array([len(group.channels) for group in problem.graph.groups])
+        even = np.sqrt(min(1.0, problem.budget / problem.whole))
         first = blocks.first
-        return blocks.rank[first] >= self.balance * even * totals[blocks.group[first]]
+        return blocks.rank[first] >= self.balance * even * problem.widths[blocks.group[first]]
 
     def _remove(
         self, problem: Problem, blocks: Blocks, stays: np.ndarray, removable: np.ndarray
@@ -187,8 +195,7 @@ class Uniform(Allocator):
     """The same share of every group stays: the control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        totals = np.array([len(group.channels) for group in problem.graph.groups], np.float64)
-        return _bisect(problem, lambda share: share * totals)
+        return _bisect(problem, lambda share: share * problem.widths)
 
 
 @dataclass(frozen=True)
@@ -196,9 +203,8 @@ class Flat(Allocator):
     """Every group keeps at most the same number of channels: the other control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        widest = max((len(group.channels) for group in problem.graph.groups), default=0)
-        groups = len(problem.graph.groups)
-        return _bisect(problem, lambda share: np.full(groups, share * widest))
+        widest = problem.widths.max(initial=0)
+        return _bisect(problem, lambda share: np.full(len(problem.widths), share * widest))
 
 
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:

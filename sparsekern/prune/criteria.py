@@ -107,7 +107,7 @@ class Random(Criterion):
     seed: int = 0
 
     def __call__(self, statistics: Statistics) -> np.ndarray:
-        return np.random.default_rng(self.seed).random(statistics.graph.num_channels)
+        return np.random.default_rng(self.seed).random(statistics.total)[statistics.numbers]
 
 
 @dataclass(frozen=True)

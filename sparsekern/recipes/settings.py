@@ -53,8 +53,12 @@ class Settings:
         of: the cost, `"macs"` or `"params"`.
         select: which channels go; names of `CRITERIA` joined by `*` and `+`.
         allocate: how wide layers stay; a name of `ALLOCATORS`.
-        round_to: channel counts become multiples of it; `"auto"` takes what suits the device.
+        round_to: channel counts become multiples of it; `"auto"` takes what suits the device, None is
+            `"auto"` with `shrink`, else 1.
         min_channels: every layer keeps so many.
+        begin, finish, events: channels go at so many events from the share `begin` of the steps on, and the
+            budget is met at the share `finish` of them.
+        shrink: the network gets smaller while it is trained, not only at the end.
         steps, batch, crop: optimizer steps, images a step, their height and width in pixels.
         lr, weight_decay, warmup: of AdamW; the rate rises over the share `warmup` of the steps, then
             falls along a cosine to zero.
@@ -74,8 +78,12 @@ class Settings:
     of: str = "macs"
     select: str = "joint"
     allocate: str = "global"
-    round_to: int | str = 1
+    round_to: int | str | None = None
     min_channels: int = 1
+    begin: float = 0.1
+    finish: float = 0.6
+    events: int = 10
+    shrink: bool = False
     steps: int = 1000
     batch: int = 8
     crop: int = 128
@@ -206,4 +214,8 @@ def build_pruner(
         allocate=ALLOCATORS[settings.allocate](),
         round_to=settings.round_to,
         min_channels=settings.min_channels,
+        warmup=settings.begin,
+        finish=settings.finish,
+        events=settings.events,
+        shrink=settings.shrink,
     )
