@@ -2,14 +2,16 @@
 
 What is measured is the high-water mark of the process's resident memory over some steps, reset after the
 checkpoint was loaded (a full-size model exists for a moment before it is cut), less what the process held
-before any model was made: so parameters, gradients, optimizer state, activations, and the scratch memory of
-the convolutions. Linux only: it reads and resets ``VmHWM``.
+when a narrow model had been trained for a step and was gone, with all the libraries that this takes: so
+parameters, gradients, optimizer state, activations, and the scratch memory of the convolutions. Linux only:
+it reads and resets ``VmHWM``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,20 +37,26 @@ def main(
     settings = Settings(**state["settings"])
     train, test = load_folder(data, settings.classes)
     del state
+    narrow = replace(settings, width=settings.width / 4, keep=settings.keep and 0.9, round_to=1)
+    _train(Trainer(narrow, train, test), 1)
     _release()
     before = _status("VmRSS")
     trainer = Trainer(settings, train, test)
     trainer.load_state_dict(load_checkpoint(checkpoint))
-    trainer.model.train()
     _release()
     Path("/proc/self/clear_refs").write_text("5")
+    _train(trainer, steps)
+    typer.echo(_status("VmHWM") - before)
+
+
+def _train(trainer: Trainer, steps: int) -> None:
+    trainer.model.train()
     criterion = SegmentationLoss()
     for step in range(steps):
         x, y = trainer.batches(step)
         criterion(trainer.model(x.to(memory_format=torch.channels_last)), y).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-    typer.echo(_status("VmHWM") - before)
 
 
 def _release() -> None:
