@@ -3,7 +3,7 @@
 A small training with shrinking and frequent checkpoints is killed with SIGKILL, started again, killed again,
 until it ends; then everything that it holds (parameters, buffers, state of optimizer, scheduler and Pruner,
 random numbers) is compared bit for bit with a run that nobody disturbed. Moments are uniform in the time that
-a whole run takes, start and end included; every fourth kill waits for a save and strikes in the middle of it. With
+a whole run takes, start and end included; every fourth kill then waits for a save and strikes within it. With
 several processes, all of them die. A kill counts as survived when the run that it hit ended bit-identical.
 """
 
@@ -37,12 +37,26 @@ AIMED = 4  # every so manieth kill is aimed at a save
 
 # Processes are forked from one that has imported torch: a start costs milliseconds, not seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["benchmarks.faults", "torch._dynamo", "torch.export._trace", "torch.distributed"]
+PRELOADED = [
+    "benchmarks.faults_training",
+    "benchmarks.environment",
+    "rich.table",
+    "typer",
+    "torch._dynamo",
+    "torch.export._trace",
+    "torch.distributed",
+]
 
 
 @dataclass
 class Outcome:
-    """What one campaign saw; ``phases`` counts the kills by what the first process was doing."""
+    """What one campaign saw.
+
+    Attributes:
+        phases: kills by what the first process was doing.
+        left_files: incomplete files that interrupted saves left beside the checkpoint.
+        run_seconds: of an undisturbed run. seconds: of the campaign.
+    """
 
     processes: int
     runs: int = 0
@@ -123,7 +137,9 @@ class Campaign:
         begin = time.monotonic()
         reference = self._undisturbed("reference")
         if found := differences(reference, self._undisturbed("again")):
-            raise RuntimeError(f"two undisturbed runs differ in {found[:3]}: there is nothing to compare with")
+            raise RuntimeError(
+                f"two undisturbed runs differ in {found[:3]}: there is nothing to compare with"
+            )
         while self.outcome.kills < kills:
             self._disturbed(kills, reference)
         self.outcome.seconds = time.monotonic() - begin
@@ -206,20 +222,20 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def table(outcomes: list[Outcome]) -> Table:
     """One line per campaign."""
-    columns = ("processes", "kills", "in start", "in training", "in a save", "at the end")
-    result = Table(*columns, "restarts", "runs", "bit-identical", "kills survived", "seconds")
+    columns = ("processes", "kills", "starting", "training", "saving", "ending", "restarts", "runs")
+    result = Table(*columns, "identical", "kills survived", "left files", "seconds")
     for o in outcomes:
         phases = [str(o.phases[phase.name.lower()]) for phase in Phase]
-        counts = (o.restarts, o.runs, o.identical_runs, f"{o.survived} of {o.kills}", f"{o.seconds:.0f}")
-        result.add_row(str(o.processes), str(o.kills), *phases, *map(str, counts))
+        counts = (o.restarts, o.runs, o.identical_runs, f"{o.survived} of {o.kills}", o.left_files)
+        result.add_row(str(o.processes), str(o.kills), *phases, *map(str, counts), f"{o.seconds:.0f}")
     return result
 
 
 def main(
     kills: Annotated[int, typer.Option(help="Kills per number of processes.")] = 50,
     processes: Annotated[list[int], typer.Option(help="Processes of a run; may be repeated.")] = [1, 2],  # noqa: B006
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 60,
-    every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 40,
+    every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the training and of the moments.")] = 0,
     out: Annotated[Path, typer.Option(help="Where faults.txt and faults.json go.")] = RESULTS,
 ) -> None:

@@ -1,14 +1,16 @@
-"""The training that :mod:`benchmarks.faults` kills: a UNet that shrinks, with a checkpoint every few steps."""
+"""The training that :mod:`benchmarks.faults` kills: a UNet that shrinks, with many checkpoints."""
 
 from __future__ import annotations
 
 import ctypes
+import random
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -56,11 +58,18 @@ class Job:
 
 
 def batch(index: int) -> tuple[Tensor, Tensor]:
-    """Noise float32 ``[BATCH, 3, SIZE, SIZE]`` and where it is bright on average, ``[BATCH, 1, SIZE, SIZE]``."""
-    random = torch.Generator().manual_seed(index)
-    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=random)
+    """Noise, float32 ``[BATCH, 3, SIZE, SIZE]``, and where it is bright, ``[BATCH, 1, SIZE, SIZE]``."""
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
     smooth = F.avg_pool2d(x.mean(1, keepdim=True), 5, stride=1, padding=2)
     return x, (smooth > 0).float()
+
+
+def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mirrored by chance, another brightness, dropout: from the generators of Python, NumPy and torch."""
+    if random.random() < 0.5:
+        x, y = x.flip(-1), y.flip(-1)
+    return F.dropout(x + float(np.random.normal(0, 0.1)), DROPOUT), y
 
 
 def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
@@ -73,14 +82,17 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
     watch.phase = Phase.START
     torch.set_num_threads(1)
     if job.processes > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=job.processes
-        )
-    torch.manual_seed(job.seed)
-    model = UNet(width=8, depth=2)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=job.processes)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(job.seed)
+    model: nn.Module = UNet(width=16, depth=1)
+    if job.processes > 1:
+        model = DistributedDataParallel(model)
     optimizer = sparsekern.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
-    pruner = sparsekern.Pruner(model, optimizer, batch(0)[0], keep=0.2, steps=job.steps, events=6, shrink=True)
+    pruner = sparsekern.Pruner(
+        model, optimizer, batch(0)[0], keep=0.2, steps=job.steps, events=6, shrink=True, round_to=1
+    )
     # Every process has dropout of its own.
     torch.manual_seed(job.seed + 1 + rank)
     step = 0
@@ -89,19 +101,15 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
         scheduler.load_state_dict(extra["scheduler"])
         torch.set_rng_state(extra["random"][rank])
         step = extra["step"]
-    network, size = _parallel(model), _size(model)
     watch.phase = Phase.TRAIN
     while step < job.steps:
-        x, y = batch(step * job.processes + rank)
-        loss = F.binary_cross_entropy_with_logits(network(F.dropout(x, DROPOUT)), y)
-        loss.backward()
+        x, y = augment(*batch(step * job.processes + rank))
+        F.binary_cross_entropy_with_logits(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         step += 1
         watch.step = step
-        if _size(model) != size:
-            network, size = _parallel(model), _size(model)
         if step % job.every == 0 or step == job.steps:
             watch.phase = Phase.SAVE
             begin = perf_counter()
@@ -114,14 +122,6 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
     watch.phase = Phase.END
     if job.processes > 1:
         dist.destroy_process_group()
-
-
-def _parallel(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model) if dist.is_initialized() else model
-
-
-def _size(model: nn.Module) -> int:
-    return sum(param.numel() for param in model.parameters())
 
 
 def _random_states() -> list[Tensor]:
