@@ -14,6 +14,26 @@ from torch.optim import Optimizer
 from sparsekern.prune import Pruner
 
 
+class Pruning:
+    """What a callback offers beside the hooks of its trainer.
+
+    Attributes:
+        pruner: made when the training starts, None before.
+    """
+
+    pruner: Pruner | None = None
+
+    def compact(self) -> nn.Module:
+        """See :meth:`sparsekern.Pruner.compact`.
+
+        Raises:
+            RuntimeError: the training has not started.
+        """
+        if self.pruner is None:
+            raise RuntimeError("pruner: there is none yet, expected the training to have started")
+        return self.pruner.compact()
+
+
 class HeldWeights:
     """Weights that a trainer loads before a Pruner can cut the model to their sizes.
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsekern.integrations._trainers import HeldWeights, check_both, optimizer_of, progress
+from sparsekern.compact import Plan, plan_of, shrink
+from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
 
-if TYPE_CHECKING:
+try:
     import lightning.pytorch as pl
-else:
-    try:
-        import lightning.pytorch as pl
-    except ImportError:
-        import pytorch_lightning as pl
+except ImportError:
+    import pytorch_lightning as pl  # type: ignore[no-redef]
 
 
-class PruningCallback(pl.Callback):
+class PruningCallback(Pruning, pl.Callback):
     """Prunes a ``LightningModule`` while ``Trainer.fit`` trains it; every checkpoint can be resumed from.
 
     Automatic and manual optimization, ``accumulate_grad_batches`` and all precisions work as they are. Curves
@@ -30,9 +28,6 @@ class PruningCallback(pl.Callback):
         module: name of the submodule to prune, with ``forward`` of ``example_inputs``; default all of it.
         steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
         options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
-
-    Attributes:
-        pruner: made when ``fit`` starts, None before.
     """
 
     def __init__(
@@ -43,33 +38,21 @@ class PruningCallback(pl.Callback):
         steps: int | None = None,
         **options: Any,
     ) -> None:
-        self.pruner: Pruner | None = None
         self._inputs, self._module, self._steps, self._options = example_inputs, module, steps, options
         self._held: HeldWeights | None = None
         self._restored: dict[str, Any] | None = None
 
-    def compact(self) -> nn.Module:
-        """See :meth:`sparsekern.Pruner.compact`.
-
-        Raises:
-            RuntimeError: ``fit`` has not started.
-        """
-        if self.pruner is None:
-            raise RuntimeError("pruner: there is none yet, expected Trainer.fit to have started")
-        return self.pruner.compact()
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hold back the weights of a checkpoint, which may be smaller than the module."""
-        if stage == "fit":
-            if self.pruner is not None:
-                raise RuntimeError("callback: has pruned already, expected a new one for another Trainer.fit")
-            self._held = HeldWeights(pl_module)
+        if stage == "fit" and self.pruner is not None:
+            raise RuntimeError("callback: has pruned already, expected a new one for another Trainer.fit")
+        self._held = HeldWeights(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the Pruner: the optimizers exist, their states are not restored yet."""
-        assert self._held is not None
-        weights = self._held.take()
+        weights = self._take()
         check_both(weights, self._restored, "ckpt_path")
+        self._whole = pl_module
         module = pl_module.get_submodule(self._module)
         inputs = pl_module.example_input_array if self._inputs is None else self._inputs
         inputs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs))
@@ -79,7 +62,7 @@ class PruningCallback(pl.Callback):
         optimizer = optimizer_of(module, trainer.optimizers)
         self.pruner = Pruner(module, optimizer, inputs, steps=int(steps), **self._options)
         if weights is not None and self._restored is not None:
-            self.pruner.load_state_dict(self._restored)
+            self.pruner.load_state_dict(self._restored["pruner"])
             pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 
     def on_train_batch_end(
@@ -89,10 +72,26 @@ class PruningCallback(pl.Callback):
         if self.pruner is not None:
             pl_module.log_dict(progress(self.pruner))
 
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without a training there is no Pruner: cut the module to the sizes in the checkpoint."""
+        if (weights := self._take()) is not None:
+            if self._restored is not None:
+                removed = Plan.from_json(self._restored["removed"])
+                shrink(pl_module, removed.after(plan_of(pl_module)))
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+
+    on_validation_start = on_test_start = on_predict_start = _evaluate
+
+    def _take(self) -> dict[str, Tensor] | None:
+        held, self._held = self._held, None
+        return None if held is None else held.take()
+
     def state_dict(self) -> dict[str, Any]:
-        """The Pruner's; it goes into every checkpoint."""
-        return {} if self.pruner is None else self.pruner.state_dict()
+        """The Pruner's, and what has been cut out of the module; it goes into every checkpoint."""
+        if self.pruner is None:
+            return {}
+        return {"pruner": self.pruner.state_dict(), "removed": plan_of(self._whole).to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the Pruner is made."""
+        """Kept until the module is brought to its sizes."""
         self._restored = state_dict

@@ -5,49 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
-from sparsekern.integrations._trainers import HeldWeights, check_both, from_text, progress, to_text
+from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
 from sparsekern.prune import Pruner
 
 _KEY = "sparsekern.pruner"
 
 
-class PruningCallback(TrainerCallback):
+class PruningCallback(Pruning, TrainerCallback):
     """Prunes the model of a ``transformers.Trainer`` while it trains; every checkpoint can be resumed from.
 
     Works with the Trainer's own optimizers and with one of :mod:`sparsekern.optim` in
-    ``Trainer(optimizers=(optimizer, None))``, with gradient accumulation and mixed precision. The curves of
-    :func:`Pruner.metrics` are added to the logs as ``pruning/...``. One callback serves one ``train``; to
-    resume, give a fresh model and a fresh callback with the same arguments to a fresh Trainer. The Pruner's
-    state is in ``trainer_state.json``, the one file of a checkpoint that a Trainer hands to its callbacks.
+    ``Trainer(optimizers=(optimizer, None))``, with gradient accumulation and mixed precision. Curves
+    ``pruning/{macs_share,params_share,condemned,channels}`` are added to the logs. One callback serves one
+    ``train``; to resume, give a fresh model and callback, made alike, to a fresh Trainer. The Pruner keeps
+    its state in ``trainer_state.json``, the one file of a checkpoint that callbacks are handed. ``config``
+    keeps the full sizes: save what :meth:`compact` gives with :func:`sparsekern.save`.
 
     Args:
         example_inputs: see :class:`sparsekern.Pruner`.
         steps: optimizer steps of the training; default ``max_steps`` as the Trainer has worked it out.
         options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
-
-    Attributes:
-        pruner: made when ``train`` starts, None before.
     """
 
     def __init__(
         self, example_inputs: Tensor | tuple[Any, ...], *, steps: int | None = None, **options: Any
     ) -> None:
-        self.pruner: Pruner | None = None
         self._inputs, self._steps, self._options = example_inputs, steps, options
         self._held: HeldWeights | None = None
-
-    def compact(self) -> nn.Module:
-        """See :meth:`sparsekern.Pruner.compact`; ``config`` keeps the dense sizes: use ``sparsekern.save``.
-
-        Raises:
-            RuntimeError: ``train`` has not started.
-        """
-        if self.pruner is None:
-            raise RuntimeError("pruner: there is none yet, expected Trainer.train to have started")
-        return self.pruner.compact()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold back the weights of a checkpoint, which may be smaller than the model."""

@@ -74,17 +74,24 @@ def fit(
     return module, trainer
 
 
+SHRINK = {"shrink": True, "round_to": 1}
+
+
+@pytest.mark.parametrize("shrink", [{}, SHRINK], ids=["whole", "shrunk"])
 @pytest.mark.parametrize("optimizer", [sparsekern.optim.AdamW, torch.optim.RMSprop], ids=["fused", "hooks"])
-def test_a_resumed_run_ends_as_the_undisturbed_one(tmp_path: Path, optimizer: Any) -> None:
+def test_a_resumed_run_ends_as_the_undisturbed_one(
+    tmp_path: Path, optimizer: Any, shrink: dict[str, Any]
+) -> None:
     def fresh() -> Module:
         torch.manual_seed(0)
         return Module(optimizer)
 
-    whole = PruningCallback(keep=0.3, events=3)
+    whole = PruningCallback(keep=0.3, events=3, **shrink)
     module, trainer = fit(tmp_path / "whole", whole, module=fresh())
     assert whole.pruner is not None and whole.pruner.finished
-    for epoch in range(EPOCHS - 1):
-        callback = PruningCallback(keep=0.3, events=3)
+    assert (module.net.head.in_features < 32) == bool(shrink)
+    for epoch in (0, 2):
+        callback = PruningCallback(keep=0.3, events=3, **shrink)
         path = tmp_path / "whole" / f"epoch={epoch}.ckpt"
         resumed, again = fit(tmp_path / f"{epoch}", callback, module=fresh(), ckpt_path=path)
         assert_same(module.state_dict(), resumed.state_dict())
@@ -172,3 +179,18 @@ def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ckpt_path: got a checkpoint of a run without the callback"):
         fit(tmp_path, PruningCallback(keep=0.4), module=module, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert_same(module.state_dict(), before)
+
+
+def test_a_checkpoint_of_a_shrunk_module_is_evaluated_in_a_fresh_one(tmp_path: Path) -> None:
+    class Tested(Module):
+        def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+            self.log("error", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    trained, trainer = fit(tmp_path, PruningCallback(keep=0.3, events=3, **SHRINK), module=Tested())
+    fresh, callback = Tested(), PruningCallback(keep=0.3, events=3, **SHRINK)
+    again = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
+    path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
+    expected = trainer.test(trained, loader(), verbose=False)
+    assert again.test(fresh, loader(), ckpt_path=path, verbose=False) == expected
+    assert_same(fresh.state_dict(), trained.state_dict())
+    assert fresh.net.head.in_features < 32 and callback.pruner is None

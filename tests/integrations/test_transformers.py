@@ -69,13 +69,17 @@ def train(folder: Path, callback: PruningCallback | None, *, ours: bool = True, 
     return trainer
 
 
+@pytest.mark.parametrize("shrink", [{}, {"shrink": True, "round_to": 1}], ids=["whole", "shrunk"])
 @pytest.mark.parametrize("ours", [True, False], ids=["fused", "own AdamW"])
-def test_a_resumed_run_ends_as_the_undisturbed_one(tmp_path: Path, ours: bool) -> None:
-    whole = PruningCallback(example(), keep=0.5, events=3)
+def test_a_resumed_run_ends_as_the_undisturbed_one(
+    tmp_path: Path, ours: bool, shrink: dict[str, Any]
+) -> None:
+    whole = PruningCallback(example(), keep=0.5, events=3, **shrink)
     trainer = train(tmp_path / "whole", whole, ours=ours)
     assert whole.pruner is not None and whole.pruner.finished
-    for step in range(SAVED, STEPS, SAVED):
-        callback = PruningCallback(example(), keep=0.5, events=3)
+    assert (trainer.model.classifier[1].in_features < 16) == bool(shrink)
+    for step in (SAVED, 3 * SAVED):
+        callback = PruningCallback(example(), keep=0.5, events=3, **shrink)
         path = tmp_path / "whole" / f"checkpoint-{step}"
         again = train(tmp_path / f"{step}", callback, ours=ours, resume_from_checkpoint=str(path))
         assert_same(trainer.model.state_dict(), again.model.state_dict())
