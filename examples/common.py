@@ -12,7 +12,7 @@ CLASSES = 8
 
 
 def gratings(count: int, size: int = 32, seed: int = 0) -> TensorDataset:
-    """Stripes in noise, float32 ``[count, 3, size, size]``; the class is their direction, int64 ``[count]``."""
+    """Stripes in noise, float32 ``[count, 3, size, size]``, and their direction, int64 ``[count]``."""
     random = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (count,), generator=random)
     angle, phase = y * math.pi / CLASSES, 2 * math.pi * torch.rand(count, generator=random)
@@ -21,7 +21,7 @@ def gratings(count: int, size: int = 32, seed: int = 0) -> TensorDataset:
         angle.cos()[:, None, None] * line[None, :, None] + angle.sin()[:, None, None] * line[None, None, :]
     )
     stripes = torch.sin(along + phase[:, None, None])[:, None]
-    return TensorDataset(stripes + torch.randn(count, 3, size, size, generator=random), y)
+    return TensorDataset(stripes + 2 * torch.randn(count, 3, size, size, generator=random), y)
 
 
 def draw(data: TensorDataset, step: int, batch: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def correct(prediction: Any) -> dict[str, float]:
 
 set_seed(0)
 config = ResNetConfig(
-    embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+    embedding_size=32, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic", num_labels=CLASSES
 )
 model = ResNetForImageClassification(config)
 optimizer = sparsekern.optim.AdamW(model.parameters(), lr=2e-3)
