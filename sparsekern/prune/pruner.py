@@ -66,7 +66,9 @@ class Pruner(Resumable):
             to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
             GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
         shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
-            step costs what the smaller network costs.
+            step costs what the smaller network costs. What is condemned at one event leaves at the next, so
+            the training costs the area under a staircase of ``events`` steps, see
+            :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
         also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
         state_cutter: for an optimizer that keeps state of another shape than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
@@ -200,7 +202,8 @@ class Pruner(Resumable):
         scalers see nothing of it. The next step has the loss that the masked model would have had, to
         rounding; where random numbers are drawn by size (dropout) or an optimizer looks at a whole tensor
         (Adafactor's scale), training goes on with other numbers of the same kind. ``torch.compile`` compiles
-        once more at the next call. With ``shrink=True`` this happens by itself at every event.
+        once more at the next call, and a captured CUDA graph has to be captured anew. With ``shrink=True``
+        this happens by itself at every event.
 
         Args:
             also: copies of the model, such as an ``AveragedModel``, beside those given to the Pruner.

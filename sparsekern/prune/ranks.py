@@ -34,6 +34,7 @@ class Ranks:
     def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
         self._group = _group_of(model, group)
         self.size = 1 if self._group is None else dist.get_world_size(self._group)
+        self.rank = 0 if self._group is None else dist.get_rank(self._group)
         needs_device = self.size > 1 and "gloo" not in str(dist.get_backend(self._group))
         self._device = device if needs_device else torch.device("cpu")
 
@@ -71,6 +72,14 @@ class Ranks:
         value = torch.tensor(int(flag), device=self._device)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
         return bool(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each of the processes calls this with, by rank."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self._group)
+        return every
 
     def _exchange(self, digest: np.ndarray | None) -> list[tuple[int, ...]]:
         """What each process has, by rank."""
