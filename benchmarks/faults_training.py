@@ -99,7 +99,6 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
     if job.checkpoint.exists():
         extra = pruner.load_checkpoint(job.checkpoint)
         scheduler.load_state_dict(extra["scheduler"])
-        torch.set_rng_state(extra["random"][rank])
         step = extra["step"]
     watch.phase = Phase.TRAIN
     while step < job.steps:
@@ -113,22 +112,13 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
         if step % job.every == 0 or step == job.steps:
             watch.phase = Phase.SAVE
             begin = perf_counter()
-            extra = {"step": step, "scheduler": scheduler.state_dict(), "random": _random_states()}
-            if rank == 0:
-                pruner.save_checkpoint(job.checkpoint, **extra)
+            pruner.save_checkpoint(job.checkpoint, step=step, scheduler=scheduler.state_dict())
             watch.save_seconds = perf_counter() - begin
             watch.phase = Phase.TRAIN
-    pruner.save_checkpoint(job.end(rank), **extra)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "pruner": pruner}
+    held: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    held["random"] = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+    torch.save(held, job.end(rank))
     watch.phase = Phase.END
     if job.processes > 1:
         dist.destroy_process_group()
-
-
-def _random_states() -> list[Tensor]:
-    """The states of the generators of all processes, by rank."""
-    own = torch.get_rng_state()
-    if not dist.is_initialized():
-        return [own]
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own)
-    return every

@@ -39,10 +39,10 @@ for step in range(start, args.steps):
     nn.functional.cross_entropy(model.train()(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
-    # All hold the same, so that one saves for all; with dropout, add every process's random state.
-    if (step + 1) % 50 == 0 and rank == 0:
-        pruner.save_checkpoint(checkpoint, step=step + 1)
-        print(f"step {step + 1}: {pruner.metrics()['macs_share']:.0%} of the MACs")
+    if (step + 1) % 50 == 0:
+        pruner.save_checkpoint(checkpoint, step=step + 1)  # all call it, the first one writes
+        if rank == 0:
+            print(f"step {step + 1}: {pruner.metrics()['macs_share']:.0%} of the MACs")
 
 if rank == 0:
     small = pruner.compact()
