@@ -132,15 +132,15 @@ class Campaign:
         self._save_seconds = 0.0
         self.outcome = Outcome(processes)
 
-    def run(self, kills: int) -> Outcome:
-        """Run after run until ``kills`` have struck and the last run has ended."""
+    def run(self, kills: int, seconds: float) -> Outcome:
+        """Run after run until ``kills`` have struck or the time is over, and the last run has ended."""
         begin = time.monotonic()
         reference = self._undisturbed("reference")
         if found := differences(reference, self._undisturbed("again")):
             raise RuntimeError(
                 f"two undisturbed runs differ in {found[:3]}: there is nothing to compare with"
             )
-        while self.outcome.kills < kills:
+        while self.outcome.kills < kills and time.monotonic() - begin < seconds:
             self._disturbed(kills, reference)
         self.outcome.seconds = time.monotonic() - begin
         return self.outcome
@@ -234,8 +234,9 @@ def table(outcomes: list[Outcome]) -> Table:
 def main(
     kills: Annotated[int, typer.Option(help="Kills per number of processes.")] = 50,
     processes: Annotated[list[int], typer.Option(help="Processes of a run; may be repeated.")] = [1, 2],  # noqa: B006
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 40,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 24,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 2,
+    seconds: Annotated[float, typer.Option(help="No further run begins after these.")] = float("inf"),
     seed: Annotated[int, typer.Option(help="Of the training and of the moments.")] = 0,
     out: Annotated[Path, typer.Option(help="Where faults.txt and faults.json go.")] = RESULTS,
 ) -> None:
@@ -244,7 +245,7 @@ def main(
     CONTEXT.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         campaigns = [Campaign(Path(folder), n, steps=steps, every=every, seed=seed) for n in processes]
-        outcomes = [campaign.run(kills) for campaign in campaigns]
+        outcomes = [campaign.run(kills, seconds) for campaign in campaigns]
     where = environment()
     with open(out / "faults.txt", "w") as file:
         for console in (Console(), Console(file=file, width=140)):

@@ -115,6 +115,11 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
             pruner.save_checkpoint(job.checkpoint, step=step, scheduler=scheduler.state_dict())
             watch.save_seconds = perf_counter() - begin
             watch.phase = Phase.TRAIN
+    if job.processes > 1:
+        # Until the next forward pass DistributedDataParallel leaves every process the batch norm statistics
+        # of its own last batch; then those of the first one count everywhere, and they are what is saved.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "pruner": pruner}
     held: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     held["random"] = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
