@@ -65,6 +65,15 @@ class Ranks:
                 self._exchange(None)
             raise
 
+    def first(self, values: np.ndarray) -> np.ndarray:
+        """What ``values`` (float64, of equal shapes) are in the first of the processes."""
+        if self.size == 1:
+            return values
+        found = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        dist.broadcast(found, dist.get_global_rank(self._group, 0), group=self._group)
+        own: np.ndarray = found.cpu().numpy()
+        return own
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any of the processes."""
         if self.size == 1:
