@@ -1,0 +1,46 @@
+"""A plain loop that can be killed at any moment: started again, it goes on from its last checkpoint.
+
+python examples/plain_loop.py --steps 300 --keep 0.2
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import accuracy, draw, gratings, network
+from torch import nn
+
+import sparsekern
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+parser.add_argument("--keep", type=float, default=0.2, help="share of the MACs that stays")
+parser.add_argument("--batch", type=int, default=32, help="images a step")
+parser.add_argument("--folder", type=Path, default=Path("."), help="where the files go")
+args = parser.parse_args()
+
+torch.manual_seed(0)
+train, test = gratings(1000), gratings(200, seed=1)
+model = network()
+optimizer = sparsekern.optim.AdamW(model.parameters(), lr=2e-3)
+example = train[:1][0]
+pruner = sparsekern.Pruner(model, optimizer, example, keep=args.keep, steps=args.steps, shrink=True)
+
+checkpoint = args.folder / "plain_loop.pt"
+start = pruner.load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0
+for step in range(start, args.steps):
+    x, y = draw(train, step, args.batch)
+    loss = nn.functional.cross_entropy(model.train()(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if (step + 1) % 50 == 0:
+        pruner.save_checkpoint(checkpoint, step=step + 1)
+        metrics = pruner.metrics()
+        print(f"step {step + 1}: loss {loss.item():.3f}, {metrics['macs_share']:.0%} of the MACs")
+
+small = pruner.compact()
+sparsekern.save(small, args.folder / "plain_loop.safetensors")
+print(f"accuracy {accuracy(small, test):.3f} with {sum(p.numel() for p in small.parameters()):,} parameters")

@@ -1,0 +1,97 @@
+"""Pruning in a Lightning ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sparsekern.compact import Plan, plan_of, shrink
+from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
+from sparsekern.prune import Pruner
+
+try:
+    import lightning.pytorch as pl
+except ImportError:
+    import pytorch_lightning as pl  # type: ignore[no-redef]
+
+
+class PruningCallback(Pruning, pl.Callback):
+    """Prunes a ``LightningModule`` while ``Trainer.fit`` trains it; every checkpoint can be resumed from.
+
+    Automatic and manual optimization, ``accumulate_grad_batches`` and all precisions work as they are. Curves
+    ``pruning/{macs_share,params_share,condemned,channels}`` are logged with ``self.log``. One callback serves
+    one ``fit``; to resume, ``fit(..., ckpt_path=...)`` with a fresh module and callback, made alike.
+
+    Args:
+        example_inputs: see :class:`sparsekern.Pruner`; default the module's ``example_input_array``.
+        module: name of the submodule to prune, with ``forward`` of ``example_inputs``; default all of it.
+        steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
+        options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
+    """
+
+    def __init__(
+        self,
+        example_inputs: Tensor | tuple[Any, ...] | None = None,
+        *,
+        module: str = "",
+        steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._inputs, self._module, self._steps, self._options = example_inputs, module, steps, options
+        self._held: HeldWeights | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hold back the weights of a checkpoint, which may be smaller than the module."""
+        if stage == "fit" and self.pruner is not None:
+            raise RuntimeError("callback: has pruned already, expected a new one for another Trainer.fit")
+        self._held = HeldWeights(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the Pruner: the optimizers exist, their states are not restored yet."""
+        weights = self._take()
+        check_both(weights, self._restored, "ckpt_path")
+        self._whole = pl_module
+        module = pl_module.get_submodule(self._module)
+        inputs = pl_module.example_input_array if self._inputs is None else self._inputs
+        inputs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs))
+        steps = trainer.estimated_stepping_batches if self._steps is None else self._steps
+        if not 1 <= steps < float("inf"):
+            raise ValueError(f"steps: the trainer estimates {steps}, expected an explicit number")
+        optimizer = optimizer_of(module, trainer.optimizers)
+        self.pruner = Pruner(module, optimizer, inputs, steps=int(steps), **self._options)
+        if weights is not None and self._restored is not None:
+            self.pruner.load_state_dict(self._restored["pruner"])
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log the curves."""
+        if self.pruner is not None:
+            pl_module.log_dict(progress(self.pruner))
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without a training there is no Pruner: cut the module to the sizes in the checkpoint."""
+        if (weights := self._take()) is not None:
+            if self._restored is not None:
+                removed = Plan.from_json(self._restored["removed"])
+                shrink(pl_module, removed.after(plan_of(pl_module)))
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+
+    on_validation_start = on_test_start = on_predict_start = _evaluate
+
+    def _take(self) -> dict[str, Tensor] | None:
+        held, self._held = self._held, None
+        return None if held is None else held.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Pruner's, and what has been cut out of the module; it goes into every checkpoint."""
+        if self.pruner is None:
+            return {}
+        return {"pruner": self.pruner.state_dict(), "removed": plan_of(self._whole).to_json()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the module is brought to its sizes."""
+        self._restored = state_dict

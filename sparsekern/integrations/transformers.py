@@ -1,0 +1,77 @@
+"""Pruning in a Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
+from sparsekern.prune import Pruner
+
+_KEY = "sparsekern.pruner"
+
+
+class PruningCallback(Pruning, TrainerCallback):
+    """Prunes the model of a ``transformers.Trainer`` while it trains; every checkpoint can be resumed from.
+
+    Works with the Trainer's own optimizers and with one of :mod:`sparsekern.optim` in
+    ``Trainer(optimizers=(optimizer, None))``, with gradient accumulation and mixed precision. Curves
+    ``pruning/{macs_share,params_share,condemned,channels}`` are added to the logs. One callback serves one
+    ``train``; to resume, give a fresh model and callback, made alike, to a fresh Trainer. The Pruner keeps
+    its state in ``trainer_state.json``, the one file of a checkpoint that callbacks are handed. ``config``
+    keeps the full sizes: save what :meth:`compact` gives with :func:`sparsekern.save`.
+
+    Args:
+        example_inputs: see :class:`sparsekern.Pruner`.
+        steps: optimizer steps of the training; default ``max_steps`` as the Trainer has worked it out.
+        options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
+    """
+
+    def __init__(
+        self, example_inputs: Tensor | tuple[Any, ...], *, steps: int | None = None, **options: Any
+    ) -> None:
+        self._inputs, self._steps, self._options = example_inputs, steps, options
+        self._held: HeldWeights | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hold back the weights of a checkpoint, which may be smaller than the model."""
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end: got True, expected False: the best model may be one with channels "
+                "that are pruned at the end"
+            )
+        self._held = HeldWeights(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the Pruner; a checkpoint's optimizer state is here already, its weights are held."""
+        if self.pruner is not None or self._held is None:
+            raise RuntimeError("callback: expected a new one for each train(), in Trainer(callbacks=...)")
+        weights, saved = self._held.take(), state.stateful_callbacks.get(_KEY)
+        check_both(weights, saved, "resume_from_checkpoint")
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        restored = optimizer.state_dict()
+        optimizer.state.clear()
+        inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(args.device), self._inputs)
+        steps = state.max_steps if self._steps is None else self._steps
+        self.pruner = Pruner(model, optimizer, inputs, steps=steps, **self._options)
+        if saved is not None:
+            self.pruner.load_state_dict(from_text(saved))
+            model.load_state_dict(weights, strict=False)
+        optimizer.load_state_dict(restored)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the Pruner's state where the Trainer saves it."""
+        if control.should_save and self.pruner is not None:
+            state.stateful_callbacks[_KEY] = to_text(self.pruner.state_dict())
+
+    on_epoch_end = on_step_end
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the curves to the entry that is being logged."""
+        if self.pruner is not None:
+            for entry in (kwargs["logs"], state.log_history[-1]):
+                entry.update(progress(self.pruner))
