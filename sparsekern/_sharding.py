@@ -165,6 +165,21 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def check_not_flattened(model: nn.Module) -> None:
+    """No module is a FullyShardedDataParallel (FSDP1), whose parameters are flattened into others.
+
+    Raises:
+        ValueError: one is.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name, module in model.named_modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"model: {name or 'it'} is a FullyShardedDataParallel, which flattens parameters into one "
+                f"without channels, expected a model sharded by torch.distributed.fsdp.fully_shard"
+            )
+
+
 def settle(model: nn.Module) -> None:
     """Make every module sharded by ``fully_shard`` show its sharded parameters.
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .cost import MEASURES, Cost, CostModel
+from .operations import Operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ class ChannelGraph:
     tensors: every parameter and buffer that carries a channel, by name.
     gates: the rows that set the channels' scales.
     frozen: (parameter, reason) for weights whose rows cannot, or not all, be removed.
+    operations: what a pass in evaluation mode runs, in order; sizes are extents of ``costs``.
     """
 
     groups: tuple[Group, ...]
@@ -91,6 +93,7 @@ class ChannelGraph:
     frozen: tuple[tuple[str, str], ...]
     costs: CostModel
     notes: dict[str, tuple[Note, ...]]
+    operations: tuple[Operation, ...]
 
     @property
     def num_channels(self) -> int:
@@ -145,6 +148,7 @@ class ChannelGraph:
             frozen=_merged(self.frozen, fixed, reason),
             costs=self.costs.fixed(gone),
             notes=notes,
+            operations=self.operations,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:

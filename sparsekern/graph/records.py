@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from .operations import Read
 from .slots import Slots
 
 Factor = np.ndarray | int
@@ -51,6 +52,7 @@ class Records:
         self.consumers: dict[tuple[int, int], None] = {}
         self.macs: list[Term] = []
         self.activations: list[Term] = []
+        self.operations: list[Read] = []
         # By (evaluation mode, node): slots tied by a reading that the trace cannot prove.
         self.guesses: dict[tuple[bool, str], np.ndarray] = {}
         # What every node of the traced graphs makes: values, or lists and tuples of them.

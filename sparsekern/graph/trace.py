@@ -39,8 +39,8 @@ def trace(
     protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
         parameters, modules, or parameters.
 
-    Raises ValueError if ``model`` cannot be copied, if its forward does not accept
-    ``example_inputs``, or if ``protect`` names something that the model does not have.
+    Raises ValueError if ``model`` cannot be copied or is a FullyShardedDataParallel, if its forward
+    does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
     model, args = inner_module(model), arguments(example_inputs)
     protected = _protected(model, protect)

@@ -11,10 +11,22 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from sparsekern.graph import ChannelGraph
+from sparsekern.prune.exchange import exchange
+
+
+class Pricing(Protocol):
+    """A cost of kept channels that is not one of the graph's own, in a unit of its own."""
+
+    def cost(self, kept: np.ndarray) -> float:
+        """Cost of the network with the channels ``kept``, bool ``[C]``."""
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What a channel's removal saves, float64 ``[C]``; 0 for those not kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +38,12 @@ class Problem:
         saliency: float64 ``[C]``.
         live: bool ``[C]``; channels that may still be kept.
         budget: the cost to come down to, in units of ``of``.
-        of: ``"macs"`` or ``"params"``.
+        of: the cost: ``"macs"``, ``"params"`` or what ``pricing`` gives.
         floors: int64 ``[groups]``; channels that stay at least.
         round_to: block size.
         whole: cost of the network that nothing was removed from, by default that of ``graph``.
         widths: int64 ``[groups]``; channels that the groups had there, by default those of ``graph``.
+        pricing: costs that are not the graph's own.
     """
 
     graph: ChannelGraph
@@ -40,8 +53,9 @@ class Problem:
     of: str
     floors: np.ndarray
     round_to: int = 1
-    whole: int = 0
+    whole: float = 0
     widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    pricing: Pricing | None = None
 
     def __post_init__(self) -> None:
         if not self.whole:
@@ -49,9 +63,13 @@ class Problem:
         if not len(self.widths):
             object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 
-    def cost(self, kept: np.ndarray) -> int:
+    def cost(self, kept: np.ndarray) -> float:
         """Cost of the network with the channels ``kept``, in units of ``of``."""
-        return int(getattr(self.graph.cost(kept), self.of))
+        return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What the removal of each channel saves, float64 ``[C]``; 0 for those not ``kept``."""
+        return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
 
 
 class Allocator(ABC):
@@ -151,12 +169,18 @@ class Global(Allocator):
         stays = np.ones(len(blocks.removable), bool)
         for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
             stays = self._remove(problem, blocks, stays, removable)
+        if problem.pricing is not None:
+            # Times go in steps, and what a step leaves of the budget is worth having.
+            stays = exchange(problem, blocks, stays)
         return blocks.kept(stays, problem.graph.num_channels)
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
         """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
-        # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
-        even = np.sqrt(min(1.0, problem.budget / problem.whole))
+        if problem.pricing is None:
+            # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
+            even = np.sqrt(min(1.0, problem.budget / problem.whole))
+        else:
+            even = Uniform()(problem).sum() / problem.widths.sum()
         first = blocks.first
         return blocks.rank[first] >= self.balance * even * problem.widths[blocks.group[first]]
 
@@ -170,7 +194,7 @@ class Global(Allocator):
         kept = blocks.kept(stays, size)
         excess = problem.cost(kept) - problem.budget
         while excess > 0 and (candidates := np.flatnonzero(stays & removable)).size:
-            price = np.maximum(blocks.sums(problem.graph.price(kept, problem.of)), 1e-9)
+            price = np.maximum(blocks.sums(problem.price(kept)), 1e-9)
             order = self._removal_order(blocks, candidates, saliency / price)
             saved = np.cumsum(price[order])
             take = max(1, int(np.searchsorted(saved, excess * self.portion, side="right")))

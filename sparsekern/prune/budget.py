@@ -12,7 +12,7 @@ from torch import nn
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Problem, smallest
 
-UNITS = ("macs", "params")
+UNITS = ("macs", "params", "latency")
 
 
 def check_keep(keep: object) -> float:
@@ -84,7 +84,7 @@ def check_feasible(problem: Problem, keep: float) -> None:
     if reachable <= keep:
         return
     # The group whose floor costs most: removing it altogether would save most.
-    price = problem.graph.price(kept, problem.of)
+    price = problem.price(kept)
     of_groups = [float(price[group.channels[kept[group.channels]]].sum()) for group in problem.graph.groups]
     costliest = problem.graph.groups[int(np.argmax(of_groups))]
     floor = int(kept[costliest.channels].sum())

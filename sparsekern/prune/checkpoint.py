@@ -104,24 +104,23 @@ def _check_tensors(state: Mapping[str, Any], model: nn.Module, shapes: Mapping[s
             )
 
 
-def random_state() -> dict[str, Any]:
+def random_state(model: nn.Module) -> dict[str, Any]:
     """The state of all generators that a training usually draws from, as tensors and plain values."""
     numpy_state = np.random.get_state(legacy=False)
     key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state(device) for device in _devices(model)],
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
         "python": random.getstate(),
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any], model: nn.Module) -> None:
     """Go on drawing where :func:`random_state` was taken."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        for device, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(own, device)
+    for own, device in zip(state["cuda"], _devices(model), strict=False):
+        torch.cuda.set_rng_state(own, device)
     key = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
     np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})
     version, internal, gauss = state["python"]
@@ -141,3 +140,8 @@ def _check_plain(name: str, value: Any) -> None:
             f"{name}: got {type(value).__name__}, expected tensors and plain values (a state_dict): "
             f"{str(error).splitlines()[0]}"
         ) from None
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    # Asking any other GPU for its generator would take memory on it.
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparsekern.prune.allocate import Allocator, Problem
-from sparsekern.prune.criteria import Criterion, Partners
+from sparsekern.prune.criteria import Criterion, Partners, saliency
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.schedule import Event
@@ -64,19 +64,23 @@ class Policy:
     round_to: int
     penalty: float
 
-    def problem(self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
+    def problem(
+        self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
+    ) -> Problem:
         """Bring the network down to ``share`` of what it cost whole, among the channels ``live``."""
-        whole = int(getattr(network.whole, self.of))
+        of = of or self.of
+        pricing, whole = network.priced(of)
         return Problem(
             network.graph,
             saliency,
             live,
             share * whole,
-            self.of,
+            of,
             self.floors,
             self.round_to,
             whole,
             network.widths,
+            pricing,
         )
 
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
@@ -108,11 +112,4 @@ class Policy:
         Raises:
             ValueError: it gives something else.
         """
-        saliency = np.asarray(self.select(statistics), np.float64)
-        channels = statistics.graph.num_channels
-        if saliency.shape != (channels,) or not np.isfinite(saliency).all():
-            raise ValueError(
-                f"select: {self.select!r} gave an array of shape {saliency.shape} with "
-                f"{int((~np.isfinite(saliency)).sum())} non-finite values, expected [{channels}] finite ones"
-            )
-        return saliency
+        return saliency(self.select, statistics)

@@ -29,7 +29,8 @@ class Stage:
         start, stop: it makes the steps from ``start`` (counted from 0) up to but not including ``stop``.
         macs: of one forward pass on the example inputs.
         params: numbers in all parameters.
-        weight_bytes: of parameters, their gradients and the optimizer's state.
+        weight_bytes: of parameters, their gradients and the optimizer's state, over all ranks where they are
+            sharded.
         activation_bytes: of all tensors that a forward pass on the example inputs makes.
         allreduce_bytes: what each rank sends per step to average the gradients, as in a ring.
         seconds: of one training step, where it was measured.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from sparsekern.compact import Plan, check_copies, make_plan, shrink
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
+from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.masking import Masks
+from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.sharded import Handle, attach
 from sparsekern.prune.statistics import ChannelRows
 
@@ -31,6 +34,7 @@ class Network:
         graph: of the model as it is.
         rows, masks: of the channels of ``graph``.
         parameters: the model's, by name.
+        latency: of the channels of ``graph``, once :meth:`time` was called.
         whole: cost of the model before any channel was cut out of it.
         widths: int64 ``[groups]``; channels that the groups had then.
         also: copies of the model that are cut with it.
@@ -54,7 +58,9 @@ class Network:
         check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
         self.model, self.optimizer, self.graph = model, optimizer, graph
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.latency: LatencyModel | None = None
         self.whole = graph.cost(np.ones(graph.num_channels, bool))
+        self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.rows = ChannelRows(model, graph, trained, decay=decay)
@@ -63,6 +69,36 @@ class Network:
         self._state_cutter = state_cutter
         self._removed = Plan({})
         self._handle: optim.Attachment | optim.RowHooks | Handle | None = None
+
+    def time(
+        self, example_inputs: Any, round_to: int, cache: str | os.PathLike[str] | None, ranks: Ranks
+    ) -> None:
+        """Find the latency of all sets of channels, that of the first of several processes for all.
+
+        Raises:
+            ValueError: channels were cut out already, and how long the whole network took is not known.
+            OSError: the directory ``cache`` cannot be written.
+        """
+        if not self._removed.removes_nothing:
+            raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")
+        with ranks.agreeing("timing the model") as check:
+            latency = measure(self.model, self.graph, example_inputs, round_to=round_to, cache=cache)
+            check()
+        latency.values = ranks.first(latency.values)
+        self.latency = latency
+        self._whole_latency = latency.cost(np.ones(self.graph.num_channels, bool))
+
+    def priced(self, of: str) -> tuple[LatencyModel | None, float]:
+        """What prices ``of`` where the graph does not, and what the model cost before any channel was cut.
+
+        Raises:
+            ValueError: ``of`` is ``"latency"`` and :meth:`time` was not called.
+        """
+        if of != "latency":
+            return None, int(getattr(self.whole, of))
+        if self.latency is None:
+            raise ValueError("of: got 'latency', which was not measured; expected of='latency' of the Pruner")
+        return self.latency, self._whole_latency
 
     def attach(self) -> None:
         """From now on the optimizer's steps do the work of the rows."""
@@ -98,6 +134,8 @@ class Network:
         state = self.masks.state[kept]
         self.rows = self.rows.restricted(self.model, graph, kept)
         self.graph = graph
+        if self.latency is not None:
+            self.latency = self.latency.restrict(graph)
         self.masks = self._masks()
         self.masks.state[:] = state
         if self._handle is not None:

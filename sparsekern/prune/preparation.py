@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph, dry_run, trace
@@ -30,18 +29,19 @@ def check_options(select: object, allocate: object, penalty: object, nonfinite: 
 
 def prunable_graph(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trained: set[int],
     example_inputs: Tensor | tuple[Any, ...],
     protect: Sequence[str | nn.Module | nn.Parameter],
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and those that a dry run found wanting.
+
+    ``trained`` holds ``id`` of every parameter of the optimizer.
 
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
             channel is left.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     _check_held(parameters, trained)
     graph = trace(model, example_inputs, protect=protect)
     idle = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +50,8 @@ class Pruner(Resumable):
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
         keep: share of the dense cost that stays, in (0, 1].
-        of: the cost, ``"macs"`` or ``"params"``.
+        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
+            with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`.
         allocate: decides the widths of the groups; default :class:`sparsekern.allocate.Global`.
@@ -66,10 +68,13 @@ class Pruner(Resumable):
             to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
             GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
         shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
-            step costs what the smaller network costs.
+            step costs what the smaller network costs. What is condemned at one event leaves at the next, so
+            the training costs the area under a staircase of ``events`` steps, see
+            :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
         also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
         state_cutter: for an optimizer that keeps state of another shape than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
+        cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
         process_group: the processes that train this model together and check that they decide alike; None for
             those of ``DistributedDataParallel``, else the default group where there is one.
 
@@ -103,6 +108,7 @@ class Pruner(Resumable):
         shrink: bool = False,
         also: Sequence[nn.Module] = (),
         state_cutter: StateCutter | None = None,
+        cache: str | os.PathLike[str] | None = None,
         process_group: Any = None,
     ) -> None:
         self._keep = check_keep(keep)
@@ -118,7 +124,8 @@ class Pruner(Resumable):
         self._steps = steps
         self._example = example_inputs
         self._shrinks = bool(shrink)
-        graph = prunable_graph(model, optimizer, example_inputs, protect)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        graph = prunable_graph(model, trained, example_inputs, protect)
         self._policy = Policy(
             select or criteria.default(),
             allocate or Global(),
@@ -132,9 +139,11 @@ class Pruner(Resumable):
         self._network = Network(
             model, optimizer, graph, decay=1 - 1 / interval, also=also, state_cutter=state_cutter
         )
+        self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
+        if of == "latency":
+            self._network.time(example_inputs, self._policy.round_to, cache, self._ranks)
         everything = np.ones(graph.num_channels, bool)
         check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
-        self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
         self._network.attach()
@@ -164,23 +173,31 @@ class Pruner(Resumable):
         """Whether the budget is met and nothing is condemned any more."""
         return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
 
-    def plan(self, keep: float | None = None) -> Plan:
+    def plan(self, keep: float | None = None, *, of: str | None = None) -> Plan:
         """What stays of the model, relative to the size that it had when the Pruner was made.
 
         Args:
             keep: None for the channels that are not masked: the compact model is then exactly the masked one.
-                A share of the dense cost plans that budget anew, from the statistics gathered so far and
-                among the channels not masked; the result is then not the trained network without zeros.
+                A share of the dense cost plans that budget anew, from the statistics gathered so far, or
+                loaded, and among the channels not masked; the result is then not the trained network without
+                zeros.
+            of: the cost that ``keep`` is a share of; None for the Pruner's own. ``"latency"`` only where it
+                is that.
 
         Raises:
-            ValueError: ``keep`` is out of range or below what floors and frozen layers allow.
+            ValueError: ``keep`` is out of range or below what floors and frozen layers allow, or ``of`` is
+                not a cost that is known, or comes without ``keep``.
         """
+        if of is not None:
+            check_unit(of)
         if keep is None:
+            if of is not None:
+                raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
         self._rows.table.settle()
         statistics = gather(self._rows, self.graph, self._masks.unmasked, self._network.parameters)
-        problem = self._problem(self._policy.saliency(statistics), statistics.live, share)
+        problem = self._problem(self._policy.saliency(statistics), statistics.live, share, of)
         check_feasible(problem, share)
         return self._network.plan(self._policy.allocate(problem))
 
@@ -200,7 +217,8 @@ class Pruner(Resumable):
         scalers see nothing of it. The next step has the loss that the masked model would have had, to
         rounding; where random numbers are drawn by size (dropout) or an optimizer looks at a whole tensor
         (Adafactor's scale), training goes on with other numbers of the same kind. ``torch.compile`` compiles
-        once more at the next call. With ``shrink=True`` this happens by itself at every event.
+        once more at the next call, and a captured CUDA graph has to be captured anew. With ``shrink=True``
+        this happens by itself at every event.
 
         Args:
             also: copies of the model, such as an ``AveragedModel``, beside those given to the Pruner.
@@ -287,8 +305,10 @@ class Pruner(Resumable):
             "finished": self.finished,
         }
 
-    def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
-        return self._policy.problem(self._network, saliency, live, share)
+    def _problem(
+        self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
+    ) -> Problem:
+        return self._policy.problem(self._network, saliency, live, share, of)
 
     def _check_gradients(self, *_: Any) -> None:
         bad = [

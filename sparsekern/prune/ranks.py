@@ -34,6 +34,7 @@ class Ranks:
     def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
         self._group = _group_of(model, group)
         self.size = 1 if self._group is None else dist.get_world_size(self._group)
+        self.rank = 0 if self._group is None else dist.get_rank(self._group)
         needs_device = self.size > 1 and "gloo" not in str(dist.get_backend(self._group))
         self._device = device if needs_device else torch.device("cpu")
 
@@ -64,6 +65,15 @@ class Ranks:
                 self._exchange(None)
             raise
 
+    def first(self, values: np.ndarray) -> np.ndarray:
+        """What ``values`` (float64, of equal shapes) are in the first of the processes."""
+        if self.size == 1:
+            return values
+        found = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        dist.broadcast(found, dist.get_global_rank(self._group, 0), group=self._group)
+        own: np.ndarray = found.cpu().numpy()
+        return own
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any of the processes."""
         if self.size == 1:
@@ -71,6 +81,14 @@ class Ranks:
         value = torch.tensor(int(flag), device=self._device)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
         return bool(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each of the processes calls this with, by rank."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self._group)
+        return every
 
     def _exchange(self, digest: np.ndarray | None) -> list[tuple[int, ...]]:
         """What each process has, by rank."""

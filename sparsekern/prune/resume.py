@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsekern.prune import checkpoint
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.network import Network
+from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.schedule import Schedule
 
 
@@ -21,6 +23,7 @@ class Resumable:
     _network: Network
     _optimizer: torch.optim.Optimizer
     _policy: Policy
+    _ranks: Ranks
     _schedule: Schedule
     _keep: float
     _shrinks: bool
@@ -80,7 +83,8 @@ class Resumable:
         generators of torch, NumPy and Python, and ``extra``.
 
         The file appears under its name only when it is complete and on the disk; an existing one stays
-        whole until then, also if the process is killed meanwhile.
+        whole until then, also if the process is killed meanwhile. Where several processes train together,
+        all of them have to call this; the first one writes, with the generators of each.
 
         Args:
             path: a file name.
@@ -88,19 +92,26 @@ class Resumable:
 
         Raises:
             OSError: ``path`` cannot be written.
-            ValueError: a value of ``extra`` is something else; nothing has been written then.
+            ValueError: a value of ``extra`` is something else, or the model is sharded; nothing has been
+                written then.
+            RuntimeError: it could not be written by the process that does.
         """
         network = self._network
-        content = {
-            "classes": checkpoint.classes(network.model, self._optimizer),
-            "model": network.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "pruner": self.state_dict(),
-            "also": [module.state_dict() for module in network.also],
-            "random": checkpoint.random_state(),
-            "extra": extra,
-        }
-        checkpoint.write(path, content)
+        _check_whole(network.model)
+        random = self._ranks.gather(checkpoint.random_state(network.model))
+        with self._ranks.agreeing(f"writing {os.fspath(path)!r}") as check:
+            if self._ranks.rank == 0:
+                content = {
+                    "classes": checkpoint.classes(network.model, self._optimizer),
+                    "model": network.model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "pruner": self.state_dict(),
+                    "also": [module.state_dict() for module in network.also],
+                    "random": random,
+                    "extra": extra,
+                }
+                checkpoint.write(path, content)
+            check()
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], *, also: Sequence[nn.Module] = ()
@@ -108,7 +119,8 @@ class Resumable:
         """Go on from :meth:`save_checkpoint`, in a full-size model with an optimizer and a Pruner of its own.
 
         All of them are brought to the size that they had, and hold what they held: training then goes on bit
-        by bit as if it had not been interrupted.
+        by bit as if it had not been interrupted. Where several processes train together, each has to call
+        this; with another number of them than before, generators are dealt out in turn.
 
         Args:
             path: the file. It is read without running code from it.
@@ -121,19 +133,26 @@ class Resumable:
         Raises:
             OSError: ``path`` cannot be read.
             ValueError: the file is truncated or no checkpoint, or is of another network, optimizer or
-                settings. Nothing has been changed in these cases.
+                settings, or the model is sharded. Nothing has been changed in these cases.
+            RuntimeError: one of these happened in another process, or they read different files.
         """
-        content = checkpoint.read(path)
-        network, state = self._network, content["pruner"]
-        self._check_state(state)
-        shapes = network.shapes(network.check_state(state))
-        checkpoint.check(content, network.model, self._optimizer, network.also, shapes)
+        network = self._network
+        _check_whole(network.model)
+        with self._ranks.agreeing(f"reading {os.fspath(path)!r}") as check:
+            content = checkpoint.read(path)
+            state = content["pruner"]
+            self._check_state(state)
+            shapes = network.shapes(network.check_state(state))
+            checkpoint.check(content, network.model, self._optimizer, network.also, shapes)
+            check(state["step"], state["channels"].numpy())
         self.load_state_dict(state, also)
         network.model.load_state_dict(content["model"])
         self._optimizer.load_state_dict(content["optimizer"])
         for module, own in zip(network.also, content["also"], strict=True):
             module.load_state_dict(own)
-        checkpoint.set_random_state(content["random"])
+        checkpoint.set_random_state(
+            content["random"][self._ranks.rank % len(content["random"])], network.model
+        )
         extra: dict[str, Any] = content["extra"]
         return extra
 
@@ -155,3 +174,12 @@ class Resumable:
     def _fingerprint(self) -> list[str]:
         groups = zip(self._network.graph.groups, self._network.widths.tolist(), strict=True)
         return [f"{group.name}:{width}" for group, width in groups]
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if is_traceable_wrapper_subclass(param):
+            raise ValueError(
+                f"model: {name!r} is a {type(param).__name__}, expected plain tensors: save state_dict() of "
+                f"model, optimizer and Pruner with torch.distributed.checkpoint where they are sharded"
+            )

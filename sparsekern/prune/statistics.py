@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern._rows import WEIGHT_SQ
+from sparsekern._rows import WEIGHT_SQ, RowTable
 from sparsekern._sharding import whole
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.sharded import row_table
@@ -166,6 +166,14 @@ class Statistics:
         return spread
 
 
+@torch.no_grad()
+def weigh(table: RowTable) -> None:
+    """Fill in what a step leaves in the table that is of the weights alone, without one."""
+    for view in table.views:
+        rows = view.param.movedim(view.dim, 0).reshape(view.rows, -1)
+        table.sums[view.slice, WEIGHT_SQ] = rows.double().square().sum(1).float()
+
+
 def gather(
     rows: ChannelRows, graph: ChannelGraph, live: np.ndarray, parameters: Mapping[str, nn.Parameter]
 ) -> Statistics:
@@ -187,6 +195,14 @@ def gather(
         numbers=rows.numbers,
         total=rows.total,
     )
+
+
+def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
+    """What the weights tell by themselves; ``activity`` and ``taylor`` are 0."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = ChannelRows(model, graph, {id(param) for param in parameters.values()}, decay=0.0)
+    weigh(rows.table)
+    return gather(rows, graph, np.ones(graph.num_channels, bool), parameters)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import allocate, criteria
+from sparsekern.prune.budget import UNITS
 
 from .errors import InputError
 from .metrics import output_channels
@@ -50,7 +51,7 @@ class Settings:
         depth, decoder: of the UNet.
         classes: of the masks, background included.
         keep: share of the cost that stays; None trains without pruning.
-        of: the cost, `"macs"` or `"params"`.
+        of: the cost, `"macs"`, `"params"` or `"latency"`.
         select: which channels go; names of `CRITERIA` joined by `*` and `+`.
         allocate: how wide layers stay; a name of `ALLOCATORS`.
         round_to: channel counts become multiples of it; `"auto"` takes what suits the device, None is
@@ -96,7 +97,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("model", self.model, MODELS)
         _one_of("decoder", self.decoder, ("transposed", "bilinear"))
-        _one_of("of", self.of, ("macs", "params"))
+        _one_of("of", self.of, UNITS)
         _one_of("allocate", self.allocate, tuple(ALLOCATORS))
         parse_select(self.select)
         for name, least in (("depth", 1), ("steps", 1), ("batch", 1), ("seed", 0)):

@@ -24,7 +24,7 @@ from distributed.training import (
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import sparsekern
@@ -207,19 +207,22 @@ def test_compact_gathers_one_tensor_at_a_time_and_gives_an_ordinary_module() -> 
 def _refusals() -> list[str]:
     messages = []
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    inner = network()
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     other = dist.DeviceMesh.from_group(groups[dist.get_rank()], "cpu", mesh=[dist.get_rank()])
-    fully_shard(inner.up, mesh=other)
-    fully_shard(inner, mesh=mesh)
-    optimizer = sparsekern.optim.AdamW(inner.parameters())
-    try:
-        sparsekern.Pruner(inner, optimizer, batch(0)[:1], keep=0.3, steps=STEPS)
-    except ValueError as error:
-        messages.append(str(error))
+    mixed = network()
+    fully_shard(mixed.up, mesh=other)
+    fully_shard(mixed, mesh=mesh)
+    flattened = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"))
+    for model in (mixed, flattened):
+        optimizer = sparsekern.optim.AdamW(model.parameters())
+        try:
+            sparsekern.Pruner(model, optimizer, batch(0)[:1], keep=0.3, steps=STEPS)
+        except ValueError as error:
+            messages.append(str(error))
     return messages
 
 
 def test_what_cannot_be_added_up_is_refused() -> None:
-    for (message,) in run(_refusals, 2):
-        assert message.startswith("model: its parameters are cut over different processes")
+    for mixed, flattened in run(_refusals, 2):
+        assert mixed.startswith("model: its parameters are cut over different processes")
+        assert flattened.startswith("model: it is a FullyShardedDataParallel, which flattens parameters")

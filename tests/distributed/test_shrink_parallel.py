@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +130,25 @@ def test_by_hand_with_a_copy_and_a_resume_into_a_full_size_wrapper() -> None:
         assert same
 
 
+def _resumed(folder: Path) -> bool:
+    """Each process goes on from its own file in a fresh full-size wrapper; is that bit for bit the same?"""
+    path = folder / f"rank-{dist.get_rank()}.pt"
+    training = start("parallel", **SHRINK)
+    training.train(range(STEPS // 2))
+    training.pruner.save_checkpoint(path)
+    training.train(range(STEPS // 2, STEPS))
+    torch.manual_seed(1)
+    fresh = start("parallel", **SHRINK)
+    fresh.pruner.load_checkpoint(path)
+    fresh.train(range(STEPS // 2, STEPS))
+    pairs = zip(training.inner.parameters(), fresh.inner.parameters(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_shrunk_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    assert run(_resumed, 2, tmp_path) == [True, True]
+
+
 def _refused(what: str) -> list[str]:
     """The error, and what has changed in spite of it."""
     inner = network()
@@ -185,13 +205,22 @@ def _sharded() -> list[str]:
     except ValueError as error:
         messages.append(str(error))
     assert before == [p.shape for p in training.inner.parameters()]
+    for use in (training.pruner.save_checkpoint, training.pruner.load_checkpoint):
+        try:
+            use("nowhere.pt")
+        except ValueError as error:
+            messages.append(str(error))
+    assert not Path("nowhere.pt").exists()
     training.train(range(2))
     return messages
 
 
 def test_sharded_models_are_refused_with_the_reason() -> None:
     for messages in run(_sharded, 2):
-        assert len(messages) == 2
-        for message in messages:
+        assert len(messages) == 4
+        for message in messages[:2]:
             assert "is a DTensor" in message
             assert "fully_shard fixes the sizes of its parts" in message
+        for message in messages[2:]:
+            assert "is a DTensor" in message
+            assert "save the state dicts of model, optimizer and Pruner with torch.dist" in message

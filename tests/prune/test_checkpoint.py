@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prune.killed import campaign
 from prune.networks import Plain, batch, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -282,3 +283,9 @@ def test_kill_9_while_saving_leaves_the_old_file_whole(written: Path, tmp_path: 
     )
     assert process.returncode == -signal.SIGKILL
     assert parts()[2].load_checkpoint(path) == {"step": 12}
+
+
+def test_killed_at_random_moments_a_run_ends_as_if_nobody_had_disturbed_it() -> None:
+    good, kills = campaign(1, seed=1)
+    assert good == 1
+    assert kills >= 1
