@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparsekern._sharding import check_not_flattened
-
 from .build import build
 from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
@@ -45,7 +43,6 @@ def trace(
     does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
     model, args = inner_module(model), arguments(example_inputs)
-    check_not_flattened(model)
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
     slots = Slots()
