@@ -16,6 +16,7 @@ from torchvision import models as tv
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "unet-31m": lambda: UNet(3, 1, width=64),
+    "unet-8m": lambda: UNet(3, 1, width=32),
     "unet-2m": lambda: UNet(3, 1, width=16),
     "unet-2m-bilinear": lambda: UNet(3, 1, width=16, decoder="bilinear"),
     "mobilenetv3-seg": lambda: lraspp_mobilenetv3("large", classes=1),

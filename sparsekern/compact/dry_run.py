@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import TensorPlan, make_plan
-from sparsekern.compact.surgery import Registered, build, like, match, registered, unwrap
+from sparsekern.compact.surgery import Registered, build, like, match, registered
 from sparsekern.compact.verify import as_arguments, leaves
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class _Trial:
                 kept[self._halves[number]] = False
             parts = match(make_plan(self._graph, kept), self._tensors)
             small = build(self._model, self._tensors, parts, lambda entry: self._empty(entry, parts))
-            _drop_hooks(small)
+            drop_hooks(small)
             self._latest = key, small
         return self._latest[1]
 
@@ -184,7 +185,7 @@ def _halves(groups: Sequence[Group]) -> dict[int, np.ndarray[Any, Any]]:
     return halves
 
 
-def _drop_hooks(model: nn.Module) -> None:
+def drop_hooks(model: nn.Module) -> None:
     """Hooks of the user would see fake tensors, in the user's own lists and loggers."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -11,6 +11,7 @@ from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
 from .cost import CostBuilder, CostModel
 from .interpret import Tracked
 from .numbering import Numbering, row_ids
+from .operations import Operation
 from .records import Producer, Records
 from .slots import Slots
 
@@ -18,7 +19,7 @@ from .slots import Slots
 def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering) -> ChannelGraph:
     """The public graph, names instead of numbers."""
     groups = _groups(tensors, numbering, records, slots)
-    costs = _costs(tensors, numbering, records)
+    costs, operations = _costs(tensors, numbering, records)
     named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
     notes = _notes(tensors, numbering, slots, records)
     return ChannelGraph(
@@ -29,6 +30,7 @@ def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering:
         frozen=_frozen(tensors, notes, records, slots),
         costs=costs,
         notes=notes,
+        operations=operations,
     )
 
 
@@ -143,7 +145,10 @@ def _by_channel(
     return np.concatenate(live), np.concatenate(kept)
 
 
-def _costs(tensors: Sequence[Tracked], numbering: Numbering, records: Records) -> CostModel:
+def _costs(
+    tensors: Sequence[Tracked], numbering: Numbering, records: Records
+) -> tuple[CostModel, tuple[Operation, ...]]:
+    """Costs, and the operations, whose sizes are extents of the same model."""
     builder = CostBuilder(len(numbering.group_of))
     for tensor in tensors:
         if tensor.entry.parameter:
@@ -158,7 +163,8 @@ def _costs(tensors: Sequence[Tracked], numbering: Numbering, records: Records) -
         for term in terms:
             factors = [np.where(ids >= 0, numbering.channel_of[ids], -1) for ids in term.factors]
             builder.add(measure, term.scale, factors)
-    return builder.build(numbering.group_of)
+    operations = tuple(entry.numbered(numbering.channel_of, builder.extent) for entry in records.operations)
+    return builder.build(numbering.group_of), operations
 
 
 def _notes(

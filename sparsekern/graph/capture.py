@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
 import warnings
@@ -19,6 +18,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+
+from sparsekern._sharding import copy_module, fake, settle
 
 INPUT = "tied to an input of the network"
 CONSTANT = "tied to a constant tensor"
@@ -130,20 +131,21 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     memo: dict[int, Any] = {}
+    settle(model)
     for name, tensor in _all_tensors(model):
         if torch.nn.parameter.is_lazy(tensor):
             raise ValueError(
                 f"model: parameter {name!r} is not initialised yet, expected a model that has been run once"
             )
         if id(tensor) not in memo:
-            memo[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+            memo[id(tensor)] = fake(tensor, mode)
     for module in model.modules():
         for value in vars(module).values():
             # Results of autograd kept as attributes (weight_norm does) refuse to be copied.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        clone: nn.Module = copy.deepcopy(model, memo)
+        clone = copy_module(model, memo)
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied for tracing: {type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,15 +60,16 @@ class CostModel:
     terms: dict[str, Terms]
 
     def cost(self, kept: np.ndarray) -> Cost:
-        sizes = self._sizes(kept)
+        sizes = self.sizes(kept)
         return Cost(*(self.terms[measure].total(sizes) for measure in MEASURES))
 
     def price(self, kept: np.ndarray, of: str) -> np.ndarray:
         """What removing each kept channel alone saves, float64 [C]; 0 for those not kept."""
-        savings = self.terms[of].savings(self._sizes(kept), self.share.shape[1])
+        savings = self.terms[of].savings(self.sizes(kept), self.share.shape[1])
         return np.where(kept, savings[self.atom_of], 0.0)
 
-    def _sizes(self, kept: np.ndarray) -> np.ndarray:
+    def sizes(self, kept: np.ndarray) -> np.ndarray:
+        """The size of every extent with the channels ``kept`` (bool [C]), int64 [E]."""
         counts = np.bincount(self.atom_of[kept], minlength=self.share.shape[1])
         sizes: np.ndarray = self.stays + self.share @ counts
         return sizes
@@ -80,6 +81,10 @@ class CostModel:
         stays, share = self.stays + self.share @ counts, self.share[:, left]
         terms = {m: make_terms(t.scale, t.factors, share) for m, t in self.terms.items()}
         return CostModel(atom_of.astype(np.int64), stays, share, terms)
+
+    def restrict(self, kept: np.ndarray) -> CostModel:
+        """The costs of the network that has only the channels ``kept`` (bool [C]) left."""
+        return replace(self, atom_of=self.atom_of[kept])
 
 
 def make_terms(scale: np.ndarray, factors: np.ndarray, share: np.ndarray) -> Terms:
@@ -103,7 +108,7 @@ class CostBuilder:
         """One term; ``factors`` are channel id arrays, -1 for indices that stay."""
         numbers = []
         for channels in factors:
-            number = self._extent(channels)
+            number = self.extent(channels)
             if number is None:
                 scale *= len(channels)
             else:
@@ -112,7 +117,7 @@ class CostBuilder:
         terms = self._terms[measure]
         terms[key] = terms.get(key, 0) + scale
 
-    def _extent(self, channels: np.ndarray) -> int | None:
+    def extent(self, channels: np.ndarray) -> int | None:
         """The number of the extent that counts these channels, None for a constant size."""
         key = channels.tobytes()
         if key not in self._known:

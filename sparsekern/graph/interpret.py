@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import CONSTANT, Captured, Registered
+from .operations import read
 from .records import Records, term
 from .rules import RULES, Call, Rule
 from .slots import Slots
@@ -126,6 +127,8 @@ class Interpreter:
             call.count_macs(_macs(node))
         if self.settled:
             self.records.values[counted, node.name] = result
+            if counted:
+                self.records.operations.append(read(node, env, call.module))
         self._note(call, result, in_place=schema.is_mutable)
         if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
             return self._write(node.args[0], result, env)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .operations import Read
 from .slots import Slots
 from .values import Value
 
@@ -50,6 +51,7 @@ class Records:
         self.consumers: dict[tuple[int, int], None] = {}
         self.macs: list[Term] = []
         self.activations: list[Term] = []
+        self.operations: list[Read] = []
         # By (evaluation mode, node): slots tied by a reading that the trace cannot prove, and
         # the values that every op makes, against which the reading is checked.
         self.guesses: dict[tuple[bool, str], np.ndarray] = {}

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from sparsekern._sharding import check_not_flattened, unwrap
+
 from .build import build
 from .capture import Capture, Registered, capture
 from .channels import ChannelGraph
@@ -39,13 +41,14 @@ def trace(
     protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
         parameters, modules, or parameters.
 
-    Raises ValueError if ``model`` cannot be copied, if its forward does not accept
-    ``example_inputs``, or if ``protect`` names something that the model does not have.
+    Raises ValueError if ``model`` cannot be copied or is a FullyShardedDataParallel, if its forward
+    does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    # What torch.compile returns holds the module itself; its parameters are the same.
-    model = getattr(model, "_orig_mod", model)
+    # What torch.compile and data parallelism return holds the module itself, with the same parameters.
+    model = unwrap(model)
+    check_not_flattened(model)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, (tuple, list)):
         raise ValueError(
