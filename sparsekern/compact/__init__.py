@@ -1,6 +1,5 @@
 """From a plan to a smaller network: carry it out, check it, keep it in a file."""
 
-from sparsekern.compact.dry_run import dry_run as dry_run
 from sparsekern.compact.plan import Plan as Plan
 from sparsekern.compact.plan import TensorPlan as TensorPlan
 from sparsekern.compact.plan import make_plan as make_plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -56,19 +56,35 @@ def _groups(
             own = np.empty(0, np.int64) if ids is None else numbering.channel_of[ids]
             for group in np.unique(numbering.group_of[own[own >= 0]]):
                 members[group].append((index, dim))
-    makers = _makers(records, slots)
+    inside_of: dict[tuple[int, int], list[int]] = {}
+    for group, inside in enumerate(members):
+        for pair in inside:
+            inside_of.setdefault(pair, []).append(group)
+    makers = _by_group(_makers(records, slots), inside_of)
+    consumers = _by_group(records.consumers, inside_of)
     starts = np.searchsorted(numbering.group_of, np.arange(count + 1))
     groups: list[Group] = []
+    taken: set[str] = set()
     for number, inside in enumerate(members):
-        belongs = set(inside)
-        producers = [tensors[i].entry.names[0] for i, dim in makers if (i, dim) in belongs]
         names = [(tensors[i].entry.names[0], dim) for i, dim in inside]
-        consumed = [(tensors[i].entry.names[0], dim) for i, dim in records.consumers if (i, dim) in belongs]
+        producers = [tensors[i].entry.names[0] for i, _ in makers.get(number, ())]
+        consumed = [(tensors[i].entry.names[0], dim) for i, dim in consumers.get(number, ())]
         rows = [tensors[i].entry.names[0] for i, dim in inside if tensors[i].row_dim == dim]
-        name = _unused(_owner((producers or rows)[0]), groups)
+        name = _unused(_owner((producers or rows)[0]), taken)
         channels = np.arange(starts[number], starts[number + 1], dtype=np.int64)
         groups.append(Group(number, name, channels, tuple(producers), tuple(names), tuple(consumed)))
     return tuple(groups)
+
+
+def _by_group(
+    pairs: Iterable[tuple[int, int]], inside_of: Mapping[tuple[int, int], Sequence[int]]
+) -> dict[int, list[tuple[int, int]]]:
+    """The (tensor, dimension) pairs by the groups that run through them."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for pair in pairs:
+        for group in inside_of.get(pair, ()):
+            found.setdefault(group, []).append(pair)
+    return found
 
 
 def _makers(records: Records, slots: Slots) -> list[tuple[int, int]]:
@@ -85,12 +101,12 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _unused(name: str, groups: Sequence[Group]) -> str:
-    taken = {group.name for group in groups}
+def _unused(name: str, taken: set[str]) -> str:
     number, candidate = 1, name
     while candidate in taken:
         number += 1
         candidate = f"{name}:{number}"
+    taken.add(candidate)
     return candidate
 
 

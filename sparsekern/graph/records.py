@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import fx
 
 from .operations import Read
 from .slots import Slots
-from .values import Value
 
 Factor = np.ndarray | int
 
@@ -52,10 +53,10 @@ class Records:
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []
-        # By (evaluation mode, node): slots tied by a reading that the trace cannot prove, and
-        # the values that every op makes, against which the reading is checked.
+        # By (evaluation mode, node): slots tied by a reading that the trace cannot prove.
         self.guesses: dict[tuple[bool, str], np.ndarray] = {}
-        self.values: dict[tuple[bool, str], Value | tuple[Value, ...]] = {}
+        # What every node of the traced graphs makes: values, or lists and tuples of them.
+        self.values: dict[fx.Node, Any] = {}
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """The number of the producer with these rows; a tied weight is one producer."""

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparsekern._sharding import check_not_flattened, unwrap
+from sparsekern._sharding import check_not_flattened
 
 from .build import build
-from .capture import Capture, Registered, capture
+from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
-from .numbering import Numbering, number
-from .recheck import wrong_guesses
+from .numbering import number
+from .recheck import faults
 from .records import Records
 from .slots import Slots
-from .trial import Fault, Trials
 
 _PROTECTED = "protected by the user"
 
 
+@lightly()
 def trace(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
@@ -44,19 +44,10 @@ def trace(
     Raises ValueError if ``model`` cannot be copied or is a FullyShardedDataParallel, if its forward
     does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    # What torch.compile and data parallelism return holds the module itself, with the same parameters.
-    model = unwrap(model)
+    model, args = inner_module(model), arguments(example_inputs)
     check_not_flattened(model)
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(
-            f"example_inputs: got {type(example_inputs).__name__}, expected a tensor or a tuple "
-            "of the arguments of the model's forward"
-        )
     protected = _protected(model, protect)
-    captured = capture(model, tuple(args), example_kwargs or {})
+    captured = capture(model, args, example_kwargs or {})
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
     for tensor in tensors:
@@ -66,11 +57,10 @@ def trace(
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True)
     numbering = number(tensors, slots, records)
-    for find in (_tried, wrong_guesses):
-        while faults := find(captured, tensors, numbering, records):
-            for fault in faults:
-                slots.freeze(fault.ids, fault.reason)
-            numbering = number(tensors, slots, records)
+    if wrong := faults(captured, tensors, numbering, records):
+        for fault in wrong:
+            slots.freeze(fault.ids, fault.reason)
+        numbering = number(tensors, slots, records)
     return build(tensors, slots, records, numbering)
 
 
@@ -95,12 +85,6 @@ def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, s
     for graph in captured.graphs:
         interpreter.run(graph)
     return records
-
-
-def _tried(
-    captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
-) -> list[Fault]:
-    return list(Trials(captured.source, tensors, numbering).faults())
 
 
 def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> None:

@@ -39,7 +39,7 @@ class LatencyModel:
         self.graph = graph
         self.block = block
         self.scale, self.overhead = 1.0, 0.0
-        atoms = graph.costs.share.shape[1]
+        atoms = graph.costs.shares.atoms
         # What no axis of an operation is: the last one, of the constant width 1.
         fixed = Axis((), 1.0, np.zeros(atoms), 1.0, 1.0, np.ones(1))
         every = [*axes, fixed]

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparsekern.compact import dry_run
-from sparsekern.graph import ChannelGraph, trace
+from sparsekern.graph import ChannelGraph, dry_run, trace
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator
 
@@ -52,7 +51,7 @@ def prunable_graph(
     ]
     if idle:
         graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
-    if graph.num_channels:
+        # The trace has tried out what it found; with these groups whole it is another network.
         graph = dry_run(model, graph, example_inputs)
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
