@@ -3,6 +3,27 @@
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 
+#if defined(__AVX512F__)
+using Floats = Vectors<float>::Vector;
+
+// Lane by lane, which compilers make a single instruction of.
+SPARSEKERN_INLINE Floats square_root(Floats x) {
+  float lanes[kLanes];
+  Vectors<float>::store(x, lanes);
+  for (int l = 0; l < kLanes; ++l) lanes[l] = __builtin_sqrtf(lanes[l]);
+  return Vectors<float>::load(lanes);
+}
+
+SPARSEKERN_INLINE Floats fused(Floats x, Floats y, Floats z) {
+  float a[kLanes], b[kLanes], c[kLanes];
+  Vectors<float>::store(x, a);
+  Vectors<float>::store(y, b);
+  Vectors<float>::store(z, c);
+  for (int l = 0; l < kLanes; ++l) a[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return Vectors<float>::load(a);
+}
+#endif
+
 // x / y for many x, correctly rounded.
 template <class C>
 struct Divisor {
@@ -26,6 +47,14 @@ struct Divisor<float> {
     // An infinite or NaN x has no remainder.
     return x < __builtin_inff() ? better : guess;
   }
+
+#if defined(__AVX512F__)
+  Floats divide(Floats x) const {
+    const Floats guess = x * inverse;
+    const Floats better = fused(fused(-guess, Floats{} + y, x), Floats{} + inverse, guess);
+    return x < __builtin_inff() ? better : guess;
+  }
+#endif
 };
 #endif
 
@@ -38,6 +67,36 @@ inline C select(typename IntegerOf<C>::Type which, C a, C b) {
   return __builtin_bit_cast(C, (bits_a & which) | (bits_b & ~which));
 }
 
+#if defined(__AVX512F__)
+SPARSEKERN_INLINE Floats select(Vectors<float>::Integer which, Floats a, Floats b) {
+  using Integers = Vectors<float>::Integers;
+  return (Floats)(((Integers)a & which) | ((Integers)b & ~which));
+}
+#endif
+
+// The numbers of a step and what it does with them, to one element or to a vector of them.
+template <class C>
+struct AdamStep {
+  C share, beta2, fresh, eps, size;
+  typename IntegerOf<C>::Type from_mean;
+  Divisor<C> root;
+
+  // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
+  // share of the way.
+  template <class T>
+  SPARSEKERN_INLINE T mean(T old, T d) const {
+    return select(from_mean, old, d) + share * (d - old);
+  }
+  template <class T>
+  SPARSEKERN_INLINE T square(T old, T d) const {
+    return old * beta2 + d * fresh * d;
+  }
+  template <class T>
+  SPARSEKERN_INLINE T weight(T w, T mean, T square) const {
+    return w - size * mean / (root.divide(square_root(square)) + eps);
+  }
+};
+
 template <class S>
 struct Adam {
   using C = typename Compute<S>::Type;
@@ -48,13 +107,7 @@ struct Adam {
         mean(static_cast<S*>(job.addresses[kState0][tensor])),
         square(static_cast<S*>(job.addresses[kState1][tensor])),
         top(static_cast<S*>(job.addresses[kState2][tensor])),
-        lerp(C(1 - job.hyper.beta1)),
-        beta2(C(job.hyper.beta2)),
-        fresh(C(1 - job.hyper.beta2)),
-        eps(C(job.hyper.eps)),
-        step_size(C(job.bias[tensor].step_size)),
-        root(job.bias[tensor].root),
-        low(1 - job.hyper.beta1 < 0.5),
+        step(step_of(job.hyper, job.bias[tensor])),
         decoupled(job.hyper.decoupled),
         amsgrad(job.hyper.amsgrad) {}
 
@@ -94,11 +147,64 @@ struct Adam {
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
   void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
     if constexpr (kVectorBytes == 64) {
-      if (fuses()) return loop<kDecoupled, false>(at, n, d, decay, decline, statistics);
+      if (fuses()) return turns<kDecoupled>(at, n, d, decay, decline, statistics);
     }
     look(n, param + at, d, statistics);
     amsgrad ? loop<kDecoupled, true>(at, n, d, decay, decline, NoStatistics())
             : loop<kDecoupled, false>(at, n, d, decay, decline, NoStatistics());
+  }
+
+  template <bool kDecoupled, class Decay, class Decline, class Statistics>
+  void turns(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+    int64_t done = 0;
+    if constexpr (kVectorBytes == 64 && sizeof(C) == 4 && kAlike<Decay, Decline>) {
+      done = rotate<kDecoupled>(at, n, d, decay, decline, statistics);
+      if (done == n) return;
+    }
+    loop<kDecoupled, false>(at + done, n - done, d + done, decay, decline, statistics.after(done));
+  }
+
+  // As `loop`, in vectors, of which the next are loaded before these are stored: a load waits for an earlier store
+  // whose address differs from its own in the upper bits alone, and tensors often lie like that. Returns how many
+  // elements that were.
+  template <bool kDecoupled, class Decay, class Decline, class Statistics>
+  int64_t rotate(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline,
+                 Statistics statistics) const {
+    using V = Vectors<C>;
+    using T = typename V::Vector;
+    if (n < V::kWidth) return 0;
+    S* __restrict ws = param + at;
+    S* __restrict ms = mean + at;
+    S* __restrict vs = square + at;
+    const AdamStep<C> numbers = step;
+    auto local = statistics.begin();
+    T w = V::load(ws), d = V::load(ds), m = V::load(ms), v = V::load(vs);
+    int64_t i = 0, next = 0;
+    for (; i + V::kWidth <= n; i = next) {
+      // The last turn loads once more what it has.
+      next = i + V::kWidth;
+      const int64_t from = next + V::kWidth <= n ? next : i;
+      __builtin_prefetch(ws + i + kAheadInTurns);
+      __builtin_prefetch(ds + i + kAheadInTurns);
+      __builtin_prefetch(ms + i + kAheadInTurns);
+      __builtin_prefetch(vs + i + kAheadInTurns);
+      statistics.add_vector(local, i, w, d);
+      const T old_w = w;
+      if constexpr (kDecoupled) {
+        w = w * decay[0];
+      } else if constexpr (kDecays<Decay>) {
+        d = d + w * decay[0];
+      }
+      const T new_m = numbers.mean(m, d), new_v = numbers.square(v, d);
+      const T new_w = decline.weight(0, numbers.weight(w, new_m, new_v), old_w);
+      w = V::load(ws + from), d = V::load(ds + from), m = V::load(ms + from), v = V::load(vs + from);
+      __atomic_signal_fence(__ATOMIC_SEQ_CST);
+      V::store(new_w, ws + i);
+      V::store(new_m, ms + i);
+      V::store(new_v, vs + i);
+    }
+    statistics.end(local);
+    return i;
   }
 
   template <bool kDecoupled, bool kAmsgrad, class Decay, class Decline, class Statistics>
@@ -107,13 +213,7 @@ struct Adam {
     S* __restrict ms = mean + at;
     S* __restrict vs = square + at;
     S* __restrict ts = kAmsgrad ? top + at : nullptr;
-    const C b2 = beta2, f2 = fresh, e = eps, step = step_size;
-    const Divisor<C> scale = root;
-    // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
-    // share of the way.
-    using Integer = typename IntegerOf<C>::Type;
-    const Integer from_mean = low ? -1 : 0;
-    const C share = low ? lerp : -(C(1) - lerp);
+    const AdamStep<C> numbers = step;
     const auto prefetch = [=](int64_t i) SPARSEKERN_ALWAYS {
       __builtin_prefetch(ws + i);
       __builtin_prefetch(ds + i);
@@ -128,26 +228,36 @@ struct Adam {
       } else if constexpr (kDecays<Decay>) {
         d = d + w * decay[i];
       }
-      const C m = select(from_mean, old_m, d) + share * (d - old_m);
-      const C v = old_v * b2 + d * f2 * d;
+      const C m = numbers.mean(old_m, d);
+      const C v = numbers.square(old_v, d);
       C t = v;
       if constexpr (kAmsgrad) {
         const C old_t = widen(ts[i]);
         t = v > old_t || v != v ? v : old_t;
         narrow(decline.state(i, t, old_t), &ts[i]);
       }
-      const C denominator = scale.divide(square_root(t)) + e;
-      narrow(decline.weight(i, w - step * m / denominator, old_w), &ws[i]);
+      narrow(decline.weight(i, numbers.weight(w, m, t), old_w), &ws[i]);
       narrow(decline.state(i, m, old_m), &ms[i]);
       narrow(decline.state(i, v, old_v), &vs[i]);
     });
+  }
+
+  static AdamStep<C> step_of(const Hyper& hyper, const AdamBias& bias) {
+    const C lerp = C(1 - hyper.beta1);
+    const bool low = 1 - hyper.beta1 < 0.5;
+    return {low ? lerp : -(C(1) - lerp),
+            C(hyper.beta2),
+            C(1 - hyper.beta2),
+            C(hyper.eps),
+            C(bias.step_size),
+            low ? -1 : 0,
+            Divisor<C>(bias.root)};
   }
 
   S* param;
   S* mean;
   S* square;
   S* top;
-  C lerp, beta2, fresh, eps, step_size;
-  Divisor<C> root;
-  bool low, decoupled, amsgrad;
+  AdamStep<C> step;
+  bool decoupled, amsgrad;
 };

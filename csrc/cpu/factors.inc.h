@@ -44,7 +44,10 @@ template <class C>
 struct SameDecline {
   C value;
 
-  C weight(int64_t, C updated, C) const { return updated * value; }
+  template <class T>
+  SPARSEKERN_INLINE T weight(int64_t, T updated, T) const {
+    return updated * value;
+  }
   C state(int64_t, C updated, C) const { return updated; }
 };
 
@@ -78,6 +81,14 @@ template <class C>
 inline bool is_nothing(Each<C>) {
   return false;
 }
+
+// Whether all elements have the same factors.
+template <class Decay, class Decline>
+constexpr bool kAlike = false;
+template <class C>
+constexpr bool kAlike<Same<C>, SameDecline<C>> = true;
+template <class C>
+constexpr bool kAlike<NoDecay<C>, SameDecline<C>> = true;
 
 template <class T>
 constexpr bool kDecays = true;

@@ -58,6 +58,19 @@ struct Vectors {
 
   static Vector load(C everywhere) { return Vector{} + everywhere; }
 
+  static void store(Vector vector, C* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
+
+  // Rounded as `narrow` rounds.
+  static void store(Vector vector, BFloat16* to) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+    const Unsigned bits = (Unsigned)vector;
+    const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Unsigned nan = (Unsigned)((bits & 0x7fffffffu) > 0x7f800000u);
+    const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
+    __builtin_memcpy(to, &halves, sizeof(halves));
+  }
+
   static C next(C everywhere) { return everywhere; }
   static const C* next(const C* from) { return from + kWidth; }
 
@@ -147,6 +160,14 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
     }
   }
 
+  // Sixteen elements in one vector.
+  SPARSEKERN_INLINE void add_vector(typename V::Vector w, typename V::Vector d, typename V::Vector threshold) {
+    count += V::exceeds(d, threshold);
+    dot += w * d;
+    grad_sq += d * d;
+    weight_sq += w * w;
+  }
+
   SPARSEKERN_INLINE void store(C* counts, C* dots, C* grad_sqs, C* weight_sqs) const {
     __builtin_memcpy(counts, &count, kVectorBytes);
     __builtin_memcpy(dots, &dot, kVectorBytes);
@@ -154,14 +175,6 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
     __builtin_memcpy(weight_sqs, &weight_sq, kVectorBytes);
     constexpr int w = V::kWidth;
     Rest::store(counts + w, dots + w, grad_sqs + w, weight_sqs + w);
-  }
-
- private:
-  SPARSEKERN_INLINE void add_vector(typename V::Vector w, typename V::Vector d, typename V::Vector threshold) {
-    count += V::exceeds(d, threshold);
-    dot += w * d;
-    grad_sq += d * d;
-    weight_sq += w * w;
   }
 };
 

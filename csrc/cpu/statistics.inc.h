@@ -6,7 +6,7 @@ constexpr int64_t kBlock = 512;
 
 // How far ahead of the arithmetic memory is asked for, in elements. Statistics lengthen the loop, and with it the time
 // that the machine's own prefetcher needs to see that it goes on.
-constexpr int64_t kAhead = 128;
+constexpr int64_t kAhead = 128, kAheadInTurns = 96;
 
 // Asks for memory that is needed later than in the next few hundred nanoseconds.
 inline void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
@@ -25,8 +25,19 @@ struct Last {
   }
 };
 
+struct Nothing {};
+
 struct NoStatistics {
   int64_t readable;
+
+  Nothing begin() const { return {}; }
+  void end(Nothing) const {}
+
+  // What the elements behind the first n are to be counted with.
+  NoStatistics after(int64_t n) const { return {readable - n}; }
+
+  template <class Vector>
+  SPARSEKERN_INLINE void add_vector(Nothing, int64_t, Vector, Vector) const {}
 };
 
 // Of one row, with its threshold. `readable` elements may be looked at.
@@ -39,10 +50,15 @@ struct RowStatistics {
 
   Local begin() const { return *sums; }
   void end(const Local& local) const { *sums = local; }
+  RowStatistics after(int64_t n) const { return {sums, readable - n, threshold}; }
 
   template <class S>
   SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const C* d) const {
     local.add(w, d, threshold);
+  }
+  template <class Vector>
+  SPARSEKERN_INLINE void add_vector(Local& local, int64_t, Vector w, Vector d) const {
+    local.add_vector(w, d, Vector{} + threshold);
   }
   template <class S>
   SPARSEKERN_INLINE void add_last(Local& local, int64_t i, const S* w, const C* d, int64_t n) const {
@@ -51,8 +67,6 @@ struct RowStatistics {
     local.add_first(last_w.at, last_d.at, n, threshold);
   }
 };
-
-struct Nothing {};
 
 // Of columns, with a threshold each: every column has a lane.
 template <class C>
@@ -64,10 +78,16 @@ struct ColumnStatistics {
 
   Local begin() const { return {}; }
   void end(Local) const {}
+  // n: whole vectors.
+  ColumnStatistics after(int64_t n) const { return {sums + n / kLanes, readable - n, threshold + n}; }
 
   template <class S>
   SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
     sums[i / kLanes].add(w, d, threshold + i);
+  }
+  template <class Vector>
+  SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
+    sums[i / kLanes].add_vector(w, d, Vectors<C>::load(threshold + i));
   }
   template <class S>
   SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const C* d, int64_t n) const {
@@ -87,7 +107,14 @@ struct QuadStatistics {
 
   Local begin() const { return {}; }
   void end(Local) const {}
+  QuadStatistics after(int64_t n) const { return {sums + n, readable - n, threshold + n}; }
 
+  template <class Vector>
+  SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
+    Lanes<C> lanes;
+    lanes.add_vector(w, d, Vectors<C>::load(threshold + i));
+    lanes.add_quads_to(sums + i);
+  }
   template <class S>
   SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
     Lanes<C> lanes;
