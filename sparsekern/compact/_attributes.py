@@ -128,6 +128,20 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
         own = _own_parts(before, parts)
         if any(part.keep for part in own.values()):
             _update(_Layer(name, after, own))
+    for part in parts.values():
+        _follow(copy, part)
+
+
+def _follow(copy: nn.Module, part: TensorPlan) -> None:
+    """Sets attributes of the user's modules that count what stays of a tensor."""
+    for path, (dim, per) in part.sizes.items():
+        if dim not in part.keep:
+            continue
+        owner, _, name = path.rpartition(".")
+        attributes = copy.get_submodule(owner).__dict__
+        if type(attributes.get(name)) is not int:
+            raise ValueError(f"plan: made for another model, {path!r} is no number in this one")
+        attributes[name] = part.new_shape[dim] // per
 
 
 def _own_parts(module: nn.Module, parts: Mapping[int, TensorPlan]) -> dict[str, TensorPlan]:

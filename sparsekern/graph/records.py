@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .slots import Slots
-from .values import Value
+from .values import Ids, Value
 
 Factor = np.ndarray | int
 
@@ -39,6 +39,16 @@ class Term:
     factors: list[np.ndarray]
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """A reshape in ``module`` from ``before`` to ``after`` with the ids of its result."""
+
+    module: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    ids: tuple[Ids, ...]
+
+
 class Records:
     """Producers, consumers, row dimensions and cost terms, collected over both modes."""
 
@@ -54,6 +64,14 @@ class Records:
         # the values that every op makes, against which the reading is checked.
         self.guesses: dict[tuple[bool, str], np.ndarray] = {}
         self.values: dict[tuple[bool, str], Value | tuple[Value, ...]] = {}
+        # Splits with several readings: module, slots, how many readings there are.
+        self.splits: list[tuple[str, np.ndarray, int]] = []
+        # Reshapes to sizes that the program names: a module may keep such a size as an attribute.
+        self.shaped: list[Shaped] = []
+        # Channels that change others when they go, and why; empty where those are frozen.
+        self.inexact: list[tuple[np.ndarray, str]] = []
+        # Rows that must not be zeroed with their channel, because they are divided by their norm.
+        self.unmasked: set[tuple[int, int]] = set()
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """The number of the producer with these rows; a tied weight is one producer."""
@@ -67,6 +85,10 @@ class Records:
             for owner in self._slots.owners(ids):
                 self.row_marks[owner] = None
         return number
+
+    def keep_unmasked(self, rows: np.ndarray) -> None:
+        """Note that a masked channel leaves the dimension these raw ids belong to as it is."""
+        self.unmasked.update(self._slots.owners(rows))
 
     def consume(self, columns: np.ndarray) -> None:
         """Note that a weight is contracted over the dimension these raw ids belong to."""

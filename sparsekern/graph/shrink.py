@@ -38,6 +38,12 @@ def shrunk(source: Source, tensors: Sequence[Tracked], gone: np.ndarray) -> Iter
                 if tensor is not None:
                     restore.append((table, name, tensor))
                     table[name] = made[id(tensor)]
+    for tensor in tensors:
+        for path, dim, per in tensor.sizes:
+            owner, _, name = path.rpartition(".")
+            table = source.clone.get_submodule(owner).__dict__
+            restore.append((table, name, table[name]))
+            table[name] = len(_left(tensor, gone)[dim]) // per
     try:
         yield
     finally:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .attributes import follow
 from .build import build
 from .capture import Capture, Registered, capture
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
 from .numbering import Numbering, number
+from .readings import Round, best_reading
 from .recheck import wrong_guesses
 from .records import Records
 from .slots import Slots
@@ -28,6 +30,7 @@ def trace(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     protect: Sequence[str | nn.Module | nn.Parameter] | str | nn.Module | nn.Parameter = (),
+    exact: bool = True,
 ) -> ChannelGraph:
     """Find the channels of ``model`` that can be removed without changing what the others compute.
 
@@ -54,14 +57,15 @@ def trace(
         )
     protected = _protected(model, protect)
     captured = capture(model, tuple(args), example_kwargs or {})
-    slots = Slots()
-    tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
-    for tensor in tensors:
-        if protected.intersection(tensor.entry.names):
-            _freeze(tensor, slots, _PROTECTED)
-    assumed = _interpret(captured, tensors, slots, settled=False)
+    tensors, slots, assumed = best_reading(
+        lambda readings: _first_round(captured, protected, exact, readings)
+    )
     _settle_rows(tensors, slots, assumed)
-    records = _interpret(captured, tensors, slots, settled=True)
+    records = _interpret(captured, tensors, slots, settled=True, exact=exact)
+    numbering = number(tensors, slots, records)
+    split = {module for module, _, _ in assumed.splits}
+    for fault in follow(captured, tensors, slots, numbering, records, split):
+        slots.freeze(fault.ids, fault.reason)
     numbering = number(tensors, slots, records)
     for find in (_tried, wrong_guesses):
         while faults := find(captured, tensors, numbering, records):
@@ -69,6 +73,17 @@ def trace(
                 slots.freeze(fault.ids, fault.reason)
             numbering = number(tensors, slots, records)
     return build(tensors, slots, records, numbering)
+
+
+def _first_round(captured: Capture, protected: set[str], exact: bool, readings: Mapping[str, int]) -> Round:
+    """Which slots go together, on fresh slots."""
+    slots = Slots()
+    tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
+    for tensor in tensors:
+        if protected.intersection(tensor.entry.names):
+            _freeze(tensor, slots, _PROTECTED)
+    records = _interpret(captured, tensors, slots, settled=False, exact=exact, readings=readings)
+    return Round(tensors, slots, records)
 
 
 def _tracked(index: int, entry: Registered, slots: Slots) -> Tracked:
@@ -85,10 +100,18 @@ def _freeze(tensor: Tracked, slots: Slots, reason: str) -> None:
             slots.freeze(ids, reason)
 
 
-def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, settled: bool) -> Records:
+def _interpret(
+    captured: Capture,
+    tensors: Sequence[Tracked],
+    slots: Slots,
+    *,
+    settled: bool,
+    exact: bool,
+    readings: Mapping[str, int] | None = None,
+) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
-    interpreter = Interpreter(tensors, slots, records, settled)
+    interpreter = Interpreter(tensors, slots, records, settled, exact, readings or {})
     for graph in captured.graphs:
         interpreter.run(graph)
     return records
@@ -110,6 +133,8 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
     sizes = np.bincount(roots, minlength=len(roots))
     for index, tensor in enumerate(tensors):
         if not tensor.entry.parameter:
+            continue
+        if any((index, d) in records.unmasked for d in range(len(tensor.ids))):
             continue
         marked = [d for d in range(len(tensor.ids)) if (index, d) in records.row_marks]
         free = [

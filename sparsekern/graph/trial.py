@@ -9,7 +9,7 @@ of the same shapes.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -94,6 +94,12 @@ class Trials:
                 left = [group for group in left if group not in found]
                 if not found:
                     raise RuntimeError(f"model: its forward pass is not repeatable: {error}")
+
+    def error(self, groups: Iterable[int]) -> str | None:
+        """What goes wrong in either mode when ``groups`` are halved, those of one channel aside."""
+        left = [group for group in groups if group in self._halves]
+        errors = (self._error(left, training) for training in (False, True) if left)
+        return next((error for error in errors if error is not None), None)
 
     def _search(self, groups: Sequence[int], training: bool) -> Iterator[tuple[int, str]]:
         """Those of ``groups``, together at fault, that fail alone."""
