@@ -1,10 +1,11 @@
-"""Builds the native kernels with ninja, or nothing where there is no compiler.
+"""Builds the native kernels with ninja: for the CPU where there is a compiler, for CUDA where there is nvcc.
 
 Everything else about the package stands in pyproject.toml. torch is not needed: the kernels take addresses.
 
 Environment:
     SPARSEKERN_NO_NATIVE=1: build no native code; the package then runs on its reference backend.
-    CXX: the compiler.
+    SPARSEKERN_NO_CUDA=1: build no CUDA kernels.
+    CXX, CUDACXX: the compilers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path(__file__).parent / "csrc"
 
@@ -28,6 +31,13 @@ CSRC = Path(__file__).parent / "csrc"
 # change no result; they let the compiler vectorise square roots and selections.
 KERNEL_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wextra"
+# The same arithmetic on a GPU: nvcc would contract, too. Kernels are compiled for each of these architectures
+# that nvcc knows, and the last is kept as PTX for those to come.
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG -Werror all-warnings "
+    "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static"
+)
+CUDA_ARCHITECTURES = (80, 90, 100)
 ISA_FLAGS = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4 -mprefer-vector-width=512"}
 
 
@@ -64,6 +74,34 @@ def why_pure() -> str | None:
     return None
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, None when there is none."""
+    for command in (os.environ.get("CUDACXX", ""), "nvcc", "/usr/local/cuda/bin/nvcc"):
+        found = shutil.which(command) if command else None
+        if found:
+            return found
+    return None
+
+
+def why_no_cuda() -> str | None:
+    """Why no CUDA kernels can or shall be built here; None when they are to be built."""
+    if os.environ.get("SPARSEKERN_NO_CUDA") == "1":
+        return "SPARSEKERN_NO_CUDA=1"
+    if sys.platform != "linux":
+        return f"they are not built on {sys.platform}"
+    command = nvcc()
+    if command is None:
+        return "there is no nvcc"
+    return None if architectures(command) else f"{command} compiles for none of {CUDA_ARCHITECTURES}"
+
+
+def architectures(command: str) -> list[int]:
+    """Those of CUDA_ARCHITECTURES that this nvcc compiles for."""
+    result = subprocess.run([command, "--list-gpu-code"], capture_output=True, text=True)
+    known = set(result.stdout.split())
+    return [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
+
+
 def isas() -> list[str]:
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
 
@@ -97,6 +135,30 @@ def ninja_text(target: Path, build: Path) -> str:
     return "\n".join(lines)
 
 
+def cuda_ninja_text(target: Path, build: Path) -> str:
+    """The build of the CUDA library, which is linked by nvcc and knows nothing of Python."""
+    command = nvcc()
+    assert command is not None
+    numbers = architectures(command)
+    targets = [f"-gencode arch=compute_{n},code=sm_{n}" for n in numbers]
+    targets.append(f"-gencode arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+    lines = [
+        f"nvcc = {shlex.quote(command)}",
+        "rule compile",
+        f"  command = $nvcc {CUDA_FLAGS} {' '.join(targets)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $nvcc -cudart static -shared {' '.join(targets)} $in -o $out",
+    ]
+    sources = sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
+    for path in sources:
+        lines.append(f"build {escape(build / path.stem)}.o: compile {escape(path)}")
+    objects = " ".join(f"{escape(build / path.stem)}.o" for path in sources)
+    lines += [f"build {escape(target)}: link {objects}", f"default {escape(target)}", ""]
+    return "\n".join(lines)
+
+
 def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -106,29 +168,42 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "native"
-        build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_text(target, build))
+        if ext is not CUDA:
+            if self.ninja("native", ninja_text, target) != 0:
+                raise SystemExit(
+                    "sparsekern: the native kernels did not compile (see above). With SPARSEKERN_NO_NATIVE=1 "
+                    "the package is installed without them."
+                )
+        elif self.ninja("cuda", cuda_ninja_text, target) != 0:
+            # The extension is optional: setuptools makes a warning of this, and goes on.
+            raise CompileError("sparsekern: the CUDA kernels did not compile (see above) and are left out")
+
+    def ninja(self, name: str, text: Callable[[Path, Path], str], target: Path) -> int:
+        """Exit status of a build in a folder of its own."""
+        build = Path(self.build_temp).resolve() / name
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(text(target, build))
         try:
             import ninja
 
             program = str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
             program = "ninja"
-        try:
-            subprocess.run([program, "-C", str(build)], check=True)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                "sparsekern: the native kernels did not compile (see above). With SPARSEKERN_NO_NATIVE=1 the "
-                "package is installed without them."
-            ) from error
+        return subprocess.run([program, "-C", str(build)]).returncode
 
 
+NATIVE = Extension("sparsekern._C", sources=[])
+CUDA = Extension("sparsekern._cuda_kernels", sources=[], optional=True)
+extensions = []
 reason = why_pure()
-if reason is not None:
+if reason is None:
+    extensions.append(NATIVE)
+    reason_of_cuda = why_no_cuda()
+    if reason_of_cuda is None:
+        extensions.append(CUDA)
+    else:
+        print(f"sparsekern: building without CUDA kernels: {reason_of_cuda}", file=sys.stderr)
+else:
     print(f"sparsekern: building without native kernels: {reason}", file=sys.stderr)
-setup(
-    ext_modules=[Extension("sparsekern._C", sources=[])] if reason is None else [],
-    cmdclass={"build_ext": NinjaBuild},
-)
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sparsekern import _info
+
+# With these, memory that a tensor gave back is not returned to the system, and its pages not made anew.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+def with_allocator(module: str, run: Callable[[], Any]) -> None:
+    """Call ``run``, in this process or as ``python -m module`` in one that :data:`ALLOCATOR` is set in."""
+    if os.environ.items() >= ALLOCATOR.items():
+        run()
+    else:
+        # glibc reads these once, at the start of a process.
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | ALLOCATOR)
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.environment import environment
 from benchmarks.networks import NETWORKS, example, randomise
 from sparsekern import compact, trace, verify
-from sparsekern.compact import dry_run, make_plan
+from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Problem, Uniform
 from sparsekern.prune.masking import Masks
@@ -48,7 +48,7 @@ def measure(name: str, keep: float) -> tuple[float, float, float, float]:
     model = NETWORKS[name]().double().eval()
     randomise(model)
     inputs = example(name, dtype=torch.float64)
-    graph = dry_run(model, trace(model, inputs), inputs)
+    graph = trace(model, inputs)
     everything = np.ones(graph.num_channels, bool)
     dense = graph.cost(everything)
     problem = Problem(

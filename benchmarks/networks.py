@@ -16,6 +16,7 @@ from torchvision import models as tv
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "unet-31m": lambda: UNet(3, 1, width=64),
+    "unet-8m": lambda: UNet(3, 1, width=32),
     "unet-2m": lambda: UNet(3, 1, width=16),
     "unet-2m-bilinear": lambda: UNet(3, 1, width=16, decoder="bilinear"),
     "mobilenetv3-seg": lambda: lraspp_mobilenetv3("large", classes=1),
@@ -35,15 +36,26 @@ def example(name: str, size: int = 64, dtype: torch.dtype = torch.float32) -> Te
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Random statistics and affines in every batch norm, so that nothing hides in ones and zeros."""
+    """Random statistics and affines in every norm, so that nothing hides in ones and zeros.
+
+    The same for whatever else starts at a constant: biases, scales of layers, position embeddings.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
+    done: set[int] = set()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
             module.running_var.copy_(uniform(module.running_var, 0.5, 2.0))
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
             module.weight.copy_(uniform(module.weight, 0.5, 1.5))
             module.bias.copy_(uniform(module.bias, -0.5, 0.5))
+            done |= {id(module.weight), id(module.bias)}
+    for name, parameter in model.named_parameters():
+        constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
+        if id(parameter) not in done and (parameter.ndim <= 1 or constant):
+            low, high = (-0.5, 0.5) if "bias" in name or parameter.ndim > 1 else (0.5, 1.5)
+            parameter.copy_(uniform(parameter, low, high))

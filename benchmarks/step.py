@@ -8,9 +8,7 @@ process for both sides), since page faults would otherwise be half of what is me
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -24,13 +22,12 @@ from rich.table import Table
 from torch import nn
 
 import sparsekern
-from benchmarks.environment import environment
+from benchmarks.environment import ALLOCATOR, environment, with_allocator
 from benchmarks.networks import NETWORKS, example
 from sparsekern.graph import trace
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.statistics import ChannelRows
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 LISTS = ("resnet18", "mobilenet_v3_large", "unet-31m", "unet-2m")
 SHORTEST = 0.02
 
@@ -161,10 +158,4 @@ def main(
 
 
 if __name__ == "__main__":
-    if os.environ.items() >= ALLOCATOR.items():
-        typer.run(main)
-    else:
-        # glibc reads these once, at the start of a process.
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]], os.environ | ALLOCATOR
-        )
+    with_allocator("benchmarks.step", lambda: typer.run(main))

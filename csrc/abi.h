@@ -8,7 +8,8 @@
 
 namespace sparsekern {
 
-enum Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kDtypes };
+// The CPU has no kernels for kFloat16.
+enum Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 enum Op : int32_t { kSgd, kAdam, kStatistics, kMask, kOps };
 

@@ -45,12 +45,24 @@ struct Layout {
   }
 };
 
-// A plan with the layouts for which it holds.
-struct ListPlan {
-  Plan plan;
+struct Device {
+  int32_t type, index;
+};
+
+constexpr Device kCpu = {kDLCPU, 0};
+
+// What the tensors of a list have to be.
+struct ListLayout {
   Dtype dtype;
   std::vector<Layout> layouts;
   int64_t table_rows;  // rows that the flat arrays must have at least
+  Device device;
+};
+
+// A plan with the list for which it holds.
+struct ListPlan {
+  Plan plan;
+  ListLayout list;
 };
 
 int64_t count_elements(const DLTensor& tensor) {
@@ -76,12 +88,13 @@ bool has_dtype(const DLTensor& tensor, Dtype dtype) {
   switch (dtype) {
     case kFloat32: return has_dtype(tensor, kDLFloat, 32);
     case kFloat64: return has_dtype(tensor, kDLFloat, 64);
+    case kFloat16: return has_dtype(tensor, kDLFloat, 16);
     default: return has_dtype(tensor, kDLBFloat, 16);
   }
 }
 
-// Reads a plain CPU tensor. False when `object` is anything else, or when this torch offers no such reading.
-bool read_tensor(PyObject* object, DLTensor* out) {
+// Reads a plain tensor on `device`. False when `object` is anything else, or when this torch offers no such reading.
+bool read_tensor(PyObject* object, Device device, DLTensor* out) {
   bool known = false;
   for (PyTypeObject* type : runtime.tensor_types) known = known || Py_TYPE(object) == type;
   if (!known || runtime.exchange == nullptr) return false;
@@ -90,26 +103,26 @@ bool read_tensor(PyObject* object, DLTensor* out) {
     return false;
   }
   out->data = static_cast<char*>(out->data) + out->byte_offset;
-  return out->device_type == kDLCPU && out->data != nullptr;
+  return out->device_type == device.type && out->device_id == device.index && out->data != nullptr;
 }
 
 // The addresses of all lists of a call.
 using Addresses = std::vector<void*>[kSlots];
 
-// False when a tensor is not what the plan was made for.
-bool read_lists(const ListPlan& plan, const py::tuple& lists, Addresses& addresses) {
+// False when a tensor is not what is expected.
+bool read_lists(const ListLayout& expected, const py::tuple& lists, Addresses& addresses) {
   for (size_t slot = 0; slot < lists.size(); ++slot) {
     const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(lists[slot].ptr(), "lists: not a sequence"));
     if (!list) throw py::error_already_set();
     const auto n = static_cast<size_t>(PySequence_Fast_GET_SIZE(list.ptr()));
     if (n == 0) continue;
-    if (n != plan.layouts.size()) return false;
+    if (n != expected.layouts.size()) return false;
     addresses[slot].resize(n);
     for (size_t i = 0; i < n; ++i) {
       DLTensor tensor;
-      if (!read_tensor(PySequence_Fast_GET_ITEM(list.ptr(), i), &tensor)) return false;
+      if (!read_tensor(PySequence_Fast_GET_ITEM(list.ptr(), i), expected.device, &tensor)) return false;
       const bool fits = slot == kStep ? has_dtype(tensor, kDLFloat, 32) && count_elements(tensor) == 1
-                                      : has_dtype(tensor, plan.dtype) && plan.layouts[i].matches(tensor);
+                                      : has_dtype(tensor, expected.dtype) && expected.layouts[i].matches(tensor);
       if (!fits) return false;
       addresses[slot][i] = tensor.data;
     }
@@ -119,20 +132,23 @@ bool read_lists(const ListPlan& plan, const py::tuple& lists, Addresses& address
 
 // One flat array of a RowTable: contiguous, of at least `least` elements.
 template <class T>
-bool read_array(py::handle object, uint8_t code, int64_t least, T** out) {
+bool read_array(py::handle object, Device device, uint8_t code, int64_t least, T** out) {
   DLTensor tensor;
-  if (!read_tensor(object.ptr(), &tensor)) return false;
+  if (!read_tensor(object.ptr(), device, &tensor)) return false;
   *out = static_cast<T*>(tensor.data);
   return has_dtype(tensor, code, sizeof(T) * 8) && count_elements(tensor) >= least && is_contiguous(tensor);
 }
 
-bool read_rows(const ListPlan& plan, const py::tuple& arrays, RowArrays* rows) {
-  const int64_t n = plan.table_rows;
-  return read_array(arrays[0], kDLFloat, n, &rows->penalty) && read_array(arrays[1], kDLInt, n, &rows->countdown) &&
-         read_array(arrays[2], kDLFloat, n * 4, &rows->sums) &&
-         read_array(arrays[3], kDLFloat, n, &rows->threshold) &&
-         read_array(arrays[4], kDLFloat, n, &rows->activity) &&
-         read_array(arrays[5], kDLInt, 1, &rows->nonfinite) && read_array(arrays[6], kDLFloat, 1, &rows->pending);
+bool read_rows(const ListLayout& expected, const py::tuple& arrays, RowArrays* rows) {
+  const int64_t n = expected.table_rows;
+  const Device on = expected.device;
+  return read_array(arrays[0], on, kDLFloat, n, &rows->penalty) &&
+         read_array(arrays[1], on, kDLInt, n, &rows->countdown) &&
+         read_array(arrays[2], on, kDLFloat, n * 4, &rows->sums) &&
+         read_array(arrays[3], on, kDLFloat, n, &rows->threshold) &&
+         read_array(arrays[4], on, kDLFloat, n, &rows->activity) &&
+         read_array(arrays[5], on, kDLInt, 1, &rows->nonfinite) &&
+         read_array(arrays[6], on, kDLFloat, 1, &rows->pending);
 }
 
 // The order is that of `_HYPER` in sparsekern/backends/cpu.py.
@@ -154,7 +170,7 @@ bool all_there(const std::vector<void*>& addresses, size_t n) {
 
 // Whether every address that the kernels will follow was given.
 bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& addresses, const RowArrays& rows) {
-  const size_t n = plan.layouts.size();
+  const size_t n = plan.list.layouts.size();
   bool ok = all_there(addresses[kParam], n);
   if (op != kMask) ok = ok && all_there(addresses[kGrad], n);
   if (op == kAdam || (op == kSgd && hyper.momentum != 0)) ok = ok && all_there(addresses[kState0], n);
@@ -170,7 +186,7 @@ int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows
         int64_t threads) {
   if (!complete(plan, op, hyper, addresses, rows)) return kNullPointer;
   // The kernels index every list by tensor, also those that they then leave alone.
-  for (auto& list : addresses) list.resize(plan.layouts.size(), nullptr);
+  for (auto& list : addresses) list.resize(plan.list.layouts.size(), nullptr);
   Job job = {};
   for (int slot = 0; slot < kSlots; ++slot) job.addresses[slot] = addresses[slot].data();
   job.rows = rows;
@@ -179,7 +195,7 @@ int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows
   job.decline = learn && op != kStatistics;
   ++runtime.calls;
   const py::gil_scoped_release release;
-  return plan.plan.run(job, *runtime.kernels, op, plan.dtype, runtime.parallel_for, threads);
+  return plan.plan.run(job, *runtime.kernels, op, plan.list.dtype, runtime.parallel_for, threads);
 }
 
 // -1: a tensor is not what the plan was made for, and nothing has been done.
@@ -187,8 +203,8 @@ int step(const ListPlan& plan, int op, const py::tuple& lists, const py::tuple& 
          bool learn, int64_t threads) {
   Addresses addresses;
   RowArrays rows = {};
-  if (!read_lists(plan, lists, addresses)) return -1;
-  if (plan.plan.tracks() && !read_rows(plan, arrays, &rows)) return -1;
+  if (!read_lists(plan.list, lists, addresses)) return -1;
+  if (plan.plan.tracks() && !read_rows(plan.list, arrays, &rows)) return -1;
   return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
 }
 
@@ -212,13 +228,13 @@ int step_at(const ListPlan& plan, int op, const std::vector<std::vector<uintptr_
 bool step_channels(const py::tuple& arrays, int64_t channels, int64_t gates, int64_t rows, double decay) {
   int64_t *offsets, *gate_rows;
   ChannelArrays channel = {};
-  const bool ok = read_array(arrays[0], kDLInt, channels + 1, &offsets) &&
-                  read_array(arrays[1], kDLInt, gates, &gate_rows) &&
-                  read_array(arrays[2], kDLFloat, rows * 4, &channel.sums) &&
-                  read_array(arrays[3], kDLFloat, channels, &channel.dot) &&
-                  read_array(arrays[4], kDLFloat, channels, &channel.dot_sq) &&
-                  read_array(arrays[5], kDLFloat, 1, &channel.updates) &&
-                  read_array(arrays[6], kDLFloat, 1, &channel.pending);
+  const bool ok = read_array(arrays[0], kCpu, kDLInt, channels + 1, &offsets) &&
+                  read_array(arrays[1], kCpu, kDLInt, gates, &gate_rows) &&
+                  read_array(arrays[2], kCpu, kDLFloat, rows * 4, &channel.sums) &&
+                  read_array(arrays[3], kCpu, kDLFloat, channels, &channel.dot) &&
+                  read_array(arrays[4], kCpu, kDLFloat, channels, &channel.dot_sq) &&
+                  read_array(arrays[5], kCpu, kDLFloat, 1, &channel.updates) &&
+                  read_array(arrays[6], kCpu, kDLFloat, 1, &channel.pending);
   if (!ok) return false;
   channel.gate_offsets = offsets;
   channel.gate_rows = gate_rows;
@@ -227,20 +243,43 @@ bool step_channels(const py::tuple& arrays, int64_t channels, int64_t gates, int
   return true;
 }
 
-// layouts: (sizes, strides) per tensor; shapes: (outer, rows, inner, start) per tensor.
-ListPlan make_plan(int dtype, const std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>& layouts,
-                   const std::vector<std::array<int64_t, 4>>& shapes) {
+using Layouts = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;  // (sizes, strides) per tensor
+
+ListLayout make_layout(int dtype, const Layouts& layouts, int64_t table_rows, Device device) {
+  if (dtype < 0 || dtype >= kDtypes) throw py::value_error("dtype: expected one of abi.h");
+  ListLayout list = {static_cast<Dtype>(dtype), {}, table_rows, device};
+  for (const auto& [sizes, strides] : layouts) list.layouts.push_back({sizes, strides});
+  return list;
+}
+
+// shapes: (outer, rows, inner, start) per tensor.
+ListPlan make_plan(int dtype, const Layouts& layouts, const std::vector<std::array<int64_t, 4>>& shapes) {
   std::vector<Shape> cut;
-  std::vector<Layout> expected;
   int64_t table_rows = 0;
   for (const auto& [outer, rows, inner, start] : shapes) {
     if (outer < 1 || rows < 1 || inner < 1) throw py::value_error("shapes: expected sizes of 1 and more");
     cut.push_back({outer, rows, inner, start});
     if (start >= 0) table_rows = std::max(table_rows, start + rows);
   }
-  for (const auto& [sizes, strides] : layouts) expected.push_back({sizes, strides});
-  if (cut.size() != expected.size() || dtype < 0 || dtype >= kDtypes) throw py::value_error("plan: lengths differ");
-  return {Plan(std::move(cut)), static_cast<Dtype>(dtype), std::move(expected), table_rows};
+  if (cut.size() != layouts.size() || dtype == kFloat16) throw py::value_error("plan: lengths or dtypes differ");
+  return {Plan(std::move(cut)), make_layout(dtype, layouts, table_rows, kCpu)};
+}
+
+// For kernels elsewhere, which Python calls by itself: the addresses of all lists, [kSlots][tensors], and then of the
+// flat arrays, null where there are none. None: a tensor is not what is expected.
+py::object addresses_of(const ListLayout& expected, const py::tuple& lists, const py::tuple& arrays) {
+  Addresses addresses;
+  RowArrays rows = {};
+  if (!read_lists(expected, lists, addresses)) return py::none();
+  if (!arrays.empty() && !read_rows(expected, arrays, &rows)) return py::none();
+  std::vector<const void*> all;
+  for (auto& list : addresses) {
+    list.resize(expected.layouts.size(), nullptr);
+    all.insert(all.end(), list.begin(), list.end());
+  }
+  all.insert(all.end(), {rows.penalty, rows.countdown, rows.sums, rows.threshold, rows.activity, rows.nonfinite,
+                         rows.pending});
+  return py::bytes(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(void*));
 }
 
 std::string select_isa(const std::string& name) {
@@ -267,7 +306,12 @@ bool set_exchange(const py::object& capsule, const py::tuple& types) {
 PYBIND11_MODULE(_C, module) {
   using namespace sparsekern;
   py::class_<ListPlan>(module, "Plan", py::module_local());
+  py::class_<ListLayout>(module, "ListLayout", py::module_local());
   module.def("plan", make_plan);
+  module.def("layout", [](int dtype, const Layouts& layouts, int64_t table_rows, int32_t type, int32_t index) {
+    return make_layout(dtype, layouts, table_rows, {type, index});
+  });
+  module.def("addresses", addresses_of);
   module.def("step", step);
   module.def("step_at", step_at);
   module.def("step_channels", step_channels);

@@ -1,5 +1,6 @@
 """Channel pruning while training, fused into the optimizer step."""
 
+from sparsekern import latency as latency
 from sparsekern import optim as optim
 from sparsekern.compact import compact as compact
 from sparsekern.compact import load as load
@@ -9,6 +10,7 @@ from sparsekern.graph import trace as trace
 from sparsekern.prune import Pruner as Pruner
 from sparsekern.prune import allocate as allocate
 from sparsekern.prune import criteria as criteria
+from sparsekern.prune import prune_once as prune_once
 from sparsekern.prune import recalibrate as recalibrate
 
 __version__ = "0.1.0"

@@ -6,13 +6,13 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import sparsekern
 from sparsekern import _native, backends
+from sparsekern._machine import cpu_name
 
 # Packages that figures may depend on.
 PACKAGES = ("torch", "numpy", "safetensors", "torchmetrics", "triton")
@@ -22,7 +22,7 @@ def machine() -> dict[str, Any]:
     """The machine, as far as figures depend on it."""
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -78,15 +78,6 @@ def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
     pairs += [("torch", versions["torch"]), ("cuda", info["cuda"]), ("triton", info["triton"])]
     pairs += [(name, versions[name] or "not installed") for name in ("numpy", "safetensors")]
     return pairs
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _isa() -> str:

@@ -20,13 +20,18 @@ def layout(tensor: Tensor) -> Layout:
 
 
 def of_lists(
-    lists: Sequence[Sequence[Tensor]], layouts: Sequence[Layout], dtype: torch.dtype, steps: int
+    lists: Sequence[Sequence[Tensor]],
+    layouts: Sequence[Layout],
+    dtype: torch.dtype,
+    steps: int,
+    device: torch.device,
 ) -> list[list[int]] | None:
     """Addresses of lists of tensors that all have ``dtype`` and, one by one, ``layouts``.
 
     Args:
         lists: each as long as ``layouts``, or empty.
         steps: position of the list that holds float32 step counters instead.
+        device: where all of them lie.
 
     Returns:
         A list of addresses per list; None when a tensor is something else.
@@ -40,17 +45,22 @@ def of_lists(
                 fits = tensor.dtype is torch.float32 and tensor.numel() == 1
             else:
                 fits = tensor.dtype is dtype and _same(tensor, expected)
-            if not fits or tensor.device.type != "cpu" or tensor.data_ptr() == 0:
+            if not fits or tensor.device != device or tensor.data_ptr() == 0:
                 return None
         result.append([tensor.data_ptr() for tensor in tensors])
     return result
 
 
-def of_arrays(arrays: Sequence[Tensor]) -> list[int] | None:
-    """Addresses of the flat arrays of a table; None when one is not contiguous on the CPU."""
-    if not all(array.is_contiguous() and array.device.type == "cpu" for array in arrays):
+def of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[int] | None:
+    """Addresses of the flat arrays of a table; None when one is not contiguous on ``device``."""
+    if not all(array.is_contiguous() and array.device == device for array in arrays):
         return None
     return [array.data_ptr() for array in arrays]
+
+
+def of_tensor(tensor: Tensor) -> int:
+    """Address of one tensor that the caller holds until the call is over."""
+    return tensor.data_ptr()
 
 
 def _same(tensor: Tensor, expected: Layout) -> bool:

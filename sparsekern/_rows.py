@@ -9,7 +9,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,17 +119,9 @@ class RowTable:
         decay: of the exponential means.
     """
 
-    _ARRAYS = (
-        "penalty",
-        "countdown",
-        "sums",
-        "threshold",
-        "activity",
-        "nonfinite",
-        "channel_dot",
-        "channel_dot_sq",
-        "updates",
-    )
+    _PER_ROW = ("penalty", "countdown", "sums", "threshold", "activity")
+    _PER_CHANNEL = ("channel_dot", "channel_dot_sq")
+    _ARRAYS = (*_PER_ROW, "nonfinite", *_PER_CHANNEL, "updates")
     _STRUCTURE = ("gate_offsets", "gate_rows")
 
     def __init__(
@@ -200,6 +192,9 @@ class RowTable:
         masked = (self.countdown == 0).cpu().numpy()
         self.masked = [int(masked[view.slice].sum()) for view in self.views]
 
+    def settle(self) -> None:
+        """Bring the arrays up to date. They always are, unless a step is shared between processes."""
+
     def rows_of(self, params: Iterable[Tensor]) -> Rows:
         """The :class:`Rows` of a list of parameters, tracked or not."""
         views = [self.index.get(id(param)) for param in params]
@@ -233,6 +228,26 @@ class RowTable:
         state: dict[str, Any] = {name: getattr(self, name) for name in self._ARRAYS + self._STRUCTURE}
         return state | {"tau": self.tau, "decay": self.decay}
 
+    def restricted(self, rows: np.ndarray, channels: np.ndarray) -> dict[str, Any]:
+        """What :meth:`state_dict` of a table that has only some of the rows and channels would be.
+
+        Args:
+            rows: bool ``[R]``; gates of a kept channel are kept, those of others are not.
+            channels: bool ``[C]``.
+        """
+        offsets = self.gate_offsets.cpu().numpy()
+        gates = self.gate_rows.cpu().numpy()
+        counts = np.diff(offsets)
+        left = (np.cumsum(rows) - 1)[gates[np.repeat(channels, counts)]]
+        starts = np.concatenate([[0], np.cumsum(counts[channels])]).astype(np.int64)
+        state = self.state_dict()
+        device = self.countdown.device
+        for kept, names in ((rows, self._PER_ROW), (channels, self._PER_CHANNEL)):
+            index = torch.from_numpy(np.flatnonzero(kept)).to(device)
+            state |= {name: state[name].index_select(0, index) for name in names}
+        structure = zip(self._STRUCTURE, (starts, left), strict=True)
+        return state | {name: torch.from_numpy(values).to(device) for name, values in structure}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy what :meth:`state_dict` gave into the arrays of this table, in place.
 
@@ -241,25 +256,34 @@ class RowTable:
             ValueError: an entry has another shape or dtype, or the gates are those of another
                 model; nothing has been changed then.
         """
-        for name in (*self._ARRAYS, *self._STRUCTURE, "tau", "decay"):
-            if name not in state:
-                raise KeyError(f"state: has no entry {name!r}, expected the state_dict of a RowTable")
-        for name in self._ARRAYS + self._STRUCTURE:
-            own, other = getattr(self, name), state[name]
-            if own.shape != other.shape or own.dtype != other.dtype:
-                raise ValueError(
-                    f"state[{name!r}]: got {other.dtype} {list(other.shape)}, "
-                    f"expected {own.dtype} {list(own.shape)}"
-                )
-        for name in self._STRUCTURE:
-            if not torch.equal(getattr(self, name), state[name].to(getattr(self, name).device)):
-                raise ValueError(f"state[{name!r}]: got the gates of another model")
+        self.check(state, self.state_dict())
         for name in self._ARRAYS:
             getattr(self, name).copy_(state[name])
         self.pending.zero_()
         self.tau = float(state["tau"])
         self.decay = float(state["decay"])
         self.refresh()
+
+    @classmethod
+    def check(cls, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        """``state`` can be loaded into a table whose own state is ``expected``.
+
+        Raises:
+            KeyError, ValueError: as :meth:`load_state_dict`.
+        """
+        for name in (*cls._ARRAYS, *cls._STRUCTURE, "tau", "decay"):
+            if name not in state:
+                raise KeyError(f"state: has no entry {name!r}, expected the state_dict of a RowTable")
+        for name in cls._ARRAYS + cls._STRUCTURE:
+            own, other = expected[name], state[name]
+            if own.shape != other.shape or own.dtype != other.dtype:
+                raise ValueError(
+                    f"state[{name!r}]: got {other.dtype} {list(other.shape)}, "
+                    f"expected {own.dtype} {list(own.shape)}"
+                )
+        for name in cls._STRUCTURE:
+            if not torch.equal(expected[name], state[name].to(expected[name].device)):
+                raise ValueError(f"state[{name!r}]: got the gates of another model")
 
 
 def _views(params: Sequence[tuple[Parameter, int]]) -> list[RowView]:

@@ -1,4 +1,4 @@
-"""The command line: demo, train, info. Bad input ends in one line on stderr and exit code 2."""
+"""The command line: demo, train, inspect, info. Bad input ends in one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -76,6 +76,51 @@ def info(
 
 
 @app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="module:factory, such as torchvision.models:resnet18")],
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="Sizes of an input, 1,3,224,224 or 1,128:int64; in order.")
+    ],
+    keep: Annotated[float | None, typer.Option(help="Plan for this share of the cost, in (0, 1].")] = None,
+    of: Annotated[str, typer.Option(help="The cost: macs, params, latency")] = "macs",
+    round_to: Annotated[
+        str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
+    ] = "1",
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of the groups.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The same as PNG; needs matplotlib.")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Show what of a network can be pruned: its groups, what they cost, and a plan by their weights."""
+    from .graph import trace
+    from .prune.criteria import Magnitude
+    from .prune.statistics import of_weights
+    from .report import picture, tables
+    from .report.inspect import find_model, make_input, plan_by_weights
+
+    _set_threads(threads)
+    example = tuple(make_input(spec) for spec in inputs)
+    for path in (svg, png):
+        if path is not None and not path.parent.is_dir():
+            raise OSError(f"{path}: its directory does not exist, expected one to write to")
+    model = find_model(target)
+    kept = None
+    if keep is None:
+        graph = trace(model, example)
+    else:
+        graph, kept = plan_by_weights(model, example, keep=keep, of=of, round_to=_round_to(round_to))
+    console.print(str(graph), soft_wrap=True)
+    saliency = Magnitude()(of_weights(model, graph))
+    console.print(tables.sensitivity_table(tables.sensitivities(graph, saliency), "magnitude"))
+    if kept is not None:
+        console.print(tables.kept_table(graph, kept, f"Kept at {keep:.0%} of {of}, by magnitude"))
+    page = picture.draw(graph, kept)
+    if svg is not None:
+        picture.write_svg(page, svg)
+    if png is not None:
+        picture.write_png(page, png)
+
+
+@app.command()
 def train(
     context: typer.Context,
     data: Annotated[Path, typer.Option(help="DIR/{train,test}/{images,masks}/NAME.png")],
@@ -93,7 +138,7 @@ def train(
     keep: Annotated[
         float | None, typer.Option(help="Share of the cost that stays, in (0, 1]; default 0.2.")
     ] = None,
-    of: Annotated[str, typer.Option(help="The cost: macs, params")] = "macs",
+    of: Annotated[str, typer.Option(help="The cost: macs, params, latency")] = "macs",
     dense: Annotated[bool, typer.Option("--dense", help="Train without pruning.")] = False,
     select: Annotated[
         str,
@@ -104,9 +149,16 @@ def train(
     ] = "joint",
     allocate: Annotated[str, typer.Option(help="How wide layers stay: global, uniform, flat")] = "global",
     round_to: Annotated[
-        str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
-    ] = "1",
+        str | None,
+        typer.Option(help="Channel counts become multiples of it; a number (1) or auto (with --shrink)."),
+    ] = None,
     min_channels: Annotated[int, typer.Option(help="Every layer keeps so many.")] = 1,
+    begin: Annotated[float, typer.Option(help="Share of the steps before the first channel goes.")] = 0.1,
+    finish: Annotated[float, typer.Option(help="Share of the steps by which the budget is met.")] = 0.6,
+    events: Annotated[int, typer.Option(help="How many times channels go.")] = 10,
+    shrink: Annotated[
+        bool, typer.Option(help="Make the network smaller during the training, which gets cheaper by it.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 8,
     crop: Annotated[int, typer.Option(help="Pixels an edge that a step sees of an image.")] = 128,
@@ -125,11 +177,11 @@ def train(
     threads: Threads = 0,
 ) -> None:
     """Train on a folder of images and masks, prune meanwhile, and store the compact network."""
-    from . import report
     from .recipes.checkpoint import load_backbone
     from .recipes.data import load_folder
     from .recipes.files import writable_directory
     from .recipes.run import execute
+    from .report import runs as report
 
     settings = _settings(context.params)
     _set_threads(threads)
@@ -204,9 +256,12 @@ def _settings(parameters: Mapping[str, Any]) -> Settings:
     if parameters["dense"]:
         if values["keep"] is not None:
             raise InputError(f"--keep: got {values['keep']} with --dense, expected one of the two")
+        if values["shrink"]:
+            raise InputError("--shrink: got it with --dense, expected one of the two")
     elif values["keep"] is None:
         values["keep"] = 0.2
-    values["round_to"] = _round_to(values["round_to"])
+    if values["round_to"] is not None:
+        values["round_to"] = _round_to(values["round_to"])
     return Settings(**values)
 
 

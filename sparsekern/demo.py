@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from . import report
 from .recipes.data import Split, normalise
 from .recipes.errors import InputError
 from .recipes.files import writable_directory
@@ -22,6 +21,7 @@ from .recipes.run import Result, execute
 from .recipes.settings import Settings
 from .recipes.synthetic import generate
 from .recipes.train import Step
+from .report import runs as report
 
 SHOWN = 4  # images in the picture of predictions
 

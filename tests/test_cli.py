@@ -73,14 +73,17 @@ def test_demo_compares_dense_and_pruned_and_draws(tmp_path, capsys):
     assert figures["pruned"]["macs"] <= 0.2 * figures["dense"]["macs"]
 
 
-def test_train_writes_everything_and_resumes_to_the_same_network(data, tmp_path, capsys):
-    command = ["train", "--data", str(data), *SMALL, "--keep", "0.5", "--of", "params"]
+@pytest.mark.parametrize("more", [["--no-shrink"], ["--shrink", "--round-to", "2"]], ids=["masked", "shrunk"])
+def test_train_writes_everything_and_resumes_to_the_same_network(data, tmp_path, capsys, more):
+    command = ["train", "--data", str(data), *SMALL, "--keep", "0.5", "--of", "params", *more]
     assert run([*command, "--out", str(tmp_path / "a")]) == 0
     assert "full size" in capsys.readouterr().out
     names = {"run.json", "model.safetensors", "checkpoint.pt", "curves.png"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
     content = json.loads((tmp_path / "a" / "run.json").read_text())
     assert content["arguments"]["keep"] == 0.5 and content["arguments"]["data"] == str(data)
+    assert content["settings"]["shrink"] == ("--shrink" in more)
+    assert (content["figures"]["training_macs_share"] < 1) == ("--shrink" in more)
     assert content["figures"]["parameters"] <= 0.5 * content["figures"]["full"]["parameters"]
 
     second = [*command, "--out", str(tmp_path / "b")]
@@ -112,6 +115,7 @@ BAD = {
     "crop": (["--crop", "64"], "--crop is 64, but train/images/0000.png is 48x48"),
     "threads": (["--threads", "-1"], "--threads: got -1, expected"),
     "dense and keep": (["--dense", "--keep", "0.3"], "--keep: got 0.3 with --dense"),
+    "dense and shrink": (["--dense", "--shrink"], "--shrink: got it with --dense"),
     "resume": (["--resume", "nothing.pt"], "--resume: nothing.pt is no file"),
     "backbone": (["--backbone", "nothing.pth"], "--backbone: nothing.pth is no file"),
     "out": (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written"),

@@ -14,10 +14,11 @@ from types import ModuleType
 
 import torch
 
-from sparsekern import _native
+from sparsekern import _cuda, _native
 
-_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
-_NAMES = ("reference", "cpu")
+# Best first.
+_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
+_NAMES = ("reference", "cpu", "cuda")
 
 
 def choose(device: torch.device) -> ModuleType:
@@ -63,18 +64,24 @@ def _why_not(name: str, device_type: str) -> str | None:
     """Why backend ``name`` does not work for tensors of ``device_type``; None when it does."""
     if name == "reference":
         return None
-    if device_type != "cpu":
-        return f"it takes tensors on cpu, not on {device_type}"
+    if device_type != name:
+        return f"it takes tensors on {name}, not on {device_type}"
+    if name == "cuda":
+        return _cuda.why_not()
     return None if _native.load() is not None else str(_native.reason)
 
 
 def available() -> list[tuple[str, bool, str]]:
     """``(name, whether it works here, what it is or why it does not)`` of every backend."""
-    reason = _why_not("cpu", "cpu")
-    return [
-        ("reference", True, "plain torch, any device"),
-        ("cpu", reason is None, "native, tensors on the CPU" if reason is None else reason),
-    ]
+    texts = {
+        "cpu": "native, tensors on the CPU",
+        "cuda": f"native, tensors on NVIDIA GPUs; {_cuda.NEVER_RUN}",
+    }
+    found = [("reference", True, "plain torch, any device")]
+    for name, text in texts.items():
+        reason = _why_not(name, name)
+        found.append((name, reason is None, text if reason is None else reason))
+    return found
 
 
 def reset() -> None:

@@ -1,9 +1,11 @@
 """From a plan to a smaller network: carry it out, check it, keep it in a file."""
 
-from sparsekern.compact.dry_run import dry_run as dry_run
 from sparsekern.compact.plan import Plan as Plan
 from sparsekern.compact.plan import TensorPlan as TensorPlan
 from sparsekern.compact.plan import make_plan as make_plan
+from sparsekern.compact.shrink import check_copies as check_copies
+from sparsekern.compact.shrink import check_cuttable as check_cuttable
+from sparsekern.compact.shrink import shrink as shrink
 from sparsekern.compact.store import load as load
 from sparsekern.compact.store import save as save
 from sparsekern.compact.surgery import compact as compact

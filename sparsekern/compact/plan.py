@@ -74,6 +74,18 @@ class TensorPlan:
         """The same part, its sizes named from outside the submodule ``prefix``."""
         return replace(self, sizes={f"{prefix}.{path}": size for path, size in self.sizes.items()})
 
+    def after(self, done: TensorPlan) -> TensorPlan:
+        """What of this plan is left to do once ``done`` was: ``done.then(result)`` equals this plan."""
+        if done.shape != self.shape:
+            raise ValueError(f"done: made for shape {done.shape}, expected {self.shape}")
+        keep = dict(self.keep)
+        for dim, left in done.keep.items():
+            wanted = keep.get(dim, np.arange(self.shape[dim]))
+            if not np.isin(wanted, left).all():
+                raise ValueError(f"done: removed indices of dimension {dim} that this plan keeps")
+            keep[dim] = np.searchsorted(left, wanted)
+        return TensorPlan(done.new_shape, keep, self.sizes)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorPlan):
             return NotImplemented
@@ -120,6 +132,21 @@ class Plan:
                 tensors[name] = tensors[name].then(part) if name in tensors else part
             except ValueError as error:
                 raise ValueError(f"later: tensor {name!r}: {error}") from None
+        return Plan(tensors)
+
+    def after(self, done: Plan) -> Plan:
+        """What of this plan is left to do for a model that ``done`` was carried out on already.
+
+        Raises ``ValueError`` where ``done`` removed something that this plan keeps.
+        """
+        tensors = {}
+        for name in {**self.tensors, **done.tensors}:
+            first = done.tensors.get(name)
+            try:
+                own = self.tensors[name] if name in self.tensors else TensorPlan(done.tensors[name].shape)
+                tensors[name] = own if first is None else own.after(first)
+            except ValueError as error:
+                raise ValueError(f"done: tensor {name!r}: {error}") from None
         return Plan(tensors)
 
     def inside(self, prefix: str) -> Plan:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsekern._files import replacing, target
+from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
     Registered,
@@ -26,7 +26,6 @@ from sparsekern.compact.surgery import (
     plan_of,
     registered,
     remember,
-    unwrap,
 )
 
 FORMAT = "sparsekern.model"
@@ -46,7 +45,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     be written, ``ValueError`` for what the format cannot hold.
     """
     module = unwrap(module)
-    target = _target(path)
+    destination = target(path)
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
     tensors = _on_host(entries)
@@ -59,7 +58,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     metadata["sha256"] = _digest(metadata, tensors)
     try:
-        with _replacing(target) as temporary:
+        with replacing(destination) as temporary:
             save_file(tensors, temporary, metadata)
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
@@ -142,50 +141,6 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    # Through symbolic links: what they point at is replaced, not the link.
-    target = Path(os.path.realpath(path))
-    if os.path.isdir(target):
-        raise IsADirectoryError(f"path: {os.fspath(path)!r} is a directory, expected a file name")
-    if os.path.exists(target) and not os.path.isfile(target):
-        # Replacing a device or a pipe would take it away from the system.
-        raise OSError(f"path: {os.fspath(path)!r} is not a regular file")
-    if not os.path.isdir(target.parent):
-        raise FileNotFoundError(
-            f"path: cannot write {os.fspath(path)!r}, {str(target.parent)!r} is not a directory"
-        )
-    return target
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside ``target`` that takes its place once the block has written it."""
-    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.tmp")
-    # Made here, so that the user's umask holds whatever mode the writer prefers.
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    # The new name is on the disk only when the directory is; not every system can do that.
-    with suppress(OSError):
-        _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsekern._sharding import copy_module, is_sharded, settle, unwrap, whole
 from sparsekern.compact._attributes import update_attributes
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 
 # Text, not an object: a pickled compact module then opens without this package.
 _PLAN_ATTRIBUTE = "_sparsekern_plan"
+
+# A dimension of size 1 may have any stride, and torch tells the format of a tensor by it: cut many times or
+# once, a depthwise weight has to stay what it was.
+_FORMATS = {
+    4: (torch.contiguous_format, torch.channels_last),
+    5: (torch.contiguous_format, torch.channels_last_3d),
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,11 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
     ties and ``requires_grad``, no gradients, and sizes such as ``out_channels`` in line with its
     tensors. Tensors are cut on their way into the copy: the full model is never held twice. The
     copy remembers the plan relative to the model that was never cut (see ``plan_of``), through
-    ``copy.deepcopy`` and pickle, so a compact model can be compacted again. Of the result of
-    ``torch.compile`` the module inside is copied.
+    ``copy.deepcopy`` and pickle, so a compact model can be compacted again: by a plan that is
+    relative to it, or by one for the model that was never cut, which then says what is left in all.
+    Of the result of ``torch.compile`` and of DistributedDataParallel the module inside is copied. The
+    copy of a model sharded by ``fully_shard`` is an ordinary whole module on every process: all of
+    them have to call this, and gather one tensor at a time.
 
     Raises ``TypeError`` if ``model`` is not a module or ``plan`` not a plan, ``ValueError`` if the
     plan does not fit the model or a layer's sizes cannot be changed.
@@ -44,10 +55,21 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
     model = unwrap(model)
     tensors = registered(model)
-    parts = match(plan, tensors)
+    parts = match(_left_to_do(plan, model, tensors), tensors)
     small = build(model, tensors, parts, lambda entry: cut(entry.tensor, parts[id(entry.tensor)]))
     remember(model, small, tensors, parts)
     return small
+
+
+def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan:
+    """``plan``, or what is left of it where it is for the size that the model had before it was cut."""
+    shapes = {name: tuple(entry.tensor.shape) for entry in tensors for name in entry.names}
+    if all(shapes.get(name, part.shape) == part.shape for name, part in plan.tensors.items()):
+        return plan
+    try:
+        return plan.after(plan_of(model))
+    except ValueError:
+        return plan  # for another model: its shapes say so best
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -60,15 +82,10 @@ def plan_of(model: nn.Module) -> Plan:
     return Plan(tensors)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` returns; any other as it is."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def registered(model: nn.Module) -> list[Registered]:
     """The parameters and buffers of ``model``, tied ones once, in the order of registration."""
     _check_model(model)
+    settle(model)
     names: dict[int, list[str]] = {}
     found: dict[int, tuple[Tensor, bool]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -107,7 +124,7 @@ def match(plan: Plan, tensors: list[Registered]) -> dict[int, TensorPlan]:
 
 def cut(tensor: Tensor, part: TensorPlan) -> Tensor:
     """What stays of ``tensor``, in memory of its own laid out in the same order of dimensions."""
-    tensor = tensor.detach()
+    tensor = whole(tensor)
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         return like(tensor, part, tensor.new_empty_strided)
     order = memory_order(tensor)
@@ -119,19 +136,28 @@ def cut(tensor: Tensor, part: TensorPlan) -> Tensor:
         data = data.index_select(inverse[dim], indices)
     if not part.keep:
         data = data.clone(memory_format=torch.contiguous_format)
-    return data.permute(inverse)
+    # The same memory: only dimensions of size 1 may get another stride.
+    return data.as_strided(part.new_shape, _strides(tensor, part))
 
 
 def like(tensor: Tensor, part: TensorPlan, empty_strided: Callable[..., Tensor]) -> Tensor:
     """An uninitialised tensor with the shape and layout that ``cut`` would give."""
+    return empty_strided(
+        part.new_shape, _strides(tensor, part), dtype=tensor.dtype, device=tensor.device, requires_grad=False
+    )
+
+
+def _strides(tensor: Tensor, part: TensorPlan) -> tuple[int, ...]:
+    """Those of what stays of ``tensor`` when it lies in memory in the same order without gaps."""
+    for form in _FORMATS.get(tensor.ndim, ()):
+        if torch.empty(tuple(tensor.shape), device="meta", memory_format=form).stride() == tensor.stride():
+            return torch.empty(part.new_shape, device="meta", memory_format=form).stride()
     strides = [1] * tensor.ndim
     step = 1
     for dim in reversed(memory_order(tensor)):
         strides[dim] = step
         step *= max(part.new_shape[dim], 1)
-    return empty_strided(
-        part.new_shape, strides, dtype=tensor.dtype, device=tensor.device, requires_grad=False
-    )
+    return tuple(strides)
 
 
 def memory_order(tensor: Tensor) -> list[int]:
@@ -158,7 +184,7 @@ def build(
         for value in _computed_attributes(model):
             memo[id(value)] = value.detach().clone()
         try:
-            small = copy.deepcopy(model, dict(memo))
+            small = copy_module(model, dict(memo))
         except Exception as error:
             raise ValueError(f"model: {type(model).__name__} cannot be deep-copied: {error}") from error
         for entry in tensors:
@@ -186,13 +212,13 @@ def remember(
 def _as(tensor: Tensor, data: Tensor) -> Tensor:
     """``data`` in the role of ``tensor``: parameter or buffer, with or without gradient."""
     if isinstance(tensor, nn.Parameter):
-        kind = type(tensor) if type(data) is Tensor else nn.Parameter
+        kind = nn.Parameter if is_sharded(tensor) or type(data) is not Tensor else type(tensor)
         return kind(data, tensor.requires_grad)
     return data.requires_grad_(tensor.requires_grad) if tensor.requires_grad else data
 
 
 def _copy_attributes(tensor: Tensor, new: Tensor) -> None:
-    for name, value in tensor.__dict__.items():
+    for name, value in ({} if is_sharded(tensor) else tensor.__dict__).items():
         if name not in new.__dict__ and not isinstance(value, Tensor):
             setattr(new, name, copy.copy(value))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
 from .cost import Cost
+from .dry_run import dry_run
 from .rules import register_rule
 from .trace import trace
 
@@ -14,6 +15,7 @@ __all__ = [
     "Group",
     "Note",
     "TensorSlots",
+    "dry_run",
     "register_rule",
     "trace",
 ]

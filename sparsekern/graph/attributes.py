@@ -2,14 +2,12 @@
 
 A forward that reshapes to ``self.num_heads`` runs with fewer heads only where that attribute
 follows. Which attribute it is, is seen by running the traced copy with marked numbers in the
-place of its attributes: the mark is still there when the number arrives in a reshape. Where
-another number arrives, one module of each class is tried out with fewer heads.
+place of its attributes: the mark is still there when the number arrives in a reshape.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,38 +17,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, Source, undisturbed
+from .capture import Source
 from .interpret import Tracked
 from .numbering import Numbering
 from .records import Records, Shaped
 from .slots import Slots
-from .trial import Fault, Trials
 
 _RESHAPES = frozenset({"view", "reshape", "unflatten"})
 
 
-class _Derived(int):
-    """A number computed from an attribute: it follows by itself."""
-
-    def _from(self, value: Any) -> Any:
-        return _Derived(value) if type(value) is int else value
-
-    def __add__(self, other: Any) -> Any:
-        return self._from(int(self) + other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._from(int(self) * other)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._from(int(self) // other)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._from(other // int(self))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-
-class _Mark(_Derived):
+class _Mark(int):
     """A number that knows which attribute of which module it is."""
 
     module: str
@@ -58,83 +34,28 @@ class _Mark(_Derived):
 
 
 class _Reshape(NamedTuple):
-    """before, after: shapes. sizes: as the program gave them, by dimension of the result."""
+    """before, after: shapes. marks: sizes that are attributes, by dimension of the result."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    sizes: dict[int, int]
+    marks: dict[int, _Mark]
 
 
 def follow(
-    captured: Capture,
-    tensors: Sequence[Tracked],
-    slots: Slots,
-    numbering: Numbering,
-    records: Records,
-    split: Collection[str],
-) -> list[Fault]:
-    """Note on the tensors which attributes count their channels, as ``Tracked.sizes``.
-
-    split: modules that split channels into heads or the like. Returns the channels of those that
-    cannot do with fewer of them.
-    """
-    source = captured.source
-    shaped = [
-        found
-        for found in records.shaped
-        if _channels(found, numbering) and (found.module in split or _counted(source.clone, found, numbering))
-    ]
+    source: Source, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
+) -> None:
+    """Note on the tensors which attributes count their channels, as ``Tracked.sizes``."""
+    shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
     if not shaped:
-        return []
-    followed: dict[int, set[int]] = {}
+        return
     for reshape in _reshapes(source):
-        for number, found in enumerate(shaped):
+        for found in shaped:
             if (found.before, found.after) != (reshape.before, reshape.after):
                 continue
-            for dim, size in reshape.sizes.items():
+            for dim, mark in reshape.marks.items():
                 ids = found.ids[dim]
-                if isinstance(size, _Mark) and ids is not None and _around(found.module, size.module):
-                    _note(ids, size, tensors, slots, numbering)
-                if size == -1 or isinstance(size, _Derived):
-                    followed.setdefault(number, set()).add(dim)
-    doubtful = [
-        (found.module, ids)
-        for number, found in enumerate(shaped)
-        for dim, ids in enumerate(found.ids)
-        if ids is not None and found.module in split and dim not in followed.get(number, ())
-    ]
-    return list(_stuck(captured, tensors, numbering, doubtful))
-
-
-def _stuck(
-    captured: Capture,
-    tensors: Sequence[Tracked],
-    numbering: Numbering,
-    doubtful: Sequence[tuple[str, np.ndarray]],
-) -> Iterator[Fault]:
-    """Channels of those classes of modules of which the first one fails with fewer."""
-    modules: dict[str, set[int]] = {}
-    for module, ids in doubtful:
-        channels = numbering.channel_of[ids[ids >= 0]]
-        groups = numbering.group_of[channels[channels >= 0]]
-        modules.setdefault(module, set()).update(groups.tolist())
-    classes: dict[type, list[set[int]]] = {}
-    for module, of_module in modules.items():
-        if of_module:
-            classes.setdefault(type(captured.source.clone.get_submodule(module)), []).append(of_module)
-    if not classes:
-        return
-    trials = Trials(captured.source, tensors, numbering)
-    for alike in classes.values():
-        error = trials.error(alike[0])
-        if error is not None:
-            groups = sorted(set().union(*alike))
-            slots = numbering.slots_of(np.isin(numbering.group_of, groups))
-            yield Fault(np.flatnonzero(slots), error)
-
-
-def _channels(shaped: Shaped, numbering: Numbering) -> bool:
-    return any(ids is not None and (numbering.channel_of[ids] >= 0).any() for ids in shaped.ids)
+                if ids is not None and _around(found.module, mark.module):
+                    _note(ids, mark, tensors, slots, numbering)
 
 
 def _around(module: str, outer: str) -> bool:
@@ -178,7 +99,7 @@ def _note(
 
 
 class _Recorder(TorchFunctionMode):
-    """The reshapes, with the sizes that they are given."""
+    """The reshapes, to sizes that are attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,15 +118,15 @@ class _Recorder(TorchFunctionMode):
         sizes = pytree.tree_leaves(rest, is_leaf=lambda item: isinstance(item, torch.Size))
         sizes = [s for item in sizes for s in (item if isinstance(item, torch.Size) else [item])]
         first = int(sizes.pop(0)) % x.ndim if name == "unflatten" else 0
-        placed = {first + place: size for place, size in enumerate(sizes)}
-        self.found.append(_Reshape(tuple(x.shape), tuple(result.shape), placed))
+        marks = {first + place: size for place, size in enumerate(sizes) if isinstance(size, _Mark)}
+        if marks:
+            self.found.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
 
 
 def _reshapes(source: Source) -> list[_Reshape]:
     recorder = _Recorder()
-    with undisturbed(), _marked(source.clone), source.mode, torch.no_grad(), recorder:
+    with _marked(source.clone), recorder:
         for training in (False, True):
-            random.seed(0)
             source.run(training)
     return recorder.found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
 from .cost import CostBuilder, CostModel
 from .interpret import Tracked
 from .numbering import Numbering, row_ids
+from .operations import Operation
 from .records import Producer, Records
 from .slots import Slots
 
@@ -18,7 +19,7 @@ from .slots import Slots
 def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering) -> ChannelGraph:
     """The public graph, names instead of numbers."""
     groups = _groups(tensors, numbering, records, slots)
-    costs = _costs(tensors, numbering, records)
+    costs, operations = _costs(tensors, numbering, records)
     named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
     notes = _notes(tensors, numbering, slots, records)
     return ChannelGraph(
@@ -29,6 +30,7 @@ def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering:
         frozen=_frozen(tensors, notes, records, slots),
         costs=costs,
         notes=notes,
+        operations=operations,
     )
 
 
@@ -56,19 +58,35 @@ def _groups(
             own = np.empty(0, np.int64) if ids is None else numbering.channel_of[ids]
             for group in np.unique(numbering.group_of[own[own >= 0]]):
                 members[group].append((index, dim))
-    makers = _makers(records, slots)
+    inside_of: dict[tuple[int, int], list[int]] = {}
+    for group, inside in enumerate(members):
+        for pair in inside:
+            inside_of.setdefault(pair, []).append(group)
+    makers = _by_group(_makers(records, slots), inside_of)
+    consumers = _by_group(records.consumers, inside_of)
     starts = np.searchsorted(numbering.group_of, np.arange(count + 1))
     groups: list[Group] = []
+    taken: set[str] = set()
     for number, inside in enumerate(members):
-        belongs = set(inside)
-        producers = [tensors[i].entry.names[0] for i, dim in makers if (i, dim) in belongs]
         names = [(tensors[i].entry.names[0], dim) for i, dim in inside]
-        consumed = [(tensors[i].entry.names[0], dim) for i, dim in records.consumers if (i, dim) in belongs]
+        producers = [tensors[i].entry.names[0] for i, _ in makers.get(number, ())]
+        consumed = [(tensors[i].entry.names[0], dim) for i, dim in consumers.get(number, ())]
         rows = [tensors[i].entry.names[0] for i, dim in inside if tensors[i].row_dim == dim]
-        name = _unused(_owner((producers or rows)[0]), groups)
+        name = _unused(_owner((producers or rows)[0]), taken)
         channels = np.arange(starts[number], starts[number + 1], dtype=np.int64)
         groups.append(Group(number, name, channels, tuple(producers), tuple(names), tuple(consumed)))
     return tuple(groups)
+
+
+def _by_group(
+    pairs: Iterable[tuple[int, int]], inside_of: Mapping[tuple[int, int], Sequence[int]]
+) -> dict[int, list[tuple[int, int]]]:
+    """The (tensor, dimension) pairs by the groups that run through them."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for pair in pairs:
+        for group in inside_of.get(pair, ()):
+            found.setdefault(group, []).append(pair)
+    return found
 
 
 def _makers(records: Records, slots: Slots) -> list[tuple[int, int]]:
@@ -85,12 +103,12 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _unused(name: str, groups: Sequence[Group]) -> str:
-    taken = {group.name for group in groups}
+def _unused(name: str, taken: set[str]) -> str:
     number, candidate = 1, name
     while candidate in taken:
         number += 1
         candidate = f"{name}:{number}"
+    taken.add(candidate)
     return candidate
 
 
@@ -145,7 +163,10 @@ def _by_channel(
     return np.concatenate(live), np.concatenate(kept)
 
 
-def _costs(tensors: Sequence[Tracked], numbering: Numbering, records: Records) -> CostModel:
+def _costs(
+    tensors: Sequence[Tracked], numbering: Numbering, records: Records
+) -> tuple[CostModel, tuple[Operation, ...]]:
+    """Costs, and the operations, whose sizes are extents of the same model."""
     builder = CostBuilder(len(numbering.group_of))
     for tensor in tensors:
         if tensor.entry.parameter:
@@ -160,7 +181,8 @@ def _costs(tensors: Sequence[Tracked], numbering: Numbering, records: Records) -
         for term in terms:
             factors = [np.where(ids >= 0, numbering.channel_of[ids], -1) for ids in term.factors]
             builder.add(measure, term.scale, factors)
-    return builder.build(numbering.group_of)
+    operations = tuple(entry.numbered(numbering.channel_of, builder.extent) for entry in records.operations)
+    return builder.build(numbering.group_of), operations
 
 
 def _notes(

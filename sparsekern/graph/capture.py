@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 import logging
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import torch
+import torch.fx.config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
+
+from sparsekern._sharding import copy_module, fake, settle, unwrap
+
+from .hooks import detach_hooks, without_global_hooks
 
 INPUT = "tied to an input of the network"
 CONSTANT = "tied to a constant tensor"
+
+_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,12 @@ class Registered:
 @dataclass(frozen=True)
 class Captured:
     """One traced graph. ``sources`` says, for each placeholder by name, the number of the
-    registered tensor it stands for, or why it is none."""
+    registered tensor it stands for, or why it is none; ``constants`` holds the tensors of those
+    that the program made."""
 
     module: torch.fx.GraphModule
     sources: Mapping[str, int | str]
+    constants: Mapping[str, Any]
     training: bool
 
 
@@ -54,7 +64,11 @@ class Capture:
 
 
 class Source:
-    """A copy of the model on fake tensors, with fake inputs: what graphs are taken from."""
+    """A copy of the model on fake tensors, with fake inputs: what graphs are taken from.
+
+    held: the copy's parameters and buffers by number, tied ones once. smaller: tensors that have
+    stood in for them, by number and shape.
+    """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # A shape environment lets programs through that read numbers off tensors.
@@ -64,20 +78,17 @@ class Source:
             self._given = pytree.tree_map_only(
                 Tensor, lambda t: self.mode.from_tensor(t, static_shapes=True), (args, dict(kwargs))
             )
-        self.tensors, self._numbers = _registered(self.clone)
+        self.tensors, self.held = _registered(self.clone)
+        self.smaller: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._numbers = {name: n for n, entry in enumerate(self.tensors) for name in entry.names}
         self._doubled = False
-
-    def numbered(self) -> list[tuple[Tensor, int]]:
-        """Every parameter and buffer of the copy once, with its number."""
-        held = {number: name for name, number in self._numbers.items()}
-        found = dict(_all_tensors(self.clone))
-        return [(found[name], number) for number, name in held.items()]
 
     def export(self, training: bool) -> Captured:
         """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
         with undisturbed():
             program = self._program(training)
         sources: dict[str, int | str] = {}
+        constants: dict[str, Any] = {}
         for spec in program.graph_signature.input_specs:
             name = getattr(spec.arg, "name", None)
             if name is None:
@@ -88,13 +99,15 @@ class Source:
                 sources[name] = INPUT
             else:
                 sources[name] = CONSTANT
-        return Captured(program.graph_module, sources, training)
+                constants[name] = program.constants.get(spec.target)
+        return Captured(program.graph_module, sources, constants, training)
 
     def run(self, training: bool) -> Any:
         """What the copy returns, in the mode and on the inputs of ``export``."""
         self.clone.train(training)
         args, kwargs = self._inputs(training)
-        return self.clone(*args, **kwargs)
+        with undisturbed(), self.mode, torch.no_grad():
+            return self.clone(*args, **kwargs)
 
     def _inputs(self, training: bool) -> tuple[Any, Any]:
         if training and self._doubled:
@@ -114,8 +127,42 @@ class Source:
                 with suppress(ValueError):
                     return self._program(training)
                 self._doubled = False
-            args, kwargs = self._given
-            raise _rejected(self.clone, args, kwargs, training, error) from error
+            raise self.rejected(training, error) from error
+
+    def rejected(self, training: bool, error: Exception) -> ValueError:
+        """What to raise when the copy does not run at its full size."""
+        mode = f"{'training' if training else 'evaluation'} mode"
+        name = type(self.clone).__name__
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return ValueError(
+                f"model: in {mode} {name}.forward decides by the values in tensors, expected one whose "
+                f"course follows from shapes; it raised {first_line(error)}"
+            )
+        args, kwargs = self._given
+        given = ", ".join([_describe(a) for a in args] + [f"{n}={_describe(a)}" for n, a in kwargs.items()])
+        return ValueError(
+            f"example_inputs: got ({given}), expected what {name}.forward accepts in {mode}; "
+            f"it raised {first_line(error)}"
+        )
+
+
+def inner_module(model: object) -> nn.Module:
+    """The module to trace. Raises ValueError for anything else."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    # What torch.compile and data parallelism return holds the module itself, with the same parameters.
+    return unwrap(model)
+
+
+def arguments(example_inputs: object) -> tuple[Any, ...]:
+    """Positional arguments from an example. Raises ValueError for what holds none."""
+    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(
+            f"example_inputs: got {type(example_inputs).__name__}, expected a tensor or a tuple "
+            "of the arguments of the model's forward"
+        )
+    return tuple(args)
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
@@ -130,24 +177,26 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     memo: dict[int, Any] = {}
+    settle(model)
     for name, tensor in _all_tensors(model):
         if torch.nn.parameter.is_lazy(tensor):
             raise ValueError(
                 f"model: parameter {name!r} is not initialised yet, expected a model that has been run once"
             )
         if id(tensor) not in memo:
-            memo[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+            memo[id(tensor)] = fake(tensor, mode)
     for module in model.modules():
         for value in vars(module).values():
             # Results of autograd kept as attributes (weight_norm does) refuse to be copied.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        clone: nn.Module = copy.deepcopy(model, memo)
+        clone = copy_module(model, memo)
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied for tracing: {type(error).__name__}: {error}"
         ) from error
+    detach_hooks(clone)
     return clone
 
 
@@ -156,8 +205,8 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[str, int]]:
-    """The tensors of the copy, tied ones once, and the number of each by every name."""
+def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[int, Tensor]]:
+    """The tensors of the copy, tied ones once, by number."""
     names: dict[int, list[str]] = {}
     held: dict[int, Tensor] = {}
     for name, tensor in _all_tensors(clone):
@@ -172,8 +221,7 @@ def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[str, int
         )
         for key, tensor in held.items()
     )
-    numbers = {name: index for index, entry in enumerate(tensors) for name in entry.names}
-    return tensors, numbers
+    return tensors, dict(enumerate(held.values()))
 
 
 def _single(args: Any, kwargs: Any) -> bool:
@@ -187,14 +235,6 @@ def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any]:
         Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, (args, kwargs)
     )
     return twice
-
-
-def _rejected(model: nn.Module, args: Any, kwargs: Any, training: bool, error: Exception) -> ValueError:
-    given = ", ".join([_describe(a) for a in args] + [f"{name}={_describe(a)}" for name, a in kwargs.items()])
-    return ValueError(
-        f"example_inputs: got ({given}), expected what {type(model).__name__}.forward accepts in "
-        f"{'training' if training else 'evaluation'} mode; it raised {first_line(error)}"
-    )
 
 
 def first_line(error: BaseException) -> str:
@@ -215,21 +255,45 @@ def _describe(value: Any) -> str:
 def undisturbed() -> Iterator[None]:
     """Random generators as before, compiled parts run eagerly, the tracer's messages unseen.
 
-    A forward that fails on fake tensors raises, and is reported; torch would log it, too.
+    Inside, all generators start from the same state, so that a program repeats. A forward that
+    fails on fake tensors raises, and is reported; torch would log it, too.
     """
     python, legacy = random.getstate(), np.random.get_state()
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
+    logs = [logging.getLogger(name) for name in _LOGS]
+    disabled = [log.disabled for log in logs]
+    for log in logs:
+        log.disabled = True
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with (
             torch.random.fork_rng(devices=devices),
             torch.compiler.set_stance("force_eager"),
+            without_global_hooks(),
             warnings.catch_warnings(),
+            # The tracer prints what it has of the graph when it fails.
+            redirect_stderr(StringIO()),
         ):
             warnings.simplefilter("ignore")
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
             yield
     finally:
-        log.disabled = disabled
+        for log, before in zip(logs, disabled, strict=True):
+            log.disabled = before
         random.setstate(python)
         np.random.set_state(legacy)
+
+
+@contextmanager
+def lightly() -> Iterator[None]:
+    """A third off a trace's time: no source lines for nodes, no walks of the garbage collector."""
+    collecting, lines = gc.isenabled(), getattr(torch.fx.config, "do_not_emit_stack_traces", False)
+    gc.disable()
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = lines
+        if collecting:
+            gc.enable()

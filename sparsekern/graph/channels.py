@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .cost import MEASURES, Cost, CostModel
+from .operations import Operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,7 @@ class ChannelGraph:
     tensors: every parameter and buffer that carries a channel, by name.
     gates: the rows that set the channels' scales.
     frozen: (parameter, reason) for weights whose rows cannot, or not all, be removed.
+    operations: what a pass in evaluation mode runs, in order; sizes are extents of ``costs``.
     """
 
     groups: tuple[Group, ...]
@@ -95,6 +97,7 @@ class ChannelGraph:
     frozen: tuple[tuple[str, str], ...]
     costs: CostModel
     notes: dict[str, tuple[Note, ...]]
+    operations: tuple[Operation, ...]
 
     @property
     def num_channels(self) -> int:
@@ -149,6 +152,29 @@ class ChannelGraph:
             frozen=_merged(self.frozen, fixed, reason),
             costs=self.costs.fixed(gone),
             notes=notes,
+            operations=self.operations,
+        )
+
+    def restrict(self, kept: np.ndarray) -> ChannelGraph:
+        """The graph of the network compacted to the channels ``kept``, bool [C], without a new trace.
+
+        Channels are renumbered in their order, shapes and indices are those of the smaller
+        tensors; groups, their ids and the costs of any kept channels stay what they were.
+
+        Raises ValueError if ``kept`` has another shape or dtype, or nothing of a group is kept.
+        """
+        kept = self._checked(kept)
+        empty = [group.name for group in self.groups if not kept[group.channels].any()]
+        if empty:
+            raise ValueError(f"kept: no channel is left of {empty[0]}, expected at least one per group")
+        renumbered = np.where(kept, np.cumsum(kept) - 1, -1)
+        return replace(
+            self,
+            groups=tuple(replace(g, channels=renumbered[g.channels[kept[g.channels]]]) for g in self.groups),
+            group_of=self.group_of[kept],
+            tensors={name: _cut_slots(slots, kept, renumbered) for name, slots in self.tensors.items()},
+            gates=_cut_gates(self.gates, self.tensors, kept),
+            costs=self.costs.restrict(kept),
         )
 
     def _number(self, name: str | int | Group) -> int:
@@ -214,6 +240,33 @@ def _renumbered(tensors: dict[str, TensorSlots], new: np.ndarray) -> dict[str, T
         if any(ids is not None for ids in channels):
             result[name] = replace(slots, channels=tuple(channels))
     return result
+
+
+def _staying(channels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Which indices of a dimension stay (bool), those of no channel always."""
+    stays: np.ndarray = np.append(kept, True)[channels]
+    return stays
+
+
+def _cut_slots(slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray) -> TensorSlots:
+    channels = []
+    for ids in slots.channels:
+        own = None if ids is None else ids[_staying(ids, kept)]
+        channels.append(None if own is None else np.where(own >= 0, renumbered[own], -1))
+    shape = tuple(size if own is None else len(own) for size, own in zip(slots.shape, channels, strict=True))
+    return replace(slots, shape=shape, channels=tuple(channels))
+
+
+def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray) -> Gates:
+    left = _kept_gates(gates, ~kept)
+    rows = left.rows.copy()
+    for index, name in enumerate(left.names):
+        slots = tensors[name]
+        ids = None if slots.row_dim is None else slots.channels[slots.row_dim]
+        assert ids is not None
+        mine = left.tensors == index
+        rows[mine] = (np.cumsum(_staying(ids, kept)) - 1)[rows[mine]]
+    return left._replace(rows=rows)
 
 
 def _kept_gates(gates: Gates, gone: np.ndarray) -> Gates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,47 +46,100 @@ class Terms:
 
 
 @dataclass(frozen=True, eq=False)
+class Share:
+    """How many indices of an extent one channel of an atom is: a matrix, few of whose entries are
+    not zero. starts: int64 [E + 1], where the entries of an extent begin; atom, count: int64 [P]."""
+
+    starts: np.ndarray
+    atom: np.ndarray
+    count: np.ndarray
+    atoms: int
+
+    @property
+    def extent(self) -> np.ndarray:
+        """The extent of every entry, int64 [P]."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    def times(self, counts: np.ndarray) -> np.ndarray:
+        """The size of every extent when the atoms have ``counts`` channels, int64 [E]."""
+        sizes = np.zeros(len(self.starts) - 1, np.int64)
+        np.add.at(sizes, self.extent, self.count * counts[self.atom])
+        return sizes
+
+    def entries(self, extents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the entries of all ``extents``, and to which of these each belongs."""
+        lengths = self.starts[extents + 1] - self.starts[extents]
+        owner = np.repeat(np.arange(len(extents)), lengths)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self.starts[extents][owner] + within, owner
+
+    def among(self, left: np.ndarray) -> Share:
+        """The same for the atoms ``left`` (increasing) alone, renumbered."""
+        new = np.full(self.atoms, -1, np.int64)
+        new[left] = np.arange(len(left))
+        stays = new[self.atom] >= 0
+        before = np.concatenate([[0], np.cumsum(stays)])
+        return Share(before[self.starts], new[self.atom[stays]], self.count[stays], len(left))
+
+
+@dataclass(frozen=True, eq=False)
 class CostModel:
     """Costs as polynomials of extents, each extent a weighted count of kept channels.
 
     Channels that count alike in every extent form an atom, so that no sum runs over channels.
     atom_of: int64 [C]. stays: int64 [E], indices that never go; the last extent is the constant
-    1. share: int64 [E, A], how many indices one channel of an atom is. terms: by measure.
+    1. shares: how many indices of an extent one channel of an atom is. terms: by measure.
     """
 
     atom_of: np.ndarray
     stays: np.ndarray
-    share: np.ndarray
+    shares: Share
     terms: dict[str, Terms]
 
+    @property
+    def share(self) -> np.ndarray:
+        """``shares`` as a matrix, int64 [E, A]."""
+        dense = np.zeros((len(self.stays), self.shares.atoms), np.int64)
+        dense[self.shares.extent, self.shares.atom] = self.shares.count
+        return dense
+
     def cost(self, kept: np.ndarray) -> Cost:
-        sizes = self._sizes(kept)
+        sizes = self.sizes(kept)
         return Cost(*(self.terms[measure].total(sizes) for measure in MEASURES))
 
     def price(self, kept: np.ndarray, of: str) -> np.ndarray:
         """What removing each kept channel alone saves, float64 [C]; 0 for those not kept."""
-        savings = self.terms[of].savings(self._sizes(kept), self.share.shape[1])
+        savings = self.terms[of].savings(self.sizes(kept), self.shares.atoms)
         return np.where(kept, savings[self.atom_of], 0.0)
 
-    def _sizes(self, kept: np.ndarray) -> np.ndarray:
-        counts = np.bincount(self.atom_of[kept], minlength=self.share.shape[1])
-        sizes: np.ndarray = self.stays + self.share @ counts
+    def sizes(self, kept: np.ndarray) -> np.ndarray:
+        """The size of every extent with the channels ``kept`` (bool [C]), int64 [E]."""
+        counts = np.bincount(self.atom_of[kept], minlength=self.shares.atoms)
+        sizes: np.ndarray = self.stays + self.shares.times(counts)
         return sizes
 
     def fixed(self, gone: np.ndarray) -> CostModel:
         """The same costs when the channels ``gone`` (bool [C]) always stay."""
-        counts = np.bincount(self.atom_of[gone], minlength=self.share.shape[1])
+        counts = np.bincount(self.atom_of[gone], minlength=self.shares.atoms)
         left, atom_of = np.unique(self.atom_of[~gone], return_inverse=True)
-        stays, share = self.stays + self.share @ counts, self.share[:, left]
-        terms = {m: make_terms(t.scale, t.factors, share) for m, t in self.terms.items()}
-        return CostModel(atom_of.astype(np.int64), stays, share, terms)
+        stays, shares = self.stays + self.shares.times(counts), self.shares.among(left)
+        terms = {m: make_terms(t.scale, t.factors, shares) for m, t in self.terms.items()}
+        return CostModel(atom_of.astype(np.int64), stays, shares, terms)
+
+    def restrict(self, kept: np.ndarray) -> CostModel:
+        """The costs of the network that has only the channels ``kept`` (bool [C]) left."""
+        return replace(self, atom_of=self.atom_of[kept])
 
 
-def make_terms(scale: np.ndarray, factors: np.ndarray, share: np.ndarray) -> Terms:
-    """Terms with the pairs of atoms and terms filled in from ``share`` [E, A]."""
-    touched = (share[factors] > 0).any(axis=1)
-    term, atom = np.nonzero(touched)
-    return Terms(scale, factors, atom, term, share[factors[term], atom[:, None]])
+def make_terms(scale: np.ndarray, factors: np.ndarray, shares: Share) -> Terms:
+    """Terms with the pairs of atoms and terms filled in."""
+    entry, owner = shares.entries(factors.reshape(-1))
+    term, factor = np.divmod(owner, factors.shape[1])
+    pairs, inverse = np.unique(term * max(shares.atoms, 1) + shares.atom[entry], return_inverse=True)
+    share = np.zeros((len(pairs), factors.shape[1]), np.int64)
+    share[inverse.reshape(-1), factor] = shares.count[entry]
+    pair_term, pair_atom = np.divmod(pairs, max(shares.atoms, 1))
+    return Terms(scale, factors, pair_atom, pair_term, share)
 
 
 class CostBuilder:
@@ -103,7 +156,7 @@ class CostBuilder:
         """One term; ``factors`` are channel id arrays, -1 for indices that stay."""
         numbers = []
         for channels in factors:
-            number = self._extent(channels)
+            number = self.extent(channels)
             if number is None:
                 scale *= len(channels)
             else:
@@ -112,7 +165,7 @@ class CostBuilder:
         terms = self._terms[measure]
         terms[key] = terms.get(key, 0) + scale
 
-    def _extent(self, channels: np.ndarray) -> int | None:
+    def extent(self, channels: np.ndarray) -> int | None:
         """The number of the extent that counts these channels, None for a constant size."""
         key = channels.tobytes()
         if key not in self._known:
@@ -129,21 +182,26 @@ class CostBuilder:
         """The model, once all terms are in. Atoms never reach over groups."""
         atom_of = refine(group_of, self._members)
         atoms = int(atom_of.max()) + 1 if len(atom_of) else 0
-        share = np.zeros((len(self._members) + 1, atoms), np.int64)
-        for number, (channels, counts) in enumerate(self._members):
-            share[number, atom_of[channels]] = counts
+        lengths, found = [], [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for channels, counts in self._members:
+            own, first = np.unique(atom_of[channels], return_index=True)
+            lengths.append(len(own))
+            found.append((own, counts[first]))
+        atom, count = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        # The last extent is the constant 1, which has no entries.
+        starts = np.concatenate([[0], np.cumsum([*lengths, 0])]).astype(np.int64)
+        shares = Share(starts, atom, count.astype(np.int64), atoms)
         stays = np.array([*self._stays, 1], np.int64)
-        one = len(self._members)
-        terms = {m: _table(t, one, share) for m, t in self._terms.items()}
-        return CostModel(atom_of, stays, share, terms)
+        terms = {m: _table(t, len(self._members), shares) for m, t in self._terms.items()}
+        return CostModel(atom_of, stays, shares, terms)
 
 
-def _table(terms: dict[tuple[int, ...], int], one: int, share: np.ndarray) -> Terms:
+def _table(terms: dict[tuple[int, ...], int], one: int, shares: Share) -> Terms:
     width = max((len(key) for key in terms), default=0) or 1
     factors = np.full((len(terms), width), one, np.int64)
     for row, key in enumerate(terms):
         factors[row, : len(key)] = key
-    return make_terms(np.array(list(terms.values()), np.int64), factors, share)
+    return make_terms(np.array(list(terms.values()), np.int64), factors, shares)
 
 
 def refine(labels: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -153,11 +211,13 @@ def refine(labels: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -
     equal marks. Returns int64 labels, numbered from 0 in the order of first appearance.
     """
     labels = labels.astype(np.int64, copy=True)
+    fresh = int(labels.max(initial=-1)) + 1
     for members, marks in parts:
-        fresh = int(labels.max()) + 1 if len(labels) else 0
-        pairs = np.stack([labels[members], marks.astype(np.int64)], axis=1)
-        _, inverse = np.unique(pairs, axis=0, return_inverse=True)
+        marks = marks.astype(np.int64)
+        keys = labels[members] * (int(marks.max(initial=0)) + 1) + marks
+        distinct, inverse = np.unique(keys, return_inverse=True)
         labels[members] = fresh + inverse.reshape(-1)
+        fresh += len(distinct)
     return first_appearance(labels)
 
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import CONSTANT, Captured, Registered
+from .operations import read
 from .records import Records, term
 from .rules import RULES, Call, Rule
 from .slots import Slots
@@ -67,9 +68,9 @@ class Interpreter:
     slots: Slots
     records: Records
     settled: bool
-    exact: bool = True
     readings: Mapping[str, int] = field(default_factory=dict)
     _storage: int = field(default=0)
+    _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
     def run(self, graph: Captured) -> None:
         sources = graph.sources
@@ -108,7 +109,15 @@ class Interpreter:
                 return fx.node.map_arg(node.args[0], env.__getitem__)
             else:
                 env[node] = self._step(node, env, counted)
+            self._made(node, env)
         return None
+
+    def _made(self, node: fx.Node, env: _Environment) -> None:
+        if self.settled:
+            self.records.values[node] = env[node]
+        values = env[node] if isinstance(env[node], (tuple, list)) else (env[node],)
+        for storage in {value.storage for value in values if isinstance(value, Value)}:
+            self._sharing.setdefault(storage, []).append((env, node))
 
     def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
         found = operator.attrgetter(str(node.target))(module)
@@ -129,8 +138,8 @@ class Interpreter:
         result = self._apply(call)
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
             call.count_macs(_macs(node))
-        if self.settled:
-            self.records.values[counted, node.name] = result
+        if self.settled and counted:
+            self.records.operations.append(read(node, env, call.module))
         self._note(call, result, in_place=schema.is_mutable)
         if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
             return self._write(node.args[0], result, env)
@@ -160,7 +169,6 @@ class Interpreter:
             rule=rule,
             settled=self.settled,
             counted=counted,
-            exact=self.exact,
             reading=self.readings.get(module, 0),
             new_storage=self._next,
         )
@@ -185,14 +193,12 @@ class Interpreter:
         before = env[target]
         result = replace(result, storage=before.storage)
         if any(_lost(a, b) for a, b in zip(before.zero, result.zero, strict=False)):
-            for node, value in env.items():
-                if isinstance(value, Value) and value.storage == before.storage:
-                    env[node] = value.with_cleared_zeros(result.cleared)
-                elif isinstance(value, tuple):
-                    env[node] = tuple(
-                        v.with_cleared_zeros(result.cleared) if v.storage == before.storage else v
-                        for v in value
-                    )
+            for around, node in self._sharing.get(before.storage, ()):
+                value = around[node]
+                if isinstance(value, (tuple, list)):
+                    around[node] = [_cleared(v, before.storage, result.cleared) for v in value]
+                else:
+                    around[node] = _cleared(value, before.storage, result.cleared)
         env[target] = result
         return result
 
@@ -208,6 +214,11 @@ class Interpreter:
                     if ids is not None:
                         self.slots.freeze(ids, reason)
         return tuple(untracked(s, i, reason, self._next()) for s, i in shapes(node))
+
+
+def _cleared(value: Any, storage: int, op: str) -> Any:
+    shares = isinstance(value, Value) and value.storage == storage
+    return value.with_cleared_zeros(op) if shares else value
 
 
 def _lost(before: Flags, after: Flags) -> bool:
@@ -257,13 +268,18 @@ def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
 
 
 def _macs(node: fx.Node) -> int:
-    """What torch counts for an op that no rule prices: nothing that enters it is pruned."""
+    """What torch counts for an op that no rule prices: nothing that enters it is pruned.
+
+    0 where its sizes depend on data.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
     target: Any = node.target
-    with mode or nullcontext(), FlopCounterMode(display=False) as counter, suppress(Exception):
-        target(*args, **kwargs)
-    return int(counter.get_total_flops()) // 2
+    with suppress(Exception):
+        with mode or nullcontext(), FlopCounterMode(display=False) as counter:
+            target(*args, **kwargs)
+        return int(counter.get_total_flops()) // 2
+    return 0
 
 
 def _module(node: fx.Node) -> str:

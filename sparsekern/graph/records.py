@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import fx
 
+from .operations import Read
 from .slots import Slots
-from .values import Ids, Value
+from .values import Ids
 
 Factor = np.ndarray | int
 
@@ -60,18 +63,15 @@ class Records:
         self.consumers: dict[tuple[int, int], None] = {}
         self.macs: list[Term] = []
         self.activations: list[Term] = []
-        # By (evaluation mode, node): slots tied by a reading that the trace cannot prove, and
-        # the values that every op makes, against which the reading is checked.
+        self.operations: list[Read] = []
+        # By (evaluation mode, node): slots tied by a reading that the trace cannot prove.
         self.guesses: dict[tuple[bool, str], np.ndarray] = {}
-        self.values: dict[tuple[bool, str], Value | tuple[Value, ...]] = {}
         # Splits with several readings: module, slots, how many readings there are.
         self.splits: list[tuple[str, np.ndarray, int]] = []
         # Reshapes to sizes that the program names: a module may keep such a size as an attribute.
         self.shaped: list[Shaped] = []
-        # Channels that change others when they go, and why; empty where those are frozen.
-        self.inexact: list[tuple[np.ndarray, str]] = []
-        # Rows that must not be zeroed with their channel, because they are divided by their norm.
-        self.unmasked: set[tuple[int, int]] = set()
+        # What every node of the traced graphs makes: values, or lists and tuples of them.
+        self.values: dict[fx.Node, Any] = {}
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """The number of the producer with these rows; a tied weight is one producer."""
@@ -85,10 +85,6 @@ class Records:
             for owner in self._slots.owners(ids):
                 self.row_marks[owner] = None
         return number
-
-    def keep_unmasked(self, rows: np.ndarray) -> None:
-        """Note that a masked channel leaves the dimension these raw ids belong to as it is."""
-        self.unmasked.update(self._slots.owners(rows))
 
     def consume(self, columns: np.ndarray) -> None:
         """Note that a weight is contracted over the dimension these raw ids belong to."""

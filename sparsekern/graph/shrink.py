@@ -1,89 +1,60 @@
-"""A smaller model for a while: the traced copy with some of its slots gone, without memory."""
+"""A smaller model for a while: the traced copy with parts of its tensors gone, without memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .capture import Source
-from .interpret import Tracked
+from .layers import Part, counts, sizes
 
 
 @contextmanager
-def shrunk(source: Source, tensors: Sequence[Tracked], gone: np.ndarray) -> Iterator[None]:
+def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]]:
     """The source's copy with smaller tensors, and with the sizes that layers keep beside them.
 
-    gone: bool per slot. The copy is as before when the context ends.
+    parts: what stays, by number of a tensor; others stay whole. Gives the number of every tensor
+    of the smaller copy by its ``id``. The copy is as before when the context ends. Raises
+    ValueError where the sizes of a layer cannot follow.
     """
-    left = {id(t): _left(tensors[n], gone) for t, n in source.numbered()}
-    made = {id(t): _smaller(source, t, left[id(t)]) for t, _ in source.numbered()}
-    restore: list[tuple[dict[str, Any], str, Any]] = []
-    for module in source.clone.modules():
-        own = {
-            n: left[id(t)]
-            for n, t in (*module._parameters.items(), *module._buffers.items())
-            if t is not None
-        }
-        for name, size in _sizes(module, own).items():
-            restore.append((module.__dict__, name, module.__dict__[name]))
-            module.__dict__[name] = size
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is not None:
-                    restore.append((table, name, tensor))
-                    table[name] = made[id(tensor)]
-    for tensor in tensors:
-        for path, dim, per in tensor.sizes:
-            owner, _, name = path.rpartition(".")
-            table = source.clone.get_submodule(owner).__dict__
-            restore.append((table, name, table[name]))
-            table[name] = len(_left(tensor, gone)[dim]) // per
+    left = {id(source.held[n]): part for n, part in parts.items() if part.keep}
+    made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
+    restore: list[Callable[[], Any]] = []
     try:
-        yield
+        for name, module in source.clone.named_modules():
+            for attribute, size in sizes(name, module, left).items():
+                restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, size)
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for key, tensor in table.items():
+                    if id(tensor) in made:
+                        restore.append(partial(table.__setitem__, key, tensor))
+                        table[key] = made[id(tensor)]
+        for module, attribute, count in counts(source.clone, parts.values()):
+            restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, count)
+        yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
     finally:
-        for table, name, old in restore:
-            table[name] = old
+        for undo in restore:
+            undo()
 
 
-def _left(tensor: Tracked, gone: np.ndarray) -> list[np.ndarray]:
-    """Per dimension the indices that stay."""
-    return [
-        np.arange(size) if ids is None else np.flatnonzero((ids < 0) | ~gone[ids])
-        for size, ids in zip(tensor.entry.shape, tensor.ids, strict=True)
-    ]
-
-
-def _smaller(source: Source, tensor: Tensor, left: list[np.ndarray]) -> Tensor:
-    with source.mode:
-        small = torch.empty([len(k) for k in left], dtype=tensor.dtype, device=tensor.device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(small, tensor.requires_grad)
-    return small
-
-
-def _sizes(module: nn.Module, left: dict[str, list[np.ndarray]]) -> dict[str, int]:
-    """New values of the attributes in which torch's layers repeat the shape of their weight."""
-    held = left.get("weight", left.get("running_mean"))
-    if held is None:
-        return {}
-    first, sizes = held[0], [len(k) for k in held]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        old = module.in_channels if module.transposed else module.out_channels
-        groups = len(np.unique(first // (old // module.groups)))
-        outer, inner = sizes[0], sizes[1] * groups
-        into, out = (outer, inner) if module.transposed else (inner, outer)
-        return {"groups": groups, "in_channels": into, "out_channels": out}
-    if isinstance(module, nn.GroupNorm):
-        groups = len(np.unique(first // (module.num_channels // module.num_groups)))
-        return {"num_groups": groups, "num_channels": sizes[0]}
-    if isinstance(module, nn.Linear):
-        return {"out_features": sizes[0], "in_features": sizes[1]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": sizes[0]}
-    return {}
+def _smaller(source: Source, number: int, part: Part) -> Tensor:
+    """Laid out in memory in the same order of dimensions; made once, as it holds no data."""
+    key = number, part.new_shape
+    if key not in source.smaller:
+        tensor = source.held[number]
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+        shape = [part.new_shape[dim] for dim in order]
+        with source.mode:
+            small = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).permute(inverse)
+        parameter = isinstance(tensor, nn.Parameter)
+        source.smaller[key] = nn.Parameter(small, tensor.requires_grad) if parameter else small
+    return source.smaller[key]

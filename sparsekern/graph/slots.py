@@ -21,37 +21,45 @@ class Slots:
     """
 
     def __init__(self) -> None:
-        self._parent = np.empty(0, np.int64)
-        self._reason = np.empty(0, np.int32)
-        self._starts: list[int] = []
+        # Grown by doubling; what lies behind the ids that were allocated has no meaning.
+        self._parent = np.empty(1024, np.int64)
+        self._reason = np.empty(1024, np.int32)
+        self._starts = np.empty(64, np.int64)
+        self._size = 0
         self._owners: list[tuple[int, int]] = []
         self._reason_index: dict[str, int] = {}
         self.reasons: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return self._size
 
     def allocate(self, owner: tuple[int, int], count: int) -> np.ndarray:
         """Fresh ids for the ``count`` indices of ``owner`` = (tensor number, dimension)."""
-        start = len(self._parent)
-        ids = np.arange(start, start + count, dtype=np.int64)
-        self._parent = np.concatenate([self._parent, ids])
-        self._reason = np.concatenate([self._reason, np.full(count, -1, np.int32)])
-        self._starts.append(start)
+        start, end = self._size, self._size + count
+        self._parent, self._reason = _grown(self._parent, end), _grown(self._reason, end)
+        self._starts = _grown(self._starts, len(self._owners) + 1)
+        ids = np.arange(start, end, dtype=np.int64)
+        self._parent[start:end] = ids
+        self._reason[start:end] = -1
+        self._starts[len(self._owners)] = start
         self._owners.append(owner)
+        self._size = end
         return ids
 
     def owners(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """The (tensor, dimension) pairs that the raw ids were allocated for, each once."""
-        ids = ids[ids >= 0]
-        where = np.unique(np.searchsorted(self._starts, ids, side="right") - 1)
+        where = np.unique(self._where(ids[ids >= 0]))
         return [self._owners[i] for i in where]
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tensor number, dimension and index of every raw id (all must be >= 0)."""
-        where = np.searchsorted(self._starts, ids, side="right") - 1
+        where = self._where(ids)
         owners = np.asarray(self._owners, np.int64).reshape(-1, 2)[where]
-        return owners[:, 0], owners[:, 1], ids - np.asarray(self._starts, np.int64)[where]
+        return owners[:, 0], owners[:, 1], ids - self._starts[where]
+
+    def _where(self, ids: np.ndarray) -> np.ndarray:
+        """The number of the allocation of every raw id."""
+        return np.searchsorted(self._starts[: len(self._owners)], ids, side="right") - 1
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The root of every id, in the shape of ``ids``; ``STAYS`` maps to itself."""
@@ -96,10 +104,20 @@ class Slots:
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Root of every slot and, for every slot, the reason number of its class (-1: free)."""
-        roots = self.find(np.arange(len(self._parent), dtype=np.int64))
+        roots = self.find(np.arange(self._size, dtype=np.int64))
         worst = len(self.reasons)
         first = np.full(len(roots), worst, np.int64)
-        given = self._reason >= 0
-        np.minimum.at(first, roots[given], self._reason[given].astype(np.int64))
+        reason = self._reason[: self._size]
+        given = reason >= 0
+        np.minimum.at(first, roots[given], reason[given].astype(np.int64))
         first[first == worst] = -1
         return roots, first[roots]
+
+
+def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    """``array`` if ``size`` elements fit, else a copy with room for twice as many."""
+    if size <= len(array):
+        return array
+    room = np.empty(2 * size, array.dtype)
+    room[: len(array)] = array
+    return room

@@ -9,28 +9,29 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from sparsekern._sharding import check_not_flattened
+
 from .attributes import follow
 from .build import build
-from .capture import Capture, Registered, capture
+from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
-from .numbering import Numbering, number
+from .numbering import number
 from .readings import Round, best_reading
-from .recheck import wrong_guesses
+from .recheck import faults
 from .records import Records
 from .slots import Slots
-from .trial import Fault, Trials
 
 _PROTECTED = "protected by the user"
 
 
+@lightly()
 def trace(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     protect: Sequence[str | nn.Module | nn.Parameter] | str | nn.Module | nn.Parameter = (),
-    exact: bool = True,
 ) -> ChannelGraph:
     """Find the channels of ``model`` that can be removed without changing what the others compute.
 
@@ -42,47 +43,33 @@ def trace(
     protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
         parameters, modules, or parameters.
 
-    Raises ValueError if ``model`` cannot be copied, if its forward does not accept
-    ``example_inputs``, or if ``protect`` names something that the model does not have.
+    Raises ValueError if ``model`` cannot be copied or is a FullyShardedDataParallel, if its forward
+    does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    # What torch.compile returns holds the module itself; its parameters are the same.
-    model = getattr(model, "_orig_mod", model)
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(
-            f"example_inputs: got {type(example_inputs).__name__}, expected a tensor or a tuple "
-            "of the arguments of the model's forward"
-        )
+    model, args = inner_module(model), arguments(example_inputs)
+    check_not_flattened(model)
     protected = _protected(model, protect)
-    captured = capture(model, tuple(args), example_kwargs or {})
-    tensors, slots, assumed = best_reading(
-        lambda readings: _first_round(captured, protected, exact, readings)
-    )
+    captured = capture(model, args, example_kwargs or {})
+    tensors, slots, assumed = best_reading(lambda readings: _first_round(captured, protected, readings))
     _settle_rows(tensors, slots, assumed)
-    records = _interpret(captured, tensors, slots, settled=True, exact=exact)
+    records = _interpret(captured, tensors, slots, settled=True)
     numbering = number(tensors, slots, records)
-    split = {module for module, _, _ in assumed.splits}
-    for fault in follow(captured, tensors, slots, numbering, records, split):
-        slots.freeze(fault.ids, fault.reason)
-    numbering = number(tensors, slots, records)
-    for find in (_tried, wrong_guesses):
-        while faults := find(captured, tensors, numbering, records):
-            for fault in faults:
-                slots.freeze(fault.ids, fault.reason)
-            numbering = number(tensors, slots, records)
+    follow(captured.source, tensors, slots, numbering, records)
+    if wrong := faults(captured, tensors, numbering, records):
+        for fault in wrong:
+            slots.freeze(fault.ids, fault.reason)
+        numbering = number(tensors, slots, records)
     return build(tensors, slots, records, numbering)
 
 
-def _first_round(captured: Capture, protected: set[str], exact: bool, readings: Mapping[str, int]) -> Round:
+def _first_round(captured: Capture, protected: set[str], readings: Mapping[str, int]) -> Round:
     """Which slots go together, on fresh slots."""
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
     for tensor in tensors:
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
-    records = _interpret(captured, tensors, slots, settled=False, exact=exact, readings=readings)
+    records = _interpret(captured, tensors, slots, settled=False, readings=readings)
     return Round(tensors, slots, records)
 
 
@@ -106,21 +93,14 @@ def _interpret(
     slots: Slots,
     *,
     settled: bool,
-    exact: bool,
     readings: Mapping[str, int] | None = None,
 ) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
-    interpreter = Interpreter(tensors, slots, records, settled, exact, readings or {})
+    interpreter = Interpreter(tensors, slots, records, settled, readings or {})
     for graph in captured.graphs:
         interpreter.run(graph)
     return records
-
-
-def _tried(
-    captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
-) -> list[Fault]:
-    return list(Trials(captured.source, tensors, numbering).faults())
 
 
 def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> None:
@@ -133,8 +113,6 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
     sizes = np.bincount(roots, minlength=len(roots))
     for index, tensor in enumerate(tensors):
         if not tensor.entry.parameter:
-            continue
-        if any((index, d) in records.unmasked for d in range(len(tensor.ids))):
             continue
         marked = [d for d in range(len(tensor.ids)) if (index, d) in records.row_marks]
         free = [

@@ -1,172 +1,225 @@
-"""Running a smaller copy, to find sizes and numbers of channels that a program depends on.
+"""Running a smaller copy, to find the groups that a program does not let go.
 
-What a trace shows as a constant may be computed from a number of channels (``/ x.shape[1] ** 0.5``),
-and an ``if`` over one leaves no trace at all. So the copy is run on fake tensors with about half
-of every group gone: it has to call the same functions with the same numbers, and to give outputs
-of the same shapes.
+A size written into somebody's ``forward`` shows only when a layer gets smaller. So the copy is run
+on fake tensors with about half of every group gone. Where that fails, groups are made whole
+again, those that the program touched last first, until it gets on.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .capture import Source, first_line, undisturbed
-from .interpret import Tracked
-from .numbering import Numbering
+from .capture import Source, first_line
+from .layers import Kept
 from .shrink import shrunk
 
-# Functions whose integers are values; elsewhere they are sizes and positions, which may differ.
-_NAMES = """
-add sub mul div truediv floordiv pow mod rsub multiply divide true_divide floor_divide subtract
-remainder clamp clamp_min clamp_max clip fill full_like masked_fill where lerp addcmul addcdiv
-tensor as_tensor scalar_tensor maximum minimum
-"""
-_ARITHMETIC = frozenset(
-    f"{prefix}{name}{suffix}"
-    for name in _NAMES.split()
-    for prefix, suffix in (("", ""), ("", "_"), ("__", "__"), ("__r", "__"), ("__i", "__"))
-)
+
+class Outcome(NamedTuple):
+    """error: what went wrong. position: how far the program got. suspects: groups, likely first."""
+
+    error: str | None
+    position: int = 0
+    suspects: Sequence[int] = ()
 
 
-class Fault(NamedTuple):
-    """Raw ids of slots that have to stay, and why."""
+Probe = Callable[[Sequence[int]], Outcome]
 
-    ids: np.ndarray
-    reason: str
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which channels run through which tensors.
+
+    shapes: by tensor number. channels: per dimension their ids, -1 where an index stays, None
+    where no channel runs through it. group_of: of every channel. sizes: see ``Kept``.
+    """
+
+    shapes: Mapping[int, tuple[int, ...]]
+    channels: Mapping[int, tuple[np.ndarray | None, ...]]
+    group_of: np.ndarray
+    sizes: Mapping[int, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+
+    def parts(self, gone: np.ndarray) -> dict[int, Kept]:
+        """What stays of each tensor without the channels ``gone``, bool [C]."""
+        lost = np.append(gone, False)
+        parts = {}
+        for number, dims in self.channels.items():
+            keep = {d: np.flatnonzero(~lost[ids]) for d, ids in enumerate(dims) if ids is not None}
+            keep = {d: k for d, k in keep.items() if len(k) < self.shapes[number][d]}
+            parts[number] = Kept(self.shapes[number], keep, self.sizes.get(number, {}))
+        return parts
+
+    def groups(self, number: int) -> list[int]:
+        """The groups that run through a tensor, those of its first dimension first."""
+        found: dict[int, None] = {}
+        for ids in self.channels.get(number, ()):
+            if ids is not None:
+                found.update(dict.fromkeys(np.unique(self.group_of[ids[ids >= 0]]).tolist()))
+        return list(found)
+
+
+@dataclass
+class Trials:
+    """Runs a source's copy with some of the groups halved. groups: those that can be.
+
+    pattern: how many channels each of them loses; 0 is about half, others are more mixed.
+    """
+
+    source: Source
+    layout: Layout
+    pattern: int = 0
+    _halves: dict[int, np.ndarray] = field(init=False)
+    _shapes: dict[bool, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._halves = _halves(self.layout.group_of, self.pattern)
+
+    @property
+    def groups(self) -> list[int]:
+        return list(self._halves)
+
+    def gone(self, groups: Sequence[int]) -> np.ndarray:
+        """The channels that are missing when ``groups`` are halved, bool [C]."""
+        gone = np.zeros(len(self.layout.group_of), bool)
+        for group in groups:
+            gone[self._halves[group]] = True
+        return gone
+
+    @contextmanager
+    def halved(self, groups: Sequence[int]) -> Iterator[dict[int, int]]:
+        """See ``shrunk``."""
+        with shrunk(self.source, self.layout.parts(self.gone(groups))) as numbers:
+            yield numbers
+
+    def expect_shapes(self, training: bool) -> None:
+        """Run the whole copy: from now on outputs of other shapes are a fault, too."""
+        self._shapes[training] = _shapes(self.source.run(training))
+
+    def failing(self, groups: Sequence[int], training: bool) -> dict[int, str]:
+        """Those of ``groups`` that cannot be halved, with the error each of them causes."""
+        return dict(search(lambda some: self._run(some, training), groups))
+
+    def _run(self, groups: Sequence[int], training: bool) -> Outcome:
+        recorder = _Recorder({})
+        try:
+            with self.halved(groups) as recorder.numbers, recorder:
+                shapes = _shapes(self.source.run(training))
+        except Exception as error:
+            return self._outcome(f"the program depends on its size: {first_line(error)}", recorder)
+        whole = self._shapes.get(training, shapes)
+        if shapes == whole:
+            return Outcome(None)
+        changed = next((f"{b} for {a}" for a, b in zip(whole, shapes, strict=False) if a != b), "")
+        return self._outcome(f"the outputs change their shape with it: {changed}", recorder)
+
+    def _outcome(self, error: str, recorder: _Recorder) -> Outcome:
+        suspects: dict[int, None] = {}
+        for number in reversed(recorder.used):
+            suspects.update(dict.fromkeys(self.layout.groups(number)))
+        return Outcome(error, recorder.calls, list(suspects))
+
+
+def search(probe: Probe, groups: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """The groups without which ``probe`` finds no error, one by one, each with its error.
+
+    Raises ValueError where it finds one even without any.
+    """
+    left = list(groups)
+    outcome = probe(left)
+    while left and outcome.error is not None:
+        group, error, known = _culprit(probe, left, outcome)
+        left.remove(group)
+        yield group, error
+        outcome = known or probe(left)
+
+
+def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int, str, Outcome | None]:
+    """The group that ends the shortest list of suspects without which the program gets on.
+
+    With its error and, where known, the outcome without it alone.
+    """
+    order = [group for group in outcome.suspects if group in groups]
+    order += [group for group in groups if group not in order]
+    outcomes = {0: outcome}
+
+    def gets_on(count: int) -> bool:
+        now = outcomes[count] = probe(order[count:])
+        return now.error is None or now.position > outcome.position
+
+    bad, good = 0, 1
+    while not gets_on(good):
+        if good == len(order):
+            raise ValueError(
+                f"model: a second run of its forward differs from the first: {outcomes[good].error}; "
+                "expected a program that repeats"
+            )
+        bad, good = good, min(2 * good, len(order))
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        if gets_on(middle):
+            good = middle
+        else:
+            bad = middle
+    return order[bad], outcomes[bad].error or "", outcomes[1] if good == 1 else None
 
 
 class _Recorder(TorchFunctionMode):
-    """The names of all functions called, with the numbers that they are given."""
+    """Counts the functions called and lists the tensors used, by number, the latest last."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: dict[int, int]) -> None:
         super().__init__()
-        self.calls: list[tuple[str, list[float]]] = []
+        self.numbers = numbers
+        self.used: dict[int, None] = {}
+        self.calls = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", str(func))
-        self.calls.append((name, _numbers(name, (args, kwargs or {}))))
+        self.calls += 1
+        for argument in (*args, *(kwargs or {}).values()):
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                number = self.numbers.get(id(tensor))
+                if number is not None:
+                    self.used.pop(number, None)
+                    self.used[number] = None
         return func(*args, **(kwargs or {}))
 
 
-def _numbers(name: str, arguments: Any) -> list[float]:
-    """The numbers among the arguments that say what is computed, not how large it is."""
-    kinds: tuple[type, ...] = (int, float) if name in _ARITHMETIC else (float,)
-    numbers: list[float] = []
-    for leaf in pytree.tree_leaves(arguments):
-        if isinstance(leaf, (int, float)) and type(leaf) in kinds:
-            numbers.append(leaf)
-    return numbers
+def _shapes(output: Any) -> list[Any]:
+    """Of every tensor in an output its sizes, ``?`` where they depend on data; else the type."""
+    return [
+        [size if type(size) is int else "?" for size in leaf.shape]
+        if isinstance(leaf, Tensor)
+        else type(leaf).__name__
+        for leaf in pytree.tree_leaves(output)
+    ]
 
 
-class _Run(NamedTuple):
-    calls: list[tuple[str, list[float]]]
-    shapes: list[Any]
+def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
+    """Some of the channels of every group of two or more.
 
-
-class Trials:
-    """Runs the source's copy with some of the groups halved."""
-
-    def __init__(self, source: Source, tensors: Sequence[Tracked], numbering: Numbering) -> None:
-        self._source, self._tensors, self._numbering = source, tensors, numbering
-        self._halves = _halves(numbering)
-        self._whole = {training: self._run(training) for training in (False, True)}
-
-    def faults(self) -> Iterator[Fault]:
-        """The groups that cannot be halved; one mode after the other, without those found."""
-        left = list(self._halves)
-        for training in (False, True):
-            while left and (error := self._error(left, training)) is not None:
-                found = dict(self._search(left, training)) or self._last_straw(left, training)
-                for group, reason in found.items():
-                    inside = self._numbering.slots_of(self._numbering.group_of == group)
-                    yield Fault(np.flatnonzero(inside), reason)
-                left = [group for group in left if group not in found]
-                if not found:
-                    raise RuntimeError(f"model: its forward pass is not repeatable: {error}")
-
-    def error(self, groups: Iterable[int]) -> str | None:
-        """What goes wrong in either mode when ``groups`` are halved, those of one channel aside."""
-        left = [group for group in groups if group in self._halves]
-        errors = (self._error(left, training) for training in (False, True) if left)
-        return next((error for error in errors if error is not None), None)
-
-    def _search(self, groups: Sequence[int], training: bool) -> Iterator[tuple[int, str]]:
-        """Those of ``groups``, together at fault, that fail alone."""
-        middle = len(groups) // 2
-        for part in (groups[:middle], groups[middle:]):
-            if part and (error := self._error(part, training)) is not None:
-                if len(part) == 1:
-                    yield part[0], error
-                else:
-                    yield from self._search(part, training)
-
-    def _last_straw(self, groups: Sequence[int], training: bool) -> dict[int, str]:
-        """Of groups that fail only together, the one that completes the first failing set."""
-        good, bad = 0, len(groups)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            if self._error(groups[:middle], training) is None:
-                good = middle
-            else:
-                bad = middle
-        error = self._error(groups[:bad], training)
-        return {} if error is None else {groups[bad - 1]: error}
-
-    def _error(self, groups: Sequence[int], training: bool) -> str | None:
-        """What goes wrong when ``groups`` are halved."""
-        gone = np.zeros(len(self._numbering.group_of), bool)
-        for group in groups:
-            gone[self._halves[group]] = True
-        with shrunk(self._source, self._tensors, self._numbering.slots_of(gone)):
-            try:
-                run = self._run(training)
-            except Exception as error:
-                return f"the program depends on its size: {first_line(error)}"
-        whole = self._whole[training]
-        if [name for name, _ in run.calls] != [name for name, _ in whole.calls]:
-            return "the program calls other functions where it is smaller"
-        for (name, now), (_, before) in zip(run.calls, whole.calls, strict=True):
-            if now != before:
-                return f"the program computes a number from its size and uses it in {name}"
-        return None if run.shapes == whole.shapes else "the outputs change their shape with it"
-
-    def _run(self, training: bool) -> _Run:
-        recorder = _Recorder()
-        with undisturbed():
-            random.seed(0)
-            np.random.seed(0)
-            torch.default_generator.manual_seed(0)
-            with self._source.mode, torch.no_grad(), recorder:
-                output = self._source.run(training)
-        shapes = [
-            tuple(map(str, t.shape)) if isinstance(t, Tensor) else type(t) for t in pytree.tree_leaves(output)
-        ]
-        return _Run(recorder.calls, shapes)
-
-
-def _halves(numbering: Numbering) -> dict[int, np.ndarray]:
-    """About half of the channels of every group of two or more.
-
-    Equally wide groups lose different numbers, or a program that pairs them would not show it.
+    Equally wide groups lose different numbers, or a program that pairs them would not show it. So
+    many numbers there are not in narrow groups; over several patterns any two of them differ once.
     """
-    starts = np.searchsorted(numbering.group_of, np.arange(numbering.group_of.max(initial=-1) + 2))
+    starts = np.searchsorted(group_of, np.arange(group_of.max(initial=-1) + 2))
     seen: dict[int, int] = {}
     halves = {}
-    for group, (start, end) in enumerate(pairwise(starts)):
-        size = int(end - start)
-        order = seen[size] = seen.get(size, -1) + 1
-        removed = size // 2 - order % max(size // 4, 1)
-        if removed > 0:
-            halves[group] = np.arange(start, end)[1::2][:removed]
+    for group, (start, end) in enumerate(pairwise(starts.tolist())):
+        size = end - start
+        if size > 1:
+            order = seen[size] = seen.get(size, -1) + 1
+            least = max(size // 4, 1)
+            removed = least + (size // 2 - least + order) % (size - 2 * least + 1)
+            if pattern:
+                removed = 1 + (order // (size - 1) ** (pattern - 1) + 7 * pattern) % (size - 1)
+            ids = np.arange(start, end)
+            halves[group] = np.concatenate([ids[1::2], ids[2::2]])[:removed]
     return halves

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter, is_
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,17 +14,20 @@ from torch.optim.optimizer import ParamsT
 
 from sparsekern._ops import channel_moments_
 from sparsekern._rows import RowTable
+from sparsekern._sharding import is_sharded, local, wrapped_like
+from sparsekern.optim._kept import Kept
 from sparsekern.optim._lists import (
     TensorList,
     check_group,
-    check_plain,
+    check_parameter,
     check_table,
+    check_wrapped,
     fit_state,
     split,
     state_tensors,
 )
 
-_grad, _dtype, _layout = attrgetter("grad"), attrgetter("dtype"), attrgetter("layout")
+_grad = attrgetter("grad")
 _attachments = itertools.count(1)
 
 
@@ -53,7 +55,8 @@ class RowOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Start without lists and without a table."""
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
+        self._sharded = False
         self._table: RowTable | None = None
         # Another one for every attachment: a compiled step has the positions of rows as constants,
         # and torch.compile never stops guarding strings by value.
@@ -65,6 +68,7 @@ class RowOptimizer(Optimizer):
         if not hasattr(self, "_table"):
             self._forget()
         for group in self.param_groups:
+            self._sharded |= any(map(is_sharded, group["params"]))
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
             group.setdefault("differentiable", False)
@@ -74,11 +78,13 @@ class RowOptimizer(Optimizer):
         """As in torch; see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            RuntimeError: a parameter wraps other tensors (DTensor); the group has not been added.
+            RuntimeError: a parameter wraps other tensors and is no DTensor, or is one that is a partial sum;
+                the group has not been added.
         """
         super().add_param_group(param_group)
+        self._sharded |= any(map(is_sharded, self.param_groups[-1]["params"]))
         try:
-            check_plain(type(self).__name__, len(self.param_groups) - 1, param_group)
+            check_wrapped(type(self).__name__, len(self.param_groups) - 1, param_group)
         except RuntimeError:
             self.param_groups.pop()
             raise
@@ -140,6 +146,16 @@ class RowOptimizer(Optimizer):
             RuntimeError: a sparse or complex gradient, an unsupported dtype, or state that does not
                 fit its parameter; nothing has changed then.
         """
+        if self._sharded:
+            return self._uncompiled_step(closure)
+        return self._step(closure)
+
+    @torch.compiler.disable
+    def _uncompiled_step(self, closure: Callable[[], float] | None) -> float | None:
+        # A trace would take the local parts of parameters and gradients for constants.
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         if "capturable" in self.defaults:
             self._accelerator_graph_capture_health_check()
         loss = None
@@ -159,6 +175,26 @@ class RowOptimizer(Optimizer):
             channel_moments_(self._table)
         return loss
 
+    def step_parameter(self, index: int, param: Tensor) -> None:
+        """What a step does to one parameter with a gradient; ``step()`` has to end that step.
+
+        Args:
+            index: the group that holds it.
+            param: the parameter; its gradient stays as it is.
+
+        Raises:
+            RuntimeError: as :meth:`step`.
+        """
+        group = self.param_groups[index]
+        check_parameter(type(self).__name__, index, group, param)
+        assert param.grad is not None
+        state = {name: self._state_of(param, name) for name in self._state_names(group)}
+        first = any(value is None for value in state.values())
+        kept = {} if first else {name: [local(value)] for name, value in state.items() if value is not None}
+        rows = None if self._table is None else self._table.rows_of([param])
+        tensors = TensorList(index, first, [local(param)], [0], kept, rows, [param])
+        self._update(group, tensors, [local(param.grad)], None, None)
+
     def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
         """What one step takes: every list with its gradients."""
         if torch.compiler.is_compiling():
@@ -172,9 +208,11 @@ class RowOptimizer(Optimizer):
         kept = self._kept
         if kept is None or not kept.holds(params, present, source, grads, self.state):
             kept = self._keep(params, present, source)
+        if kept.sharded:
+            grads = list(map(local, grads))
         return [(tensors, tensors.pick(grads)) for tensors in kept.lists]
 
-    def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> _Kept:
+    def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> Kept:
         self._kept = None
         for index, group in enumerate(self.param_groups):
             check_group(type(self).__name__, index, group)
@@ -184,7 +222,7 @@ class RowOptimizer(Optimizer):
             parts, grads = self._lists_of(index, group, offset)
             lists += parts
             offset += len(grads)
-        self._kept = _Kept.of(lists, params, present, source, self.state)
+        self._kept = Kept.of(lists, params, present, source, self.state)
         return self._kept
 
     def _traced_lists(self) -> list[tuple[TensorList, list[Tensor]]]:
@@ -207,6 +245,10 @@ class RowOptimizer(Optimizer):
         self._init_group(group, params, grads, buckets, starts, dims, *columns.values())
         table = self._table if self._attachment else None
         lists = split(index, params, buckets, columns, table, starts, dims, offset=offset)
+        if not torch.compiler.is_compiling():
+            owners = [param for param in group["params"] if param.grad is not None]
+            for tensors in lists:
+                tensors.owners = [owners[i - offset] for i in tensors.where]
         return lists, grads
 
     def _init_group(
@@ -242,13 +284,18 @@ class RowOptimizer(Optimizer):
             turn = seen[id(param)] = seen.get(id(param), -1) + 1
             kind = (param.device, param.dtype, turn, any(value is None for value in state))
             view = None if self._table is None else self._table.index.get(id(param))
-            params.append(param)
-            grads.append(param.grad)
+            params.append(local(param))
+            grads.append(local(param.grad))
             buckets.append(numbers.setdefault(kind, len(numbers)))
             starts.append(-1 if view is None else view.start)
             dims.append(0 if view is None else view.dim)
             for column, value in zip(columns, state, strict=True):
-                column.append(value)
+                column.append(value if value is None else local(value))
+
+    def _store(self, tensors: TensorList, name: str, values: Sequence[Tensor]) -> None:
+        """Keep what a step has made as the state ``name`` of the list's parameters."""
+        for param, value in zip(tensors.owners or tensors.params, values, strict=True):
+            self.state[param][name] = wrapped_like(value, param)
 
     def _state_of(self, param: Tensor, name: str) -> Tensor | None:
         """State made if it is missing and fitted if it came from elsewhere; stored in both cases."""
@@ -291,66 +338,11 @@ class Attachment:
         if self._optimizer._table is self._table:
             self._optimizer.detach()
 
-
-@dataclass(eq=False)
-class _Kept:
-    """Lists of a step, and everything they were made from, by identity.
-
-    Validating them costs a third of making them: no hash of a tensor is taken, and all loops over
-    tensors run in C.
-    """
-
-    lists: list[TensorList]
-    params: list[Tensor]
-    present: list[bool]
-    source: list[Any]
-    states: list[Any]
-    state_dicts: list[dict[str, Any]]
-    values: list[Any]
-    dtypes: set[torch.dtype]
-
-    @classmethod
-    def of(
-        cls,
-        lists: list[TensorList],
-        params: list[Tensor],
-        present: list[bool],
-        source: list[Any],
-        state: dict[Any, Any],
-    ) -> _Kept:
-        states = list(state.values())
-        state_dicts = [value for value in states if isinstance(value, dict)]
-        values = list(_values(state_dicts))
-        dtypes = {tensors.params[0].dtype for tensors in lists}
-        return cls(lists, params, present, source, states, state_dicts, values, dtypes)
-
-    def holds(
-        self,
-        params: list[Tensor],
-        present: list[bool],
-        source: list[Any],
-        grads: list[Tensor],
-        state: dict[Any, Any],
-    ) -> bool:
-        """Whether lists made now would be the same ones."""
-        return (
-            present == self.present
-            and source == self.source
-            and _same(params, self.params)
-            and _same(list(state.values()), self.states)
-            and _same(list(_values(self.state_dicts)), self.values)
-            # Of a single list the operation itself compares the dtypes, before it changes anything.
-            and (len(self.lists) == 1 or self.dtypes == set(map(_dtype, grads)))
-            and {torch.strided}.issuperset(map(_layout, grads))
-        )
-
-
-def _values(state_dicts: list[dict[str, Any]]) -> Iterable[Any]:
-    return itertools.chain.from_iterable(map(dict.values, state_dicts))
-
-
-def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table, of parameters that have changed their shape since."""
+        self.remove()
+        self._optimizer.attach(table)
+        self._table = table
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

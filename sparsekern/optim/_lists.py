@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsekern._checks import DTYPES
 from sparsekern._rows import Rows, RowTable
+from sparsekern._sharding import is_sharded, same_placement
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class TensorList:
         where: position of each one's gradient among those that the list was made from.
         state: per name of ``optimizer.state[p]`` the tensors, one per parameter.
         rows: which rows of a table the parameters have; None without a table.
+        owners: the parameters as ``param_groups`` has them: of sharded ones ``params`` are the local parts.
     """
 
     group: int
@@ -36,6 +38,7 @@ class TensorList:
     where: list[int]
     state: dict[str, list[Tensor]]
     rows: Rows | None
+    owners: list[Tensor] = field(default_factory=list)
 
     def pick(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients of these parameters, in their order."""
@@ -86,25 +89,41 @@ def check_group(optimizer: str, index: int, group: dict[str, Any]) -> None:
             f"{optimizer}: param_groups[{index}] has differentiable=True, expected False: the fused "
             f"step is not recorded by autograd"
         )
-    names = group.get("param_names")
-    for i, param in enumerate(group["params"]):
-        problem = None if param.grad is None else _problem(param, param.grad)
-        if problem is not None:
-            name = f" ({names[i]})" if names else ""
-            raise RuntimeError(f"{optimizer}: parameter {i}{name} of group {index} has {problem}")
+    for param in group["params"]:
+        if param.grad is not None:
+            check_parameter(optimizer, index, group, param)
 
 
-def check_plain(optimizer: str, index: int, group: dict[str, Any]) -> None:
-    """No parameter of the group is a wrapper around other tensors (DTensor and its like).
+def check_parameter(optimizer: str, index: int, group: dict[str, Any], param: Tensor) -> None:
+    """A parameter of a group that has a gradient can be stepped.
 
     Raises:
-        RuntimeError: one is.
+        RuntimeError: no backend takes the parameter or its gradient.
+    """
+    assert param.grad is not None
+    problem = _problem(param, param.grad)
+    if problem is not None:
+        names = group.get("param_names")
+        i = next(i for i, other in enumerate(group["params"]) if other is param)
+        name = f" ({names[i]})" if names else ""
+        raise RuntimeError(f"{optimizer}: parameter {i}{name} of group {index} has {problem}")
+
+
+def check_wrapped(optimizer: str, index: int, group: dict[str, Any]) -> None:
+    """A parameter of the group that wraps other tensors is a DTensor, and no partial sum.
+
+    Raises:
+        RuntimeError: one is something else.
     """
     for i, param in enumerate(group["params"]):
-        if is_traceable_wrapper_subclass(param):
+        if not is_traceable_wrapper_subclass(param):
+            continue
+        placements: Any = getattr(param, "placements", None) if is_sharded(param) else None
+        if placements is None or any(placement.is_partial() for placement in placements):
+            kind = type(param).__name__ + (f" placed as {placements}" if placements else "")
             raise RuntimeError(
-                f"{optimizer}: parameter {i} of group {index} is a {type(param).__name__}, "
-                f"expected a plain tensor: sharded and other wrapped parameters are not supported"
+                f"{optimizer}: parameter {i} of group {index} is a {kind}, expected a plain tensor or a "
+                f"DTensor that is sharded or replicated"
             )
 
 
@@ -149,6 +168,11 @@ def fit_state(name: str, value: Any, param: Tensor) -> Tensor:
             f"optimizer state {name!r}: got {value.dtype} {list(value.shape)} on {value.device}, "
             f"expected {param.dtype} {list(param.shape)} on {param.device} as its parameter"
         )
+    if not same_placement(value, param):
+        raise RuntimeError(
+            f"optimizer state {name!r}: got {_placement(value)}, "
+            f"expected {_placement(param)} as its parameter"
+        )
     if value.stride() == param.stride():
         return value
     like_param = torch.empty_like(param, memory_format=torch.preserve_format, requires_grad=False)
@@ -171,4 +195,10 @@ def _problem(param: Tensor, grad: Tensor) -> str | None:
         return f"layout {param.layout}, expected a dense tensor"
     if grad.dtype is not param.dtype:
         return f"a gradient of dtype {grad.dtype}, expected {param.dtype} as the parameter"
+    if not same_placement(grad, param):
+        return f"a gradient that is {_placement(grad)}, expected {_placement(param)} as the parameter"
     return None
+
+
+def _placement(tensor: Tensor) -> str:
+    return f"a DTensor {tensor.placements}" if is_sharded(tensor) else "a plain tensor"  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sparsekern._ops import channel_moments_, row_mask_, row_statistics_
 from sparsekern._rows import Rows, RowTable
+from sparsekern._sharding import local
 from sparsekern.optim._lists import check_table, rate, state_tensors
 
 _hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -71,6 +72,14 @@ class RowHooks:
         if optimizer is not None:
             _hooked.discard(optimizer)
 
+    def replace(self, table: RowTable) -> None:
+        """Go on with another table, of parameters that have changed their shape since.
+
+        The hooks stay where they are: this is also called from within a step's hooks.
+        """
+        self._table = table
+        self._taken = []
+
     def _zero_masked(self, optimizer: Optimizer) -> None:
         self._table.zero_masked(state_tensors(optimizer))
 
@@ -113,7 +122,7 @@ class RowHooks:
         for group, params, rows in taken:
             if group.get("lr", 1.0) != 0:
                 grads = [_gradient(param, group, scale) for param in params]
-                row_statistics_(params, grads, rows=rows)
+                row_statistics_(list(map(local, params)), grads, rows=rows)
         self._taken = taken
 
     def _lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
@@ -127,15 +136,16 @@ class RowHooks:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for group, params, rows in self._taken:
-            row_mask_(params, lr=rate(group.get("lr", 1.0), params[0].device), rows=rows)
+            lr = rate(group.get("lr", 1.0), params[0].device)
+            row_mask_(list(map(local, params)), lr=lr, rows=rows)
         self._taken = []
         channel_moments_(self._table)
 
 
 def _gradient(param: Tensor, group: dict[str, Any], scale: Tensor | None) -> Tensor:
     """The gradient that the step goes down, which ``maximize`` and a scale change."""
-    grad = param.grad
-    assert grad is not None
+    assert param.grad is not None
+    grad = local(param.grad)
     if scale is not None:
         grad = grad / scale.to(grad.device, grad.dtype)
     return -grad if group.get("maximize") else grad

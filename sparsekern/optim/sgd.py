@@ -110,5 +110,4 @@ class SGD(RowOptimizer):
         )
         # A skipped first step leaves no buffer behind, else the next gradient would be dampened.
         if tensors.first and (found_inf is None or found_inf.item() != 1):
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param][_BUFFER] = buffer
+            self._store(tensors, _BUFFER, buffers)

@@ -2,5 +2,6 @@
 
 from sparsekern.prune import allocate as allocate
 from sparsekern.prune import criteria as criteria
+from sparsekern.prune.once import prune_once as prune_once
 from sparsekern.prune.pruner import Pruner as Pruner
 from sparsekern.prune.recalibrate import recalibrate as recalibrate

@@ -10,11 +10,23 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from sparsekern.graph import ChannelGraph
+from sparsekern.prune.exchange import exchange
+
+
+class Pricing(Protocol):
+    """A cost of kept channels that is not one of the graph's own, in a unit of its own."""
+
+    def cost(self, kept: np.ndarray) -> float:
+        """Cost of the network with the channels ``kept``, bool ``[C]``."""
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What a channel's removal saves, float64 ``[C]``; 0 for those not kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +38,12 @@ class Problem:
         saliency: float64 ``[C]``.
         live: bool ``[C]``; channels that may still be kept.
         budget: the cost to come down to, in units of ``of``.
-        of: ``"macs"`` or ``"params"``.
+        of: the cost: ``"macs"``, ``"params"`` or what ``pricing`` gives.
         floors: int64 ``[groups]``; channels that stay at least.
         round_to: block size.
+        whole: cost of the network that nothing was removed from, by default that of ``graph``.
+        widths: int64 ``[groups]``; channels that the groups had there, by default those of ``graph``.
+        pricing: costs that are not the graph's own.
     """
 
     graph: ChannelGraph
@@ -38,10 +53,23 @@ class Problem:
     of: str
     floors: np.ndarray
     round_to: int = 1
+    whole: float = 0
+    widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    pricing: Pricing | None = None
 
-    def cost(self, kept: np.ndarray) -> int:
+    def __post_init__(self) -> None:
+        if not self.whole:
+            object.__setattr__(self, "whole", self.cost(np.ones(self.graph.num_channels, bool)))
+        if not len(self.widths):
+            object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
+
+    def cost(self, kept: np.ndarray) -> float:
         """Cost of the network with the channels ``kept``, in units of ``of``."""
-        return int(getattr(self.graph.cost(kept), self.of))
+        return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What the removal of each channel saves, float64 ``[C]``; 0 for those not ``kept``."""
+        return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
 
 
 class Allocator(ABC):
@@ -141,16 +169,20 @@ class Global(Allocator):
         stays = np.ones(len(blocks.removable), bool)
         for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
             stays = self._remove(problem, blocks, stays, removable)
+        if problem.pricing is not None:
+            # Times go in steps, and what a step leaves of the budget is worth having.
+            stays = exchange(problem, blocks, stays)
         return blocks.kept(stays, problem.graph.num_channels)
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
         """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
-        everything = np.ones(problem.graph.num_channels, bool)
-        # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
-        even = np.sqrt(min(1.0, problem.budget / problem.cost(everything)))
-        totals = np.array([len(group.channels) for group in problem.graph.groups])
+        if problem.pricing is None:
+            # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
+            even = np.sqrt(min(1.0, problem.budget / problem.whole))
+        else:
+            even = Uniform()(problem).sum() / problem.widths.sum()
         first = blocks.first
-        return blocks.rank[first] >= self.balance * even * totals[blocks.group[first]]
+        return blocks.rank[first] >= self.balance * even * problem.widths[blocks.group[first]]
 
     def _remove(
         self, problem: Problem, blocks: Blocks, stays: np.ndarray, removable: np.ndarray
@@ -162,7 +194,7 @@ class Global(Allocator):
         kept = blocks.kept(stays, size)
         excess = problem.cost(kept) - problem.budget
         while excess > 0 and (candidates := np.flatnonzero(stays & removable)).size:
-            price = np.maximum(blocks.sums(problem.graph.price(kept, problem.of)), 1e-9)
+            price = np.maximum(blocks.sums(problem.price(kept)), 1e-9)
             order = self._removal_order(blocks, candidates, saliency / price)
             saved = np.cumsum(price[order])
             take = max(1, int(np.searchsorted(saved, excess * self.portion, side="right")))
@@ -187,8 +219,7 @@ class Uniform(Allocator):
     """The same share of every group stays: the control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        totals = np.array([len(group.channels) for group in problem.graph.groups], np.float64)
-        return _bisect(problem, lambda share: share * totals)
+        return _bisect(problem, lambda share: share * problem.widths)
 
 
 @dataclass(frozen=True)
@@ -196,9 +227,8 @@ class Flat(Allocator):
     """Every group keeps at most the same number of channels: the other control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        widest = max((len(group.channels) for group in problem.graph.groups), default=0)
-        groups = len(problem.graph.groups)
-        return _bisect(problem, lambda share: np.full(groups, share * widest))
+        widest = problem.widths.max(initial=0)
+        return _bisect(problem, lambda share: np.full(len(problem.widths), share * widest))
 
 
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import nn
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Problem, smallest
 
-UNITS = ("macs", "params")
+UNITS = ("macs", "params", "latency")
 
 
 def check_keep(keep: object) -> float:
@@ -29,8 +29,8 @@ def check_unit(of: object) -> str:
     return str(of)
 
 
-def resolve_round_to(round_to: int | str, model: nn.Module) -> int:
-    """``"auto"`` as a number of channels.
+def resolve_round_to(round_to: int | str | None, model: nn.Module, shrink: bool) -> int:
+    """``"auto"`` as a number of channels; None is ``"auto"`` with ``shrink``, else 1.
 
     16 on a CPU, where oneDNN computes in blocks of 16 channels; on a GPU 8 for half precision, the width
     that tensor cores need, else 1.
@@ -38,6 +38,8 @@ def resolve_round_to(round_to: int | str, model: nn.Module) -> int:
     Raises:
         ValueError: neither ``"auto"`` nor a whole number of at least 1.
     """
+    if round_to is None:
+        round_to = "auto" if shrink else 1
     if round_to == "auto":
         first = next(model.parameters())
         if first.device.type == "cpu":
@@ -77,13 +79,12 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
 
 def check_feasible(problem: Problem, keep: float) -> None:
     """Raise a ValueError when even the smallest network within the floors costs more than ``keep`` allows."""
-    total = problem.cost(np.ones(problem.graph.num_channels, bool))
     kept = smallest(problem)
-    reachable = problem.cost(kept) / total
+    reachable = problem.cost(kept) / problem.whole
     if reachable <= keep:
         return
     # The group whose floor costs most: removing it altogether would save most.
-    price = problem.graph.price(kept, problem.of)
+    price = problem.price(kept)
     of_groups = [float(price[group.channels[kept[group.channels]]].sum()) for group in problem.graph.groups]
     costliest = problem.graph.groups[int(np.argmax(of_groups))]
     floor = int(kept[costliest.channels].sum())

@@ -32,6 +32,11 @@ class Criterion(ABC):
     __rmul__ = __mul__
     __radd__ = __add__
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it looks at more than the weights: at statistics of gradients."""
+        return True
+
     def partners(self, statistics: Statistics, saliency: np.ndarray) -> Partners | None:
         """Which channel can stand in for which, or None where the criterion does not look for that."""
         return None
@@ -96,6 +101,10 @@ class GradientCount(Criterion):
 class Magnitude(Criterion):
     """l2 norm of the channel's filters (Li et al. 2017, "Pruning Filters for Efficient ConvNets": l1)."""
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     def __call__(self, statistics: Statistics) -> np.ndarray:
         return statistics.magnitude
 
@@ -106,8 +115,12 @@ class Random(Criterion):
 
     seed: int = 0
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     def __call__(self, statistics: Statistics) -> np.ndarray:
-        return np.random.default_rng(self.seed).random(statistics.graph.num_channels)
+        return np.random.default_rng(self.seed).random(statistics.total)[statistics.numbers]
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,10 @@ class Shuffled(Criterion):
 
     of: Criterion
     seed: int = 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.of.needs_gradients
 
     def __call__(self, statistics: Statistics) -> np.ndarray:
         saliency = self.of(statistics).copy()
@@ -156,6 +173,10 @@ class Redundancy(Criterion):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold: got {self.threshold!r}, expected a number in [0, 1)")
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self.of is not None and self.of.needs_gradients
+
     def _base(self, statistics: Statistics) -> np.ndarray:
         return np.ones(statistics.graph.num_channels) if self.of is None else self.of(statistics)
 
@@ -180,6 +201,10 @@ class _Combined(Criterion):
     combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
     symbol: str
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self.left.needs_gradients or self.right.needs_gradients
+
     def __call__(self, statistics: Statistics) -> np.ndarray:
         return self.combine(self.left(statistics), self.right(statistics))
 
@@ -194,6 +219,10 @@ class _Combined(Criterion):
 @dataclass(frozen=True)
 class _Constant(Criterion):
     value: float
+
+    @property
+    def needs_gradients(self) -> bool:
+        return False
 
     def __call__(self, statistics: Statistics) -> np.ndarray:
         return np.full(statistics.graph.num_channels, self.value)
@@ -210,6 +239,22 @@ def _criterion(value: Criterion | float) -> Criterion:
 def default() -> Criterion:
     """The joint composite: Taylor for widths, the count for which filters, and duplicates first."""
     return Redundancy(of=Taylor() * GradientCount())
+
+
+def saliency(select: Criterion, statistics: Statistics) -> np.ndarray:
+    """What ``select`` gives for the channels, float64 ``[C]``.
+
+    Raises:
+        ValueError: that is not a finite number for every channel.
+    """
+    found = np.asarray(select(statistics), np.float64)
+    if found.shape != (statistics.graph.num_channels,) or not np.isfinite(found).all():
+        raise ValueError(
+            f"select: {select!r} gave an array of shape {found.shape} with "
+            f"{int((~np.isfinite(found)).sum())} non-finite values, expected "
+            f"[{statistics.graph.num_channels}] finite ones"
+        )
+    return found
 
 
 @torch.no_grad()

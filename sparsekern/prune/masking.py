@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern._rows import LIVE as LIVE_ROW
+from sparsekern._sharding import rewritten, zero_entries
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.criteria import Partners
 from sparsekern.prune.statistics import ChannelRows
@@ -35,6 +36,7 @@ class Masks:
         self._rows = rows
         self._parameters = parameters
         self._optimizer_state = optimizer_state
+        self._columns = {column: None for group in graph.groups for column in group.consumers}
 
     @property
     def live(self) -> np.ndarray:
@@ -66,13 +68,28 @@ class Masks:
 
     @torch.no_grad()
     def zero(self) -> None:
-        """Zero all masked rows; also wanted after weights were loaded that do not know of the masks."""
+        """Zero all masked rows, and the columns that read them, with their optimizer state.
+
+        Also wanted after weights were loaded that do not know of the masks. The columns change no output,
+        but they would count in a filter's norm, and send gradients to masked gates that count in a clipped
+        norm of all gradients. Their own gradients are zero, so they stay as they are.
+        """
         self._rows.table.zero_masked(self._optimizer_state)
-        masked = ~self.unmasked
         for rows in self._rows.untrained:
-            gone = np.flatnonzero((rows.channels >= 0) & masked[rows.channels])
-            index = torch.from_numpy(gone).to(rows.param.device)
-            rows.param.index_fill_(rows.dim, index, 0)
+            self._fill(rows.param, rows.dim, rows.channels)
+        for name, dim in self._columns:
+            param = self._parameters[name]
+            channels = self._graph.tensors[name].channels[dim]
+            assert channels is not None
+            self._fill(param, dim, channels)
+            for state in self._optimizer_state(param):
+                if state.shape == param.shape:
+                    self._fill(state, dim, channels)
+
+    def _fill(self, tensor: Tensor, dim: int, channels: np.ndarray) -> None:
+        gone = np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
+        if len(gone):
+            zero_entries(tensor, dim, gone)
 
     def declined(self) -> np.ndarray:
         """bool ``[C]``; condemned channels whose gates have arrived at zero."""
@@ -125,14 +142,9 @@ class Masks:
                 folded[mine] = False
                 continue
             for name, dim in group.consumers:
-                _add_columns(
-                    self._parameters[name],
-                    dim,
-                    self._graph.tensors[name].channels[dim],
-                    mine,
-                    partner[mine],
-                    partners.coefficient[mine],
-                )
+                channels = self._graph.tensors[name].channels[dim]
+                with rewritten(self._parameters[name]) as weight:
+                    _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
         return folded
 
 

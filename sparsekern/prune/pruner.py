@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern import optim
-from sparsekern.compact import Plan, compact, dry_run, make_plan
-from sparsekern.graph import ChannelGraph, trace
+from sparsekern._sharding import local, unwrap
+from sparsekern.compact import Plan, check_cuttable, compact, make_plan
+from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.verify import as_arguments
+from sparsekern.graph import ChannelGraph
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
@@ -22,14 +25,18 @@ from sparsekern.prune.budget import (
     resolve_floors,
     resolve_round_to,
 )
+from sparsekern.prune.decision import Policy
+from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
-from sparsekern.prune.schedule import Event, Schedule
-from sparsekern.prune.statistics import ChannelRows, Statistics, gather
+from sparsekern.prune.network import Network
+from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.ranks import Ranks
+from sparsekern.prune.resume import Resumable
+from sparsekern.prune.schedule import Schedule
+from sparsekern.prune.statistics import ChannelRows, gather
 
-NONFINITE = ("ignore", "raise")
 
-
-class Pruner:
+class Pruner(Resumable):
     """Prunes a model's channels while an optimizer trains it.
 
     Nothing has to be called during training: the optimizer's steps count gradients, penalise and mask (in the
@@ -37,19 +44,22 @@ class Pruner:
     some of them channels are condemned, decline to zero and are masked, until the budget is met.
 
     Args:
-        model: the model to prune, where it is trained (also the result of ``torch.compile``).
+        model: the model to prune, where it is trained; also the result of ``torch.compile`` or
+            ``DistributedDataParallel``, or sharded by ``fully_shard``. All processes make a Pruner.
         optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
         keep: share of the dense cost that stays, in (0, 1].
-        of: the cost, ``"macs"`` or ``"params"``.
+        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
+            with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`.
         allocate: decides the widths of the groups; default :class:`sparsekern.allocate.Global`.
         warmup: share of ``steps`` before the first channel is condemned.
         finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
         events: how many times channels are condemned between the two.
-        round_to: group widths are multiples of this, or unchanged; ``"auto"`` chooses for the device.
+        round_to: group widths are multiples of this, or unchanged; ``"auto"``, the default with ``shrink``,
+            chooses for the device; else the default is 1.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
@@ -57,14 +67,23 @@ class Pruner:
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
             to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
             GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
-
-    Attributes:
-        graph: the channels, their groups and their cost.
+        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
+            step costs what the smaller network costs. What is condemned at one event leaves at the next, so
+            the training costs the area under a staircase of ``events`` steps, see
+            :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
+        also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
+        state_cutter: for an optimizer that keeps state of another shape than its parameters:
+            ``(parameter, name, value, TensorPlan) -> smaller value``.
+        cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
+        process_group: the processes that train this model together and check that they decide alike; None for
+            those of ``DistributedDataParallel``, else the default group where there is one.
 
     Raises:
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
-            frozen layers allow, the optimizer lacks trainable parameters of the model, or ``example_inputs``
-            are not accepted by the model. Nothing has been changed then.
+            frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
+            are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
+            then.
+        RuntimeError: the processes differ in their arguments or models, here or at a later decision.
     """
 
     def __init__(
@@ -81,75 +100,167 @@ class Pruner:
         warmup: float = 0.1,
         finish: float = 0.6,
         events: int = 10,
-        round_to: int | str = 1,
+        round_to: int | str | None = None,
         min_channels: int | Mapping[str, int] = 1,
         protect: Sequence[str | nn.Module | nn.Parameter] = (),
         penalty: float = 0.1,
         nonfinite: str = "ignore",
+        shrink: bool = False,
+        also: Sequence[nn.Module] = (),
+        state_cutter: StateCutter | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
     ) -> None:
         self._keep = check_keep(keep)
-        self._of = check_unit(of)
-        _check_options(select, allocate, penalty, nonfinite)
+        check_unit(of)
+        check_options(select, allocate, penalty, nonfinite)
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
-        # torch.compile wraps the module; its parameters are those of the one inside.
-        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        given, model = model, unwrap(model)
+        if shrink:
+            check_cuttable(model)
         self._optimizer = optimizer
-        self._select = select or criteria.default()
-        self._allocate = allocate or Global()
-        self._penalty = float(penalty)
-        self._round_to = resolve_round_to(round_to, self._model)
-        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        self._steps = steps
+        self._example = example_inputs
+        self._shrinks = bool(shrink)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.graph = _prunable_graph(self._model, example_inputs, protect, self._parameters, trained)
-        self._floors = resolve_floors(min_channels, self.graph)
-        everything = np.ones(self.graph.num_channels, bool)
-        self._dense = self.graph.cost(everything)
-        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
-
+        graph = prunable_graph(model, trained, example_inputs, protect)
+        self._policy = Policy(
+            select or criteria.default(),
+            allocate or Global(),
+            check_unit(of),
+            resolve_floors(min_channels, graph),
+            resolve_round_to(round_to, model, self._shrinks),
+            float(penalty),
+        )
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
-        self._rows = ChannelRows(self._model, self.graph, trained, decay=1 - 1 / interval)
-        self._masks = Masks(self.graph, self._rows, self._parameters, optim.state_tensors(optimizer))
+        self._network = Network(
+            model, optimizer, graph, decay=1 - 1 / interval, also=also, state_cutter=state_cutter
+        )
+        self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
+        if of == "latency":
+            self._network.time(example_inputs, self._policy.round_to, cache, self._ranks)
+        everything = np.ones(graph.num_channels, bool)
+        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
+        with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
+            check(self._settings(), self._fingerprint(), nonfinite)
+        self._network.attach()
         self._step = 0
         self._nonfinite_seen = 0
         self._next = self._next_step()
-        self._handle = optim.attach(optimizer, self._rows.table)
-        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+        # A compiled step must not trace what happens at events.
+        self._hooks = [optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))]
         if nonfinite == "raise":
             self._hooks.append(optimizer.register_step_pre_hook(self._check_gradients))
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """The channels of the live model, their groups and their cost."""
+        return self._network.graph
+
+    @property
+    def _masks(self) -> Masks:
+        return self._network.masks
+
+    @property
+    def _rows(self) -> ChannelRows:
+        return self._network.rows
 
     @property
     def finished(self) -> bool:
         """Whether the budget is met and nothing is condemned any more."""
         return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
 
-    def plan(self, keep: float | None = None) -> Plan:
-        """What stays of the model.
+    def plan(self, keep: float | None = None, *, of: str | None = None) -> Plan:
+        """What stays of the model, relative to the size that it had when the Pruner was made.
 
         Args:
             keep: None for the channels that are not masked: the compact model is then exactly the masked one.
-                A share of the dense cost plans that budget anew, from the statistics gathered so far and
-                among the channels not masked; the result is then not the trained network without zeros.
+                A share of the dense cost plans that budget anew, from the statistics gathered so far, or
+                loaded, and among the channels not masked; the result is then not the trained network without
+                zeros.
+            of: the cost that ``keep`` is a share of; None for the Pruner's own. ``"latency"`` only where it
+                is that.
 
         Raises:
-            ValueError: ``keep`` is out of range or below what floors and frozen layers allow.
+            ValueError: ``keep`` is out of range or below what floors and frozen layers allow, or ``of`` is
+                not a cost that is known, or comes without ``keep``.
         """
+        if of is not None:
+            check_unit(of)
         if keep is None:
-            return make_plan(self.graph, self._masks.unmasked)
+            if of is not None:
+                raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
+            return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
-        statistics = gather(self._rows, self.graph, self._masks.unmasked, self._parameters)
-        problem = self._problem(self._saliency(statistics), statistics.live, share)
+        self._rows.table.settle()
+        statistics = gather(self._rows, self.graph, self._masks.unmasked, self._network.parameters)
+        problem = self._problem(self._policy.saliency(statistics), statistics.live, share, of)
         check_feasible(problem, share)
-        return make_plan(self.graph, self._allocate(problem))
+        return self._network.plan(self._policy.allocate(problem))
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels, computing exactly what the masked model computes.
 
-        Channels that are only condemned are still there: see :attr:`finished`.
+        Channels that are only condemned are still there: see :attr:`finished`. Of a sharded model all
+        processes have to call this; it is gathered one tensor at a time, and each gets an ordinary module.
         """
-        return compact(self._model, self.plan())
+        return compact(self._network.model, make_plan(self.graph, self._masks.unmasked))
+
+    def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
+        """Cut the masked channels out of the live model now, with its optimizer's state.
+
+        Modules, parameters, buffers, the optimizer with its groups and state stay the same objects and become
+        smaller; gradients, statistics and masks move along; hooks, learning rate schedulers and gradient
+        scalers see nothing of it. The next step has the loss that the masked model would have had, to
+        rounding; where random numbers are drawn by size (dropout) or an optimizer looks at a whole tensor
+        (Adafactor's scale), training goes on with other numbers of the same kind. ``torch.compile`` compiles
+        once more at the next call, and a captured CUDA graph has to be captured anew. With ``shrink=True``
+        this happens by itself at every event.
+
+        Args:
+            also: copies of the model, such as an ``AveragedModel``, beside those given to the Pruner.
+
+        Returns:
+            Whether there was anything to cut.
+
+        Raises:
+            TypeError, ValueError: the optimizer has state whose cut is not known, or an entry of ``also`` is
+                no copy of the model; nothing has changed then.
+        """
+        return self._network.shrink(also)
+
+    def forecast(self, *, ranks: int = 1, measure: bool | Tensor | tuple[Any, ...] = False) -> Forecast:
+        """What the training will cost, stage by stage: to be asked before it begins.
+
+        Nothing is known then of which layers will stay wide, so all are taken to keep an equal share, within
+        floors and ``round_to``. Without ``shrink`` every step costs what a dense one does.
+
+        Args:
+            ranks: processes that average their gradients.
+            measure: time training steps on this machine, on copies of the model at a few sizes: True on the
+                example inputs, or on a batch given here.
+
+        Raises:
+            ValueError: ``ranks`` is no number of at least 1, or no step can be made on these inputs.
+            RuntimeError: channels have been cut out of the model already.
+        """
+        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+            raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
+        if self.graph.num_channels != self._rows.total:
+            raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
+        inputs = None if measure is False else self._example if measure is True else measure
+        return forecast(
+            self._network,
+            self._policy,
+            self._schedule,
+            steps=self._steps,
+            shrinks=self._shrinks,
+            ranks=ranks,
+            inputs=None if inputs is None else as_arguments(inputs)[0],
+        )
 
     def abort(self) -> int:
         """Undo the latest decision where it can be undone: condemned channels live again.
@@ -159,11 +270,12 @@ class Pruner:
         Returns:
             How many channels were saved.
         """
+        self._rows.table.settle()
         return int(self._masks.pardon().sum())
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
-        self._handle.remove()
+        self._network.detach()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -172,108 +284,78 @@ class Pruner:
         """Where the pruning stands, for logs; all values are plain numbers, strings and lists.
 
         ``step``; ``macs``, ``params`` of the network without its masked channels and ``macs_share``,
-        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (all);
+        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (at first);
         ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
         statistics; ``finished``.
         """
+        self._rows.table.settle()
         unmasked = self._masks.unmasked
         cost = self.graph.cost(unmasked)
         return {
             "step": self._step,
             "macs": int(cost.macs),
             "params": int(cost.params),
-            "macs_share": cost.macs / max(self._dense.macs, 1),
-            "params_share": cost.params / max(self._dense.params, 1),
+            "macs_share": cost.macs / max(self._network.whole.macs, 1),
+            "params_share": cost.params / max(self._network.whole.params, 1),
             "group_names": [group.name for group in self.graph.groups],
             "kept": [int(unmasked[group.channels].sum()) for group in self.graph.groups],
-            "channels": [len(group.channels) for group in self.graph.groups],
+            "channels": self._network.widths.tolist(),
             "condemned": int((self._masks.state == CONDEMNED).sum()),
             "nonfinite": int(self._rows.table.nonfinite),
             "finished": self.finished,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
-        plain values only, so that ``torch.load(weights_only=True)`` reads it."""
-        table = self._rows.table.state_dict()
-        return {
-            "version": 1,
-            "settings": self._settings(),
-            "network": self._fingerprint(),
-            "step": self._step,
-            "next": self._next,
-            "nonfinite_seen": self._nonfinite_seen,
-            "channels": torch.from_numpy(self._masks.state.copy()),
-            "rows": {key: v.clone() if isinstance(v, Tensor) else v for key, v in table.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; model and optimizer are loaded by themselves, before or after.
-
-        Raises:
-            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
-        """
-        if state.get("version") != 1:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 1")
-        if list(state["network"]) != self._fingerprint():
-            raise ValueError(
-                f"state: got the channels of another network ({len(state['network'])} groups), expected "
-                f"those of this one ({len(self.graph.groups)} groups)"
-            )
-        for name, own in self._settings().items():
-            if state["settings"].get(name) != own:
-                raise ValueError(
-                    f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
-                )
-        self._rows.table.load_state_dict(state["rows"])
-        self._masks.state[:] = state["channels"].cpu().numpy()
-        self._step = int(state["step"])
-        self._next = state["next"]
-        self._nonfinite_seen = int(state["nonfinite_seen"])
-        self._masks.zero()
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "keep": self._keep,
-            "of": self._of,
-            "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
-            "finish": self._schedule.finish,
-            "select": repr(self._select),
-            "allocate": repr(self._allocate),
-            "round_to": self._round_to,
-            "floors": self._floors.tolist(),
-            "penalty": self._penalty,
-        }
-
-    def _fingerprint(self) -> list[str]:
-        return [f"{group.name}:{len(group.channels)}" for group in self.graph.groups]
-
-    def _problem(self, saliency: np.ndarray, live: np.ndarray, share: float) -> Problem:
-        budget = share * getattr(self._dense, self._of)
-        return Problem(self.graph, saliency, live, budget, self._of, self._floors, self._round_to)
+    def _problem(
+        self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
+    ) -> Problem:
+        return self._policy.problem(self._network, saliency, live, share, of)
 
     def _check_gradients(self, *_: Any) -> None:
         bad = [
             name
-            for name, param in self._model.named_parameters()
-            if param.grad is not None and not bool(torch.isfinite(param.grad).all())
+            for name, param in self._network.model.named_parameters()
+            if param.grad is not None and not bool(torch.isfinite(local(param.grad)).all())
         ]
-        if bad:
+        # A part of a gradient is seen by one process only, and all have to stop.
+        if self._ranks.any(bool(bad)):
             raise FloatingPointError(
-                f"gradient: got NaN or infinity in {', '.join(bad[:3])} ({len(bad)} parameters), expected "
-                f"finite values; nonfinite='ignore' lets the optimizer go on"
+                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "
+                f"({len(bad)} parameters here), expected finite values; nonfinite='ignore' lets the "
+                f"optimizer go on"
             )
 
     def _after_step(self, *_: Any) -> None:
+        if self._idle_step():
+            return
         self._step += 1
         if self._step == self._next:
             self._decide()
 
+    def _idle_step(self) -> bool:
+        """Whether it was the step by which ``torch.distributed.checkpoint`` gets an optimizer's state."""
+        groups = self._optimizer.param_groups
+        rates = [group.get("lr") for group in groups]
+        # One on a device is not read: that step's is not there.
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+            return False
+        grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+        return not self._ranks.any(any(bool(local(grad).any()) for grad in grads))
+
     def _decide(self) -> None:
-        self._masks.mask(self._masks.declined())
+        self._rows.table.settle()
         event = self._schedule.at(self._step)
-        if event is not None:
-            self._condemn(event)
+        with self._ranks.agreeing(f"pruning after step {self._step}") as check:
+            declined = self._masks.declined()
+            choice = None
+            if event is not None:
+                choice = self._policy.choose(self._network, event, self._schedule.after(event.step))
+            check(self._step, declined, *(choice.parts() if choice is not None else ()))
+        self._masks.mask(declined)
+        if choice is not None:
+            choice.carry_out(self._masks)
+        if self._shrinks:
+            # After everything that reads the statistics, and once: every cut costs a recompilation.
+            self._network.shrink()
         self._next = self._next_step()
         self._warn_of_nonfinite()
 
@@ -288,43 +370,6 @@ class Pruner:
         left = int(self._masks.countdowns().max(initial=0))
         return self._step + left if left else None
 
-    def _condemn(self, event: Event) -> None:
-        live = self._masks.live
-        statistics = gather(self._rows, self.graph, live, self._parameters)
-        saliency = self._saliency(statistics)
-        kept = self._allocate(self._problem(saliency, live, event.share))
-        condemned = live & ~kept
-        partners = self._select.partners(statistics, saliency)
-        if partners is not None:
-            folded = self._masks.fold(condemned, partners)
-            self._masks.mask(folded)
-            condemned &= ~folded
-        self._masks.condemn(condemned, event.decline)
-        self._penalise_next(event, saliency, kept)
-
-    def _penalise_next(self, event: Event, saliency: np.ndarray, kept: np.ndarray) -> None:
-        """Extra decay for the gates of those channels that would go at the next event."""
-        following = self._schedule.after(event.step)
-        if not self._penalty or following is None:
-            self._masks.penalise(np.zeros_like(kept), 0.0)
-            return
-        then = self._allocate(self._problem(saliency, kept, following.share))
-        group = self._optimizer.param_groups[0]
-        momentum = float(group.get("momentum", 0.0))
-        # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
-        rate = float(group["lr"]) * event.decline / (1 - momentum)
-        self._masks.penalise(kept & ~then, self._penalty / rate if rate > 0 else 0.0)
-
-    def _saliency(self, statistics: Statistics) -> np.ndarray:
-        saliency = np.asarray(self._select(statistics), np.float64)
-        if saliency.shape != (self.graph.num_channels,) or not np.isfinite(saliency).all():
-            raise ValueError(
-                f"select: {self._select!r} gave an array of shape {saliency.shape} with "
-                f"{int((~np.isfinite(saliency)).sum())} non-finite values, expected "
-                f"[{self.graph.num_channels}] finite ones"
-            )
-        return saliency
-
     def _warn_of_nonfinite(self) -> None:
         count = int(self._rows.table.nonfinite)
         if count > self._nonfinite_seen:
@@ -334,57 +379,3 @@ class Pruner:
                 stacklevel=2,
             )
             self._nonfinite_seen = count
-
-
-def _check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
-    if select is not None and not isinstance(select, criteria.Criterion):
-        raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
-    if allocate is not None and not isinstance(allocate, Allocator):
-        raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
-    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
-        raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
-
-
-def _prunable_graph(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
-    protect: Sequence[str | nn.Module | nn.Parameter],
-    parameters: Mapping[str, nn.Parameter],
-    trained: set[int],
-) -> ChannelGraph:
-    """The model's graph, without groups that are not trained and those that a dry run found wanting."""
-    _check_held(parameters, trained)
-    graph = trace(model, example_inputs, protect=protect)
-    idle = [
-        group.name
-        for group in graph.groups
-        if not any(id(parameters[name]) in trained for name in _gate_names(graph, group.channels))
-    ]
-    if idle:
-        graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
-    if graph.num_channels:
-        graph = dry_run(model, graph, example_inputs)
-    if not graph.num_channels:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
-        raise ValueError(
-            f"model: {type(model).__name__} has no channel that can be removed, expected at least one "
-            f"({reasons})"
-        )
-    return graph
-
-
-def _gate_names(graph: ChannelGraph, channels: np.ndarray) -> set[str]:
-    first = int(channels[0])
-    span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
-    return {graph.gates.names[index] for index in graph.gates.tensors[span]}
-
-
-def _check_held(parameters: Mapping[str, nn.Parameter], trained: set[int]) -> None:
-    missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in trained]
-    if missing:
-        raise ValueError(
-            f"optimizer: does not hold {len(missing)} trainable parameters of the model "
-            f"({', '.join(missing[:3])}), expected all that require a gradient"
-        )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """What the model gives for a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 @torch.no_grad()
@@ -17,7 +24,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Args:
         model: changed in place.
-        batches: inputs of the model: a tensor, or a tuple of positional arguments, each.
+        batches: inputs of the model: a tensor, a tuple of positional or a dict of keyword arguments, each.
 
     Returns:
         How many batches were used.
@@ -43,7 +50,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             norm.train()
         batch = first
         while batch is not None:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+            run(model, batch)
             used += 1
             batch = next(iterator, None)
     finally:

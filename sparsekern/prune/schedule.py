@@ -24,6 +24,13 @@ class Schedule:
     The share after event ``i`` of ``n`` is ``keep + (1 - keep) * (1 - i / n)**3``, the cubic of Zhu & Gupta
     2017, "To prune, or not to prune", eq. 1: early, while weights still move, much goes; late, little.
 
+    What is condemned at an event has declined when the next one comes, and leaves the live network then where
+    it shrinks. Such a training costs ``warmup + (finish - warmup) * (keep + (1 - keep) * a) + (1 - finish) *
+    keep`` of the dense one, where ``a``, the area under the staircase, is ``(1 + 1 / n)**2 / 4``: 0.303 for
+    10 events, 0.276 for 20, 0.25 at the limit. Events are evenly spaced, so that every decision rests on
+    equally many steps. The spacing with the least area would bring 10 events to 0.291, which is 0.3 % of a
+    dense training for ``keep=0.2`` within 30 % of the steps; an earlier ``finish`` or more events bring more.
+
     Attributes:
         events: in order of step.
         finish: the step after which everything condemned is masked.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparsekern._rows import WEIGHT_SQ, RowTable
+from sparsekern._sharding import whole
 from sparsekern.graph import ChannelGraph, Group
+from sparsekern.prune.sharded import row_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,8 @@ class ChannelRows:
         is_gate: bool ``[R]``.
         is_producer: bool ``[R]``; the row is a filter: an output channel of a weight that makes the channel.
         untrained: rows with channels of parameters that are not trained.
+        numbers: int64 ``[C]``; what number each channel had before any was cut out of the model.
+        total: how many channels there were then.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trained: set[int], *, decay: float) -> None:
@@ -39,6 +44,7 @@ class ChannelRows:
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
         self.untrained: list[UntrainedRows] = []
+        self._trained = trained
         self._spans: dict[str, slice] = {}
         start = 0
         for name, slots in graph.tensors.items():
@@ -56,12 +62,27 @@ class ChannelRows:
             channels.append(of_rows)
             start += len(of_rows)
         self.channel_of = np.concatenate(channels) if channels else np.zeros(0, np.int64)
-        self.num_channels = graph.num_channels
+        self.num_channels = self.total = graph.num_channels
+        self.numbers = np.arange(self.total)
         self.is_producer = self._mark_producers(graph)
         offsets, rows = self._gate_rows(graph)
         self.is_gate = np.zeros(start, bool)
         self.is_gate[rows] = True
-        self.table = RowTable(tracked, (offsets, rows), decay=decay)
+        self.table = row_table(tracked, (offsets, rows), decay=decay)
+
+    def restricted_state(self, kept: np.ndarray) -> dict[str, Any]:
+        """The table's state for a network that has only the channels ``kept`` (bool ``[C]``) left."""
+        return self.table.restricted(np.append(kept, True)[self.channel_of], kept)
+
+    def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> ChannelRows:
+        """The rows of ``model`` after it was cut to the channels ``kept``, with all that is known of them.
+
+        ``graph`` is that of the smaller network.
+        """
+        rows = ChannelRows(model, graph, self._trained, decay=self.table.decay)
+        rows.table.load_state_dict(self.restricted_state(kept))
+        rows.numbers, rows.total = self.numbers[kept], self.total
+        return rows
 
     def _mark_producers(self, graph: ChannelGraph) -> np.ndarray:
         marks = np.zeros(len(self.channel_of), bool)
@@ -116,7 +137,10 @@ class Statistics:
         taylor: root of the mean over steps of (gradient . weight)^2 over the channel's gates: the first-order
             change of the loss when the channel is scaled to zero.
         magnitude: l2 norm of the channel's filters (root mean square over several producers).
-        parameters: the model's parameters by name, for criteria that look at the filters themselves.
+        parameters: the model's parameters by name, for criteria that look at the filters themselves; DTensors
+            where the model is sharded.
+        numbers: int64 ``[C]``; what number each channel had in the network that nothing was removed from.
+        total: how many channels that network had; by default it is the network of ``graph``.
     """
 
     graph: ChannelGraph
@@ -125,6 +149,13 @@ class Statistics:
     taylor: np.ndarray
     magnitude: np.ndarray
     parameters: Mapping[str, nn.Parameter]
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.total:
+            object.__setattr__(self, "total", self.graph.num_channels)
+            object.__setattr__(self, "numbers", np.arange(self.total))
 
     def per_group(self, reduce: Callable[[np.ndarray], float], values: np.ndarray) -> np.ndarray:
         """``reduce`` over the live channels of each group, spread back over its channels."""
@@ -133,6 +164,14 @@ class Statistics:
             alive = values[group.channels][self.live[group.channels]]
             spread[group.channels] = reduce(alive) if len(alive) else 0.0
         return spread
+
+
+@torch.no_grad()
+def weigh(table: RowTable) -> None:
+    """Fill in what a step leaves in the table that is of the weights alone, without one."""
+    for view in table.views:
+        rows = view.param.movedim(view.dim, 0).reshape(view.rows, -1)
+        table.sums[view.slice, WEIGHT_SQ] = rows.double().square().sum(1).float()
 
 
 def gather(
@@ -153,7 +192,17 @@ def gather(
         taylor=np.sqrt(dot_sq),
         magnitude=np.sqrt(rows.mean_over_producers(weight_sq)),
         parameters=parameters,
+        numbers=rows.numbers,
+        total=rows.total,
     )
+
+
+def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
+    """What the weights tell by themselves; ``activity`` and ``taylor`` are 0."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = ChannelRows(model, graph, {id(param) for param in parameters.values()}, decay=0.0)
+    weigh(rows.table)
+    return gather(rows, graph, np.ones(graph.num_channels, bool), parameters)
 
 
 @torch.no_grad()
@@ -172,7 +221,7 @@ def effective_filters(group: Group, statistics: Statistics) -> Tensor:
     for name in group.producers:
         slots = statistics.graph.tensors[name]
         assert slots.row_dim is not None
-        weight = statistics.parameters[name].detach().float().movedim(slots.row_dim, 0).flatten(1)
+        weight = whole(statistics.parameters[name]).float().movedim(slots.row_dim, 0).flatten(1)
         rows = first_rows(slots.channels[slots.row_dim], group.channels)
         weight = weight[torch.from_numpy(rows).to(weight.device)]
         if len(group.producers) > 1 or gates.normalised:
@@ -207,7 +256,7 @@ def gate_vectors(group: Group, statistics: Statistics) -> GateVectors:
         if len(matching) != 1:
             return None
         slots = graph.tensors[matching[0]]
-        param = statistics.parameters[matching[0]].detach().float().flatten()
+        param = whole(statistics.parameters[matching[0]]).float().flatten()
         rows = first_rows(slots.channels[0], group.channels)
         return param[torch.from_numpy(rows).to(param.device)]
 

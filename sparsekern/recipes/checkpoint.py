@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import read_plain, replacing
 from .errors import InputError
-from .files import replacing
 
 FORMAT = "sparsekern checkpoint 1"
 
@@ -52,7 +51,6 @@ def _load(path: Path, argument: str, expected: str) -> Any:
     if not path.is_file():
         raise InputError(f"{argument}: {path} is no file; expected {expected}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{argument}: {path} cannot be read ({reason}); expected {expected}") from error
+        return read_plain(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{argument}: {path} cannot be read ({error}); expected {expected}") from error

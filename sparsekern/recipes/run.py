@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import sparsekern
 from sparsekern import _info
 
+from .._files import replacing
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Split, normalise
 from .errors import InputError
-from .files import replacing, writable_directory
+from .files import writable_directory
 from .measure import latency, macs, parameters
 from .metrics import evaluate
 from .settings import Settings, build_model
@@ -105,11 +106,14 @@ def execute(
 
 def _conclude(trainer: Trainer, out: Path) -> Result:
     settings, full = trainer.settings, trainer.model
+    if settings.shrink:
+        # Only its size and speed are asked for, which are not those of the live network any more.
+        full = build_model(settings).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     image = normalise(trainer.test.image(0)[None]).contiguous(memory_format=torch.channels_last)
-    small, figures = full, {}
+    small, figures = trainer.model, {}
     if trainer.pruner is not None:
         small = trainer.pruner.compact()
-        figures = _compaction(full, small, trainer)
+        figures = _compaction(small, trainer)
     path = out / MODEL
     sparsekern.save(small, path)
     _check_stored(small, path, settings, image)
@@ -119,11 +123,11 @@ def _conclude(trainer: Trainer, out: Path) -> Result:
     return Result(settings, trainer.history, small.eval(), figures)
 
 
-def _compaction(full: nn.Module, small: nn.Module, trainer: Trainer) -> dict[str, Any]:
-    """Widths of a pruned network, and proof that it computes what the masked one does."""
+def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
+    """Widths of a pruned network, and proof that it computes what the trained one does."""
     assert trainer.pruner is not None
     # In float64 the two differ by rounding at most, so that the tolerance can be strict.
-    masked, compact = (copy.deepcopy(model).double() for model in (full, small))
+    masked, compact = (copy.deepcopy(model).double() for model in (trainer.model, small))
     difference = sparsekern.verify(masked, compact, trainer.example.double())
     if not difference <= TOLERANCE:
         raise RuntimeError(
@@ -136,7 +140,15 @@ def _compaction(full: nn.Module, small: nn.Module, trainer: Trainer) -> dict[str
         "groups": metrics["group_names"],
         "channels": metrics["channels"],
         "kept": metrics["kept"],
+        "training_macs_share": _training_macs_share(trainer),
     }
+
+
+def _training_macs_share(trainer: Trainer) -> float:
+    """MACs of the forward passes of the whole training over those of a dense one."""
+    if not trainer.settings.shrink:
+        return 1.0
+    return statistics.fmean(share for _, share, _ in trainer.history.cost)
 
 
 def _check_stored(small: nn.Module, path: Path, settings: Settings, image: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import allocate, criteria
+from sparsekern.prune.budget import UNITS
 
 from .errors import InputError
 from .metrics import output_channels
@@ -50,11 +51,15 @@ class Settings:
         depth, decoder: of the UNet.
         classes: of the masks, background included.
         keep: share of the cost that stays; None trains without pruning.
-        of: the cost, `"macs"` or `"params"`.
+        of: the cost, `"macs"`, `"params"` or `"latency"`.
         select: which channels go; names of `CRITERIA` joined by `*` and `+`.
         allocate: how wide layers stay; a name of `ALLOCATORS`.
-        round_to: channel counts become multiples of it; `"auto"` takes what suits the device.
+        round_to: channel counts become multiples of it; `"auto"` takes what suits the device, None is
+            `"auto"` with `shrink`, else 1.
         min_channels: every layer keeps so many.
+        begin, finish, events: channels go at so many events from the share `begin` of the steps on, and the
+            budget is met at the share `finish` of them.
+        shrink: the network gets smaller while it is trained, not only at the end.
         steps, batch, crop: optimizer steps, images a step, their height and width in pixels.
         lr, weight_decay, warmup: of AdamW; the rate rises over the share `warmup` of the steps, then
             falls along a cosine to zero.
@@ -74,8 +79,12 @@ class Settings:
     of: str = "macs"
     select: str = "joint"
     allocate: str = "global"
-    round_to: int | str = 1
+    round_to: int | str | None = None
     min_channels: int = 1
+    begin: float = 0.1
+    finish: float = 0.6
+    events: int = 10
+    shrink: bool = False
     steps: int = 1000
     batch: int = 8
     crop: int = 128
@@ -88,7 +97,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("model", self.model, MODELS)
         _one_of("decoder", self.decoder, ("transposed", "bilinear"))
-        _one_of("of", self.of, ("macs", "params"))
+        _one_of("of", self.of, UNITS)
         _one_of("allocate", self.allocate, tuple(ALLOCATORS))
         parse_select(self.select)
         for name, least in (("depth", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
@@ -206,4 +215,8 @@ def build_pruner(
         allocate=ALLOCATORS[settings.allocate](),
         round_to=settings.round_to,
         min_channels=settings.min_channels,
+        warmup=settings.begin,
+        finish=settings.finish,
+        events=settings.events,
+        shrink=settings.shrink,
     )

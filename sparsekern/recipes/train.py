@@ -73,7 +73,7 @@ class Trainer:
         backbone: weights for the backbone of MobileNetV3.
 
     Attributes:
-        model: the network; masked while and after it is pruned, never smaller.
+        model: the network; masked while it is pruned, and smaller from then on with `settings.shrink`.
         pruner: None for a dense run.
         example: float32 `[1, 3, crop, crop]`, the first training image, cut to the crop.
         step: steps done. history: what happened in them.
@@ -98,6 +98,7 @@ class Trainer:
         self.batches = Batches(train, settings.batch, settings.crop, settings.seed)
         self.example = self.batches(0)[0][:1]
         self.model = build_model(settings, backbone)
+        self._shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         # oneDNN convolves this layout a quarter faster than the default one.
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.model, settings)
@@ -162,7 +163,7 @@ class Trainer:
         """All that the run depends on from here, as tensors and plain data."""
         return {
             "settings": self.settings.to_json(),
-            "shapes": self._shapes(),
+            "shapes": self._shapes,
             "data": self._data,
             "step": self.step,
             "model": self.model.state_dict(),
@@ -181,11 +182,12 @@ class Trainer:
                 changed then.
         """
         self._check(state)
+        if self.pruner is not None:
+            # First, as it brings the other two to the size that they had.
+            self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
         torch.set_rng_state(state["random"])
         self.step = state["step"]
         self.history = History(**state["history"])
@@ -201,7 +203,7 @@ class Trainer:
                     f"--resume: the checkpoint is of a run with --{name.replace('_', '-')} "
                     f"{theirs.get(name)}, this one has {mine[name]}; expected equal arguments"
                 )
-        shapes = self._shapes()
+        shapes = self._shapes
         for name in sorted(shapes.keys() | state["shapes"].keys()):
             here, there = shapes.get(name), state["shapes"].get(name)
             if here != there:
@@ -211,9 +213,6 @@ class Trainer:
                 )
         if state["data"] != self._data:
             raise InputError("--resume: the checkpoint is of other images; expected the same --data")
-
-    def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(value.shape) for name, value in self.model.state_dict().items()}
 
 
 def _due(step: int, steps: int, times: int) -> bool:

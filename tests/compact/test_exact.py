@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision_models import models
 
-from sparsekern.compact import compact, dry_run, load, make_plan, save, verify
-from sparsekern.graph import ChannelGraph, trace
+from sparsekern.compact import compact, load, make_plan, save, verify
+from sparsekern.graph import ChannelGraph, dry_run, trace
 from sparsekern.recipes.models.unet import UNet
 
 

@@ -188,3 +188,17 @@ def test_wrong_masks_are_refused(kept: Any, message: str) -> None:
 
 def test_kept_is_what_the_hand_written_plan_keeps() -> None:
     assert chain_plan(Chain()).tensors["norm.bias"].new_shape == (len(KEPT),)
+
+
+def test_what_is_left_of_a_plan_after_another() -> None:
+    first = Plan({"a": TensorPlan((6, 4), {0: np.array([0, 2, 3, 5])})})
+    of_a = TensorPlan((4, 4), {0: np.array([1, 3]), 1: np.array([0, 1])})
+    second = Plan({"a": of_a, "b": TensorPlan((3,))})
+    both = first.then(second)
+    assert both.after(first).tensors["a"] == of_a
+    assert first.after(first).removes_nothing
+    assert both.after(Plan({})) == both
+    with pytest.raises(ValueError, match="done: tensor 'a': done: removed indices of dimension 0"):
+        first.after(both)
+    with pytest.raises(ValueError, match="done: tensor 'a': done: removed indices"):
+        Plan({}).after(first)

@@ -75,7 +75,8 @@ def difference(masked: nn.Module, small: nn.Module, inputs: Sequence[Any]) -> fl
         for model in (masked, small):
             torch.manual_seed(0)
             with torch.no_grad():
-                outputs.append(pytree.tree_leaves(model.train(training)(*inputs)))
+                leaves = pytree.tree_leaves(model.train(training)(*inputs))
+                outputs.append([torch.as_tensor(leaf) for leaf in leaves])
         for left, right in zip(*outputs, strict=True):
             assert left.shape == right.shape
             assert left.isfinite().all()

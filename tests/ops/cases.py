@@ -6,7 +6,7 @@ write or read outside of a view shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,15 +166,22 @@ ROW_STATES: dict[str, tuple[float, float]] = {
 }
 
 
-def problem(dtype: torch.dtype, layout: str, row_state: str, *, seed: int = 0) -> Problem:
-    """A Problem over SHAPES in the middle of a training. Gradients of masked rows are NaN."""
+def problem(
+    dtype: torch.dtype,
+    layout: str,
+    row_state: str,
+    *,
+    seed: int = 0,
+    shapes: Sequence[tuple[tuple[int, ...], int | None]] = SHAPES,
+) -> Problem:
+    """A Problem over ``shapes`` in the middle of a training. Gradients of masked rows are NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=generator) * scale
 
-    params = [Parameter(randn(shape).to(dtype)) for shape, _ in SHAPES]
-    tracked = [(p, d) for p, (_, d) in zip(params, SHAPES, strict=True) if d is not None]
+    params = [Parameter(randn(shape).to(dtype)) for shape, _ in shapes]
+    tracked = [(p, d) for p, (_, d) in zip(params, shapes, strict=True) if d is not None]
     table = RowTable(tracked, [])
     table.penalty.copy_(randn((len(table.penalty),)).clamp(min=0) * 0.5)
     table.threshold.copy_(randn((len(table.penalty),)).abs())
@@ -188,12 +195,12 @@ def problem(dtype: torch.dtype, layout: str, row_state: str, *, seed: int = 0) -
     table.countdown.copy_(torch.where(table.countdown == 0, steps_left, table.countdown))
     table.countdown[drawn < masked] = 0
 
-    grads = [randn(shape, 0.7).to(dtype) for shape, _ in SHAPES]
+    grads = [randn(shape, 0.7).to(dtype) for shape, _ in shapes]
     states = {
-        "momentum_buffers": [randn(shape, 0.7).to(dtype) for shape, _ in SHAPES],
-        "exp_avgs": [randn(shape, 0.7).to(dtype) for shape, _ in SHAPES],
-        "exp_avg_sqs": [randn(shape).square().to(dtype) for shape, _ in SHAPES],
-        "max_exp_avg_sqs": [randn(shape).square().to(dtype) for shape, _ in SHAPES],
+        "momentum_buffers": [randn(shape, 0.7).to(dtype) for shape, _ in shapes],
+        "exp_avgs": [randn(shape, 0.7).to(dtype) for shape, _ in shapes],
+        "exp_avg_sqs": [randn(shape).square().to(dtype) for shape, _ in shapes],
+        "max_exp_avg_sqs": [randn(shape).square().to(dtype) for shape, _ in shapes],
     }
     position = {id(param): i for i, param in enumerate(params)}
     table.zero_masked(lambda param: [state[position[id(param)]] for state in states.values()])

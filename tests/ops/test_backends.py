@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def test_available_names_all_and_says_what_they_are() -> None:
     found = {name: (works, what) for name, works, what in backends.available()}
-    assert set(found) == {"reference", "cpu"}
+    assert set(found) == {"reference", "cpu", "cuda"}
     assert found["reference"][0]
     assert found["cpu"][0] == (_native.load() is not None)
     assert all(what for _, what in found.values())

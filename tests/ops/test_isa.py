@@ -16,6 +16,7 @@ from sparsekern._rows import RowTable
 from sparsekern.backends import cpu
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 # Run in a process each: an instruction set is chosen once, when the kernels are loaded.
 DIGEST = """
@@ -137,9 +138,9 @@ def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, 
 def test_addresses_are_refused_when_a_tensor_has_changed() -> None:
     tensor = torch.zeros(3, 4)
     layouts = [_pointers.layout(tensor)]
-    assert _pointers.of_lists([[tensor]], layouts, torch.float32, 5) == [[tensor.data_ptr()]]
+    assert _pointers.of_lists([[tensor]], layouts, torch.float32, 5, CPU) == [[tensor.data_ptr()]]
     for other in (tensor.t(), tensor.double(), torch.zeros(4, 3), torch.zeros(3, 4, device="meta")):
-        assert _pointers.of_lists([[other]], layouts, torch.float32, 5) is None
+        assert _pointers.of_lists([[other]], layouts, torch.float32, 5, CPU) is None
 
 
 def test_storage_exchanged_behind_a_parameter() -> None:

@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -66,12 +68,30 @@ def mesh(tmp_path: Path) -> Iterator[dist.DeviceMesh]:
     dist.destroy_process_group()
 
 
-def test_sharded_parameters_are_refused_by_name(under: Under, mesh: dist.DeviceMesh) -> None:
-    sharded = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
-    assert isinstance(sharded, DTensor)
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is a DTensor"):
-        under.case.ours([sharded])
+def test_parameters_that_wrap_others_are_refused_by_name(under: Under, mesh: dist.DeviceMesh) -> None:
+    partial = Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Partial()]))
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 is a DTensor placed as \(Partial"):
+        under.case.ours([partial])
     ours = under.case.ours([Parameter(torch.ones(2))])
-    with pytest.raises(RuntimeError, match="parameter 1 of group 1 is a DTensor"):
-        ours.add_param_group({"params": [Parameter(torch.ones(2)), sharded]})
+    pair = Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(RuntimeError, match="parameter 1 of group 1 is a TwoTensor"):
+        ours.add_param_group({"params": [Parameter(torch.ones(2)), pair]})
     assert len(ours.param_groups) == 1
+
+
+def test_what_is_not_placed_as_the_parameter_is_refused(under: Under, mesh: dist.DeviceMesh) -> None:
+    sharded = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    ours = under.case.ours([sharded])
+    sharded.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(1)])
+    with pytest.raises(RuntimeError, match=r"is a DTensor \(Shard\(dim=1\),\), expected a DTensor"):
+        ours.step()
+    sharded.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+    ours.step()
+    names = [name for name, value in ours.state[sharded].items() if name != "step"]
+    for name in names:
+        placed = ours.state[sharded][name]
+        ours.state[sharded][name] = torch.ones(4, 2)
+        with pytest.raises(RuntimeError, match=f"{name}.*got a plain tensor, expected a DTensor"):
+            ours.step()
+        ours.state[sharded][name] = placed
+    assert torch.isfinite(sharded.full_tensor()).all()

@@ -32,6 +32,28 @@ def test_shares_fall_to_keep_and_fastest_at_first() -> None:
     assert falls == sorted(falls, reverse=True)
 
 
+@pytest.mark.parametrize(("events", "area"), [(10, 0.3025), (20, 0.2756)])
+def test_the_area_under_the_staircase_is_what_it_is_said_to_be(events: int, area: float) -> None:
+    schedule = cubic(steps=10_000, events=events)
+    shares = [1.0, *(event.share for event in schedule.events)]
+    stops = [event.step + event.decline for event in schedule.events]
+    spans = [stop - start for start, stop in zip([0, *stops], [*stops, 10_000], strict=True)]
+    cost = sum(share * span for share, span in zip(shares, spans, strict=True)) / 10_000
+    assert area == pytest.approx((1 + 1 / events) ** 2 / 4, abs=1e-4)
+    assert cost == pytest.approx(0.1 + 0.5 * (0.2 + 0.8 * area) + 0.4 * 0.2, abs=1e-4)
+
+
+def test_even_events_are_close_to_the_least_area_that_any_spacing_has() -> None:
+    # Where the derivative of the staircase's area by every position is zero, from the last event backwards.
+    left = [0.0, 1.0]
+    for _ in range(9):
+        last, before = left[-1], left[-2]
+        left.append((last**3 + 3 * last**2 * (last - before)) ** (1 / 3))
+    least = sum((a - b) * a**3 for b, a in itertools.pairwise(left)) / left[-1] ** 4
+    assert least == pytest.approx(0.2915, abs=1e-4)
+    assert (0.3025 - least) * 0.8 * 0.3 < 0.003
+
+
 def test_few_steps_make_fewer_events() -> None:
     schedule = cubic(steps=10, events=50)
     assert [event.step for event in schedule.events] == [1, 2, 3, 4, 5]

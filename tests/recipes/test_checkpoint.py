@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+from sparsekern._files import replacing
 from sparsekern.recipes.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from sparsekern.recipes.errors import InputError
-from sparsekern.recipes.files import replacing, writable_directory
+from sparsekern.recipes.files import writable_directory
 
 STATE = {"weights": torch.arange(1000.0), "step": 3, "names": ["a", None, 0.5, True]}
 

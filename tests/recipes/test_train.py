@@ -16,6 +16,7 @@ from sparsekern.recipes.train import Trainer, learning_rate
 STEPS = 20
 PRUNED = Settings(width=4, depth=2, keep=0.4, steps=STEPS, batch=2, crop=32, evaluations=2, min_channels=1)
 DENSE = replace(PRUNED, keep=None)
+SHRUNK = replace(PRUNED, shrink=True, round_to=1)
 TRAIN, TEST = generate(5, 40, seed=1), generate(2, 40, seed=2)
 
 
@@ -76,6 +77,14 @@ def test_a_pruned_run_meets_its_budget_and_keeps_it():
     assert shares[-1] == pytest.approx(run.pruner.metrics()["macs_share"])
 
 
+def test_a_shrunk_run_trains_the_network_that_its_metrics_tell_of():
+    run = trainer(SHRUNK)
+    run.run()
+    size = sum(p.numel() for p in run.model.parameters())
+    assert size == run.pruner.metrics()["params"] < sum(p.numel() for p in trainer(DENSE).model.parameters())
+    assert 0.2 < run.pruner.metrics()["macs_share"] <= 0.4
+
+
 @functools.cache
 def end_of(settings: Settings) -> dict:
     whole = trainer(settings)
@@ -83,7 +92,7 @@ def end_of(settings: Settings) -> dict:
     return without_times(whole.state_dict())
 
 
-@pytest.mark.parametrize("settings", [DENSE, PRUNED], ids=["dense", "pruned"])
+@pytest.mark.parametrize("settings", [DENSE, PRUNED, SHRUNK], ids=["dense", "pruned", "shrunk"])
 @pytest.mark.parametrize("stop", [1, 9, 13])
 def test_a_run_that_was_stopped_ends_bit_identical(tmp_path, settings, stop):
     first = trainer(settings)
@@ -103,6 +112,7 @@ OTHERS = {
     "another budget": (replace(PRUNED, keep=0.5), "--keep"),
     "dense": (DENSE, "--keep"),
     "another seed": (replace(PRUNED, seed=7), "--seed"),
+    "shrunk": (SHRUNK, "--round-to"),
     "another length": (replace(PRUNED, steps=STEPS + 1), "--steps"),
 }
 

@@ -21,7 +21,7 @@ def _product(call: Call, left: Value, right: Value) -> tuple[list[Ids], list[Fla
         _consume(call, left, right)
         by = left.cleared or right.cleared
         reason = f"{call.label} sums over it not as zero" + (f" after {by}" if by else "")
-        call.inexact(ids[~vanishes], reason)
+        call.freeze(ids[~vanishes], reason)
     made: frozenset[int] = frozenset()
     if right.static and not left.static:
         made = call.produce("dense", right.ids[-1], None)
@@ -131,7 +131,7 @@ def einsum(call: Call) -> Result:
                 made |= call.produce("dense", own, None)
     for letter, (ids, zero, _) in table.items():
         if letter not in output and ids is not None:
-            call.inexact(ids[~flags(zero, len(ids))], f"{call.label} sums over it not as zero")
+            call.freeze(ids[~flags(zero, len(ids))], f"{call.label} sums over it not as zero")
     if len(operands) == 2:
         call.count_macs(1, *(size if ids is None else ids for ids, _, size in table.values()))
     origins = made.union(*(v.origins for v in operands))

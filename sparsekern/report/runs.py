@@ -21,10 +21,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from rich.table import Table
 
-from .recipes.files import replacing
+from .._files import replacing
 
 if TYPE_CHECKING:
-    from .recipes.run import Result
+    from ..recipes.run import Result
 
 BLUE, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#56B4E9", "#9A9A9A"
 RUN_COLOURS = (ORANGE, BLUE)  # the first run of a comparison, the second

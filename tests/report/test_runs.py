@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from sparsekern import report
+from sparsekern.report import runs as report
 
 
 @pytest.mark.parametrize(

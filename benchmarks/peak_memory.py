@@ -1,0 +1,75 @@
+"""Peak memory of training steps that go on from a checkpoint of a run, in bytes on stdout.
+
+What is measured is the high-water mark of the process's resident memory over some steps, reset after the
+checkpoint was loaded (a full-size model exists for a moment before it is cut), less what the process held
+when a narrow model had been trained for a step and was gone, with all the libraries that this takes: so
+parameters, gradients, optimizer state, activations, and the scratch memory of the convolutions. Linux only:
+it reads and resets ``VmHWM``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sparsekern.recipes.checkpoint import load_checkpoint
+from sparsekern.recipes.data import load_folder
+from sparsekern.recipes.metrics import SegmentationLoss
+from sparsekern.recipes.settings import Settings
+from sparsekern.recipes.train import Trainer
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="the folder that the run was trained on")],
+    checkpoint: Annotated[Path, typer.Option(help="of the run")],
+    steps: int = 4,
+    threads: int = 1,
+) -> None:
+    """Print the peak over ``steps`` training steps."""
+    torch.set_num_threads(threads)
+    state = load_checkpoint(checkpoint)
+    settings = Settings(**state["settings"])
+    train, test = load_folder(data, settings.classes)
+    del state
+    narrow = replace(settings, width=settings.width / 4, keep=settings.keep and 0.9, round_to=1)
+    _train(Trainer(narrow, train, test), 1)
+    _release()
+    before = _status("VmRSS")
+    trainer = Trainer(settings, train, test)
+    trainer.load_state_dict(load_checkpoint(checkpoint))
+    _release()
+    Path("/proc/self/clear_refs").write_text("5")
+    _train(trainer, steps)
+    typer.echo(_status("VmHWM") - before)
+
+
+def _train(trainer: Trainer, steps: int) -> None:
+    trainer.model.train()
+    criterion = SegmentationLoss()
+    for step in range(steps):
+        x, y = trainer.batches(step)
+        criterion(trainer.model(x.to(memory_format=torch.channels_last)), y).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+
+def _release() -> None:
+    """Give freed memory back to the system, which the allocator would keep."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _status(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

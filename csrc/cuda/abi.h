@@ -1,0 +1,55 @@
+// The contract between Python (sparsekern/_cuda.py mirrors it) and the CUDA library: a stateless one with a C interface.
+// Memory of every kind is Python's; nothing here allocates, waits for the device or reads from it.
+#pragma once
+
+#include "../abi.h"
+
+namespace sparsekern::cuda {
+
+// How a tensor is cut into chunks, one block of threads each. It depends on shape and dtype alone.
+struct Cut {
+  int64_t outer_step, inner_step;  // outer indices and inner elements of a chunk
+  int64_t partial;                 // row r of piece p has its partial sums at (partial + p * rows + r) * 4
+  int32_t row_step;                // rows of a chunk
+  int32_t pieces;                  // how many chunks share a row
+  int32_t chunks;
+  int32_t lanes;  // threads that share a row, a power of two; 0: rows lie behind an outer dimension
+};
+
+// A number: `value`, or what is at `address` on the device if that is not null.
+struct Scalar {
+  const void* address;
+  double value;
+  int32_t dtype;  // Dtype, of what is at `address`
+};
+
+// One call over a list of tensors. `hyper.lr`, `hyper.grad_scale` and `hyper.scaled` are not read.
+struct Call {
+  const Shape* shapes;       // [tensors]
+  const Cut* cuts;           // [tensors]
+  void* const* addresses;    // [kSlots][tensors], and then the seven of RowArrays, read if a tensor is tracked
+  float* partials;
+  void* stream;
+  Hyper hyper;
+  Scalar lr, grad_scale, found_inf;  // with neither address nor value 0: there is no such thing
+  int64_t tensors;
+  int32_t op, dtype, device;
+};
+
+// The means per channel.
+struct Moments {
+  const int64_t* gate_offsets;  // [channels + 1]
+  const int64_t* gate_rows;
+  float* sums;  // [rows, 4]
+  float* dot;
+  float* dot_sq;
+  float* updates;
+  float* pending;
+  uint32_t* ticket;  // 0 between two calls
+  void* stream;
+  int64_t channels, rows;
+  double decay;
+  int32_t device;
+};
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,70 @@
+// Adam and AdamW of one element, in torch's order of operations.
+#pragma once
+
+#include "factors.cuh"
+
+namespace sparsekern::cuda {
+
+// Bias corrections in float64. A power takes longer than an element, so the first two threads of the block take one
+// each. Called by whole blocks.
+struct AdamBias {
+  double step_size, root;
+
+  __device__ AdamBias(const Hyper& hyper, const float* step, double lr) {
+    __shared__ double left[2];
+    if (threadIdx.x < 2) {
+      const double count = *step + 1.0f;
+      left[threadIdx.x] = 1 - pow(threadIdx.x == 0 ? hyper.beta1 : hyper.beta2, count);
+    }
+    __syncthreads();
+    step_size = lr / left[0];
+    root = sqrt(left[1]);
+  }
+};
+
+template <class S, bool kAmsgrad>
+struct Adam {
+  using C = typename Compute<S>::Type;
+  static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr bool kReadsGrad = true, kWrites = true, kClearsMasked = false;
+
+  __device__ Adam(const Table& table, const Entry& entry, const Conditions& conditions)
+      : beta2(static_cast<C>(table.hyper.beta2)),
+        fresh(static_cast<C>(1 - table.hyper.beta2)),
+        eps(static_cast<C>(table.hyper.eps)),
+        from_mean(1 - table.hyper.beta1 < 0.5),
+        decoupled(table.hyper.decoupled),
+        decays(entry.start >= 0 || table.hyper.weight_decay != 0) {
+    const AdamBias bias(table.hyper, entry.step, conditions.lr);
+    step_size = static_cast<C>(bias.step_size);
+    root = static_cast<C>(bias.root);
+    // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
+    // share of the way.
+    const C weight = static_cast<C>(1 - table.hyper.beta1);
+    share = from_mean ? weight : -(C(1) - weight);
+  }
+
+  __device__ bool ignores_states() const { return false; }
+  __device__ bool leaves(const Factors<C>&) const { return false; }
+
+  __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
+    if (decoupled) {
+      w = w * row.decay;
+    } else if (decays) {
+      d = d + w * row.decay;
+    }
+    const C old = state[0];
+    state[0] = (from_mean ? old : d) + share * (d - old);
+    C top = state[1] = state[1] * beta2 + d * fresh * d;
+    if (kAmsgrad) {
+      C& highest = state[kStates - 1];
+      top = highest = top > highest || top != top ? top : highest;
+    }
+    return w - step_size * state[0] / (square_root(top) / root + eps);
+  }
+
+  C share, beta2, fresh, eps, step_size, root;
+  bool from_mean, decoupled, decays;
+};
+
+}  // namespace sparsekern::cuda

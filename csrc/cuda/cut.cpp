@@ -1,0 +1,62 @@
+#include "cut.h"
+
+#include <algorithm>
+
+namespace sparsekern::cuda {
+
+namespace {
+
+// Elements of a chunk: enough that what a block costs does not show, few enough to share out small networks.
+constexpr int64_t kChunk = 8 * 1024;
+
+// Longest row that is not cut.
+constexpr int64_t kWholeRow = 2 * kChunk;
+
+// Longest row that a warp takes: with four of them in a chunk, and longer ones, half of the block would be idle.
+constexpr int64_t kWarpRow = kChunk / 4;
+
+// Turns that a block takes over short rows. A turn waits for memory three times, whatever it brings.
+constexpr int64_t kTurns = 4;
+
+// Columns of a tile, in packs: half a kilobyte in a row of memory, so that chunks reach through many outer indices and
+// there are few partial sums.
+constexpr int64_t kTileColumns = 32;
+
+constexpr int64_t kBlockThreads = 256, kWarpThreads = 32;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads for a row: one for each pack, and in short rows, many of whose elements belong to none, one for each element.
+int32_t lanes_of(int64_t inner, int64_t pack) {
+  if (inner > kWarpRow) return kBlockThreads;
+  const int64_t useful = inner < kWarpThreads ? inner : divide_up(inner, pack);
+  int32_t lanes = 1;
+  while (lanes < kWarpThreads && lanes < useful) lanes *= 2;
+  return lanes;
+}
+
+}  // namespace
+
+Cut cut_of(const Shape& shape, int64_t element_size) {
+  const int64_t pack = 16 / element_size;
+  Cut cut = {};
+  cut.inner_step = shape.inner > kWholeRow ? kChunk : shape.inner;
+  cut.outer_step = 1;
+  int64_t row_step;
+  if (shape.outer == 1) {
+    cut.lanes = lanes_of(shape.inner, pack);
+    row_step = std::min(kChunk / cut.inner_step, kTurns * kBlockThreads / cut.lanes);
+  } else {
+    // Rounded up: where packs do not fit into rows, a tile of several rows has a thread for every element.
+    row_step = kTileColumns / divide_up(shape.inner, pack);
+  }
+  row_step = std::max<int64_t>(1, std::min(row_step, shape.rows));
+  if (shape.outer > 1) cut.outer_step = std::max<int64_t>(1, kChunk / (row_step * cut.inner_step));
+  const int64_t pieces = divide_up(shape.outer, cut.outer_step) * divide_up(shape.inner, cut.inner_step);
+  cut.row_step = static_cast<int32_t>(row_step);
+  cut.pieces = static_cast<int32_t>(pieces);
+  cut.chunks = static_cast<int32_t>(pieces * divide_up(shape.rows, row_step));
+  return cut;
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,193 @@
+// The functions that Python calls: lists of addresses become tables, tables become launches.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cut.h"
+#include "kernels.h"
+
+#define SPARSEKERN_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace sparsekern::cuda {
+namespace {
+
+int64_t launches = 0;
+
+// What an op needs to be given, and which kernel makes it.
+struct Needs {
+  Kernel kernel;
+  int32_t states;
+  bool grad;
+};
+
+Needs needs_of(const Call& call) {
+  switch (call.op) {
+    case kSgd: return call.hyper.momentum == 0 ? Needs{kSgdPlain, 0, true} : Needs{kSgdMomentum, 1, true};
+    case kAdam: return call.hyper.amsgrad ? Needs{kAdamAmsgrad, 3, true} : Needs{kAdamPlain, 2, true};
+    case kStatistics: return {kLook, 0, true};
+    default: return {kClear, 0, false};
+  }
+}
+
+bool is_given(const Scalar& scalar) { return scalar.address != nullptr || scalar.value != 0; }
+
+// Makes the device of a call the current one for as long as this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
+    changed_ = error == cudaSuccess && before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// The table without its entries; false when an address is missing.
+bool fill_head(const Call& call, Table& table) {
+  table.hyper = call.hyper;
+  table.hyper.decoupled = call.op == kMask || call.hyper.decoupled;
+  table.partials = call.partials;
+  table.lr = call.lr;
+  table.grad_scale = call.grad_scale;
+  table.found_inf = call.found_inf;
+  table.scaled = is_given(call.grad_scale);
+  table.skippable = is_given(call.found_inf);
+  table.statistics = call.op != kMask;
+  table.declines = call.op != kStatistics;
+  table.counts = call.op == kAdam;
+  table.tracks = false;
+  bool cut_rows = false;
+  for (int64_t i = 0; i < call.tensors; ++i) {
+    table.tracks = table.tracks || call.shapes[i].start >= 0;
+    cut_rows = cut_rows || (call.shapes[i].start >= 0 && call.cuts[i].pieces > 1);
+  }
+  if (!table.tracks) return true;
+  void* const* arrays = call.addresses + kSlots * call.tensors;
+  if (std::any_of(arrays, arrays + 7, [](void* array) { return array == nullptr; })) return false;
+  table.rows = {static_cast<float*>(arrays[0]), static_cast<int32_t*>(arrays[1]), static_cast<float*>(arrays[2]),
+                static_cast<float*>(arrays[3]), static_cast<float*>(arrays[4]),   static_cast<int64_t*>(arrays[5]),
+                static_cast<float*>(arrays[6])};
+  return !cut_rows || call.partials != nullptr;
+}
+
+// One tensor's entry; false when an address is missing.
+bool fill_entry(const Call& call, const Needs& needs, int64_t tensor, int32_t first_chunk, Entry& entry) {
+  const Shape& shape = call.shapes[tensor];
+  const Cut& cut = call.cuts[tensor];
+  const int slots = kState0 + needs.states;
+  uintptr_t bits = 0;
+  for (int slot = 0; slot < kStep; ++slot) {
+    const bool needed = slot < slots && (slot != kGrad || needs.grad);
+    void* address = needed ? call.addresses[slot * call.tensors + tensor] : nullptr;
+    if (needed && address == nullptr) return false;
+    bits |= reinterpret_cast<uintptr_t>(address);
+    entry.address[slot] = address;
+  }
+  entry.step = call.op == kAdam ? static_cast<float*>(call.addresses[kStep * call.tensors + tensor]) : nullptr;
+  entry.outer = shape.outer;
+  entry.inner = shape.inner;
+  entry.rows = static_cast<int32_t>(shape.rows);
+  entry.start = static_cast<int32_t>(shape.start);
+  entry.outer_step = cut.outer_step;
+  entry.inner_step = cut.inner_step;
+  entry.partial = cut.partial;
+  entry.row_step = cut.row_step;
+  entry.pieces = cut.pieces;
+  entry.lanes = cut.lanes;
+  entry.first_chunk = first_chunk;
+  entry.aligned = bits % 16 == 0;
+  return call.op != kAdam || entry.step != nullptr;
+}
+
+cudaError_t launch(const Call& call, Kernel kernel, const Table& table) {
+  const auto stream = static_cast<cudaStream_t>(call.stream);
+  const auto step = call.dtype == kFloat32    ? step_float32
+                    : call.dtype == kFloat64  ? step_float64
+                    : call.dtype == kBFloat16 ? step_bfloat16
+                                              : step_float16;
+  const cudaError_t error = step(kernel, table, stream);
+  ++launches;
+  if (error != cudaSuccess || !(table.tracks || table.counts)) return error;
+  ++launches;
+  return finish_step(table, stream);
+}
+
+int run(const Call& call) {
+  const Needs needs = needs_of(call);
+  Table table;
+  if (!fill_head(call, table)) return -kNullPointer;
+  // Everything is looked at before anything is launched.
+  for (int64_t i = 0; i < call.tensors; ++i)
+    if (!fill_entry(call, needs, i, 0, table.entries[0])) return -kNullPointer;
+  const DeviceGuard guard(call.device);
+  if (guard.error != cudaSuccess) return guard.error;
+  for (int64_t first = 0; first < call.tensors; first += kTableTensors) {
+    table.tensors = static_cast<int32_t>(std::min<int64_t>(kTableTensors, call.tensors - first));
+    table.chunks = 0;
+    for (int32_t i = 0; i < table.tensors; ++i) {
+      fill_entry(call, needs, first + i, table.chunks, table.entries[i]);
+      table.chunks += call.cuts[first + i].chunks;
+    }
+    const cudaError_t error = launch(call, needs.kernel, table);
+    if (error != cudaSuccess) return error;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace sparsekern::cuda
+
+using namespace sparsekern;
+using namespace sparsekern::cuda;
+
+// Of the structs above, so that Python finds out when it mirrors others: Shape, Cut, Call, Moments.
+SPARSEKERN_EXPORT void sparsekern_cuda_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(Shape);
+  sizes[1] = sizeof(Cut);
+  sizes[2] = sizeof(Call);
+  sizes[3] = sizeof(Moments);
+}
+
+// Cuts a list of tensors; gives the number of partial sums (of four floats each) that a call over it needs.
+SPARSEKERN_EXPORT int64_t sparsekern_cuda_cut(const Shape* shapes, int64_t tensors, int64_t element_size, Cut* cuts) {
+  int64_t partials = 0;
+  for (int64_t i = 0; i < tensors; ++i) {
+    cuts[i] = cut_of(shapes[i], element_size);
+    cuts[i].partial = partials;
+    if (shapes[i].start >= 0 && cuts[i].pieces > 1) partials += cuts[i].pieces * shapes[i].rows;
+  }
+  return partials;
+}
+
+// These three give 0, an error of CUDA, or the negative of an Error; nothing was launched then.
+SPARSEKERN_EXPORT int sparsekern_cuda_step(const Call* call) { return run(*call); }
+
+SPARSEKERN_EXPORT int sparsekern_cuda_moments(const Moments* moments) {
+  const DeviceGuard guard(moments->device);
+  if (guard.error != cudaSuccess) return guard.error;
+  ++launches;
+  return fold_moments(*moments, static_cast<cudaStream_t>(moments->stream));
+}
+
+SPARSEKERN_EXPORT int sparsekern_cuda_try(int device) {
+  const DeviceGuard guard(device);
+  return guard.error != cudaSuccess ? guard.error : try_device();
+}
+
+SPARSEKERN_EXPORT const char* sparsekern_cuda_error(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// Launches made by this process.
+SPARSEKERN_EXPORT int64_t sparsekern_cuda_launches() { return launches; }

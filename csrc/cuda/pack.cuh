@@ -1,0 +1,37 @@
+// Sixteen bytes of a tensor at a time, or one element.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace sparsekern::cuda {
+
+template <class S>
+constexpr int kPack = 16 / sizeof(S);
+
+template <class S, int kCount>
+struct alignas(kCount * sizeof(S)) Pack {
+  S values[kCount];
+};
+
+template <int kCount, class S>
+__device__ __forceinline__ Pack<S, kCount> load(const S* address) {
+  using Type = Pack<S, kCount>;
+  return *static_cast<const Type*>(__builtin_assume_aligned(address, sizeof(Type)));
+}
+
+// By an intrinsic (of the usual caching): the compiler takes the copy of a struct apart, and for sm_80 and sm_90 it does
+// not put the stores of the elements together again.
+template <int kCount, class S>
+__device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address) {
+  if constexpr (kCount == kPack<S>) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    __stwb(reinterpret_cast<uint4*>(address), bits);
+  } else {
+    *address = pack.values[0];
+  }
+}
+
+}  // namespace sparsekern::cuda

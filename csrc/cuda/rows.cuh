@@ -1,0 +1,60 @@
+// Rows that lie in one piece: a power of two of threads for each, from one for a row of one element to the whole block.
+#pragma once
+
+#include "worker.cuh"
+
+namespace sparsekern::cuda {
+
+// A chunk of a tensor: one block's work.
+struct Chunk {
+  int64_t outer_begin, outer_end;
+  int64_t inner_begin, inner_end;
+  int32_t row_begin, row_end;
+  int32_t piece;
+};
+
+// The elements [begin, end), shared by `lanes` threads of which this is number `lane`: packs as they are aligned with
+// the tensor, and one by one what is left at both ends. The thread that adds an element up thus depends on addresses:
+// torch gives every tensor of its own an aligned one.
+template <class S, class Update, class C>
+__device__ __forceinline__ void walk_row(const Worker<S, Update>& work, int64_t begin, int64_t end, int lane, int lanes,
+                                         bool aligned, const Factors<C>& row, C threshold, Sums<C>& sums) {
+  constexpr int64_t kSize = kPack<S>;
+  int64_t first = (begin + kSize - 1) / kSize * kSize, last = end / kSize * kSize;
+  if (!aligned || first >= last) first = last = end;
+  for (int64_t at = first + lane * kSize; at < last; at += lanes * kSize)
+    work.template run<kPack<S>>(at, row, threshold, sums);
+  const int64_t before = first - begin, singles = before + end - last;
+  for (int64_t i = lane; i < singles; i += lanes)
+    work.template run<1>(i < before ? begin + i : last + i - before, row, threshold, sums);
+}
+
+template <class S, class Update>
+__device__ inline void walk_rows(const Table& table, const Entry& entry, const Chunk& chunk,
+                                 const Conditions& conditions, const Worker<S, Update>& work) {
+  using C = typename Compute<S>::Type;
+  const int lanes = entry.lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  // The same number of turns for all threads: they meet in the sums.
+  for (int32_t first = chunk.row_begin; first < chunk.row_end; first += kThreads / lanes) {
+    const int32_t row = first + group;
+    Sums<C> sums = {};
+    if (row < chunk.row_end) {
+      const Factors<C> factors = factors_of<C>(table, entry, row, conditions);
+      const C threshold = work.statistics ? table.rows.threshold[entry.start + row] : C(0);
+      const int64_t begin = row * entry.inner;
+      if (!work.leaves(factors))
+        walk_row(work, begin + chunk.inner_begin, begin + chunk.inner_end, lane, lanes, entry.aligned, factors,
+                 threshold, sums);
+    }
+    if (!work.statistics) continue;
+    if (lanes <= kWarp) {
+      fold_lanes(sums, lanes);
+    } else {
+      fold_block(sums);
+    }
+    if (lane == 0 && row < chunk.row_end) store_sums(table, entry, chunk.piece, row, sums);
+  }
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,40 @@
+// SGD of one element, in torch's order of operations.
+#pragma once
+
+#include "factors.cuh"
+
+namespace sparsekern::cuda {
+
+template <class S, bool kMomentum>
+struct Sgd {
+  using C = typename Compute<S>::Type;
+  static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr bool kReadsGrad = true, kWrites = true, kClearsMasked = false;
+
+  __device__ Sgd(const Table& table, const Entry& entry, const Conditions& conditions)
+      : lr(static_cast<C>(conditions.lr)),
+        momentum(static_cast<C>(table.hyper.momentum)),
+        fresh(static_cast<C>(1 - table.hyper.dampening)),
+        decays(entry.start >= 0 || table.hyper.weight_decay != 0),
+        first(table.hyper.first),
+        nesterov(table.hyper.nesterov) {}
+
+  // Whether what the states hold is not used.
+  __device__ bool ignores_states() const { return first; }
+  __device__ bool leaves(const Factors<C>&) const { return false; }
+
+  __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
+    if (decays) d = d + w * row.decay;
+    if (kMomentum) {
+      const C buffer = first ? d : state[0] * momentum + d * fresh;
+      state[0] = buffer;
+      d = nesterov ? d + buffer * momentum : buffer;
+    }
+    return w - d * lr;
+  }
+
+  C lr, momentum, fresh;
+  bool decays, first, nesterov;
+};
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,83 @@
+// The first launch of a step: one block for each chunk of a list of tensors.
+#pragma once
+
+#include "adam.cuh"
+#include "columns.cuh"
+#include "foreign.cuh"
+#include "kernels.h"
+#include "rows.cuh"
+#include "sgd.cuh"
+
+namespace sparsekern::cuda {
+
+// The tensor that chunk `chunk` of a launch belongs to.
+__device__ inline const Entry& entry_of(const Table& table, int32_t chunk) {
+  int32_t low = 0, high = table.tensors;
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    if (table.entries[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return table.entries[low];
+}
+
+template <class T>
+__device__ inline T least(T a, T b) {
+  return a < b ? a : b;
+}
+
+// Chunk `index` of a tensor; those of the same rows follow each other, piece by piece.
+__device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
+  const int32_t piece = index % entry.pieces;
+  const int32_t row = index / entry.pieces * entry.row_step;
+  const int32_t inner_pieces = static_cast<int32_t>((entry.inner + entry.inner_step - 1) / entry.inner_step);
+  const int64_t outer = piece / inner_pieces * entry.outer_step, inner = piece % inner_pieces * entry.inner_step;
+  return {outer, least(entry.outer, outer + entry.outer_step), inner, least(entry.inner, inner + entry.inner_step),
+          row,   least(entry.rows, row + entry.row_step),      piece};
+}
+
+// Blocks that a multiprocessor has registers for at least. With three or more of them some kernels would spill; two
+// have 32 KB on their way from memory, twice what its latency asks for.
+constexpr int kBlocks = 2;
+
+template <class S, class Update>
+__global__ void __launch_bounds__(kThreads, kBlocks) step(const Table __grid_constant__ table) {
+  const Conditions conditions = conditions_of(table);
+  if (!conditions.go) return;
+  const int32_t index = static_cast<int32_t>(blockIdx.x);
+  const Entry& entry = entry_of(table, index);
+  const Chunk chunk = chunk_of(entry, index - entry.first_chunk);
+  const Worker<S, Update> work(table, entry, conditions);
+  if (entry.lanes > 0) {
+    walk_rows(table, entry, chunk, conditions, work);
+  } else {
+    walk_columns(table, entry, chunk, conditions, work);
+  }
+}
+
+template <class S, class Update>
+cudaError_t launch_step(const Table& table, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(table.chunks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, step<S, Update>, table);
+}
+
+// The kernels of one dtype, in the order of Kernel.
+template <class S>
+cudaError_t launch_step(Kernel kernel, const Table& table, cudaStream_t stream) {
+  switch (kernel) {
+    case kSgdPlain: return launch_step<S, Sgd<S, false>>(table, stream);
+    case kSgdMomentum: return launch_step<S, Sgd<S, true>>(table, stream);
+    case kAdamPlain: return launch_step<S, Adam<S, false>>(table, stream);
+    case kAdamAmsgrad: return launch_step<S, Adam<S, true>>(table, stream);
+    case kLook: return launch_step<S, Look<S>>(table, stream);
+    default: return launch_step<S, Mask<S>>(table, stream);
+  }
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,77 @@
+// The four sums of a row: taken by many threads, folded in an order that depends on shapes alone.
+#pragma once
+
+#include "table.cuh"
+
+namespace sparsekern::cuda {
+
+template <class C>
+struct Sums {
+  C count, dot, grad_sq, weight_sq;
+
+  __device__ void add(C w, C d, C threshold) {
+    count += (d < C(0) ? -d : d) > threshold ? C(1) : C(0);
+    dot += w * d;
+    grad_sq += d * d;
+    weight_sq += w * w;
+  }
+
+  __device__ void operator+=(const Sums& other) {
+    count += other.count;
+    dot += other.dot;
+    grad_sq += other.grad_sq;
+    weight_sq += other.weight_sq;
+  }
+};
+
+// Adds up neighbouring `lanes` (of a warp at most); the first of them has the result. Called by whole warps.
+template <class C>
+__device__ inline void fold_lanes(Sums<C>& sums, int lanes) {
+  constexpr unsigned kAll = 0xffffffffu;
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    Sums<C> other;
+    other.count = __shfl_xor_sync(kAll, sums.count, distance);
+    other.dot = __shfl_xor_sync(kAll, sums.dot, distance);
+    other.grad_sq = __shfl_xor_sync(kAll, sums.grad_sq, distance);
+    other.weight_sq = __shfl_xor_sync(kAll, sums.weight_sq, distance);
+    sums += other;
+  }
+}
+
+// Adds up all threads of the block; the first one has the result. Called by whole blocks.
+template <class C>
+__device__ inline void fold_block(Sums<C>& sums) {
+  __shared__ Sums<C> of_warps[kThreads / kWarp];
+  fold_lanes(sums, kWarp);
+  __syncthreads();  // whoever read what was here before has done so
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sums;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) sums += of_warps[warp];
+}
+
+// Adds up all[i + j * stride] over j < count for one i, each thread being one (i, j). Called by whole blocks.
+template <class C>
+__device__ inline void fold_strided(Sums<C>* all, int at, int j, int count, int stride) {
+  int reach = 1;
+  while (reach < count) reach *= 2;
+  for (reach /= 2; reach > 0; reach /= 2) {
+    __syncthreads();
+    if (j < reach && j + reach < count) all[at] += all[at + reach * stride];
+  }
+  __syncthreads();
+}
+
+template <class C>
+__device__ inline void store_sums(const Table& table, const Entry& entry, int32_t piece, int32_t row,
+                                  const Sums<C>& sums) {
+  float* out = entry.pieces == 1
+                   ? table.rows.sums + (static_cast<int64_t>(entry.start) + row) * kSums
+                   : table.partials + (entry.partial + static_cast<int64_t>(piece) * entry.rows + row) * kSums;
+  out[0] = static_cast<float>(sums.count);
+  out[1] = static_cast<float>(sums.dot);
+  out[2] = static_cast<float>(sums.grad_sq);
+  out[3] = static_cast<float>(sums.weight_sq);
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,83 @@
+// One thread's work on an element of a tensor or on a pack of them: everything read once, everything written once.
+#pragma once
+
+#include "factors.cuh"
+#include "pack.cuh"
+#include "sums.cuh"
+
+namespace sparsekern::cuda {
+
+template <class S, class Update>
+class Worker {
+ public:
+  using C = typename Compute<S>::Type;
+
+  __device__ Worker(const Table& table, const Entry& entry, const Conditions& conditions)
+      : entry_(entry),
+        update_(table, entry, conditions),
+        scale_(table.scaled ? static_cast<C>(read(table.grad_scale)) : C(1)),
+        scaled_(table.scaled),
+        maximize_(table.hyper.maximize),
+        statistics(table.statistics && entry.start >= 0 && conditions.learn) {}
+
+  // Whether there is nothing to do for a row with these factors.
+  __device__ bool leaves(const Factors<C>& row) const {
+    return (row.masked && !Update::kClearsMasked) || update_.leaves(row);
+  }
+
+  // Elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or that of a pack with all addresses aligned.
+  template <int kCount>
+  __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
+    Pack<S, kCount> weights = load<kCount>(list(kParam) + at), gradients = {}, states[kStates] = {};
+    if constexpr (Update::kReadsGrad) gradients = load<kCount>(list(kGrad) + at);
+#pragma unroll
+    for (int s = 0; s < Update::kStates; ++s)
+      if (!update_.ignores_states()) states[s] = load<kCount>(list(kState0 + s) + at);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const C w = widen(weights.values[k]);
+      const C d = gradient(&gradients.values[k]);
+      if (statistics) sums.add(w, d, threshold);
+      if constexpr (Update::kWrites) {
+        C state[kStates];
+#pragma unroll
+        for (int s = 0; s < Update::kStates; ++s) state[s] = widen(states[s].values[k]);
+        const C updated = update_(w, d, state, row) * row.decline;
+        const bool clear = row.ends || row.masked;
+        narrow(clear ? C(0) : updated, &weights.values[k]);
+#pragma unroll
+        for (int s = 0; s < Update::kStates; ++s) narrow(clear ? C(0) : state[s], &states[s].values[k]);
+      }
+    }
+    if constexpr (Update::kWrites) store(weights, list(kParam) + at);
+#pragma unroll
+    for (int s = 0; s < Update::kStates; ++s) store(states[s], list(kState0 + s) + at);
+    if constexpr (Update::kReadsGrad)
+      if (scaled_) store(gradients, list(kGrad) + at);
+  }
+
+ private:
+  static constexpr int kStates = Update::kStates > 0 ? Update::kStates : 1;
+
+  __device__ S* list(int slot) const { return static_cast<S*>(entry_.address[slot]); }
+
+  // In the compute type, unscaled (and then stored so) and with the sign that is descended.
+  __device__ C gradient(S* stored) const {
+    C d = widen(*stored);
+    if (scaled_) {
+      d = d / scale_;
+      narrow(d, stored);
+    }
+    return maximize_ ? -d : d;
+  }
+
+  const Entry& entry_;
+  Update update_;
+  C scale_;
+  bool scaled_, maximize_;
+
+ public:
+  const bool statistics;
+};
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,174 @@
+"""The CUDA library: loading it, its structs, and what it needs to know of torch.
+
+It is a plain shared library with a C interface (``csrc/cuda/abi.h``), linked with its own runtime, so it
+loads where there is neither a driver nor a GPU, and serves every torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from sparsekern import _native
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Dtype of csrc/abi.h by the one of torch."""
+
+DEVICE_TYPE = 2
+"""What DLPack calls a CUDA device."""
+
+NEVER_RUN = "compiled and tested in emulation, never run on a GPU"
+
+
+class Shape(Structure):
+    _fields_ = [(name, c_int64) for name in ("outer", "rows", "inner", "start")]
+
+
+class Cut(Structure):
+    _fields_ = [
+        ("outer_step", c_int64),
+        ("inner_step", c_int64),
+        ("partial", c_int64),
+        ("row_step", c_int32),
+        ("pieces", c_int32),
+        ("chunks", c_int32),
+        ("lanes", c_int32),
+    ]
+
+
+class Hyper(Structure):
+    _fields_ = [
+        *(
+            (name, c_double)
+            for name in ("lr", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps")
+        ),
+        *((name, c_double) for name in ("grad_scale", "tau", "decay")),
+        *((name, c_int32) for name in ("nesterov", "first", "decoupled", "amsgrad", "maximize", "scaled")),
+    ]
+
+
+class Scalar(Structure):
+    _fields_ = [("address", c_void_p), ("value", c_double), ("dtype", c_int32)]
+
+
+class Call(Structure):
+    _fields_ = [
+        ("shapes", c_void_p),
+        ("cuts", c_void_p),
+        ("addresses", c_char_p),
+        ("partials", c_void_p),
+        ("stream", c_void_p),
+        ("hyper", Hyper),
+        ("lr", Scalar),
+        ("grad_scale", Scalar),
+        ("found_inf", Scalar),
+        ("tensors", c_int64),
+        ("op", c_int32),
+        ("dtype", c_int32),
+        ("device", c_int32),
+    ]
+
+
+class Moments(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("gate_offsets", "gate_rows", "sums", "dot", "dot_sq", "updates")),
+        *((name, c_void_p) for name in ("pending", "ticket", "stream")),
+        ("channels", c_int64),
+        ("rows", c_int64),
+        ("decay", c_double),
+        ("device", c_int32),
+    ]
+
+
+_STRUCTS = (Shape, Cut, Call, Moments)
+
+
+reason: str | None = None
+"""Why :func:`load` gave None; None while it has not been called or when it gave a library."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None (and :data:`reason`) where the package runs without."""
+    global reason
+    files = [
+        Path(__file__).with_name(f"_cuda_kernels{suffix}")
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    ]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        reason = "the CUDA kernels were not built at installation (no nvcc, or SPARSEKERN_NO_CUDA=1)"
+        return None
+    try:
+        return bind(path)
+    except (OSError, RuntimeError) as error:
+        reason = str(error)
+        return None
+
+
+def bind(path: Path) -> ctypes.CDLL:
+    """The library in the file ``path``, its functions with their types.
+
+    Raises:
+        OSError: it cannot be loaded.
+        RuntimeError: it was built from another version of this package.
+    """
+    library = ctypes.CDLL(str(path))
+    library.sparsekern_cuda_sizes.argtypes = [POINTER(c_int64)]
+    library.sparsekern_cuda_sizes.restype = None
+    library.sparsekern_cuda_cut.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(Cut)]
+    library.sparsekern_cuda_cut.restype = c_int64
+    library.sparsekern_cuda_step.argtypes = [POINTER(Call)]
+    library.sparsekern_cuda_moments.argtypes = [POINTER(Moments)]
+    library.sparsekern_cuda_try.argtypes = [c_int32]
+    library.sparsekern_cuda_error.argtypes = [c_int32]
+    library.sparsekern_cuda_error.restype = c_char_p
+    library.sparsekern_cuda_launches.restype = c_int64
+    sizes = (c_int64 * len(_STRUCTS))()
+    library.sparsekern_cuda_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(struct) for struct in _STRUCTS]:
+        raise RuntimeError(f"{path}: got a library of another version, expected one built with this package")
+    return library
+
+
+def why_not() -> str | None:
+    """Why the CUDA kernels cannot run here; None when they can."""
+    if _native.load() is None:
+        return str(_native.reason)
+    library = load()
+    if library is None:
+        return str(reason)
+    problem = _problem(library)
+    return None if problem is None else f"{problem} ({NEVER_RUN})"
+
+
+def _problem(library: ctypes.CDLL) -> str | None:
+    """What of torch or this machine is in the way."""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    code = library.sparsekern_cuda_try(torch.cuda.current_device())
+    return None if code == 0 else error_text(library, code)
+
+
+def error_text(library: ctypes.CDLL, code: int) -> str:
+    """What a code of the library means."""
+    if code < 0:
+        return f"an address is missing (error {-code})"
+    return f"{library.sparsekern_cuda_error(code).decode()} (CUDA error {code})"
+
+
+def stream(device: torch.device) -> int:
+    """The handle of torch's current stream on ``device``."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,105 @@
+"""What an optimizer keeps per parameter, cut as the parameter is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from sparsekern.compact.plan import TensorPlan
+from sparsekern.compact.surgery import cut
+
+StateCutter = Callable[[Tensor, str, Any, TensorPlan], Any]
+"""``(parameter, name, value, plan) -> smaller value`` for state whose shape says nothing about its
+parameter's. Called before anything is changed; has to leave its arguments as they are."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One value of ``optimizer.state[p]`` and what becomes of it: a part of it, or another value."""
+
+    state: dict[str, Any]
+    name: str
+    part: TensorPlan | None
+    value: Any
+
+
+class PreparedState:
+    """State that is known to be cuttable."""
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self._entries = entries
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Make the state smaller: the same tensors where the cut is ours."""
+        for entry in self._entries:
+            if entry.part is None:
+                entry.state[entry.name] = entry.value
+            else:
+                entry.value.data = cut(entry.value, entry.part)
+
+
+def prepare_state(
+    optimizer: Optimizer,
+    parts: Mapping[int, TensorPlan],
+    names: Mapping[int, str],
+    cutter: StateCutter | None,
+) -> PreparedState:
+    """Everything of the optimizer's state that has to get smaller.
+
+    Args:
+        optimizer: only state of its parameters is looked at.
+        parts: by ``id`` of a parameter, what stays of it; others stay whole.
+        names: of the parameters, by ``id``.
+        cutter: for state of unknown shape.
+
+    Raises:
+        ValueError: there is such state, and no cutter.
+    """
+    entries: list[_Entry] = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            part = parts.get(id(param))
+            if part is None or not part.keep or param not in optimizer.state:
+                continue
+            state = optimizer.state[param]
+            for name, value in state.items():
+                if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+                    continue
+                own = _part_of_state(value, part)
+                if own is None:
+                    if cutter is None:
+                        raise ValueError(_unknown(optimizer, names[id(param)], param, name, value))
+                    entries.append(_Entry(state, name, None, cutter(param, name, value, part)))
+                elif own.keep:
+                    entries.append(_Entry(state, name, own, value))
+    return PreparedState(entries)
+
+
+def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
+    """What stays of a state tensor; None where its shape does not tell."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    shape = tuple(value.shape)
+    if value.numel() == 1:
+        return TensorPlan(shape)
+    fits = len(shape) == len(part.shape) and all(
+        size in (1, full) for size, full in zip(shape, part.shape, strict=True)
+    )
+    if not fits:
+        return None
+    return TensorPlan(shape, {dim: kept for dim, kept in part.keep.items() if shape[dim] != 1})
+
+
+def _unknown(optimizer: Optimizer, parameter: str, param: Tensor, name: str, value: Any) -> str:
+    what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"optimizer: {type(optimizer).__name__} keeps {name!r} of parameter {parameter!r} "
+        f"{list(param.shape)} as {what}, expected the parameter's shape; state_cutter has to cut it"
+    )

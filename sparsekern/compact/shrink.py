@@ -1,0 +1,182 @@
+"""Carrying out a plan on the live model: the same objects, smaller, with their optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sparsekern._sharding import unwrap
+from sparsekern.compact._attributes import update_attributes
+from sparsekern.compact.optimizer_state import StateCutter, prepare_state
+from sparsekern.compact.parallel import check_rebuildable, rebuild, wrappers_of
+from sparsekern.compact.plan import Plan, TensorPlan, shorten
+from sparsekern.compact.surgery import Registered, cut, match, registered, remember
+
+
+def shrink(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: Optimizer | None = None,
+    also: Sequence[nn.Module] = (),
+    state_cutter: StateCutter | None = None,
+) -> None:
+    """Cut ``model`` in place to what ``plan`` keeps, with the optimizer's state and copies of the model.
+
+    Modules, parameters, buffers and state tensors stay the same objects and become smaller: whoever
+    holds them sees it. Gradients are cut alike; hooks, ``requires_grad``, memory formats and ties
+    stay; sizes such as ``out_channels`` follow; ``plan_of`` knows what is gone. Backward passes
+    through outputs from before are refused by autograd afterwards, as after any change in place.
+    What ``torch.compile`` has compiled in this process is compiled anew at its next call.
+
+    Every ``DistributedDataParallel`` of this process that the model is inside of gets a new reducer, with
+    its options and its communication hook: all processes have to call this alike. Other hooks on the
+    gradient accumulators themselves do not follow.
+
+    Args:
+        model: also the result of ``torch.compile`` and ``DistributedDataParallel``.
+        plan: relative to the model as it is.
+        optimizer: of parameters of the model. State of a parameter's shape, or with size 1 in place
+            of some dimensions (Adafactor's), is cut as the parameter is; single numbers stay.
+        also: modules of the same structure with tensors of their own, as they are or inside an
+            ``AveragedModel``.
+        state_cutter: gives the smaller state where the optimizer keeps some of another shape.
+
+    Raises:
+        TypeError: ``model``, ``plan`` or an entry of ``also`` is something else.
+        ValueError: the plan does not fit, a layer's sizes cannot be changed, tensors are sharded, an
+            entry of ``also`` is no copy, there is state whose cut is not known, or a
+            ``DistributedDataParallel`` has a communication hook or an option that knows of sizes. Nothing
+            has been changed in all these cases.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
+    live = _Surgery(unwrap(model), plan, "model")
+    copies = [_copy_of(module, live, f"also[{index}]") for index, module in enumerate(also)]
+    state = None
+    if optimizer is not None:
+        state = prepare_state(optimizer, live.parts, live.names, state_cutter)
+    wrappers = wrappers_of(live.module)
+    for wrapper in wrappers:
+        check_rebuildable(wrapper)
+    for surgery in (live, *copies):
+        surgery.carry_out()
+    if state is not None:
+        state.cut()
+    for wrapper in wrappers:
+        rebuild(wrapper)
+    _forget_compiled()
+
+
+def check_cuttable(model: nn.Module) -> None:
+    """Raise what :func:`shrink` would for every plan: sharded tensors, or a wrapper that cannot follow."""
+    inner = unwrap(model)
+    _check_whole(registered(inner), "model")
+    for wrapper in wrappers_of(inner):
+        check_rebuildable(wrapper)
+
+
+def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> None:
+    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``."""
+    if also:
+        live = _Surgery(unwrap(model), plan, "model")
+        for index, module in enumerate(also):
+            _copy_of(module, live, f"also[{index}]")
+
+
+class _Surgery:
+    """A plan for one module, checked when it is made, so that carrying it out cannot fail."""
+
+    def __init__(self, module: nn.Module, plan: Plan, label: str) -> None:
+        self.plan = plan
+        self.tensors = registered(module)
+        self.parts = match(plan, self.tensors)
+        self.names = {id(entry.tensor): entry.names[0] for entry in self.tensors}
+        self.module = module
+        _check_whole(self.tensors, label)
+        with _attributes_restored(module):
+            update_attributes(module, module, self.parts)
+
+    @torch.no_grad()
+    def carry_out(self) -> None:
+        update_attributes(self.module, self.module, self.parts)
+        remember(self.module, self.module, self.tensors, self.parts)
+        for entry in self.tensors:
+            part = self.parts[id(entry.tensor)]
+            if part.keep:
+                _cut_in_place(entry.tensor, part)
+
+
+def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
+    """The same surgery for a copy of the model, which may be wrapped."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{label}: got {type(module).__name__}, expected an nn.Module")
+    own = unwrap(module)
+    # AveragedModel and the wrappers for several processes call what is inside `module`.
+    inside = getattr(own, "module", None)
+    for candidate in (own, unwrap(inside) if isinstance(inside, nn.Module) else own):
+        tensors = registered(candidate)
+        known = {name for entry in tensors for name in entry.names}
+        if known.issuperset(live.plan.tensors):
+            if any(id(entry.tensor) in live.parts for entry in tensors):
+                raise ValueError(f"{label}: shares tensors with the model, expected a copy of it")
+            try:
+                return _Surgery(candidate, live.plan, label)
+            except ValueError as error:
+                raise ValueError(f"{label}: not a copy of the model as it is: {error}") from None
+    missing = sorted(live.plan.tensors.keys() - known)
+    raise ValueError(
+        f"{label}: got a {type(own).__name__} without {shorten(missing)}, expected a copy of the model"
+    )
+
+
+def _check_whole(tensors: Sequence[Registered], label: str) -> None:
+    for entry in tensors:
+        if is_traceable_wrapper_subclass(entry.tensor):
+            raise ValueError(
+                f"{label}: {entry.names[0]!r} is a {type(entry.tensor).__name__}, expected plain "
+                f"tensors: sharded and other wrapped ones cannot be cut in place (fully_shard fixes the "
+                f"sizes of its parts)"
+            )
+
+
+@contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """The attributes of all modules as they were, when the block is left in any way."""
+    before = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.update(values)
+
+
+def _cut_in_place(tensor: Tensor, part: TensorPlan) -> None:
+    grad = tensor.grad if tensor.is_leaf else None
+    smaller = cut(tensor, part)
+    tensor.grad = None
+    if tensor.requires_grad:
+        # A node that accumulates gradients lives as long as a hook or an old graph holds on to it,
+        # and expects the shape it was made for. Assigning another dtype makes torch forget it.
+        other = torch.float32 if tensor.dtype is torch.float64 else torch.float64
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = smaller
+    # Assigning data does not tell autograd that a saved tensor has changed.
+    increment_version(tensor)
+    # Other kinds of gradient (sparse, or the stand-in for one that is used up) are not worth keeping.
+    if type(grad) is Tensor and grad.layout is torch.strided:
+        tensor.grad = cut(grad, part)
+
+
+def _forget_compiled() -> None:
+    """Drop what torch.compile made for other shapes: it would never fit again, but count as a recompile,
+    and after a few of them torch.compile gives up and runs eagerly."""
+    from torch._dynamo import reset_code_caches
+
+    reset_code_caches()

@@ -1,0 +1,217 @@
+"""The sizes that torch's modules keep beside their tensors, for tensors of which only a part stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Sizes = dict[str, int | tuple[int, ...]]
+
+# Of a reparametrised weight (torch.nn.utils.prune, weight_norm) the module holds these instead.
+_WEIGHT_NAMES = ("weight", "weight_orig", "weight_v")
+
+
+class Part(Protocol):
+    """What stays of a tensor: shape before, increasing indices kept by dimension, shape after."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def keep(self) -> Mapping[int, np.ndarray]: ...
+    @property
+    def new_shape(self) -> tuple[int, ...]: ...
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]: ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A plain ``Part``. A dimension that stays whole is not listed in ``keep``. sizes: attributes of
+    the user's modules that count indices of a dimension, with the indices that one unit is."""
+
+    shape: tuple[int, ...]
+    keep: Mapping[int, np.ndarray] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def new_shape(self) -> tuple[int, ...]:
+        return tuple(len(self.keep[d]) if d in self.keep else size for d, size in enumerate(self.shape))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A module with the part of each of its own tensors that stays."""
+
+    name: str
+    module: Any
+    parts: Mapping[str, Part]
+
+    def weight(self) -> Part | None:
+        for name in _WEIGHT_NAMES:
+            if name in self.parts:
+                return self.parts[name]
+        return None
+
+    def features(self) -> Part:
+        """The part of whichever one-dimensional tensor it has: they must agree."""
+        return self.parts[min(self.parts)]
+
+    def blocks(self, part: Part, count: int) -> int:
+        """How many of ``count`` equal blocks of dimension 0 are left; all must stay equal."""
+        if 0 not in part.keep:
+            return count
+        owner = part.keep[0] // (part.shape[0] // count)
+        sizes = np.bincount(owner, minlength=count)
+        left = sizes[sizes > 0]
+        if (left != left[0]).any():
+            raise ValueError(
+                f"plan: the {count} groups of {self.name!r} keep {sizes.tolist()} channels, "
+                "expected equal numbers"
+            )
+        return len(left)
+
+    def require(self, size: int) -> None:
+        """Every one-dimensional tensor of the module has ``size`` elements, or ``ValueError``."""
+        for name, part in self.parts.items():
+            if len(part.shape) == 1 and part.new_shape != (size,):
+                raise ValueError(
+                    f"plan: {self.name}.{name} keeps {part.new_shape[0]} of {part.shape[0]}, "
+                    f"expected {size} to fit the other tensors of the module"
+                )
+
+
+def _conv(layer: _Layer, weight: Part) -> Sizes:
+    module = layer.module
+    # Dimension 0 runs through the groups, dimension 1 counts positions inside one. Whole groups
+    # may go (depthwise), else all of them lose the same number.
+    groups = layer.blocks(weight, module.groups)
+    first, second = weight.new_shape[0], weight.new_shape[1] * groups
+    into, out = (first, second) if module.transposed else (second, first)
+    layer.require(out)
+    return {"in_channels": into, "out_channels": out, "groups": groups}
+
+
+def _linear(layer: _Layer, weight: Part) -> Sizes:
+    out, into = weight.new_shape
+    layer.require(out)
+    return {"in_features": into, "out_features": out}
+
+
+def _embedding(layer: _Layer, weight: Part) -> Sizes:
+    if 0 in weight.keep:
+        raise ValueError(f"plan: removes entries of the vocabulary of {layer.name!r}")
+    return {"embedding_dim": weight.new_shape[1]}
+
+
+def _batch_norm(layer: _Layer) -> Sizes:
+    size = layer.features().new_shape[0]
+    layer.require(size)
+    return {"num_features": size}
+
+
+def _group_norm(layer: _Layer) -> Sizes:
+    part = layer.features()
+    size = part.new_shape[0]
+    layer.require(size)
+    return {"num_channels": size, "num_groups": layer.blocks(part, layer.module.num_groups)}
+
+
+def _layer_norm(layer: _Layer) -> Sizes:
+    shape = layer.features().new_shape
+    if any(part.new_shape != shape for part in layer.parts.values()):
+        raise ValueError(f"plan: the tensors of {layer.name!r} keep different shapes")
+    return {"normalized_shape": shape}
+
+
+def _prelu(layer: _Layer) -> Sizes:
+    return {"num_parameters": layer.features().new_shape[0]}
+
+
+_WEIGHTED: tuple[tuple[type[nn.Module], Callable[[_Layer, Part], Sizes]], ...] = (
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.Linear, _linear),
+    (nn.Embedding, _embedding),
+    (nn.EmbeddingBag, _embedding),
+)
+_FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
+    (nn.modules.batchnorm._NormBase, _batch_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.LayerNorm, _layer_norm),
+    (nn.RMSNorm, _layer_norm),
+    (nn.PReLU, _prelu),
+)
+
+
+def counts(model: nn.Module, parts: Iterable[Part]) -> Iterator[tuple[nn.Module, str, int]]:
+    """Module, attribute and new value of the user's own numbers that count what stays.
+
+    Raises ``ValueError`` where ``model`` has no such number.
+    """
+    for part in parts:
+        for path, (dim, per) in part.sizes.items():
+            if dim not in part.keep:
+                continue
+            owner, _, attribute = path.rpartition(".")
+            module = model.get_submodule(owner)
+            if not isinstance(vars(module).get(attribute), int):
+                raise ValueError(f"plan: made for another model, {path!r} is no number in this one")
+            yield module, attribute, part.new_shape[dim] // per
+
+
+def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
+    """``out_channels`` and the like as they have to be for what stays of the module's own tensors.
+
+    ``parts`` gives, by ``id`` of a tensor, what stays of it; others stay whole. Empty where
+    nothing of the module's tensors goes, and for a user's own class. Raises ``ValueError`` for a
+    class of torch whose sizes are not understood, and for parts that do not fit each other.
+    """
+    own = _own_parts(module, parts)
+    if not any(part.keep for part in own.values()):
+        return {}
+    layer = _Layer(name, module, own)
+    for kind, weighted in _WEIGHTED:
+        if isinstance(module, kind):
+            weight = layer.weight()
+            if weight is None:
+                raise ValueError(f"plan: {name!r} holds no weight that its sizes follow")
+            return weighted(layer, weight)
+    for kind, featured in _FEATURED:
+        if isinstance(module, kind):
+            return featured(layer)
+    if any(_is_opaque(kind) for kind in type(module).__mro__):
+        raise ValueError(
+            f"plan: cuts {', '.join(n for n, p in own.items() if p.keep)} of "
+            f"{name!r}, a {type(module).__name__}, whose sizes cannot be changed"
+        )
+    return {}
+
+
+def _own_parts(module: nn.Module, parts: Mapping[int, Part]) -> dict[str, Part]:
+    own: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        # num_batches_tracked and other counters say nothing about sizes.
+        if tensor is not None and tensor.ndim > 0
+    }
+    if parametrize.is_parametrized(module):
+        chains: Any = module.parametrizations
+        for name, chain in chains.items():
+            # Evaluating it could change its state (spectral norm), so the largest tensor that it
+            # is computed from stands for it: of weight norm's magnitude and direction the latter.
+            own[name] = max(chain._parameters.values(), key=Tensor.numel)
+    return {name: parts[id(t)] if id(t) in parts else Kept(tuple(t.shape)) for name, t in own.items()}
+
+
+def _is_opaque(kind: type) -> bool:
+    """Whether ``kind`` is one of torch's layers: none of those above, by the time it is asked."""
+    package = kind.__module__
+    return (
+        package.startswith("torch.nn.modules.")
+        and not package.endswith(".container")
+        and kind is not nn.Module
+    )

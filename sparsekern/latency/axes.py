@@ -1,0 +1,99 @@
+"""The widths that the ops of a network depend on, and those of them at which ops are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsekern.graph import ChannelGraph
+from sparsekern.graph.operations import Operation
+
+# Widths at which an op is timed along one axis.
+POINTS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """A width that ops depend on: ``constant + of_atom @ (kept channels of every atom)``.
+
+    extents: the graph's extents that it is the weighted sum of; full: its value in the whole
+    network; step: widths between two multiples of it take as long as the upper one; grid: the widths
+    at which ops are timed, rising, the last one ``full``.
+    """
+
+    extents: tuple[int, ...]
+    constant: float
+    of_atom: np.ndarray
+    full: float
+    step: float
+    grid: np.ndarray
+
+
+def lay_axes(
+    graph: ChannelGraph, operations: Sequence[Operation], block: int, natural: int
+) -> tuple[list[Axis], np.ndarray]:
+    """The axes of all operations, and which (at most two, int64 ``[ops, 2]``) each has; -1 for none.
+
+    An op that more than two widths enter (a concatenation of many) has one axis: the mean share that
+    is left of them, each weighed by the numbers that go with it.
+
+    Args:
+        block: widths are going to be multiples of so many channels.
+        natural: channels that the device computes together, which counts where ``block`` is 1.
+    """
+    axes: list[Axis] = []
+    known: dict[tuple[int, ...], int] = {}
+    of_operation = np.full((len(operations), 2), -1, np.int64)
+    everything = np.ones(graph.num_channels, bool)
+    full = graph.costs.sizes(everything)
+    moves = np.count_nonzero(graph.costs.share, axis=1)
+    for index, operation in enumerate(operations):
+        weights = _weights(operation, moves)
+        keys = [(extent,) for extent in weights] if len(weights) <= 2 else [(-1 - index,)]
+        for position, key in enumerate(keys):
+            if key not in known:
+                known[key] = len(axes)
+                single = {key[0]: 1.0} if key[0] >= 0 else weights
+                axes.append(_axis(graph, full, single, block, natural))
+            of_operation[index, position] = known[key]
+    return axes, of_operation
+
+
+def _weights(operation: Operation, moves: np.ndarray) -> dict[int, float]:
+    """The extents that enter an operation and can change, with the numbers that go with one index."""
+    weights: dict[int, float] = {}
+    for operand in operation.operands():
+        total = float(np.prod(operand.shape))
+        for size, extent in zip(operand.shape, operand.extents, strict=True):
+            if extent is not None and moves[extent]:
+                weights[extent] = weights.get(extent, 0.0) + total / size
+    return weights
+
+
+def _axis(graph: ChannelGraph, full: np.ndarray, weights: dict[int, float], block: int, natural: int) -> Axis:
+    extents = tuple(weights)
+    factors = np.array(list(weights.values()))
+    share = graph.costs.share[list(extents)]
+    of_atom, constant = factors @ share, float(factors @ graph.costs.stays[list(extents)])
+    whole = float(factors @ full[list(extents)])
+    if len(extents) > 1:
+        grid = whole * np.linspace(0.2, 1, POINTS)
+        return Axis(extents, constant, of_atom, whole, 0.0, grid)
+    # A channel can be several indices of the extent: those of a head, or of a flattened map.
+    indices = int(share[share > 0].min())
+    step = indices * (block if block > 1 else -(-natural // indices))
+    return Axis(extents, constant, of_atom, whole, float(step), _grid(int(whole), int(constant), step))
+
+
+def _grid(full: int, constant: int, step: int) -> np.ndarray:
+    """A few multiples of ``step``, closer together where the width is small, and ``full``."""
+    first = -(-max(constant, 1) // step) * step
+    multiples = [float(width) for width in range(first, full, step)]
+    widths = [*multiples, float(full)]
+    if len(widths) <= POINTS:
+        return np.array(widths)
+    wanted = np.geomspace(widths[0], widths[-1], POINTS)
+    nearest = {int(np.abs(np.array(widths) - width).argmin()) for width in wanted}
+    return np.array([widths[position] for position in sorted(nearest)])

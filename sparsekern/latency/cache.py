@@ -1,0 +1,112 @@
+"""Timings made before, in a file of their own for each machine, torch and setting that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekern._files import replacing
+from sparsekern._machine import cpu_name
+
+FORMAT = "sparsekern.latency"
+VERSION = 1
+# What glibc's allocator reads: whether the memory of a tensor is made anew every time.
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
+def directory(given: str | os.PathLike[str] | None = None) -> Path:
+    """Where timings are kept: ``given``, else ``$SPARSEKERN_CACHE``, else the user's cache directory."""
+    if given is not None:
+        return Path(given)
+    if chosen := os.environ.get("SPARSEKERN_CACHE"):
+        return Path(chosen)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "sparsekern"
+
+
+def settings(device: torch.device) -> dict[str, Any]:
+    """Everything but an op's own shapes that its time depends on."""
+    names = {"cpu": cpu_name, "cuda": lambda: torch.cuda.get_device_name(device)}
+    found: dict[str, Any] = {
+        "device": names.get(device.type, lambda: str(device))(),
+        "torch": torch.__version__,
+        "precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cpu":
+        found |= {name: os.environ.get(name, "") for name in ALLOCATOR}
+        return found | {"threads": torch.get_num_threads(), "onednn": torch.backends.mkldnn.is_available()}
+    return found | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
+
+
+class Cache:
+    """Seconds by what was timed, read from a file and written back to it.
+
+    Attributes:
+        path: the file, ``latency-<digest of the settings>.json``.
+        seconds: by key; new entries are kept in memory until :meth:`save`.
+    """
+
+    def __init__(self, where: Path, device: torch.device) -> None:
+        self._settings = settings(device)
+        digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.path = where / f"latency-{digest}.json"
+        self.seconds = self._load()
+
+    def save(self) -> None:
+        """Write everything, with what other processes have added to the file meanwhile.
+
+        Raises:
+            OSError: the directory or file cannot be written; an old file is as it was then.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self._settings,
+            "seconds": self._load() | self.seconds,
+        }
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(document, indent=0, sort_keys=True) + "\n")
+
+    def _load(self) -> dict[str, float]:
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return {}
+        try:
+            return _seconds(json.loads(text))
+        except ValueError as error:
+            warnings.warn(
+                f"{self.path}: not a file of latencies ({error}); everything is measured anew",
+                stacklevel=3,
+            )
+            return {}
+
+
+def _seconds(document: Any) -> dict[str, float]:
+    """The timings of a file's content. ValueError if it is not what :meth:`Cache.save` wrote."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    if document.get("version") != VERSION:
+        raise ValueError(f"its version is {document.get('version')!r}, expected {VERSION}")
+    seconds = document.get("seconds")
+    if not isinstance(seconds, dict) or not all(_is_time(value) for value in seconds.values()):
+        raise ValueError("its entries are not all seconds")
+    return seconds
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value >= 0

@@ -1,0 +1,119 @@
+"""Timing whole networks, and all their ops in a row, to set the tables of single ops right."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsekern.compact import compact, make_plan
+from sparsekern.compact.verify import as_arguments
+from sparsekern.graph import ChannelGraph
+from sparsekern.graph.operations import Operation
+from sparsekern.latency.cache import Cache
+from sparsekern.latency.calls import Call
+from sparsekern.latency.model import LatencyModel
+from sparsekern.latency.replay import Replay
+from sparsekern.latency.timing import Stopwatch
+
+# Uniform widths at which all ops are timed in a row, too, and mean widths of networks whose layers' own
+# widths are left to chance.
+EVEN = (1.0, 0.5, 0.2)
+UNEVEN = (0.7, 0.6, 0.5, 0.4, 0.3)
+# Rounds in which all of them take turns: at least so many, and then until so many seconds are spent in
+# networks or so many rounds are over.
+ROUNDS = 15
+SHORTEST = 3.0
+MOST_ROUNDS = 100
+
+
+def adjust(
+    found: LatencyModel, model: nn.Module, example_inputs: Any, stored: Cache, device: torch.device
+) -> None:
+    """Bring the tables to what ops take between the others, and their sum to what a network takes."""
+    graph, operations = found.graph, found.graph.operations
+    widths = [*_even(graph, found.block), *_uneven(graph, found.block)]
+    keys = [_key(operations, graph.costs.sizes(kept)) for kept in widths]
+    of_ops = [[f"{key}/{number}" for number in range(len(operations))] for key in keys[: len(EVEN)]]
+    names = [*keys, *(name for row in of_ops for name in row)]
+    if any(name not in stored.seconds for name in names):
+        whole, single = _time(found, model, example_inputs, widths, device)
+        stored.seconds |= dict(zip(names, [*whole, *single.ravel().tolist()], strict=True))
+        stored.save()
+    alone = np.array([found.of_each(kept) for kept in widths[: len(EVEN)]])
+    found.settle(alone, 1e9 * np.array([[stored.seconds[name] for name in row] for row in of_ops]))
+    sums = np.array([found.of_each(kept).sum() for kept in widths])
+    found.scale, found.overhead = _line(sums, 1e9 * np.array([stored.seconds[key] for key in keys]))
+
+
+def _even(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
+    """The first channels of every group, about the same share of each: bool ``[C]``."""
+    for share in EVEN:
+        yield _first(graph, block, np.full(len(graph.groups), share))
+
+
+def _uneven(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
+    """The first channels of every group, shares of it left to chance: bool ``[C]``."""
+    random = np.random.default_rng(0)
+    for share in UNEVEN:
+        yield _first(graph, block, share * random.uniform(0.3, 1.7, len(graph.groups)))
+
+
+def _first(graph: ChannelGraph, block: int, shares: np.ndarray) -> np.ndarray:
+    kept = np.zeros(graph.num_channels, bool)
+    for group, share in zip(graph.groups, shares, strict=True):
+        size = len(group.channels)
+        width = min(size, max(block, round(share * size / block) * block))
+        kept[group.channels[:width]] = True
+    return kept
+
+
+def _key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
+    text = "\n".join(Call(operation, sizes).key for operation in operations)
+    return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _time(
+    found: LatencyModel, model: nn.Module, example_inputs: Any, widths: list[np.ndarray], device: torch.device
+) -> tuple[list[float], np.ndarray]:
+    """Seconds of a network of each of ``widths``, and of each op ``[len(EVEN), ops]`` in a row.
+
+    Every round times all; a time counts by its ratio to that of the first network, the full one, in its
+    round, so that a slow spell of the machine falls on all alike.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    watch, graph = Stopwatch(device), found.graph
+    networks: list[Callable[[], Any]] = [
+        partial(compact(model, make_plan(graph, kept)).eval(), *args, **kwargs) for kept in widths
+    ]
+    replays = [Replay(graph.operations, graph.costs.sizes(kept), device) for kept in widths[: len(EVEN)]]
+    whole: list[list[float]] = []
+    single: list[list[list[float]]] = []
+    for run in networks:
+        run()
+    while len(whole) < ROUNDS or (len(whole) < MOST_ROUNDS and sum(map(sum, whole)) < SHORTEST):
+        whole.append([watch.seconds(run) for run in networks])
+        single.append([replay.seconds(watch) for replay in replays])
+    full = statistics.median(row[0] for row in whole)
+    pace = np.array([row[0] / full for row in whole])
+    of_whole = np.median(np.array(whole) / pace[:, None], axis=0)
+    return of_whole.tolist(), np.nan_to_num(np.median(np.array(single) / pace[:, None, None], axis=0))
+
+
+def _line(of_ops: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
+    """Scale and overhead (at least 0) with ``whole = scale * of_ops + overhead``.
+
+    Exactly so for the first, the full network, of whose time budgets are shares; for the others as nearly as
+    can be, relatively.
+    """
+    ops, time = of_ops[0] - of_ops[1:], whole[0] - whole[1:]
+    weight = whole[1:] ** -2.0
+    scale = float((weight * ops * time).sum() / max((weight * ops * ops).sum(), 1e-30))
+    scale = min(max(scale, 0.0), float(whole[0] / max(of_ops[0], 1e-9)))
+    return scale, float(whole[0] - scale * of_ops[0])

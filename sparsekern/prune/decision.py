@@ -1,0 +1,115 @@
+"""Which channels go at an event, and which feel a penalty until the next one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsekern.prune.allocate import Allocator, Problem
+from sparsekern.prune.criteria import Criterion, Partners, saliency
+from sparsekern.prune.masking import Masks
+from sparsekern.prune.network import Network
+from sparsekern.prune.schedule import Event
+from sparsekern.prune.statistics import Statistics, gather
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What happens at one event, with channels as bool arrays ``[C]``.
+
+    Attributes:
+        condemned: channels that go.
+        partners: what they may be folded into.
+        penalised: channels whose gates get the extra decay ``penalty``.
+    """
+
+    event: Event
+    condemned: np.ndarray
+    partners: Partners | None
+    penalised: np.ndarray
+    penalty: float
+
+    def parts(self) -> tuple[Any, ...]:
+        """All that the network's further way depends on, to be compared between processes."""
+        folds: tuple[Any, ...] = ()
+        if self.partners is not None:
+            folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
+        return self.condemned, self.penalised, self.penalty, *folds
+
+    def carry_out(self, masks: Masks) -> None:
+        """Fold, condemn and penalise."""
+        condemned = self.condemned
+        if self.partners is not None:
+            folded = masks.fold(condemned, self.partners)
+            masks.mask(folded)
+            condemned = condemned & ~folded
+        masks.condemn(condemned, self.event.decline)
+        masks.penalise(self.penalised, self.penalty)
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """What decisions follow from, beside the statistics; see the arguments of a Pruner.
+
+    Attributes:
+        floors: int64 ``[groups]``; channels that stay at least.
+    """
+
+    select: Criterion
+    allocate: Allocator
+    of: str
+    floors: np.ndarray
+    round_to: int
+    penalty: float
+
+    def problem(
+        self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
+    ) -> Problem:
+        """Bring the network down to ``share`` of what it cost whole, among the channels ``live``."""
+        of = of or self.of
+        pricing, whole = network.priced(of)
+        return Problem(
+            network.graph,
+            saliency,
+            live,
+            share * whole,
+            of,
+            self.floors,
+            self.round_to,
+            whole,
+            network.widths,
+            pricing,
+        )
+
+    def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
+        """The least salient channels that have to go, and the next in line. Changes nothing."""
+        live = network.masks.live
+        statistics = gather(network.rows, network.graph, live, network.parameters)
+        saliency = self.saliency(statistics)
+        kept = self.allocate(self.problem(network, saliency, live, event.share))
+        partners = self.select.partners(statistics, saliency)
+        penalised, penalty = self._next_in_line(network, event, following, saliency, kept)
+        return Choice(event, live & ~kept, partners, penalised, penalty)
+
+    def _next_in_line(
+        self, network: Network, event: Event, following: Event | None, saliency: np.ndarray, kept: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        """The channels that would go at the next event, and the extra decay for their gates until then."""
+        if not self.penalty or following is None:
+            return np.zeros_like(kept), 0.0
+        then = self.allocate(self.problem(network, saliency, kept, following.share))
+        group = network.optimizer.param_groups[0]
+        momentum = float(group.get("momentum", 0.0))
+        # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
+        rate = float(group["lr"]) * event.decline / (1 - momentum)
+        return kept & ~then, self.penalty / rate if rate > 0 else 0.0
+
+    def saliency(self, statistics: Statistics) -> np.ndarray:
+        """What ``select`` gives, float64 ``[C]``.
+
+        Raises:
+            ValueError: it gives something else.
+        """
+        return saliency(self.select, statistics)

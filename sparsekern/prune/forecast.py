@@ -1,0 +1,173 @@
+"""What a training will cost, before it begins."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sparsekern.compact.plan import make_plan
+from sparsekern.prune.allocate import Uniform
+from sparsekern.prune.decision import Policy
+from sparsekern.prune.network import Network
+from sparsekern.prune.probe import state_bytes, time_steps
+from sparsekern.prune.schedule import Schedule
+
+# Sizes at which steps are timed; what lies between is interpolated.
+_POINTS = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The network between two events.
+
+    Attributes:
+        start, stop: it makes the steps from ``start`` (counted from 0) up to but not including ``stop``.
+        macs: of one forward pass on the example inputs.
+        params: numbers in all parameters.
+        weight_bytes: of parameters, their gradients and the optimizer's state, over all ranks where they are
+            sharded.
+        activation_bytes: of all tensors that a forward pass on the example inputs makes.
+        allreduce_bytes: what each rank sends per step to average the gradients, as in a ring.
+        seconds: of one training step, where it was measured.
+    """
+
+    start: int
+    stop: int
+    macs: int
+    params: int
+    weight_bytes: int
+    activation_bytes: int
+    allreduce_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The stages of a training, dense first; ``print`` it for a table.
+
+    Attributes:
+        stages: in order.
+        ranks: processes that average their gradients.
+        macs_share: multiply-adds of the whole training over those of a dense one.
+        seconds, dense_seconds: of the whole training and of a dense one, where steps were measured; events,
+            evaluations and loading of data are not among them.
+        time_share: the one over the other.
+    """
+
+    stages: tuple[Stage, ...]
+    ranks: int
+    macs_share: float
+    seconds: float | None
+    dense_seconds: float | None
+
+    @property
+    def time_share(self) -> float | None:
+        if self.seconds is None or self.dense_seconds is None:
+            return None
+        return self.seconds / self.dense_seconds
+
+    def __str__(self) -> str:
+        head = ["steps", "MACs", "", "parameters", "", "weights, grads, state", "activations"]
+        rows = [[*_size_cells(stage, self.stages[0])] for stage in self.stages]
+        if self.ranks > 1:
+            head.append("all-reduced")
+            rows = [[*row, _mib(s.allreduce_bytes)] for row, s in zip(rows, self.stages, strict=True)]
+        if self.seconds is not None:
+            head.append("ms a step")
+            rows = [[*row, f"{1e3 * (s.seconds or 0):.1f}"] for row, s in zip(rows, self.stages, strict=True)]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [
+            "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+        ]
+        lines.append(f"the whole training: {self.macs_share:.1%} of the multiply-adds of a dense one")
+        if self.seconds is not None and self.dense_seconds is not None:
+            lines[-1] += (
+                f", {self.time_share:.1%} of its time ({self.seconds:.0f} s of {self.dense_seconds:.0f})"
+            )
+        if self.ranks > 1:
+            lines.append(f"all-reduced: sent by each of {self.ranks} ranks in every step")
+        return "\n".join(lines)
+
+
+def forecast(
+    network: Network,
+    policy: Policy,
+    schedule: Schedule,
+    *,
+    steps: int,
+    shrinks: bool,
+    ranks: int,
+    inputs: tuple[Any, ...] | None,
+) -> Forecast:
+    """See :meth:`sparsekern.Pruner.forecast`; ``inputs`` are those to time steps on, None for no timing."""
+    events = schedule.events if shrinks else ()
+    starts = [0, *(event.step + event.decline for event in events)]
+    kept = [_evenly(network, policy, share) for share in (1.0, *(event.share for event in events))]
+    costs = [network.graph.cost(channels) for channels in kept]
+    seconds = None if inputs is None else _seconds(network, kept, [cost.macs for cost in costs], inputs)
+    own, state = _parameter_bytes(network.model), state_bytes(network.optimizer)
+    stages = []
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], steps], strict=True)):
+        cost = costs[number]
+        part = cost.params / max(network.whole.params, 1)
+        stages.append(
+            Stage(
+                start,
+                stop,
+                cost.macs,
+                cost.params,
+                round(part * (2 * own + state)),
+                cost.activations,
+                # A ring passes all but its own share of the gradients, once to add and once to spread.
+                round(2 * (ranks - 1) / ranks * part * own),
+                None if seconds is None else seconds[number],
+            )
+        )
+    total = sum((stage.stop - stage.start) * stage.macs for stage in stages)
+    timed = None if seconds is None else sum((s.stop - s.start) * (s.seconds or 0) for s in stages)
+    dense = None if seconds is None else steps * seconds[0]
+    return Forecast(tuple(stages), ranks, total / (steps * max(network.whole.macs, 1)), timed, dense)
+
+
+def _evenly(network: Network, policy: Policy, share: float) -> np.ndarray:
+    """The channels kept (bool ``[C]``) when every layer keeps an equal part of its own."""
+    everything = np.ones(network.graph.num_channels, bool)
+    return Uniform()(policy.problem(network, np.zeros(len(everything)), everything, share))
+
+
+def _seconds(
+    network: Network, kept: Sequence[np.ndarray], macs: Sequence[int], inputs: tuple[Any, ...]
+) -> list[float]:
+    """Seconds of a training step of the network of every stage."""
+    chosen = sorted({round(i) for i in np.linspace(0, len(kept) - 1, _POINTS)})
+    plans = [make_plan(network.graph, kept[index]) for index in chosen]
+    rounds = time_steps(network.model, network.optimizer, plans, inputs)
+    measured = [statistics.median(times) for times in rounds]
+    order = np.argsort([macs[index] for index in chosen])
+    found = np.interp(macs, np.array([macs[index] for index in chosen])[order], np.array(measured)[order])
+    return [float(value) for value in found]
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _size_cells(stage: Stage, dense: Stage) -> list[str]:
+    return [
+        f"{stage.start}-{stage.stop - 1}",
+        f"{stage.macs:,}",
+        f"{stage.macs / max(dense.macs, 1):.1%}",
+        f"{stage.params:,}",
+        f"{stage.params / max(dense.params, 1):.1%}",
+        _mib(stage.weight_bytes),
+        _mib(stage.activation_bytes),
+    ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,273 @@
+"""Pruning a trained network in one go, with nothing of this package in its training."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsekern import latency
+from sparsekern._ops import channel_moments_, row_statistics_
+from sparsekern._rows import RowTable
+from sparsekern._sharding import unwrap
+from sparsekern.compact import Plan, compact, make_plan
+from sparsekern.prune import criteria
+from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.prune.budget import (
+    check_feasible,
+    check_keep,
+    check_unit,
+    resolve_floors,
+    resolve_round_to,
+)
+from sparsekern.prune.masking import Masks
+from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.recalibrate import recalibrate as recalibrate_norms
+from sparsekern.prune.recalibrate import run
+from sparsekern.prune.statistics import ChannelRows, gather, weigh
+
+# So close to 1 that the exponential means over some batches are plain means within a few percent.
+DECAY = 0.999
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Pruned(NamedTuple):
+    """network: the smaller network. plan: which indices of the model's tensors it has."""
+
+    network: nn.Module
+    plan: Plan
+
+
+def prune_once(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    keep: float,
+    of: str = "macs",
+    select: criteria.Criterion | None = None,
+    allocate: Allocator | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    batches: int = 32,
+    round_to: int | str = 1,
+    min_channels: int | Mapping[str, int] = 1,
+    protect: Sequence[str | nn.Module | nn.Parameter] = (),
+    fold: bool = True,
+    recalibrate: bool = True,
+    cache: str | os.PathLike[str] | None = None,
+) -> Pruned:
+    """A smaller copy of a trained network, whatever it was trained with.
+
+    Gathers statistics of gradients over ``calibration`` where the criterion looks at them (evaluation mode,
+    no parameter moves), chooses the channels that go, folds duplicates into those that stand in for them,
+    removes, and measures the batch norms' statistics anew. Frozen parameters are pruned like others. The
+    model is left as it was: parameters, gradients, buffers, modes, random state. Without training on, expect
+    a loss that :class:`sparsekern.Pruner` would not have.
+
+    Args:
+        model: the trained network (also the result of ``torch.compile``).
+        example_inputs: as for :class:`sparsekern.Pruner`, and so are ``keep``, ``of``, ``allocate``,
+            ``round_to``, ``min_channels``, ``protect`` and ``cache``.
+        select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`, which needs
+            gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration`` nor ``loss``.
+        calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
+            them. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments. Where
+            no gradients are needed, an element may also be such inputs by themselves, but for a pair.
+        loss: ``loss(outputs, targets)`` gives the scalar to differentiate, as ``nn.CrossEntropyLoss()`` does.
+        batches: at most so many elements of ``calibration`` are used.
+        fold: add the columns of a removed duplicate to those of the channel that resembles it, where
+            ``select`` looks for duplicates. ``compact(model, plan)`` leaves that out.
+        recalibrate: replace the running statistics of batch norms by means over ``calibration``, if given.
+
+    Returns:
+        The network, in the classes and the mode of ``model``, and its plan.
+
+    Raises:
+        ValueError: an argument is out of range or missing, as above.
+    """
+    share, of = check_keep(keep), check_unit(of)
+    check_options(select, allocate, 0.0, "ignore")
+    select, allocate = select or criteria.default(), allocate or Global()
+    given = _Batches(calibration, batches)
+    _check_calibration(select, given, loss)
+    model = unwrap(model)
+    with _same_random_state():
+        task = task_of(
+            model,
+            example_inputs,
+            keep=share,
+            of=of,
+            round_to=round_to,
+            min_channels=min_channels,
+            protect=protect,
+            cache=cache,
+        )
+        # Everything from here on happens to copies.
+        work = compact(model, Plan({})).eval().requires_grad_(True)
+        rows = ChannelRows(work, task.graph, {id(p) for p in work.parameters()}, decay=DECAY)
+        _gather_rows(work, rows.table, given if select.needs_gradients else None, loss)
+        parameters = dict(work.named_parameters(remove_duplicate=False))
+        statistics = gather(rows, task.graph, task.live, parameters)
+        saliency = criteria.saliency(select, statistics)
+        kept = allocate(replace(task, saliency=saliency))
+        partners = select.partners(statistics, saliency) if fold else None
+        if partners is not None:
+            Masks(task.graph, rows, parameters, lambda _: ()).fold(~kept, partners)
+        plan = make_plan(task.graph, kept)
+        network = compact(_restored(work, model), plan)
+        if recalibrate and given and _has_norms(network):
+            recalibrate_norms(network, (inputs for inputs, _ in given.on(network)))
+    return Pruned(network, plan)
+
+
+def task_of(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    keep: float,
+    of: str,
+    round_to: int | str,
+    min_channels: int | Mapping[str, int] = 1,
+    protect: Sequence[str | nn.Module | nn.Parameter] = (),
+    cache: str | os.PathLike[str] | None = None,
+) -> Problem:
+    """What an allocator decides about, all parameters being free to go, once it has a saliency.
+
+    Raises:
+        ValueError: as :func:`prune_once`.
+    """
+    multiple = resolve_round_to(round_to, model, shrink=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    graph = prunable_graph(model, {id(p) for p in parameters.values()}, example_inputs, protect)
+    floors = resolve_floors(min_channels, graph)
+    pricing = None
+    if of == "latency":
+        pricing = latency.measure(model, graph, example_inputs, round_to=multiple, cache=cache)
+    live = np.ones(graph.num_channels, bool)
+    whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
+    task = replace(whole, budget=keep * whole.whole)
+    check_feasible(task, keep)
+    return task
+
+
+class _Batches:
+    """The first elements of ``calibration``, as often as wanted, as pairs of inputs and targets."""
+
+    def __init__(self, calibration: Iterable[Any] | None, most: int) -> None:
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ValueError(f"batches: got {most!r}, expected a whole number >= 1")
+        self._most, self._given = most, calibration is not None
+        self._source: Iterable[Any] = () if calibration is None else calibration
+        if isinstance(calibration, Iterator):
+            # It can be gone through only once.
+            self._source = list(islice(calibration, most))
+
+    def __bool__(self) -> bool:
+        return self._given
+
+    def on(self, model: nn.Module) -> Iterator[tuple[Any, Any]]:
+        """The pairs, on the device of the model. Raises ValueError if there are none."""
+        device = next(model.parameters()).device
+        empty = True
+        for batch in islice(self._source, self._most):
+            empty = False
+            pair = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+            if isinstance(pair[0], list):  # a DataLoader makes lists of tuples
+                pair = tuple(pair[0]), pair[1]
+            yield pytree.tree_map_only(Tensor, lambda t: t.to(device), pair)
+        if empty:
+            raise ValueError("calibration: got no batch, expected at least one")
+
+
+def _check_calibration(select: criteria.Criterion, given: _Batches, loss: Loss | None) -> None:
+    if not select.needs_gradients:
+        return
+    for name, value in (("calibration", given or None), ("loss", loss)):
+        if value is None:
+            raise ValueError(
+                f"{name}: got None, expected {'batches' if name == 'calibration' else 'a function'} to take "
+                f"gradients from, as select={select!r} ranks channels by them; criteria.Magnitude() does not"
+            )
+
+
+def _gather_rows(work: nn.Module, table: RowTable, given: _Batches | None, loss: Loss | None) -> None:
+    """Fill the table: from gradients over the batches, or from the weights alone without any."""
+    if given is None or loss is None:
+        weigh(table)
+        return
+    for number, (inputs, targets) in enumerate(given.on(work)):
+        with torch.enable_grad():
+            value = loss(run(work, inputs), targets)
+        _check_loss(value, number)
+        value.backward()
+        params = [view.param for view in table.views if view.param.grad is not None]
+        if number == 0:
+            # Thresholds come from the step before: the first batch is there twice, and counts once.
+            _take(table, params)
+            for array in (table.activity, table.channel_dot, table.channel_dot_sq, table.updates):
+                array.zero_()
+        _take(table, params)
+        work.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _take(table: RowTable, params: Sequence[Tensor]) -> None:
+    """Statistics of one step from the gradients of ``params``."""
+    lists: dict[torch.dtype, list[Tensor]] = {}
+    for param in params:
+        lists.setdefault(param.dtype, []).append(param)
+    for same in lists.values():
+        grads = [param.grad for param in same if param.grad is not None]
+        row_statistics_(same, grads, rows=table.rows_of(same))
+    channel_moments_(table)
+
+
+def _check_loss(value: object, number: int) -> None:
+    problem = None
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        problem = f"{type(value).__name__} {list(getattr(value, 'shape', []))}"
+    elif not value.requires_grad:
+        problem = "a value that depends on no parameter"
+    elif not bool(torch.isfinite(value)):
+        problem = f"{value.item()}"
+    if problem is not None:
+        raise ValueError(
+            f"loss: gave {problem} for batch {number}, expected one finite number with a gradient"
+        )
+
+
+def _restored(work: nn.Module, model: nn.Module) -> nn.Module:
+    """``work`` with the modes and ``requires_grad`` of ``model``, whose copy it is."""
+    for copied, module in zip(work.modules(), model.modules(), strict=True):
+        copied.training = module.training
+    for ours, theirs in zip(work.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return work
+
+
+def _has_norms(model: nn.Module) -> bool:
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(norm.track_running_stats for norm in norms)
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Calibration may shuffle and drop out; the caller's random numbers go on as if it had not."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

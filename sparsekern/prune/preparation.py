@@ -1,0 +1,77 @@
+"""Before a training: are the arguments sound, and which channels can be removed at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from sparsekern.graph import ChannelGraph, dry_run, trace
+from sparsekern.prune import criteria
+from sparsekern.prune.allocate import Allocator
+
+NONFINITE = ("ignore", "raise")
+
+
+def check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
+    """Raise a ValueError for the first of these arguments of a Pruner that is not sound."""
+    if select is not None and not isinstance(select, criteria.Criterion):
+        raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
+    if allocate is not None and not isinstance(allocate, Allocator):
+        raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
+    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
+        raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
+
+
+def prunable_graph(
+    model: nn.Module,
+    trained: set[int],
+    example_inputs: Tensor | tuple[Any, ...],
+    protect: Sequence[str | nn.Module | nn.Parameter],
+) -> ChannelGraph:
+    """The model's graph, without groups that are not trained and those that a dry run found wanting.
+
+    ``trained`` holds ``id`` of every parameter of the optimizer.
+
+    Raises:
+        ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
+            channel is left.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_held(parameters, trained)
+    graph = trace(model, example_inputs, protect=protect)
+    idle = [
+        group.name
+        for group in graph.groups
+        if not any(id(parameters[name]) in trained for name in _gate_names(graph, group.channels))
+    ]
+    if idle:
+        graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
+        # The trace has tried out what it found; with these groups whole it is another network.
+        graph = dry_run(model, graph, example_inputs)
+    if not graph.num_channels:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
+        raise ValueError(
+            f"model: {type(model).__name__} has no channel that can be removed, expected at least one "
+            f"({reasons})"
+        )
+    return graph
+
+
+def _gate_names(graph: ChannelGraph, channels: np.ndarray) -> set[str]:
+    first = int(channels[0])
+    span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
+    return {graph.gates.names[index] for index in graph.gates.tensors[span]}
+
+
+def _check_held(parameters: Mapping[str, nn.Parameter], trained: set[int]) -> None:
+    missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in trained]
+    if missing:
+        raise ValueError(
+            f"optimizer: does not hold {len(missing)} trainable parameters of the model "
+            f"({', '.join(missing[:3])}), expected all that require a gradient"
+        )

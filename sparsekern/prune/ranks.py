@@ -1,0 +1,149 @@
+"""Processes that train the same network and have to prune it alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What is exchanged: a digest of 16 bytes and whether there is one.
+_WORDS = 3
+_FAILED = 1
+
+
+class Ranks:
+    """The processes of a group, for checks that all of them decide the same.
+
+    Args:
+        model: as it was handed to the Pruner; DistributedDataParallel brings its own group.
+        group: None for that of ``model``, else the default group if there is one, else this process alone.
+        device: of the parameters; where a group communicates on devices only, it is used.
+
+    Raises:
+        ValueError: ``group`` is no process group that this process belongs to.
+    """
+
+    def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
+        self._group = _group_of(model, group)
+        self.size = 1 if self._group is None else dist.get_world_size(self._group)
+        self.rank = 0 if self._group is None else dist.get_rank(self._group)
+        needs_device = self.size > 1 and "gloo" not in str(dist.get_backend(self._group))
+        self._device = device if needs_device else torch.device("cpu")
+
+    @contextmanager
+    def agreeing(self, what: str) -> Iterator[Callable[..., None]]:
+        """Gives a function that compares what it is called with (arrays, plain values) between the processes.
+
+        It is to be called once, before anything is changed. A process that raises before it gets there
+        lets the others know, so that none of them waits.
+
+        Args:
+            what: is being compared, for the message.
+
+        Raises:
+            RuntimeError: on all processes, when they differ or one has failed; names their ranks.
+        """
+        checked = False
+
+        def check(*parts: Any) -> None:
+            nonlocal checked
+            checked = True
+            self._compare(what, self._exchange(_digest(parts)))
+
+        try:
+            yield check
+        except Exception:
+            if not checked:
+                self._exchange(None)
+            raise
+
+    def first(self, values: np.ndarray) -> np.ndarray:
+        """What ``values`` (float64, of equal shapes) are in the first of the processes."""
+        if self.size == 1:
+            return values
+        found = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        dist.broadcast(found, dist.get_global_rank(self._group, 0), group=self._group)
+        own: np.ndarray = found.cpu().numpy()
+        return own
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any of the processes."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self._device)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
+        return bool(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each of the processes calls this with, by rank."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self._group)
+        return every
+
+    def _exchange(self, digest: np.ndarray | None) -> list[tuple[int, ...]]:
+        """What each process has, by rank."""
+        own = np.zeros(_WORDS, np.int64)
+        if digest is None:
+            own[-1] = _FAILED
+        else:
+            own[:-1] = digest
+        if self.size == 1:
+            return [tuple(own.tolist())]
+        mine = torch.from_numpy(own).to(self._device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self._group)
+        return [tuple(words.tolist()) for words in every]
+
+    def _compare(self, what: str, every: list[tuple[int, ...]]) -> None:
+        if len(set(every)) == 1:
+            return
+        failed = [rank for rank, words in enumerate(every) if words[-1] == _FAILED]
+        if failed:
+            raise RuntimeError(f"{what}: {_named(failed)} failed, expected a result from all {self.size}")
+        # Of equally frequent ones that of the lowest rank counts as the common one.
+        common = Counter(every).most_common(1)[0][0]
+        others = [rank for rank, words in enumerate(every) if words != common]
+        raise RuntimeError(
+            f"{what}: {_named(others)} of {self.size} differ from rank {every.index(common)}, expected the "
+            f"same everywhere: equal arguments and models, and gradients averaged over all ranks"
+        )
+
+
+def _named(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
+
+
+def _group_of(model: nn.Module, group: Any) -> Any:
+    if group is not None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"process_group: got {group!r}, expected a torch.distributed.ProcessGroup with this process"
+            )
+        return group
+    # torch.compile may be on either side.
+    for candidate in (model, getattr(model, "_orig_mod", None)):
+        if isinstance(candidate, DistributedDataParallel):
+            return candidate.process_group
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _digest(parts: tuple[Any, ...]) -> np.ndarray:
+    """int64 ``[2]``."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            state.update(repr((part.dtype.str, part.shape)).encode())
+            state.update(np.ascontiguousarray(part).tobytes())
+        else:
+            state.update(repr(part).encode())
+    return np.frombuffer(state.digest(), np.int64)

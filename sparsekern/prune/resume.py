@@ -1,0 +1,185 @@
+"""Stopping a training and going on with it: what a Pruner saves and loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sparsekern.prune import checkpoint
+from sparsekern.prune.decision import Policy
+from sparsekern.prune.network import Network
+from sparsekern.prune.ranks import Ranks
+from sparsekern.prune.schedule import Schedule
+
+
+class Resumable:
+    """The part of a Pruner that is about its state."""
+
+    _network: Network
+    _optimizer: torch.optim.Optimizer
+    _policy: Policy
+    _ranks: Ranks
+    _schedule: Schedule
+    _keep: float
+    _shrinks: bool
+    _step: int
+    _next: int | None
+    _nonfinite_seen: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
+        plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "version": 2,
+            "settings": self._settings(),
+            "network": self._fingerprint(),
+            "step": self._step,
+            "next": self._next,
+            "nonfinite_seen": self._nonfinite_seen,
+            **self._network.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
+        """Go on from :meth:`state_dict`, in a full-size model or one as large as that of the state.
+
+        The model, its optimizer's state and copies of the model are brought to the size that they had; what
+        they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            also: as for :meth:`shrink`.
+
+        Raises:
+            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
+        """
+        self._check_state(state)
+        self._network.load_state_dict(state, also)
+        self._step = int(state["step"])
+        self._next = state["next"]
+        self._nonfinite_seen = int(state["nonfinite_seen"])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != 2:
+            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
+        if list(state["network"]) != self._fingerprint():
+            raise ValueError(
+                f"state: got the channels of another network ({len(state['network'])} groups), expected "
+                f"those of this one ({len(self._network.widths)} groups)"
+            )
+        for name, own in self._settings().items():
+            if state["settings"].get(name) != own:
+                raise ValueError(
+                    f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
+                )
+        self._network.check_state(state)
+
+    def save_checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> None:
+        """Write the whole training to ``path``: model, optimizer, Pruner, the copies given as ``also``, the
+        generators of torch, NumPy and Python, and ``extra``.
+
+        The file appears under its name only when it is complete and on the disk; an existing one stays
+        whole until then, also if the process is killed meanwhile. Where several processes train together,
+        all of them have to call this; the first one writes, with the generators of each.
+
+        Args:
+            path: a file name.
+            extra: tensors and plain values by name, such as ``scheduler=scheduler.state_dict()``.
+
+        Raises:
+            OSError: ``path`` cannot be written.
+            ValueError: a value of ``extra`` is something else, or the model is sharded; nothing has been
+                written then.
+            RuntimeError: it could not be written by the process that does.
+        """
+        network = self._network
+        _check_whole(network.model)
+        random = self._ranks.gather(checkpoint.random_state(network.model))
+        with self._ranks.agreeing(f"writing {os.fspath(path)!r}") as check:
+            if self._ranks.rank == 0:
+                content = {
+                    "classes": checkpoint.classes(network.model, self._optimizer),
+                    "model": network.model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "pruner": self.state_dict(),
+                    "also": [module.state_dict() for module in network.also],
+                    "random": random,
+                    "extra": extra,
+                }
+                checkpoint.write(path, content)
+            check()
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], *, also: Sequence[nn.Module] = ()
+    ) -> dict[str, Any]:
+        """Go on from :meth:`save_checkpoint`, in a full-size model with an optimizer and a Pruner of its own.
+
+        All of them are brought to the size that they had, and hold what they held: training then goes on bit
+        by bit as if it had not been interrupted. Where several processes train together, each has to call
+        this; with another number of them than before, generators are dealt out in turn.
+
+        Args:
+            path: the file. It is read without running code from it.
+            also: further copies of the model that are brought to its size; what they hold is not in the file
+                unless it is among the extra values.
+
+        Returns:
+            The extra values.
+
+        Raises:
+            OSError: ``path`` cannot be read.
+            ValueError: the file is truncated or no checkpoint, or is of another network, optimizer or
+                settings, or the model is sharded. Nothing has been changed in these cases.
+            RuntimeError: one of these happened in another process, or they read different files.
+        """
+        network = self._network
+        _check_whole(network.model)
+        with self._ranks.agreeing(f"reading {os.fspath(path)!r}") as check:
+            content = checkpoint.read(path)
+            state = content["pruner"]
+            self._check_state(state)
+            shapes = network.shapes(network.check_state(state))
+            checkpoint.check(content, network.model, self._optimizer, network.also, shapes)
+            check(state["step"], state["channels"].numpy())
+        self.load_state_dict(state, also)
+        network.model.load_state_dict(content["model"])
+        self._optimizer.load_state_dict(content["optimizer"])
+        for module, own in zip(network.also, content["also"], strict=True):
+            module.load_state_dict(own)
+        checkpoint.set_random_state(
+            content["random"][self._ranks.rank % len(content["random"])], network.model
+        )
+        extra: dict[str, Any] = content["extra"]
+        return extra
+
+    def _settings(self) -> dict[str, Any]:
+        policy = self._policy
+        return {
+            "keep": self._keep,
+            "of": policy.of,
+            "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
+            "finish": self._schedule.finish,
+            "select": repr(policy.select),
+            "allocate": repr(policy.allocate),
+            "round_to": policy.round_to,
+            "floors": policy.floors.tolist(),
+            "penalty": policy.penalty,
+            "shrink": self._shrinks,
+        }
+
+    def _fingerprint(self) -> list[str]:
+        groups = zip(self._network.graph.groups, self._network.widths.tolist(), strict=True)
+        return [f"{group.name}:{width}" for group, width in groups]
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if is_traceable_wrapper_subclass(param):
+            raise ValueError(
+                f"model: {name!r} is a {type(param).__name__}, expected plain tensors: save state_dict() of "
+                f"model, optimizer and Pruner with torch.distributed.checkpoint where they are sharded"
+            )

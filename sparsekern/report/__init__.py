@@ -1,0 +1,1 @@
+"""What a person sees: of runs (``runs``), of graphs and plans (``tables``, ``picture``)."""

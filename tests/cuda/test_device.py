@@ -1,0 +1,166 @@
+"""The CUDA kernels on a GPU; collected where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from ops.cases import DTYPES, LAYOUTS, OPS, Op, Problem, problem
+from ops.tolerance import assert_equal_step
+from torch import Tensor, nn
+
+import sparsekern
+from sparsekern import _cuda, backends
+from sparsekern._rows import RowTable
+from sparsekern.backends import cuda, reference
+
+DEVICE = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails, and does not fall back, where the kernels do not work."""
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "cuda")
+    backends.reset()
+    assert _cuda.why_not() is None, _cuda.why_not()
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    yield
+    monkeypatch.undo()
+    backends.reset()
+
+
+def _moved(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def _on_device(host: Problem) -> Problem:
+    """The same problem, strides and guard bands included."""
+    device = host.clone()
+    for guarded in device.entries().values():
+        view = guarded.view
+        guarded.buffer = guarded.buffer.to(DEVICE)
+        guarded.view = guarded.buffer.as_strided(view.shape, view.stride(), view.storage_offset())
+    device.__post_init__()
+    return device
+
+
+def _compare(name: str, want: Problem) -> None:
+    op = OPS[name]
+    got, before = _on_device(want), want.clone()
+    op.call(getattr(reference, op.name), want)
+    options = {key: _moved(value) for key, value in op.options.items()}
+    Op(op.name, op.lists, options).call(getattr(cuda, op.name), got)
+    back = before.clone()
+    for mine, theirs in zip(back.entries().values(), got.entries().values(), strict=True):
+        mine.buffer.copy_(theirs.buffer)
+    assert_equal_step(back, want, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_op(name: str, dtype: torch.dtype) -> None:
+    _compare(name, problem(dtype, "contiguous", "some masked, some declining", seed=1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics", "mask"])
+def test_layout(name: str, layout: str) -> None:
+    _compare(name, problem(torch.float32, layout, "some masked, some declining", seed=2))
+
+
+class _Training:
+    """A convolution, its normalisation and a transposed convolution, with a table of all their rows."""
+
+    def __init__(self, make: Callable[..., Any], **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 65, 3, padding=1), nn.BatchNorm2d(65), nn.ReLU(), nn.ConvTranspose2d(65, 33, 2)
+        ).to(DEVICE)
+        self.optimizer = make(self.model.parameters(), **options)
+        tracked = [(p, 1 if name == "3.weight" else 0) for name, p in self.model.named_parameters()]
+        self.table = RowTable(tracked, [[0, 65], [1, 66]])
+        self.optimizer.attach(self.table)
+        self.x = torch.randn(2, 3, 16, 16, device=DEVICE)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
+        self.model(self.x).square().mean().backward()
+        self.optimizer.step()
+
+    def tensors(self) -> list[Tensor]:
+        arrays = [value for value in self.table.state_dict().values() if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *arrays]
+
+
+MAKERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "sgd": (sparsekern.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "adamw": (sparsekern.optim.AdamW, {"lr": 1e-2, "capturable": True}),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_step_waits_for_nothing_and_allocates_nothing(name: str) -> None:
+    make, options = MAKERS[name]
+    training = _Training(make, **options)
+    for _ in range(3):
+        training.step()
+    torch.cuda.synchronize()
+    launches = _cuda.load().sparsekern_cuda_launches()  # type: ignore[union-attr]
+    allocated = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == allocated
+    # The step, what follows it, and the means per channel.
+    assert _cuda.load().sparsekern_cuda_launches() - launches == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_captured_step_is_the_same_and_sees_new_masks(name: str) -> None:
+    make, options = MAKERS[name]
+    eager, captured = _Training(make, **options), _Training(make, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    # Capturing launches nothing.
+    for _ in range(3):
+        eager.step()
+    for turn in range(4):
+        if turn == 2:
+            for training in (eager, captured):
+                training.table.countdown[3] = 0
+                training.table.countdown[7] = 2
+                training.table.penalty[:5] = 0.5
+        eager.step()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert captured.table.countdown[7] == 0
+    for mine, theirs in zip(captured.tensors(), eager.tensors(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    results = []
+    for _ in range(2):
+        params = [
+            nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1)).to(DEVICE))
+            for s in ((70, 4000), (300, 128, 2, 2), (3, 50000))
+        ]
+        table = RowTable([(params[0], 0), (params[1], 1), (params[2], 0)], [])
+        for seed in range(3):
+            torch.manual_seed(seed)
+            grads = [torch.randn_like(param) for param in params]
+            cuda.row_statistics_(params, grads, rows=table.rows_of(params))
+        results.append([table.sums.clone(), table.threshold.clone(), table.activity.clone()])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)

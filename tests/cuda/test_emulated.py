@@ -1,0 +1,218 @@
+"""The CUDA kernels, emulated, equal the reference: results, state and every side effect."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from ops import cases
+from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
+from ops.tolerance import assert_equal_step
+
+from sparsekern import _cuda, _native
+from sparsekern._rows import ChannelArrays
+from sparsekern.backends import reference
+
+# Each of the ways that a tensor is cut: rows of a warp, of the block, in pieces; tiles of columns in pieces
+# of outer and of inner indices, of several rows and of one; lengths that no power of two divides.
+LARGE = (
+    ((9, 1030), 0),
+    ((5, 2049), 0),
+    ((3, 2051 * 2), 0),
+    ((2, 16392), 0),
+    ((2, 20011), 0),
+    ((1, 33000), 0),
+    ((30001,), None),
+    ((2100,), 0),
+    ((300, 9), 0),
+    ((200, 40, 2, 2), 1),
+    ((37, 33, 3, 3), 1),
+    ((70, 150), 1),
+    ((3, 2, 300), 1),
+    ((2, 3, 17000), 1),
+)
+
+
+def _call(backend: Any, op: Op, on: Problem) -> None:
+    op.call(getattr(backend, op.name), on)
+
+
+def _compare(backend: Any, op: Op, want: Problem, steps: int) -> None:
+    """Both make steps from the same state each, so that no difference is passed on."""
+    got = want.clone()
+    for _ in range(steps):
+        before = want.clone()
+        _call(reference, op, want)
+        _call(backend, op, got)
+        assert_equal_step(got, want, before)
+        got.copy_(want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_op(emulated: Any, name: str, dtype: torch.dtype) -> None:
+    want = problem(dtype, "contiguous", "some masked, some declining", seed=1)
+    _compare(emulated, OPS[name], want, steps=2)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics", "mask"])
+def test_layout(emulated: Any, name: str, layout: str) -> None:
+    want = problem(torch.float32, layout, "some masked, some declining", seed=2)
+    _compare(emulated, OPS[name], want, steps=1)
+
+
+@pytest.mark.parametrize("row_state", ROW_STATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sgd nesterov", "adam decay maximize", "statistics", "mask"])
+def test_row_state(emulated: Any, name: str, dtype: torch.dtype, row_state: str) -> None:
+    _compare(emulated, OPS[name], problem(dtype, "channels_last", row_state, seed=3), steps=3)
+
+
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
+@pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), 1e30])
+def test_spoilt_gradients(emulated: Any, name: str, spoiler: float) -> None:
+    want = problem(torch.float32, "contiguous", "some masked, some declining", seed=4)
+    for guarded in want.tensors["grads"]:
+        if guarded.view.numel() > 4:
+            guarded.view.view(-1)[[1, -2]] = spoiler
+    _compare(emulated, OPS[name], want, steps=2)
+
+
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
+def test_list_without_rows(emulated: Any, name: str) -> None:
+    want = problem(torch.float32, "contiguous", "some masked, some declining", seed=6)
+    want.starts = [-1] * len(want.starts)
+    _compare(emulated, OPS[name], want, steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sgd scaled maximize", "adamw scaled", "statistics", "mask"])
+def test_large(emulated: Any, name: str, dtype: torch.dtype) -> None:
+    want = problem(dtype, "contiguous", "some masked, some declining", seed=7, shapes=LARGE)
+    _compare(emulated, OPS[name], want, steps=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "mask"])
+def test_addresses_that_are_not_aligned(
+    emulated: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Element by element; an access of sixteen bytes would be an error of the emulation."""
+    monkeypatch.setattr(cases, "GUARD", cases.GUARD - 1)
+    want = problem(dtype, "contiguous", "some masked, some declining", seed=8)
+    _compare(emulated, OPS[name], want, steps=1)
+
+
+@pytest.mark.parametrize("name", ["sgd nesterov", "adamw", "statistics", "mask"])
+@pytest.mark.parametrize("shapes", [cases.SHAPES, LARGE], ids=["small", "large"])
+def test_no_order_of_blocks_and_threads_changes_a_bit(
+    emulated: Any, emulated_library: ctypes.CDLL, name: str, shapes: Any
+) -> None:
+    start = problem(torch.float32, "contiguous", "some masked, some declining", seed=9, shapes=shapes)
+    results = []
+    for order in (0, 1, 2, 3):
+        emulated_library.emulation_order(order)
+        got = start.clone()
+        _call(emulated, OPS[name], got)
+        results.append(got)
+    for other in results[1:]:
+        for (what, one), two in zip(results[0].entries().items(), other.entries().values(), strict=True):
+            assert torch.equal(one.buffer.view(torch.uint8), two.buffer.view(torch.uint8)), what
+
+
+@pytest.mark.parametrize("pending", [0.0, 1.0])
+@pytest.mark.parametrize("channels", [0, 7, 700])
+@pytest.mark.parametrize("order", [0, 1])
+def test_channel_moments(
+    emulated: Any, emulated_library: ctypes.CDLL, channels: int, pending: float, order: int
+) -> None:
+    """Rows that are gates of several channels, in several blocks; twice, for what is left between calls."""
+    emulated_library.emulation_order(order)
+    generator = torch.Generator().manual_seed(7)
+    counts = torch.randint(0, 4, (channels,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    gates = torch.randint(0, 40, (int(offsets[-1]),), generator=generator)
+
+    def arrays() -> ChannelArrays:
+        generator.manual_seed(8)
+        sums = torch.randn(40, 4, generator=generator)
+        means = torch.randn(2, channels, generator=generator)
+        return ChannelArrays(
+            offsets, gates, sums, means[0], means[1].abs(), torch.tensor(5.0), torch.tensor(pending), 0.9
+        )
+
+    want, got = arrays(), arrays()
+    for _ in range(2):
+        reference.channel_moments_(want)
+        emulated.channel_moments_(got)
+        torch.testing.assert_close(got[:-1], want[:-1], rtol=1e-6, atol=1e-6)
+
+
+def _lists(count: int) -> tuple[list[Any], list[torch.Tensor]]:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(count)]
+    return params, [torch.ones(3) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("count", "launches"), [(1, 1), (250, 1), (600, 3)])
+def test_one_launch_takes_hundreds_of_tensors(emulated: Any, count: int, launches: int) -> None:
+    params, grads = _lists(count)
+    options = cases.ADAM | {"lr": 0.1}
+    states = [[torch.zeros(3) for _ in params] for _ in range(2)]
+    steps = [torch.zeros(()) for _ in params]
+    before = emulated._target.library.sparsekern_cuda_launches()
+    emulated.adam_step_(params, grads, *states, [], steps, **options, rows=None)
+    # The step, and what follows it.
+    assert emulated._target.library.sparsekern_cuda_launches() - before == 2 * launches
+    for param, step in zip(params, steps, strict=True):
+        torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
+        assert step == 1
+    emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
+    # Nothing follows a step that neither counts steps nor has rows.
+    assert emulated._target.library.sparsekern_cuda_launches() - before == 3 * launches
+
+
+def test_addresses_read_in_python(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["adamw amsgrad"]
+    direct = problem(torch.float32, "channels_last", "some masked, some declining")
+    around = direct.clone()
+    _call(emulated, op, direct)
+    monkeypatch.setattr(_native, "exchanges", False)
+    _call(emulated, op, around)
+    for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
+        assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))
+
+
+def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, grads = _lists(3)
+    missing = emulated._addresses
+
+    def without_grads(*arguments: Any) -> bytes:
+        found = bytearray(missing(*arguments))
+        found[8 * 4 : 8 * 5] = bytes(8)
+        return bytes(found)
+
+    monkeypatch.setattr(emulated, "_addresses", without_grads)
+    with pytest.raises(RuntimeError, match=r"a list of 3 tensors: an address is missing \(error 1\)"):
+        emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
+    assert all(torch.equal(param, torch.ones(3)) for param in params)
+
+
+def test_scratch_of_a_captured_graph_is_kept(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another stream gets its own, while without either nothing is allocated after the first step."""
+    want = problem(torch.float32, "contiguous", "all live", shapes=LARGE)
+    op = OPS["sgd"]
+    _call(emulated, op, want)
+    (plan,) = emulated._plans.by_params.values()
+    scratch = plan.scratch
+    _call(emulated, op, want)
+    assert plan.scratch is scratch
+    monkeypatch.setattr(emulated, "_captured", [])
+    monkeypatch.setattr(_cuda, "capturing", lambda: True)
+    monkeypatch.setattr(_cuda, "stream", lambda device: 5)
+    for _ in range(2):
+        _call(emulated, op, want)
+    assert plan.scratch is not scratch
+    assert len(emulated._captured) == 1 and emulated._captured[0] is plan.scratch

@@ -1,0 +1,117 @@
+"""What a training is said to cost, against what it costs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from prune.networks import Plain, Residual, batch, train
+from torch import nn
+
+import sparsekern
+from sparsekern import Pruner
+
+STEPS = 60
+
+
+def parts(
+    network: type[nn.Module] = Plain, make: Any = sparsekern.optim.AdamW, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
+    torch.manual_seed(0)
+    model = network()
+    optimizer = make(model.parameters(), lr=1e-3)
+    defaults: dict = {"keep": 0.3, "steps": STEPS, "events": 4, "shrink": True, "round_to": 1}
+    return model, optimizer, Pruner(model, optimizer, batch(0), **(defaults | options))
+
+
+@pytest.mark.parametrize("network", [Plain, Residual])
+def test_stages_are_those_that_the_training_goes_through(network: type[nn.Module]) -> None:
+    model, optimizer, pruner = parts(network, of="params")
+    forecast = pruner.forecast()
+    assert forecast.stages[0].start == 0
+    assert forecast.stages[-1].stop == STEPS
+    assert forecast.time_share is None
+    spent = 0
+    for stage, following in zip(forecast.stages, [*forecast.stages[1:], None], strict=True):
+        assert following is None or following.start == stage.stop
+        for step in range(stage.start, stage.stop):
+            assert sum(p.numel() for p in model.parameters()) == pytest.approx(stage.params, rel=0.12)
+            spent += pruner.graph.cost(pruner._masks.state >= 0).macs
+            train(model, optimizer, range(step, step + 1))
+    dense = STEPS * forecast.stages[0].macs
+    # Which layers stay wide is not known before: params are what the budget says, MACs follow from it.
+    assert forecast.macs_share == pytest.approx(spent / dense, rel=0.15)
+    assert forecast.macs_share < 0.75
+
+
+@pytest.mark.parametrize(
+    ("make", "copies"),
+    [
+        (sparsekern.optim.AdamW, 2),
+        (lambda params, lr: sparsekern.optim.AdamW(params, lr=lr, amsgrad=True), 3),
+        (torch.optim.AdamW, 2),
+        (torch.optim.SGD, 0),
+        (lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9), 1),
+        (lambda params, lr: torch.optim.RMSprop(params, lr=lr, momentum=0.9), 2),
+    ],
+)
+def test_bytes_of_weights_gradients_and_state(make: Any, copies: int) -> None:
+    _, optimizer, pruner = parts(make=make)
+    stage = pruner.forecast().stages[0]
+    assert stage.weight_bytes == (2 + copies) * 4 * stage.params
+    assert not optimizer.state
+
+
+def test_bytes_all_reduced_by_each_rank() -> None:
+    _, _, pruner = parts()
+    assert all(stage.allreduce_bytes == 0 for stage in pruner.forecast().stages)
+    for stage in pruner.forecast(ranks=4).stages:
+        assert stage.allreduce_bytes == pytest.approx(2 * 3 / 4 * 4 * stage.params, abs=1)
+
+
+def test_without_shrink_nothing_gets_cheaper() -> None:
+    forecast = parts(shrink=False)[2].forecast()
+    assert len(forecast.stages) == 1
+    assert forecast.macs_share == 1
+
+
+def test_measuring_changes_nothing_and_times_every_stage() -> None:
+    model, optimizer, pruner = parts()
+    calls: list[int] = []
+    model.stem.register_forward_hook(lambda *_: calls.append(1))
+    before, random = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    forecast = pruner.forecast(measure=batch(0, size=16))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not optimizer.state and not calls
+    assert all(p.grad is None for p in model.parameters())
+    assert all(stage.seconds and stage.seconds > 0 for stage in forecast.stages)
+    assert forecast.dense_seconds == pytest.approx(STEPS * forecast.stages[0].seconds)
+    total = sum((stage.stop - stage.start) * stage.seconds for stage in forecast.stages)
+    assert forecast.seconds == pytest.approx(total)
+    assert forecast.time_share == pytest.approx(total / forecast.dense_seconds)
+
+
+def test_a_table_is_printed() -> None:
+    lines = str(parts()[2].forecast(ranks=2, measure=True)).splitlines()
+    assert lines[0].split()[:2] == ["steps", "MACs"]
+    assert lines[0].endswith("all-reduced  ms a step")
+    assert lines[1].split()[0] == "0-13"
+    assert "100.0%" in lines[1]
+    assert "of the multiply-adds of a dense one" in lines[-2]
+    assert "of its time" in lines[-2]
+    assert "2 ranks" in lines[-1]
+
+
+def test_bad_questions() -> None:
+    model, optimizer, pruner = parts()
+    for ranks in (0, 1.5, True):
+        with pytest.raises(ValueError, match="^ranks: got"):
+            pruner.forecast(ranks=ranks)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^measure: a step on these inputs fails"):
+        pruner.forecast(measure=torch.zeros(1, 7, 8, 8))
+    train(model, optimizer, range(STEPS))
+    with pytest.raises(RuntimeError, match="^forecast: got a model that has been cut"):
+        pruner.forecast()
