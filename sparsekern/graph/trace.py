@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from sparsekern._sharding import check_not_flattened
 
+from .attributes import follow
 from .build import build
 from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
 from .numbering import number
+from .readings import Round, best_reading
 from .recheck import faults
 from .records import Records
 from .slots import Slots
@@ -48,20 +50,27 @@ def trace(
     check_not_flattened(model)
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
-    slots = Slots()
-    tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
-    for tensor in tensors:
-        if protected.intersection(tensor.entry.names):
-            _freeze(tensor, slots, _PROTECTED)
-    assumed = _interpret(captured, tensors, slots, settled=False)
+    tensors, slots, assumed = best_reading(lambda readings: _first_round(captured, protected, readings))
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True)
     numbering = number(tensors, slots, records)
+    follow(captured.source, tensors, slots, numbering, records)
     if wrong := faults(captured, tensors, numbering, records):
         for fault in wrong:
             slots.freeze(fault.ids, fault.reason)
         numbering = number(tensors, slots, records)
     return build(tensors, slots, records, numbering)
+
+
+def _first_round(captured: Capture, protected: set[str], readings: Mapping[str, int]) -> Round:
+    """Which slots go together, on fresh slots."""
+    slots = Slots()
+    tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
+    for tensor in tensors:
+        if protected.intersection(tensor.entry.names):
+            _freeze(tensor, slots, _PROTECTED)
+    records = _interpret(captured, tensors, slots, settled=False, readings=readings)
+    return Round(tensors, slots, records)
 
 
 def _tracked(index: int, entry: Registered, slots: Slots) -> Tracked:
@@ -78,10 +87,17 @@ def _freeze(tensor: Tracked, slots: Slots, reason: str) -> None:
             slots.freeze(ids, reason)
 
 
-def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, settled: bool) -> Records:
+def _interpret(
+    captured: Capture,
+    tensors: Sequence[Tracked],
+    slots: Slots,
+    *,
+    settled: bool,
+    readings: Mapping[str, int] | None = None,
+) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
-    interpreter = Interpreter(tensors, slots, records, settled)
+    interpreter = Interpreter(tensors, slots, records, settled, readings or {})
     for graph in captured.graphs:
         interpreter.run(graph)
     return records

@@ -75,6 +75,7 @@ class Call:
     module: path of the module in whose forward the op was called ("" at the top).
     settled: second round: all unions are known, and zero flags are facts, not assumptions.
     counted: the graph of evaluation mode, whose costs are counted.
+    reading: which of several readings of an ambiguous split to take in this module, see ``split``.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Call:
     rule: Rule
     settled: bool
     counted: bool
+    reading: int
     new_storage: Callable[[], int]
     gave_up: bool = False
     froze: str = ""
@@ -190,6 +192,11 @@ class Call:
             return frozenset()
         number = self.records.produce(kind, self.module, rows, bias)
         return frozenset({number})
+
+    def split(self, ids: np.ndarray, readings: int) -> int:
+        """Note that ``ids`` are split in a way that has several readings; the one to take."""
+        self.records.splits.append((self.module, ids, readings))
+        return min(self.reading, readings - 1)
 
     def guess(self, ids: np.ndarray) -> None:
         """Note that the slots were tied by a reading of sizes that the trace cannot prove."""
