@@ -9,8 +9,13 @@ from .arithmetic import broadcast, every, zeros
 from .base import Call, Result, flags, register_rule
 
 
-def _product(call: Call, left: Value, right: Value) -> tuple[list[Ids], list[Flags], frozenset[int]]:
-    """[..., m, k] times [..., k, n]: ids, zero flags and origins of [..., m, n]."""
+def _product(
+    call: Call, left: Value, right: Value, *, counted: bool = True
+) -> tuple[list[Ids], list[Flags], frozenset[int]]:
+    """[..., m, k] times [..., k, n]: ids, zero flags and origins of [..., m, n].
+
+    Products with a vector are not ``counted``, as torch's counter does not see them either.
+    """
     batch, m, k = left.ndim - 2, left.ndim - 2, left.ndim - 1
     size = left.shape[k]
     reason = left.why or right.why or f"{call.label} reads positions that stay"
@@ -30,6 +35,8 @@ def _product(call: Call, left: Value, right: Value) -> tuple[list[Ids], list[Fla
     out_ids, out_zero = _batch_dims(call, left, right, batch)
     out_ids += [left.ids[m], right.ids[-1]]
     out_zero += [left.zero[m], right.zero[-1]]
+    if not counted:
+        return out_ids, out_zero, left.origins | right.origins | made
     call.count_macs(
         1,
         *(call.size(left if left.shape[d] > 1 else right, d) for d in range(batch)),
@@ -90,7 +97,8 @@ def matmul(call: Call) -> Result:
         right = _column(right)
         dropped.append(-1)
     ndim = max(left.ndim, right.ndim, 2)
-    ids, zero, origins = _product(call, _padded(left, ndim), _padded(right, ndim))
+    counted = -1 not in dropped
+    ids, zero, origins = _product(call, _padded(left, ndim), _padded(right, ndim), counted=counted)
     kept = [d for d in range(ndim) if d - ndim not in dropped]
     return call.make([ids[d] for d in kept], [zero[d] for d in kept], origins=origins)
 
@@ -101,7 +109,7 @@ def addmm(call: Call) -> Result:
     bias, left, right = list(call.values())[:3]
     if right.ndim == 1:
         right = _column(right)
-    ids, zero, origins = _product(call, left, right)
+    ids, zero, origins = _product(call, left, right, counted=call.name != "addmv")
     if len(call.shape()) < left.ndim:
         ids, zero = ids[:-1], zero[:-1]
     product = replace(call.make(ids, zero, origins=origins), shape=call.shape())
