@@ -23,7 +23,8 @@ index.Tensor unsqueeze conv_transpose2d.input div.Tensor dropout_ chunk pad sele
 scaled_dot_product_attention unbind.int silu_ sub.Tensor leaky_relu_ group_norm stack sum.dim_IntList
 prelu instance_norm split.Tensor linalg_vector_norm hardtanh_ roll expand silu einsum alias reshape_as
 to.dtype clamp_min expand_as split_with_sizes new_zeros lift_fresh_copy fill_.Tensor ne.Scalar eq.Scalar
-masked_fill.Scalar unflatten.int squeeze.dim swapaxes tanh feature_dropout feature_dropout_ empty.memory_format
+masked_fill.Scalar unflatten.int squeeze.dim swapaxes tanh feature_dropout feature_dropout_
+empty.memory_format
 conv3d conv_transpose3d.input mul_.Tensor zeros to.device bitwise_not cumsum arange div.Tensor_mode
 pow.Scalar sin cos addcmul clamp exp hardswish bernoulli_.float div_.Tensor new_empty amax bmm
 channel_shuffle clone flip im2col mv pixel_shuffle pixel_unshuffle repeat repeat_interleave.self_int
