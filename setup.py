@@ -166,6 +166,11 @@ def escape(path: Path) -> str:
 class NinjaBuild(build_ext):
     """``build_ext`` that leaves the compiling to ninja: in parallel, and again only what has changed."""
 
+    def build_extensions(self) -> None:
+        # An earlier build may have left what this one leaves out, and it would go into the wheel.
+        Path(self.get_ext_fullpath(CUDA.name)).unlink(missing_ok=True)
+        super().build_extensions()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

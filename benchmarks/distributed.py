@@ -35,7 +35,7 @@ ROUNDS, BLOCK = 16, 2
 
 
 def network(width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A UNet whose batch norms keep to their running statistics: a part of a batch has other ones."""
+    """A UNet whose batch norms keep to running statistics: those of a part of a batch are others."""
     torch.manual_seed(0)
     model = UNet(3, 1, width=width).to(dtype)
     for module in model.modules():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.environment import ALLOCATOR, environment, with_allocator
 from benchmarks.networks import NETWORKS
 from sparsekern import compact, criteria, latency, trace
-from sparsekern.compact import dry_run, make_plan
+from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Global, Problem
 from sparsekern.prune.statistics import of_weights
@@ -89,7 +89,7 @@ def ratios(models: list[nn.Module], image: Tensor, rounds: int) -> tuple[float, 
 def measure(name: str, size: int, keep: float, round_to: int, rounds: int) -> dict[str, Any]:
     """All figures of one network."""
     model, image = network(name, size)
-    graph = dry_run(model, trace(model, image), image)
+    graph = trace(model, image)
     times = latency.measure(model, graph, image, round_to=round_to)
     saliency = magnitudes(model, graph)
     everything = np.ones(graph.num_channels, bool)

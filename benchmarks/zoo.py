@@ -240,7 +240,7 @@ def main(
         for report in reports:
             if report.error or report.params_left > 2 / 3:
                 out.print(f"{report.network}: {report.error or '; '.join(report.reasons)}", highlight=False)
-        out.print(summary(reports), highlight=False)
+        out.print(summary(reports), highlight=False, soft_wrap=True)
         out.print(environment())
     if json_file:
         document: dict[str, Any] = {"environment": environment(), "networks": []}

@@ -1,5 +1,5 @@
-// The contract between Python (sparsekern/_cuda.py mirrors it) and the CUDA library: a stateless one with a C interface.
-// Memory of every kind is Python's; nothing here allocates, waits for the device or reads from it.
+// The contract between Python (sparsekern/_cuda.py mirrors it) and the CUDA library: a stateless one with a C
+// interface. Memory of every kind is Python's; nothing here allocates, waits for the device or reads from it.
 #pragma once
 
 #include "../abi.h"
@@ -25,9 +25,9 @@ struct Scalar {
 
 // One call over a list of tensors. `hyper.lr`, `hyper.grad_scale` and `hyper.scaled` are not read.
 struct Call {
-  const Shape* shapes;       // [tensors]
-  const Cut* cuts;           // [tensors]
-  void* const* addresses;    // [kSlots][tensors], and then the seven of RowArrays, read if a tensor is tracked
+  const Shape* shapes;     // [tensors]
+  const Cut* cuts;         // [tensors]
+  void* const* addresses;  // [kSlots][tensors], and then the seven of RowArrays, read if a tensor is tracked
   float* partials;
   void* stream;
   Hyper hyper;

@@ -24,7 +24,9 @@ constexpr int64_t kTileColumns = 32;
 
 constexpr int64_t kBlockThreads = 256, kWarpThreads = 32;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Threads for a row: one for each pack, and in short rows, many of whose elements belong to none, one for each element.
 int32_t lanes_of(int64_t inner, int64_t pack) {

@@ -20,10 +20,10 @@ __device__ inline Conditions conditions_of(const Table& table) {
 
 template <class C>
 struct Factors {
-  C decay;         // multiplies the weight (AdamW, mask), or times the weight is added to the gradient
-  C decline;       // multiplies the new weight
-  bool masked;     // nothing is read or written
-  bool ends;       // weight and state become 0
+  C decay;      // multiplies the weight (AdamW, mask), or times the weight is added to the gradient
+  C decline;    // multiplies the new weight
+  bool masked;  // nothing is read or written
+  bool ends;    // weight and state become 0
 };
 
 template <class C>

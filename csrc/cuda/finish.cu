@@ -62,7 +62,8 @@ __device__ void set_threshold(const Table& table, const Entry& entry, int32_t ro
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   if (!(table.rows.threshold[r] < 0)) return;
   const double weight_sq = table.rows.sums[r * kSums + 3];
-  table.rows.threshold[r] = weight_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(scaled_rms / sqrt(weight_sq));
+  table.rows.threshold[r] =
+      weight_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(scaled_rms / sqrt(weight_sq));
 }
 
 // Called by whole blocks. A row is looked at by the same thread throughout.
@@ -78,7 +79,8 @@ __device__ void finish_statistics(const Table& table, const Entry& entry) {
   if (threadIdx.x > 0) return;
   *table.rows.pending = 1;
   if (found.spoilt > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(table.rows.nonfinite), static_cast<unsigned long long>(found.spoilt));
+    atomicAdd(reinterpret_cast<unsigned long long*>(table.rows.nonfinite),
+              static_cast<unsigned long long>(found.spoilt));
 }
 
 __global__ void __launch_bounds__(kFinishThreads) finish(const Table __grid_constant__ table) {

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "cut.h"
@@ -12,7 +13,7 @@
 namespace sparsekern::cuda {
 namespace {
 
-int64_t launches = 0;
+std::atomic<int64_t> launches = 0;
 
 // What an op needs to be given, and which kernel makes it.
 struct Needs {
@@ -30,7 +31,9 @@ Needs needs_of(const Call& call) {
   }
 }
 
-bool is_given(const Scalar& scalar) { return scalar.address != nullptr || scalar.value != 0; }
+bool is_given(const Scalar& scalar) {
+  return scalar.address != nullptr || scalar.value != 0;
+}
 
 // Makes the device of a call the current one for as long as this lives.
 class DeviceGuard {
@@ -72,6 +75,7 @@ bool fill_head(const Call& call, Table& table) {
     table.tracks = table.tracks || call.shapes[i].start >= 0;
     cut_rows = cut_rows || (call.shapes[i].start >= 0 && call.cuts[i].pieces > 1);
   }
+  table.rows = {};
   if (!table.tracks) return true;
   void* const* arrays = call.addresses + kSlots * call.tensors;
   if (std::any_of(arrays, arrays + 7, [](void* array) { return array == nullptr; })) return false;
@@ -170,8 +174,10 @@ SPARSEKERN_EXPORT int64_t sparsekern_cuda_cut(const Shape* shapes, int64_t tenso
   return partials;
 }
 
-// These three give 0, an error of CUDA, or the negative of an Error; nothing was launched then.
-SPARSEKERN_EXPORT int sparsekern_cuda_step(const Call* call) { return run(*call); }
+// These three give 0, an error of CUDA that ended the call, or the negative of an Error, when nothing was launched.
+SPARSEKERN_EXPORT int sparsekern_cuda_step(const Call* call) {
+  return run(*call);
+}
 
 SPARSEKERN_EXPORT int sparsekern_cuda_moments(const Moments* moments) {
   const DeviceGuard guard(moments->device);
@@ -190,4 +196,6 @@ SPARSEKERN_EXPORT const char* sparsekern_cuda_error(int error) {
 }
 
 // Launches made by this process.
-SPARSEKERN_EXPORT int64_t sparsekern_cuda_launches() { return launches; }
+SPARSEKERN_EXPORT int64_t sparsekern_cuda_launches() {
+  return launches;
+}

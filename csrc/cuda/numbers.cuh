@@ -26,19 +26,39 @@ struct Compute<double> {
   using Type = double;
 };
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-__device__ inline float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline float widen(float x) {
+  return x;
+}
+__device__ inline double widen(double x) {
+  return x;
+}
+__device__ inline float widen(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+__device__ inline float widen(Float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
 
-__device__ inline void narrow(float x, float* out) { *out = x; }
-__device__ inline void narrow(double x, double* out) { *out = x; }
-__device__ inline void narrow(float x, BFloat16* out) { out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-__device__ inline void narrow(float x, Float16* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
+__device__ inline void narrow(float x, float* out) {
+  *out = x;
+}
+__device__ inline void narrow(double x, double* out) {
+  *out = x;
+}
+__device__ inline void narrow(float x, BFloat16* out) {
+  out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ inline void narrow(float x, Float16* out) {
+  out->bits = __half_as_ushort(__float2half_rn(x));
+}
 
 // Correctly rounded, as every operation here.
-__device__ inline float square_root(float x) { return sqrtf(x); }
-__device__ inline double square_root(double x) { return sqrt(x); }
+__device__ inline float square_root(float x) {
+  return sqrtf(x);
+}
+__device__ inline double square_root(double x) {
+  return sqrt(x);
+}
 
 __device__ inline bool finite(float x) {
   constexpr uint32_t kExponent = 0x7f800000;

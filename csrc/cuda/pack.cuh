@@ -21,8 +21,8 @@ __device__ __forceinline__ Pack<S, kCount> load(const S* address) {
   return *static_cast<const Type*>(__builtin_assume_aligned(address, sizeof(Type)));
 }
 
-// By an intrinsic (of the usual caching): the compiler takes the copy of a struct apart, and for sm_80 and sm_90 it does
-// not put the stores of the elements together again.
+// By an intrinsic (of the usual caching): the compiler takes the copy of a struct apart, and for sm_80 and sm_90 it
+// does not put the stores of the elements together again.
 template <int kCount, class S>
 __device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address) {
   if constexpr (kCount == kPack<S>) {

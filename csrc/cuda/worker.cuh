@@ -25,7 +25,8 @@ class Worker {
     return (row.masked && !Update::kClearsMasked) || update_.leaves(row);
   }
 
-  // Elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or that of a pack with all addresses aligned.
+  // Elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or that of a pack with all addresses
+  // aligned.
   template <int kCount>
   __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
     Pack<S, kCount> weights = load<kCount>(list(kParam) + at), gradients = {}, states[kStates] = {};

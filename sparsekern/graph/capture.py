@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from sparsekern._sharding import copy_module, fake, settle, unwrap
+from sparsekern._sharding import check_not_flattened, copy_module, fake, settle, unwrap
 
 from .hooks import detach_hooks, without_global_hooks
 
@@ -147,11 +147,13 @@ class Source:
 
 
 def inner_module(model: object) -> nn.Module:
-    """The module to trace. Raises ValueError for anything else."""
+    """The module to trace. Raises ValueError for what is none, or a FullyShardedDataParallel."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     # What torch.compile and data parallelism return holds the module itself, with the same parameters.
-    return unwrap(model)
+    inner = unwrap(model)
+    check_not_flattened(inner)
+    return inner
 
 
 def arguments(example_inputs: object) -> tuple[Any, ...]:

@@ -76,7 +76,7 @@ class _Recheck:
         sizes = np.bincount(self._numbering.group_of)
         for pattern in _PATTERNS if (sizes < _NARROW).any() else ():
             trials = Trials(self._captured.source, self._trials.layout, pattern)
-            found |= trials.failing([group for group in left if group not in found], pattern % 2 == 1)
+            found |= _failing(trials, [group for group in left if group not in found], pattern % 2 == 1)
         return found
 
     def _round(self, groups: Sequence[int]) -> dict[int, str]:
@@ -86,7 +86,7 @@ class _Recheck:
                 smaller = [self._captured.source.export(graph.training) for graph in self._captured.graphs]
         except ValueError:
             for graph in self._captured.graphs:
-                if found := self._trials.failing(groups, graph.training):
+                if found := _failing(self._trials, groups, graph.training):
                     return found
             return self._searched(groups)
         gone = self._numbering.slots_of(self._trials.gone(groups))
@@ -159,6 +159,14 @@ class _Recheck:
                     found.append(_Difference(step, f"its size is written out in {_label(before)}"))
                 odd.add(before)
         return found
+
+
+def _failing(trials: Trials, groups: Sequence[int], training: bool) -> dict[int, str]:
+    """Nothing where even the whole copy does not run outside of a trace."""
+    try:
+        return trials.failing(groups, training)
+    except ValueError:
+        return {}
 
 
 def _layout(tensors: Sequence[Tracked], numbering: Numbering) -> Layout:

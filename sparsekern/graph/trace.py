@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparsekern._sharding import check_not_flattened
-
 from .attributes import follow
 from .build import build
 from .capture import Capture, Registered, arguments, capture, inner_module, lightly
@@ -47,7 +45,6 @@ def trace(
     does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
     """
     model, args = inner_module(model), arguments(example_inputs)
-    check_not_flattened(model)
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
     tensors, slots, assumed = best_reading(lambda readings: _first_round(captured, protected, readings))

@@ -133,12 +133,14 @@ def search(probe: Probe, groups: Sequence[int]) -> Iterator[tuple[int, str]]:
     Raises ValueError where it finds one even without any.
     """
     left = list(groups)
-    outcome = probe(left)
-    while left and outcome.error is not None:
+    known: Outcome | None = None
+    while left:
+        outcome = known or probe(left)
+        if outcome.error is None:
+            return
         group, error, known = _culprit(probe, left, outcome)
         left.remove(group)
         yield group, error
-        outcome = known or probe(left)
 
 
 def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int, str, Outcome | None]:

@@ -32,6 +32,8 @@ COMPILER = next((c for c in (os.environ.get("CXX", ""), "g++") if c and shutil.w
 collect_ignore: list[str] = []
 if not torch.cuda.is_available():
     collect_ignore.append("test_device.py")
+if torch.cuda.is_available() or _cuda.load() is None:
+    collect_ignore.append("test_without_gpu.py")
 if COMPILER is None:
     collect_ignore += ["test_emulated.py", "test_emulation.py"]
 

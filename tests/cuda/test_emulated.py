@@ -11,8 +11,9 @@ from ops import cases
 from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
 from ops.tolerance import assert_equal_step
 
-from sparsekern import _cuda, _native
-from sparsekern._rows import ChannelArrays
+import sparsekern
+from sparsekern import _cuda, _native, _ops
+from sparsekern._rows import ChannelArrays, RowTable
 from sparsekern.backends import reference
 
 # Each of the ways that a tensor is cut: rows of a warp, of the block, in pieces; tiles of columns in pieces
@@ -172,6 +173,29 @@ def test_one_launch_takes_hundreds_of_tensors(emulated: Any, count: int, launche
     emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
     # Nothing follows a step that neither counts steps nor has rows.
     assert emulated._target.library.sparsekern_cuda_launches() - before == 3 * launches
+
+
+def test_an_optimizer_steps_on_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the optimizer and the checks of the operations, as training does."""
+    results = []
+    for backend in (reference, emulated):
+        monkeypatch.setattr(_ops, "choose", lambda device, backend=backend: backend)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 20, 3), torch.nn.BatchNorm2d(20), torch.nn.Flatten())
+        optimizer = sparsekern.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), amsgrad=True)
+        table = RowTable([(param, 0) for param in model.parameters()], [[20, 40], [21, 41]])
+        optimizer.attach(table)
+        table.countdown[:5] = 3
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+        assert (table.countdown[:5] == 0).all()
+        results.append([*model.parameters(), table.activity, table.channel_dot])
+    for mine, theirs in zip(results[1][:-2], results[0][:-2], strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(results[1][-2:], results[0][-2:], strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_addresses_read_in_python(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

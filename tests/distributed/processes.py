@@ -30,7 +30,7 @@ _context.set_forkserver_preload(
 )
 
 
-def run(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+def run(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:
     """``function(*arguments)`` in ``ranks`` processes of one gloo group; what each returns, by rank.
 
     Results go through a file: tensors, arrays and plain values. The first process that fails takes the
@@ -84,7 +84,7 @@ def _enter(
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=ranks,
-            timeout=datetime.timedelta(seconds=30),
+            timeout=datetime.timedelta(seconds=90),
         )
         torch.save(function(*arguments), _result(folder, rank))
         dist.barrier()

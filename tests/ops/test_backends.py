@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sparsekern import _native, backends
+from sparsekern import _cuda, _native, backends
 from sparsekern.backends import reference
 
 CPU = torch.device("cpu")
@@ -60,6 +60,30 @@ def test_forced(force_backend: Callable[[str], None], monkeypatch: pytest.Monkey
     monkeypatch.setattr(_native, "reason", "there is no compiler")
     with pytest.raises(RuntimeError, match="there is no compiler"):
         backends.choose(CPU)
+
+
+def test_tensors_on_a_gpu_have_a_backend_that_works(
+    force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernels, or the reference and a warning that says why."""
+    device = torch.device("cuda")
+    force_backend("")
+    monkeypatch.setattr(_cuda, "why_not", lambda: "the driver is too old")
+    with pytest.warns(UserWarning, match="without its cuda backend: the driver is too old") as seen:
+        assert backends.choose(device) is reference
+        assert backends.choose(device) is reference
+    assert len(seen) == 1
+    assert ("cuda", False, "the driver is too old") in backends.available()
+    force_backend("cuda")
+    with pytest.raises(RuntimeError, match="got 'cuda' for tensors on cuda.*the driver is too old"):
+        backends.choose(device)
+    with pytest.raises(RuntimeError, match="it takes tensors on cuda, not on cpu"):
+        backends.choose(CPU)
+    monkeypatch.setattr(_cuda, "why_not", lambda: None)
+    backends.reset()
+    assert backends.choose(device).__name__ == "sparsekern.backends.cuda"
+    (what,) = (what for name, _, what in backends.available() if name == "cuda")
+    assert "never run on a GPU" in what
 
 
 def test_no_native_by_environment() -> None:

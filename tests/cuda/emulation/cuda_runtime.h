@@ -35,9 +35,13 @@ inline dim3& threadIdx = emulation::thread_index<dim3>;
 inline dim3& blockIdx = emulation::block_index<dim3>;
 inline dim3& gridDim = emulation::grid_size<dim3>;
 
-inline void __syncthreads() { emulation::meet_block(); }
+inline void __syncthreads() {
+  emulation::meet_block();
+}
 inline void __threadfence() {}
-inline void __stwb(uint4* address, uint4 value) { memcpy(emulation::aligned(address, 16), &value, sizeof(value)); }
+inline void __stwb(uint4* address, uint4 value) {
+  memcpy(emulation::aligned(address, 16), &value, sizeof(value));
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
@@ -59,9 +63,15 @@ To emulated_cast(From from) {
   return to;
 }
 
-inline float __uint_as_float(uint32_t bits) { return emulated_cast<float>(bits); }
-inline float __int_as_float(int32_t bits) { return emulated_cast<float>(bits); }
-inline uint32_t __float_as_uint(float x) { return emulated_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t bits) {
+  return emulated_cast<float>(bits);
+}
+inline float __int_as_float(int32_t bits) {
+  return emulated_cast<float>(bits);
+}
+inline uint32_t __float_as_uint(float x) {
+  return emulated_cast<uint32_t>(x);
+}
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = void*;
@@ -78,9 +88,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   // As on a device: what is pushed into the launch is a copy.
   const auto call = [kernel, arguments...] { kernel(arguments...); };
   gridDim = config->gridDim;
-  const bool ended = emulation::run_grid(config->gridDim.x, config->blockDim.x, call,
-                                         [](unsigned block) { blockIdx.x = block; },
-                                         [](unsigned thread) { threadIdx.x = thread; });
+  const bool ended = emulation::run_grid(
+      config->gridDim.x, config->blockDim.x, call, [](unsigned block) { blockIdx.x = block; },
+      [](unsigned thread) { threadIdx.x = thread; });
   return ended ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -88,7 +98,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;

@@ -82,7 +82,9 @@ void resume(unsigned thread) {
   }
 }
 
-void poison_shared() { memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared); }
+void poison_shared() {
+  memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+}
 
 // The order of `count` things: as they come, backwards, or mixed.
 std::vector<unsigned> ordered(unsigned count, unsigned salt) {
@@ -140,9 +142,13 @@ bool run_grid(unsigned blocks, unsigned threads, const std::function<void()>& ca
   return what_is_wrong == nullptr;
 }
 
-void meet_block() { leave(State::kAtBlock); }
+void meet_block() {
+  leave(State::kAtBlock);
+}
 
-unsigned current_lane() { return current % kWarpSize; }
+unsigned current_lane() {
+  return current % kWarpSize;
+}
 
 Slot* meet_warp(unsigned mask, const Slot& mine) {
   if (mask != 0xffffffffu) complain("a shuffle leaves out a part of the warp");
@@ -164,11 +170,17 @@ void complain(const char* what) {
   if (what_is_wrong == nullptr) what_is_wrong = what;
 }
 
-const char* complaint() { return what_is_wrong == nullptr ? "the launch is not valid" : what_is_wrong; }
+const char* complaint() {
+  return what_is_wrong == nullptr ? "the launch is not valid" : what_is_wrong;
+}
 
 }  // namespace emulation
 
 // 0: blocks and threads in their order, 1: backwards, others: mixed.
-extern "C" __attribute__((visibility("default"))) void emulation_order(unsigned value) { emulation::order = value; }
+extern "C" __attribute__((visibility("default"))) void emulation_order(unsigned value) {
+  emulation::order = value;
+}
 
-extern "C" __attribute__((visibility("default"))) void emulation_forgive() { emulation::what_is_wrong = nullptr; }
+extern "C" __attribute__((visibility("default"))) void emulation_forgive() {
+  emulation::what_is_wrong = nullptr;
+}

@@ -1,0 +1,23 @@
+"""The CUDA library as nvcc built it, where there is no GPU: it loads, and every call ends with an error."""
+
+from __future__ import annotations
+
+import ctypes
+
+from sparsekern import _cuda
+
+
+def test_without_a_gpu_the_library_answers_with_an_error() -> None:
+    library = _cuda.load()
+    assert library is not None
+    code = library.sparsekern_cuda_try(0)
+    assert code > 0
+    assert f"(CUDA error {code})" in _cuda.error_text(library, code)
+    shape, cut = _cuda.Shape(1, 100, 9, 0), _cuda.Cut()
+    assert library.sparsekern_cuda_cut(ctypes.byref(shape), 1, 4, ctypes.byref(cut)) == 0
+    assert cut.chunks * cut.row_step >= 100
+    address = (ctypes.c_uint64 * 13)(*[64] * 13)
+    call = _cuda.Call(
+        shapes=ctypes.addressof(shape), cuts=ctypes.addressof(cut), addresses=bytes(address), tensors=1
+    )
+    assert library.sparsekern_cuda_step(call) == code
