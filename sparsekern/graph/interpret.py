@@ -60,14 +60,16 @@ class Interpreter:
     """Applies the rules to a graph, node by node.
 
     Run once over all graphs to find which slots go together, then again, ``settled``, to find
-    what is zero and to record producers, consumers and costs. ``readings`` says by module which
-    reading of ambiguous splits to take, the first one (0) where it says nothing.
+    what is zero and to record producers, consumers and costs. ``exact``: see ``Call``.
+    ``readings`` says by module which reading of ambiguous splits to take, the first one (0) where
+    it says nothing.
     """
 
     tensors: Sequence[Tracked]
     slots: Slots
     records: Records
     settled: bool
+    exact: bool = True
     readings: Mapping[str, int] = field(default_factory=dict)
     _storage: int = field(default=0)
     _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
@@ -169,6 +171,7 @@ class Interpreter:
             rule=rule,
             settled=self.settled,
             counted=counted,
+            exact=self.exact,
             reading=self.readings.get(module, 0),
             new_storage=self._next,
         )

@@ -70,6 +70,8 @@ class Records:
         self.splits: list[tuple[str, np.ndarray, int]] = []
         # Reshapes to sizes that the program names: a module may keep such a size as an attribute.
         self.shaped: list[Shaped] = []
+        # Channels that change others when they go, and why; empty where those are frozen.
+        self.inexact: list[tuple[np.ndarray, str]] = []
         # What every node of the traced graphs makes: values, or lists and tuples of them.
         self.values: dict[fx.Node, Any] = {}
 

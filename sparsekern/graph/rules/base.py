@@ -75,6 +75,7 @@ class Call:
     module: path of the module in whose forward the op was called ("" at the top).
     settled: second round: all unions are known, and zero flags are facts, not assumptions.
     counted: the graph of evaluation mode, whose costs are counted.
+    exact: whether channels stay whose removal would change what the others compute.
     reading: which of several readings of an ambiguous split to take in this module, see ``split``.
     """
 
@@ -89,6 +90,7 @@ class Call:
     rule: Rule
     settled: bool
     counted: bool
+    exact: bool
     reading: int
     new_storage: Callable[[], int]
     gave_up: bool = False
@@ -149,6 +151,13 @@ class Call:
             self.froze = self.froze or reason
             self.slots.freeze(ids, reason)
 
+    def inexact(self, ids: Ids, reason: str) -> None:
+        """Kept channels change when some of ``ids`` go: they stay, unless the user allows that."""
+        if self.exact:
+            self.freeze(ids, reason)
+        elif ids is not None and self.settled:
+            self.records.inexact.append((ids, reason))
+
     def give_up(self, reason: str) -> Result:
         """Freeze every slot that enters; the results are untracked because of ``reason``."""
         self.gave_up = True
@@ -174,7 +183,7 @@ class Call:
         ids, zero = value.ids[dim], value.zero[dim]
         if ids is not None and zero is not None and not zero.all():
             by = f" after {value.cleared}" if value.cleared else ""
-            self.slots.freeze(ids[~zero], f"{self.label} reads it not as zero{by}")
+            self.inexact(ids[~zero], f"{self.label} reads it not as zero{by}")
 
     def contract(self, value: Value, dim: int, weight: Value, weight_dim: int) -> None:
         """``value`` is summed over ``dim`` with the columns ``weight_dim`` of ``weight``."""

@@ -26,7 +26,7 @@ def _product(
         _consume(call, left, right)
         by = left.cleared or right.cleared
         reason = f"{call.label} sums over it not as zero" + (f" after {by}" if by else "")
-        call.freeze(ids[~vanishes], reason)
+        call.inexact(ids[~vanishes], reason)
     made: frozenset[int] = frozenset()
     if right.static and not left.static:
         made = call.produce("dense", right.ids[-1], None)
@@ -139,7 +139,7 @@ def einsum(call: Call) -> Result:
                 made |= call.produce("dense", own, None)
     for letter, (ids, zero, _) in table.items():
         if letter not in output and ids is not None:
-            call.freeze(ids[~flags(zero, len(ids))], f"{call.label} sums over it not as zero")
+            call.inexact(ids[~flags(zero, len(ids))], f"{call.label} sums over it not as zero")
     if len(operands) == 2:
         call.count_macs(1, *(size if ids is None else ids for ids, _, size in table.values()))
     origins = made.union(*(v.origins for v in operands))

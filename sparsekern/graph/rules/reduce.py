@@ -30,7 +30,7 @@ def _reduce(call: Call, *, clears: bool) -> Value:
     x = next(call.values())
     dims = _dims(call, x)
     for dim in dims:
-        call.freeze(x.ids[dim], f"{call.label} reduces over channels")
+        call.inexact(x.ids[dim], f"{call.label} reduces over channels")
     return _reduced(call, x, dims, clears=clears)
 
 
@@ -65,7 +65,7 @@ def extreme(call: Call) -> Result:
     x = next(call.values())
     dims = _dims(call, x)
     for dim in dims:
-        call.freeze(x.ids[dim], f"{call.label} reduces over channels")
+        call.inexact(x.ids[dim], f"{call.label} reduces over channels")
     numbers = range(len(call.outputs))
     return tuple(_reduced(call, x, dims, index=i, clears=i > 0 and call.name != "aminmax") for i in numbers)
 
