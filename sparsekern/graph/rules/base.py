@@ -183,7 +183,12 @@ class Call:
         ids, zero = value.ids[dim], value.zero[dim]
         if ids is not None and zero is not None and not zero.all():
             by = f" after {value.cleared}" if value.cleared else ""
-            self.inexact(ids[~zero], f"{self.label} reads it not as zero{by}")
+            reason = f"{self.label} reads it not as zero{by}"
+            if self.exact:
+                # Not through ``freeze``: what this op makes does not stay because of it.
+                self.slots.freeze(ids[~zero], reason)
+            else:
+                self.inexact(ids[~zero], reason)
 
     def contract(self, value: Value, dim: int, weight: Value, weight_dim: int) -> None:
         """``value`` is summed over ``dim`` with the columns ``weight_dim`` of ``weight``."""
