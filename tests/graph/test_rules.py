@@ -29,6 +29,7 @@ conv3d conv_transpose3d.input mul_.Tensor zeros to.device bitwise_not cumsum ara
 pow.Scalar sin cos addcmul clamp exp hardswish bernoulli_.float div_.Tensor new_empty amax bmm
 channel_shuffle clone flip im2col mv pixel_shuffle pixel_unshuffle repeat repeat_interleave.self_int
 rms_norm sort vdot ones pow.Tensor_Scalar detach_ avg_pool3d gru.input lstm.input
+glu _weight_norm _assert_tensor_metadata
 """
 
 

@@ -132,3 +132,9 @@ def softmax(call: Call) -> Result:
     ids = [None if d == dim and call.exact else i for d, i in enumerate(x.ids)]
     zero = [None if i is None else np.zeros(len(i), bool) for i in ids]
     return call.make(ids, zero, cleared=call.label)
+
+
+@register_rule("_weight_norm")
+def weight_norm(call: Call) -> Result:
+    """A row that is zero would be divided by its own norm."""
+    return call.give_up(f"{call.label} divides rows by their norm, which is 0 where they are masked")
