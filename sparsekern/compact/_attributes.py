@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from torch import nn
 
 from sparsekern.compact.plan import TensorPlan
-from sparsekern.graph.layers import sizes
+from sparsekern.graph.layers import counts, sizes
 
 
 def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, TensorPlan]) -> None:
     """Sets ``in_channels`` and the like on the modules of ``copy`` whose tensors were cut.
 
     ``parts`` gives, by ``id`` of a tensor of ``model``, what stays of it. A class of torch
-    whose sizes are not understood raises ``ValueError``; a user's own class keeps its attributes.
+    whose sizes are not understood raises ``ValueError``; a user's own class keeps its
+    attributes, but for those that the plan names.
     """
     for (name, before), (_, after) in zip(model.named_modules(), copy.named_modules(), strict=True):
         for attribute, size in sizes(name, before, parts).items():
             setattr(after, attribute, size)
+    for module, attribute, size in counts(copy, parts.values()):
+        setattr(module, attribute, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +27,14 @@ class TensorPlan:
 
     ``shape`` is the tensor's shape before anything is removed. ``keep`` maps a dimension to the
     indices kept along it: int64, strictly increasing, at least one. A dimension that stays whole
-    is not listed. Raises ``ValueError`` where these do not hold.
+    is not listed. ``sizes`` maps attributes of the user's modules that count the tensor's indices,
+    such as ``blocks.0.attn.num_heads``, to (dimension, indices per unit). Raises ``ValueError``
+    where these do not hold.
     """
 
     shape: tuple[int, ...]
     keep: Mapping[int, Indices] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = tuple(int(size) for size in self.shape)
@@ -44,6 +47,13 @@ class TensorPlan:
                 keep[int(dim)] = checked
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "sizes", dict(self.sizes))
+        for path, (dim, per) in self.sizes.items():
+            if not 0 <= dim < len(shape) or per < 1 or self.new_shape[dim] % per:
+                raise ValueError(
+                    f"sizes: {path!r} counts dimension {dim} of {shape} by {per}, of which "
+                    f"{self.new_shape[dim] if 0 <= dim < len(shape) else 'none'} stay"
+                )
 
     @property
     def new_shape(self) -> tuple[int, ...]:
@@ -58,7 +68,11 @@ class TensorPlan:
         keep = dict(self.keep)
         for dim, indices in later.keep.items():
             keep[dim] = keep[dim][indices] if dim in keep else indices
-        return TensorPlan(self.shape, keep)
+        return TensorPlan(self.shape, keep, {**self.sizes, **later.sizes})
+
+    def inside(self, prefix: str) -> TensorPlan:
+        """The same part, its sizes named from outside the submodule ``prefix``."""
+        return replace(self, sizes={f"{prefix}.{path}": size for path, size in self.sizes.items()})
 
     def after(self, done: TensorPlan) -> TensorPlan:
         """What of this plan is left to do once ``done`` was: ``done.then(result)`` equals this plan."""
@@ -70,13 +84,14 @@ class TensorPlan:
             if not np.isin(wanted, left).all():
                 raise ValueError(f"done: removed indices of dimension {dim} that this plan keeps")
             keep[dim] = np.searchsorted(left, wanted)
-        return TensorPlan(done.new_shape, keep)
+        return TensorPlan(done.new_shape, keep, self.sizes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorPlan):
             return NotImplemented
         return (
             self.shape == other.shape
+            and self.sizes == other.sizes
             and self.keep.keys() == other.keep.keys()
             and all(np.array_equal(self.keep[d], other.keep[d]) for d in self.keep)
         )
@@ -138,18 +153,20 @@ class Plan:
         """The same plan for the model as the submodule ``prefix`` of another one."""
         if not prefix:
             return self
-        return Plan({f"{prefix}.{name}": part for name, part in self.tensors.items()})
+        return Plan({f"{prefix}.{name}": part.inside(prefix) for name, part in self.tensors.items()})
 
     def to_json(self) -> str:
         """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``."""
         numbers: dict[str, int] = {}
-        tensors = {}
+        tensors: dict[str, dict[str, Any]] = {}
         for name, part in self.tensors.items():
             keep = {
                 str(dim): numbers.setdefault(_to_runs(indices), len(numbers))
                 for dim, indices in part.keep.items()
             }
             tensors[name] = {"shape": list(part.shape), "keep": keep}
+            if part.sizes:
+                tensors[name]["sizes"] = {path: list(size) for path, size in part.sizes.items()}
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -211,7 +228,8 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
             if not stays.all():
                 # Few distinct sets occur, each in many tensors: one array serves all.
                 keep[dim] = parts.setdefault(stays.tobytes(), np.flatnonzero(stays))
-        tensors[name] = TensorPlan(tuple(slots.shape), keep)
+        sizes = {path: (dim, per) for path, dim, per in slots.sizes}
+        tensors[name] = TensorPlan(tuple(slots.shape), keep, sizes)
     return Plan(tensors)
 
 
@@ -250,7 +268,7 @@ def _from_runs(runs: object) -> Indices:
     return np.concatenate([np.arange(first, last + 1, dtype=np.int64) for first, last in pairs])
 
 
-def _tensor_from_json(entry: object, sets: Sequence[Indices]) -> TensorPlan:
+def _tensor_from_json(entry: Any, sets: Sequence[Indices]) -> TensorPlan:
     shape = _expect(entry, "shape", list)
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"shape is {shape}, expected sizes")
@@ -259,7 +277,12 @@ def _tensor_from_json(entry: object, sets: Sequence[Indices]) -> TensorPlan:
         if not dim.isdecimal() or type(number) is not int or not 0 <= number < len(sets):
             raise ValueError(f"keep has {dim!r}: {number!r}, expected dimension: set of indices")
         keep[int(dim)] = sets[number]
-    return TensorPlan(tuple(shape), keep)
+    sizes = {}
+    for path, size in _expect(entry, "sizes", dict).items() if "sizes" in entry else ():
+        if not isinstance(size, list) or [type(n) for n in size] != [int, int]:
+            raise ValueError(f"sizes has {path!r}: {size!r}, expected [dimension, indices per unit]")
+        sizes[path] = (size[0], size[1])
+    return TensorPlan(tuple(shape), keep, sizes)
 
 
 def _expect(document: object, key: str, kind: type) -> Any:

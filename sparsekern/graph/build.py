@@ -43,7 +43,9 @@ def _tensor(tensor: Tracked, numbering: Numbering) -> TensorSlots | None:
         return None
     entry = tensor.entry
     kind: Literal["parameter", "buffer"] = "parameter" if entry.parameter else "buffer"
-    return TensorSlots(entry.names[0], entry.names[1:], entry.shape, kind, tuple(channels), tensor.row_dim)
+    return TensorSlots(
+        entry.names[0], entry.names[1:], entry.shape, kind, tuple(channels), tensor.row_dim, tensor.sizes
+    )
 
 
 def _groups(

@@ -21,6 +21,9 @@ class TensorSlots:
         for a dimension that no channel runs through.
     row_dim: the dimension whose slices are zeroed when a channel is masked; None for buffers and
         for parameters that have no rows of their own.
+    sizes: attributes of the user's modules that count this tensor's indices, such as the number
+        of heads, as (path, dimension, indices per unit): ``blocks.0.attn.num_heads`` is
+        ``shape[dimension] // indices per unit``.
     """
 
     name: str
@@ -29,6 +32,7 @@ class TensorSlots:
     kind: Literal["parameter", "buffer"]
     channels: tuple[np.ndarray | None, ...]
     row_dim: int | None
+    sizes: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,4 +64,8 @@ def _layout(source: Source, graph: ChannelGraph) -> Layout:
         {numbers[name]: slots.shape for name, slots in graph.tensors.items()},
         {numbers[name]: slots.channels for name, slots in graph.tensors.items()},
         graph.group_of,
+        {
+            numbers[name]: {path: (dim, per) for path, dim, per in slots.sizes}
+            for name, slots in graph.tensors.items()
+        },
     )

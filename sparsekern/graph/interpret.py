@@ -28,11 +28,13 @@ _Environment = dict[fx.Node, Any]
 
 @dataclass
 class Tracked:
-    """A registered tensor with its slots. row_dim: the dimension of its rows, once known."""
+    """A registered tensor with its slots. row_dim: the dimension of its rows, once known.
+    sizes: attributes of the user's modules that count its indices, see ``TensorSlots``."""
 
     entry: Registered
     ids: tuple[Ids, ...]
     row_dim: int | None = None
+    sizes: tuple[tuple[str, int, int], ...] = ()
 
     def value(self, settled: bool, storage: int) -> Value:
         """Before row dimensions are known every slice of a parameter counts as zero."""
@@ -58,13 +60,17 @@ class Interpreter:
     """Applies the rules to a graph, node by node.
 
     Run once over all graphs to find which slots go together, then again, ``settled``, to find
-    what is zero and to record producers, consumers and costs.
+    what is zero and to record producers, consumers and costs. ``exact``: see ``Call``.
+    ``readings`` says by module which reading of ambiguous splits to take, the first one (0) where
+    it says nothing.
     """
 
     tensors: Sequence[Tracked]
     slots: Slots
     records: Records
     settled: bool
+    exact: bool = True
+    readings: Mapping[str, int] = field(default_factory=dict)
     _storage: int = field(default=0)
     _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
@@ -152,11 +158,12 @@ class Interpreter:
 
     def _call(self, node: fx.Node, args: dict[str, Any], counted: bool) -> Call:
         name, overload, rule = _rule(node.target)
+        module = _module(node)
         return Call(
             name=name,
             overload=overload,
             node=node.name,
-            module=_module(node),
+            module=module,
             args=args,
             outputs=shapes(node),
             slots=self.slots,
@@ -164,6 +171,8 @@ class Interpreter:
             rule=rule,
             settled=self.settled,
             counted=counted,
+            exact=self.exact,
+            reading=self.readings.get(module, 0),
             new_storage=self._next,
         )
 

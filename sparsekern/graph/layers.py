@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,14 +25,18 @@ class Part(Protocol):
     def keep(self) -> Mapping[int, np.ndarray]: ...
     @property
     def new_shape(self) -> tuple[int, ...]: ...
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]: ...
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A plain ``Part``. A dimension that stays whole is not listed in ``keep``."""
+    """A plain ``Part``. A dimension that stays whole is not listed in ``keep``. sizes: attributes of
+    the user's modules that count indices of a dimension, with the indices that one unit is."""
 
     shape: tuple[int, ...]
     keep: Mapping[int, np.ndarray] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def new_shape(self) -> tuple[int, ...]:
@@ -141,6 +145,22 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
     (nn.RMSNorm, _layer_norm),
     (nn.PReLU, _prelu),
 )
+
+
+def counts(model: nn.Module, parts: Iterable[Part]) -> Iterator[tuple[nn.Module, str, int]]:
+    """Module, attribute and new value of the user's own numbers that count what stays.
+
+    Raises ``ValueError`` where ``model`` has no such number.
+    """
+    for part in parts:
+        for path, (dim, per) in part.sizes.items():
+            if dim not in part.keep:
+                continue
+            owner, _, attribute = path.rpartition(".")
+            module = model.get_submodule(owner)
+            if not isinstance(vars(module).get(attribute), int):
+                raise ValueError(f"plan: made for another model, {path!r} is no number in this one")
+            yield module, attribute, part.new_shape[dim] // per
 
 
 def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:

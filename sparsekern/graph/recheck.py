@@ -176,7 +176,8 @@ def _layout(tensors: Sequence[Tracked], numbering: Numbering) -> Layout:
         if any(ids is not None and (ids >= 0).any() for ids in own):
             channels[number] = tuple(own)
     shapes_of = {number: tensors[number].entry.shape for number in channels}
-    return Layout(shapes_of, channels, numbering.group_of)
+    sizes = {n: {path: (dim, per) for path, dim, per in tensors[n].sizes} for n in channels}
+    return Layout(shapes_of, channels, numbering.group_of, sizes)
 
 
 def _steps(module: fx.GraphModule) -> Iterator[fx.Node]:

@@ -10,6 +10,7 @@ from torch import fx
 
 from .operations import Read
 from .slots import Slots
+from .values import Ids
 
 Factor = np.ndarray | int
 
@@ -41,6 +42,16 @@ class Term:
     factors: list[np.ndarray]
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """A reshape in ``module`` from ``before`` to ``after`` with the ids of its result."""
+
+    module: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    ids: tuple[Ids, ...]
+
+
 class Records:
     """Producers, consumers, row dimensions and cost terms, collected over both modes."""
 
@@ -55,6 +66,12 @@ class Records:
         self.operations: list[Read] = []
         # By (evaluation mode, node): slots tied by a reading that the trace cannot prove.
         self.guesses: dict[tuple[bool, str], np.ndarray] = {}
+        # Splits with several readings: module, slots, how many readings there are.
+        self.splits: list[tuple[str, np.ndarray, int]] = []
+        # Reshapes to sizes that the program names: a module may keep such a size as an attribute.
+        self.shaped: list[Shaped] = []
+        # Channels that change others when they go, and why; empty where those are frozen.
+        self.inexact: list[tuple[np.ndarray, str]] = []
         # What every node of the traced graphs makes: values, or lists and tuples of them.
         self.values: dict[fx.Node, Any] = {}
 

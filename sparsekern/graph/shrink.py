@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Source
-from .layers import Part, sizes
+from .layers import Part, counts, sizes
 
 
 @contextmanager
@@ -36,6 +36,9 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
                     if id(tensor) in made:
                         restore.append(partial(table.__setitem__, key, tensor))
                         table[key] = made[id(tensor)]
+        for module, attribute, count in counts(source.clone, parts.values()):
+            restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, count)
         yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
     finally:
         for undo in restore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .attributes import follow
 from .build import build
 from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
-from .numbering import number
+from .numbering import Numbering, number
+from .readings import Round, best_reading
 from .recheck import faults
 from .records import Records
 from .slots import Slots
@@ -28,6 +31,7 @@ def trace(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     protect: Sequence[str | nn.Module | nn.Parameter] | str | nn.Module | nn.Parameter = (),
+    exact: bool = True,
 ) -> ChannelGraph:
     """Find the channels of ``model`` that can be removed without changing what the others compute.
 
@@ -38,6 +42,9 @@ def trace(
 
     protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
         parameters, modules, or parameters.
+    exact: False allows channels, too, whose removal changes what the others compute, because they are
+        normalised or reduced over together or are not zero where they are summed. One UserWarning names
+        their groups: the compact network is then not the masked one, and has to be trained on.
 
     Raises ValueError if ``model`` cannot be copied or is a FullyShardedDataParallel, if its forward
     does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
@@ -45,20 +52,46 @@ def trace(
     model, args = inner_module(model), arguments(example_inputs)
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
+    tensors, slots, assumed = best_reading(
+        lambda readings: _first_round(captured, protected, exact, readings)
+    )
+    _settle_rows(tensors, slots, assumed)
+    records = _interpret(captured, tensors, slots, settled=True, exact=exact)
+    numbering = number(tensors, slots, records)
+    follow(captured.source, tensors, slots, numbering, records)
+    if wrong := faults(captured, tensors, numbering, records):
+        for fault in wrong:
+            slots.freeze(fault.ids, fault.reason)
+        numbering = number(tensors, slots, records)
+    graph = build(tensors, slots, records, numbering)
+    _warn_of_inexact(graph, numbering, records)
+    return graph
+
+
+def _warn_of_inexact(graph: ChannelGraph, numbering: Numbering, records: Records) -> None:
+    """Name the groups that are not removed exactly, each with the first reason."""
+    found: dict[str, str] = {}
+    for ids, reason in records.inexact:
+        channels = numbering.channel_of[ids[ids >= 0]]
+        for index in np.unique(numbering.group_of[channels[channels >= 0]]).tolist():
+            found.setdefault(graph.groups[index].name, reason)
+    if found:
+        named = "; ".join(f"{name} ({reason})" for name, reason in found.items())
+        # Above this: trace, and the context that it runs in.
+        warnings.warn(
+            f"exact=False: removing channels changes what the others compute: {named}", stacklevel=4
+        )
+
+
+def _first_round(captured: Capture, protected: set[str], exact: bool, readings: Mapping[str, int]) -> Round:
+    """Which slots go together, on fresh slots."""
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
     for tensor in tensors:
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
-    assumed = _interpret(captured, tensors, slots, settled=False)
-    _settle_rows(tensors, slots, assumed)
-    records = _interpret(captured, tensors, slots, settled=True)
-    numbering = number(tensors, slots, records)
-    if wrong := faults(captured, tensors, numbering, records):
-        for fault in wrong:
-            slots.freeze(fault.ids, fault.reason)
-        numbering = number(tensors, slots, records)
-    return build(tensors, slots, records, numbering)
+    records = _interpret(captured, tensors, slots, settled=False, exact=exact, readings=readings)
+    return Round(tensors, slots, records)
 
 
 def _tracked(index: int, entry: Registered, slots: Slots) -> Tracked:
@@ -75,10 +108,18 @@ def _freeze(tensor: Tracked, slots: Slots, reason: str) -> None:
             slots.freeze(ids, reason)
 
 
-def _interpret(captured: Capture, tensors: Sequence[Tracked], slots: Slots, *, settled: bool) -> Records:
+def _interpret(
+    captured: Capture,
+    tensors: Sequence[Tracked],
+    slots: Slots,
+    *,
+    settled: bool,
+    exact: bool,
+    readings: Mapping[str, int] | None = None,
+) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
-    interpreter = Interpreter(tensors, slots, records, settled)
+    interpreter = Interpreter(tensors, slots, records, settled, exact, readings or {})
     for graph in captured.graphs:
         interpreter.run(graph)
     return records

@@ -39,12 +39,13 @@ class Layout:
     """Which channels run through which tensors.
 
     shapes: by tensor number. channels: per dimension their ids, -1 where an index stays, None
-    where no channel runs through it. group_of: of every channel.
+    where no channel runs through it. group_of: of every channel. sizes: see ``Kept``.
     """
 
     shapes: Mapping[int, tuple[int, ...]]
     channels: Mapping[int, tuple[np.ndarray | None, ...]]
     group_of: np.ndarray
+    sizes: Mapping[int, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def parts(self, gone: np.ndarray) -> dict[int, Kept]:
         """What stays of each tensor without the channels ``gone``, bool [C]."""
@@ -52,9 +53,8 @@ class Layout:
         parts = {}
         for number, dims in self.channels.items():
             keep = {d: np.flatnonzero(~lost[ids]) for d, ids in enumerate(dims) if ids is not None}
-            parts[number] = Kept(
-                self.shapes[number], {d: k for d, k in keep.items() if len(k) < self.shapes[number][d]}
-            )
+            keep = {d: k for d, k in keep.items() if len(k) < self.shapes[number][d]}
+            parts[number] = Kept(self.shapes[number], keep, self.sizes.get(number, {}))
         return parts
 
     def groups(self, number: int) -> list[int]:

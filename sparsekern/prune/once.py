@@ -62,6 +62,7 @@ def prune_once(
     round_to: int | str = 1,
     min_channels: int | Mapping[str, int] = 1,
     protect: Sequence[str | nn.Module | nn.Parameter] = (),
+    exact: bool = True,
     fold: bool = True,
     recalibrate: bool = True,
     cache: str | os.PathLike[str] | None = None,
@@ -77,7 +78,7 @@ def prune_once(
     Args:
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``keep``, ``of``, ``allocate``,
-            ``round_to``, ``min_channels``, ``protect`` and ``cache``.
+            ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
         select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`, which needs
             gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration`` nor ``loss``.
         calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
@@ -110,6 +111,7 @@ def prune_once(
             round_to=round_to,
             min_channels=min_channels,
             protect=protect,
+            exact=exact,
             cache=cache,
         )
         # Everything from here on happens to copies.
@@ -139,6 +141,7 @@ def task_of(
     round_to: int | str,
     min_channels: int | Mapping[str, int] = 1,
     protect: Sequence[str | nn.Module | nn.Parameter] = (),
+    exact: bool = True,
     cache: str | os.PathLike[str] | None = None,
 ) -> Problem:
     """What an allocator decides about, all parameters being free to go, once it has a saliency.
@@ -148,7 +151,7 @@ def task_of(
     """
     multiple = resolve_round_to(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    graph = prunable_graph(model, {id(p) for p in parameters.values()}, example_inputs, protect)
+    graph = prunable_graph(model, {id(p) for p in parameters.values()}, example_inputs, protect, exact)
     floors = resolve_floors(min_channels, graph)
     pricing = None
     if of == "latency":

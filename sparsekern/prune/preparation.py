@@ -32,6 +32,7 @@ def prunable_graph(
     trained: set[int],
     example_inputs: Tensor | tuple[Any, ...],
     protect: Sequence[str | nn.Module | nn.Parameter],
+    exact: bool = True,
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and those that a dry run found wanting.
 
@@ -43,7 +44,7 @@ def prunable_graph(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_held(parameters, trained)
-    graph = trace(model, example_inputs, protect=protect)
+    graph = trace(model, example_inputs, protect=protect, exact=exact)
     idle = [
         group.name
         for group in graph.groups

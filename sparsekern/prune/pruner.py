@@ -62,6 +62,8 @@ class Pruner(Resumable):
             chooses for the device; else the default is 1.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
+        exact: False allows channels, too, whose removal changes what the others compute, see
+            :func:`sparsekern.trace`; a warning names their groups.
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
             training: by a factor of about ``exp(-penalty)``; 0 for none.
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
@@ -103,6 +105,7 @@ class Pruner(Resumable):
         round_to: int | str | None = None,
         min_channels: int | Mapping[str, int] = 1,
         protect: Sequence[str | nn.Module | nn.Parameter] = (),
+        exact: bool = True,
         penalty: float = 0.1,
         nonfinite: str = "ignore",
         shrink: bool = False,
@@ -125,7 +128,7 @@ class Pruner(Resumable):
         self._example = example_inputs
         self._shrinks = bool(shrink)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        graph = prunable_graph(model, trained, example_inputs, protect)
+        graph = prunable_graph(model, trained, example_inputs, protect, exact)
         self._policy = Policy(
             select or criteria.default(),
             allocate or Global(),

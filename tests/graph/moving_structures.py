@@ -198,3 +198,35 @@ def repeat_interleave(net: Piece, x: Tensor) -> Tensor:
 @structure(0)
 def fixed_view(net: Piece, x: Tensor) -> Tensor:
     return x.view(2, 16, 64).view(2, 16, 8, 8)
+
+
+@structure(16)
+def cumulative_over_space(net: Piece, x: Tensor) -> Tensor:
+    return x.cumsum(2) / 8 + x.sort(3).values + x.max(3, keepdim=True).values
+
+
+@structure(16)
+def random_numbers_per_sample(net: Piece, x: Tensor) -> Tensor:
+    return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1.0).div_(0.5)
+
+
+@structure(16, out=32, anywhere=False)
+def weighted_by_a_vector(net: Piece, x: Tensor) -> Tensor:
+    return torch.cat([x, x * torch.mv(x.mean((2, 3)), x.mean((0, 2, 3))).view(-1, 1, 1, 1)], 1)
+
+
+@structure(
+    16 + 16,
+    weight=lambda: nn.Parameter(torch.randn(16, 16)),
+    bias=lambda: nn.Parameter(torch.randn(16)),
+)
+def product_and_sum_in_one(net: Piece, x: Tensor) -> Tensor:
+    y = torch.addmm(net.bias, x.permute(0, 2, 3, 1).flatten(0, 2), net.weight)
+    return y.view(2, 8, 8, -1).permute(0, 3, 1, 2)
+
+
+@structure(16)
+def einsum_of_activations(net: Piece, x: Tensor) -> Tensor:
+    y = x.flatten(2)
+    weights = torch.einsum("ncp,ncq->npq", y, y).softmax(-1)
+    return torch.einsum("pq,...q->...p", weights[0], y).view(x.shape[0], -1, 8, 8)

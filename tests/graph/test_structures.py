@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graph.attention_structures
 import graph.moving_structures
 import graph.value_structures  # noqa: F401
 import pytest

@@ -75,6 +75,8 @@ class Call:
     module: path of the module in whose forward the op was called ("" at the top).
     settled: second round: all unions are known, and zero flags are facts, not assumptions.
     counted: the graph of evaluation mode, whose costs are counted.
+    exact: whether channels stay whose removal would change what the others compute.
+    reading: which of several readings of an ambiguous split to take in this module, see ``split``.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Call:
     rule: Rule
     settled: bool
     counted: bool
+    exact: bool
+    reading: int
     new_storage: Callable[[], int]
     gave_up: bool = False
     froze: str = ""
@@ -147,6 +151,13 @@ class Call:
             self.froze = self.froze or reason
             self.slots.freeze(ids, reason)
 
+    def inexact(self, ids: Ids, reason: str) -> None:
+        """Kept channels change when some of ``ids`` go: they stay, unless the user allows that."""
+        if self.exact:
+            self.freeze(ids, reason)
+        elif ids is not None and self.settled:
+            self.records.inexact.append((ids, reason))
+
     def give_up(self, reason: str) -> Result:
         """Freeze every slot that enters; the results are untracked because of ``reason``."""
         self.gave_up = True
@@ -172,7 +183,12 @@ class Call:
         ids, zero = value.ids[dim], value.zero[dim]
         if ids is not None and zero is not None and not zero.all():
             by = f" after {value.cleared}" if value.cleared else ""
-            self.slots.freeze(ids[~zero], f"{self.label} reads it not as zero{by}")
+            reason = f"{self.label} reads it not as zero{by}"
+            if self.exact:
+                # Not through ``freeze``: what this op makes does not stay because of it.
+                self.slots.freeze(ids[~zero], reason)
+            else:
+                self.inexact(ids[~zero], reason)
 
     def contract(self, value: Value, dim: int, weight: Value, weight_dim: int) -> None:
         """``value`` is summed over ``dim`` with the columns ``weight_dim`` of ``weight``."""
@@ -190,6 +206,11 @@ class Call:
             return frozenset()
         number = self.records.produce(kind, self.module, rows, bias)
         return frozenset({number})
+
+    def split(self, ids: np.ndarray, readings: int) -> int:
+        """Note that ``ids`` are split in a way that has several readings; the one to take."""
+        self.records.splits.append((self.module, ids, readings))
+        return min(self.reading, readings - 1)
 
     def guess(self, ids: np.ndarray) -> None:
         """Note that the slots were tied by a reading of sizes that the trace cannot prove."""

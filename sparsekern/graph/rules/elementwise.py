@@ -94,7 +94,19 @@ def glu(call: Call) -> Result:
     return call.make(ids, zero)
 
 
-@register_rule("zeros_like")
+@register_rule("bernoulli", "normal", "uniform", "exponential", "log_normal", "geometric", "cauchy")
+def drawn(call: Call) -> Result:
+    """Random numbers in the place, or with the probabilities, of the operand."""
+    return cleared(call)
+
+
+@register_rule("fill")
+def fill(call: Call) -> Result:
+    value = call["value"]
+    return zeros_like(call) if not isinstance(value, Value) and value == 0 else cleared(call)
+
+
+@register_rule("zeros_like", "zero")
 def zeros_like(call: Call) -> Result:
     """As wide as its operand, whatever that becomes."""
     x = next(call.values())

@@ -62,9 +62,13 @@ def instance_norm(call: Call) -> Result:
 def group_norm(call: Call) -> Result:
     """Exact for whole normalisation groups: the channels of each are tied."""
     x, groups = call["input"], call["num_groups"]
-    if groups == 1:
-        return call.give_up(f"{call.label} normalises over channels (removing some changes the others)")
     _freeze_others(call)
+    if groups == 1:
+        reason = _over_channels(call)
+        if call.exact or call["weight"] is None:
+            return call.give_up(reason)
+        call.inexact(x.ids[1], reason)
+        return _per_channel(call, ("weight", "bias"))
     if x.ids[1] is not None:
         table = x.ids[1].reshape(groups, -1)
         first = np.broadcast_to(table[:, :1], table.shape).ravel()
@@ -84,7 +88,9 @@ def layer_norm(call: Call) -> Result:
     """Exact only where the normalised dimensions hold no channels."""
     x, weight, bias = call["input"], call["weight"], call.args.get("bias")
     over = len(call["normalized_shape"])
-    reason = f"{call.label} normalises over channels (removing some changes the others)"
+    if not call.exact and over == 1 and x.ids[-1] is not None:
+        return _over_last(call)
+    reason = _over_channels(call)
     for dim in range(x.ndim - over, x.ndim):
         call.freeze(x.ids[dim], reason)
     for affine in (weight, bias):
@@ -96,12 +102,39 @@ def layer_norm(call: Call) -> Result:
     return call.make(ids, zero, cleared="" if kept else call.label)
 
 
+def _over_channels(call: Call) -> str:
+    return f"{call.label} normalises over channels (removing some changes the others)"
+
+
+def _over_last(call: Call) -> Result:
+    """Channels that may go although they are normalised over: zero only where the affine is."""
+    x, affines = call["input"], [call["weight"], call.args.get("bias")]
+    known = [affine for affine in affines if affine is not None]
+    if not all(affine.static for affine in known):
+        return call.give_up(f"{call.label} has an affine computed from activations")
+    ids, size = x.ids[-1], x.shape[-1]
+    call.inexact(ids, _over_channels(call))
+    for affine in known:
+        call.unify(ids, affine.ids[0], size, affine.why or f"{call.label} reads positions that stay")
+    zero = [None if i is None else np.zeros(len(i), bool) for i in x.ids]
+    made: frozenset[int] = frozenset()
+    if known and affines[0] is not None:
+        zero[-1] = np.logical_and.reduce([flags(affine.zero[0], size) for affine in known])
+        made = call.produce("norm", known[0].ids[0], known[1].ids[0] if len(known) > 1 else None)
+    return call.make(x.ids, zero, origins=made, pure=made, cleared=call.label)
+
+
 @register_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
 def softmax(call: Call) -> Result:
     x = call["self"]
     dim = call["dim"] % max(x.ndim, 1)
-    if x.ids[dim] is not None:
-        call.freeze(x.ids[dim], f"{call.label} normalises over channels")
-    ids = [None if d == dim else i for d, i in enumerate(x.ids)]
+    call.inexact(x.ids[dim], f"{call.label} normalises over channels")
+    ids = [None if d == dim and call.exact else i for d, i in enumerate(x.ids)]
     zero = [None if i is None else np.zeros(len(i), bool) for i in ids]
     return call.make(ids, zero, cleared=call.label)
+
+
+@register_rule("_weight_norm")
+def weight_norm(call: Call) -> Result:
+    """A row that is zero would be divided by its own norm."""
+    return call.give_up(f"{call.label} divides rows by their norm, which is 0 where they are masked")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..records import Shaped
 from ..values import Flags, Ids, Value
 from .base import Call, Result, flags, register_rule
 
@@ -64,9 +65,6 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
             continue
         axes = [d for d in new if shape[d] > 1]
         axis = _carrier(call, flat[0], [shape[d] for d in axes], axes, inferred)
-        if axis is None:
-            call.freeze(flat[0], f"{call.label} splits it in a way that is not followed")
-            continue
         table, truth = (a.reshape([shape[d] for d in axes]) for a in flat)
         others = tuple(k for k in range(len(axes)) if k != axis)
         ids[axes[axis]] = table[tuple(slice(None) if k == axis else 0 for k in range(table.ndim))]
@@ -74,28 +72,29 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
         elsewhere = inferred is not None and axes[axis] != inferred
         if sizes is not None and (elsewhere or len(axes) > 1):
             call.guess(flat[0])
+    if sizes is not None and call.settled:
+        call.records.shaped.append(Shaped(call.module, x.shape, shape, tuple(ids)))
     return call.make(ids, zero)
 
 
-def _carrier(
-    call: Call, flat: np.ndarray, shape: list[int], axes: list[int], inferred: int | None
-) -> int | None:
+def _carrier(call: Call, flat: np.ndarray, shape: list[int], axes: list[int], inferred: int | None) -> int:
     """Which of the axes that a dimension is split into carries its channels.
 
     Where the slots differ along one axis only it is that one. Else the slots are tied along the
     others: the axis whose size is inferred carries; of two axes with given sizes the second, as
-    in a channel shuffle, whose first is the number of groups.
+    in a channel shuffle, whose first is the number of groups; of more the last but one, as in a
+    split into queries, keys and values of heads. Another reading is tried where that one freezes.
     """
     table = call.slots.find(flat).reshape(shape)
     varies = [k for k in range(len(shape)) if (table != np.take(table, [0], axis=k)).any()]
     if len(varies) <= 1:
         return varies[0] if varies else len(shape) - 1
+    last = len(shape) - 1
+    order = [last, last - 1] if len(shape) == 2 else [last - 1, last]
     if inferred in axes:
-        carrier = axes.index(inferred)
-    elif len(shape) == 2:
-        carrier = 1
-    else:
-        return None
+        first = axes.index(inferred)
+        order = [first, *(k for k in order if k != first)]
+    carrier = order[call.split(flat, len(order))]
     chosen = tuple(slice(None) if k == carrier else slice(0, 1) for k in range(len(shape)))
     raw = flat.reshape(shape)
     tied = np.broadcast_to(raw[chosen], shape).ravel()
