@@ -162,7 +162,6 @@ class Interpreter:
         return Call(
             name=name,
             overload=overload,
-            node=node.name,
             module=module,
             args=args,
             outputs=shapes(node),

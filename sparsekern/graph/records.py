@@ -64,8 +64,6 @@ class Records:
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []
-        # By (evaluation mode, node): slots tied by a reading that the trace cannot prove.
-        self.guesses: dict[tuple[bool, str], np.ndarray] = {}
         # Splits with several readings: module, slots, how many readings there are.
         self.splits: list[tuple[str, np.ndarray, int]] = []
         # Reshapes to sizes that the program names: a module may keep such a size as an attribute.

@@ -81,7 +81,6 @@ class Call:
 
     name: str
     overload: str
-    node: str
     module: str
     args: dict[str, Any]
     outputs: list[tuple[tuple[int, ...], int]]
@@ -211,10 +210,6 @@ class Call:
         """Note that ``ids`` are split in a way that has several readings; the one to take."""
         self.records.splits.append((self.module, ids, readings))
         return min(self.reading, readings - 1)
-
-    def guess(self, ids: np.ndarray) -> None:
-        """Note that the slots were tied by a reading of sizes that the trace cannot prove."""
-        self.records.guesses[self.counted, self.node] = ids
 
     def count_macs(self, scale: int, *factors: Factor | None) -> None:
         """Count multiply-adds: ``scale`` times the sizes (ints) or slot counts (ids)."""

@@ -54,7 +54,7 @@ def stack(call: Call) -> Result:
     return call.make(ids, zero)
 
 
-def _parts(call: Call, x: Value, dim: int, *, guess: bool) -> Result:
+def _parts(call: Call, x: Value, dim: int) -> Result:
     """Equal parts are tied position by position; unequal ones cannot be followed."""
     sizes = [shape[dim] for shape, _ in call.outputs]
     ids, zero = x.ids[dim], flags(x.zero[dim], x.shape[dim])
@@ -65,8 +65,6 @@ def _parts(call: Call, x: Value, dim: int, *, guess: bool) -> Result:
         table = ids.reshape(len(sizes), -1)
         first = np.broadcast_to(table[:1], table.shape)
         call.slots.union(first.ravel(), ids, f"{call.label} cuts it into equal parts")
-        if guess and len(sizes) > 1:
-            call.guess(ids)
     made, start = [], 0
     for index, size in enumerate(sizes):
         part_ids, part_zero = list(x.ids), list(x.zero)
@@ -80,16 +78,15 @@ def _parts(call: Call, x: Value, dim: int, *, guess: bool) -> Result:
 @register_rule("chunk", pure=True, view=True)
 def chunk(call: Call) -> Result:
     x = call["self"]
-    return _parts(call, x, call["dim"] % x.ndim, guess=False)
+    return _parts(call, x, call["dim"] % x.ndim)
 
 
 @register_rule("split", "split_with_sizes", "tensor_split", pure=True, view=True)
 def split(call: Call) -> Result:
-    """Sizes may be written out or computed; the trace cannot tell."""
     x = call["self"]
     if any(isinstance(argument, Value) for argument in list(call.args.values())[1:]):
         return call.give_up(f"{call.label} cuts at positions computed from tensors")
-    return _parts(call, x, call["dim"] % x.ndim, guess=True)
+    return _parts(call, x, call["dim"] % x.ndim)
 
 
 @register_rule("slice", "narrow", pure=True, view=True)

@@ -69,9 +69,6 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
         others = tuple(k for k in range(len(axes)) if k != axis)
         ids[axes[axis]] = table[tuple(slice(None) if k == axis else 0 for k in range(table.ndim))]
         zero[axes[axis]] = np.all(truth, axis=others)
-        elsewhere = inferred is not None and axes[axis] != inferred
-        if sizes is not None and (elsewhere or len(axes) > 1):
-            call.guess(flat[0])
     if sizes is not None and call.settled:
         call.records.shaped.append(Shaped(call.module, x.shape, shape, tuple(ids)))
     return call.make(ids, zero)
