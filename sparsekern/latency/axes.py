@@ -48,7 +48,8 @@ def lay_axes(
     of_operation = np.full((len(operations), 2), -1, np.int64)
     everything = np.ones(graph.num_channels, bool)
     full = graph.costs.sizes(everything)
-    moves = np.count_nonzero(graph.costs.share, axis=1)
+    share = graph.costs.share
+    moves = np.count_nonzero(share, axis=1)
     for index, operation in enumerate(operations):
         weights = _weights(operation, moves)
         keys = [(extent,) for extent in weights] if len(weights) <= 2 else [(-1 - index,)]
@@ -56,7 +57,7 @@ def lay_axes(
             if key not in known:
                 known[key] = len(axes)
                 single = {key[0]: 1.0} if key[0] >= 0 else weights
-                axes.append(_axis(graph, full, single, block, natural))
+                axes.append(_axis(share, graph.costs.stays, full, single, block, natural))
             of_operation[index, position] = known[key]
     return axes, of_operation
 
@@ -72,17 +73,25 @@ def _weights(operation: Operation, moves: np.ndarray) -> dict[int, float]:
     return weights
 
 
-def _axis(graph: ChannelGraph, full: np.ndarray, weights: dict[int, float], block: int, natural: int) -> Axis:
+def _axis(
+    share: np.ndarray,
+    stays: np.ndarray,
+    full: np.ndarray,
+    weights: dict[int, float],
+    block: int,
+    natural: int,
+) -> Axis:
+    """The axis of the extents in ``weights``; ``share`` and ``stays`` are those of the cost model."""
     extents = tuple(weights)
     factors = np.array(list(weights.values()))
-    share = graph.costs.share[list(extents)]
-    of_atom, constant = factors @ share, float(factors @ graph.costs.stays[list(extents)])
+    own = share[list(extents)]
+    of_atom, constant = factors @ own, float(factors @ stays[list(extents)])
     whole = float(factors @ full[list(extents)])
     if len(extents) > 1:
         grid = whole * np.linspace(0.2, 1, POINTS)
         return Axis(extents, constant, of_atom, whole, 0.0, grid)
     # A channel can be several indices of the extent: those of a head, or of a flattened map.
-    indices = int(share[share > 0].min())
+    indices = int(own[own > 0].min())
     step = indices * (block if block > 1 else -(-natural // indices))
     return Axis(extents, constant, of_atom, whole, float(step), _grid(int(whole), int(constant), step))
 
