@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekern import _checks
-from sparsekern._rows import RowArrays, Rows, RowTable
+from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
 
 Lists = tuple[Sequence[Tensor], ...]
 
@@ -109,6 +109,19 @@ def row_arrays(table: RowTable | RowArrays) -> tuple[Tensor, ...]:
         table.threshold,
         table.activity,
         table.nonfinite,
+        table.pending,
+    )
+
+
+def channel_arrays(table: RowTable | ChannelArrays) -> tuple[Tensor, ...]:
+    """What ``channel_moments_`` works on, in the order of the native structs."""
+    return (
+        table.gate_offsets,
+        table.gate_rows,
+        table.sums,
+        table.channel_dot,
+        table.channel_dot_sq,
+        table.updates,
         table.pending,
     )
 

@@ -31,6 +31,7 @@ from sparsekern.backends._lists import (
     STEPS,
     Lists,
     Plans,
+    channel_arrays,
     in_parts,
     memory_shapes,
     row_arrays,
@@ -103,15 +104,7 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
     """See :func:`sparsekern.backends.reference.channel_moments_`."""
-    arrays = (
-        table.gate_offsets,
-        table.gate_rows,
-        table.sums,
-        table.channel_dot,
-        table.channel_dot_sq,
-        table.updates,
-        table.pending,
-    )
+    arrays = channel_arrays(table)
     device = table.sums.device
     channels, rows = table.channel_dot.numel(), table.sums.shape[0]
     fits = (
