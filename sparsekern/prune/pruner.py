@@ -115,7 +115,7 @@ class Pruner(Resumable):
         process_group: Any = None,
     ) -> None:
         self._keep = check_keep(keep)
-        check_unit(of)
+        of = check_unit(of)
         check_options(select, allocate, penalty, nonfinite)
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
@@ -132,7 +132,7 @@ class Pruner(Resumable):
         self._policy = Policy(
             select or criteria.default(),
             allocate or Global(),
-            check_unit(of),
+            of,
             resolve_floors(min_channels, graph),
             resolve_round_to(round_to, model, self._shrinks),
             float(penalty),
