@@ -12,11 +12,13 @@ Writes ``benchmarks/results/training-NAME.json`` and ``.txt``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,10 +26,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 
 from benchmarks.environment import environment
 from sparsekern.recipes.checkpoint import save_checkpoint
 from sparsekern.recipes.data import Split, load_folder
+from sparsekern.recipes.metrics import SegmentationLoss
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.train import Trainer
 
@@ -127,8 +131,7 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
     pruner = shrunk.trainer.pruner
     assert pruner is not None
     # Beside the training: not part of its time.
-    x, _ = shrunk.trainer.batches(0)
-    forecast = pruner.forecast(measure=x.contiguous(memory_format=torch.channels_last))
+    forecast = pruner.forecast(measure=training_loss(shrunk.trainer))
     for number, stop in enumerate(range(turn, settings.steps + turn, turn)):
         # Who goes first changes, so that neither always follows the other's use of the caches.
         for timed in (dense, shrunk) if number % 2 else (shrunk, dense):
@@ -151,6 +154,17 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
         "forecast": str(forecast).splitlines(),
         "kept": metrics["kept"],
     }
+
+
+def training_loss(trainer: Trainer) -> Callable[[nn.Module], Tensor]:
+    """The loss of a model on one batch of the training after the other, making of the batch included."""
+    criterion, numbers = SegmentationLoss(), itertools.count()
+
+    def loss(model: nn.Module) -> Tensor:
+        x, y = trainer.batches(next(numbers))
+        return criterion(model(x.to(memory_format=torch.channels_last)), y)
+
+    return loss
 
 
 def _peak_bytes(checkpoint: Path, data: Path) -> int:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
 
 import numpy as np
 from torch import nn
 
+from sparsekern.compact import Plan
 from sparsekern.compact.plan import make_plan
+from sparsekern.graph.cost import Cost
 from sparsekern.prune.allocate import Uniform
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.network import Network
-from sparsekern.prune.probe import state_bytes, time_steps
+from sparsekern.prune.probe import Loss, Trial, state_bytes, time_steps, trying
 from sparsekern.prune.schedule import Schedule
 
 # Sizes at which steps are timed; what lies between is interpolated.
 _POINTS = 4
+# Steps whose gradients the trial decisions rest on. There is no threshold to count by before the second.
+_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class Forecast:
         stages: in order.
         ranks: processes that average their gradients.
         macs_share: multiply-adds of the whole training over those of a dense one.
-        seconds, dense_seconds: of the whole training and of a dense one, where steps were measured; events,
-            evaluations and loading of data are not among them.
-        time_share: the one over the other.
+        seconds, dense_seconds: of the whole training and of a dense one, where steps were measured. What is
+            beside the steps (evaluations, checkpoints) is in neither.
+        pruner_seconds: the part of ``seconds`` that went into making the Pruner and will go into its events.
+        time_share: ``seconds`` over ``dense_seconds``.
     """
 
     stages: tuple[Stage, ...]
@@ -64,6 +69,7 @@ class Forecast:
     macs_share: float
     seconds: float | None
     dense_seconds: float | None
+    pruner_seconds: float | None
 
     @property
     def time_share(self) -> float | None:
@@ -87,7 +93,8 @@ class Forecast:
         lines.append(f"the whole training: {self.macs_share:.1%} of the multiply-adds of a dense one")
         if self.seconds is not None and self.dense_seconds is not None:
             lines[-1] += (
-                f", {self.time_share:.1%} of its time ({self.seconds:.0f} s of {self.dense_seconds:.0f})"
+                f", {self.time_share:.1%} of its time ({self.seconds:.0f} s, {self.pruner_seconds:.1f} of "
+                f"them for the Pruner and its events, of {self.dense_seconds:.0f})"
             )
         if self.ranks > 1:
             lines.append(f"all-reduced: sent by each of {self.ranks} ranks in every step")
@@ -102,14 +109,25 @@ def forecast(
     steps: int,
     shrinks: bool,
     ranks: int,
-    inputs: tuple[Any, ...] | None,
+    loss: Loss | None,
+    made: float,
 ) -> Forecast:
-    """See :meth:`sparsekern.Pruner.forecast`; ``inputs`` are those to time steps on, None for no timing."""
+    """See :meth:`sparsekern.Pruner.forecast`.
+
+    Args:
+        loss: of the training steps that are timed; None for no timing.
+        made: seconds that it took to make the Pruner.
+    """
     events = schedule.events if shrinks else ()
     starts = [0, *(event.step + event.decline for event in events)]
-    kept = [_evenly(network, policy, share) for share in (1.0, *(event.share for event in events))]
-    costs = [network.graph.cost(channels) for channels in kept]
-    seconds = None if inputs is None else _seconds(network, kept, [cost.macs for cost in costs], inputs)
+    pruner_seconds = None
+    if loss is None:
+        sizes = _evenly(network, policy, [event.share for event in events])
+    else:
+        sizes, deciding = _fast_forward(network, policy, schedule if shrinks else None, loss)
+        pruner_seconds = made + deciding
+    costs = [cost for _, cost in sizes]
+    seconds = None if loss is None else _seconds(network, sizes, loss)
     own, state = _parameter_bytes(network.model), state_bytes(network.optimizer)
     stages = []
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], steps], strict=True)):
@@ -129,24 +147,65 @@ def forecast(
             )
         )
     total = sum((stage.stop - stage.start) * stage.macs for stage in stages)
-    timed = None if seconds is None else sum((s.stop - s.start) * (s.seconds or 0) for s in stages)
-    dense = None if seconds is None else steps * seconds[0]
-    return Forecast(tuple(stages), ranks, total / (steps * max(network.whole.macs, 1)), timed, dense)
+    timed = dense = None
+    if seconds is not None:
+        timed = sum((s.stop - s.start) * (s.seconds or 0) for s in stages) + (pruner_seconds or 0)
+        dense = steps * seconds[0]
+    macs_share = total / (steps * max(network.whole.macs, 1))
+    return Forecast(tuple(stages), ranks, macs_share, timed, dense, pruner_seconds)
 
 
-def _evenly(network: Network, policy: Policy, share: float) -> np.ndarray:
-    """The channels kept (bool ``[C]``) when every layer keeps an equal part of its own."""
+def _evenly(network: Network, policy: Policy, shares: Sequence[float]) -> list[tuple[Plan, Cost]]:
+    """What stays at every stage when every layer keeps an equal part of its own; first all of it."""
+    graph, everything = network.graph, np.ones(network.graph.num_channels, bool)
+    sizes = []
+    for share in (1.0, *shares):
+        kept = Uniform()(policy.problem(network, np.zeros(len(everything)), everything, share))
+        sizes.append((make_plan(graph, kept), graph.cost(kept)))
+    return sizes
+
+
+def _fast_forward(
+    network: Network, policy: Policy, schedule: Schedule | None, loss: Loss
+) -> tuple[list[tuple[Plan, Cost]], float]:
+    """What stays at every stage, first all of it, by the decisions of all events made one after the other.
+
+    They are made, and carried out on a copy, from the gradients of a few steps of the whole network. The time
+    of a step depends on which layers stay wide more than on the MACs alone: early ones have few MACs for the
+    activations that they move. That already the first gradients tell better than an even cut.
+
+    Returns:
+        Per stage the plan and its cost, and the seconds that the events took.
+    """
+    trial = Trial(network.model, network.optimizer, Plan({}), loss)
+    own = network.twin(trial.model, trial.optimizer)
+    sizes = [_size(own)]
+    if schedule is None:
+        return sizes, 0.0
+    own.attach()
+    with trying(network.model):
+        for _ in range(_STEPS):
+            trial.step()
+        begin = perf_counter()
+        for event in schedule.events:
+            choice = policy.choose(own, event, schedule.after(event.step))
+            choice.carry_out(own.masks)
+            own.masks.mask(~own.masks.live & own.masks.unmasked)
+            own.shrink()
+            sizes.append(_size(own))
+    return sizes, perf_counter() - begin
+
+
+def _size(network: Network) -> tuple[Plan, Cost]:
     everything = np.ones(network.graph.num_channels, bool)
-    return Uniform()(policy.problem(network, np.zeros(len(everything)), everything, share))
+    return network.plan(everything), network.graph.cost(everything)
 
 
-def _seconds(
-    network: Network, kept: Sequence[np.ndarray], macs: Sequence[int], inputs: tuple[Any, ...]
-) -> list[float]:
+def _seconds(network: Network, sizes: Sequence[tuple[Plan, Cost]], loss: Loss) -> list[float]:
     """Seconds of a training step of the network of every stage."""
-    chosen = sorted({round(i) for i in np.linspace(0, len(kept) - 1, _POINTS)})
-    plans = [make_plan(network.graph, kept[index]) for index in chosen]
-    rounds = time_steps(network.model, network.optimizer, plans, inputs)
+    macs = [cost.macs for _, cost in sizes]
+    chosen = sorted({round(i) for i in np.linspace(0, len(sizes) - 1, _POINTS)})
+    rounds = time_steps(network.model, network.optimizer, [sizes[index][0] for index in chosen], loss)
     measured = [statistics.median(times) for times in rounds]
     order = np.argsort([macs[index] for index in chosen])
     found = np.interp(macs, np.array([macs[index] for index in chosen])[order], np.array(measured)[order])

@@ -100,6 +100,19 @@ class Network:
             raise ValueError("of: got 'latency', which was not measured; expected of='latency' of the Pruner")
         return self.latency, self._whole_latency
 
+    def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
+        """The same for a copy of the model with an optimizer of its own, before any step."""
+        own = Network(
+            model,
+            optimizer,
+            self.graph,
+            decay=self.rows.table.decay,
+            also=(),
+            state_cutter=self._state_cutter,
+        )
+        own.latency, own._whole_latency = self.latency, self._whole_latency
+        return own
+
     def attach(self) -> None:
         """From now on the optimizer's steps do the work of the rows."""
         self._handle = attach(self.optimizer, self.rows.table)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -15,59 +16,93 @@ from sparsekern.compact import Plan, compact
 from sparsekern.compact.verify import leaves
 from sparsekern.graph.hooks import drop_hooks
 
-# Rounds in which the copies take turns, after one that is not counted.
-_ROUNDS = 5
+Loss = Callable[[nn.Module], Tensor]
+"""The loss of a model on some inputs, with a graph to go backward through."""
+
+# Rounds in which copies take turns, after one that is not counted: at least so many, and more within seconds.
+_ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 20, 4.0
+
+
+def mean_square(inputs: tuple[Any, ...]) -> Loss:
+    """The mean square of all outputs on ``inputs``: a loss that any model has."""
+
+    def loss(model: nn.Module) -> Tensor:
+        outputs = [leaf for _, leaf in leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+        total = sum(leaf.float().square().mean() for leaf in outputs if leaf.requires_grad)
+        assert isinstance(total, Tensor)
+        return total
+
+    return loss
+
+
+class Trial:
+    """A copy of a model that makes training steps, cut to a plan, without hooks and ``torch.compile``.
+
+    Attributes:
+        model: the copy, in training mode.
+        optimizer: a copy as before its first step.
+
+    Raises:
+        ValueError: the optimizer cannot be copied.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss: Loss) -> None:
+        self.model = compact(model, plan).train()
+        drop_hooks(self.model)
+        replaced = dict(zip(map(id, model.parameters()), self.model.parameters(), strict=True))
+        self.optimizer = _copy_of(optimizer, replaced)
+        self._loss = loss
+
+    def step(self) -> None:
+        """Forward, backward, and step of the optimizer.
+
+        Raises:
+            ValueError: that fails.
+        """
+        try:
+            self._loss(self.model).backward()
+            self.optimizer.step()
+        except Exception as error:
+            raise ValueError(f"measure: a step on these inputs fails: {error}") from error
+        self.optimizer.zero_grad()
+
+
+@contextmanager
+def trying(model: nn.Module) -> Iterator[list[torch.device]]:
+    """The random generators are as before afterwards; yields the devices to wait for."""
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        yield devices
 
 
 def time_steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, plans: Sequence[Plan], inputs: tuple[Any, ...]
+    model: nn.Module, optimizer: torch.optim.Optimizer, plans: Sequence[Plan], loss: Loss
 ) -> list[list[float]]:
     """Seconds of forward, backward and optimizer step of compact copies, in several rounds.
 
-    The copies take turns, so that a slower spell of the machine hits all of them. They run without hooks and
-    without ``torch.compile``, in training mode; the loss is the mean square of all outputs.
+    The copies take turns, so that a slower spell of the machine hits all of them.
 
     Returns:
         Per plan the seconds of every round.
 
     Raises:
-        ValueError: the model cannot be trained on ``inputs``, or its optimizer cannot be copied.
+        ValueError: the model cannot be trained with ``loss``, or its optimizer cannot be copied.
     """
-    runs = [_run_of(model, optimizer, plan, inputs) for plan in plans]
-    times: list[list[float]] = [[] for _ in runs]
-    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        for number in range(_ROUNDS + 1):
-            for run, own in zip(runs, times, strict=True):
+    trials = [Trial(model, optimizer, plan, loss) for plan in plans]
+    times: list[list[float]] = [[] for _ in trials]
+    with trying(model) as devices:
+        start = perf_counter()
+        for number in range(_MOST_ROUNDS + 1):
+            if number > _ROUNDS and perf_counter() - start > _SECONDS:
+                break
+            for trial, own in zip(trials, times, strict=True):
                 begin = perf_counter()
-                run()
+                trial.step()
                 for device in devices:
                     torch.cuda.synchronize(device)
                 if number:
                     own.append(perf_counter() - begin)
     return times
-
-
-def _run_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, inputs: tuple[Any, ...]
-) -> Callable[[], None]:
-    small = compact(model, plan).train()
-    drop_hooks(small)
-    replaced = dict(zip(map(id, model.parameters()), small.parameters(), strict=True))
-    stepper = _copy_of(optimizer, replaced)
-
-    def run() -> None:
-        try:
-            outputs = [leaf for _, leaf in leaves(small(*inputs)) if isinstance(leaf, Tensor)]
-            loss = sum(leaf.float().square().mean() for leaf in outputs if leaf.requires_grad)
-            assert isinstance(loss, Tensor)
-            loss.backward()
-            stepper.step()
-        except Exception as error:
-            raise ValueError(f"measure: a step on these inputs fails: {error}") from error
-        stepper.zero_grad()
-
-    return run
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

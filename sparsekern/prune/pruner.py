@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.probe import Loss, mean_square
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
@@ -114,6 +116,7 @@ class Pruner(Resumable):
         cache: str | os.PathLike[str] | None = None,
         process_group: Any = None,
     ) -> None:
+        begin = perf_counter()
         self._keep = check_keep(keep)
         of = check_unit(of)
         check_options(select, allocate, penalty, nonfinite)
@@ -157,6 +160,7 @@ class Pruner(Resumable):
         self._hooks = [optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))]
         if nonfinite == "raise":
             self._hooks.append(optimizer.register_step_pre_hook(self._check_gradients))
+        self._seconds = perf_counter() - begin
 
     @property
     def graph(self) -> ChannelGraph:
@@ -235,16 +239,24 @@ class Pruner(Resumable):
         """
         return self._network.shrink(also)
 
-    def forecast(self, *, ranks: int = 1, measure: bool | Tensor | tuple[Any, ...] = False) -> Forecast:
+    def forecast(
+        self,
+        *,
+        ranks: int = 1,
+        measure: bool | Tensor | tuple[Any, ...] | Callable[[nn.Module], Tensor] = False,
+    ) -> Forecast:
         """What the training will cost, stage by stage: to be asked before it begins.
 
-        Nothing is known then of which layers will stay wide, so all are taken to keep an equal share, within
-        floors and ``round_to``. Without ``shrink`` every step costs what a dense one does.
+        Nothing is known then of which layers will stay wide. Without ``measure`` all are taken to keep an
+        equal share, within floors and ``round_to``; with it, the decisions are made on a copy, from the
+        gradients of its first few steps. Without ``shrink`` every step costs what a dense one does.
 
         Args:
             ranks: processes that average their gradients.
-            measure: time training steps on this machine, on copies of the model at a few sizes: True on the
-                example inputs, or on a batch given here.
+            measure: time training steps on this machine, on copies of the model at a few sizes, and the
+                decisions: True on the example inputs, or on a batch given here, with the mean square of the
+                outputs for a loss; or a function that gives the training's own loss of the copy it is called
+                with, on a batch of its choice. What ``torch.compile`` has made is made anew afterwards.
 
         Raises:
             ValueError: ``ranks`` is no number of at least 1, or no step can be made on these inputs.
@@ -254,7 +266,11 @@ class Pruner(Resumable):
             raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
         if self.graph.num_channels != self._rows.total:
             raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
-        inputs = None if measure is False else self._example if measure is True else measure
+        loss: Loss | None = None
+        if callable(measure) and not isinstance(measure, Tensor):
+            loss = measure
+        elif measure is not False:
+            loss = mean_square(as_arguments(self._example if measure is True else measure)[0])
         return forecast(
             self._network,
             self._policy,
@@ -262,7 +278,8 @@ class Pruner(Resumable):
             steps=self._steps,
             shrinks=self._shrinks,
             ranks=ranks,
-            inputs=None if inputs is None else as_arguments(inputs)[0],
+            loss=loss,
+            made=self._seconds,
         )
 
     def abort(self) -> int:
