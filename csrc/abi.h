@@ -44,6 +44,7 @@ struct Pieces {
 // The flat arrays of a RowTable (sparsekern/_rows.py says what they hold), in that order.
 struct RowArrays {
   float* penalty;
+  float* elements;
   int32_t* countdown;
   float* sums;
   float* threshold;

@@ -143,12 +143,13 @@ bool read_rows(const ListLayout& expected, const py::tuple& arrays, RowArrays* r
   const int64_t n = expected.table_rows;
   const Device on = expected.device;
   return read_array(arrays[0], on, kDLFloat, n, &rows->penalty) &&
-         read_array(arrays[1], on, kDLInt, n, &rows->countdown) &&
-         read_array(arrays[2], on, kDLFloat, n * 4, &rows->sums) &&
-         read_array(arrays[3], on, kDLFloat, n, &rows->threshold) &&
-         read_array(arrays[4], on, kDLFloat, n, &rows->activity) &&
-         read_array(arrays[5], on, kDLInt, 1, &rows->nonfinite) &&
-         read_array(arrays[6], on, kDLFloat, 1, &rows->pending);
+         read_array(arrays[1], on, kDLFloat, n, &rows->elements) &&
+         read_array(arrays[2], on, kDLInt, n, &rows->countdown) &&
+         read_array(arrays[3], on, kDLFloat, n * 4, &rows->sums) &&
+         read_array(arrays[4], on, kDLFloat, n, &rows->threshold) &&
+         read_array(arrays[5], on, kDLFloat, n, &rows->activity) &&
+         read_array(arrays[6], on, kDLInt, 1, &rows->nonfinite) &&
+         read_array(arrays[7], on, kDLFloat, 1, &rows->pending);
 }
 
 // The order is that of `_HYPER` in sparsekern/backends/cpu.py.
@@ -177,8 +178,8 @@ bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& 
   if (op == kAdam) ok = ok && all_there(addresses[kState1], n) && all_there(addresses[kStep], n);
   if (op == kAdam && hyper.amsgrad) ok = ok && all_there(addresses[kState2], n);
   if (plan.plan.tracks())
-    ok = ok && rows.penalty && rows.countdown && rows.sums && rows.threshold && rows.activity && rows.nonfinite &&
-         rows.pending;
+    ok = ok && rows.penalty && rows.elements && rows.countdown && rows.sums && rows.threshold && rows.activity &&
+         rows.nonfinite && rows.pending;
   return ok;
 }
 
@@ -277,8 +278,8 @@ py::object addresses_of(const ListLayout& expected, const py::tuple& lists, cons
     list.resize(expected.layouts.size(), nullptr);
     all.insert(all.end(), list.begin(), list.end());
   }
-  all.insert(all.end(), {rows.penalty, rows.countdown, rows.sums, rows.threshold, rows.activity, rows.nonfinite,
-                         rows.pending});
+  all.insert(all.end(), {rows.penalty, rows.elements, rows.countdown, rows.sums, rows.threshold, rows.activity,
+                         rows.nonfinite, rows.pending});
   return py::bytes(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(void*));
 }
 

@@ -29,8 +29,8 @@ _P = ParamSpec("_P")
 
 # The arrays of a RowTable travel as two lists, both empty when no tensor of a call is tracked:
 # those only read and those written.
-_ROW_INPUTS = RowArrays._fields[:1]
-_ROW_STATE = RowArrays._fields[1:7]
+_ROW_INPUTS = RowArrays._fields[:2]
+_ROW_STATE = RowArrays._fields[2:8]
 _ROWS = "Tensor[] row_inputs, Tensor(r!)[] row_state, int[] starts, int[] dims, float tau, float decay) -> ()"
 _AMP = "Tensor? grad_scale=None, Tensor? found_inf=None, "
 

@@ -51,6 +51,7 @@ class RowArrays(NamedTuple):
     """What a step needs of a :class:`RowTable`, by the same names (see there for shapes)."""
 
     penalty: Tensor
+    elements: Tensor
     countdown: Tensor
     sums: Tensor
     threshold: Tensor
@@ -99,13 +100,16 @@ class RowTable:
         views: one :class:`RowView` per tracked parameter, in the order given.
         index: the same by ``id(param)``.
         penalty: float32 ``[R]``; extra weight decay of the row (0 = none).
+        elements: float32 ``[R]``; how many elements of the row are not in columns of masked channels, which
+            are zero with their gradients; at least 1, and the same for all rows of a parameter. Not in
+            :meth:`state_dict`: it follows from the masks.
         countdown: int32 ``[R]``; :data:`LIVE`, steps left of a decline, or 0 when masked.
         sums: float32 ``[R, 4]``; count, dot, grad_sq, weight_sq of the last step. All 0 in a masked
             row and in one whose sums were not finite. ``dot`` is consumed (set to 0) by
             ``channel_moments_``.
         threshold: float32 ``[R]``; what ``|gradient|`` has to exceed in the next step to be
             counted.
-        activity: float32 ``[R]``; exponential mean of ``count / row size``, in [0, 1].
+        activity: float32 ``[R]``; exponential mean of ``count / elements``, in [0, 1].
         nonfinite: int64 ``[]``; how many rows of how many steps were left out for non-finite sums.
         pending: float32 ``[]``; 1 between a step that filled ``sums`` and ``channel_moments_``,
             else 0.
@@ -167,6 +171,9 @@ class RowTable:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.penalty = zeros(rows)
+        self.elements = zeros(rows)
+        for view in self.views:
+            self.elements[view.slice] = max(1, view.param.numel() // max(1, view.rows))
         self.countdown = torch.full((rows,), LIVE, dtype=torch.int32, device=device)
         self.sums = zeros(rows, 4)
         self.threshold = torch.full((rows,), float("inf"), device=device, dtype=torch.float32)

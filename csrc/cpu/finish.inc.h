@@ -27,7 +27,7 @@ inline Found look_at_rows(const Job& job, const Shape& shape) {
   float* __restrict activity = job.rows.activity + shape.start;
   float* __restrict threshold = job.rows.threshold + shape.start;
   const float keep = float(job.hyper.decay), fresh = float(1 - job.hyper.decay);
-  const float size = float(shape.outer * shape.inner);
+  const float size = job.rows.elements[shape.start];
   Found found = {0, 0};
   for (int64_t r = 0; r < shape.rows; ++r) {
     const float* s = sums + r * kSums;
@@ -68,7 +68,7 @@ inline double rms_of(const Job& job, const Shape& shape, int32_t counted) {
   }
   double total = 0;
   for (int l = 0; l < kLanes; ++l) total += lane[l];
-  return __builtin_sqrt(total / (double(counted) * double(shape.outer * shape.inner)));
+  return __builtin_sqrt(total / (double(counted) * double(job.rows.elements[shape.start])));
 }
 
 inline void set_thresholds(const Job& job, const Shape& shape, double scaled_rms) {

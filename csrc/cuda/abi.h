@@ -27,7 +27,7 @@ struct Scalar {
 struct Call {
   const Shape* shapes;     // [tensors]
   const Cut* cuts;         // [tensors]
-  void* const* addresses;  // [kSlots][tensors], and then the seven of RowArrays, read if a tensor is tracked
+  void* const* addresses;  // [kSlots][tensors], and then the eight of RowArrays, read if a tensor is tracked
   float* partials;
   void* stream;
   Hyper hyper;

@@ -53,8 +53,7 @@ __device__ void look_at_row(const Table& table, const Entry& entry, int32_t row,
   ++found.counted;
   found.total += static_cast<double>(sums[2]) * static_cast<double>(sums[3]);
   const float keep = static_cast<float>(table.hyper.decay), fresh = static_cast<float>(1 - table.hyper.decay);
-  const float size = static_cast<float>(entry.outer * entry.inner);
-  table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / size * fresh;
+  table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / table.rows.elements[r] * fresh;
   table.rows.threshold[r] = -1.0f;
 }
 
@@ -72,7 +71,7 @@ __device__ void finish_statistics(const Table& table, const Entry& entry) {
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
     look_at_row(table, entry, row, mine);
   const Found found = fold(mine);
-  const double elements = static_cast<double>(found.counted) * static_cast<double>(entry.outer * entry.inner);
+  const double elements = static_cast<double>(found.counted) * static_cast<double>(table.rows.elements[entry.start]);
   const double scaled_rms = table.hyper.tau * sqrt(found.total / elements);
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
     set_threshold(table, entry, row, scaled_rms);

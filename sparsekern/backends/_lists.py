@@ -104,6 +104,7 @@ def row_arrays(table: RowTable | RowArrays) -> tuple[Tensor, ...]:
     """The flat arrays in the order of ``RowArrays`` in csrc/abi.h."""
     return (
         table.penalty,
+        table.elements,
         table.countdown,
         table.sums,
         table.threshold,

@@ -202,7 +202,7 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
 
 
 def _addresses(plan: _Plan, lists: Lists, arrays: tuple[Tensor, ...]) -> bytes | None:
-    """``[6][tensors]`` addresses and seven of the flat arrays; None when a tensor does not fit the plan."""
+    """``[6][tensors]`` addresses and eight of the flat arrays; None when a tensor does not fit the plan."""
     if _native.exchanges:
         found: bytes | None = _C.addresses(plan.expected, lists, arrays)
         return found
@@ -212,7 +212,7 @@ def _addresses(plan: _Plan, lists: Lists, arrays: tuple[Tensor, ...]) -> bytes |
         return None
     tensors = len(plan.layouts)
     padded = [addresses or [0] * tensors for addresses in [*of_lists, *[[]] * (STEPS + 1 - len(of_lists))]]
-    flat = [*(address for addresses in padded for address in addresses), *(of_arrays or [0] * 7)]
+    flat = [*(address for addresses in padded for address in addresses), *(of_arrays or [0] * 8)]
     return bytes((ctypes.c_uint64 * len(flat))(*flat))
 
 

@@ -224,6 +224,7 @@ class _RowStep:
         self.slice = slice(start, start + self.rows)
         self.learn = learn
         self.penalty = table.penalty[self.slice].double()
+        self.elements = table.elements[self.slice]
         self.countdown = table.countdown[self.slice]
         self.alive = self.countdown != 0
         self.live = self.spread(self.alive)
@@ -251,7 +252,7 @@ class _RowStep:
         table.nonfinite.add_(spoilt if self.learn is None else spoilt * self.learn)
         _store(table.sums[self.slice], sums, self.learn)
         counted = _and(counted, self.learn)
-        share = sums[:, COUNT] / max(self.size, 1)
+        share = sums[:, COUNT] / self.elements
         _blend(table.activity[self.slice], share, table.decay, counted)
         _store(threshold, self._next_threshold(sums, counted), counted)
         _store(table.pending, torch.ones_like(table.pending), self.learn)
@@ -260,7 +261,7 @@ class _RowStep:
         """``tau * rms of |d| * norm over the counted rows / norm``, with a row's norm; float64."""
         weight_sq = sums[:, WEIGHT_SQ].double()
         total = (sums[:, GRAD_SQ].double() * weight_sq).sum()
-        rms = (total / (counted.sum() * max(self.size, 1))).sqrt()
+        rms = (total / (counted * self.elements.double()).sum()).sqrt()
         threshold = self.table.tau * rms / weight_sq.sqrt()
         return torch.where(weight_sq == 0, torch.inf, threshold).float()
 

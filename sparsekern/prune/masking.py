@@ -85,9 +85,29 @@ class Masks:
             for state in self._optimizer_state(param):
                 if state.shape == param.shape:
                     self._fill(state, dim, channels)
+        self._count_elements()
+
+    def _count_elements(self) -> None:
+        """Rows count by what is left of them: a network without the masked channels would decide alike."""
+        table = self._rows.table
+        for name, slots in self._graph.tensors.items():
+            view = table.index.get(id(self._parameters[name])) if name in self._parameters else None
+            if view is None:
+                continue
+            size = 1
+            for dim, length in enumerate(slots.shape):
+                if dim != view.dim:
+                    size *= length - len(self._gone(slots.channels[dim]))
+            table.elements[view.slice] = max(1, size)
+
+    def _gone(self, channels: np.ndarray | None) -> np.ndarray:
+        """The indices along a dimension, with the channels that it has, that are masked."""
+        if channels is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
 
     def _fill(self, tensor: Tensor, dim: int, channels: np.ndarray) -> None:
-        gone = np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
+        gone = self._gone(channels)
         if len(gone):
             zero_entries(tensor, dim, gone)
 

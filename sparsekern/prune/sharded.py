@@ -151,9 +151,6 @@ class ShardedTable(RowTable):
         self._expected = spread(
             [np.repeat(float(h.parts), v.rows) for h, v in zip(layout, self.views, strict=True)]
         ).float()
-        self._sizes = spread(
-            [np.repeat(float(v.param.numel() // max(v.rows, 1)), v.rows) for v in self.views]
-        ).double()
         offsets = np.array([view.start for view in self.views] + [len(self.countdown)])
         self._offsets = torch.from_numpy(offsets).to(device)
         self._lengths = torch.diff(self._offsets)
@@ -227,7 +224,7 @@ class ShardedTable(RowTable):
         counted = alive & (total[:, _PARTS] == self._expected)
         sums = total[:, :_PARTS]
         self.sums.copy_(torch.where(counted[:, None], sums, self.sums * alive[:, None]))
-        share = (sums[:, COUNT] / self._sizes).float()
+        share = (sums[:, COUNT] / self.elements).float()
         mean = self.activity * self.decay + share * (1 - self.decay)
         self.activity.copy_(torch.where(counted, mean, self.activity))
         self.threshold.copy_(torch.where(counted, self._next_threshold(sums, counted), self.threshold))
@@ -239,7 +236,7 @@ class ShardedTable(RowTable):
     def _next_threshold(self, sums: Tensor, counted: Tensor) -> Tensor:
         """``tau * rms of |d| * norm over the counted rows of the tensor / norm``, with a row's norm."""
         weight_sq = sums[:, WEIGHT_SQ].double()
-        parts = torch.stack((sums[:, GRAD_SQ].double() * weight_sq * counted, self._sizes * counted), 1)
+        parts = torch.stack((sums[:, GRAD_SQ].double() * weight_sq * counted, self.elements.double() * counted), 1)
         total, elements = torch.segment_reduce(parts, "sum", offsets=self._offsets, initial=0).unbind(1)
         rms = torch.repeat_interleave((total / elements).sqrt(), self._lengths)
         return torch.where(weight_sq == 0, torch.inf, self.tau * rms / weight_sq.sqrt()).float()

@@ -59,7 +59,7 @@ def assert_equal_step(got: Problem, want: Problem, before: Problem) -> None:
 def _assert_equal_arrays(got: Problem, want: Problem) -> None:
     mine = {name: guarded.view for name, guarded in got.arrays.items()}
     theirs = {name: guarded.view for name, guarded in want.arrays.items()}
-    for name in ("penalty", "countdown", "nonfinite", "pending"):
+    for name in ("penalty", "elements", "countdown", "nonfinite", "pending"):
         assert_elementwise(name, mine[name], theirs[name], 0.0)
     sums = theirs["sums"].double()
     roundings = EPS * (1 + SUM_ROUNDINGS * _row_sizes(want).sqrt())
