@@ -217,10 +217,10 @@ int step_at(const ListPlan& plan, int op, const std::vector<std::vector<uintptr_
     for (const uintptr_t address : lists[slot]) addresses[slot].push_back(reinterpret_cast<void*>(address));
   RowArrays rows = {};
   if (!arrays.empty()) {
-    rows = {reinterpret_cast<float*>(arrays[0]),   reinterpret_cast<int32_t*>(arrays[1]),
-            reinterpret_cast<float*>(arrays[2]),   reinterpret_cast<float*>(arrays[3]),
-            reinterpret_cast<float*>(arrays[4]),   reinterpret_cast<int64_t*>(arrays[5]),
-            reinterpret_cast<float*>(arrays[6])};
+    rows = {reinterpret_cast<float*>(arrays[0]),   reinterpret_cast<float*>(arrays[1]),
+            reinterpret_cast<int32_t*>(arrays[2]), reinterpret_cast<float*>(arrays[3]),
+            reinterpret_cast<float*>(arrays[4]),   reinterpret_cast<float*>(arrays[5]),
+            reinterpret_cast<int64_t*>(arrays[6]), reinterpret_cast<float*>(arrays[7])};
   }
   return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
 }

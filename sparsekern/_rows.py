@@ -162,6 +162,8 @@ class RowTable:
         offsets, gate_rows = _csr(gates, rows)
         device = self.views[0].param.device if self.views else torch.device("cpu")
         self._allocate(rows, len(offsets) - 1, device)
+        for view in self.views:
+            self.elements[view.slice] = max(1, view.param.numel() // max(1, view.rows))
         self.gate_offsets = torch.from_numpy(offsets).to(device)
         self.gate_rows = torch.from_numpy(gate_rows).to(device)
         self.refresh()
@@ -172,8 +174,6 @@ class RowTable:
 
         self.penalty = zeros(rows)
         self.elements = zeros(rows)
-        for view in self.views:
-            self.elements[view.slice] = max(1, view.param.numel() // max(1, view.rows))
         self.countdown = torch.full((rows,), LIVE, dtype=torch.int32, device=device)
         self.sums = zeros(rows, 4)
         self.threshold = torch.full((rows,), float("inf"), device=device, dtype=torch.float32)

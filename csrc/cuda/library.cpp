@@ -78,10 +78,10 @@ bool fill_head(const Call& call, Table& table) {
   table.rows = {};
   if (!table.tracks) return true;
   void* const* arrays = call.addresses + kSlots * call.tensors;
-  if (std::any_of(arrays, arrays + 7, [](void* array) { return array == nullptr; })) return false;
-  table.rows = {static_cast<float*>(arrays[0]), static_cast<int32_t*>(arrays[1]), static_cast<float*>(arrays[2]),
-                static_cast<float*>(arrays[3]), static_cast<float*>(arrays[4]),   static_cast<int64_t*>(arrays[5]),
-                static_cast<float*>(arrays[6])};
+  if (std::any_of(arrays, arrays + 8, [](void* array) { return array == nullptr; })) return false;
+  table.rows = {static_cast<float*>(arrays[0]),   static_cast<float*>(arrays[1]), static_cast<int32_t*>(arrays[2]),
+                static_cast<float*>(arrays[3]),   static_cast<float*>(arrays[4]), static_cast<float*>(arrays[5]),
+                static_cast<int64_t*>(arrays[6]), static_cast<float*>(arrays[7])};
   return !cut_rows || call.partials != nullptr;
 }
 

@@ -17,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import sparsekern
 from sparsekern import Pruner
 from sparsekern.compact import plan_of
+from sparsekern.prune.masking import MASKED
+from sparsekern.prune.network import CUT
 
 STEPS = 40
 
@@ -63,9 +65,7 @@ def test_a_training_with_shrink_is_the_masked_one_to_rounding(
 ) -> None:
     runs = []
     for shrink in (False, True):
-        model, optimizer, pruner = parts(
-            network, make, shrink=shrink, select=sparsekern.criteria.Taylor(), steps=60
-        )
+        model, optimizer, pruner = parts(network, make, shrink=shrink, steps=60)
         runs.append((losses(model, optimizer, range(80)), pruner.metrics(), model, pruner.plan()))
     (masked, metrics, big, plan), (shrunk, its_metrics, small, its_plan) = runs
     np.testing.assert_allclose(shrunk, masked, rtol=1e-10)
@@ -74,6 +74,41 @@ def test_a_training_with_shrink_is_the_masked_one_to_rounding(
     assert its_plan == plan == plan_of(small)
     assert sum(p.numel() for p in small.parameters()) == metrics["params"]
     assert sparsekern.verify(big, small, batch(99, dtype=DOUBLE)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        sparsekern.criteria.GradientCount(),
+        sparsekern.criteria.GradientCount(relative=False),
+        sparsekern.criteria.Redundancy(),
+        sparsekern.criteria.Taylor() + 0.1 * sparsekern.criteria.Magnitude(),
+        sparsekern.criteria.Shuffled(sparsekern.criteria.GradientCount()),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("make", ["sparsekern.AdamW", "torch.RMSprop"])
+def test_every_decision_with_shrink_is_that_of_the_masked_training(
+    make: str, select: sparsekern.criteria.Criterion
+) -> None:
+    masked, shrunk = (
+        parts(Residual, OPTIMIZERS[make], shrink=shrink, select=select, events=5) for shrink in (False, True)
+    )
+    for step in range(STEPS):
+        for model, optimizer, _ in (masked, shrunk):
+            losses(model, optimizer, range(step, step + 1))
+        states = [pruner.state_dict() for _, _, pruner in (masked, shrunk)]
+        # A channel that is gone was masked before.
+        channels = [state["channels"].clamp(max=MASKED) for state in states]
+        assert torch.equal(*channels), step
+        rows = states[0]["rows"]["activity"][_rows_left(*states)]
+        np.testing.assert_allclose(rows, states[1]["rows"]["activity"], rtol=1e-5)
+    assert (channels[0] == MASKED).any() and (states[1]["channels"] == CUT).any()
+
+
+def _rows_left(masked: dict[str, Any], shrunk: dict[str, Any]) -> Tensor:
+    """bool ``[R]``: the rows of the masked network that the shrunk one has."""
+    return masked["rows"]["countdown"] != 0
 
 
 def test_two_hundred_steps_after_a_shrink_by_hand() -> None:
