@@ -85,6 +85,9 @@ class Moments(Structure):
     ]
 
 
+ROW_ARRAYS = 8
+"""How many addresses RowArrays of csrc/abi.h has."""
+
 _STRUCTS = (Shape, Cut, Call, Moments)
 
 
@@ -129,9 +132,10 @@ def bind(path: Path) -> ctypes.CDLL:
     library.sparsekern_cuda_error.argtypes = [c_int32]
     library.sparsekern_cuda_error.restype = c_char_p
     library.sparsekern_cuda_launches.restype = c_int64
-    sizes = (c_int64 * len(_STRUCTS))()
+    expected = [*map(ctypes.sizeof, _STRUCTS), ROW_ARRAYS * ctypes.sizeof(ctypes.c_void_p)]
+    sizes = (c_int64 * len(expected))()
     library.sparsekern_cuda_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(struct) for struct in _STRUCTS]:
+    if list(sizes) != expected:
         raise RuntimeError(f"{path}: got a library of another version, expected one built with this package")
     return library
 

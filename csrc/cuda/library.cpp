@@ -155,12 +155,13 @@ int run(const Call& call) {
 using namespace sparsekern;
 using namespace sparsekern::cuda;
 
-// Of the structs above, so that Python finds out when it mirrors others: Shape, Cut, Call, Moments.
+// Of the structs above, so that Python finds out when it mirrors others: Shape, Cut, Call, Moments, RowArrays.
 SPARSEKERN_EXPORT void sparsekern_cuda_sizes(int64_t* sizes) {
   sizes[0] = sizeof(Shape);
   sizes[1] = sizeof(Cut);
   sizes[2] = sizeof(Call);
   sizes[3] = sizeof(Moments);
+  sizes[4] = sizeof(RowArrays);
 }
 
 // Cuts a list of tensors; gives the number of partial sums (of four floats each) that a call over it needs.

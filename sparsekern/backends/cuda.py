@@ -212,7 +212,10 @@ def _addresses(plan: _Plan, lists: Lists, arrays: tuple[Tensor, ...]) -> bytes |
         return None
     tensors = len(plan.layouts)
     padded = [addresses or [0] * tensors for addresses in [*of_lists, *[[]] * (STEPS + 1 - len(of_lists))]]
-    flat = [*(address for addresses in padded for address in addresses), *(of_arrays or [0] * 8)]
+    flat = [
+        *(address for addresses in padded for address in addresses),
+        *(of_arrays or [0] * _cuda.ROW_ARRAYS),
+    ]
     return bytes((ctypes.c_uint64 * len(flat))(*flat))
 
 

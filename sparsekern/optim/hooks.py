@@ -16,6 +16,8 @@ from sparsekern._rows import Rows, RowTable
 from sparsekern._sharding import local
 from sparsekern.optim._lists import check_table, rate, state_tensors
 
+StepArguments = tuple[tuple[Any, ...], dict[str, Any]] | None
+
 _hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -83,30 +85,14 @@ class RowHooks:
     def _zero_masked(self, optimizer: Optimizer) -> None:
         self._table.zero_masked(state_tensors(optimizer))
 
-    def _before(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments:
         self._taken = []
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._take(optimizer)
-            return None
-        counted = self._counted(optimizer, closure)
-        if len(args) > 1:
-            return (args[0], counted, *args[2:]), kwargs
-        return args, kwargs | {"closure": counted}
 
-    def _counted(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, followed by the statistics when it is called first."""
-
-        @functools.wraps(closure)
-        def counted() -> Any:
-            loss = closure()
+        def take() -> None:
             if not self._taken:
                 self._take(optimizer)
-            return loss
 
-        return counted
+        return with_gradients(args, kwargs, take)
 
     @torch.no_grad()
     def _take(self, optimizer: Optimizer) -> None:
@@ -140,6 +126,30 @@ class RowHooks:
             row_mask_(list(map(local, params)), lr=lr, rows=rows)
         self._taken = []
         channel_moments_(self._table)
+
+
+def with_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[], None]) -> StepArguments:
+    """For hooks before a step with these arguments: ``act`` once the gradients of the step are there.
+
+    That is now, or where the step is given a closure, each time that it has called it.
+
+    Returns:
+        The arguments to go on with, None for the same.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        act()
+        return None
+
+    @functools.wraps(closure)
+    def followed() -> Any:
+        loss = closure()
+        act()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], followed, *args[2:]), kwargs
+    return args, kwargs | {"closure": followed}
 
 
 def _gradient(param: Tensor, group: dict[str, Any], scale: Tensor | None) -> Tensor:

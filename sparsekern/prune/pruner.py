@@ -27,6 +27,7 @@ from sparsekern.prune.budget import (
     resolve_round_to,
 )
 from sparsekern.prune.decision import Policy
+from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
@@ -69,8 +70,9 @@ class Pruner(Resumable):
         penalty: how far the gates of the channels next in line decay from one event to the next, beside their
             training: by a factor of about ``exp(-penalty)``; 0 for none.
         nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
-            to the optimizer; ``"raise"`` checks all gradients before each step (a pass over them and, on a
-            GPU, a synchronisation) and raises a FloatingPointError while nothing has changed.
+            to the optimizer; ``"raise"`` checks all gradients before each step, those of its closure if it
+            has one (a pass over them and, on a GPU, a synchronisation), and raises a FloatingPointError while
+            nothing has changed.
         shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
             step costs what the smaller network costs. What is condemned at one event leaves at the next, so
             the training costs the area under a staircase of ``events`` steps, see
@@ -152,14 +154,17 @@ class Pruner(Resumable):
         check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
+        self._hooks: list[Any] = []
+        if nonfinite == "raise":
+            # Before the statistics look at the gradients, and outside of a trace.
+            check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
+            self._hooks.append(optimizer.register_step_pre_hook(check_gradients))
         self._network.attach()
         self._step = 0
         self._nonfinite_seen = 0
         self._next = self._next_step()
         # A compiled step must not trace what happens at events.
-        self._hooks = [optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))]
-        if nonfinite == "raise":
-            self._hooks.append(optimizer.register_step_pre_hook(self._check_gradients))
+        self._hooks.append(optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)))
         self._seconds = perf_counter() - begin
 
     @property
@@ -329,20 +334,6 @@ class Pruner(Resumable):
         self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
     ) -> Problem:
         return self._policy.problem(self._network, saliency, live, share, of)
-
-    def _check_gradients(self, *_: Any) -> None:
-        bad = [
-            name
-            for name, param in self._network.model.named_parameters()
-            if param.grad is not None and not bool(torch.isfinite(local(param.grad)).all())
-        ]
-        # A part of a gradient is seen by one process only, and all have to stop.
-        if self._ranks.any(bool(bad)):
-            raise FloatingPointError(
-                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "
-                f"({len(bad)} parameters here), expected finite values; nonfinite='ignore' lets the "
-                f"optimizer go on"
-            )
 
     def _after_step(self, *_: Any) -> None:
         if self._idle_step():

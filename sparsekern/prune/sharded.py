@@ -236,7 +236,9 @@ class ShardedTable(RowTable):
     def _next_threshold(self, sums: Tensor, counted: Tensor) -> Tensor:
         """``tau * rms of |d| * norm over the counted rows of the tensor / norm``, with a row's norm."""
         weight_sq = sums[:, WEIGHT_SQ].double()
-        parts = torch.stack((sums[:, GRAD_SQ].double() * weight_sq * counted, self.elements.double() * counted), 1)
+        parts = torch.stack(
+            (sums[:, GRAD_SQ].double() * weight_sq * counted, self.elements.double() * counted), 1
+        )
         total, elements = torch.segment_reduce(parts, "sum", offsets=self._offsets, initial=0).unbind(1)
         rms = torch.repeat_interleave((total / elements).sqrt(), self._lengths)
         return torch.where(weight_sq == 0, torch.inf, self.tau * rms / weight_sq.sqrt()).float()

@@ -16,7 +16,7 @@ def test_without_a_gpu_the_library_answers_with_an_error() -> None:
     shape, cut = _cuda.Shape(1, 100, 9, 0), _cuda.Cut()
     assert library.sparsekern_cuda_cut(ctypes.byref(shape), 1, 4, ctypes.byref(cut)) == 0
     assert cut.chunks * cut.row_step >= 100
-    address = (ctypes.c_uint64 * 13)(*[64] * 13)
+    address = (ctypes.c_uint64 * 14)(*[64] * 14)
     call = _cuda.Call(
         shapes=ctypes.addressof(shape), cuts=ctypes.addressof(cut), addresses=bytes(address), tensors=1
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,47 @@ def test_a_nan_gradient_is_raised_before_anything_changes() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("make", [sparsekern.optim.AdamW, torch.optim.AdamW, torch.optim.LBFGS])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_nan_gradient_of_the_closure_is_raised_before_anything_changes(make: Any, by_name: bool) -> None:
+    model = Plain()
+    optimizer = make(model.parameters())
+    pruner = build(model, optimizer=optimizer, nonfinite="raise")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        nan_gradient(model)
+        return 0.0
+
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    rows = pruner.state_dict()["rows"]
+    with pytest.raises(FloatingPointError, match=r"got NaN or infinity in stem\.0\.weight"):
+        optimizer.step(**{"closure": closure}) if by_name else optimizer.step(closure)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name])
+    assert all(
+        torch.equal(torch.as_tensor(rows[k]), torch.as_tensor(v))
+        for k, v in pruner.state_dict()["rows"].items()
+    )
+
+
+@pytest.mark.parametrize("make", [sparsekern.optim.AdamW, torch.optim.AdamW])
+def test_gradients_from_before_the_closure_do_not_matter(make: Any) -> None:
+    model = Plain()
+    optimizer = make(model.parameters())
+    pruner = build(model, optimizer=optimizer, nonfinite="raise")
+    nan_gradient(model)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(batch(0)).square().mean()
+        loss.backward()
+        return loss
+
+    assert torch.isfinite(optimizer.step(closure))
+    assert pruner.metrics()["nonfinite"] == 0
 
 
 def test_a_nan_gradient_never_enters_the_statistics() -> None:
