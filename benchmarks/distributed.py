@@ -32,6 +32,7 @@ from sparsekern.recipes.models import UNet
 RESULTS = Path(__file__).parent / "results"
 STEPS, IMAGES, SIZE = 16, 8, 32
 ROUNDS, BLOCK = 16, 2
+PATIENCE = 600.0  # seconds after which processes that have not ended never will
 
 
 def network(width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -93,7 +94,7 @@ def compare_masks() -> list[dict[str, Any]]:
     rows = []
     for how in ("DDP", "FSDP2"):
         for ranks in (2, 4):
-            results = run(masks, ranks, how)
+            results = run(masks, ranks, how, timeout=PATIENCE)
             difference = max(
                 float((ours - theirs).abs().max() / theirs.abs().max())
                 for _, mine, _ in results
@@ -217,7 +218,7 @@ def main() -> None:
         table.add_row(row["how"], *map(str, (row["ranks"], *cells)))
     console.print(table)
 
-    figures["overhead"] = {how: run(overhead, 2, how) for how in ("DDP", "FSDP2")}
+    figures["overhead"] = {how: run(overhead, 2, how, timeout=PATIENCE) for how in ("DDP", "FSDP2")}
     table = Table("2 processes, UNet-2M", "rank", "ms a step", "with a Pruner: wall time", "CPU time")
     for how, ranks in figures["overhead"].items():
         for rank, row in enumerate(ranks):
@@ -225,14 +226,14 @@ def main() -> None:
             table.add_row(how, str(rank), f"{row['step_ms']:.1f}", *ratios)
     console.print(table)
 
-    figures["bytes"] = run(bytes_per_step, 2)[0]
+    figures["bytes"] = run(bytes_per_step, 2, timeout=PATIENCE)[0]
     table = Table("steps of a DDP training with shrink", "bytes all-reduced a step")
     starts = [i for i, value in enumerate(figures["bytes"]) if i == 0 or value != figures["bytes"][i - 1]]
     for start, stop in zip(starts, [*starts[1:], STEPS], strict=True):
         table.add_row(f"{start + 1} to {stop}", f"{figures['bytes'][start]:,}")
     console.print(table)
 
-    figures["compaction"] = run(compaction, 2)[0]
+    figures["compaction"] = run(compaction, 2, timeout=PATIENCE)[0]
     table = Table(*(f"MiB, {name}" for name in figures["compaction"]), title="compacting under FSDP2")
     table.add_row(*(f"{value:.1f}" for value in figures["compaction"].values()))
     console.print(table)

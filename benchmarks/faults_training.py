@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import sparsekern
+from sparsekern._sharding import unwrap
 from sparsekern.recipes.models.unet import UNet
 
 SIZE, BATCH, DROPOUT = 32, 4, 0.1
@@ -86,12 +88,21 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(job.seed)
     model: nn.Module = UNet(width=16, depth=1)
+    average = AveragedModel(model)
     if job.processes > 1:
         model = DistributedDataParallel(model)
     optimizer = sparsekern.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
     pruner = sparsekern.Pruner(
-        model, optimizer, batch(0)[0], keep=0.2, steps=job.steps, events=6, shrink=True, round_to=1
+        model,
+        optimizer,
+        batch(0)[0],
+        keep=0.2,
+        steps=job.steps,
+        events=6,
+        shrink=True,
+        round_to=1,
+        also=[average],
     )
     # Every process has dropout of its own.
     torch.manual_seed(job.seed + 1 + rank)
@@ -107,6 +118,7 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
+        average.update_parameters(unwrap(model))
         step += 1
         watch.step = step
         if step % job.every == 0 or step == job.steps:
@@ -120,7 +132,13 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
         # of its own last batch; then those of the first one count everywhere, and they are what is saved.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "pruner": pruner}
+    parts = {
+        "model": model,
+        "average": average,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "pruner": pruner,
+    }
     held: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     held["random"] = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
     torch.save(held, job.end(rank))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _TENSORS = "torch.distributed.tensor"
 _WRAPPER = "torch.nn.parallel.distributed"
@@ -150,6 +151,13 @@ def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(made, tensor.requires_grad)
     return made
+
+
+def check_plain(label: str, tensors: Iterable[tuple[str, Tensor]], why: str) -> None:
+    """Raise a ValueError for the first of the named tensors that wraps other ones; ``why`` ends its text."""
+    for name, tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(f"{label}: {name!r} is a {type(tensor).__name__}, expected plain tensors: {why}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparsekern._sharding import unwrap
+from sparsekern._sharding import check_plain, unwrap
 from sparsekern.compact._attributes import update_attributes
 from sparsekern.compact.optimizer_state import StateCutter, prepare_state
 from sparsekern.compact.parallel import check_rebuildable, rebuild, wrappers_of
@@ -137,13 +136,11 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
 
 
 def _check_whole(tensors: Sequence[Registered], label: str) -> None:
-    for entry in tensors:
-        if is_traceable_wrapper_subclass(entry.tensor):
-            raise ValueError(
-                f"{label}: {entry.names[0]!r} is a {type(entry.tensor).__name__}, expected plain "
-                f"tensors: sharded and other wrapped ones cannot be cut in place (fully_shard fixes the "
-                f"sizes of its parts)"
-            )
+    check_plain(
+        label,
+        ((entry.names[0], entry.tensor) for entry in tensors),
+        "sharded and other wrapped ones cannot be cut in place (fully_shard fixes the sizes of its parts)",
+    )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.sharded import Handle, attach
-from sparsekern.prune.statistics import ChannelRows
+from sparsekern.prune.statistics import ChannelRows, trained_by
 
 CUT = 3
 """State of a channel that the live network no longer has, beside those of :mod:`masking`."""
@@ -62,8 +62,7 @@ class Network:
         self.whole = graph.cost(np.ones(graph.num_channels, bool))
         self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.rows = ChannelRows(model, graph, trained, decay=decay)
+        self.rows = ChannelRows(model, graph, trained_by(optimizer), decay=decay)
         self.masks = self._masks()
         self.also = tuple(also)
         self._state_cutter = state_cutter

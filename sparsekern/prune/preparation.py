@@ -36,7 +36,7 @@ def prunable_graph(
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and those that a dry run found wanting.
 
-    ``trained`` holds ``id`` of every parameter of the optimizer.
+    ``trained`` is that of :func:`sparsekern.prune.statistics.trained_by`.
 
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no

@@ -36,7 +36,7 @@ from sparsekern.prune.probe import Loss, mean_square
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.statistics import ChannelRows, gather
+from sparsekern.prune.statistics import ChannelRows, gather, trained_by
 
 
 class Pruner(Resumable):
@@ -132,8 +132,7 @@ class Pruner(Resumable):
         self._steps = steps
         self._example = example_inputs
         self._shrinks = bool(shrink)
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        graph = prunable_graph(model, trained, example_inputs, protect, exact)
+        graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact)
         self._policy = Policy(
             select or criteria.default(),
             allocate or Global(),

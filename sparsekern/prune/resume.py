@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparsekern._sharding import check_plain
 from sparsekern.prune import checkpoint
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.network import Network
@@ -177,9 +177,9 @@ class Resumable:
 
 
 def _check_whole(model: nn.Module) -> None:
-    for name, param in model.named_parameters():
-        if is_traceable_wrapper_subclass(param):
-            raise ValueError(
-                f"model: {name!r} is a {type(param).__name__}, expected plain tensors: save state_dict() of "
-                f"model, optimizer and Pruner with torch.distributed.checkpoint where they are sharded"
-            )
+    check_plain(
+        "model",
+        model.named_parameters(),
+        "save state_dict() of model, optimizer and Pruner with torch.distributed.checkpoint where they are "
+        "sharded",
+    )

@@ -16,6 +16,11 @@ from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.sharded import row_table
 
 
+def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """``id`` of every parameter that the optimizer holds."""
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+
+
 @dataclass(frozen=True, eq=False)
 class UntrainedRows:
     """Rows of a parameter that no optimizer updates: zeroed with their channel, never counted."""
@@ -39,7 +44,7 @@ class ChannelRows:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trained: set[int], *, decay: float) -> None:
-        """``trained`` holds ``id`` of every parameter of the optimizer; ``decay`` is that of the means."""
+        """``trained`` is that of :func:`trained_by`; ``decay`` is that of the means."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.processes import run
 from distributed.training import (
     IMAGES,
     STEPS,
@@ -22,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
+from benchmarks.processes import run
 from sparsekern import criteria
 
 CASES: list[tuple[str, dict[str, Any]]] = [

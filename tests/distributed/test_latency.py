@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed.processes import run
 from distributed.training import ARGUMENTS, STEPS, batch, loss_of, network
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
+from benchmarks.processes import run
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel
 from sparsekern.latency.axes import lay_axes

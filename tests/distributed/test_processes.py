@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch.distributed as dist
-from distributed.processes import run
+
+from benchmarks.processes import run
 
 
 def _rank() -> int:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.processes import run
 from distributed.training import STEPS, Run, start
 from torch import Tensor
+
+from benchmarks.processes import run
 
 SHRINK = {"shrink": True, "round_to": 1}
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.processes import run
 from distributed.training import (
     STEPS,
     Result,
@@ -28,6 +27,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import sparsekern
+from benchmarks.processes import run
 
 CASES: list[tuple[str, dict[str, Any]]] = [("ours AdamW", {}), ("ours SGD", {}), ("torch AdamW", {})]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.processes import run
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import sparsekern
+from benchmarks.processes import run
 
 SHAPES = ((10, 3, 3), (5,), (1, 4), (3, 8), (16, 2))
 """Over four processes: uneven, the last one empty, three empty, one empty, even."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.processes import run
 from distributed.training import (
     ARGUMENTS,
     STEPS,
@@ -26,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
+from benchmarks.processes import run
 
 SHRINK = {"shrink": True, "round_to": 1}
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prune.killed import campaign
 from prune.networks import Plain, batch, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -283,7 +282,3 @@ def test_kill_9_while_saving_leaves_the_old_file_whole(written: Path, tmp_path: 
     )
     assert process.returncode == -signal.SIGKILL
     assert parts()[2].load_checkpoint(path) == {"step": 12}
-
-
-def test_killed_at_a_random_moment_a_run_ends_as_if_nobody_had_disturbed_it() -> None:
-    assert campaign(1, seed=1) == 1
