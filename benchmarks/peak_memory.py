@@ -1,22 +1,29 @@
-"""Peak memory of training steps that go on from a checkpoint of a run, in bytes on stdout.
+"""Peak memory of training steps that go on from a checkpoint of a run, and what of it is accounted for.
 
 What is measured is the high-water mark of the process's resident memory over some steps, reset after the
 checkpoint was loaded (a full-size model exists for a moment before it is cut), less what the process held
 when a narrow model had been trained for a step and was gone, with all the libraries that this takes: so
 parameters, gradients, optimizer state, activations, and the scratch memory of the convolutions. Linux only:
 it reads and resets ``VmHWM``.
+
+Prints JSON, all in bytes: ``peak``; ``weights``, ``gradients``, ``state`` (the optimizer's) and ``pruner`` (its
+arrays); ``saved``: what a forward pass keeps for the backward pass, beside the parameters.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from sparsekern.recipes.checkpoint import load_checkpoint
 from sparsekern.recipes.data import load_folder
@@ -31,7 +38,7 @@ def main(
     steps: int = 4,
     threads: int = 1,
 ) -> None:
-    """Print the peak over ``steps`` training steps."""
+    """Print the peak over ``steps`` training steps, and the parts of it."""
     torch.set_num_threads(threads)
     state = load_checkpoint(checkpoint)
     settings = Settings(**state["settings"])
@@ -46,7 +53,37 @@ def main(
     _release()
     Path("/proc/self/clear_refs").write_text("5")
     _train(trainer, steps)
-    typer.echo(_status("VmHWM") - before)
+    peak = _status("VmHWM") - before
+    typer.echo(json.dumps({"peak": peak, **parts(trainer)}))
+
+
+def parts(trainer: Trainer) -> dict[str, int]:
+    """Bytes of what a training holds, and of what its forward pass keeps for the backward pass."""
+    params = list(trainer.model.parameters())
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x, y = trainer.batches(trainer.step)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = SegmentationLoss()(trainer.model(x.to(memory_format=torch.channels_last)), y)
+    own = {param.untyped_storage().data_ptr() for param in params}
+    saved = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own]
+    found = {"weights": _bytes(params), "saved": _bytes(saved)}
+    loss.backward()
+    state = trainer.optimizer.state.values()
+    found["gradients"] = _bytes(param.grad for param in params if param.grad is not None)
+    found["state"] = _bytes(value for values in state for value in values.values())
+    rows = {} if trainer.pruner is None else trainer.pruner.state_dict()["rows"]
+    found["pruner"] = _bytes(value for value in rows.values() if isinstance(value, Tensor))
+    return found
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the memory that lies behind the tensors, each piece once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 def _train(trainer: Trainer, steps: int) -> None:
