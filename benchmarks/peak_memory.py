@@ -6,8 +6,8 @@ when a narrow model had been trained for a step and was gone, with all the libra
 parameters, gradients, optimizer state, activations, and the scratch memory of the convolutions. Linux only:
 it reads and resets ``VmHWM``.
 
-Prints JSON, all in bytes: ``peak``; ``weights``, ``gradients``, ``state`` (the optimizer's) and ``pruner`` (its
-arrays); ``saved``: what a forward pass keeps for the backward pass, beside the parameters.
+Prints JSON, all in bytes: ``peak``; ``weights``, ``gradients``, ``state`` (the optimizer's) and ``pruner``
+(its arrays); ``saved``: what a forward pass keeps for the backward pass, beside the parameters.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
@@ -114,13 +115,15 @@ class Timed:
         history, steps = self.trainer.history, self.trainer.settings.steps
         path = folder / "checkpoint.pt"
         save_checkpoint(path, self.trainer.state_dict())
+        memory = _memory(path, data)
         return {
             "seconds": self.seconds,
             "step_seconds": sum(history.seconds),
             "last_step_seconds": statistics.median(history.seconds[-max(1, steps // 4) :]),
             "dice": history.scores[-1][1],
             "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
-            "peak_bytes": _peak_bytes(path, data),
+            "peak_bytes": memory["peak"],
+            "memory": memory,
         }
 
 
@@ -131,6 +134,7 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
     pruner = shrunk.trainer.pruner
     assert pruner is not None
     # Beside the training: not part of its time.
+    even = pruner.forecast().stages
     forecast = pruner.forecast(measure=training_loss(shrunk.trainer))
     for number, stop in enumerate(range(turn, settings.steps + turn, turn)):
         # Who goes first changes, so that neither always follows the other's use of the caches.
@@ -141,12 +145,15 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
         figures = {
             kind: timed.figures(Path(folder), data) for kind, timed in (("dense", dense), ("shrunk", shrunk))
         }
-    cost = shrunk.trainer.history.cost
+    cost, graph = shrunk.trainer.history.cost, pruner.graph
     return {
         "seed": settings.seed,
         **figures,
         "macs_share": metrics["macs_share"],
         "params_share": metrics["params_share"],
+        "activations_share": graph.cost(np.ones(graph.num_channels, bool)).activations
+        / even[0].activation_bytes,
+        "even_activations_share": even[-1].activation_bytes / even[0].activation_bytes,
         "training_macs_share": statistics.fmean(share for _, share, _ in cost),
         "met_at_step": next(step for step, share, _ in cost if share <= settings.keep),
         "forecast_macs_share": forecast.macs_share,
@@ -167,11 +174,13 @@ def training_loss(trainer: Trainer) -> Callable[[nn.Module], Tensor]:
     return loss
 
 
-def _peak_bytes(checkpoint: Path, data: Path) -> int:
+def _memory(checkpoint: Path, data: Path) -> dict[str, int]:
+    """What :mod:`benchmarks.peak_memory` prints."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--data", str(data)]
     command += ["--checkpoint", str(checkpoint), "--threads", str(torch.get_num_threads())]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(finished.stdout)
+    memory: dict[str, int] = json.loads(finished.stdout)
+    return memory
 
 
 def _ratio(run: dict[str, Any], key: str) -> float:
@@ -215,6 +224,26 @@ def _line(run: dict[str, Any]) -> str:
     return "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, _row(run), strict=True))
 
 
+def _memory_lines(run: dict[str, Any]) -> list[str]:
+    """What the peak of a step consists of, dense and shrunk."""
+    lines = [
+        "memory of the first seed in MiB: weights, gradients, optimizer's state and the Pruner's arrays;",
+        "what a forward pass keeps for the backward pass; the rest: gradients of activations, scratch memory of",
+        "the convolutions and the allocator's",
+    ]
+    for kind in ("dense", "shrunk"):
+        memory = run[kind]["memory"]
+        held = sum(memory[name] for name in ("weights", "gradients", "state", "pruner"))
+        parts = (held, memory["saved"], memory["peak"] - held - memory["saved"])
+        cells = [f"{size / 2**20:.0f}" for size in (*parts, memory["peak"])]
+        lines.append(f"{kind:>6}: {cells[0]} + {cells[1]} + {cells[2]} = {cells[3]}")
+    lines.append(
+        f"activations of a forward pass: {run['activations_share']:.3f} of dense; an even cut of all layers "
+        f"to the same MACs would keep {run['even_activations_share']:.3f}"
+    )
+    return lines
+
+
 def _report(record: dict[str, Any]) -> str:
     runs, settings = record["runs"], record["settings"]
     rows = [list(COLUMNS), *(_row(run) for run in runs)]
@@ -231,6 +260,8 @@ def _report(record: dict[str, Any]) -> str:
         *("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows),
         "",
         f"mean: time {mean['seconds']:.3f} of dense, peak memory {mean['peak_bytes']:.3f}, Dice {loss:+.4f}",
+        "",
+        *_memory_lines(runs[0]),
         "",
         "forecast of the first seed:",
         *runs[0]["forecast"],

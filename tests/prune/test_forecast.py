@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prune.networks import Plain, Residual, batch, train
@@ -93,6 +95,43 @@ def test_measuring_changes_nothing_and_times_every_stage() -> None:
     assert forecast.pruner_seconds > 0
     assert forecast.seconds == pytest.approx(total + forecast.pruner_seconds)
     assert forecast.time_share == pytest.approx(forecast.seconds / forecast.dense_seconds)
+
+
+def test_the_loss_of_the_training_decides_what_stays_wide() -> None:
+    """Layers whose channels the loss does not feel go first, in the forecast as in the training."""
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        return model(batch(7)).square().mean()
+
+    model, optimizer, pruner = parts(Residual)
+    stages = pruner.forecast(measure=loss).stages
+    even = pruner.forecast().stages
+    train(model, optimizer, range(STEPS))
+    real = pruner.graph.cost(np.ones(pruner.graph.num_channels, bool))
+    share = abs(stages[-1].activation_bytes / real.activations - 1)
+    assert stages[-1].macs <= 0.3 * stages[0].macs
+    assert share < 0.15
+    assert share <= abs(even[-1].activation_bytes / real.activations - 1)
+
+
+def test_decisions_are_tried_for_any_optimizer_and_criterion() -> None:
+    for make, select in (
+        (torch.optim.SGD, sparsekern.criteria.GradientCount()),
+        (torch.optim.RMSprop, sparsekern.criteria.Random()),
+    ):
+        _, optimizer, pruner = parts(make=make, select=select)
+        hooks = len(optimizer._optimizer_step_post_hooks)
+        before = pruner.state_dict()
+        stages = pruner.forecast(measure=True).stages
+        assert all(one.macs >= other.macs for one, other in itertools.pairwise(stages))
+        assert stages[-1].macs <= 0.3 * stages[0].macs
+        assert len(optimizer._optimizer_step_post_hooks) == hooks and not optimizer.state
+        assert torch.equal(pruner.state_dict()["channels"], before["channels"])
+
+
+def test_a_loss_that_fails_is_named() -> None:
+    with pytest.raises(ValueError, match="^measure: a step on these inputs fails"):
+        parts()[2].forecast(measure=lambda model: model(torch.zeros(1, 7, 8, 8)))
 
 
 def test_a_table_is_printed() -> None:
