@@ -228,8 +228,8 @@ def _memory_lines(run: dict[str, Any]) -> list[str]:
     """What the peak of a step consists of, dense and shrunk."""
     lines = [
         "memory of the first seed in MiB: weights, gradients, optimizer's state and the Pruner's arrays;",
-        "what a forward pass keeps for the backward pass; the rest: gradients of activations, scratch memory of",
-        "the convolutions and the allocator's",
+        "what a forward pass keeps for the backward pass; the rest: gradients of activations, scratch memory",
+        "of the convolutions, the allocator's",
     ]
     for kind in ("dense", "shrunk"):
         memory = run[kind]["memory"]
