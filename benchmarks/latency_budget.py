@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.environment import ALLOCATOR, environment, with_allocator
+from benchmarks.environment import environment, kept_memory
 from benchmarks.networks import NETWORKS
 from sparsekern import compact, criteria, latency, trace
 from sparsekern.compact import make_plan
@@ -129,16 +129,16 @@ def main(
     table = Table("network", "of", "predicted", "measured", "off budget", "saliency", "MACs", "params")
     figures = []
     for name in CASES:
-        figure = measure(name, size, keep, round_to, rounds)
+        with kept_memory() as freed_memory:
+            figure = measure(name, size, keep, round_to, rounds)
         figures.append(figure)
         for row in figure["rows"]:
             cells = [f"{row[key]:.1%}" for key in ("predicted", "measured")]
             cells.append(f"{row['measured'] / keep - 1:+.1%}")
             cells += [f"{row[key]:.1%}" for key in ("saliency", "macs", "params")]
             table.add_row(f"{name} ({figure['dense_ms']:.0f} ms)", row["of"], *cells)
-    settings = (
-        {"keep": keep, "size": size, "round_to": round_to, "rounds": rounds} | environment() | ALLOCATOR
-    )
+    settings = {"keep": keep, "size": size, "round_to": round_to, "rounds": rounds}
+    settings |= environment() | {"freed_memory": freed_memory}
     console = Console(width=120, record=True)
     console.print(table)
     console.print(settings)
@@ -149,4 +149,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with_allocator("benchmarks.latency_budget", lambda: typer.run(main))
+    typer.run(main)

@@ -1,0 +1,124 @@
+"""What is called on a problem, ours and torch's, and the bytes that such a call has to move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from sparsekern import _ops
+from sparsekern._rows import Rows
+from sparsekern.backends import reference
+from sparsekern.bench.problem import Problem
+
+Run = Callable[[], Any]
+Call = Callable[[Problem], Run]
+
+ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "lr": 1e-3}
+SGD: dict[str, Any] = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "lr": 1e-3}
+_OFF: dict[str, Any] = {"maximize": False, "grad_scale": None, "found_inf": None}
+
+# Per row penalty, elements, countdown, threshold, activity are read, sums, threshold, activity written.
+ROW_BYTES = 5 * 4 + 6 * 4
+
+
+def rows_of(problem: Problem) -> Rows | None:
+    """The rows of the problem's parameters, None without a table."""
+    return None if problem.table is None else problem.table.rows_of(problem.params)
+
+
+def _adam_lists(problem: Problem) -> tuple[Any, ...]:
+    state = [problem.state(name) for name in ("exp_avg", "exp_avg_sq")]
+    return (problem.params, problem.grads, *state, [], problem.state("step"))
+
+
+def _sgd_lists(problem: Problem) -> tuple[Any, ...]:
+    return (problem.params, problem.grads, problem.state("momentum_buffer"))
+
+
+def adam_step(problem: Problem, ops: ModuleType = _ops) -> Run:
+    """Our op, as AdamW calls it; ``ops`` may be a backend."""
+    options: dict[str, Any] = {"decoupled": True, "amsgrad": False, "rows": rows_of(problem)}
+    return functools.partial(ops.adam_step_, *_adam_lists(problem), **ADAM, **_OFF, **options)
+
+
+def torch_adam(problem: Problem, **choice: bool) -> Run:
+    """torch's functional AdamW, ``fused=True`` or ``foreach=True``."""
+    options: dict[str, Any] = {"decoupled_weight_decay": True, "amsgrad": False, "capturable": False}
+    options |= ADAM | _OFF | choice
+    return torch.no_grad()(functools.partial(adam, *_adam_lists(problem), **options))
+
+
+def sgd_step(problem: Problem, ops: ModuleType = _ops) -> Run:
+    """Our op, as SGD with momentum calls it; ``ops`` may be a backend."""
+    options: dict[str, Any] = {"nesterov": False, "first": False, "rows": rows_of(problem)}
+    return functools.partial(ops.sgd_step_, *_sgd_lists(problem), **SGD, **_OFF, **options)
+
+
+def torch_sgd(problem: Problem, **choice: bool) -> Run:
+    """torch's functional SGD with momentum, ``fused=True`` or ``foreach=True``."""
+    options: dict[str, Any] = {"nesterov": False} | SGD | _OFF | choice
+    return torch.no_grad()(functools.partial(sgd, *_sgd_lists(problem), **options))
+
+
+def row_statistics(problem: Problem, ops: ModuleType = _ops) -> Run:
+    """The statistics alone; ``ops`` may be a backend."""
+    return functools.partial(ops.row_statistics_, problem.params, problem.grads, rows=rows_of(problem))
+
+
+def row_mask(problem: Problem, ops: ModuleType = _ops) -> Run:
+    """Penalty, decline and mask alone; ``ops`` may be a backend."""
+    return functools.partial(ops.row_mask_, problem.params, lr=ADAM["lr"], rows=rows_of(problem))
+
+
+def channel_moments(problem: Problem, ops: ModuleType = _ops) -> Run:
+    """The fold of a step's dots into the means per channel; ``ops`` may be a backend."""
+    table = problem.table
+    assert table is not None
+    reference.row_statistics_(problem.params, problem.grads, rows=table.rows_of(problem.params))
+
+    def run() -> None:
+        # As a step leaves it; without it there is nothing to fold.
+        table.pending.fill_(1)
+        ops.channel_moments_(table)
+
+    return run
+
+
+def step(problem: Problem) -> Run:
+    """The whole step, with what Python does around the ops."""
+    return problem.optimizer.step
+
+
+def accesses(times: int) -> Callable[[Problem], int]:
+    """Bytes where every live element is read or written so many times, and each row's quantities are."""
+
+    def moved(problem: Problem) -> int:
+        rows = 0 if problem.table is None else len(problem.table.penalty)
+        return problem.live_elements() * problem.params[0].element_size() * times + rows * ROW_BYTES
+
+    return moved
+
+
+def changed(problem: Problem) -> int:
+    """Bytes of ``row_mask_``: masked rows are written, penalised and declining ones read and written."""
+    table = problem.table
+    assert table is not None
+    moved = 8 * len(table.penalty)
+    for view in table.views:
+        size = view.param.numel() // max(1, view.rows) * view.param.element_size()
+        masked = table.countdown[view.slice] == 0
+        touched = ((table.penalty[view.slice] > 0) | (table.countdown[view.slice] > 0)) & ~masked
+        moved += size * (int(masked.sum()) + 2 * int(touched.sum()))
+    return moved
+
+
+def folded(problem: Problem) -> int:
+    """Bytes of ``channel_moments_``: a gate's index and dot (read, cleared), a channel's offset and means."""
+    assert problem.table is not None
+    return 16 * len(problem.table.gate_rows) + 24 * len(problem.table.channel_dot)

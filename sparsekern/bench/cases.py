@@ -1,0 +1,110 @@
+"""The table of what is measured: the one place that the command and the pytest suite take it from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison with torch.
+
+    Attributes:
+        op: a key of :data:`sparsekern.bench.contests.BUILDERS`: an op of ``sparsekern._ops`` by its name, a
+            whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
+        tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`.
+        backend: of :mod:`sparsekern.backends`.
+        dtype: of parameters, gradients and state.
+        masked: share of the channels that are masked, in [0, 1]; None without a table of rows.
+        quick: whether it is one of the short selection.
+    """
+
+    op: str
+    tensors: str
+    backend: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    masked: float | None = 0.0
+    quick: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        share = "plain" if self.masked is None else f"masked{self.masked:.0%}"
+        return f"{self.op}/{self.backend}/{dtype}/{self.tensors}/{share}"
+
+    @property
+    def device(self) -> str:
+        """Type of the device that the tensors lie on."""
+        return DEVICES[self.backend]
+
+
+DEVICES = {"cpu": "cpu", "reference": "cpu", "cuda": "cuda"}
+"""Where the tensors of a backend's cases lie."""
+
+LISTS = ("unet-2m", "unet-31m", "mobilenetv3-seg", "resnet50")
+QUICK = ("unet-2m", "mobilenetv3-seg")
+
+
+def _ops(backend: str, *, quick: bool) -> list[Case]:
+    """The ops of the step by themselves, over lists that are ready for them."""
+    cases = []
+    for tensors in LISTS:
+        short = quick and tensors in QUICK
+        for masked in (None, 0.0, 0.5, 0.8):
+            adamw = Case("adam_step_", tensors, backend, masked=masked, quick=short and masked in (0.0, 0.8))
+            cases.append(adamw)
+        cases.append(Case("sgd_step_", tensors, backend, quick=short))
+        cases.append(Case("adam_step_", tensors, backend, torch.bfloat16, quick=short))
+        cases += [Case(op, tensors, backend, quick=short) for op in ("row_statistics_", "row_mask_")]
+    cases.append(Case("adam_step_", "unet-31m", backend, torch.float16))
+    cases.append(Case("sgd_step_", "unet-31m", backend, torch.bfloat16))
+    cases.append(Case("channel_moments_", "resnet50", backend, quick=quick))
+    cases += [Case(op, "flat-16m", backend, masked=None, quick=quick) for op in ("adam_step_", "sgd_step_")]
+    return cases
+
+
+def _steps(backend: str, *, quick: bool) -> list[Case]:
+    """``optimizer.step()``, with what Python does around the ops."""
+    cases = [
+        Case(f"{name}-step", "tiny-174", backend, masked=masked, quick=quick)
+        for name in ("sgd", "adam", "adamw")
+        for masked in (None, 0.0)
+    ]
+    for tensors in LISTS:
+        cases.append(Case("adamw-step", tensors, backend, quick=quick and tensors in QUICK))
+        cases.append(Case("sgd-step", tensors, backend))
+        cases.append(Case("hooks-step", tensors, backend))
+    return cases
+
+
+CASES: tuple[Case, ...] = (
+    *_ops("cpu", quick=True),
+    # What the specification costs, which is also what runs where nothing was compiled.
+    Case("adam_step_", "unet-2m", "reference", quick=True),
+    Case("sgd_step_", "unet-2m", "reference"),
+    *_steps("cpu", quick=True),
+    *(Case("adamw-iteration", tensors, quick=tensors == "unet-2m") for tensors in LISTS),
+    *_ops("cuda", quick=False),
+    *_steps("cuda", quick=False),
+    *(Case("adamw-iteration", tensors, "cuda") for tensors in LISTS),
+)
+
+
+def select(pattern: str = "", *, quick: bool = False, cases: Sequence[Case] = CASES) -> list[Case]:
+    """The cases whose names the regular expression ``pattern`` is found in; with ``quick`` the short ones.
+
+    Raises:
+        ValueError: it is no regular expression, or finds none; names ``--filter``.
+    """
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--filter: got {pattern!r}, expected a regular expression ({error})") from None
+    chosen = [case for case in cases if (case.quick or not quick) and found.search(str(case))]
+    if not chosen:
+        which = "a part of the name of a case" + (" of --quick" if quick else "")
+        raise ValueError(f"--filter: got {pattern!r}, expected {which}, such as {cases[0]}")
+    return chosen

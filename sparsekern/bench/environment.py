@@ -1,0 +1,71 @@
+"""Where a measurement was made, and under which memory settings: what every result says about itself."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekern
+from sparsekern import _info
+
+# Options of glibc's mallopt with its own defaults (malloc.h).
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_DEFAULTS = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 * 1024}
+_KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+
+
+@contextmanager
+def kept_memory() -> Iterator[str]:
+    """Memory that a tensor gives back is not returned to the system meanwhile, for whoever allocates.
+
+    Otherwise page faults of large tensors are half of what is measured. Yields what is in force: ``kept``,
+    or ``default`` where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield "default"
+        return
+    try:
+        for option, value in _KEEP.items():
+            mallopt(option, value)
+        yield "kept"
+    finally:
+        for option, value in _DEFAULTS.items():
+            mallopt(option, value)
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, threads and commit, as plain data."""
+    machine, versions = _info.machine(), _info.versions()
+    return {
+        "machine": machine["cpu"],
+        "isa": machine["isa"],
+        "threads": torch.get_num_threads(),
+        "torch": versions["torch"],
+        "sparsekern": versions["sparsekern"],
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree that this package is, with ``+`` when it has changes, else ``unknown``."""
+    folder = Path(sparsekern.__file__).parent
+    try:
+        # An installed package may lie in somebody else's repository.
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+        head = _git(folder, "rev-parse", "--short", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,126 @@
+"""Parameters in the middle of a training, with gradients, an optimizer and the rows of a Pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekern import optim
+from sparsekern._rows import RowTable
+from sparsekern.bench.cases import Case
+from sparsekern.bench.networks import NETWORKS, SHAPES, graph
+from sparsekern.prune.masking import Masks
+from sparsekern.prune.statistics import ChannelRows
+
+MakeOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
+
+# Steps before the one that is measured, and a size of gradients that trainings have.
+STEPS, SCALE = 10.0, 1e-3
+
+
+@dataclass
+class Problem:
+    """What a step reads and writes; two of the same case and optimizer are equal in every element."""
+
+    params: list[nn.Parameter]
+    optimizer: Optimizer
+    table: RowTable | None
+
+    @classmethod
+    def of(cls, case: Case, make: MakeOptimizer, *, rows: bool = True) -> Problem:
+        """The problem of a case; without ``rows``, nothing attached and nothing masked.
+
+        A tenth of the live channels is penalised and declines, so that the step has all of its work.
+        """
+        device = torch.device(case.device)
+        if case.tensors in NETWORKS:
+            model = NETWORKS[case.tensors].make().to(device, case.dtype)
+        else:
+            shapes = SHAPES[case.tensors]
+            model = nn.ParameterList(torch.empty(shape, device=device, dtype=case.dtype) for shape in shapes)
+        params = list(model.parameters())
+        _fill(params)
+        optimizer = make(params)
+        _advance(optimizer)
+        if not rows or case.masked is None:
+            return cls(params, optimizer, None)
+        if case.tensors in NETWORKS:
+            table = _prune(model, case, optimizer)
+        else:
+            table = RowTable([(p, 0) for p in params], [np.arange(params[0].numel())])
+            optim.attach(optimizer, table)
+        table.threshold.fill_(SCALE)
+        return cls(params, optimizer, table)
+
+    def state(self, name: str) -> list[Tensor]:
+        """The optimizer's state of all parameters, by torch's name of it."""
+        return [self.optimizer.state[param][name] for param in self.params]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients, in the order of the parameters."""
+        return [param.grad for param in self.params if param.grad is not None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and their state by readable names."""
+        named = {}
+        for number, param in enumerate(self.params):
+            named[f"parameter {number} {list(param.shape)}"] = param.detach()
+            for key, value in self.optimizer.state[param].items():
+                named[f"{key} {number} {list(param.shape)}"] = value
+        return named
+
+    def live_elements(self) -> int:
+        """Elements that are not in masked rows: those that a step has to move."""
+        total = sum(param.numel() for param in self.params)
+        if self.table is None:
+            return total
+        views = zip(self.table.views, self.table.masked, strict=True)
+        return total - sum(view.param.numel() // max(1, view.rows) * masked for view, masked in views)
+
+
+def _fill(params: Sequence[nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for param in params:
+        noise = [torch.randn(param.shape, generator=generator) for _ in range(2)]
+        param.data.copy_(noise[0] * 0.1)
+        param.grad = torch.empty_like(param).copy_(noise[1] * SCALE)
+
+
+def _advance(optimizer: Optimizer) -> None:
+    """Give every parameter the state of a training that has made some steps; cheaper than making them."""
+    adam = "betas" in optimizer.defaults
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            if not adam:
+                state["momentum_buffer"] = param.grad * 5
+                continue
+            # torch's own optimizers keep it on the CPU unless they are fused.
+            on_device = isinstance(optimizer, optim.RowOptimizer) or optimizer.defaults["fused"]
+            state["step"] = torch.tensor(STEPS, device=param.device if on_device else "cpu")
+            state["exp_avg"] = param.grad * 0.5
+            state["exp_avg_sq"] = param.grad.square() * 0.01
+
+
+def _prune(model: nn.Module, case: Case, optimizer: Optimizer) -> RowTable:
+    """Attach a table and mask, penalise and decline channels of ``model`` as a Pruner would."""
+    channels = graph(case.tensors)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = ChannelRows(model, channels, {id(p) for p in parameters.values()}, decay=0.99)
+    optim.attach(optimizer, rows.table)
+    masks = Masks(channels, rows, parameters, optim.state_tensors(optimizer))
+    order = np.random.default_rng(0).permutation(channels.num_channels)
+    chosen = np.zeros(channels.num_channels, bool)
+    chosen[order[: round((case.masked or 0.0) * len(order))]] = True
+    some = np.zeros_like(chosen)
+    some[np.flatnonzero(~chosen)[::10]] = True
+    masks.penalise(some, 0.01)
+    masks.condemn(some, 1_000_000)
+    masks.mask(chosen)
+    return rows.table
