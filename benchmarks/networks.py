@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern.recipes._torchvision  # noqa: F401  # has to come before torchvision
-from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
+from sparsekern.bench.networks import NETWORKS as TIMED
+from sparsekern.recipes.models import UNet
 
 # isort: split
 
 from torchvision import models as tv
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "unet-31m": lambda: UNet(3, 1, width=64),
+    **{name: TIMED[name].make for name in ("unet-31m", "unet-2m", "mobilenetv3-seg")},
     "unet-8m": lambda: UNet(3, 1, width=32),
-    "unet-2m": lambda: UNet(3, 1, width=16),
     "unet-2m-bilinear": lambda: UNet(3, 1, width=16, decoder="bilinear"),
-    "mobilenetv3-seg": lambda: lraspp_mobilenetv3("large", classes=1),
     "mobilenet_v3_large": tv.mobilenet_v3_large,
     "resnet18": tv.resnet18,
     "resnet50": tv.resnet50,

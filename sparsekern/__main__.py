@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-# What the extra `demo` installs, by import name.
+# What the extras `demo` and `bench` install, by import name.
 EXTRAS = ("matplotlib", "PIL", "rich", "torchmetrics", "typer")
 
 
@@ -24,9 +24,10 @@ def main() -> int:
             for name, value in _info.lines(_info.collect()):
                 sys.stdout.write(f"{name:20} {value}\n")
             return 0
+        extra = "bench" if sys.argv[1:2] == ["bench"] else "demo"
         sys.stderr.write(
             f"error: the sparsekern command needs {missing}, which is not installed; run: "
-            'pip install "sparsekern[demo]"\n'
+            f'pip install "sparsekern[{extra}]"\n'
         )
         return 2
 

@@ -1,4 +1,4 @@
-"""The command line: demo, train, inspect, info. Bad input ends in one line on stderr and exit code 2."""
+"""The command line: demo, train, inspect, bench, info. Bad input: one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -246,6 +246,37 @@ def demo(
     console.print(table)
     _print_verified(pruned)
     console.print(f"pictures, networks and figures in {out}")
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A short selection, in less than a minute.")] = False,
+    as_json: Annotated[
+        str | None, typer.Option("--json", help="Write all figures; - prints them, tables go to stderr.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Ratios to what --json has written before; which got slower.")
+    ] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(help="Exit code 1 where a case takes so many times as long, beyond noise.")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option("--filter", help="A regular expression in the names of the cases.")
+    ] = "",
+    plot: Annotated[Path | None, typer.Option(help="Write the roofline as PNG; needs matplotlib.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Timings of each side; 11, with --quick 5.")] = None,
+    threads: Threads = 0,
+) -> int:
+    """Time the fused ops, steps and training iterations beside torch's; wrong results are not timed."""
+    from .bench import command, show
+
+    _set_threads(threads)
+    arguments = command.Arguments(quick, as_json, compare, pattern, plot, rounds, fail_above)
+    errors = Console(stderr=True, highlight=False)
+    out = Console(stderr=as_json == "-", highlight=False)
+    if not out.is_terminal:
+        out.width = show.WIDTH
+    return command.bench(arguments, out, errors)
 
 
 def _settings(parameters: Mapping[str, Any]) -> Settings:

@@ -14,7 +14,7 @@ class Case:
     """One comparison with torch.
 
     Attributes:
-        op: a key of :data:`sparsekern.bench.contests.BUILDERS`: an op of ``sparsekern._ops`` by its name, a
+        op: a key of :data:`sparsekern.bench.contests.OPS`: an op of ``sparsekern._ops`` by its name, a
             whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
         tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`.
         backend: of :mod:`sparsekern.backends`.

@@ -12,31 +12,12 @@ import torch
 from sparsekern import optim
 from sparsekern.backends import reference
 from sparsekern.bench import calls
-from sparsekern.bench.calls import Call, Run
+from sparsekern.bench.calls import Call
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import difference, forced
+from sparsekern.bench.contest import OURS, Contest
+from sparsekern.bench.iteration import iteration
 from sparsekern.bench.problem import MakeOptimizer, Problem
-
-OURS = "sparsekern"
-
-
-@dataclass
-class Contest:
-    """A case, ready to be timed.
-
-    Attributes:
-        sides: what is called, by name; the first, :data:`OURS`, is compared with all others, above all with
-            the second.
-        moved: bytes that each side has to move at least; empty where memory is not the limit.
-        elements: of all parameters.
-        wrong: to be called once, before anything is timed: how the result of our side is wrong, None when it
-            is right.
-    """
-
-    sides: dict[str, Run]
-    moved: dict[str, int]
-    elements: int
-    wrong: Callable[[], str | None]
 
 
 @dataclass(frozen=True)
@@ -110,23 +91,42 @@ def _hooks(case: Case) -> Contest:
 _torch_sgd = functools.partial(torch.optim.SGD, momentum=0.9)
 _our_sgd = functools.partial(optim.SGD, momentum=0.9)
 
-# Reads and writes an element: parameter, gradient and state read, parameter and state written.
-BUILDERS: dict[str, Callable[[Case], Contest]] = {
-    "adam_step_": lambda case: _op(
-        case, optim.AdamW, calls.adam_step, torch.optim.AdamW, calls.torch_adam, 7
+
+@dataclass(frozen=True)
+class Op:
+    """How the cases of an op are built, and beside whom our side is timed."""
+
+    others: tuple[str, ...]
+    build: Callable[[Case], Contest]
+
+
+_TORCH = ("torch fused", "torch foreach")
+_TWIN = ("reference",)
+
+# An element's accesses: parameter, gradient and state are read, parameter and state written.
+OPS: dict[str, Op] = {
+    "adam_step_": Op(
+        _TORCH,
+        lambda case: _op(case, optim.AdamW, calls.adam_step, torch.optim.AdamW, calls.torch_adam, 7),
     ),
-    "sgd_step_": lambda case: _op(case, _our_sgd, calls.sgd_step, _torch_sgd, calls.torch_sgd, 5),
-    "row_statistics_": lambda case: _beside(case, calls.row_statistics, calls.accesses(2)),
-    "row_mask_": lambda case: _beside(case, calls.row_mask, calls.changed),
-    "channel_moments_": lambda case: _beside(case, calls.channel_moments, calls.folded),
-    "adamw-step": lambda case: _step(case, optim.AdamW, torch.optim.AdamW, 7),
-    "adam-step": lambda case: _step(case, optim.Adam, torch.optim.Adam, 7),
-    "sgd-step": lambda case: _step(case, _our_sgd, _torch_sgd, 5),
-    "hooks-step": _hooks,
+    "sgd_step_": Op(_TORCH, lambda case: _op(case, _our_sgd, calls.sgd_step, _torch_sgd, calls.torch_sgd, 5)),
+    "row_statistics_": Op(_TWIN, lambda case: _beside(case, calls.row_statistics, calls.accesses(2))),
+    "row_mask_": Op(_TWIN, lambda case: _beside(case, calls.row_mask, calls.changed)),
+    "channel_moments_": Op(_TWIN, lambda case: _beside(case, calls.channel_moments, calls.folded)),
+    "adamw-step": Op(_TORCH, lambda case: _step(case, optim.AdamW, torch.optim.AdamW, 7)),
+    "adam-step": Op(_TORCH, lambda case: _step(case, optim.Adam, torch.optim.Adam, 7)),
+    "sgd-step": Op(_TORCH, lambda case: _step(case, _our_sgd, _torch_sgd, 5)),
+    "hooks-step": Op(_TORCH[:1], _hooks),
+    "adamw-iteration": Op(_TORCH, iteration),
 }
-"""From the name of an op to its contest. A fused op of another kind brings a function and an entry."""
+"""Every op by its name in a case. A fused op of another kind brings a function and an entry."""
 
 
 def build(case: Case) -> Contest:
     """The contest of a case. To be used while the case's backend is forced (:func:`check.forced`)."""
-    return BUILDERS[case.op](case)
+    return OPS[case.op].build(case)
+
+
+def sides(case: Case) -> tuple[str, ...]:
+    """The names of a case's sides, ours first."""
+    return (OURS, *OPS[case.op].others)

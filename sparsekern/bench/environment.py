@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the working tree that this package is, with ``+`` when it has changes, else ``unknown``."""
+    """The commit of the tree that this package lies in, ``+`` when that has changes, else ``unknown``."""
     folder = Path(sparsekern.__file__).parent
     try:
         # An installed package may lie in somebody else's repository.

@@ -27,7 +27,7 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
         if len(values) == 1:
-            return cls(*values * 3)
+            return cls(values[0], values[0], values[0])
         q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
         return cls(statistics.median(values), q1, q3)
 

@@ -1,0 +1,94 @@
+"""Reports as files, and what has changed since an earlier one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekern.bench.contest import OURS
+from sparsekern.bench.suite import FORMAT, TIMED
+
+# What a case may differ by in another process with the same code (see benchmarks/results/bench-repeat.txt).
+BETWEEN_RUNS = 1.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """One case in two reports.
+
+    Attributes:
+        name: of the case.
+        old, new: our median milliseconds then and now.
+        beside: the other side that both are divided by, ``""`` where there is none.
+        ratio: how much longer it takes now: new over old of our time over that of the other side, which the
+            speed of the machine cancels out of.
+        noisy: whether that is within the noise: the quartiles of both overlap, or it is nearer to 1 than two
+            runs of the same code are.
+    """
+
+    name: str
+    old: float
+    new: float
+    beside: str
+    ratio: float
+    noisy: bool
+
+    @property
+    def regressed(self) -> bool:
+        """Slower beyond noise."""
+        return self.ratio > 1 and not self.noisy
+
+    @property
+    def improved(self) -> bool:
+        """Faster beyond noise."""
+        return self.ratio < 1 and not self.noisy
+
+
+def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[Change]:
+    """The cases that were timed in both reports, which :meth:`Report.plain` gives, in the new one's order."""
+    before = {case["name"]: case for case in old["cases"] if case["status"] == TIMED}
+    now = [case for case in new["cases"] if case["status"] == TIMED and case["name"] in before]
+    return [_change(case, before[case["name"]]) for case in now]
+
+
+def elsewhere(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """In what the two reports' machines and settings differ: ``threads 2, now 1``."""
+    pairs = ((key, old["environment"].get(key), new["environment"].get(key)) for key in new["environment"])
+    return [f"{key} {then}, now {now}" for key, then, now in pairs if then != now]
+
+
+def _change(new: Mapping[str, Any], old: Mapping[str, Any]) -> Change:
+    beside = next((name for name in new["over"] if name in old["over"]), "")
+    mine, theirs = (case["over"][beside] if beside else case["seconds"][OURS] for case in (new, old))
+    ratio = mine["median"] / theirs["median"]
+    apart = mine["q1"] > theirs["q3"] or mine["q3"] < theirs["q1"]
+    noisy = not apart or 1 / BETWEEN_RUNS <= ratio <= BETWEEN_RUNS
+    old_ms, new_ms = (1e3 * case["seconds"][OURS]["median"] for case in (old, new))
+    return Change(new["name"], old_ms, new_ms, beside, ratio, noisy)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report from a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no report of this format; names ``--compare``.
+    """
+    expected = f"--compare: {path} is no report, expected a file that sparsekern bench --json has written"
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise type(error)(f"--compare: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{expected} ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(expected)
+    try:
+        changes(content, content)
+        elsewhere(content, content)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{expected} ({type(error).__name__}: {error})") from None
+    return content

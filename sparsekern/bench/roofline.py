@@ -1,0 +1,70 @@
+"""A report as a picture: bytes a second by bytes a call, below the two roofs that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparsekern._files import replacing
+from sparsekern.bench.contest import OURS
+from sparsekern.bench.suite import Report, Result
+from sparsekern.report.runs import BLUE, GREY, ORANGE, SKY, STYLE
+
+_COLOURS = {OURS: BLUE, "torch fused": ORANGE, "torch foreach": GREY, "reference": SKY}
+_MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write a PNG (or another format, by the suffix of ``path``): one point for each side of each case.
+
+    The flat roof is the bandwidth of the stream, the slope the shortest call that was measured: a call that
+    moves little is as far from the flat roof as it is short.
+
+    Raises:
+        ValueError: no case was timed that memory limits; nothing is written.
+    """
+    found = [result for result in report.results if result.gb_per_s]
+    if not found:
+        raise ValueError("--plot: no case was timed that memory limits, expected one at least")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 5.5))
+        axes = figure.add_subplot()
+        _points(axes, found)
+        _roofs(axes, report, found)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes that a call has to move")
+        axes.set_ylabel("GB/s")
+        where = report.environment
+        axes.set_title(
+            f"{where['machine']} ({where['isa']}), {where['threads']} threads, torch {where['torch']}"
+        )
+        axes.legend(loc="lower right")
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
+
+
+def _points(axes: Axes, found: Sequence[Result]) -> None:
+    for name, colour in _COLOURS.items():
+        for dtype, marker in _MARKERS.items():
+            mine = [r for r in found if name in r.gb_per_s and str(r.case.dtype) == f"torch.{dtype}"]
+            if mine:
+                across = [result.moved[name] for result in mine]
+                up = [result.gb_per_s[name] for result in mine]
+                label = f"{name}, {dtype}"
+                axes.scatter(across, up, s=24, c=colour, marker=marker, label=label, alpha=0.8, zorder=3)
+
+
+def _roofs(axes: Axes, report: Report, found: Sequence[Result]) -> None:
+    moved = [value for result in found for value in result.moved.values()]
+    across = np.geomspace(min(moved) / 2, 2 * max(moved), 100)
+    fastest = min(result.seconds[OURS].median for result in found)
+    for device, rate in report.stream_gb_per_s.items():
+        roof = np.minimum(rate.median, 1e-9 * across / fastest)
+        text = f"stream on the {device}, {rate.median:.0f} GB/s; shortest call, {1e6 * fastest:.0f} µs"
+        axes.plot(across, roof, color="black", linewidth=1, label=text)

@@ -1,0 +1,160 @@
+"""Running cases: each one is checked, then timed; a wrong one is reported as wrong and never timed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsekern import backends
+from sparsekern.bench.cases import Case
+from sparsekern.bench.check import forced
+from sparsekern.bench.contest import OURS, Contest
+from sparsekern.bench.contests import build
+from sparsekern.bench.environment import environment, kept_memory
+from sparsekern.bench.stream import ELEMENTS, Stream
+from sparsekern.bench.timing import SHORTEST, Spread, interleaved, ratios
+
+FORMAT = 1
+TIMED, WRONG, ABSENT = "timed", "wrong", "absent"
+
+
+@dataclass
+class Result:
+    """What became of a case; seconds and bytes are those of one call.
+
+    Attributes:
+        status: ``timed``, ``wrong`` (its result differs from the reference's; never timed) or ``absent`` (its
+            backend does not work here).
+        reason: what is wrong or why it is absent.
+        elements: of all parameters; 0 where the case is absent.
+        seconds: per side.
+        moved: bytes per side that have to be moved at least; empty where memory is not the limit.
+        gb_per_s: per side, ``1e-9 * moved / median seconds``.
+        share_of_stream: of our side, its bytes a second over those of the stream in the same rounds.
+        over: our seconds over another side's, in the same rounds.
+    """
+
+    case: Case
+    status: str
+    reason: str | None = None
+    elements: int = 0
+    seconds: dict[str, Spread] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    gb_per_s: dict[str, float] = field(default_factory=dict)
+    share_of_stream: Spread | None = None
+    over: dict[str, Spread] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        case = {
+            "name": str(self.case),
+            "op": self.case.op,
+            "backend": self.case.backend,
+            "dtype": str(self.case.dtype).removeprefix("torch."),
+            "tensors": self.case.tensors,
+            "masked": self.case.masked,
+        }
+        return case | {key: value for key, value in asdict(self).items() if key != "case"}
+
+
+@dataclass
+class Report:
+    """All results of a run, where and how they were made."""
+
+    environment: dict[str, Any]
+    rounds: int
+    results: list[Result] = field(default_factory=list)
+    stream_gb_per_s: dict[str, Spread] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        streams = {device: asdict(spread) for device, spread in self.stream_gb_per_s.items()}
+        return {
+            "format": FORMAT,
+            "environment": self.environment,
+            "rounds": self.rounds,
+            "seconds": round(self.seconds, 1),
+            "stream_gb_per_s": streams,
+            "cases": [result.plain() for result in self.results],
+        }
+
+
+class Suite:
+    """Runs cases one by one, with a stream of memory beside each.
+
+    Args:
+        rounds: in each of which every side of a case is timed once.
+        shortest: seconds that one measurement takes at least, by repeating the call.
+        elements: of each array of the stream.
+    """
+
+    def __init__(self, rounds: int, *, shortest: float = SHORTEST, elements: int = ELEMENTS) -> None:
+        self._rounds = rounds
+        self._shortest = shortest
+        self._elements = elements
+        self._streams: dict[str, Stream] = {}
+        self._rates: dict[str, list[float]] = {}
+        self._absent = {name: detail for name, works, detail in backends.available() if not works}
+
+    def run(self, cases: Sequence[Case], on_case: Callable[[Case], None] = lambda case: None) -> Report:
+        """The report on ``cases``; ``on_case`` is called before each."""
+        begin = perf_counter()
+        with kept_memory() as freed_memory:
+            report = Report(environment() | {"freed_memory": freed_memory}, self._rounds)
+            for case in cases:
+                on_case(case)
+                report.results.append(self.result(case))
+                gc.collect()
+        report.stream_gb_per_s = {device: Spread.of(rates) for device, rates in self._rates.items()}
+        report.seconds = perf_counter() - begin
+        return report
+
+    def result(self, case: Case) -> Result:
+        """Check a case, and time it if it is right."""
+        if case.backend in self._absent:
+            return Result(case, ABSENT, self._absent[case.backend])
+        with forced(case.backend):
+            contest = build(case)
+            reason = _wrong(contest)
+            if reason is not None:
+                return Result(case, WRONG, reason, contest.elements)
+            return self._timed(case, contest)
+
+    def _timed(self, case: Case, contest: Contest) -> Result:
+        sides, stream = dict(contest.sides), None
+        if contest.moved:
+            stream = self._stream(case.device)
+            sides["stream"] = stream
+        device = torch.device(case.device)
+        times = interleaved(sides, self._rounds, device, shortest=self._shortest)
+        result = Result(case, TIMED, elements=contest.elements, moved=contest.moved)
+        result.seconds = {name: Spread.of(times[name]) for name in contest.sides}
+        others = [name for name in contest.sides if name != OURS]
+        result.over = {name: Spread.of(ratios(times[OURS], times[name])) for name in others}
+        if stream is not None:
+            moved = contest.moved
+            result.gb_per_s = {name: 1e-9 * moved[name] / result.seconds[name].median for name in moved}
+            rates = [stream.moved / seconds for seconds in times["stream"]]
+            mine = [moved[OURS] / seconds for seconds in times[OURS]]
+            result.share_of_stream = Spread.of(ratios(mine, rates))
+            self._rates.setdefault(case.device, []).extend(1e-9 * rate for rate in rates)
+        return result
+
+    def _stream(self, device: str) -> Stream:
+        if device not in self._streams:
+            self._streams[device] = Stream(torch.device(device), self._elements)
+        return self._streams[device]
+
+
+def _wrong(contest: Contest) -> str | None:
+    """How its result is wrong; an op that raises has none that is right."""
+    try:
+        return contest.wrong()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
