@@ -264,7 +264,9 @@ def bench(
         str, typer.Option("--filter", help="A regular expression in the names of the cases.")
     ] = "",
     plot: Annotated[Path | None, typer.Option(help="Write the roofline as PNG; needs matplotlib.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Timings of each side; 11, with --quick 5.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Timings for each of 3 placements in memory; 5 (2 and 3 with --quick).")
+    ] = None,
     threads: Threads = 0,
 ) -> int:
     """Time the fused ops, steps and training iterations beside torch's; wrong results are not timed."""

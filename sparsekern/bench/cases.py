@@ -32,7 +32,7 @@ class Case:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        share = "plain" if self.masked is None else f"masked{self.masked:.0%}"
+        share = "plain" if self.masked is None else f"{self.masked:.0%}"
         return f"{self.op}/{self.backend}/{dtype}/{self.tensors}/{share}"
 
     @property
@@ -59,10 +59,10 @@ def _ops(backend: str, *, quick: bool) -> list[Case]:
         cases.append(Case("sgd_step_", tensors, backend, quick=short))
         cases.append(Case("adam_step_", tensors, backend, torch.bfloat16, quick=short))
         cases += [Case(op, tensors, backend, quick=short) for op in ("row_statistics_", "row_mask_")]
-    cases.append(Case("adam_step_", "unet-31m", backend, torch.float16))
+    cases.append(Case("adam_step_", "unet-2m", backend, torch.float16))
     cases.append(Case("sgd_step_", "unet-31m", backend, torch.bfloat16))
     cases.append(Case("channel_moments_", "resnet50", backend, quick=quick))
-    cases += [Case(op, "flat-16m", backend, masked=None, quick=quick) for op in ("adam_step_", "sgd_step_")]
+    cases += [Case(op, "flat-17m", backend, masked=None, quick=quick) for op in ("adam_step_", "sgd_step_")]
     return cases
 
 

@@ -15,7 +15,9 @@ from sparsekern.bench import compare, show
 from sparsekern.bench.cases import Case, select
 from sparsekern.bench.suite import WRONG, Report, Suite
 
-ROUNDS, QUICK_ROUNDS = 11, 5
+# How often tensors are placed anew, and how many rounds are timed with each.
+PLACEMENTS, ROUNDS = 3, 5
+QUICK_PLACEMENTS, QUICK_ROUNDS = 2, 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def bench(arguments: Arguments, out: Console, progress_on: Console) -> int:
     """
     cases = _checked(arguments)
     old = None if arguments.compare is None else compare.read(arguments.compare)
-    report = _run(Suite(_rounds(arguments)), cases, progress_on)
+    report = _run(_suite(arguments), cases, progress_on)
     out.print(show.results_table(report))
     for line in show.notes(report):
         out.print(line, soft_wrap=True)
@@ -69,10 +71,9 @@ def bench(arguments: Arguments, out: Console, progress_on: Console) -> int:
     return int(code or failed)
 
 
-def _rounds(arguments: Arguments) -> int:
-    if arguments.rounds is not None:
-        return arguments.rounds
-    return QUICK_ROUNDS if arguments.quick else ROUNDS
+def _suite(arguments: Arguments) -> Suite:
+    placements, rounds = (QUICK_PLACEMENTS, QUICK_ROUNDS) if arguments.quick else (PLACEMENTS, ROUNDS)
+    return Suite(placements, rounds if arguments.rounds is None else arguments.rounds)
 
 
 def _checked(arguments: Arguments) -> list[Case]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.bench.resnet import ResNet50
+from sparsekern.bench.stream import ELEMENTS
 from sparsekern.graph import ChannelGraph, trace
 from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
 
@@ -42,8 +43,8 @@ NETWORKS: dict[str, Network] = {
 }
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
-    # One large tensor: no list to walk, nothing that fits a cache.
-    "flat-16m": ((2**24,),),
+    # One large tensor: no list to walk, nothing that fits a cache; its size is the stream's.
+    "flat-17m": ((ELEMENTS,),),
     # Hardly any elements: what a call costs beside its kernels.
     "tiny-174": ((4,),) * 174,
 }

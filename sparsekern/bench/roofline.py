@@ -52,12 +52,21 @@ def draw(report: Report, path: Path) -> None:
 def _points(axes: Axes, found: Sequence[Result]) -> None:
     for name, colour in _COLOURS.items():
         for dtype, marker in _MARKERS.items():
-            mine = [r for r in found if name in r.gb_per_s and str(r.case.dtype) == f"torch.{dtype}"]
-            if mine:
-                across = [result.moved[name] for result in mine]
-                up = [result.gb_per_s[name] for result in mine]
+            points = [
+                (result.moved[side], result.gb_per_s[side])
+                for result in found
+                for side in result.gb_per_s
+                if _name(result, side) == name and str(result.case.dtype) == f"torch.{dtype}"
+            ]
+            if points:
+                across, up = zip(*points, strict=True)
                 label = f"{name}, {dtype}"
                 axes.scatter(across, up, s=24, c=colour, marker=marker, label=label, alpha=0.8, zorder=3)
+
+
+def _name(result: Result, side: str) -> str:
+    """A side's name in the legend: the specification is no kernel of ours."""
+    return "reference" if side == OURS and result.case.backend == "reference" else side
 
 
 def _roofs(axes: Axes, report: Report, found: Sequence[Result]) -> None:

@@ -11,7 +11,7 @@ from sparsekern.bench.compare import Change
 from sparsekern.bench.contest import OURS
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG, Report, Result
 
-WIDTH = 140
+WIDTH = 160
 """Columns that the tables need."""
 
 _BESIDE = ("torch fused", "torch foreach", "reference")
@@ -24,7 +24,7 @@ def results_table(report: Report) -> Table:
         title_justify="left",
     )
     table.add_column("case", overflow="fold")
-    for name in ("ms", "IQR", "MB", "GB/s", "of stream", *(f"/ {name}" for name in _BESIDE)):
+    for name in ("ms", "IQR", "MB", "GB/s", "of stream", "/ torch fused", "/ foreach", "/ reference"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
         if result.status == TIMED:
@@ -64,7 +64,9 @@ def notes(report: Report) -> list[str]:
     ]
     where = ", ".join(f"{key} {value}" for key, value in report.environment.items())
     timed = sum(result.status == TIMED for result in report.results)
-    lines.append(f"{where}; {timed} cases, {report.rounds} rounds, {report.seconds:.0f} s")
+    lines.append(
+        f"{where}; {timed} cases, {report.placements} x {report.rounds} rounds, {report.seconds:.0f} s"
+    )
     return lines
 
 
