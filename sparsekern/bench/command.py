@@ -19,6 +19,8 @@ from sparsekern.bench.suite import WRONG, Report, Suite
 PLACEMENTS, ROUNDS = 3, 5
 QUICK_PLACEMENTS, QUICK_ROUNDS = 2, 3
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -89,6 +91,10 @@ def _checked(arguments: Arguments) -> list[Case]:
     for name, path in (("--json", file), ("--plot", arguments.plot)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise OSError(f"{name}: got {path}, expected a file name in a directory that exists")
+    if arguments.plot is not None and arguments.plot.suffix not in PICTURES:
+        raise ValueError(
+            f"--plot: got {arguments.plot}, expected a name that ends in {' or '.join(PICTURES)}"
+        )
     return select(arguments.filter, quick=arguments.quick)
 
 

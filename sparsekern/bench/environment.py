@@ -27,7 +27,8 @@ def kept_memory() -> Iterator[str]:
     Otherwise page faults of large tensors are half of what is measured. Yields what is in force: ``kept``,
     or ``default`` where the C library is not glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     if mallopt is None:
         yield "default"
         return
@@ -38,6 +39,7 @@ def kept_memory() -> Iterator[str]:
     finally:
         for option, value in _DEFAULTS.items():
             mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+from bench.small import small as small
