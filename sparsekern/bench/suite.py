@@ -98,7 +98,7 @@ class Suite:
     """Runs cases one by one, with a stream of memory beside each.
 
     Args:
-        placements: how often the tensors of a case are allocated anew (not those of whole iterations).
+        placements: how often the tensors of a case are allocated anew.
         rounds: with each of them, in each of which every side of a case is timed once.
         shortest: seconds that one measurement takes at least, by repeating the call.
         elements: of each array of the stream.
@@ -142,14 +142,13 @@ class Suite:
 
     def _timed(self, case: Case, contest: Contest) -> Result:
         times = self._race(case, contest)
-        if contest.moved:
-            for _ in range(self._placements - 1):
-                # What lies between makes the next tensors lie elsewhere.
-                between = torch.empty(int(self._random.integers(2**10, 2**20)))
-                contest = build(case)
-                for name, more in self._race(case, contest).items():
-                    times[name] += more
-                del between
+        for _ in range(self._placements - 1):
+            # What lies between makes the next tensors lie elsewhere.
+            between = torch.empty(int(self._random.integers(2**10, 2**20)))
+            contest = build(case)
+            for name, more in self._race(case, contest).items():
+                times[name] += more
+            del between
         return self._result(case, contest, times)
 
     def _race(self, case: Case, contest: Contest) -> dict[str, list[float]]:
