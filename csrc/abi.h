@@ -66,7 +66,7 @@ struct Hyper {
 
 // Adam's bias corrections, per tensor because every tensor has its own step.
 struct AdamBias {
-  double step_size, root;
+  double step_size, inverse_root;
 };
 
 // One call over a list of tensors.

@@ -1,61 +1,20 @@
-// Adam and AdamW, in torch's order of operations.
+// Adam and AdamW, in torch's order of operations, but for one: torch divides by the root of the bias correction, here
+// its reciprocal multiplies. The machine's dividers, which the square root and the other division keep busy, are what
+// Adam waits for.
 
-inline float square_root(float x) { return __builtin_sqrtf(x); }
-inline double square_root(double x) { return __builtin_sqrt(x); }
+inline float square_root(float x) {
+  return __builtin_sqrtf(x);
+}
+inline double square_root(double x) {
+  return __builtin_sqrt(x);
+}
 
 #if defined(__AVX512F__)
 using Floats = Vectors<float>::Vector;
 
-// Lane by lane, which compilers make a single instruction of.
 SPARSEKERN_INLINE Floats square_root(Floats x) {
-  float lanes[kLanes];
-  Vectors<float>::store(x, lanes);
-  for (int l = 0; l < kLanes; ++l) lanes[l] = __builtin_sqrtf(lanes[l]);
-  return Vectors<float>::load(lanes);
+  return (Floats)_mm512_sqrt_ps((__m512)x);
 }
-
-SPARSEKERN_INLINE Floats fused(Floats x, Floats y, Floats z) {
-  float a[kLanes], b[kLanes], c[kLanes];
-  Vectors<float>::store(x, a);
-  Vectors<float>::store(y, b);
-  Vectors<float>::store(z, c);
-  for (int l = 0; l < kLanes; ++l) a[l] = __builtin_fmaf(a[l], b[l], c[l]);
-  return Vectors<float>::load(a);
-}
-#endif
-
-// x / y for many x, correctly rounded.
-template <class C>
-struct Divisor {
-  C y;
-
-  explicit Divisor(double value) : y(C(value)) {}
-  C divide(C x) const { return x / y; }
-};
-
-#if defined(__FMA__)
-// The same in three multiplications: the machine's dividers, which the square root and the other division keep busy,
-// are what Adam waits for. The remainder of the first guess is exact in a fused multiply-add and corrects it.
-template <>
-struct Divisor<float> {
-  float y, inverse;
-
-  explicit Divisor(double value) : y(float(value)), inverse(1 / y) {}
-  float divide(float x) const {
-    const float guess = x * inverse;
-    const float better = __builtin_fmaf(__builtin_fmaf(-guess, y, x), inverse, guess);
-    // An infinite or NaN x has no remainder.
-    return x < __builtin_inff() ? better : guess;
-  }
-
-#if defined(__AVX512F__)
-  Floats divide(Floats x) const {
-    const Floats guess = x * inverse;
-    const Floats better = fused(fused(-guess, Floats{} + y, x), Floats{} + inverse, guess);
-    return x < __builtin_inff() ? better : guess;
-  }
-#endif
-};
 #endif
 
 // a where all bits of `which` are set, b where none is. A conditional on a constant of the loop would keep it from
@@ -77,9 +36,8 @@ SPARSEKERN_INLINE Floats select(Vectors<float>::Integer which, Floats a, Floats 
 // The numbers of a step and what it does with them, to one element or to a vector of them.
 template <class C>
 struct AdamStep {
-  C share, beta2, fresh, eps, size;
+  C share, beta2, fresh, eps, size, inverse_root;
   typename IntegerOf<C>::Type from_mean;
-  Divisor<C> root;
 
   // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
   // share of the way.
@@ -93,7 +51,7 @@ struct AdamStep {
   }
   template <class T>
   SPARSEKERN_INLINE T weight(T w, T mean, T square) const {
-    return w - size * mean / (root.divide(square_root(square)) + eps);
+    return w - size * mean / (square_root(square) * inverse_root + eps);
   }
 };
 
@@ -137,13 +95,10 @@ struct Adam {
     prefetch_far(square + at);
   }
 
-  // Elements to take at once.
-  int64_t longest() const { return fuses() ? INT64_MAX : kBlock; }
-
- private:
   // Whether one loop takes the statistics and makes the update: where the registers suffice for both.
   bool fuses() const { return kVectorBytes == 64 && !amsgrad; }
 
+ private:
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
   void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
     if constexpr (kVectorBytes == 64) {
@@ -157,54 +112,32 @@ struct Adam {
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
   void turns(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
     int64_t done = 0;
-    if constexpr (kVectorBytes == 64 && sizeof(C) == 4 && kAlike<Decay, Decline>) {
-      done = rotate<kDecoupled>(at, n, d, decay, decline, statistics);
+    if constexpr (kInTurns<C>) {
+      done = vectors<kDecoupled>(at, n, d, decay, decline, statistics);
       if (done == n) return;
     }
-    loop<kDecoupled, false>(at + done, n - done, d + done, decay, decline, statistics.after(done));
+    loop<kDecoupled, false>(at + done, n - done, d + done, decay.after(done), decline.after(done),
+                            statistics.after(done));
   }
 
-  // As `loop`, in vectors, of which the next are loaded before these are stored: a load waits for an earlier store
-  // whose address differs from its own in the upper bits alone, and tensors often lie like that. Returns how many
-  // elements that were.
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
-  int64_t rotate(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline,
-                 Statistics statistics) const {
-    using V = Vectors<C>;
-    using T = typename V::Vector;
-    if (n < V::kWidth) return 0;
-    S* __restrict ws = param + at;
-    S* __restrict ms = mean + at;
-    S* __restrict vs = square + at;
+  int64_t vectors(int64_t at, int64_t n, const C* ds, Decay decay, Decline decline, Statistics statistics) const {
+    using Vector = typename Vectors<C>::Vector;
+    S* const arrays[] = {param + at, mean + at, square + at};
     const AdamStep<C> numbers = step;
-    auto local = statistics.begin();
-    T w = V::load(ws), d = V::load(ds), m = V::load(ms), v = V::load(vs);
-    int64_t i = 0, next = 0;
-    for (; i + V::kWidth <= n; i = next) {
-      // The last turn loads once more what it has.
-      next = i + V::kWidth;
-      const int64_t from = next + V::kWidth <= n ? next : i;
-      __builtin_prefetch(ws + i + kAheadInTurns);
-      __builtin_prefetch(ds + i + kAheadInTurns);
-      __builtin_prefetch(ms + i + kAheadInTurns);
-      __builtin_prefetch(vs + i + kAheadInTurns);
-      statistics.add_vector(local, i, w, d);
-      const T old_w = w;
-      if constexpr (kDecoupled) {
-        w = w * decay[0];
-      } else if constexpr (kDecays<Decay>) {
-        d = d + w * decay[0];
-      }
-      const T new_m = numbers.mean(m, d), new_v = numbers.square(v, d);
-      const T new_w = decline.weight(0, numbers.weight(w, new_m, new_v), old_w);
-      w = V::load(ws + from), d = V::load(ds + from), m = V::load(ms + from), v = V::load(vs + from);
-      __atomic_signal_fence(__ATOMIC_SEQ_CST);
-      V::store(new_w, ws + i);
-      V::store(new_m, ms + i);
-      V::store(new_v, vs + i);
-    }
-    statistics.end(local);
-    return i;
+    return in_turns(n, arrays, ds, statistics,
+                    [=](int64_t i, const Vector(&old)[3], Vector d, Vector(&updated)[3]) SPARSEKERN_ALWAYS {
+                      Vector w = old[0];
+                      if constexpr (kDecoupled) {
+                        w = w * decay.vector(i);
+                      } else if constexpr (kDecays<Decay>) {
+                        d = d + w * decay.vector(i);
+                      }
+                      const Vector m = numbers.mean(old[1], d), v = numbers.square(old[2], d);
+                      updated[0] = decline.weight(i, numbers.weight(w, m, v), old[0]);
+                      updated[1] = decline.state(i, m, old[1]);
+                      updated[2] = decline.state(i, v, old[2]);
+                    });
   }
 
   template <bool kDecoupled, bool kAmsgrad, class Decay, class Decline, class Statistics>
@@ -245,13 +178,8 @@ struct Adam {
   static AdamStep<C> step_of(const Hyper& hyper, const AdamBias& bias) {
     const C lerp = C(1 - hyper.beta1);
     const bool low = 1 - hyper.beta1 < 0.5;
-    return {low ? lerp : -(C(1) - lerp),
-            C(hyper.beta2),
-            C(1 - hyper.beta2),
-            C(hyper.eps),
-            C(bias.step_size),
-            low ? -1 : 0,
-            Divisor<C>(bias.root)};
+    return {low ? lerp : -(C(1) - lerp), C(hyper.beta2),       C(1 - hyper.beta2), C(hyper.eps),
+            C(bias.step_size),           C(bias.inverse_root), low ? -1 : 0};
   }
 
   S* param;

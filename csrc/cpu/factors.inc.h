@@ -1,9 +1,5 @@
 // What a row asks of the update of its elements.
 
-// Decline of a masked row, whose elements stay as they are. Of others it multiplies the new weight; 0 ends a decline,
-// and then weights and state are set to 0, whatever they were.
-constexpr int kMasked = -1;
-
 template <class C>
 struct Factors {
   C decay, decline;
@@ -31,69 +27,6 @@ inline Factors<C> factors_of(const Job& job, const Shape& shape, int64_t row) {
   const int64_t r = shape.start + row;
   return {decay_of<C>(job.hyper, job.rows.penalty[r]), decline_of<C>(job, job.rows.countdown[r])};
 }
-
-// Two kinds of factors for one loop body: the same for all its elements ...
-template <class C>
-struct Same {
-  C value;
-
-  C operator[](int64_t) const { return value; }
-};
-
-template <class C>
-struct SameDecline {
-  C value;
-
-  template <class T>
-  SPARSEKERN_INLINE T weight(int64_t, T updated, T) const {
-    return updated * value;
-  }
-  C state(int64_t, C updated, C) const { return updated; }
-};
-
-// ... or one per element, masked ones among them.
-template <class C>
-struct Each {
-  const C* __restrict value;
-
-  C operator[](int64_t i) const { return value[i]; }
-};
-
-template <class C>
-struct EachDecline {
-  const C* __restrict value;
-
-  C weight(int64_t i, C updated, C old) const { return state(i, updated * value[i], old); }
-  C state(int64_t i, C updated, C old) const { return value[i] < 0 ? old : updated; }
-};
-
-// No weight decay on the gradient: adding 0 times the weight would make NaN of an infinite one.
-template <class C>
-struct NoDecay {
-  C operator[](int64_t) const { return 0; }
-};
-
-template <class C>
-inline bool is_nothing(Same<C> decay) {
-  return decay.value == 0;
-}
-template <class C>
-inline bool is_nothing(Each<C>) {
-  return false;
-}
-
-// Whether all elements have the same factors.
-template <class Decay, class Decline>
-constexpr bool kAlike = false;
-template <class C>
-constexpr bool kAlike<Same<C>, SameDecline<C>> = true;
-template <class C>
-constexpr bool kAlike<NoDecay<C>, SameDecline<C>> = true;
-
-template <class T>
-constexpr bool kDecays = true;
-template <class C>
-constexpr bool kDecays<NoDecay<C>> = false;
 
 // What the rows of a tile ask for, taken together.
 enum Wish { kNothing, kSame, kDifferent };

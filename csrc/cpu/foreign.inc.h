@@ -15,7 +15,7 @@ struct Look {
   void masked(int64_t, int64_t) const {}
   void end(int64_t, int64_t) const {}
   void prefetch(int64_t at) const { prefetch_far(param + at); }
-  int64_t longest() const { return INT64_MAX; }
+  bool fuses() const { return true; }
 
  private:
   const S* param;
@@ -35,10 +35,11 @@ struct Mask {
     loop(param + at, n, decay, decline);
   }
 
-  void update(int64_t at, int64_t n, const C*, Each<C> decay, EachDecline<C> decline, NoStatistics) const {
+  template <class Values>
+  void update(int64_t at, int64_t n, const C*, Values decay, Declines<C, Values> decline, NoStatistics) const {
     loop(param + at, n, decay, decline);
     S* __restrict ws = param + at;
-    for (int64_t i = 0; i < n; ++i) ws[i] = decline.value[i] < 0 ? S{} : ws[i];
+    for (int64_t i = 0; i < n; ++i) ws[i] = decline.values[i] < 0 ? S{} : ws[i];
   }
 
   template <class Decay, class Decline, class Statistics>
@@ -47,7 +48,7 @@ struct Mask {
   void masked(int64_t at, int64_t n) const { __builtin_memset(param + at, 0, n * sizeof(S)); }
   void end(int64_t at, int64_t n) const { masked(at, n); }
   void prefetch(int64_t at) const { prefetch_far(param + at); }
-  int64_t longest() const { return INT64_MAX; }
+  bool fuses() const { return true; }
 
  private:
   template <class Decay, class Decline>

@@ -4,6 +4,14 @@
 // linkage: a copy made for one ISA must never be linked into another. Sums are taken in sixteen lanes that are
 // written out in the source, so that the order of additions, and with it every bit of the result, is the same
 // whatever the width of the machine's vectors.
+#if defined(__AVX512F__)
+// GCC 12 warns of the header's own "undefined" vectors.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 #include "../abi.h"
 
 #ifndef SPARSEKERN_ISA
@@ -17,9 +25,11 @@ namespace {
 #include "half.h"
 // In this order: each builds on those before it.
 #include "lanes.inc.h"
+#include "values.inc.h"
 #include "statistics.inc.h"
 #include "sums.inc.h"
 #include "factors.inc.h"
+#include "turns.inc.h"
 #include "sgd.inc.h"
 #include "adam.inc.h"
 #include "foreign.inc.h"

@@ -34,34 +34,32 @@ struct Vectors {
   typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
 
 #if defined(__clang__)
-  static Vector shuffle(Vector a, Vector b, Integers from) {
+  SPARSEKERN_INLINE static Vector shuffle(Vector a, Vector b, Integers from) {
     Vector result;
     for (int l = 0; l < kWidth; ++l) result[l] = from[l] < kWidth ? a[from[l]] : b[from[l] - kWidth];
     return result;
   }
 #else
-  static Vector shuffle(Vector a, Vector b, Integers from) { return __builtin_shuffle(a, b, from); }
+  SPARSEKERN_INLINE static Vector shuffle(Vector a, Vector b, Integers from) { return __builtin_shuffle(a, b, from); }
 #endif
 
-  static Vector load(const C* from) {
+  SPARSEKERN_INLINE static Vector load(const C* from) {
     Vector vector;
     __builtin_memcpy(&vector, from, sizeof(vector));
     return vector;
   }
 
-  static Vector load(const BFloat16* from) {
+  SPARSEKERN_INLINE static Vector load(const BFloat16* from) {
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     Halves halves;
     __builtin_memcpy(&halves, from, sizeof(halves));
     return (Vector)(__builtin_convertvector(halves, Integers) << 16);
   }
 
-  static Vector load(C everywhere) { return Vector{} + everywhere; }
-
-  static void store(Vector vector, C* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
+  SPARSEKERN_INLINE static void store(Vector vector, C* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
 
   // Rounded as `narrow` rounds.
-  static void store(Vector vector, BFloat16* to) {
+  SPARSEKERN_INLINE static void store(Vector vector, BFloat16* to) {
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
     const Unsigned bits = (Unsigned)vector;
@@ -71,11 +69,21 @@ struct Vectors {
     __builtin_memcpy(to, &halves, sizeof(halves));
   }
 
-  static C next(C everywhere) { return everywhere; }
-  static const C* next(const C* from) { return from + kWidth; }
+  // Each of the numbers four times.
+  SPARSEKERN_INLINE static Vector fourfold(const C* from) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == 4) {
+      const __m512i within = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+      return (Vector)_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(from)), within);
+    }
+#endif
+    Vector vector;
+    for (int l = 0; l < kWidth; ++l) vector[l] = from[l / 4];
+    return vector;
+  }
 
   // Elements from `count` on become 0, whatever stands there.
-  static Vector first(Vector vector, int64_t count) {
+  SPARSEKERN_INLINE static Vector first(Vector vector, int64_t count) {
     Integers index;
     for (int l = 0; l < kWidth; ++l) index[l] = l;
     return (Vector)((Integers)vector & (index < Integer(count)));
@@ -83,7 +91,7 @@ struct Vectors {
 
   // In every four lanes the elements i, j of `a` and then of `b`; i and j number them from the first of the four.
   template <int i, int j, bool kInterleaved>
-  static Vector pick(Vector a, Vector b) {
+  SPARSEKERN_INLINE static Vector pick(Vector a, Vector b) {
     Integers from;
     for (int l = 0; l < kWidth; ++l) {
       const int place = l % 4;
@@ -96,14 +104,14 @@ struct Vectors {
 
   // For vectors of four lanes and more. Four of them, each with four neighbouring lanes added up, side by side
   // in those four lanes.
-  static Vector quads(Vector a, Vector b, Vector c, Vector d) {
+  SPARSEKERN_INLINE static Vector quads(Vector a, Vector b, Vector c, Vector d) {
     const Vector ab = pick<0, 1, true>(a, b) + pick<2, 3, true>(a, b);
     const Vector cd = pick<0, 1, true>(c, d) + pick<2, 3, true>(c, d);
     return pick<0, 1, false>(ab, cd) + pick<2, 3, false>(ab, cd);
   }
 
   // 1 where the absolute value exceeds the threshold, else 0.
-  static Vector exceeds(Vector vector, Vector threshold) {
+  SPARSEKERN_INLINE static Vector exceeds(Vector vector, Vector threshold) {
     constexpr Integer kMagnitude = ~(Integer(1) << (sizeof(C) * 8 - 1));
     const Vector one = Vector{} + C(1);
     return (Vector)((Integers)one & ((Vector)((Integers)vector & kMagnitude) > threshold));
@@ -131,18 +139,18 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
   typename V::Vector count = {}, dot = {}, grad_sq = {}, weight_sq = {};
 
-  // Sixteen elements. The threshold is one number, or a pointer to one per element.
+  // Sixteen elements, with the thresholds from place `i` on (values.inc.h).
   template <class S, class Threshold>
-  SPARSEKERN_INLINE void add(const S* w, const C* d, Threshold threshold) {
-    add_vector(V::load(w), V::load(d), V::load(threshold));
-    Rest::add(w + V::kWidth, d + V::kWidth, V::next(threshold));
+  SPARSEKERN_INLINE void add(const S* w, const C* d, Threshold threshold, int64_t i) {
+    add_vector(V::load(w), V::load(d), threshold.vector(i));
+    Rest::add(w + V::kWidth, d + V::kWidth, threshold, i + V::kWidth);
   }
 
   // The first `n` of sixteen elements.
   template <class S, class Threshold>
-  SPARSEKERN_INLINE void add_first(const S* w, const C* d, int64_t n, Threshold threshold) {
-    add_vector(V::first(V::load(w), n), V::first(V::load(d), n), V::load(threshold));
-    Rest::add_first(w + V::kWidth, d + V::kWidth, n - V::kWidth, V::next(threshold));
+  SPARSEKERN_INLINE void add_first(const S* w, const C* d, int64_t n, Threshold threshold, int64_t i) {
+    add_vector(V::first(V::load(w), n), V::first(V::load(d), n), threshold.vector(i));
+    Rest::add_first(w + V::kWidth, d + V::kWidth, n - V::kWidth, threshold, i + V::kWidth);
   }
 
   // Adds the sums over every four lanes: count, dot, grad_sq and weight_sq of the first four, then of the next.
@@ -155,8 +163,7 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
       C lane[4][kVectors * V::kWidth];
       store(lane[0], lane[1], lane[2], lane[3]);
       for (int q = 0; q < kVectors * V::kWidth; q += 4)
-        for (int s = 0; s < 4; ++s)
-          sums[q + s] += (lane[s][q] + lane[s][q + 2]) + (lane[s][q + 1] + lane[s][q + 3]);
+        for (int s = 0; s < 4; ++s) sums[q + s] += (lane[s][q] + lane[s][q + 2]) + (lane[s][q + 1] + lane[s][q + 3]);
     }
   }
 

@@ -33,7 +33,7 @@ std::vector<AdamBias> adam_bias(const Job& job, size_t tensors) {
       continue;
     }
     bias[i].step_size = job.hyper.lr / (1 - std::pow(job.hyper.beta1, static_cast<double>(*count)));
-    bias[i].root = std::sqrt(1 - std::pow(job.hyper.beta2, static_cast<double>(*count)));
+    bias[i].inverse_root = 1 / std::sqrt(1 - std::pow(job.hyper.beta2, static_cast<double>(*count)));
   }
   return bias;
 }

@@ -24,11 +24,10 @@ struct Sgd {
 
   template <class Decay, class Decline, class Statistics>
   void update(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
-    look(n, param + at, d, statistics);
     if (is_nothing(decay)) {
-      choose(at, n, d, NoDecay<C>(), decline);
+      choose(at, n, d, NoDecay<C>(), decline, statistics);
     } else {
-      choose(at, n, d, decay, decline);
+      choose(at, n, d, decay, decline, statistics);
     }
   }
 
@@ -44,17 +43,53 @@ struct Sgd {
     if (mode != kPlain) prefetch_far(buffer + at);
   }
 
-  int64_t longest() const { return kBlock; }
+  bool fuses() const { return kInTurns<C>; }
 
  private:
   template <class... Rest>
   void choose(int64_t at, int64_t n, const C* d, Rest... rest) const {
     switch (mode) {
-      case kPlain: return loop<kPlain>(at, n, d, rest...);
-      case kFirst: return loop<kFirst>(at, n, d, rest...);
-      case kFirstNesterov: return loop<kFirstNesterov>(at, n, d, rest...);
-      case kHeavyBall: return loop<kHeavyBall>(at, n, d, rest...);
-      case kNesterov: return loop<kNesterov>(at, n, d, rest...);
+      case kPlain: return turns<kPlain>(at, n, d, rest...);
+      case kFirst: return turns<kFirst>(at, n, d, rest...);
+      case kFirstNesterov: return turns<kFirstNesterov>(at, n, d, rest...);
+      case kHeavyBall: return turns<kHeavyBall>(at, n, d, rest...);
+      case kNesterov: return turns<kNesterov>(at, n, d, rest...);
+    }
+  }
+
+  template <Mode kMode, class Decay, class Decline, class Statistics>
+  void turns(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+    int64_t done = 0;
+    if constexpr (kInTurns<C>) {
+      done = vectors<kMode>(at, n, d, decay, decline, statistics);
+      if (done == n) return;
+    }
+    look(n - done, param + at + done, d + done, statistics.after(done));
+    loop<kMode>(at + done, n - done, d + done, decay.after(done), decline.after(done));
+  }
+
+  template <Mode kMode, class Decay, class Decline, class Statistics>
+  int64_t vectors(int64_t at, int64_t n, const C* ds, Decay decay, Decline decline, Statistics statistics) const {
+    using Vector = typename Vectors<C>::Vector;
+    const C rate = lr, mu = momentum, share = fresh;
+    if constexpr (kMode == kPlain) {
+      S* const arrays[] = {param + at};
+      return in_turns(n, arrays, ds, statistics,
+                      [=](int64_t i, const Vector(&old)[1], Vector d, Vector(&updated)[1]) SPARSEKERN_ALWAYS {
+                        if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
+                        updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
+                      });
+    } else {
+      S* const arrays[] = {param + at, buffer + at};
+      return in_turns(n, arrays, ds, statistics,
+                      [=](int64_t i, const Vector(&old)[2], Vector d, Vector(&updated)[2]) SPARSEKERN_ALWAYS {
+                        if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
+                        Vector b = d;
+                        if constexpr (kMode == kHeavyBall || kMode == kNesterov) b = old[1] * mu + d * share;
+                        updated[1] = decline.state(i, b, old[1]);
+                        d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
+                        updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
+                      });
     }
   }
 

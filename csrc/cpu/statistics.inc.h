@@ -4,12 +4,10 @@
 // two passes. 4096 leaves it and costs a quarter of the speed.
 constexpr int64_t kBlock = 512;
 
-// How far ahead of the arithmetic memory is asked for, in elements. Statistics lengthen the loop, and with it the time
-// that the machine's own prefetcher needs to see that it goes on.
-constexpr int64_t kAhead = 128, kAheadInTurns = 96;
-
 // Asks for memory that is needed later than in the next few hundred nanoseconds.
-inline void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
+inline void prefetch_far(const void* at) {
+  __builtin_prefetch(at, 0, 2);
+}
 
 // n < 16 elements from where sixteen may be read: from where they lie if `readable` of them can be looked at, else from
 // a copy.
@@ -46,7 +44,7 @@ struct RowStatistics {
   using Local = Lanes<C>;
   Lanes<C>* sums;
   int64_t readable;
-  C threshold;
+  Same<C> threshold;
 
   Local begin() const { return *sums; }
   void end(const Local& local) const { *sums = local; }
@@ -54,17 +52,17 @@ struct RowStatistics {
 
   template <class S>
   SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const C* d) const {
-    local.add(w, d, threshold);
+    local.add(w, d, threshold, 0);
   }
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Local& local, int64_t, Vector w, Vector d) const {
-    local.add_vector(w, d, Vector{} + threshold);
+    local.add_vector(w, d, threshold.vector(0));
   }
   template <class S>
   SPARSEKERN_INLINE void add_last(Local& local, int64_t i, const S* w, const C* d, int64_t n) const {
     const Last<S> last_w(w, n, readable - i);
     const Last<C> last_d(d, n, readable - i);
-    local.add_first(last_w.at, last_d.at, n, threshold);
+    local.add_first(last_w.at, last_d.at, n, threshold, 0);
   }
 };
 
@@ -74,51 +72,51 @@ struct ColumnStatistics {
   using Local = Nothing;
   Lanes<C>* sums;
   int64_t readable;
-  const C* threshold;
+  Each<C> threshold;
 
   Local begin() const { return {}; }
   void end(Local) const {}
   // n: whole vectors.
-  ColumnStatistics after(int64_t n) const { return {sums + n / kLanes, readable - n, threshold + n}; }
+  ColumnStatistics after(int64_t n) const { return {sums + n / kLanes, readable - n, threshold.after(n)}; }
 
   template <class S>
   SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
-    sums[i / kLanes].add(w, d, threshold + i);
+    sums[i / kLanes].add(w, d, threshold, i);
   }
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
-    sums[i / kLanes].add_vector(w, d, Vectors<C>::load(threshold + i));
+    sums[i / kLanes].add_vector(w, d, threshold.vector(i));
   }
   template <class S>
   SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const C* d, int64_t n) const {
     const Last<S> last_w(w, n, readable - i);
     const Last<C> last_d(d, n, readable - i);
-    sums[i / kLanes].add_first(last_w.at, last_d.at, n, threshold + i);
+    sums[i / kLanes].add_first(last_w.at, last_d.at, n, threshold, i);
   }
 };
 
 // The same where rows are made of quads, four neighbouring columns: the four sums of a quad lie side by side.
-template <class C>
+template <class C, class Threshold>
 struct QuadStatistics {
   using Local = Nothing;
   C* sums;
   int64_t readable;
-  const C* threshold;
+  Threshold threshold;
 
   Local begin() const { return {}; }
   void end(Local) const {}
-  QuadStatistics after(int64_t n) const { return {sums + n, readable - n, threshold + n}; }
+  QuadStatistics after(int64_t n) const { return {sums + n, readable - n, threshold.after(n)}; }
 
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
     Lanes<C> lanes;
-    lanes.add_vector(w, d, Vectors<C>::load(threshold + i));
+    lanes.add_vector(w, d, threshold.vector(i));
     lanes.add_quads_to(sums + i);
   }
   template <class S>
   SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
     Lanes<C> lanes;
-    lanes.add(w, d, threshold + i);
+    lanes.add(w, d, threshold, i);
     lanes.add_quads_to(sums + i);
   }
   template <class S>
@@ -126,7 +124,7 @@ struct QuadStatistics {
     const Last<S> last_w(w, n, readable - i);
     const Last<C> last_d(d, n, readable - i);
     Lanes<C> lanes;
-    lanes.add_first(last_w.at, last_d.at, n, threshold + i);
+    lanes.add_first(last_w.at, last_d.at, n, threshold, i);
     lanes.add_quads_to(sums + i);
   }
 };
@@ -143,30 +141,3 @@ SPARSEKERN_INLINE void look(int64_t n, const S* w, const C* d, Statistics statis
 
 template <class S, class C>
 SPARSEKERN_INLINE void look(int64_t, const S*, const C*, NoStatistics) {}
-
-// Calls element(i) for every i below n.
-template <class S, class C, class Prefetch, class Element>
-SPARSEKERN_INLINE void for_elements(int64_t n, const S*, const C*, NoStatistics, Prefetch, Element element) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) element(i);
-}
-
-// The same in turns with the statistics, which are added up while the dividers are busy with the elements before.
-template <class S, class C, class Statistics, class Prefetch, class Element>
-SPARSEKERN_INLINE void for_elements(int64_t n, const S* w, const C* d, Statistics statistics, Prefetch prefetch,
-                                    Element element) {
-  auto local = statistics.begin();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    prefetch(i + kAhead);
-    statistics.add(local, i, w + i, d + i);
-#pragma GCC ivdep
-    for (int64_t l = 0; l < kLanes; ++l) element(i + l);
-  }
-  if (i < n) {
-    statistics.add_last(local, i, w + i, d + i, n - i);
-#pragma GCC ivdep
-    for (; i < n; ++i) element(i);
-  }
-  statistics.end(local);
-}

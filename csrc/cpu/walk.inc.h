@@ -70,8 +70,9 @@ class Walk {
     return out;
   }
 
-  // Elements to take at once: as many as the update likes, or as the buffer of the gradient holds.
-  int64_t longest() const { return __is_same(S, C) && as_it_is_ ? update_.longest() : kBlock; }
+  // Elements to take at once: what a first-level cache holds between statistics and update, or the buffer of the
+  // gradient.
+  int64_t longest() const { return __is_same(S, C) && as_it_is_ && update_.fuses() ? INT64_MAX : kBlock; }
 
   float* sums_of(int64_t row) const {
     if (pieces_.count == 1) return job_.rows.sums + (shape_.start + row) * kSums;
@@ -110,7 +111,7 @@ class Walk {
       while (ahead.elements < kGap && ahead.row < chunk_.row_end) look_ahead(ahead);
       if (statistics_) {
         Lanes<C> sums;
-        wide_row(begin, n, factors, RowStatistics<C>{&sums, readable_from(begin), threshold_of(row)});
+        wide_row(begin, n, factors, RowStatistics<C>{&sums, readable_from(begin), {threshold_of(row)}});
         store_row(sums, sums_of(row));
       } else {
         wide_row(begin, n, factors, NoStatistics());
@@ -178,11 +179,12 @@ class Walk {
   void tile(int64_t row, int64_t rows, int64_t width) {
     const Wish wish = factors_.of_rows(job_, shape_, row, rows);
     const bool in_columns = statistics_ && !sums_by_row() && wish != kNothing;
+    columns_a_value_ = in_columns && in_fours(width) ? 4 : 1;
     if (in_columns) {
       tile_->columns.clear(rows * width, width);
-      spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width);
+      spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width / columns_a_value_);
     }
-    if (wish == kDifferent) factors_.widen(rows, width);
+    if (wish == kDifferent) factors_.widen(rows, width / columns_a_value_);
     for (int64_t o = chunk_.outer_begin; o < chunk_.outer_end; ++o) {
       const int64_t begin = column_address(o, row);
       if (wish == kNothing) {
@@ -197,6 +199,9 @@ class Walk {
     if (in_columns) store_columns(tile_->columns, rows, width, sums_of(row));
   }
 
+  // Whether the loop over a tile of such rows spreads their factors and thresholds itself.
+  bool in_fours(int64_t width) const { return kInTurns<C> && width == 4 && update_.fuses() && !job_.hyper.scaled; }
+
   void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
     C buffer[kBufferSize];
     const int64_t begin = begin_of(row), n = rows * width;
@@ -205,10 +210,11 @@ class Walk {
       if (!same && factors_.decline[r * width] < 0) continue;
       const int64_t i = r * width;
       Lanes<C> sums;
-      look(width, weight_ + begin + i, d + i, RowStatistics<C>{&sums, readable_from(begin + i), threshold_of(row + r)});
+      look(width, weight_ + begin + i, d + i,
+           RowStatistics<C>{&sums, readable_from(begin + i), {threshold_of(row + r)}});
       store_row(sums, sums_of(row + r));
     }
-    update_columns(begin, n, d, 0, same, NoStatistics());
+    update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
   }
 
   // Half a page away from the parameter's place in its page. A load waits for an earlier store that differs in the
@@ -231,31 +237,38 @@ class Walk {
       const int64_t n = least(kBlock, columns - column), readable = columns - column, at = begin + column;
       const C* d = gradient(at, n, buffer, same ? nullptr : factors_.decline + column);
       Columns<C>& sums = tile_->columns;
-      const C* threshold = tile_->threshold + column;
+      const C* threshold = tile_->threshold + column / columns_a_value_;
       if (!statistics_) {
-        update_columns(at, n, d, column, same, NoStatistics());
+        update_columns<Each<C>>(at, n, d, column, same, NoStatistics());
+      } else if (kInTurns<C> && columns_a_value_ == 4) {
+        using Statistics = QuadStatistics<C, EachFour<C>>;
+        update_columns<EachFour<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
       } else if (sums.quads) {
-        update_columns(at, n, d, column, same, QuadStatistics<C>{sums.quad_sums + column, readable, threshold});
+        using Statistics = QuadStatistics<C, Each<C>>;
+        update_columns<Each<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
       } else {
-        update_columns(at, n, d, column, same, ColumnStatistics<C>{sums.sums + column / kLanes, readable, threshold});
+        using Statistics = ColumnStatistics<C>;
+        Lanes<C>* lanes = sums.sums + column / kLanes;
+        update_columns<Each<C>>(at, n, d, column, same, Statistics{lanes, readable, {threshold}});
       }
     }
   }
 
-  template <class Statistics>
+  template <class Values, class Statistics>
   void update_columns(int64_t at, int64_t n, const C* d, int64_t column, bool same, Statistics statistics) {
+    const int64_t first = column / columns_a_value_;
     if (same) {
       update_.update(at, n, d, Same<C>{factors_.decay[0]}, SameDecline<C>{1}, statistics);
     } else {
-      const Each<C> decay{factors_.decay + column};
-      update_.update(at, n, d, decay, EachDecline<C>{factors_.decline + column}, statistics);
+      const Declines<C, Values> decline{{factors_.decline + first}};
+      update_.update(at, n, d, Values{factors_.decay + first}, decline, statistics);
     }
   }
 
   // Rows of the tile whose decline ends.
   void end_rows(int64_t begin, int64_t rows, int64_t width) const {
     for (int64_t r = 0; r < rows; ++r)
-      if (factors_.decline[r * width] == 0) update_.end(begin + r * width, width);
+      if (factors_.decline[r * width / columns_a_value_] == 0) update_.end(begin + r * width, width);
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -268,6 +281,8 @@ class Walk {
   const S* weight_;
   S* grad_;
   bool statistics_, as_it_is_;
+  // Columns that share a number in the arrays of factors and thresholds.
+  int64_t columns_a_value_ = 1;
   ColumnFactors<C> factors_;
   Tile<C>* tile_;
   alignas(64) char tile_memory_[sizeof(Tile<C>) + kPage];

@@ -1,4 +1,5 @@
-// Adam and AdamW of one element, in torch's order of operations.
+// Adam and AdamW of one element, in torch's order of operations, but that the root of the bias correction is multiplied
+// by (cpu/adam.inc.h says why).
 #pragma once
 
 #include "factors.cuh"
@@ -8,7 +9,7 @@ namespace sparsekern::cuda {
 // Bias corrections in float64. A power takes longer than an element, so the first two threads of the block take one
 // each. Called by whole blocks.
 struct AdamBias {
-  double step_size, root;
+  double step_size, inverse_root;
 
   __device__ AdamBias(const Hyper& hyper, const float* step, double lr) {
     __shared__ double left[2];
@@ -18,7 +19,7 @@ struct AdamBias {
     }
     __syncthreads();
     step_size = lr / left[0];
-    root = sqrt(left[1]);
+    inverse_root = 1 / sqrt(left[1]);
   }
 };
 
@@ -37,7 +38,7 @@ struct Adam {
         decays(entry.start >= 0 || table.hyper.weight_decay != 0) {
     const AdamBias bias(table.hyper, entry.step, conditions.lr);
     step_size = static_cast<C>(bias.step_size);
-    root = static_cast<C>(bias.root);
+    inverse_root = static_cast<C>(bias.inverse_root);
     // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
     // share of the way.
     const C weight = static_cast<C>(1 - table.hyper.beta1);
@@ -60,10 +61,10 @@ struct Adam {
       C& highest = state[kStates - 1];
       top = highest = top > highest || top != top ? top : highest;
     }
-    return w - step_size * state[0] / (square_root(top) / root + eps);
+    return w - step_size * state[0] / (square_root(top) * inverse_root + eps);
   }
 
-  C share, beta2, fresh, eps, step_size, root;
+  C share, beta2, fresh, eps, step_size, inverse_root;
   bool from_mean, decoupled, decays;
 };
 

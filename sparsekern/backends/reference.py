@@ -145,8 +145,8 @@ def adam_step_(
         top = torch.maximum(_widen(max_exp_avg_sqs[i]), v) if amsgrad else v
         count = step.double()
         step_size = lr / (1 - torch.pow(beta1, count))
-        root = (1 - torch.pow(beta2, count)).sqrt()
-        denominator = _sqrt(top) / _scalar(root, w) + _scalar(eps, w)
+        inverse_root = 1 / (1 - torch.pow(beta2, count)).sqrt()
+        denominator = _sqrt(top) * _scalar(inverse_root, w) + _scalar(eps, w)
         w = w - _scalar(step_size, w) * m / denominator
         if row:
             w, m, v, top = row.decline(w), row.clear(m), row.clear(v), row.clear(top)
