@@ -187,12 +187,15 @@ def test_python_m_sparsekern_is_the_command_line():
     assert process.stderr == "error: Missing option '--data'.\n"
 
 
-@pytest.mark.parametrize("module", ["typer", "torchmetrics"])
-def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, module):
-    process = shell(WITHOUT.format(module) + MAIN, "demo", "--out", str(tmp_path))
+@pytest.mark.parametrize(
+    ("module", "extra"), [("typer", "demo"), ("torchmetrics", "demo"), ("rich", "bench")]
+)
+def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, module, extra):
+    command = {"demo": ("demo", "--out", str(tmp_path)), "bench": ("bench", "--quick")}[extra]
+    process = shell(WITHOUT.format(module) + MAIN, *command)
     assert process.returncode == 2
     assert process.stderr.startswith(f"error: the sparsekern command needs {module}")
-    assert process.stderr.endswith('pip install "sparsekern[demo]"\n')
+    assert process.stderr.endswith(f'pip install "sparsekern[{extra}]"\n')
 
 
 def test_info_needs_no_extras():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sparsekern._files import replacing
 from sparsekern.bench.contest import OURS
 from sparsekern.bench.suite import Report, Result
-from sparsekern.report.runs import BLUE, GREY, ORANGE, SKY, STYLE
+from sparsekern.report.runs import BLUE, GREY, MISSED, ORANGE, SKY, STYLE
 
 _COLOURS = {OURS: BLUE, "torch fused": ORANGE, "torch foreach": GREY, "reference": SKY}
 _MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
@@ -50,18 +50,16 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _points(axes: Axes, found: Sequence[Result]) -> None:
-    for name, colour in _COLOURS.items():
-        for dtype, marker in _MARKERS.items():
-            points = [
-                (result.moved[side], result.gb_per_s[side])
-                for result in found
-                for side in result.gb_per_s
-                if _name(result, side) == name and str(result.case.dtype) == f"torch.{dtype}"
-            ]
-            if points:
-                across, up = zip(*points, strict=True)
-                label = f"{name}, {dtype}"
-                axes.scatter(across, up, s=24, c=colour, marker=marker, label=label, alpha=0.8, zorder=3)
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for result in found:
+        dtype = str(result.case.dtype).removeprefix("torch.")
+        for side, rate in result.gb_per_s.items():
+            points.setdefault((_name(result, side), dtype), []).append((result.moved[side], rate))
+    for (name, dtype), pairs in sorted(points.items()):
+        across, up = zip(*pairs, strict=True)
+        colour, marker = _COLOURS.get(name, MISSED), _MARKERS.get(dtype, "D")
+        label = f"{name}, {dtype}"
+        axes.scatter(across, up, s=24, c=colour, marker=marker, label=label, alpha=0.8, zorder=3)
 
 
 def _name(result: Result, side: str) -> str:

@@ -14,17 +14,15 @@ from sparsekern.bench.suite import ABSENT, TIMED, WRONG, Report, Result
 WIDTH = 160
 """Columns that the tables need."""
 
-_BESIDE = ("torch fused", "torch foreach", "reference")
-
 
 def results_table(report: Report) -> Table:
     """One line for each case: time and its noise, traffic, and our time over that of the others."""
     table = Table(
-        title="medians and quartiles; MB: to be moved at least; / NAME: our time over that of NAME",
+        title="medians and quartiles; MB: to be moved at least; ours / it: our time over that of beside",
         title_justify="left",
     )
     table.add_column("case", overflow="fold")
-    for name in ("ms", "IQR", "MB", "GB/s", "of stream", "/ torch fused", "/ foreach", "/ reference"):
+    for name in ("ms", "IQR", "MB", "GB/s", "of stream", "beside", "ours / it", "others"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
         if result.status == TIMED:
@@ -42,9 +40,9 @@ def _figures(result: Result) -> list[str]:
         cells += [f"{1e-6 * result.moved[OURS]:.2f}", f"{result.gb_per_s[OURS]:.1f}", f"{share:.0%}"]
     else:
         cells += ["-"] * 3
-    first, *more = (result.over.get(name) for name in _BESIDE)
-    cells.append("-" if first is None else f"{first.median:.3f} ({first.q1:.3f}-{first.q3:.3f})")
-    return cells + ["-" if spread is None else f"{spread.median:.3f}" for spread in more]
+    (beside, ratio), *more = result.over.items()
+    cells += [beside, f"{ratio.median:.3f} ({ratio.q1:.3f}-{ratio.q3:.3f})"]
+    return [*cells, ", ".join(f"{name} {spread.median:.3f}" for name, spread in more)]
 
 
 def notes(report: Report) -> list[str]:

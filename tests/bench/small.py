@@ -33,7 +33,6 @@ class Small(nn.Module):
 def small(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a network that cases can have in this test."""
     monkeypatch.setitem(networks.NETWORKS, "small", networks.Network(Small, edge=8))
-    networks.graph.cache_clear()
     monkeypatch.setitem(networks.SHAPES, "few", ((4,),) * 5)
     return "small"
 
