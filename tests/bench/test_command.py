@@ -174,10 +174,10 @@ def faults():
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-before = faults(), faults()
+# Now and then a small block gets into the way of the next large one, so the best of some counts.
+before = min(faults() for _ in range(5))
 with kept_memory() as memory:
-    faults()
-    print(memory, min(before), faults())
+    print(memory, before, min(faults() for _ in range(5)))
 """
 
 
