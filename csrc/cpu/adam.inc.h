@@ -98,6 +98,9 @@ struct Adam {
   // Whether one loop takes the statistics and makes the update: where the registers suffice for both.
   bool fuses() const { return kVectorBytes == 64 && !amsgrad; }
 
+  // Whether the loop takes factors and thresholds of four elements together.
+  bool spreads() const { return kInTurns<C> && !amsgrad; }
+
  private:
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
   void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {

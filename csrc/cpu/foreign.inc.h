@@ -16,6 +16,7 @@ struct Look {
   void end(int64_t, int64_t) const {}
   void prefetch(int64_t at) const { prefetch_far(param + at); }
   bool fuses() const { return true; }
+  bool spreads() const { return false; }
 
  private:
   const S* param;
@@ -49,6 +50,7 @@ struct Mask {
   void end(int64_t at, int64_t n) const { masked(at, n); }
   void prefetch(int64_t at) const { prefetch_far(param + at); }
   bool fuses() const { return true; }
+  bool spreads() const { return false; }
 
  private:
   template <class Decay, class Decline>

@@ -79,6 +79,11 @@ struct SameDecline {
   SameDecline after(int64_t) const { return *this; }
 };
 
+template <class Decline>
+constexpr bool kAlike = false;
+template <class C>
+constexpr bool kAlike<SameDecline<C>> = true;
+
 // ... or with masked ones among them.
 template <class C, class Values>
 struct Declines {

@@ -200,7 +200,7 @@ class Walk {
   }
 
   // Whether the loop over a tile of such rows spreads their factors and thresholds itself.
-  bool in_fours(int64_t width) const { return kInTurns<C> && width == 4 && update_.fuses() && !job_.hyper.scaled; }
+  bool in_fours(int64_t width) const { return width == 4 && update_.spreads() && !job_.hyper.scaled; }
 
   void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
     C buffer[kBufferSize];

@@ -153,6 +153,7 @@ def transposed(draw: Draw, at: At) -> tuple[nn.Module, At]:
     """Half the size first, then back: plain, grouped or depthwise."""
     groups = draw.one(1, *(g for g in (2, at.channels) if at.channels % g == 0))
     out = groups * draw.one(1, 2, 3)
+    out *= 1 + out % 2  # an even number, which all structures take
     after = replace(at, channels=out)
     up = pick("ConvTranspose", at)(at.channels, out, 2, stride=2, groups=groups, bias=draw.chance())
     pool = pick(draw.one("MaxPool", "AvgPool"), at)(2)
@@ -183,6 +184,7 @@ def split(draw: Draw, at: At) -> tuple[nn.Module, At]:
         lambda x: (x[:, :half], x[:, half:]),
     )
     swap, merge = draw.chance(), draw.one(True, True, False)
+    merge = merge or half % 2 == 1
 
     def run(net: Any, x: Tensor) -> Tensor:
         left, right = how(x)
