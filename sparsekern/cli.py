@@ -265,7 +265,7 @@ def bench(
     ] = "",
     plot: Annotated[Path | None, typer.Option(help="Write the roofline as PNG; needs matplotlib.")] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="Timings for each of 3 placements in memory; 5 (2 and 3 with --quick).")
+        int | None, typer.Option(help="Timings for each of 4 placements in memory (4); --quick: of 3 (2).")
     ] = None,
     threads: Threads = 0,
 ) -> int:

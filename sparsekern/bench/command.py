@@ -16,8 +16,8 @@ from sparsekern.bench.cases import Case, select
 from sparsekern.bench.suite import WRONG, Report, Suite
 
 # How often tensors are placed anew, and how many rounds are timed with each.
-PLACEMENTS, ROUNDS = 3, 5
-QUICK_PLACEMENTS, QUICK_ROUNDS = 2, 3
+PLACEMENTS, ROUNDS = 4, 4
+QUICK_PLACEMENTS, QUICK_ROUNDS = 3, 2
 
 PICTURES = (".png", ".svg", ".pdf")
 

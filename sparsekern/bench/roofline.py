@@ -32,7 +32,7 @@ def draw(report: Report, path: Path) -> None:
     if not found:
         raise ValueError("--plot: no case was timed that memory limits, expected one at least")
     with rc_context(STYLE):
-        figure = Figure(figsize=(9, 5.5))
+        figure = Figure(figsize=(12, 5.5))
         axes = figure.add_subplot()
         _points(axes, found)
         _roofs(axes, report, found)
@@ -44,7 +44,7 @@ def draw(report: Report, path: Path) -> None:
         axes.set_title(
             f"{where['machine']} ({where['isa']}), {where['threads']} threads, torch {where['torch']}"
         )
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside right center")
         with replacing(path) as temporary:
             figure.savefig(temporary)
 
@@ -73,5 +73,5 @@ def _roofs(axes: Axes, report: Report, found: Sequence[Result]) -> None:
     fastest = min(result.seconds[OURS].median for result in found)
     for device, rate in report.stream_gb_per_s.items():
         roof = np.minimum(rate.median, 1e-9 * across / fastest)
-        text = f"stream on the {device}, {rate.median:.0f} GB/s; shortest call, {1e6 * fastest:.0f} µs"
+        text = f"stream on the {device}, {rate.median:.0f} GB/s;\nshortest call, {1e6 * fastest:.0f} µs"
         axes.plot(across, roof, color="black", linewidth=1, label=text)
