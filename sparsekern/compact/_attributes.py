@@ -8,6 +8,7 @@ from torch import nn
 
 from sparsekern.compact.plan import TensorPlan
 from sparsekern.graph.layers import counts, sizes
+from sparsekern.nn import MultiheadAttention
 
 
 def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, TensorPlan]) -> None:
@@ -18,7 +19,16 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
     attributes, but for those that the plan names.
     """
     for (name, before), (_, after) in zip(model.named_modules(), copy.named_modules(), strict=True):
-        for attribute, size in sizes(name, before, parts).items():
+        changed = sizes(name, before, parts)
+        if changed and isinstance(after, nn.MultiheadAttention):
+            MultiheadAttention.adopt(after)
+        for attribute, size in changed.items():
             setattr(after, attribute, size)
     for module, attribute, size in counts(copy, parts.values()):
         setattr(module, attribute, size)
+    for encoder in copy.modules():
+        # Its nested tensors are for torch's own attention only.
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(module, MultiheadAttention) for module in encoder.modules()
+        ):
+            encoder.use_nested_tensor = False

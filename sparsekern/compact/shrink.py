@@ -145,13 +145,14 @@ def _check_whole(tensors: Sequence[Registered], label: str) -> None:
 
 @contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """The attributes of all modules as they were, when the block is left in any way."""
-    before = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
+    """The attributes and classes of all modules as they were, when the block is left in any way."""
+    before = [(part, type(part), dict(part.__dict__)) for part in module.modules()]
     try:
         yield
     finally:
-        for attributes, values in before:
-            attributes.update(values)
+        for part, kind, values in before:
+            part.__class__ = kind
+            part.__dict__.update(values)
 
 
 def _cut_in_place(tensor: Tensor, part: TensorPlan) -> None:

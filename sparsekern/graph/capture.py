@@ -23,8 +23,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils import _pytree as pytree
 
 from sparsekern._sharding import check_not_flattened, copy_module, fake, settle, unwrap
+from sparsekern.nn import MultiheadAttention
 
 from .hooks import detach_hooks, without_global_hooks
+from .unused import drop_unused
 
 INPUT = "tied to an input of the network"
 CONSTANT = "tied to a constant tensor"
@@ -87,6 +89,7 @@ class Source:
         """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
         with undisturbed():
             program = self._program(training)
+            drop_unused(program.graph_module)
         sources: dict[str, int | str] = {}
         constants: dict[str, Any] = {}
         for spec in program.graph_signature.input_specs:
@@ -199,6 +202,10 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             f"model: {type(model).__name__} cannot be copied for tracing: {type(error).__name__}: {error}"
         ) from error
     detach_hooks(clone)
+    for module in clone.modules():
+        # What torch's attention computes, in a form whose heads can go.
+        if MultiheadAttention.fits(module):
+            MultiheadAttention.adopt(module)
     return clone
 
 

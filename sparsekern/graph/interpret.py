@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -12,15 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import CONSTANT, Captured, Registered
 from .operations import read
 from .records import Records, term
 from .rules import RULES, Call, Rule
 from .slots import Slots
+from .unused import macs
 from .values import Flags, Ids, Value, untracked
 
 _Environment = dict[fx.Node, Any]
@@ -139,7 +137,8 @@ class Interpreter:
         before = len(self.records.macs)
         result = self._apply(call)
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
-            call.count_macs(_macs(node))
+            # Nothing that enters an op without a rule is pruned.
+            call.count_macs(macs(node))
         if self.settled and counted:
             self.records.operations.append(read(node, env, call.module))
         self._note(call, result, in_place=schema.is_mutable)
@@ -267,21 +266,6 @@ def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
         for t in pytree.tree_leaves(node.meta.get("val"))
         if isinstance(t, Tensor)
     ]
-
-
-def _macs(node: fx.Node) -> int:
-    """What torch counts for an op that no rule prices: nothing that enters it is pruned.
-
-    0 where its sizes depend on data.
-    """
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
-    target: Any = node.target
-    with suppress(Exception):
-        with mode or nullcontext(), FlopCounterMode(display=False) as counter:
-            target(*args, **kwargs)
-        return int(counter.get_total_flops()) // 2
-    return 0
 
 
 def _module(node: fx.Node) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsekern.nn import MultiheadAttention
+
 Sizes = dict[str, int | tuple[int, ...]]
 
 # Of a reparametrised weight (torch.nn.utils.prune, weight_norm) the module holds these instead.
@@ -132,6 +134,35 @@ def _prelu(layer: _Layer) -> Sizes:
     return {"num_parameters": layer.features().new_shape[0]}
 
 
+def _attention(layer: _Layer) -> Sizes:
+    module = layer.module
+    if not MultiheadAttention.fits(module):
+        raise ValueError(_unknown(layer.name, module, layer.parts))
+    packed = "in_proj_weight" in layer.parts
+    query, key, value = ["in_proj_weight"] * 3 if packed else [f"{n}_proj_weight" for n in "qkv"]
+    return {
+        "num_heads": _heads(layer),
+        "embed_dim": layer.parts[query].new_shape[1],
+        "kdim": layer.parts[key].new_shape[1],
+        "vdim": layer.parts[value].new_shape[1],
+    }
+
+
+def _heads(layer: _Layer) -> int:
+    """How many are left: the same of queries, keys and values, and all of each."""
+    module = layer.module
+    inner = module.num_heads * module.head_dim
+    left = []
+    for part in layer.parts.values():
+        rows = np.zeros(part.shape[0], bool)
+        rows[part.keep.get(0, slice(None))] = True
+        left += list(rows.reshape(-1, inner))
+    whole = left[0].reshape(module.num_heads, module.head_dim)[:, 0]
+    if any((rows != np.repeat(whole, module.head_dim)).any() for rows in left):
+        raise ValueError(f"plan: keeps parts of the heads of {layer.name!r}, expected whole ones")
+    return int(whole.sum())
+
+
 _WEIGHTED: tuple[tuple[type[nn.Module], Callable[[_Layer, Part], Sizes]], ...] = (
     (nn.modules.conv._ConvNd, _conv),
     (nn.Linear, _linear),
@@ -144,6 +175,7 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _layer_norm),
     (nn.PReLU, _prelu),
+    (nn.MultiheadAttention, _attention),
 )
 
 
@@ -184,11 +216,15 @@ def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
         if isinstance(module, kind):
             return featured(layer)
     if any(_is_opaque(kind) for kind in type(module).__mro__):
-        raise ValueError(
-            f"plan: cuts {', '.join(n for n, p in own.items() if p.keep)} of "
-            f"{name!r}, a {type(module).__name__}, whose sizes cannot be changed"
-        )
+        raise ValueError(_unknown(name, module, own))
     return {}
+
+
+def _unknown(name: str, module: nn.Module, parts: Mapping[str, Part]) -> str:
+    return (
+        f"plan: cuts {', '.join(n for n, p in parts.items() if p.keep)} of "
+        f"{name!r}, a {type(module).__name__}, whose sizes cannot be changed"
+    )
 
 
 def _own_parts(module: nn.Module, parts: Mapping[int, Part]) -> dict[str, Part]:

@@ -1,0 +1,3 @@
+"""Modules of our own that stand in for torch's."""
+
+from sparsekern.nn.attention import MultiheadAttention as MultiheadAttention
