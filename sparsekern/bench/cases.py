@@ -61,7 +61,8 @@ def _ops(backend: str, *, quick: bool) -> list[Case]:
         cases += [Case(op, tensors, backend, quick=short) for op in ("row_statistics_", "row_mask_")]
     cases.append(Case("adam_step_", "unet-2m", backend, torch.float16))
     cases.append(Case("sgd_step_", "unet-31m", backend, torch.bfloat16))
-    cases.append(Case("channel_moments_", "resnet50", backend, quick=quick))
+    cases.append(Case("channel_moments_", "mobilenetv3-seg", backend, quick=quick))
+    cases.append(Case("channel_moments_", "resnet50", backend))
     cases.append(Case("adam_step_", "flat-17m", backend, masked=None, quick=quick))
     cases.append(Case("sgd_step_", "flat-17m", backend, masked=None))
     return cases

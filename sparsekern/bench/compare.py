@@ -25,8 +25,8 @@ class Change:
         beside: the other side that both are divided by, ``""`` where there is none.
         ratio: how much longer it takes now: new over old of our time over that of the other side, which the
             speed of the machine cancels out of.
-        noisy: whether that is within the noise: the quartiles of both overlap, or it is nearer to 1 than two
-            runs of the same code are.
+        noisy: whether that is within the noise: what all but a tenth of the rounds on either side lie between
+            overlaps, or it is nearer to 1 than two runs of the same code are.
     """
 
     name: str
@@ -64,7 +64,7 @@ def _change(new: Mapping[str, Any], old: Mapping[str, Any]) -> Change:
     beside = next((name for name in new["over"] if name in old["over"]), "")
     mine, theirs = (case["over"][beside] if beside else case["seconds"][OURS] for case in (new, old))
     ratio = mine["median"] / theirs["median"]
-    apart = mine["q1"] > theirs["q3"] or mine["q3"] < theirs["q1"]
+    apart = mine["p10"] > theirs["p90"] or mine["p90"] < theirs["p10"]
     noisy = not apart or 1 / BETWEEN_RUNS <= ratio <= BETWEEN_RUNS
     old_ms, new_ms = (1e3 * case["seconds"][OURS]["median"] for case in (old, new))
     return Change(new["name"], old_ms, new_ms, beside, ratio, noisy)

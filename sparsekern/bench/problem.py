@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,9 @@ class Problem:
         """
         device = torch.device(case.device)
         if case.tensors in NETWORKS:
-            model = NETWORKS[case.tensors].make().to(device, case.dtype)
+            with torch.device("meta"):
+                model = NETWORKS[case.tensors].make()
+            model.to(case.dtype).to_empty(device=device)
         else:
             shapes = SHAPES[case.tensors]
             model = nn.ParameterList(torch.empty(shape, device=device, dtype=case.dtype) for shape in shapes)
@@ -85,11 +88,32 @@ class Problem:
 
 
 def _fill(params: Sequence[nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(0)
+    """Weights and gradients, of random numbers that repeat: fresh ones for large networks take seconds."""
+    weights, grads = _noise()
+    start = 0
     for param in params:
-        noise = [torch.randn(param.shape, generator=generator) for _ in range(2)]
-        param.data.copy_(noise[0] * 0.1)
-        param.grad = torch.empty_like(param).copy_(noise[1] * SCALE)
+        size = param.numel()
+        param.data.copy_(_stretch(weights, start, size).view_as(param))
+        param.grad = torch.empty_like(param).copy_(_stretch(grads, start, size).view_as(param))
+        start = (start + size) % _PERIOD
+
+
+_PERIOD = 1_000_003
+
+
+@functools.cache
+def _noise() -> tuple[Tensor, Tensor]:
+    """Of weights and of gradients, two periods each."""
+    generator = torch.Generator().manual_seed(0)
+    weights, grads = torch.randn(2, _PERIOD, generator=generator)
+    return (0.1 * weights).repeat(2), (SCALE * grads).repeat(2)
+
+
+def _stretch(noise: Tensor, start: int, size: int) -> Tensor:
+    """So many numbers from ``start`` on, around and around."""
+    if size > _PERIOD:
+        noise = noise.repeat(1 + size // _PERIOD)
+    return noise[start : start + size]
 
 
 def _advance(optimizer: Optimizer) -> None:

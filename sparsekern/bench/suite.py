@@ -98,8 +98,8 @@ class Suite:
     """Runs cases one by one, with a stream of memory beside each.
 
     Args:
-        placements: how often the tensors of a case are allocated anew; where memory is not the limit once, for
-            as many rounds in all.
+        placements: how often the tensors of a case are allocated anew; once, with as many rounds in all, if
+            memory is not the limit.
         rounds: with each of them, in each of which every side of a case is timed once.
         shortest: seconds that one measurement takes at least, by repeating the call.
         elements: of each array of the stream.
@@ -119,6 +119,8 @@ class Suite:
     def run(self, cases: Sequence[Case], on_case: Callable[[Case], None] = lambda case: None) -> Report:
         """The report on ``cases``; ``on_case`` is called before each."""
         begin = perf_counter()
+        # What was imported is no garbage, and would be looked through after every case.
+        gc.freeze()
         with kept_memory() as freed_memory:
             where = environment() | {"freed_memory": freed_memory}
             report = Report(where, self._placements, self._rounds)
@@ -126,6 +128,7 @@ class Suite:
                 on_case(case)
                 report.results.append(self.result(case))
                 gc.collect()
+        gc.unfreeze()
         report.stream_gb_per_s = {device: Spread.of(rates) for device, rates in self._rates.items()}
         report.seconds = perf_counter() - begin
         return report

@@ -10,7 +10,8 @@ from sparsekern.bench import compare
 
 
 def spread(median: float, noise: float = 0.01) -> dict[str, float]:
-    return {"median": median, "q1": median * (1 - noise), "q3": median * (1 + noise)}
+    low, high = median * (1 - noise), median * (1 + noise)
+    return {"median": median, "q1": median, "q3": median, "p10": low, "p90": high}
 
 
 def report(cases: dict[str, tuple[float, float]], *, noise: float = 0.01, **where: Any) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def test_sides_take_turns_and_short_calls_are_repeated(monkeypatch: pytest.Monke
 
 
 def test_spread() -> None:
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+    assert Spread.of([float(n) for n in range(11)]) == Spread(5.0, 2.5, 7.5, 1.0, 9.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 7.0, 7.0)
 
 
 def test_figures_of_a_result_agree(small: str) -> None:
