@@ -11,7 +11,8 @@ from typing import Any
 from sparsekern.bench.contest import OURS
 from sparsekern.bench.suite import FORMAT, TIMED
 
-# What a case may differ by in another process with the same code (see benchmarks/results/bench-repeat.txt).
+# What a case may differ by in another process with the same code. On a busy machine one in twenty differs by
+# more (see benchmarks/results/bench-repeat.txt).
 BETWEEN_RUNS = 1.1
 
 
