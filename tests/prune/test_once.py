@@ -84,7 +84,7 @@ def test_keyword_inputs(tmp_path: Path) -> None:
         )
         assert pruned.network(x, **given).shape == (4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    pruner = Pruner(model, optimizer, x, example_kwargs=given, keep=0.5, steps=40, shrink=True)
+    pruner = Pruner(model, optimizer, x, example_kwargs=given, keep=0.5, steps=40, shrink=True, round_to=1)
     assert pruner.forecast(measure=True).pruner_seconds > 0
     with pytest.raises(ValueError, match="example_inputs: "):
         prune_once(model, x, keep=0.5, select=criteria.Magnitude())
