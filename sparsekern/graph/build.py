@@ -65,6 +65,7 @@ def _groups(
     makers = _by_group(_makers(records, slots), inside_of)
     consumers = _by_group(records.consumers, inside_of)
     starts = np.searchsorted(numbering.group_of, np.arange(count + 1))
+    inexact = _inexact(numbering, records)
     groups: list[Group] = []
     taken: set[str] = set()
     for number, inside in enumerate(members):
@@ -74,8 +75,19 @@ def _groups(
         rows = [tensors[i].entry.names[0] for i, dim in inside if tensors[i].row_dim == dim]
         name = _unused(_owner((producers or rows)[0]), taken)
         channels = np.arange(starts[number], starts[number + 1], dtype=np.int64)
-        groups.append(Group(number, name, channels, tuple(producers), tuple(names), tuple(consumed)))
+        weights = tuple(producers), tuple(names), tuple(consumed)
+        groups.append(Group(number, name, channels, *weights, inexact.get(number, "")))
     return tuple(groups)
+
+
+def _inexact(numbering: Numbering, records: Records) -> dict[int, str]:
+    """Groups that are not removed exactly, each with the first reason."""
+    found: dict[int, str] = {}
+    for ids, reason in records.inexact:
+        channels = numbering.channel_of[ids[ids >= 0]]
+        for group in np.unique(numbering.group_of[channels[channels >= 0]]).tolist():
+            found.setdefault(group, reason)
+    return found
 
 
 def _by_group(

@@ -42,6 +42,7 @@ class Group:
     name: module of the first producer. channels: their ids, contiguous. producers: names of the
     weights whose rows they are, depthwise ones last. members: every (tensor, dimension) they run
     through. consumers: the (tensor, dimension) pairs of weights that are contracted over them.
+    inexact: why removing some changes what the others compute (``exact=False``); empty where it does not.
     """
 
     id: int
@@ -50,6 +51,7 @@ class Group:
     producers: tuple[str, ...]
     members: tuple[tuple[str, int], ...]
     consumers: tuple[tuple[str, int], ...]
+    inexact: str = ""
 
 
 class Gates(NamedTuple):
@@ -208,6 +210,8 @@ class ChannelGraph:
             count = int((channels >= 0).sum())
             where = ", ".join(self.groups[number].name for number in inside)
             lines.append(f"{name}, dim {dim}: {count} of {slots.shape[dim]} in {where}")
+            reasons = dict.fromkeys(self.groups[number].inexact for number in inside)
+            lines += [f"{name}, dim {dim}: not exact: {reason}" for reason in reasons if reason]
         for note in self.notes.get(name, ()):
             lines.append(f"{name}, dim {note.dim}: {note.count} stay: {note.reason}")
         return lines or [f"{name}: no channel runs through it"]

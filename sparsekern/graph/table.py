@@ -31,12 +31,15 @@ def describe(graph: ChannelGraph) -> str:
         )
         for group in graph.groups
     ]
+    inexact = [f"  {group.name}: {group.inexact}" for group in graph.groups if group.inexact]
     lines = [
         f"{graph.num_channels} channels in {len(graph.groups)} groups; "
         f"{cost.params:,} parameters, {cost.macs:,} MACs, "
         f"{cost.activations / 2**20:.1f} MiB of activations",
     ]
     lines += _table(head, rows) if rows else []
+    if inexact:
+        lines += ["", "not exact: removing some channels changes the others", *inexact]
     if graph.frozen:
         lines += ["", "not pruned because"]
         lines += _reasons(graph)

@@ -15,7 +15,7 @@ from .build import build
 from .capture import Capture, Registered, arguments, capture, inner_module, lightly
 from .channels import ChannelGraph
 from .interpret import Interpreter, Tracked
-from .numbering import Numbering, number
+from .numbering import number
 from .readings import Round, best_reading
 from .recheck import faults
 from .records import Records
@@ -64,19 +64,14 @@ def trace(
             slots.freeze(fault.ids, fault.reason)
         numbering = number(tensors, slots, records)
     graph = build(tensors, slots, records, numbering)
-    _warn_of_inexact(graph, numbering, records)
+    _warn_of_inexact(graph)
     return graph
 
 
-def _warn_of_inexact(graph: ChannelGraph, numbering: Numbering, records: Records) -> None:
+def _warn_of_inexact(graph: ChannelGraph) -> None:
     """Name the groups that are not removed exactly, each with the first reason."""
-    found: dict[str, str] = {}
-    for ids, reason in records.inexact:
-        channels = numbering.channel_of[ids[ids >= 0]]
-        for index in np.unique(numbering.group_of[channels[channels >= 0]]).tolist():
-            found.setdefault(graph.groups[index].name, reason)
-    if found:
-        named = "; ".join(f"{name} ({reason})" for name, reason in found.items())
+    named = "; ".join(f"{group.name} ({group.inexact})" for group in graph.groups if group.inexact)
+    if named:
         # Above this: trace, and the context that it runs in.
         warnings.warn(
             f"exact=False: removing channels changes what the others compute: {named}", stacklevel=4

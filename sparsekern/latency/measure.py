@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern._sharding import unwrap
+from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
 from sparsekern.latency.cache import Cache, directory
@@ -34,6 +35,7 @@ def measure(
     graph: ChannelGraph,
     example_inputs: Tensor | tuple[Any, ...],
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     round_to: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> LatencyModel:
@@ -55,6 +57,7 @@ def measure(
         model: where it runs; it stays as it is.
         graph: its channels.
         example_inputs: a tensor or a tuple of the positional arguments.
+        example_kwargs: keyword arguments that go with them.
         round_to: widths are going to be multiples of it; prices are averages over so many channels
             (over 16 on a CPU and 8 on a GPU, which those compute together, where it is 1).
         cache: a directory; default ``$SPARSEKERN_CACHE``, else the user's cache directory.
@@ -71,7 +74,7 @@ def measure(
     _time_calls({call.key: call for call in calls.values()}, stored, device)
     times = _table(len(graph.operations), calls, stored.seconds)
     found = LatencyModel(graph, axes, axes_of, times, block=round_to if round_to > 1 else natural)
-    adjust(found, model, example_inputs, stored, device)
+    adjust(found, model, as_arguments(example_inputs, example_kwargs), stored, device)
     return found
 
 

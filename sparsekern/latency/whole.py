@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from sparsekern.compact import compact, make_plan
-from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
 from sparsekern.graph.operations import Operation
 from sparsekern.latency.cache import Cache
@@ -33,8 +32,12 @@ SHORTEST = 3.0
 MOST_ROUNDS = 100
 
 
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a forward pass."""
+
+
 def adjust(
-    found: LatencyModel, model: nn.Module, example_inputs: Any, stored: Cache, device: torch.device
+    found: LatencyModel, model: nn.Module, example: Example, stored: Cache, device: torch.device
 ) -> None:
     """Bring the tables to what ops take between the others, and their sum to what a network takes."""
     graph, operations = found.graph, found.graph.operations
@@ -43,7 +46,7 @@ def adjust(
     of_ops = [[f"{key}/{number}" for number in range(len(operations))] for key in keys[: len(EVEN)]]
     names = [*keys, *(name for row in of_ops for name in row)]
     if any(name not in stored.seconds for name in names):
-        whole, single = _time(found, model, example_inputs, widths, device)
+        whole, single = _time(found, model, example, widths, device)
         stored.seconds |= dict(zip(names, [*whole, *single.ravel().tolist()], strict=True))
         stored.save()
     alone = np.array([found.of_each(kept) for kept in widths[: len(EVEN)]])
@@ -80,14 +83,14 @@ def _key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
 
 
 def _time(
-    found: LatencyModel, model: nn.Module, example_inputs: Any, widths: list[np.ndarray], device: torch.device
+    found: LatencyModel, model: nn.Module, example: Example, widths: list[np.ndarray], device: torch.device
 ) -> tuple[list[float], np.ndarray]:
     """Seconds of a network of each of ``widths``, and of each op ``[len(EVEN), ops]`` in a row.
 
     Every round times all; a time counts by its ratio to that of the first network, the full one, in its
     round, so that a slow spell of the machine falls on all alike.
     """
-    args, kwargs = as_arguments(example_inputs)
+    args, kwargs = example
     watch, graph = Stopwatch(device), found.graph
     networks: list[Callable[[], Any]] = [
         partial(compact(model, make_plan(graph, kept)).eval(), *args, **kwargs) for kept in widths

@@ -16,8 +16,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     ``num_heads`` say it, and the input projections have ``num_heads * head_dim`` rows for each of
     queries, keys and values, whatever the width. Names and layout of the parameters, arguments and
     results are torch's. Compaction makes one of torch's module where it removes heads, or channels
-    of what goes in (:meth:`adopt`). Torch's shortcut for inference is not taken, and nested tensors
-    are refused.
+    of what goes in (:meth:`adopt`). Torch's shortcut for inference is not taken, nested tensors are
+    refused, and a pickle of it needs this package.
     """
 
     @staticmethod

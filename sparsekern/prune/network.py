@@ -70,9 +70,15 @@ class Network:
         self._handle: optim.Attachment | optim.RowHooks | Handle | None = None
 
     def time(
-        self, example_inputs: Any, round_to: int, cache: str | os.PathLike[str] | None, ranks: Ranks
+        self,
+        example: tuple[tuple[Any, ...], Mapping[str, Any]],
+        round_to: int,
+        cache: str | os.PathLike[str] | None,
+        ranks: Ranks,
     ) -> None:
         """Find the latency of all sets of channels, that of the first of several processes for all.
+
+        ``example`` are the positional and keyword arguments of a forward pass.
 
         Raises:
             ValueError: channels were cut out already, and how long the whole network took is not known.
@@ -81,7 +87,9 @@ class Network:
         if not self._removed.removes_nothing:
             raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")
         with ranks.agreeing("timing the model") as check:
-            latency = measure(self.model, self.graph, example_inputs, round_to=round_to, cache=cache)
+            latency = measure(
+                self.model, self.graph, example[0], example_kwargs=example[1], round_to=round_to, cache=cache
+            )
             check()
         latency.values = ranks.first(latency.values)
         self.latency = latency

@@ -52,6 +52,7 @@ def prune_once(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     keep: float,
     of: str = "macs",
     select: criteria.Criterion | None = None,
@@ -77,8 +78,8 @@ def prune_once(
 
     Args:
         model: the trained network (also the result of ``torch.compile``).
-        example_inputs: as for :class:`sparsekern.Pruner`, and so are ``keep``, ``of``, ``allocate``,
-            ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
+        example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
+            ``allocate``, ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
         select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`, which needs
             gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration`` nor ``loss``.
         calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
@@ -106,6 +107,7 @@ def prune_once(
         task = task_of(
             model,
             example_inputs,
+            example_kwargs=example_kwargs,
             keep=share,
             of=of,
             round_to=round_to,
@@ -136,6 +138,7 @@ def task_of(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     keep: float,
     of: str,
     round_to: int | str,
@@ -151,11 +154,14 @@ def task_of(
     """
     multiple = resolve_round_to(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    graph = prunable_graph(model, {id(p) for p in parameters.values()}, example_inputs, protect, exact)
+    trained = {id(p) for p in parameters.values()}
+    graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
     floors = resolve_floors(min_channels, graph)
     pricing = None
     if of == "latency":
-        pricing = latency.measure(model, graph, example_inputs, round_to=multiple, cache=cache)
+        pricing = latency.measure(
+            model, graph, example_inputs, example_kwargs=example_kwargs, round_to=multiple, cache=cache
+        )
     live = np.ones(graph.num_channels, bool)
     whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
     task = replace(whole, budget=keep * whole.whole)

@@ -33,6 +33,7 @@ def prunable_graph(
     example_inputs: Tensor | tuple[Any, ...],
     protect: Sequence[str | nn.Module | nn.Parameter],
     exact: bool = True,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and those that a dry run found wanting.
 
@@ -44,7 +45,7 @@ def prunable_graph(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_held(parameters, trained)
-    graph = trace(model, example_inputs, protect=protect, exact=exact)
+    graph = trace(model, example_inputs, example_kwargs=example_kwargs, protect=protect, exact=exact)
     idle = [
         group.name
         for group in graph.groups
@@ -53,7 +54,7 @@ def prunable_graph(
     if idle:
         graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
         # The trace has tried out what it found; with these groups whole it is another network.
-        graph = dry_run(model, graph, example_inputs)
+        graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
         raise ValueError(

@@ -23,11 +23,11 @@ Loss = Callable[[nn.Module], Tensor]
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 20, 4.0
 
 
-def mean_square(inputs: tuple[Any, ...]) -> Loss:
-    """The mean square of all outputs on ``inputs``: a loss that any model has."""
+def mean_square(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loss:
+    """The mean square of all outputs on these arguments: a loss that any model has."""
 
     def loss(model: nn.Module) -> Tensor:
-        outputs = [leaf for _, leaf in leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for _, leaf in leaves(model(*inputs, **kwargs)) if isinstance(leaf, Tensor)]
         total = sum(leaf.float().square().mean() for leaf in outputs if leaf.requires_grad)
         assert isinstance(total, Tensor)
         return total

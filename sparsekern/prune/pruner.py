@@ -52,6 +52,7 @@ class Pruner(Resumable):
         optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
+        example_kwargs: keyword arguments of ``model`` that go with them.
         keep: share of the dense cost that stays, in (0, 1].
         of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
             with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
@@ -98,6 +99,7 @@ class Pruner(Resumable):
         optimizer: torch.optim.Optimizer,
         example_inputs: Tensor | tuple[Any, ...],
         *,
+        example_kwargs: Mapping[str, Any] | None = None,
         keep: float,
         of: str = "macs",
         steps: int,
@@ -130,9 +132,9 @@ class Pruner(Resumable):
             check_cuttable(model)
         self._optimizer = optimizer
         self._steps = steps
-        self._example = example_inputs
+        self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
-        graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact)
+        graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
         self._policy = Policy(
             select or criteria.default(),
             allocate or Global(),
@@ -148,7 +150,7 @@ class Pruner(Resumable):
         )
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
         if of == "latency":
-            self._network.time(example_inputs, self._policy.round_to, cache, self._ranks)
+            self._network.time(self._example, self._policy.round_to, cache, self._ranks)
         everything = np.ones(graph.num_channels, bool)
         check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
@@ -274,7 +276,7 @@ class Pruner(Resumable):
         if callable(measure) and not isinstance(measure, Tensor):
             loss = measure
         elif measure is not False:
-            loss = mean_square(as_arguments(self._example if measure is True else measure)[0])
+            loss = mean_square(*(self._example if measure is True else as_arguments(measure)))
         return forecast(
             self._network,
             self._policy,

@@ -112,6 +112,12 @@ def test_softmax_mean_and_what_is_not_zero() -> None:
     assert "one (mean reduces over channels)" in said
     assert "two (softmax normalises over channels)" in said
     assert "three (linear in head reads it not as zero after sigmoid)" in said
+    assert "not exact: removing some channels changes the others\n  one: mean reduces over channels" in str(
+        graph
+    )
+    assert graph.explain("two.weight").splitlines()[1] == (
+        "two.weight, dim 0: not exact: softmax normalises over channels"
+    )
     small = compact(model, make_plan(graph, halved(graph)))
     assert [small.one.out_features, small.two.out_features, small.three.out_features] == [8, 6, 4]
     assert small(X).isfinite().all()

@@ -17,7 +17,7 @@ from prune.networks import Plain, Residual, batch
 from torch import Tensor, nn
 
 import sparsekern
-from sparsekern import criteria, prune_once
+from sparsekern import Pruner, criteria, prune_once
 from sparsekern.graph import trace
 
 TARGETS = torch.arange(4) % 4
@@ -63,6 +63,31 @@ def test_the_network_is_that_of_its_plan(select: criteria.Criterion | None, of: 
     costs = [getattr(g.cost(np.ones(g.num_channels, bool)), of) for g in (ours, dense)]
     assert 0.2 < costs[0] / costs[1] <= 0.3
     assert type(network) is type(model)
+
+
+class Scaled(nn.Module):
+    """A network with a keyword input that it cannot do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return self.two(self.one(x).relu() * scale)
+
+
+def test_keyword_inputs(tmp_path: Path) -> None:
+    model, x, given = Scaled(), torch.randn(4, 3), {"scale": torch.tensor(2.0)}
+    for of, keep in (("macs", 0.5), ("latency", 1.0)):
+        pruned = prune_once(
+            model, x, example_kwargs=given, keep=keep, of=of, select=criteria.Magnitude(), cache=tmp_path
+        )
+        assert pruned.network(x, **given).shape == (4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = Pruner(model, optimizer, x, example_kwargs=given, keep=0.5, steps=40, shrink=True, round_to=1)
+    assert pruner.forecast(measure=True).pruner_seconds > 0
+    with pytest.raises(ValueError, match="example_inputs: "):
+        prune_once(model, x, keep=0.5, select=criteria.Magnitude())
 
 
 def test_the_model_is_left_as_it_was() -> None:
