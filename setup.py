@@ -5,6 +5,7 @@ Everything else about the package stands in pyproject.toml. torch is not needed:
 Environment:
     SPARSEKERN_NO_NATIVE=1: build no native code; the package then runs on its reference backend.
     SPARSEKERN_NO_CUDA=1: build no CUDA kernels.
+    SPARSEKERN_SANITIZE=1: build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer.
     CXX, CUDACXX: the compilers.
 """
 
@@ -31,6 +32,8 @@ CSRC = Path(__file__).parent / "csrc"
 # change no result; they let the compiler vectorise square roots and selections.
 KERNEL_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wextra"
+# Whatever is found ends the process. Less optimisation: what is instrumented takes minutes to optimise.
+SANITIZE_FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 # The same arithmetic on a GPU: nvcc would contract, too. Kernels are compiled for each of these architectures
 # that nvcc knows, and the last is kept as PTX for those to come.
 CUDA_FLAGS = (
@@ -118,15 +121,16 @@ def ninja_text(target: Path, build: Path) -> str:
     for isa in isas():
         path = CSRC / "cpu" / f"kernels_{isa}.cpp"
         sources.append((path.stem, path, f"{KERNEL_FLAGS} {ISA_FLAGS[isa]}"))
+    sanitize = SANITIZE_FLAGS if os.environ.get("SPARSEKERN_SANITIZE") == "1" else ""
     link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
         f"cxx = {shlex.join(command)}",
         "rule compile",
-        f"  command = $cxx {COMMON_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = $cxx {COMMON_FLAGS} $flags {sanitize} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {link} $in -o $out",
+        f"  command = $cxx {link} {sanitize} $in -o $out",
     ]
     for name, path, flags in sources:
         lines += [f"build {escape(build / name)}.o: compile {escape(path)}", f"  flags = {flags}"]
