@@ -1,0 +1,145 @@
+"""Every op on every backend against the reference, as one table: ``python -m benchmarks.parity``.
+
+The problems are those of ``tests/ops``: odd shapes, rows along any dimension, gaps between elements, poison
+around them, NaN in masked rows. Each backend, and each instruction set of the CPU, runs all of them in a
+process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++ compiler.
+A cell counts the problems, and says in how many all results are the reference's bits; in the others they
+are within the tolerances of :mod:`sparsekern.backends.tolerance`, or the cell says WRONG and the exit code
+is 1. Eight minutes on one core, most of them for the emulation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import environment
+from sparsekern import _ops
+from sparsekern.backends import reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
+from ops.tolerance import assert_equal_step
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+Call = Callable[[Op, Problem], None]
+
+
+def examine(call: Call) -> dict[str, Any]:
+    """By op and dtype: problems, those with the reference's bits, errors. digest: of all that was written."""
+    cells: dict[str, dict[str, Any]] = {}
+    digest = hashlib.sha256()
+    for name, dtype in itertools.product(OPS, DTYPES):
+        cell = cells[f"{name}/{dtype}".replace("torch.", "")] = {"count": 0, "bits": 0, "errors": []}
+        for layout, row_state in itertools.product(LAYOUTS, ROW_STATES):
+            want = problem(dtype, layout, row_state, seed=5)
+            before, got = want.clone(), want.clone()
+            OPS[name].call(getattr(reference, OPS[name].name), want)
+            call(OPS[name], got)
+            cell["count"] += 1
+            cell["bits"] += _same_bits(got, want)
+            try:
+                assert_equal_step(got, want, before)
+            except AssertionError as error:
+                cell["errors"].append(f"{layout}, {row_state}: {error}")
+            if dtype is not torch.float16:
+                for entry in got.entries().values():
+                    digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
+    return {"cells": cells, "digest": digest.hexdigest()}
+
+
+def _same_bits(got: Problem, want: Problem) -> bool:
+    return all(
+        torch.equal(mine.buffer.view(torch.uint8), theirs.buffer.view(torch.uint8))
+        for mine, theirs in zip(got.entries().values(), want.entries().values(), strict=True)
+    )
+
+
+def emulated() -> dict[str, Any]:
+    """The CUDA backend on CPU tensors, its kernels compiled as C++."""
+    from cuda.emulated import build, installed
+
+    with tempfile.TemporaryDirectory() as folder, installed(build(Path(folder))) as backend:
+        return examine(lambda op, on: op.call(getattr(backend, op.name), on))
+
+
+def _isas() -> list[str]:
+    """Instruction sets of this machine, from the error that names them."""
+    code = "from sparsekern import _native; _native.load()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=_environment("none")
+    )
+    return re.findall(r"\w+", done.stderr.strip().rpartition(": ")[2])
+
+
+def _environment(isa: str, backend: str = "cpu") -> dict[str, str]:
+    return os.environ | {"SPARSEKERN_CPU_ISA": isa, "SPARSEKERN_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+
+
+def _run(part: str) -> dict[str, Any]:
+    isa = part.removeprefix("cpu ") if part.startswith("cpu ") else ""
+    environment = _environment(isa) if isa else dict(os.environ, PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.parity", "--part", part]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{part}: {done.stderr.strip()[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main(
+    text: Annotated[Path, typer.Option(help="File for the table.")] = RESULTS / "parity.txt",
+    part: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    torch.set_num_threads(1)
+    if part:
+        done = emulated() if part == "cuda emulated" else examine(_through_ops)
+        print(json.dumps(done))
+        return
+    parts = [*(f"cpu {isa}" for isa in _isas()), "cuda emulated"]
+    found = {name: _run(name) for name in parts}
+    table = Table("op / dtype", *parts, title="problems (those with the reference's bits)")
+    wrong: list[str] = []
+    for key in next(iter(found.values()))["cells"]:
+        cells = [found[name]["cells"][key] for name in parts]
+        table.add_row(key, *(_cell(cell) for cell in cells))
+        wrong += [f"{n}, {key}, {e}" for n, c in zip(parts, cells, strict=True) for e in c["errors"]]
+    digests = {found[name]["digest"] for name in parts if name.startswith("cpu ")}
+    same = "the same bits" if len(digests) == 1 else "DIFFERENT bits"
+    with text.open("w") as file:
+        for console in (Console(), Console(file=file, width=110)):
+            console.print(table)
+            console.print(f"instruction sets of the CPU among each other: {same}; {len(wrong)} wrong")
+            for line in wrong[:20]:
+                console.print(line)
+            console.print(environment())
+    if wrong or len(digests) != 1:
+        raise typer.Exit(1)
+
+
+def _through_ops(op: Op, on: Problem) -> None:
+    op.call(getattr(_ops, op.name), on)
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    return f"WRONG {len(cell['errors'])}" if cell["errors"] else f"{cell['count']} ({cell['bits']})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
