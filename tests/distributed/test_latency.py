@@ -21,7 +21,7 @@ from sparsekern.prune import network as pruned_network
 
 
 def _own_clock(
-    model: nn.Module, graph: ChannelGraph, inputs: Any, *, round_to: int, cache: Any
+    model: nn.Module, graph: ChannelGraph, inputs: Any, *, example_kwargs: Any, round_to: int, cache: Any
 ) -> LatencyModel:
     """A nanosecond per number that an op reads, give or take what differs between processes."""
     axes, axes_of = lay_axes(graph, graph.operations, round_to, 16)
