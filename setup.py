@@ -117,7 +117,9 @@ def ninja_text(target: Path, build: Path) -> str:
     assert command is not None
     includes = f"-isystem {pybind11.get_include()} -isystem {python_include()}"
     sources = [("module", CSRC / "module.cpp", f"-O2 {includes}")]
-    sources += [(name, CSRC / "cpu" / f"{name}.cpp", "-O2") for name in ("dispatch", "moments", "plan")]
+    sources += [
+        (name, CSRC / "cpu" / f"{name}.cpp", "-O2") for name in ("dispatch", "moments", "norm_act", "plan")
+    ]
     for isa in isas():
         path = CSRC / "cpu" / f"kernels_{isa}.cpp"
         sources.append((path.stem, path, f"{KERNEL_FLAGS} {ISA_FLAGS[isa]}"))

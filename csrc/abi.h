@@ -55,12 +55,12 @@ struct RowArrays {
 
 struct Hyper {
   double lr, weight_decay;
-  double momentum, dampening;   // SGD
-  double beta1, beta2, eps;     // Adam
-  double grad_scale;            // read when `scaled`
-  double tau, decay;            // of the row statistics
-  int32_t nesterov, first;      // SGD
-  int32_t decoupled, amsgrad;   // Adam
+  double momentum, dampening;  // SGD
+  double beta1, beta2, eps;    // Adam
+  double grad_scale;           // read when `scaled`
+  double tau, decay;           // of the row statistics
+  int32_t nesterov, first;     // SGD
+  int32_t decoupled, amsgrad;  // Adam
   int32_t maximize, scaled;
 };
 
@@ -76,16 +76,56 @@ struct Job {
   void* const* addresses[kSlots];  // [slot][tensor]
   const AdamBias* bias;            // [tensor], Adam only
   float* partials;
-  RowArrays rows;   // all null when nothing is tracked
+  RowArrays rows;  // all null when nothing is tracked
   Hyper hyper;
   int32_t statistics;  // fill sums, means and thresholds
   int32_t decline;     // apply and advance the countdowns
+};
+
+// What follows a batch normalisation. All of them are 0 at 0.
+enum Activation : int32_t { kIdentity, kRelu, kRelu6, kHardswish, kSilu, kActivations };
+
+// A batch normalisation with its activation, or its gradient. Element (o, c, i) of the data is at
+// (o * channels + c) * inner + i. Where inner is 1, a row holds the channels as often as makes it a multiple of
+// kNormWidth.
+constexpr int64_t kNormWidth = 64;
+
+struct NormJob {
+  int64_t outer, channels, inner;
+  const void *x, *residual, *grad;  // null where there is none
+  void *y, *grad_x, *grad_residual;
+  // One number for each channel of a row, of the compute type.
+  const void *scale, *shift;          // z = x * scale + shift + residual
+  const void *mean, *slope, *offset;  // grad_x = dz * scale (+ (x - mean) * slope + offset)
+  const void* threshold;
+  const void* live;  // all bits set, or none in masked channels
+  int32_t centred;   // whether the part in parentheses is there
+};
+
+// A part of the data: one channel, or, where inner is 1, all channels of some rows. What is summed goes to `out`, in
+// planes of as many numbers as there are channels in a row.
+struct NormPiece {
+  int64_t outer_begin, outer_end;
+  int64_t channel;
+  double* out;
+};
+
+// Planes of a piece.
+enum NormMoment : int32_t { kMeanOf, kDeviation, kMoments };  // deviation: summed squares of what is centred
+enum NormSum : int32_t { kGradSum, kGradDot, kGradSq, kGradCount, kNormSums };
+
+struct NormKernels {
+  void (*moments)(const NormJob*, const NormPiece*);
+  void (*forward[kActivations])(const NormJob*, const NormPiece*);
+  void (*sums[kActivations])(const NormJob*, const NormPiece*);
+  void (*backward[kActivations])(const NormJob*, const NormPiece*);
 };
 
 // What one ISA offers.
 struct Kernels {
   void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
   void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk
+  NormKernels norm[kDtypes];
 };
 
 }  // namespace sparsekern

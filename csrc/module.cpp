@@ -13,6 +13,7 @@
 #include "abi.h"
 #include "cpu/dispatch.h"
 #include "cpu/moments.h"
+#include "cpu/norm_act.h"
 #include "cpu/plan.h"
 #include "exchange.h"
 
@@ -158,8 +159,8 @@ Hyper read_hyper(const py::tuple& values) {
   if (values.size() != 16) throw py::value_error("hyper: expected 16 numbers");
   for (size_t i = 0; i < 16; ++i) number[i] = values[i].cast<double>();
   const auto flag = [&](int i) { return static_cast<int32_t>(number[i] != 0); };
-  return {number[0], number[1], number[2], number[3], number[4], number[5], number[6], number[7], number[8],
-          number[9], flag(10),  flag(11),  flag(12),  flag(13),  flag(14),  flag(15)};
+  return {number[0], number[1], number[2], number[3], number[4], number[5], number[6], number[7],
+          number[8], number[9], flag(10),  flag(11),  flag(12),  flag(13),  flag(14),  flag(15)};
 }
 
 bool all_there(const std::vector<void*>& addresses, size_t n) {
@@ -283,12 +284,74 @@ py::object addresses_of(const ListLayout& expected, const py::tuple& lists, cons
   return py::bytes(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(void*));
 }
 
+// Addresses by the names of the fields of NormCall, NormForward and NormBackward; 0 for what there is not.
+using NormAddresses = std::vector<uintptr_t>;
+
+template <class T>
+T* address(const NormAddresses& addresses, size_t i) {
+  return reinterpret_cast<T*>(addresses.at(i));
+}
+
+NormCall read_norm(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
+                   bool training, double eps) {
+  if (dtype < 0 || dtype >= kDtypes || dtype == kFloat16) throw py::value_error("dtype: the CPU has no kernels for it");
+  if (activation < 0 || activation >= kActivations) throw py::value_error("activation: expected one of abi.h");
+  for (const int64_t size : shape)
+    if (size < 1) throw py::value_error("shape: expected sizes of 1 and more");
+  return {static_cast<Dtype>(dtype),
+          static_cast<Activation>(activation),
+          shape[0],
+          shape[1],
+          shape[2],
+          training,
+          eps,
+          address<void>(data, 0),
+          address<void>(data, 1),
+          address<void>(data, 2),
+          address<void>(data, 3),
+          address<uint8_t>(data, 4)};
+}
+
+int norm_forward(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
+                 const NormAddresses& own, bool training, double eps, int64_t threads) {
+  const NormCall call = read_norm(dtype, activation, shape, data, training, eps);
+  const NormForward to = {address<void>(own, 0), address<void>(own, 1), address<void>(own, 2), address<void>(own, 3),
+                          address<void>(own, 4)};
+  if (!call.x || !to.y || !to.mean || !to.var) return kNullPointer;
+  const py::gil_scoped_release release;
+  return norm_act_forward(call, to, *runtime.kernels, runtime.parallel_for, threads);
+}
+
+int norm_backward(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
+                  const NormAddresses& own, bool training, double eps, double tau, double decay, int64_t threads) {
+  const NormCall call = read_norm(dtype, activation, shape, data, training, eps);
+  const NormBackward to = {address<void>(own, 0),
+                           address<void>(own, 1),
+                           address<void>(own, 2),
+                           address<void>(own, 3),
+                           address<void>(own, 4),
+                           address<void>(own, 5),
+                           address<void>(own, 6),
+                           address<float>(own, 7),
+                           address<float>(own, 8),
+                           address<float>(own, 9),
+                           tau,
+                           decay};
+  if (!call.x || !to.grad || !to.mean || !to.var || !to.grad_x || !to.grad_weight || !to.grad_bias ||
+      (call.residual && !to.grad_residual) || (to.threshold && (!to.activity || !to.updates)))
+    return kNullPointer;
+  const py::gil_scoped_release release;
+  return norm_act_backward(call, to, *runtime.kernels, runtime.parallel_for, threads);
+}
+
 std::string select_isa(const std::string& name) {
   runtime.kernels = &choose_kernels(name, runtime.isa);
   return runtime.isa;
 }
 
-void set_parallel_for(uintptr_t address) { runtime.parallel_for = reinterpret_cast<ParallelFor>(address); }
+void set_parallel_for(uintptr_t address) {
+  runtime.parallel_for = reinterpret_cast<ParallelFor>(address);
+}
 
 // `capsule`: torch.Tensor.__dlpack_c_exchange_api__; `types`: the classes whose instances it may be asked about.
 bool set_exchange(const py::object& capsule, const py::tuple& types) {
@@ -316,6 +379,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("step", step);
   module.def("step_at", step_at);
   module.def("step_channels", step_channels);
+  module.def("norm_forward", norm_forward);
+  module.def("norm_backward", norm_backward);
   module.def("select_isa", select_isa);
   module.def("isa", [] { return runtime.isa; });
   module.def("call_count", [] { return runtime.calls; });

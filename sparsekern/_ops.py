@@ -54,7 +54,7 @@ def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]
 
         @functools.wraps(function)
         def front(*tensors: Any, **options: Any) -> None:
-            if _recorded(tensors[0]):
+            if tensors[0] and traced(tensors[0][0]):
                 operator(*tensors, **_flattened(options))
             else:
                 function(*tensors, **options)
@@ -64,11 +64,9 @@ def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]
     return register
 
 
-def _recorded(params: Sequence[Tensor]) -> bool:
-    """Whether a call has to take the dispatcher: it is traced, or these are no plain tensors."""
-    if torch.compiler.is_compiling():
-        return True
-    return bool(params) and type(params[0]) not in (Tensor, Parameter)
+def traced(tensor: Tensor) -> bool:
+    """Whether a call has to take the dispatcher: something traces, or this is no plain tensor."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
 def _flattened(options: dict[str, Any]) -> dict[str, Any]:

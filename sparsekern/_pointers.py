@@ -58,6 +58,11 @@ def of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[int] | Non
     return [array.data_ptr() for array in arrays]
 
 
+def of_optional(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Addresses of tensors that the caller holds until the call is over; 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def of_tensor(tensor: Tensor) -> int:
     """Address of one tensor that the caller holds until the call is over."""
     return tensor.data_ptr()

@@ -35,6 +35,9 @@ namespace {
 #include "foreign.inc.h"
 #include "walk.inc.h"
 #include "finish.inc.h"
+#include "activation.inc.h"
+#include "norm.inc.h"
+#include "norm_sums.inc.h"
 
 template <template <class> class Update>
 struct Entry {
@@ -43,6 +46,22 @@ struct Entry {
     Walk<S, Update<S>>(*job, *chunk).run();
   }
 };
+
+// Of one dtype, by activation in the order of abi.h.
+#define SPARSEKERN_FOR_ACTIVATIONS(of) {of(Identity), of(Relu), of(Relu6), of(Hardswish), of(Silu)}
+#define SPARSEKERN_FORWARD(Act) norm_pass<Forward, S, Act>
+#define SPARSEKERN_SUMS(Act) norm_grad_sums<S, Act>
+#define SPARSEKERN_BACKWARD(Act) norm_pass<Backward, S, Act>
+
+template <class S>
+constexpr NormKernels norm_kernels() {
+  return {
+      norm_moments<S>,
+      SPARSEKERN_FOR_ACTIVATIONS(SPARSEKERN_FORWARD),
+      SPARSEKERN_FOR_ACTIVATIONS(SPARSEKERN_SUMS),
+      SPARSEKERN_FOR_ACTIVATIONS(SPARSEKERN_BACKWARD),
+  };
+}
 
 }  // namespace
 
@@ -55,6 +74,7 @@ const Kernels kernels = {
         {Entry<Mask>::run<float>, Entry<Mask>::run<double>, Entry<Mask>::run<BFloat16>},
     },
     finish,
+    {norm_kernels<float>(), norm_kernels<double>(), norm_kernels<BFloat16>()},
 };
 
 }  // namespace SPARSEKERN_ISA

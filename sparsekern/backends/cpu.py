@@ -33,6 +33,8 @@ from sparsekern.backends._lists import (
     row_arrays,
     where_rows_are,
 )
+from sparsekern.backends.cpu_norm import norm_act_backward as norm_act_backward
+from sparsekern.backends.cpu_norm import norm_act_forward as norm_act_forward
 
 _CPU = torch.device("cpu")
 

@@ -37,6 +37,8 @@ from sparsekern.backends._lists import (
     row_arrays,
     where_rows_are,
 )
+from sparsekern.backends.reference_norm import norm_act_backward as norm_act_backward
+from sparsekern.backends.reference_norm import norm_act_forward as norm_act_forward
 
 _plans = Plans()
 

@@ -1,6 +1,7 @@
 """The step in plain torch: the specification that every other backend equals, and itself a backend.
 
-A backend is a module with the five functions below, called with arguments that were already checked
+A backend is a module with the five functions below and the two of
+:mod:`~sparsekern.backends.reference_norm`, called with arguments that were already checked
 (:mod:`sparsekern._checks`). All tensors of a call lie on one device; ``params``, ``grads`` and the
 state lists are as long as each other and of one floating dtype. ``rows`` says which rows the
 tensors have; it is None when none of them is tracked. ``rows.table`` may be any object with the
@@ -36,6 +37,8 @@ from sparsekern._rows import (
     Rows,
     RowTable,
 )
+from sparsekern.backends.reference_norm import norm_act_backward as norm_act_backward
+from sparsekern.backends.reference_norm import norm_act_forward as norm_act_forward
 
 
 @torch.no_grad()

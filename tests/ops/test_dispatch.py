@@ -62,7 +62,7 @@ CALLS = ["sgd", "sgd without rows", "adam tensor lr", "adam scaled", "around a f
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake and functionalisation of every op, with the arguments that the functions pass."""
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    monkeypatch.setattr(_ops, "_recorded", lambda params: True)
+    monkeypatch.setattr(_ops, "traced", lambda tensor: True)
     monkeypatch.setattr(
         torch._ops.OpOverload, "__call__", lambda op, *args, **kwargs: calls.append((op, args, kwargs))
     )

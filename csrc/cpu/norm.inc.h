@@ -1,0 +1,205 @@
+// Batch normalisation with its activation: what happens to a vector of elements, and the way through the data.
+//
+// Either the elements of one channel are neighbours, and a run of them is gone through, or (inner is 1) the channels
+// are, and a column of them is gone through row by row. In both the numbers of the channels stay in registers.
+
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+template <class S>
+SPARSEKERN_INLINE S* at(S* data, int64_t i) {
+  return data ? data + i : nullptr;
+}
+
+// Rows that are gone through column by column.
+constexpr int64_t kNormRows = 64;
+
+// Vectors in a column: neighbouring lines of the cache, or the memory would be read by leaps.
+constexpr int kColumn = 4;
+
+// What is done to each of some neighbouring vectors; an array would live in memory and not in registers.
+template <class Term, int kVectors>
+struct Chain {
+  Term first;
+  Chain<Term, kVectors - 1> rest;
+
+  // `make(v)` gives that of vector v.
+  template <class Make>
+  SPARSEKERN_INLINE explicit Chain(const Make& make, int v = 0) : first(make(v)), rest(make, v + 1) {}
+};
+template <class Term>
+struct Chain<Term, 0> {
+  template <class Make>
+  SPARSEKERN_INLINE explicit Chain(const Make&, int) {}
+};
+
+template <class S>
+struct NormInput {
+  using C = typename Compute<S>::Type;
+  using V = Vectors<C>;
+  using Vector = typename V::Vector;
+  using Integers = typename V::Integers;
+
+  const S* x;
+  const S* residual;
+  const S* grad;
+  Vector scale, shift, mean, slope, offset, threshold;
+  Integers live;
+  bool centred;
+
+  // The data from element `i` on, with the numbers of a channel, or of as many from it on as a vector has lanes.
+  NormInput(const NormJob& job, int64_t channel, int64_t i)
+      : x(at(static_cast<const S*>(job.x), i)),
+        residual(at(static_cast<const S*>(job.residual), i)),
+        grad(at(static_cast<const S*>(job.grad), i)),
+        scale(number(job, job.scale, channel)),
+        shift(number(job, job.shift, channel)),
+        mean(number(job, job.mean, channel)),
+        slope(number(job, job.slope, channel)),
+        offset(number(job, job.offset, channel)),
+        threshold(number(job, job.threshold, channel)),
+        live((Integers)number(job, job.live, channel)),
+        centred(job.centred) {}
+
+  static Vector number(const NormJob& job, const void* numbers, int64_t channel) {
+    const C* first = static_cast<const C*>(numbers) + channel;
+    if (job.inner == 1) return V::load(first);
+    Vector same;
+    for (int l = 0; l < V::kWidth; ++l) same[l] = *first;
+    return same;
+  }
+
+  // Zeros in masked channels, whatever stands there.
+  SPARSEKERN_INLINE Vector only_live(Vector values) const { return (Vector)((Integers)values & live); }
+
+  SPARSEKERN_INLINE Vector x_at(int64_t i) const { return only_live(V::load(x + i)); }
+
+  SPARSEKERN_INLINE Vector z_of(Vector x_i, int64_t i) const {
+    const Vector z = x_i * scale + shift;
+    return residual ? z + V::load(residual + i) : z;
+  }
+
+  template <class Act>
+  SPARSEKERN_INLINE Vector dz_of(Vector x_i, int64_t i) const {
+    return Act::gradient(V::load(grad + i), z_of(x_i, i));
+  }
+
+  // The last few elements of a run or row, in buffers that end in zeros.
+  struct Buffers {
+    S x[kLanes] = {}, residual[kLanes] = {}, grad[kLanes] = {};
+  };
+  NormInput rest(Buffers& buffers, int64_t begin, int64_t n) const {
+    NormInput rest = *this;
+    const auto take = [&](const S*& data, S* buffer) {
+      if (data == nullptr) return;
+      __builtin_memcpy(buffer, data + begin, static_cast<uint64_t>(n) * sizeof(S));
+      data = buffer;
+    };
+    take(rest.x, buffers.x);
+    take(rest.residual, buffers.residual);
+    take(rest.grad, buffers.grad);
+    return rest;
+  }
+};
+
+// y = activation(z)
+template <class S, class Act>
+struct Forward {
+  using Input = NormInput<S>;
+  S* y;
+
+  Forward(const NormJob& job, int64_t i) : y(static_cast<S*>(job.y) + i) {}
+
+  SPARSEKERN_INLINE void vector(const Input& input, int64_t i) const {
+    Input::V::store(Act::value(input.z_of(input.x_at(i), i)), y + i);
+  }
+
+  void rest(const Input& input, int64_t begin, int64_t n) const {
+    Forward buffered = *this;
+    S buffer[Input::V::kWidth];
+    buffered.y = buffer;
+    buffered.vector(input, 0);
+    __builtin_memcpy(y + begin, buffer, static_cast<uint64_t>(n) * sizeof(S));
+  }
+};
+
+// The gradients of x and of the residual.
+template <class S, class Act>
+struct Backward {
+  using Input = NormInput<S>;
+  S* grad_x;
+  S* grad_residual;
+
+  Backward(const NormJob& job, int64_t i)
+      : grad_x(static_cast<S*>(job.grad_x) + i), grad_residual(at(static_cast<S*>(job.grad_residual), i)) {}
+
+  SPARSEKERN_INLINE void vector(const Input& input, int64_t i) const {
+    const typename Input::Vector x = input.x_at(i), dz = input.template dz_of<Act>(x, i);
+    typename Input::Vector dx = dz * input.scale;
+    if (input.centred) dx += (x - input.mean) * input.slope + input.offset;
+    Input::V::store(input.only_live(dx), grad_x + i);
+    if (grad_residual) Input::V::store(dz, grad_residual + i);
+  }
+
+  void rest(const Input& input, int64_t begin, int64_t n) const {
+    Backward buffered = *this;
+    S buffer[2][Input::V::kWidth];
+    buffered.grad_x = buffer[0];
+    if (grad_residual) buffered.grad_residual = buffer[1];
+    buffered.vector(input, 0);
+    const uint64_t bytes = static_cast<uint64_t>(n) * sizeof(S);
+    __builtin_memcpy(grad_x + begin, buffer[0], bytes);
+    if (grad_residual) __builtin_memcpy(grad_residual + begin, buffer[1], bytes);
+  }
+};
+
+template <class Pass, class S, int kVectors>
+SPARSEKERN_INLINE void run(const Pass& pass, const Chain<NormInput<S>, kVectors>& inputs, int64_t i) {
+  if constexpr (kVectors > 0) {
+    pass.vector(inputs.first, i);
+    run(pass, inputs.rest, i + NormInput<S>::V::kWidth);
+  }
+}
+
+template <class Pass, class S>
+inline void norm_column(const NormJob& job, int64_t row, int64_t rows, int64_t c) {
+  constexpr int64_t kWidth = NormInput<S>::V::kWidth;
+  const int64_t i = row * job.channels + c;
+  const Chain<NormInput<S>, kColumn> inputs([&](int v) { return NormInput<S>(job, c + v * kWidth, i); });
+  const Pass pass(job, i);
+  for (int64_t r = 0; r < rows; ++r) run(pass, inputs, r * job.channels);
+}
+
+// `n` elements of one channel, of which the first is element `i` of the data.
+template <class Pass, class S>
+inline void norm_run(const NormJob& job, int64_t channel, int64_t i, int64_t n) {
+  constexpr int64_t kWidth = NormInput<S>::V::kWidth;
+  const NormInput<S> input(job, channel, i);
+  const Pass pass(job, i);
+  int64_t k = 0;
+  for (; k + kWidth <= n; k += kWidth) pass.vector(input, k);
+  if (k == n) return;
+  typename NormInput<S>::Buffers buffers;
+  pass.rest(input.rest(buffers, k, n - k), k, n - k);
+}
+
+// The columns of the rows of a piece, block by block.
+template <class S, class Column>
+inline void in_columns(const NormJob& job, const NormPiece& piece, const Column& column) {
+  for (int64_t row = piece.outer_begin; row < piece.outer_end; row += kNormRows)
+    for (int64_t c = 0; c < job.channels; c += kColumn * NormInput<S>::V::kWidth)
+      column(row, smaller(kNormRows, piece.outer_end - row), c);
+}
+
+template <template <class, class> class Kind, class S, template <class> class Act>
+inline void norm_pass(const NormJob* job, const NormPiece* piece) {
+  using Pass = Kind<S, Act<typename Compute<S>::Type>>;
+  const int64_t inner = job->inner, channels = job->channels;
+  if (inner > 1) {
+    for (int64_t o = piece->outer_begin; o < piece->outer_end; ++o)
+      norm_run<Pass, S>(*job, piece->channel, (o * channels + piece->channel) * inner, inner);
+    return;
+  }
+  in_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) { norm_column<Pass, S>(*job, row, rows, c); });
+}

@@ -1,0 +1,366 @@
+#include "norm_act.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+namespace sparsekern {
+
+namespace {
+
+// Elements of a piece, and the rows that a kernel takes at a time.
+constexpr int64_t kPiece = 64 * 1024;
+constexpr int64_t kRows = 64;
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t size_of(Dtype dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+// How the data is gone through. It depends on shapes alone, so that results are the same at any number of threads.
+//
+// Channel by channel, so that a second pass finds the channel in the cache; where a channel's elements are not
+// neighbours, by pieces of rows that hold all channels as often as fills whole vectors. What is left over of such a
+// row is a piece of its own.
+struct Layout {
+  bool by_channel;
+  int64_t copies, width, rows, left_over, rows_of_piece, pieces;
+
+  explicit Layout(const NormCall& call) {
+    by_channel = call.inner > 1;
+    copies = by_channel ? 1 : kNormWidth / std::gcd(call.channels, kNormWidth);
+    width = call.channels * copies;
+    rows = by_channel ? call.outer : call.outer / copies;
+    left_over = by_channel ? 0 : (call.outer - rows * copies) * call.channels;
+    rows_of_piece = std::max<int64_t>(1, kPiece / (kRows * width)) * kRows;
+    pieces = by_channel ? call.channels : divide_up(rows, rows_of_piece) + (left_over > 0);
+  }
+
+  int64_t partials() const { return by_channel ? 1 : pieces; }
+  bool is_left_over(int64_t piece) const { return left_over > 0 && piece == pieces - 1; }
+
+  // Rows of a piece that have position `i`.
+  int64_t rows_with(int64_t piece, int64_t i) const {
+    if (is_left_over(piece)) return i < left_over;
+    return std::min(rows - piece * rows_of_piece, rows_of_piece);
+  }
+};
+
+// Adds the mean and summed squared deviations of `m` numbers to those of `n` (Chan, Golub and LeVeque 1979).
+void join(double& n, double& mean, double& deviation, double m, double other_mean, double other_deviation) {
+  const double distance = other_mean - mean;
+  mean += distance * (m / (n + m));
+  deviation += other_deviation + distance * distance * (n * m / (n + m));
+  n += m;
+}
+
+// The last elements of the data, which make no whole row, in rows of their own that end in zeros.
+class LeftOver {
+ public:
+  LeftOver(const NormJob& whole, const Layout& layout, int64_t size)
+      : job(whole), bytes_(static_cast<size_t>(layout.left_over * size)), memory_(kArrays * layout.width * size) {
+    const int64_t begin = layout.rows * layout.width * size, row = layout.width * size;
+    const auto take = [&](int array, const void*& data) {
+      if (data == nullptr) return;
+      std::memcpy(&memory_[array * row], static_cast<const char*>(data) + begin, bytes_);
+      data = &memory_[array * row];
+    };
+    take(0, job.x);
+    take(1, job.residual);
+    take(2, job.grad);
+    const auto make = [&](int array, void*& data) {
+      targets_[array - kInputs] = data ? static_cast<char*>(data) + begin : nullptr;
+      if (data != nullptr) data = &memory_[array * row];
+    };
+    make(3, job.y);
+    make(4, job.grad_x);
+    make(5, job.grad_residual);
+  }
+
+  // The results, to where they belong.
+  void give() const {
+    const void* const made[] = {job.y, job.grad_x, job.grad_residual};
+    for (int i = 0; i < kArrays - kInputs; ++i)
+      if (targets_[i] != nullptr) std::memcpy(targets_[i], made[i], bytes_);
+  }
+
+  NormJob job;
+
+ private:
+  static constexpr int kInputs = 3, kArrays = 6;
+  size_t bytes_;
+  std::vector<char> memory_;
+  char* targets_[kArrays - kInputs];
+};
+
+// One call, for data whose compute type is C.
+template <class C>
+class Norm {
+ public:
+  using Bits = std::conditional_t<std::is_same_v<C, double>, int64_t, int32_t>;
+
+  Norm(const NormCall& call, const Kernels& kernels, ParallelFor parallel, int64_t threads)
+      : call_(call),
+        layout_(call),
+        kernels_(kernels.norm[call.dtype]),
+        parallel_(parallel),
+        threads_(std::min(threads, std::max<int64_t>(1, int64_t(elements()) * call.channels / kPiece))),
+        numbers_(static_cast<size_t>(kNumbers * layout_.width)),
+        live_(static_cast<size_t>(layout_.width), Bits(-1)) {
+    job_.outer = layout_.rows;
+    job_.channels = layout_.width;
+    job_.inner = call.inner;
+    job_.x = call.x;
+    job_.residual = call.residual;
+    job_.scale = number(kScale);
+    job_.shift = number(kShift);
+    job_.mean = number(kMean);
+    job_.slope = number(kSlope);
+    job_.offset = number(kOffset);
+    job_.threshold = number(kThreshold);
+    job_.live = live_.data();
+  }
+
+  Error forward(const NormForward& to) {
+    job_.y = to.y;
+    C *mean = static_cast<C*>(to.mean), *var = static_cast<C*>(to.var);
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      mean[c] = at(to.running_mean, c, 0);
+      var[c] = at(to.running_var, c, 1);
+      // What an update of the running variance multiplies by again.
+      if (call_.training && masked(c)) var[c] = C(var[c] * (1 - 1.0 / double(elements())));
+    }
+    std::vector<double> moments(static_cast<size_t>(kMoments * layout_.partials() * layout_.width));
+    const auto settle = [&](int64_t c) {
+      if (call_.training && !masked(c)) take_moments(moments.data(), c, mean[c], var[c]);
+      set_scale(c, mean[c], var[c]);
+    };
+    const auto moments_of = [&](const NormJob& job, const NormPiece& piece) { kernels_.moments(&job, &piece); };
+    const auto forward_of = [&](const NormJob& job, const NormPiece& piece) {
+      kernels_.forward[call_.activation](&job, &piece);
+    };
+    const auto fill = [&](const NormPiece& piece) {
+      if (call_.residual == nullptr) return clear(to.y, piece.channel);
+      const NormJob job = of_residual(piece.channel, to.y, nullptr);
+      kernels_.forward[call_.activation](&job, &piece);
+    };
+    if (!call_.training)
+      return run(moments.data(), 0, [](const NormJob&, const NormPiece&) {}, settle, forward_of, fill);
+    return run(moments.data(), kMoments, moments_of, settle, forward_of, fill);
+  }
+
+  Error backward(const NormBackward& to) {
+    job_.grad = to.grad;
+    job_.grad_x = to.grad_x;
+    job_.grad_residual = to.grad_residual;
+    job_.centred = call_.training;
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      set_scale(c, at(to.mean, c, 0), at(to.var, c, 1));
+      set(kThreshold, c, to.threshold ? C(to.threshold[c]) : C(INFINITY));
+    }
+    std::vector<double> sums(static_cast<size_t>(kNormSums * layout_.partials() * layout_.width));
+    std::vector<double> total(static_cast<size_t>(kNormSums * call_.channels));
+    const auto settle = [&](int64_t c) {
+      if (masked(c)) return;
+      double* of_channel = total.data() + c * kNormSums;
+      take_sums(sums.data(), c, of_channel);
+      settle_gradient(to, c, of_channel);
+    };
+    const auto sums_of = [&](const NormJob& job, const NormPiece& piece) {
+      kernels_.sums[call_.activation](&job, &piece);
+    };
+    const auto backward_of = [&](const NormJob& job, const NormPiece& piece) {
+      kernels_.backward[call_.activation](&job, &piece);
+    };
+    const auto fill = [&](const NormPiece& piece) {
+      clear(to.grad_x, piece.channel);
+      if (call_.residual == nullptr) return;
+      const NormJob job = of_residual(piece.channel, nullptr, to.grad_residual);
+      kernels_.backward[call_.activation](&job, &piece);
+    };
+    for (int64_t c = 0; c < call_.channels; ++c)
+      static_cast<C*>(to.grad_weight)[c] = static_cast<C*>(to.grad_bias)[c] = 0;
+    const Error error = run(sums.data(), kNormSums, sums_of, settle, backward_of, fill);
+    if (error == kOk && to.threshold != nullptr) count(to, total);
+    return error;
+  }
+
+ private:
+  enum Number { kScale, kShift, kMean, kSlope, kOffset, kThreshold, kNumbers };
+
+  bool masked(int64_t c) const { return call_.mask != nullptr && call_.mask[c] != 0; }
+  double elements() const { return double(call_.outer * call_.inner); }
+  static C at(const void* vector, int64_t c, C none) { return vector ? static_cast<const C*>(vector)[c] : none; }
+  C* number(Number which) { return numbers_.data() + which * layout_.width; }
+
+  void set(Number which, int64_t c, C value) {
+    for (int64_t copy = 0; copy < layout_.copies; ++copy) number(which)[copy * call_.channels + c] = value;
+  }
+
+  void set_scale(int64_t c, C mean, C var) {
+    const bool gone = masked(c);
+    const double scale = scale_of(c, var);
+    set(kScale, c, gone ? C(0) : C(scale));
+    set(kShift, c, gone ? C(0) : C(double(at(call_.bias, c, 0)) - double(mean) * scale));
+    set(kMean, c, mean);
+    if (gone)
+      for (int64_t copy = 0; copy < layout_.copies; ++copy) live_[copy * call_.channels + c] = 0;
+  }
+
+  double scale_of(int64_t c, C var) const {
+    return double(at(call_.weight, c, 1)) * (1 / std::sqrt(double(var) + call_.eps));
+  }
+
+  // sum(job, piece), then settle(channel) for what follows from the sums, then pass(job, piece); fill(piece) for a
+  // channel that is masked.
+  template <class Sum, class Settle, class Pass, class Fill>
+  Error run(double* partials, int64_t planes, const Sum& sum, const Settle& settle, const Pass& pass,
+            const Fill& fill) {
+    return (layout_.by_channel ? run_by_channel(partials, sum, settle, pass, fill)
+                               : run_by_rows(partials, planes, sum, settle, pass))
+               ? kOk
+               : kParallelFailed;
+  }
+
+  template <class Sum, class Settle, class Pass, class Fill>
+  bool run_by_channel(double* partials, const Sum& sum, const Settle& settle, const Pass& pass, const Fill& fill) {
+    return parallel_for(parallel_, threads_, layout_.pieces, [&](int64_t c) {
+      const NormPiece piece = {0, layout_.rows, c, partials};
+      if (!masked(c)) sum(job_, piece);
+      settle(c);
+      masked(c) ? fill(piece) : pass(job_, piece);
+    });
+  }
+
+  template <class Sum, class Settle, class Pass>
+  bool run_by_rows(double* partials, int64_t planes, const Sum& sum, const Settle& settle, const Pass& pass) {
+    const LeftOver left_over(job_, layout_, size_of(call_.dtype));
+    const auto all = [&](const auto& work) {
+      return parallel_for(parallel_, threads_, layout_.pieces, [&](int64_t i) {
+        const bool left = layout_.is_left_over(i);
+        const int64_t begin = left ? 0 : i * layout_.rows_of_piece;
+        const int64_t end = left ? 1 : std::min(layout_.rows, begin + layout_.rows_of_piece);
+        work(left ? left_over.job : job_, NormPiece{begin, end, 0, partials + i * planes * layout_.width});
+      });
+    };
+    if (planes > 0 && !all(sum)) return false;
+    for (int64_t c = 0; c < call_.channels; ++c) settle(c);
+    if (!all(pass)) return false;
+    if (layout_.left_over > 0) left_over.give();
+    return true;
+  }
+
+  // Mean and biased variance of a channel, from all pieces.
+  void take_moments(const double* moments, int64_t c, C& mean_out, C& var_out) const {
+    double n = 0, mean = 0, deviation = 0;
+    for (int64_t p = 0; p < layout_.partials(); ++p) {
+      const double* of_piece = moments + p * kMoments * layout_.width;
+      for (int64_t i = c; i < layout_.width; i += call_.channels) {
+        const double m = layout_.by_channel ? elements() : double(layout_.rows_with(p, i));
+        if (m > 0)
+          join(n, mean, deviation, m, of_piece[kMeanOf * layout_.width + i], of_piece[kDeviation * layout_.width + i]);
+      }
+    }
+    mean_out = C(mean);
+    var_out = C(deviation / n);
+  }
+
+  void take_sums(const double* sums, int64_t c, double* total) const {
+    for (int64_t p = 0; p < layout_.partials(); ++p)
+      for (int s = 0; s < kNormSums; ++s)
+        for (int64_t i = c; i < layout_.width; i += call_.channels)
+          total[s] += sums[(p * kNormSums + s) * layout_.width + i];
+  }
+
+  // The gradients of gamma and beta, and what the gradient of x needs of the sums.
+  void settle_gradient(const NormBackward& to, int64_t c, const double* total) {
+    const C var = at(to.var, c, 1);
+    const double spread = double(var) + call_.eps, scale = scale_of(c, var);
+    static_cast<C*>(to.grad_weight)[c] = C(total[kGradDot] / std::sqrt(spread));
+    static_cast<C*>(to.grad_bias)[c] = C(total[kGradSum]);
+    set(kSlope, c, C(-scale * (total[kGradDot] / elements()) / spread));
+    set(kOffset, c, C(-scale * (total[kGradSum] / elements())));
+  }
+
+  // For a masked channel, whose z is the residual: a job that takes the residual for x.
+  NormJob of_residual(int64_t c, void* y, void* grad) {
+    set(kScale, c, 1);
+    live_[c] = -1;
+    NormJob job = job_;
+    job.x = job.residual;
+    job.residual = nullptr;
+    job.y = y;
+    job.grad_x = grad;
+    job.grad_residual = nullptr;
+    job.centred = 0;
+    return job;
+  }
+
+  void clear(void* data, int64_t c) const {
+    const int64_t size = size_of(call_.dtype), run = call_.inner * size;
+    for (int64_t o = 0; o < call_.outer; ++o)
+      std::memset(static_cast<char*>(data) + (o * call_.channels + c) * run, 0, static_cast<size_t>(run));
+  }
+
+  // Folds this pass into the means of the counts, and sets the thresholds of the next.
+  void count(const NormBackward& to, const std::vector<double>& total) const {
+    const float keep = float(to.decay), fresh = float(1 - to.decay);
+    const auto norm_sq = [&](int64_t c) {
+      const double gamma = at(call_.weight, c, 1), beta = at(call_.bias, c, 0);
+      return gamma * gamma + beta * beta;
+    };
+    const auto counted = [&](int64_t c) {
+      return !masked(c) && std::isfinite(total[c * kNormSums + kGradSq]) && std::isfinite(norm_sq(c));
+    };
+    double sum = 0, channels = 0;
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      if (!counted(c)) continue;
+      sum += total[c * kNormSums + kGradSq] * norm_sq(c);
+      ++channels;
+    }
+    const double rms = std::sqrt(sum / (channels * elements()));
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      if (!counted(c)) continue;
+      const float share = float(total[c * kNormSums + kGradCount] / elements());
+      to.activity[c] = to.activity[c] * keep + share * fresh;
+      to.threshold[c] = norm_sq(c) == 0 ? INFINITY : float(to.tau * rms / std::sqrt(norm_sq(c)));
+    }
+    *to.updates += 1;
+  }
+
+  const NormCall& call_;
+  const Layout layout_;
+  const NormKernels& kernels_;
+  const ParallelFor parallel_;
+  const int64_t threads_;
+  std::vector<C> numbers_;
+  std::vector<Bits> live_;
+  NormJob job_ = {};
+};
+
+template <class To, class Member>
+Error dispatch(const NormCall& call, const Kernels& kernels, ParallelFor parallel, int64_t threads, const To& to,
+               const Member& member) {
+  if (call.dtype == kFloat64) return member(Norm<double>(call, kernels, parallel, threads), to);
+  return member(Norm<float>(call, kernels, parallel, threads), to);
+}
+
+}  // namespace
+
+Error norm_act_forward(const NormCall& call, const NormForward& to, const Kernels& kernels, ParallelFor parallel,
+                       int64_t threads) {
+  return dispatch(call, kernels, parallel, threads, to, [](auto&& norm, const auto& to) { return norm.forward(to); });
+}
+
+Error norm_act_backward(const NormCall& call, const NormBackward& to, const Kernels& kernels, ParallelFor parallel,
+                        int64_t threads) {
+  return dispatch(call, kernels, parallel, threads, to, [](auto&& norm, const auto& to) { return norm.backward(to); });
+}
+
+}  // namespace sparsekern

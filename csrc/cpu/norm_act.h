@@ -1,0 +1,40 @@
+// Batch normalisation with its activation: one call for a forward or a backward pass.
+#pragma once
+
+#include <cstdint>
+
+#include "../abi.h"
+#include "parallel.h"
+
+namespace sparsekern {
+
+// Data and vectors as in sparsekern/backends/reference_norm.py. Element (o, c, i) of the data is at
+// (o * channels + c) * inner + i. Vectors have one number per channel, of the compute type unless said otherwise; null
+// where there is none.
+struct NormCall {
+  Dtype dtype;
+  Activation activation;
+  int64_t outer, channels, inner;
+  int32_t training;
+  double eps;
+  const void *x, *residual;
+  const void *weight, *bias;
+  const uint8_t* mask;
+};
+
+struct NormForward {
+  const void *running_mean, *running_var;
+  void *y, *mean, *var;
+};
+
+struct NormBackward {
+  const void *grad, *mean, *var;
+  void *grad_x, *grad_residual, *grad_weight, *grad_bias;
+  float *threshold, *activity, *updates;  // all null where nothing is counted
+  double tau, decay;
+};
+
+Error norm_act_forward(const NormCall&, const NormForward&, const Kernels&, ParallelFor, int64_t threads);
+Error norm_act_backward(const NormCall&, const NormBackward&, const Kernels&, ParallelFor, int64_t threads);
+
+}  // namespace sparsekern

@@ -1,0 +1,225 @@
+// The sums of a batch normalisation: the moments of its input, and what its gradient needs.
+//
+// Summed in sixteen lanes of the compute type over a block, and then in float64.
+
+// Elements of a run that are summed in the compute type.
+constexpr int64_t kNormBlock = 2048;
+
+// kCount sums in each lane of some vectors.
+template <class C, int kCount, int kVectors>
+struct SumLanesOf {
+  using V = Vectors<C>;
+
+  typename V::Vector sum[kCount] = {};
+  SumLanesOf<C, kCount, kVectors - 1> rest;
+
+  // Adds what the terms find from place `i` on.
+  template <class Terms>
+  SPARSEKERN_INLINE void add(const Terms& terms, int64_t i) {
+    terms.first(i, sum);
+    rest.add(terms.rest, i + V::kWidth);
+  }
+
+  // To `lanes`, in planes of `plane` numbers.
+  SPARSEKERN_INLINE void store(C* lanes, int64_t plane) const {
+    for (int s = 0; s < kCount; ++s) V::store(sum[s], lanes + s * plane);
+    rest.store(lanes + V::kWidth, plane);
+  }
+};
+
+template <class C, int kCount>
+struct SumLanesOf<C, kCount, 0> {
+  template <class Terms>
+  SPARSEKERN_INLINE void add(const Terms&, int64_t) {}
+  void store(C*, int64_t) const {}
+};
+
+// Vectors of sixteen lanes.
+template <class C>
+constexpr int kLaneVectors = kLanes * sizeof(C) / kVectorBytes;
+
+template <class C, int kCount>
+using SumLanes = SumLanesOf<C, kCount, kLaneVectors<C>>;
+
+// Adds all lanes of each sum, one after the other.
+template <class C, int kCount>
+inline void fold(const SumLanes<C, kCount>& sums, double (&total)[kCount]) {
+  C lanes[kCount][kLanes];
+  sums.store(lanes[0], kLanes);
+  for (int s = 0; s < kCount; ++s)
+    for (int l = 0; l < kLanes; ++l) total[s] += lanes[s][l];
+}
+
+// x - centre and its square, of the first `n` elements from each place on.
+template <class S>
+struct Deviation {
+  using C = typename Compute<S>::Type;
+  using V = Vectors<C>;
+  const S* x;
+  typename V::Vector centre;
+  int64_t n;
+
+  SPARSEKERN_INLINE void operator()(int64_t i, typename V::Vector (&sum)[2]) const {
+    typename V::Vector d = V::load(x + i) - centre;
+    if (n < kLanes) d = V::first(d, n - i);
+    sum[0] += d;
+    sum[1] += d * d;
+  }
+};
+
+// Means and summed squared deviations of `n` numbers each, joined by `m` more whose sums about `centre` are given
+// (Chan, Golub and LeVeque 1979). Centred on the mean of those before them, no sum of squares is much larger than what
+// it leads to.
+template <class C, class Sum>
+inline void join(double n, double* __restrict mean, double* __restrict deviation, double m, const C* centre,
+                 const Sum* sum, const Sum* sum_sq, int64_t count) {
+  const double inverse = 1 / m, share = m / (n + m), between = n * share;
+  for (int64_t l = 0; l < count; ++l) {
+    const double own = double(sum[l]) * inverse, distance = double(centre[l]) + own - mean[l];
+    mean[l] += distance * share;
+    deviation[l] += double(sum_sq[l]) - double(sum[l]) * own + distance * distance * between;
+  }
+}
+
+// Sums of x - centre and of its square over a block of a run.
+template <class S>
+inline void sum_deviations(const S* x, int64_t n, typename Compute<S>::Type centre, double (&total)[2]) {
+  using C = typename Compute<S>::Type;
+  const VectorOf<C> same = VectorOf<C>{} + centre;
+  const auto terms = [&](const S* from, int64_t count) {
+    return Chain<Deviation<S>, kLaneVectors<C>>([=](int) { return Deviation<S>{from, same, count}; });
+  };
+  SumLanes<C, 2> sums;
+  int64_t i = 0;
+  const auto all = terms(x, kLanes);
+  for (; i + kLanes <= n; i += kLanes) sums.add(all, i);
+  if (i < n) {
+    S buffer[kLanes] = {};
+    __builtin_memcpy(buffer, x + i, static_cast<uint64_t>(n - i) * sizeof(S));
+    sums.add(terms(buffer, n - i), 0);
+  }
+  total[0] = total[1] = 0;
+  fold<C, 2>(sums, total);
+}
+
+template <class S>
+inline void moments_of_channel(const NormJob& job, const NormPiece& piece) {
+  using C = typename Compute<S>::Type;
+  double n = 0, mean = 0, deviation = 0, sums[2];
+  for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o) {
+    const S* x = static_cast<const S*>(job.x) + (o * job.channels + piece.channel) * job.inner;
+    for (int64_t i = 0; i < job.inner; i += kNormBlock) {
+      const int64_t m = smaller(kNormBlock, job.inner - i);
+      if (n == 0) {
+        sum_deviations(x + i, m, C(0), sums);
+        mean = sums[0] / double(m);
+      }
+      const C centre = C(mean);
+      sum_deviations(x + i, m, centre, sums);
+      join(n, &mean, &deviation, double(m), &centre, &sums[0], &sums[1], 1);
+      n += double(m);
+    }
+  }
+  piece.out[kMeanOf * job.channels + piece.channel] = mean;
+  piece.out[kDeviation * job.channels + piece.channel] = deviation;
+}
+
+// The same of each channel of a column over some rows: `sums` has two planes of as many numbers.
+template <class S, class C>
+inline void sum_deviations(const S* x, int64_t stride, int64_t rows, const C* centre, C* sums) {
+  using V = Vectors<C>;
+  const Chain<Deviation<S>, kColumn> terms(
+      [&](int v) { return Deviation<S>{x, V::load(centre + v * V::kWidth), kLanes}; });
+  SumLanesOf<C, 2, kColumn> lanes;
+  for (int64_t r = 0; r < rows; ++r) lanes.add(terms, r * stride);
+  lanes.store(sums, kColumn * V::kWidth);
+}
+
+// A column of a block of `rows` rows, after `before` others of its piece.
+template <class S>
+inline void moments_of_column(const NormJob& job, const NormPiece& piece, int64_t before, int64_t rows, int64_t c) {
+  using C = typename Compute<S>::Type;
+  constexpr int64_t kChannels = kColumn * Vectors<C>::kWidth;
+  const S* x = static_cast<const S*>(job.x) + (piece.outer_begin + before) * job.channels + c;
+  double* mean = piece.out + kMeanOf * job.channels + c;
+  double* deviation = piece.out + kDeviation * job.channels + c;
+  C centre[kChannels] = {}, sums[2][kChannels];
+  if (before == 0) {
+    sum_deviations(x, job.channels, rows, centre, sums[0]);
+    for (int64_t l = 0; l < kChannels; ++l) mean[l] = sums[0][l] / double(rows);
+  }
+  for (int64_t l = 0; l < kChannels; ++l) centre[l] = C(mean[l]);
+  sum_deviations(x, job.channels, rows, centre, sums[0]);
+  join(double(before), mean, deviation, double(rows), centre, sums[0], sums[1], kChannels);
+}
+
+// dz, dz * (x - mean), dz^2, and how many exceed the threshold.
+template <class S, class Act>
+struct GradTerm {
+  using V = typename NormInput<S>::V;
+  NormInput<S> input;
+
+  SPARSEKERN_INLINE void operator()(int64_t i, typename V::Vector (&sum)[kNormSums]) const {
+    const typename V::Vector x = input.x_at(i), dz = input.template dz_of<Act>(x, i);
+    sum[kGradSum] += dz;
+    sum[kGradDot] += dz * (x - input.mean);
+    sum[kGradSq] += dz * dz;
+    sum[kGradCount] += V::exceeds(dz, input.threshold);
+  }
+};
+
+template <class S, class Act>
+inline void grad_sums_of_channel(const NormJob& job, const NormPiece& piece) {
+  using Input = NormInput<S>;
+  using C = typename Input::C;
+  using Terms = Chain<GradTerm<S, Act>, kLaneVectors<C>>;
+  double total[kNormSums] = {};
+  for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o) {
+    const Input input(job, piece.channel, (o * job.channels + piece.channel) * job.inner);
+    const Terms terms([&](int) { return GradTerm<S, Act>{input}; });
+    for (int64_t begin = 0; begin < job.inner; begin += kNormBlock) {
+      const int64_t end = smaller(begin + kNormBlock, job.inner);
+      SumLanes<C, kNormSums> sums;
+      int64_t i = begin;
+      for (; i + kLanes <= end; i += kLanes) sums.add(terms, i);
+      if (i < end) {
+        typename Input::Buffers buffers;
+        const Input rest = input.rest(buffers, i, end - i);
+        sums.add(Terms([&](int) { return GradTerm<S, Act>{rest}; }), 0);
+      }
+      fold<C, kNormSums>(sums, total);
+    }
+  }
+  for (int s = 0; s < kNormSums; ++s) piece.out[s * job.channels + piece.channel] = total[s];
+}
+
+template <class S, class Act>
+inline void grad_sums_of_column(const NormJob& job, const NormPiece& piece, int64_t row, int64_t rows, int64_t c) {
+  using Input = NormInput<S>;
+  using C = typename Input::C;
+  constexpr int64_t kWidth = Input::V::kWidth, kChannels = kColumn * kWidth;
+  const Chain<GradTerm<S, Act>, kColumn> terms(
+      [&](int v) { return GradTerm<S, Act>{Input(job, c + v * kWidth, row * job.channels + c)}; });
+  SumLanesOf<C, kNormSums, kColumn> lanes;
+  for (int64_t r = 0; r < rows; ++r) lanes.add(terms, r * job.channels);
+  C sums[kNormSums][kChannels];
+  lanes.store(sums[0], kChannels);
+  for (int s = 0; s < kNormSums; ++s)
+    for (int64_t l = 0; l < kChannels; ++l) piece.out[s * job.channels + c + l] += sums[s][l];
+}
+
+template <class S>
+inline void norm_moments(const NormJob* job, const NormPiece* piece) {
+  if (job->inner > 1) return moments_of_channel<S>(*job, *piece);
+  in_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) {
+    moments_of_column<S>(*job, *piece, row - piece->outer_begin, rows, c);
+  });
+}
+
+template <class S, template <class> class Act>
+inline void norm_grad_sums(const NormJob* job, const NormPiece* piece) {
+  using A = Act<typename Compute<S>::Type>;
+  if (job->inner > 1) return grad_sums_of_channel<S, A>(*job, *piece);
+  in_columns<S>(*job, *piece,
+                [&](int64_t row, int64_t rows, int64_t c) { grad_sums_of_column<S, A>(*job, *piece, row, rows, c); });
+}

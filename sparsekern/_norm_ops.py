@@ -1,0 +1,269 @@
+"""The ops of batch normalisation with its activation: schemas, fakes and autograd, side by side.
+
+As in :mod:`sparsekern._ops`, what traces goes through ``torch.ops.sparsekern``, and eager mode straight to
+the backend: a pass through the dispatcher and back into Python takes longer than a small layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsekern._counts import ChannelCounts
+from sparsekern._ops import traced
+from sparsekern.backends import choose, reference_norm
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+
+_OPTIONS = "*, str activation, bool training, float eps, float tau, float decay"
+_AFFINE = "Tensor? weight, Tensor? bias"
+_LIBRARY.define(
+    f"norm_act(Tensor x, Tensor? residual, {_AFFINE}, Tensor? running_mean, Tensor? running_var, "
+    f"Tensor? mask, Tensor[] counts, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"norm_act_backward(Tensor grad, Tensor x, Tensor? residual, {_AFFINE}, Tensor mean, Tensor var, "
+    f"Tensor? mask, Tensor(a!)[] counts, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: ChannelCounts | None,
+    *,
+    activation: str,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, mean, var)`` of :func:`sparsekern.backends.reference_norm.norm_act_forward`, differentiable once.
+
+    Args:
+        counts: updated by the backward pass when given.
+
+    The other arguments are those of the reference. Only ``x`` and ``residual`` are kept for the backward
+    pass, and vectors of a number per channel.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has changed then.
+    """
+    _check(x, residual, weight, bias, running_mean, running_var, mask, counts, activation, training)
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
+    found: tuple[Tensor, Tensor, Tensor]
+    if not traced(x):
+        found = _NormAct.apply(*operands, counts, activation, training, eps)
+        return found
+    arrays, tau, decay = ([], 1.0, 0.0) if counts is None else (counts.arrays, counts.tau, counts.decay)
+    found = torch.ops.sparsekern.norm_act.default(
+        *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
+    )
+    return found
+
+
+class _NormAct(torch.autograd.Function):
+    """The op in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *operands, counts, activation, training, eps = inputs
+        x, residual, weight, bias, _, _, mask = operands
+        options = {"activation": activation, "training": training, "eps": eps}
+        y, mean, var = choose(x.device).norm_act_forward(*operands, **options)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
+        ctx.counts, ctx.options = counts, options
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 11
+        if grad is None:
+            return nothing
+        x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
+        grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
+            grad, x, residual, weight, bias, mean, var, mask, counts=ctx.counts, **ctx.options
+        )
+        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
+        return (
+            grad_x,
+            grad_residual,
+            grad_weight,
+            None if bias is None else grad_bias.to(bias.dtype),
+            *nothing[4:],
+        )
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: ChannelCounts | None,
+    activation: str,
+    training: bool,
+) -> None:
+    check_activation(activation)
+    if x.dim() < 2 or x.numel() == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x: got {x.dtype} {list(x.shape)}, expected floating-point [N, C, ...] with elements"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual: got {residual.dtype} {list(residual.shape)}, expected {x.dtype} {list(x.shape)} as x"
+        )
+    _check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    _check_vectors(x, torch.bool, mask=mask)
+    if counts is not None:
+        _check_vectors(
+            x, torch.float32, **{"counts.threshold": counts.threshold, "counts.activity": counts.activity}
+        )
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"x: got {list(x.shape)}, expected more than 1 value per channel when training")
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean, running_var: got None, expected both where training is not set")
+
+
+def _check_vectors(x: Tensor, dtype: torch.dtype | None = None, **vectors: Tensor | None) -> None:
+    """Every vector there is has a number for each channel, without ``dtype`` a floating-point one."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        fits = vector.is_floating_point() if dtype is None else vector.dtype == dtype
+        if not fits or vector.shape != x.shape[1:2] or vector.device != x.device:
+            raise ValueError(
+                f"{name}: got {vector.dtype} {list(vector.shape)} on {vector.device}, expected "
+                f"{dtype or 'floating-point'} [{x.shape[1]}] on {x.device}, the channels of x"
+            )
+
+
+def check_activation(activation: str) -> None:
+    """Raises ``ValueError`` for one that does not exist."""
+    if activation not in reference_norm.ACTIVATIONS:
+        known = ", ".join(reference_norm.ACTIVATIONS)
+        raise ValueError(f"activation: got {activation!r}, expected one of {known}")
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: list[Tensor],
+    *,
+    activation: str,
+    training: bool,
+    eps: float,
+    tau: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = choose(x.device).norm_act_forward(
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        mask,
+        activation=activation,
+        training=training,
+        eps=eps,
+    )
+    return found
+
+
+def _forward_fake(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
+    return torch.empty_like(x), vector, torch.empty_like(vector)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+    counts: list[Tensor],
+    *,
+    activation: str,
+    training: bool,
+    eps: float,
+    tau: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
+        grad,
+        x,
+        residual,
+        weight,
+        bias,
+        mean,
+        var,
+        mask,
+        activation=activation,
+        training=training,
+        eps=eps,
+        counts=ChannelCounts.of(counts, tau, decay) if counts else None,
+    )
+    # An op has as many results every time.
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, residual: Tensor | None, *operands: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
+    grad_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), grad_residual, vector, torch.empty_like(vector)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    x, residual, weight, bias, _, _, mask, counts = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
+    # Not among the saved ones: what the backward pass of another call writes must not invalidate this one.
+    ctx.counts = counts
+    ctx.options = keyword_only_inputs
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
+    grad_x, grad_residual, grad_weight, grad_bias = torch.ops.sparsekern.norm_act_backward.default(
+        grad, x, residual, weight, bias, mean, var, mask, ctx.counts, **ctx.options
+    )
+    return (
+        grad_x,
+        None if residual is None else grad_residual,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
+        None,
+        None,
+        None,
+        [None] * len(ctx.counts),
+    )
+
+
+_LIBRARY.impl("norm_act", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("norm_act_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsekern::norm_act", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("sparsekern::norm_act_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsekern::norm_act", _gradients, setup_context=_save, lib=_LIBRARY)

@@ -1,0 +1,123 @@
+"""Batch normalisation and the activation behind it, as one module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsekern._counts import ChannelCounts
+from sparsekern._norm_ops import check_activation, norm_act
+
+_FUNCTIONS = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+}
+
+
+class NormAct2d(nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with its activation: ``activation(norm(x) + residual)``.
+
+    Parameters, buffers, keys of the state dict and numerics are torch's. Forward and backward pass go
+    twice over the data each, and keep ``x`` alone for the backward pass (with a residual, that too),
+    from which the input of the activation is computed again.
+
+    Attributes:
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"hardswish"`` or ``"silu"``.
+        mask: bool ``[C]`` or None; channels whose gamma and beta are 0, which are not computed: their
+            result is ``activation(residual)``, they get no gradient, and their running statistics stand
+            still. Not in the state dict.
+        counts: where the backward pass in training counts the gradients of each channel, or None. Not in
+            the state dict.
+    """
+
+    activation: str
+    mask: Tensor | None = None
+    counts: ChannelCounts | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "relu",
+    ) -> None:
+        """All but ``activation`` as in ``torch.nn.BatchNorm2d``.
+
+        Raises:
+            ValueError: an activation that does not exist.
+        """
+        check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+
+    @staticmethod
+    def adopt(norm: nn.BatchNorm2d, activation: str) -> None:
+        """Make torch's module one of these, in place: the same tensors, hooks and object.
+
+        Raises:
+            ValueError: another class than ``torch.nn.BatchNorm2d``, or an activation that does not exist.
+        """
+        if type(norm) is not nn.BatchNorm2d:
+            raise ValueError(f"norm: got a {type(norm).__name__}, expected a BatchNorm2d")
+        check_activation(activation)
+        norm.__class__ = NormAct2d
+        norm.__dict__["activation"] = activation
+
+    @staticmethod
+    def release(norm: nn.BatchNorm2d) -> None:
+        """The inverse of :meth:`adopt`."""
+        for name in ("activation", "mask", "counts"):
+            norm.__dict__.pop(name, None)
+        norm.__class__ = nn.BatchNorm2d
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``[N, C, H, W]``, and the same for ``residual``; the result is like ``x``.
+
+        Raises:
+            ValueError: other dimensions, or one value per channel in training.
+        """
+        self._check_input_dim(x)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            # What reads exported graphs knows torch's operators.
+            z = super().forward(x)
+            return _FUNCTIONS[self.activation](z if residual is None else z + residual)
+        of_batch = self.training or self.running_mean is None
+        y, mean, var = norm_act(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.mask,
+            self.counts if self.training else None,
+            activation=self.activation,
+            training=of_batch,
+            eps=self.eps,
+        )
+        if self.training and self.running_mean is not None:
+            self._track(mean, var, x.numel() // x.shape[1])
+        return y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, elements: int) -> None:
+        """The running statistics after a batch, as torch computes them (``BatchNorm.cpp``)."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        unbiased = var * (elements / (elements - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
