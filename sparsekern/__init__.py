@@ -1,6 +1,7 @@
 """Channel pruning while training, fused into the optimizer step."""
 
 from sparsekern import latency as latency
+from sparsekern import nn as nn
 from sparsekern import optim as optim
 from sparsekern.compact import compact as compact
 from sparsekern.compact import load as load

@@ -13,8 +13,8 @@ from torch import Tensor
 class ChannelCounts:
     """What the backward pass of a normalisation with ``C`` channels keeps of its gradients.
 
-    Its gradients are those of what enters the activation. Written by each backward pass in training;
-    one with gradients that are not finite leaves the channels where they occur out.
+    Its gradients are those of what enters the activation. Written by each backward pass; one with
+    gradients that are not finite leaves the channels where they occur out.
 
     Attributes:
         threshold: float32 ``[C]``; what ``|gradient|`` has to exceed in the next pass to be counted.

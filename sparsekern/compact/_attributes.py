@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsekern.compact.plan import TensorPlan
 from sparsekern.graph.layers import counts, sizes
-from sparsekern.nn import MultiheadAttention
+from sparsekern.modules import MultiheadAttention, NormAct2d
 
 
 def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, TensorPlan]) -> None:
@@ -22,6 +22,9 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
         changed = sizes(name, before, parts)
         if changed and isinstance(after, nn.MultiheadAttention):
             MultiheadAttention.adopt(after)
+        if isinstance(after, NormAct2d):
+            # Of the channels that were, and of the training that set them.
+            after.mask = after.counts = None
         for attribute, size in changed.items():
             setattr(after, attribute, size)
     for module, attribute, size in counts(copy, parts.values()):

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils import _pytree as pytree
 
 from sparsekern._sharding import check_not_flattened, copy_module, fake, settle, unwrap
-from sparsekern.nn import MultiheadAttention
+from sparsekern.modules import MultiheadAttention
 
 from .hooks import detach_hooks, without_global_hooks
 from .unused import drop_unused

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsekern.nn import MultiheadAttention
+from sparsekern.modules import MultiheadAttention
 
 Sizes = dict[str, int | tuple[int, ...]]
 

@@ -1,4 +1,7 @@
-"""Modules of our own that stand in for torch's."""
+"""What a model can be made of, and the fusion of what it is made of."""
 
-from sparsekern.nn.attention import MultiheadAttention as MultiheadAttention
-from sparsekern.nn.norm_act import NormAct2d as NormAct2d
+from sparsekern.modules import MultiheadAttention as MultiheadAttention
+from sparsekern.modules import NormAct2d as NormAct2d
+from sparsekern.nn.fuse import Fusion as Fusion
+from sparsekern.nn.fuse import fuse as fuse
+from sparsekern.nn.fuse import unfuse as unfuse

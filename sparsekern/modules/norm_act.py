@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,13 +27,14 @@ class NormAct2d(nn.BatchNorm2d):
     twice over the data each, and keep ``x`` alone for the backward pass (with a residual, that too),
     from which the input of the activation is computed again.
 
+    ``mask`` and ``counts`` belong to a training: copies, pickles and state dicts have neither.
+
     Attributes:
         activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"hardswish"`` or ``"silu"``.
         mask: bool ``[C]`` or None; channels whose gamma and beta are 0, which are not computed: their
             result is ``activation(residual)``, they get no gradient, and their running statistics stand
-            still. Not in the state dict.
-        counts: where the backward pass in training counts the gradients of each channel, or None. Not in
-            the state dict.
+            still.
+        counts: where backward passes count the gradients of each channel, or None.
     """
 
     activation: str
@@ -61,7 +64,7 @@ class NormAct2d(nn.BatchNorm2d):
 
     @staticmethod
     def adopt(norm: nn.BatchNorm2d, activation: str) -> None:
-        """Make torch's module one of these, in place: the same tensors, hooks and object.
+        """Make torch's module one of these, in place: the same tensors and object.
 
         Raises:
             ValueError: another class than ``torch.nn.BatchNorm2d``, or an activation that does not exist.
@@ -71,13 +74,19 @@ class NormAct2d(nn.BatchNorm2d):
         check_activation(activation)
         norm.__class__ = NormAct2d
         norm.__dict__["activation"] = activation
+        norm.__dict__["_adopted"] = True
 
     @staticmethod
-    def release(norm: nn.BatchNorm2d) -> None:
-        """The inverse of :meth:`adopt`."""
+    def release(norm: nn.Module) -> None:
+        """The inverse of :meth:`adopt`; a module that was never torch's stays what it is."""
+        if not norm.__dict__.pop("_adopted", False):
+            return
         for name in ("activation", "mask", "counts"):
             norm.__dict__.pop(name, None)
         norm.__class__ = nn.BatchNorm2d
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("mask", "counts")}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``[N, C, H, W]``, and the same for ``residual``; the result is like ``x``.
@@ -99,7 +108,7 @@ class NormAct2d(nn.BatchNorm2d):
             self.running_mean,
             self.running_var,
             self.mask,
-            self.counts if self.training else None,
+            self.counts,
             activation=self.activation,
             training=of_batch,
             eps=self.eps,
@@ -121,3 +130,23 @@ class NormAct2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FusedActivation(nn.Identity):
+    """Stands where an activation stood that :class:`NormAct2d` has taken over."""
+
+    _original: type[nn.Module]
+
+    @staticmethod
+    def adopt(activation: nn.Module) -> None:
+        """Put one in the place of the module, in the same object."""
+        activation.__dict__["_original"] = type(activation)
+        activation.__class__ = FusedActivation
+
+    @staticmethod
+    def release(activation: nn.Module) -> None:
+        """The inverse of :meth:`adopt`."""
+        activation.__class__ = activation.__dict__.pop("_original")
+
+    def extra_repr(self) -> str:
+        return self._original.__name__
