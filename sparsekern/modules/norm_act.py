@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +13,12 @@ from torch import Tensor, nn
 from sparsekern._counts import ChannelCounts
 from sparsekern._norm_ops import check_activation, norm_act
 
-_FUNCTIONS = {
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
+    "relu": partial(F.relu, inplace=True),
+    "relu6": partial(F.relu6, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+    "silu": partial(F.silu, inplace=True),
 }
 
 
@@ -98,7 +100,7 @@ class NormAct2d(nn.BatchNorm2d):
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             # What reads exported graphs knows torch's operators.
             z = super().forward(x)
-            return _FUNCTIONS[self.activation](z if residual is None else z + residual)
+            return _IN_PLACE[self.activation](z if residual is None else z + residual)
         of_batch = self.training or self.running_mean is None
         y, mean, var = norm_act(
             x,

@@ -37,6 +37,11 @@ class Criterion(ABC):
         """Whether it looks at more than the weights: at statistics of gradients."""
         return True
 
+    @property
+    def needs_activations(self) -> bool:
+        """Whether it looks at counts of fused normalisations."""
+        return False
+
     def partners(self, statistics: Statistics, saliency: np.ndarray) -> Partners | None:
         """Which channel can stand in for which, or None where the criterion does not look for that."""
         return None
@@ -71,10 +76,12 @@ class Taylor(Criterion):
 
 @dataclass(frozen=True)
 class GradientCount(Criterion):
-    """Share of a filter's gradient elements above a scale-free threshold, over steps.
+    """Share of a channel's gradient elements above a scale-free threshold, over steps.
 
     Attributes:
-        level: ``"weight"``: elements of the weight's gradient.
+        level: ``"weight"``: elements of the gradients of the channel's filters. ``"activation"``: elements of
+            the gradients that reach its activation, counted by the :class:`~sparsekern.nn.NormAct2d` before
+            it (:func:`sparsekern.nn.fuse`); a channel without one counts by its weights.
         relative: divide by the mean of the group's live channels, so that a layer's own level of gradient
             noise does not decide how wide it stays.
 
@@ -86,15 +93,24 @@ class GradientCount(Criterion):
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if self.level != "weight":
-            raise ValueError(f"level: got {self.level!r}, expected 'weight'")
+        if self.level not in ("weight", "activation"):
+            raise ValueError(f"level: got {self.level!r}, expected 'weight' or 'activation'")
+
+    @property
+    def needs_activations(self) -> bool:
+        return self.level == "activation"
 
     def __call__(self, statistics: Statistics) -> np.ndarray:
+        share = statistics.activity
+        if self.level == "activation":
+            if statistics.activation_counts is None:
+                raise ValueError("level: got 'activation' for statistics without counts of activations")
+            share = statistics.activation_counts
         if not self.relative:
-            return statistics.activity
-        mean = statistics.per_group(lambda live: float(live.mean()), statistics.activity)
+            return share
+        mean = statistics.per_group(lambda live: float(live.mean()), share)
         # A group none of whose gradients ever passed a threshold says nothing: all its channels are alike.
-        return np.divide(statistics.activity, mean, out=np.ones_like(statistics.activity), where=mean > 0)
+        return np.divide(share, mean, out=np.ones_like(share), where=mean > 0)
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,10 @@ class Shuffled(Criterion):
     def needs_gradients(self) -> bool:
         return self.of.needs_gradients
 
+    @property
+    def needs_activations(self) -> bool:
+        return self.of.needs_activations
+
     def __call__(self, statistics: Statistics) -> np.ndarray:
         saliency = self.of(statistics).copy()
         for group in statistics.graph.groups:
@@ -177,6 +197,10 @@ class Redundancy(Criterion):
     def needs_gradients(self) -> bool:
         return self.of is not None and self.of.needs_gradients
 
+    @property
+    def needs_activations(self) -> bool:
+        return self.of is not None and self.of.needs_activations
+
     def _base(self, statistics: Statistics) -> np.ndarray:
         return np.ones(statistics.graph.num_channels) if self.of is None else self.of(statistics)
 
@@ -204,6 +228,10 @@ class _Combined(Criterion):
     @property
     def needs_gradients(self) -> bool:
         return self.left.needs_gradients or self.right.needs_gradients
+
+    @property
+    def needs_activations(self) -> bool:
+        return self.left.needs_activations or self.right.needs_activations
 
     def __call__(self, statistics: Statistics) -> np.ndarray:
         return self.combine(self.left(statistics), self.right(statistics))

@@ -86,7 +86,7 @@ class Policy:
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
         """The least salient channels that have to go, and the next in line. Changes nothing."""
         live = network.masks.live
-        statistics = gather(network.rows, network.graph, live, network.parameters)
+        statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         saliency = self.saliency(statistics)
         kept = self.allocate(self.problem(network, saliency, live, event.share))
         partners = self.select.partners(statistics, saliency)

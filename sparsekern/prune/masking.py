@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsekern._rows import LIVE as LIVE_ROW
 from sparsekern._sharding import rewritten, zero_entries
 from sparsekern.graph import ChannelGraph, Group
+from sparsekern.prune.activations import Activations
 from sparsekern.prune.criteria import Partners
 from sparsekern.prune.statistics import ChannelRows
 
@@ -30,12 +31,14 @@ class Masks:
         rows: ChannelRows,
         parameters: Mapping[str, nn.Parameter],
         optimizer_state: Callable[[nn.Parameter], Iterable[Tensor]],
+        activations: Activations | None = None,
     ) -> None:
         self.state = np.full(graph.num_channels, LIVE, np.int8)
         self._graph = graph
         self._rows = rows
         self._parameters = parameters
         self._optimizer_state = optimizer_state
+        self._activations = activations
         self._columns = {column: None for group in graph.groups for column in group.consumers}
 
     @property
@@ -86,6 +89,8 @@ class Masks:
                 if state.shape == param.shape:
                     self._fill(state, dim, channels)
         self._count_elements()
+        if self._activations is not None:
+            self._activations.set_masked(self.state == MASKED)
 
     def _count_elements(self) -> None:
         """Rows count by what is left of them: a network without the masked channels would decide alike."""

@@ -17,6 +17,7 @@ from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel, measure
+from sparsekern.prune.activations import Activations
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.sharded import Handle, attach
@@ -32,7 +33,7 @@ class Network:
     Attributes:
         model: what is trained, without a wrapper.
         graph: of the model as it is.
-        rows, masks: of the channels of ``graph``.
+        rows, masks, activations: of the channels of ``graph``.
         parameters: the model's, by name.
         latency: of the channels of ``graph``, once :meth:`time` was called.
         whole: cost of the model before any channel was cut out of it.
@@ -47,10 +48,12 @@ class Network:
         graph: ChannelGraph,
         *,
         decay: float,
+        counting: bool = False,
         also: Sequence[nn.Module],
         state_cutter: StateCutter | None,
     ) -> None:
-        """Rows of all channels; ``decay`` is that of the statistics.
+        """Rows of all channels; ``decay`` is that of the statistics, ``counting`` says whether fused
+        normalisations count, too.
 
         Raises:
             TypeError, ValueError: an entry of ``also`` is no copy of the model.
@@ -63,6 +66,7 @@ class Network:
         self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
         self.rows = ChannelRows(model, graph, trained_by(optimizer), decay=decay)
+        self.activations = Activations(model, graph, counting=counting, decay=decay)
         self.masks = self._masks()
         self.also = tuple(also)
         self._state_cutter = state_cutter
@@ -114,6 +118,7 @@ class Network:
             optimizer,
             self.graph,
             decay=self.rows.table.decay,
+            counting=self.activations.counting,
             also=(),
             state_cutter=self._state_cutter,
         )
@@ -123,12 +128,15 @@ class Network:
     def attach(self) -> None:
         """From now on the optimizer's steps do the work of the rows."""
         self._handle = attach(self.optimizer, self.rows.table)
+        self.activations.attach()
 
     def _masks(self) -> Masks:
-        return Masks(self.graph, self.rows, self.parameters, optim.state_tensors(self.optimizer))
+        state = optim.state_tensors(self.optimizer)
+        return Masks(self.graph, self.rows, self.parameters, state, self.activations)
 
     def detach(self) -> None:
-        """Take the rows off the optimizer."""
+        """Take the rows off the optimizer, and the masks off the modules."""
+        self.activations.detach()
         if self._handle is not None:
             self._handle.remove()
 
@@ -153,6 +161,7 @@ class Network:
         shrink(self.model, plan, optimizer=self.optimizer, also=copies, state_cutter=self._state_cutter)
         state = self.masks.state[kept]
         self.rows = self.rows.restricted(self.model, graph, kept)
+        self.activations = self.activations.restricted(self.model, graph, kept)
         self.graph = graph
         if self.latency is not None:
             self.latency = self.latency.restrict(graph)
@@ -160,6 +169,7 @@ class Network:
         self.masks.state[:] = state
         if self._handle is not None:
             self._handle.replace(self.rows.table)
+            self.activations.attach()
         self._removed = self._removed.then(plan)
 
     def shapes(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
@@ -170,12 +180,16 @@ class Network:
 
     def state_dict(self) -> dict[str, Any]:
         """``channels``: int8, the state of every channel that there ever was; ``rows``: copies of the arrays
-        of those that are left."""
+        of those that are left; ``activations``: those of the fused normalisations."""
         channels = np.full(self.rows.total, CUT, np.int8)
         channels[self.rows.numbers] = self.masks.state
         arrays = self.rows.table.state_dict()
         rows = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in arrays.items()}
-        return {"channels": torch.from_numpy(channels), "rows": rows}
+        return {
+            "channels": torch.from_numpy(channels),
+            "rows": rows,
+            "activations": self.activations.state_dict(),
+        }
 
     def check_state(self, state: Mapping[str, Any]) -> np.ndarray:
         """The channels of this network (bool ``[C]``) that the one of ``state`` has too.
@@ -201,6 +215,7 @@ class Network:
         # Both raise for what does not belong here, before anything is changed.
         self.graph.restrict(kept)
         RowTable.check(state["rows"], self.rows.restricted_state(kept))
+        Activations.check(state["activations"], self.activations.restricted_state(kept))
         return kept
 
     def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
@@ -214,5 +229,6 @@ class Network:
         if not kept.all():
             self._cut(kept, also)
         self.rows.table.load_state_dict(dict(state["rows"]))
+        self.activations.load_state_dict(state["activations"])
         self.masks.state[:] = state["channels"].cpu().numpy()[self.rows.numbers]
         self.masks.zero()

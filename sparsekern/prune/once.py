@@ -21,6 +21,7 @@ from sparsekern._rows import RowTable
 from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.prune import criteria
+from sparsekern.prune.activations import Activations
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
     check_feasible,
@@ -30,7 +31,7 @@ from sparsekern.prune.budget import (
     resolve_round_to,
 )
 from sparsekern.prune.masking import Masks
-from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
 from sparsekern.prune.recalibrate import recalibrate as recalibrate_norms
 from sparsekern.prune.recalibrate import run
 from sparsekern.prune.statistics import ChannelRows, gather, weigh
@@ -119,9 +120,13 @@ def prune_once(
         # Everything from here on happens to copies.
         work = compact(model, Plan({})).eval().requires_grad_(True)
         rows = ChannelRows(work, task.graph, {id(p) for p in work.parameters()}, decay=DECAY)
-        _gather_rows(work, rows.table, given if select.needs_gradients else None, loss)
+        activations = Activations(work, task.graph, counting=select.needs_activations, decay=DECAY)
+        check_counted(select, activations)
+        activations.attach()
+        _gather_rows(work, rows.table, activations, given if select.needs_gradients else None, loss)
+        activations.detach()
         parameters = dict(work.named_parameters(remove_duplicate=False))
-        statistics = gather(rows, task.graph, task.live, parameters)
+        statistics = gather(rows, task.graph, task.live, parameters, activations)
         saliency = criteria.saliency(select, statistics)
         kept = allocate(replace(task, saliency=saliency))
         partners = select.partners(statistics, saliency) if fold else None
@@ -209,16 +214,24 @@ def _check_calibration(select: criteria.Criterion, given: _Batches, loss: Loss |
             )
 
 
-def _gather_rows(work: nn.Module, table: RowTable, given: _Batches | None, loss: Loss | None) -> None:
+def _gather_rows(
+    work: nn.Module,
+    table: RowTable,
+    activations: Activations,
+    given: _Batches | None,
+    loss: Loss | None,
+) -> None:
     """Fill the table: from gradients over the batches, or from the weights alone without any."""
     if given is None or loss is None:
         weigh(table)
         return
     for number, (inputs, targets) in enumerate(given.on(work)):
-        with torch.enable_grad():
-            value = loss(run(work, inputs), targets)
-        _check_loss(value, number)
-        value.backward()
+        if number == 0 and activations.counting:
+            # Their thresholds come from the pass before, as those of the rows below.
+            _differentiate(work, inputs, targets, loss, number)
+            work.zero_grad(set_to_none=True)
+            activations.forget()
+        _differentiate(work, inputs, targets, loss, number)
         params = [view.param for view in table.views if view.param.grad is not None]
         if number == 0:
             # Thresholds come from the step before: the first batch is there twice, and counts once.
@@ -227,6 +240,13 @@ def _gather_rows(work: nn.Module, table: RowTable, given: _Batches | None, loss:
                 array.zero_()
         _take(table, params)
         work.zero_grad(set_to_none=True)
+
+
+def _differentiate(work: nn.Module, inputs: Any, targets: Any, loss: Loss, number: int) -> None:
+    with torch.enable_grad():
+        value = loss(run(work, inputs), targets)
+    _check_loss(value, number)
+    value.backward()
 
 
 @torch.no_grad()

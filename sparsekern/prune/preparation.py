@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph, dry_run, trace
 from sparsekern.prune import criteria
+from sparsekern.prune.activations import Activations
 from sparsekern.prune.allocate import Allocator
 
 NONFINITE = ("ignore", "raise")
@@ -25,6 +26,15 @@ def check_options(select: object, allocate: object, penalty: object, nonfinite: 
         raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
+
+
+def check_counted(select: criteria.Criterion, activations: Activations) -> None:
+    """Raise a ValueError if ``select`` asks for what no module of the model counts."""
+    if select.needs_activations and not len(activations):
+        raise ValueError(
+            f"select: got {select!r} for a model without a NormAct2d that has channels to prune, expected "
+            f"sparsekern.nn.fuse(model, example_inputs) before, or level='weight'"
+        )
 
 
 def prunable_graph(

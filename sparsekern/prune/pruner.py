@@ -31,7 +31,7 @@ from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
-from sparsekern.prune.preparation import check_options, prunable_graph
+from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
 from sparsekern.prune.probe import Loss, mean_square
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
@@ -146,8 +146,15 @@ class Pruner(Resumable):
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
         self._network = Network(
-            model, optimizer, graph, decay=1 - 1 / interval, also=also, state_cutter=state_cutter
+            model,
+            optimizer,
+            graph,
+            decay=1 - 1 / interval,
+            counting=self._policy.select.needs_activations,
+            also=also,
+            state_cutter=state_cutter,
         )
+        check_counted(self._policy.select, self._network.activations)
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
         if of == "latency":
             self._network.time(self._example, self._policy.round_to, cache, self._ranks)
@@ -209,7 +216,10 @@ class Pruner(Resumable):
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
         self._rows.table.settle()
-        statistics = gather(self._rows, self.graph, self._masks.unmasked, self._network.parameters)
+        network = self._network
+        statistics = gather(
+            self._rows, self.graph, self._masks.unmasked, network.parameters, network.activations
+        )
         problem = self._problem(self._policy.saliency(statistics), statistics.live, share, of)
         check_feasible(problem, share)
         return self._network.plan(self._policy.allocate(problem))
@@ -355,6 +365,7 @@ class Pruner(Resumable):
 
     def _decide(self) -> None:
         self._rows.table.settle()
+        self._network.activations.average(self._ranks)
         event = self._schedule.at(self._step)
         with self._ranks.agreeing(f"pruning after step {self._step}") as check:
             declined = self._masks.declined()

@@ -74,6 +74,15 @@ class Ranks:
         own: np.ndarray = found.cpu().numpy()
         return own
 
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """The mean over the processes of ``values`` (float64, of equal shapes)."""
+        if self.size == 1:
+            return values
+        total = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        dist.all_reduce(total, group=self._group)
+        mean: np.ndarray = total.cpu().numpy() / self.size
+        return mean
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any of the processes."""
         if self.size == 1:

@@ -35,7 +35,7 @@ class Resumable:
         """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
         plain values only, so that ``torch.load(weights_only=True)`` reads it."""
         return {
-            "version": 2,
+            "version": 3,
             "settings": self._settings(),
             "network": self._fingerprint(),
             "step": self._step,
@@ -64,8 +64,8 @@ class Resumable:
         self._nonfinite_seen = int(state["nonfinite_seen"])
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 2:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
+        if state.get("version") != 3:
+            raise ValueError(f"state: got version {state.get('version')!r}, expected 3")
         if list(state["network"]) != self._fingerprint():
             raise ValueError(
                 f"state: got the channels of another network ({len(state['network'])} groups), expected "

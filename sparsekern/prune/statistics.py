@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekern._rows import WEIGHT_SQ, RowTable
 from sparsekern._sharding import whole
 from sparsekern.graph import ChannelGraph, Group
+from sparsekern.prune.activations import Activations
 from sparsekern.prune.sharded import row_table
 
 
@@ -142,6 +143,9 @@ class Statistics:
         taylor: root of the mean over steps of (gradient . weight)^2 over the channel's gates: the first-order
             change of the loss when the channel is scaled to zero.
         magnitude: l2 norm of the channel's filters (root mean square over several producers).
+        activation_counts: the same share of the gradients that reach the channel's activation, where fused
+            normalisations count them (:func:`sparsekern.nn.fuse`); ``activity`` for channels without one, and
+            None where nothing is counted.
         parameters: the model's parameters by name, for criteria that look at the filters themselves; DTensors
             where the model is sharded.
         numbers: int64 ``[C]``; what number each channel had in the network that nothing was removed from.
@@ -156,6 +160,7 @@ class Statistics:
     parameters: Mapping[str, nn.Parameter]
     numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     total: int = 0
+    activation_counts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.total:
@@ -180,7 +185,11 @@ def weigh(table: RowTable) -> None:
 
 
 def gather(
-    rows: ChannelRows, graph: ChannelGraph, live: np.ndarray, parameters: Mapping[str, nn.Parameter]
+    rows: ChannelRows,
+    graph: ChannelGraph,
+    live: np.ndarray,
+    parameters: Mapping[str, nn.Parameter],
+    activations: Activations | None = None,
 ) -> Statistics:
     """Read the kernels' arrays (one synchronisation on a GPU) into :class:`Statistics`."""
     table = rows.table
@@ -190,15 +199,18 @@ def gather(
     activity = table.activity.double().cpu().numpy() * unbias
     weight_sq = table.sums[:, WEIGHT_SQ].double().cpu().numpy()
     dot_sq = table.channel_dot_sq.double().cpu().numpy() * unbias
+    share = rows.mean_over_producers(activity)
+    counted = None if activations is None else activations.shares(graph.num_channels)
     return Statistics(
         graph=graph,
         live=live.copy(),
-        activity=rows.mean_over_producers(activity),
+        activity=share,
         taylor=np.sqrt(dot_sq),
         magnitude=np.sqrt(rows.mean_over_producers(weight_sq)),
         parameters=parameters,
         numbers=rows.numbers,
         total=rows.total,
+        activation_counts=None if counted is None else np.where(np.isnan(counted), share, counted),
     )
 
 
