@@ -313,11 +313,12 @@ NormCall read_norm(int dtype, int activation, const std::array<int64_t, 3>& shap
 }
 
 int norm_forward(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
-                 const NormAddresses& own, bool training, double eps, int64_t threads) {
+                 const NormAddresses& own, bool training, double eps, double momentum, int64_t threads) {
   const NormCall call = read_norm(dtype, activation, shape, data, training, eps);
-  const NormForward to = {address<void>(own, 0), address<void>(own, 1), address<void>(own, 2), address<void>(own, 3),
-                          address<void>(own, 4)};
-  if (!call.x || !to.y || !to.mean || !to.var) return kNullPointer;
+  const NormForward to = {address<void>(own, 0), address<void>(own, 1), momentum,
+                          address<void>(own, 2), address<void>(own, 3), address<void>(own, 4)};
+  if (!call.x || !to.y || !to.mean || !to.var || (momentum != 0 && (!to.running_mean || !to.running_var)))
+    return kNullPointer;
   const py::gil_scoped_release release;
   return norm_act_forward(call, to, *runtime.kernels, runtime.parallel_for, threads);
 }

@@ -6,6 +6,7 @@ the backend: a pass through the dispatcher and back into Python takes longer tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def norm_act(
     activation: str,
     training: bool,
     eps: float,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, mean, var)`` of :func:`sparsekern.backends.reference_norm.norm_act_forward`, differentiable once.
 
@@ -59,12 +61,17 @@ def norm_act(
     operands = (x, residual, weight, bias, running_mean, running_var, mask)
     found: tuple[Tensor, Tensor, Tensor]
     if not traced(x):
-        found = _NormAct.apply(*operands, counts, activation, training, eps)
+        found = _NormAct.apply(*operands, counts, activation, training, eps, momentum)
         return found
     arrays, tau, decay = ([], 1.0, 0.0) if counts is None else (counts.arrays, counts.tau, counts.decay)
     found = torch.ops.sparsekern.norm_act.default(
         *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
     )
+    if training and momentum and running_mean is not None and running_var is not None:
+        # An op that has a gradient may not write to its arguments.
+        with torch.no_grad():
+            _, mean, var = found
+            reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
     return found
 
 
@@ -73,10 +80,10 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *operands, counts, activation, training, eps = inputs
+        *operands, counts, activation, training, eps, momentum = inputs
         x, residual, weight, bias, _, _, mask = operands
         options = {"activation": activation, "training": training, "eps": eps}
-        y, mean, var = choose(x.device).norm_act_forward(*operands, **options)
+        y, mean, var = choose(x.device).norm_act_forward(*operands, **options, momentum=momentum)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
@@ -86,7 +93,7 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 11
+        nothing = (None,) * 12
         if grad is None:
             return nothing
         x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
@@ -124,28 +131,35 @@ def _check(
         raise ValueError(
             f"residual: got {residual.dtype} {list(residual.shape)}, expected {x.dtype} {list(x.shape)} as x"
         )
-    _check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    _check_vectors(x, torch.bool, mask=mask)
-    if counts is not None:
-        _check_vectors(
-            x, torch.float32, **{"counts.threshold": counts.threshold, "counts.activity": counts.activity}
+    vectors = (weight, bias, running_mean, running_var, mask)
+    counted = () if counts is None else (counts.threshold, counts.activity)
+    shape, device = x.shape[1:2], x.device
+    if any(v is not None and (v.shape != shape or v.device != device) for v in (*vectors, *counted)):
+        names = (
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "mask",
+            "counts.threshold",
+            "counts.activity",
         )
+        _refuse(x, zip(names, (*vectors, *counted), strict=False))
+    if mask is not None and mask.dtype is not torch.bool:
+        raise ValueError(f"mask: got {mask.dtype}, expected torch.bool")
     if training and x.numel() == x.shape[1]:
         raise ValueError(f"x: got {list(x.shape)}, expected more than 1 value per channel when training")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean, running_var: got None, expected both where training is not set")
 
 
-def _check_vectors(x: Tensor, dtype: torch.dtype | None = None, **vectors: Tensor | None) -> None:
-    """Every vector there is has a number for each channel, without ``dtype`` a floating-point one."""
-    for name, vector in vectors.items():
-        if vector is None:
-            continue
-        fits = vector.is_floating_point() if dtype is None else vector.dtype == dtype
-        if not fits or vector.shape != x.shape[1:2] or vector.device != x.device:
+def _refuse(x: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise a ValueError for the first of the vectors that has not one number for each channel of ``x``."""
+    for name, vector in vectors:
+        if vector is not None and (vector.shape != x.shape[1:2] or vector.device != x.device):
             raise ValueError(
                 f"{name}: got {vector.dtype} {list(vector.shape)} on {vector.device}, expected "
-                f"{dtype or 'floating-point'} [{x.shape[1]}] on {x.device}, the channels of x"
+                f"[{x.shape[1]}] on {x.device}, the channels of x"
             )
 
 

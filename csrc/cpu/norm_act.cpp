@@ -138,7 +138,10 @@ class Norm {
     }
     std::vector<double> moments(static_cast<size_t>(kMoments * layout_.partials() * layout_.width));
     const auto settle = [&](int64_t c) {
-      if (call_.training && !masked(c)) take_moments(moments.data(), c, mean[c], var[c]);
+      if (call_.training && !masked(c)) {
+        take_moments(moments.data(), c, mean[c], var[c]);
+        if (to.momentum != 0) track(to, c, mean[c], var[c]);
+      }
       set_scale(c, mean[c], var[c]);
     };
     const auto moments_of = [&](const NormJob& job, const NormPiece& piece) { kernels_.moments(&job, &piece); };
@@ -254,6 +257,17 @@ class Norm {
     if (!all(pass)) return false;
     if (layout_.left_over > 0) left_over.give();
     return true;
+  }
+
+  // The running statistics after this batch, as torch's lerp has them; the variance is the unbiased one.
+  void track(const NormForward& to, int64_t c, C mean, C var) const {
+    const C weight = C(to.momentum), unbiased = var * C(elements() / (elements() - 1));
+    const auto blend = [&](void* running, C value) {
+      C& own = static_cast<C*>(running)[c];
+      own = weight < C(0.5) ? own + weight * (value - own) : value - (value - own) * (1 - weight);
+    };
+    blend(to.running_mean, mean);
+    blend(to.running_var, unbiased);
   }
 
   // Mean and biased variance of a channel, from all pieces.

@@ -23,7 +23,8 @@ struct NormCall {
 };
 
 struct NormForward {
-  const void *running_mean, *running_var;
+  void *running_mean, *running_var;  // updated by this share of the batch's
+  double momentum;
   void *y, *mean, *var;
 };
 

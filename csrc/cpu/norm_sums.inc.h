@@ -41,13 +41,17 @@ constexpr int kLaneVectors = kLanes * sizeof(C) / kVectorBytes;
 template <class C, int kCount>
 using SumLanes = SumLanesOf<C, kCount, kLaneVectors<C>>;
 
-// Adds all lanes of each sum, one after the other.
+// Adds all lanes of each sum, in float64 and in a fixed order that is short to wait for.
 template <class C, int kCount>
 inline void fold(const SumLanes<C, kCount>& sums, double (&total)[kCount]) {
   C lanes[kCount][kLanes];
   sums.store(lanes[0], kLanes);
-  for (int s = 0; s < kCount; ++s)
-    for (int l = 0; l < kLanes; ++l) total[s] += lanes[s][l];
+  for (int s = 0; s < kCount; ++s) {
+    double part[kLanes / 2];
+    for (int l = 0; l < 8; ++l) part[l] = double(lanes[s][l]) + double(lanes[s][l + 8]);
+    for (int l = 0; l < 4; ++l) part[l] += part[l + 4];
+    total[s] += (part[0] + part[2]) + (part[1] + part[3]);
+  }
 }
 
 // x - centre and its square, of the first `n` elements from each place on.

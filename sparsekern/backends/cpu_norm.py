@@ -34,6 +34,7 @@ def norm_act_forward(
     activation: str,
     training: bool,
     eps: float,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_forward`."""
     data = _walkable(x)
@@ -41,8 +42,10 @@ def norm_act_forward(
     mean, var = _vectors(data, 2)
     running = [_vector(running_mean, data), _vector(running_var, data)]
     inputs = [data, _like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask)]
-    _call(_C.norm_forward, activation, inputs, [*running, y, mean, var], training, eps)
-    return y.to(x.dtype), mean, var
+    _call(_C.norm_forward, activation, inputs, [*running, y, mean, var], training, eps, momentum)
+    if momentum:
+        _give_back(running, (running_mean, running_var))
+    return _as(y, x), mean, var
 
 
 def norm_act_backward(
@@ -71,8 +74,8 @@ def norm_act_backward(
     tau, decay = (1.0, 0.0) if counts is None else (counts.tau, counts.decay)
     _call(_C.norm_backward, activation, inputs, others, training, eps, tau, decay)
     if grad_residual is not None:
-        grad_residual = grad_residual.to(x.dtype)
-    return grad_x.to(x.dtype), grad_residual, grad_weight, grad_bias
+        grad_residual = _as(grad_residual, x)
+    return _as(grad_x, x), grad_residual, grad_weight, grad_bias
 
 
 def _call(
@@ -124,7 +127,22 @@ def _like(tensor: Tensor | None, data: Tensor) -> Tensor | None:
 
 
 def _vector(tensor: Tensor | None, data: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(compute_dtype(data)).contiguous()
+    """``tensor`` in the compute type and contiguous, itself where it is."""
+    dtype = compute_dtype(data)
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def _give_back(used: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+    """What was written to copies, to what they are copies of."""
+    for copy, tensor in zip(used, given, strict=True):
+        if copy is not tensor and copy is not None and tensor is not None:
+            tensor.copy_(copy)
+
+
+def _as(result: Tensor, x: Tensor) -> Tensor:
+    return result if result.dtype is x.dtype else result.to(x.dtype)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -37,6 +37,7 @@ def norm_act_forward(
     activation: str,
     training: bool,
     eps: float,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, mean, var)``: the output, and what the channels were normalised by.
 
@@ -48,6 +49,8 @@ def norm_act_forward(
         mask: bool ``[C]``; where True the channel's ``x`` is not read and ``z`` is the residual, or 0.
             Their mean and variance are the running ones, in training the variance without its correction
             for the number of elements, so that an update of the running ones leaves them as they are.
+        momentum: in training, the share of the batch's statistics that goes into the running ones, in place:
+            as in torch, with the variance of ``elements - 1``.
         activation: one of :data:`ACTIVATIONS`.
         training: normalise by the batch's own mean and (biased) variance.
 
@@ -64,8 +67,19 @@ def norm_act_forward(
         elements = x.numel() // x.shape[1]
         mean = _where(mask, mean, batch_mean.to(dtype))
         var = _where(mask, var * ((elements - 1) / elements), batch_var.to(dtype))
+        if momentum and running_mean is not None and running_var is not None:
+            track(running_mean, running_var, mean, var, elements, momentum)
     z = _normalised(values, residual, weight, bias, mean, var, mask, eps)
     return _activate(z, activation).to(x.dtype), mean, var
+
+
+def track(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: int, momentum: float
+) -> None:
+    """Blend the statistics of a batch of ``elements`` for each channel into the running ones, in place."""
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    unbiased = var * (elements / (elements - 1))
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def norm_act_backward(

@@ -101,8 +101,11 @@ class NormAct2d(nn.BatchNorm2d):
             # What reads exported graphs knows torch's operators.
             z = super().forward(x)
             return _IN_PLACE[self.activation](z if residual is None else z + residual)
-        of_batch = self.training or self.running_mean is None
-        y, mean, var = norm_act(
+        momentum = 0.0
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return norm_act(
             x,
             residual,
             self.weight,
@@ -112,23 +115,10 @@ class NormAct2d(nn.BatchNorm2d):
             self.mask,
             self.counts,
             activation=self.activation,
-            training=of_batch,
+            training=self.training or self.running_mean is None,
             eps=self.eps,
-        )
-        if self.training and self.running_mean is not None:
-            self._track(mean, var, x.numel() // x.shape[1])
-        return y
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, elements: int) -> None:
-        """The running statistics after a batch, as torch computes them (``BatchNorm.cpp``)."""
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        unbiased = var * (elements / (elements - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+            momentum=momentum,
+        )[0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -210,10 +210,10 @@ def test_the_dispatcher_gives_the_same() -> None:
         ({"residual": torch.zeros(2, 4, 2, 2).double()}, "residual: got torch.float64"),
         (
             {"weight": torch.zeros(5)},
-            r"weight: got torch.float32 \[5\] on cpu, expected floating",
+            r"weight: got torch.float32 \[5\] on cpu, expected \[4\]",
         ),
         ({"bias": torch.zeros(4, 1)}, r"bias: got torch.float32 \[4, 1\]"),
-        ({"mask": torch.zeros(4)}, r"mask: got torch.float32 \[4\] on cpu, expected torch.bool \[4\]"),
+        ({"mask": torch.zeros(4)}, "mask: got torch.float32, expected torch.bool"),
         ({"training": False}, "running_mean, running_var: got None"),
         ({"counts": ChannelCounts.zeros(3)}, r"counts.threshold: got torch.float32 \[3\]"),
         ({"weight": torch.zeros(4, device="meta")}, r"weight: got torch.float32 \[4\] on meta"),
