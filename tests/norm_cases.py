@@ -6,12 +6,15 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from sparsekern import _norm_ops
 from sparsekern._counts import ChannelCounts
 from sparsekern.backends import reference_norm
 from sparsekern.backends.reference_norm import ACTIVATIONS as ACTIVATIONS
+from sparsekern.nn.norm_act import NormAct2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -108,8 +111,14 @@ def _compute_eps(of: Tensor) -> float:
     return torch.finfo(reference_norm.compute_dtype(of)).eps
 
 
-def assert_forward(backend: Any, given: Case, activation: str, training: bool) -> None:
-    """Mean and variance are near; the output is what the reference makes of them, to the last rounding."""
+def assert_forward(
+    backend: Any, given: Case, activation: str, training: bool, conversion: float = 0.0
+) -> None:
+    """Mean and variance are near; the output is what the reference makes of them, to the last rounding.
+
+    Args:
+        conversion: units in the last place by which a conversion to the dtype may be off.
+    """
     options: dict[str, Any] = {"activation": activation, "training": training, "eps": EPS}
     _, want_mean, want_var = reference_norm.norm_act_forward(*given.forward(), **options)  # type: ignore[arg-type]
     y, mean, var = backend.norm_act_forward(*given.forward(), **options)
@@ -122,7 +131,9 @@ def assert_forward(backend: Any, given: Case, activation: str, training: bool) -
     x, residual, weight, bias, _, _, mask = given.forward()
     options["training"] = False
     want, _, _ = reference_norm.norm_act_forward(x, residual, weight, bias, mean, var, mask, **options)  # type: ignore[arg-type]
-    _near("y", y, want, _missed(given, activation) * (want.double().abs() + _terms(given, mean, var)))
+    missed = _missed(given, activation)
+    converted = conversion * torch.finfo(given.x.dtype).eps * want.double().abs()
+    _near("y", y, want, missed * (want.double().abs() + _terms(given, mean, var)) + converted)
 
 
 def _missed(given: Case, activation: str) -> float:
@@ -144,8 +155,14 @@ def _scale(given: Case, var: Tensor) -> Tensor:
     return gamma / (var.double() + EPS).sqrt()
 
 
-def assert_backward(backend: Any, given: Case, activation: str, training: bool) -> None:
-    """Counted elements are the same, sums near, and gradients near by what sums may be off."""
+def assert_backward(
+    backend: Any, given: Case, activation: str, training: bool, conversion: float = 0.0
+) -> None:
+    """Counted elements are the same, sums near, and gradients near by what sums may be off.
+
+    Args:
+        conversion: units in the last place by which a conversion to the dtype may be off.
+    """
     options: dict[str, Any] = {"activation": activation, "training": training, "eps": EPS}
     _, mean, var = reference_norm.norm_act_forward(*given.forward(), **options)  # type: ignore[arg-type]
     mine, theirs = deepcopy(given.counts), deepcopy(given.counts)
@@ -168,10 +185,12 @@ def assert_backward(backend: Any, given: Case, activation: str, training: bool) 
     allowed = roundings * _spread(scale, grad) * terms + of_dtype * want[0].double().abs().nan_to_num(0, 0, 0)
     if not training:
         allowed = _missed(given, activation) * _spread(scale, grad) * grad.abs()
+    allowed = allowed + conversion * of_dtype * want[0].double().abs().nan_to_num(0, 0, 0)
     _near("grad_x", got[0], want[0], allowed)
     if given.residual is not None:
         assert got[1] is not None and want[1] is not None
-        _near("grad_residual", got[1], want[1], _missed(given, activation) * grad.abs())
+        allowed = _missed(given, activation) * grad.abs() + conversion * of_dtype * want[1].double().abs()
+        _near("grad_residual", got[1], want[1], allowed)
     else:
         assert got[1] is None
     _near("updates", mine.updates, theirs.updates, 0)
@@ -184,3 +203,26 @@ def assert_backward(backend: Any, given: Case, activation: str, training: bool) 
 
 def _spread(per_channel: Tensor, like: Tensor) -> Tensor:
     return per_channel.double().reshape([-1 if d == 1 else 1 for d in range(like.dim())])
+
+
+def assert_trains(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module and the ops on this backend are near the module on the reference, step by step."""
+    results = []
+    for chosen in (reference_norm, backend):
+        monkeypatch.setattr(_norm_ops, "choose", lambda device, chosen=chosen: chosen)
+        torch.manual_seed(0)
+        norm = NormAct2d(6, activation="hardswish")
+        norm.mask = torch.arange(6) == 2
+        norm.counts = ChannelCounts.zeros(6)
+        x = torch.randn(4, 6, 5, 5, requires_grad=True)
+        found: list[Tensor] = []
+        for _ in range(3):
+            norm.zero_grad()
+            y = norm(x, x.flip(0))
+            y.square().sum().backward()
+            gradients = [x.grad, norm.weight.grad, norm.bias.grad]
+            found += [y.detach(), *[g.clone() for g in gradients if g is not None]]
+        found += [norm.running_mean, norm.running_var, *norm.counts.arrays, norm.eval()(x).detach()]
+        results.append([tensor.clone() for tensor in found])
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)

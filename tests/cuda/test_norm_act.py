@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import ACTIVATIONS, DTYPES, assert_backward, assert_forward, case
+from norm_cases import ACTIVATIONS, DTYPES, assert_backward, assert_forward, assert_trains, case
 from torch import Tensor
 
 from sparsekern import _cuda
@@ -104,6 +104,10 @@ def test_no_order_of_blocks_threads_or_addresses_changes_a_bit(
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_module_trains_on_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_trains(emulated, monkeypatch)
 
 
 @pytest.mark.parametrize(("training", "forward"), [(True, 3), (False, 1)])

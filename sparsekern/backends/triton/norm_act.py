@@ -1,13 +1,16 @@
 """Normalisation with its activation in Triton; compiled and tested in its interpreter, never run on a GPU.
 
-The twin of :mod:`sparsekern.backends.cuda_norm`, in the same passes: tiles of ``CHANNELS`` times ``POSITIONS``
-elements, a program for a range of positions of its channels, partial sums in float64 that a small launch
-merges in the order of the ranges. How tensors are cut depends on shapes alone, and nothing is added
-atomically. Positions count through the outer and the inner indices: element (o, c, i) of x lies at
-``(o * channels + c) * inner + i`` and has position ``o * inner + i``.
+The twin of :mod:`sparsekern.backends.cuda_norm`, in the same passes. Element (o, c, i) of x lies at
+``(o * channels + c) * inner + i``. A tile is ``CHANNELS`` times ``OUTER * INNER`` elements, the latter as
+one axis; a program takes some tiles of the same channels one after the other (``turns``) and leaves partial
+sums in float64, which a small launch merges in the order of the programs. How tensors are cut depends on
+shapes alone, and nothing is added atomically.
 
 With ``TRITON_INTERPRET=1``, set before triton is imported, it takes tensors on the CPU.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# The arguments of kernels have no types that mypy knows.
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ from sparsekern.backends._norm_layout import Layout, layout_of, vector
 _COMPUTE = {torch.float64: tl.float64, torch.float32: tl.float32}
 
 # Multiplications and additions are rounded one by one, as in the reference.
-_OPTIONS = {"enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
-# Elements of a tile: sixteen for each of 128 threads.
-_TILE = 2048
+# Elements of a tile, and the warps of a program: eight elements for each thread. With sixteen the sums spill.
+_TILE, WARPS = 2048, 8
 
 # Channels of a tile where they lie side by side.
 _CHANNELS = 128
@@ -52,7 +55,8 @@ class Cut(NamedTuple):
     """How the channels are shared out."""
 
     tile_channels: int
-    tile_positions: int
+    tile_outer: int
+    tile_inner: int
     turns: int
     groups: int
     pieces: int
@@ -60,13 +64,13 @@ class Cut(NamedTuple):
 
 def cut_of(layout: Layout) -> Cut:
     """Tiles, how many a program takes one after the other, and how many programs there are."""
-    side_by_side = triton.next_power_of_2(layout.channels) if layout.inner == 1 else 1
-    channels = min(_CHANNELS, side_by_side)
-    positions = _TILE // channels
+    channels = min(_CHANNELS, triton.next_power_of_2(layout.channels)) if layout.inner == 1 else 1
+    inner = min(_TILE, triton.next_power_of_2(layout.inner))
+    outer = _TILE // (channels * inner) or 1
     groups = triton.cdiv(layout.channels, channels)
-    tiles = triton.cdiv(layout.outer * layout.inner, positions)
+    tiles = triton.cdiv(layout.outer, outer) * triton.cdiv(layout.inner, inner)
     turns = max(_LEAST_TURNS, triton.cdiv(tiles * groups, _PROGRAMS))
-    return Cut(channels, positions, turns, groups, triton.cdiv(tiles, turns))
+    return Cut(channels, outer, inner, turns, groups, triton.cdiv(tiles, turns))
 
 
 def norm_act_forward(
@@ -94,7 +98,7 @@ def norm_act_forward(
             parts = _parts(layout, cut, x)
             _moments[cut.groups, cut.pieces](x_dense, masked, parts, *shape, **_tile(cut, dtype))
             _merge_moments[(triton.cdiv(layout.channels, _MERGED),)](
-                parts, masked, mean, var, used_mean, used_var, *shape, **_merge(cut, dtype)
+                parts, masked, mean, var, used_mean, used_var, *_elements(layout), **_merge(cut, dtype)
             )
         else:
             assert mean is not None and var is not None
@@ -159,7 +163,15 @@ def norm_act_backward(
     with _device_of(x):
         _sum_up[cut.groups, cut.pieces](*operands, threshold, parts, *shape, **options)
         _merge_sums[(triton.cdiv(layout.channels, _MERGED),)](
-            parts, masked, var, grad_weight, grad_bias, sums, *shape, EPS=eps, **_merge(cut, dtype)
+            parts,
+            masked,
+            var,
+            grad_weight,
+            grad_bias,
+            sums,
+            *_elements(layout),
+            EPS=eps,
+            **_merge(cut, dtype),
         )
         _descend[cut.groups, cut.pieces](
             *operands, sums, grad_x, grad_residual, *shape, TRAINING=training, **options
@@ -175,11 +187,11 @@ def norm_act_backward(
                 counts.threshold,
                 counts.activity,
                 *new,
-                *shape[::2],
+                *_elements(layout),
                 TAU=counts.tau,
                 DECAY=counts.decay,
                 BLOCK=_COUNTED,
-                **_OPTIONS,
+                **OPTIONS,
             )
             counts.threshold.copy_(new[0])
             counts.activity.copy_(new[1])
@@ -193,17 +205,24 @@ def norm_act_backward(
 
 
 def _shape(layout: Layout) -> tuple[int, int, int]:
-    """Channels, inner elements and positions, as the kernels take them."""
-    return layout.channels, layout.inner, layout.outer * layout.inner
+    """As the kernels take it."""
+    return layout.channels, layout.outer, layout.inner
+
+
+def _elements(layout: Layout) -> tuple[int, int]:
+    """Channels, and the elements of each."""
+    return layout.channels, layout.outer * layout.inner
 
 
 def _tile(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "turns": cut.turns,
         "CHANNELS": cut.tile_channels,
-        "POSITIONS": cut.tile_positions,
+        "OUTER": cut.tile_outer,
+        "INNER": cut.tile_inner,
         "COMPUTE": _COMPUTE[dtype],
-        **_OPTIONS,
+        "num_warps": WARPS,
+        **OPTIONS,
     }
 
 
@@ -213,7 +232,7 @@ def _merge(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
         "CHANNELS": _MERGED,
         "PIECES": _PIECES,
         "COMPUTE": _COMPUTE[dtype],
-        **_OPTIONS,
+        **OPTIONS,
     }
 
 
@@ -266,13 +285,15 @@ def _here(channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _places(turn, turns, channel, channels, inner, positions, POSITIONS: tl.constexpr):
-    """Where the elements of a tile lie, and which of its positions there are."""
-    first = (tl.program_id(1).to(tl.int64) * turns + turn) * POSITIONS
-    position = first + tl.arange(0, POSITIONS)
-    outer, within = position // inner, position % inner
-    at = (outer * channels)[None, :] + channel[:, None]
-    return at * inner + within[None, :], (position < positions)[None, :]
+def _places(turn, turns, channel, channels, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Where the elements of a tile lie, and which of them there are in every channel."""
+    tile = tl.program_id(1).to(tl.int64) * turns + turn
+    across = tl.cdiv(inner, INNER)
+    place = tl.arange(0, OUTER * INNER)
+    o = tile // across * OUTER + place // INNER
+    i = tile % across * INNER + place % INNER
+    at = ((o * channels)[None, :] + channel[:, None]) * inner + i[None, :]
+    return at, ((o < outer) & (i < inner))[None, :]
 
 
 @triton.jit
@@ -348,11 +369,12 @@ def _moments(
     mask,
     parts,
     channels,
+    outer,
     inner,
-    positions,
     turns,
     CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Count, mean and squared distances from it, of a range of positions.
@@ -362,13 +384,13 @@ def _moments(
     """
     channel, there = _here(channels, CHANNELS)
     live = _live(mask, channel, there)[:, None]
-    at, inside = _places(0, turns, channel, channels, inner, positions, POSITIONS)
+    at, inside = _places(0, turns, channel, channels, outer, inner, OUTER, INNER)
     pivot = tl.load(x + at, mask=live & inside, other=0).to(COMPUTE)
-    total = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
-    square = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
-    number = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    total = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
+    square = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
+    number = tl.zeros((CHANNELS, OUTER * INNER), tl.float32)
     for turn in range(turns):
-        at, inside = _places(turn, turns, channel, channels, inner, positions, POSITIONS)
+        at, inside = _places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
         value = tl.load(x + at, mask=live & inside, other=0).to(COMPUTE)
         apart = tl.where(live & inside, value - pivot, 0)
         total += apart
@@ -411,8 +433,7 @@ def _merge_moments(
     mean,
     var,
     channels,
-    inner,
-    positions,
+    elements,
     pieces,
     CHANNELS: tl.constexpr,
     PIECES: tl.constexpr,
@@ -435,9 +456,9 @@ def _merge_moments(
         distance += further + apart * apart * (count * (more / both))
         found += apart * (more / both)
         count += more
-    elements = tl.full((CHANNELS,), positions, tl.float64)
+    all_of_them = tl.full((CHANNELS,), elements, tl.float64)
     left = _vector(running_var, channel, there, 1, COMPUTE).to(COMPUTE)
-    factor = ((elements - 1) / elements).to(COMPUTE)
+    factor = ((all_of_them - 1) / all_of_them).to(COMPUTE)
     kept = _vector(running_mean, channel, there, 0, COMPUTE)
     tl.store(mean + channel, tl.where(live, found, kept).to(COMPUTE), mask=there)
     some = tl.where(count > 0, count, 1)
@@ -455,20 +476,21 @@ def _normalise(
     var,
     mask,
     channels,
+    outer,
     inner,
-    positions,
     turns,
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     channel, there = _here(channels, CHANNELS)
     live = _live(mask, channel, there)[:, None]
     scale, shift = _affine(weight, bias, mean, var, channel, there, EPS)
     for turn in range(turns):
-        at, inside = _places(turn, turns, channel, channels, inner, positions, POSITIONS)
+        at, inside = _places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & there[:, None]
         _, z = _normal(x, residual, at, live & inside, inside, scale, shift, COMPUTE)
         tl.store(y + at, _activated(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)
@@ -487,13 +509,14 @@ def _sum_up(
     threshold,
     parts,
     channels,
+    outer,
     inner,
-    positions,
     turns,
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Sums of dz, dz * (x - mean) and dz * dz, and how many |dz| exceed the threshold."""
@@ -502,12 +525,12 @@ def _sum_up(
     scale, shift = _affine(weight, bias, mean, var, channel, there, EPS)
     middle = _vector(mean, channel, there, 0, COMPUTE).to(COMPUTE)[:, None]
     least = _vector(threshold, channel, there, float("inf"), COMPUTE).to(COMPUTE)[:, None]
-    total = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
-    dot = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
-    square = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
-    number = tl.zeros((CHANNELS, POSITIONS), tl.int32)
+    total = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
+    dot = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
+    square = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
+    number = tl.zeros((CHANNELS, OUTER * INNER), tl.int32)
     for turn in range(turns):
-        at, inside = _places(turn, turns, channel, channels, inner, positions, POSITIONS)
+        at, inside = _places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & live
         value, z = _normal(x, residual, at, inside, inside, scale, shift, COMPUTE)
         dz = tl.load(grad + at, mask=inside, other=0).to(COMPUTE) * _derived(z, ACTIVATION)
@@ -539,8 +562,7 @@ def _merge_sums(
     grad_bias,
     sums,
     channels,
-    inner,
-    positions,
+    elements,
     pieces,
     EPS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -572,14 +594,15 @@ def _descend(
     grad_x,
     grad_residual,
     channels,
+    outer,
     inner,
-    positions,
     turns,
     TRAINING: tl.constexpr,
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """The gradients of x and the residual."""
@@ -587,14 +610,14 @@ def _descend(
     live = _live(mask, channel, there)[:, None]
     scale, shift = _affine(weight, bias, mean, var, channel, there, EPS)
     middle = _vector(mean, channel, there, 0, COMPUTE).to(COMPUTE)[:, None]
-    elements = tl.full((CHANNELS,), positions, tl.float64)
+    elements = tl.full((CHANNELS,), outer, tl.float64) * inner
     of_bias = tl.load(sums + channel, mask=there, other=0)
     dot = tl.load(sums + channels + channel, mask=there, other=0)
     spread = _vector(var, channel, there, 1, COMPUTE) + EPS
     slope = (-scale * (dot / elements) / spread).to(COMPUTE)[:, None]
     offset = (-scale * (of_bias / elements)).to(COMPUTE)[:, None]
     for turn in range(turns):
-        at, inside = _places(turn, turns, channel, channels, inner, positions, POSITIONS)
+        at, inside = _places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & there[:, None]
         value, z = _normal(x, residual, at, live & inside, inside, scale, shift, COMPUTE)
         read = inside if residual is not None else inside & live
@@ -631,12 +654,12 @@ def _count(
     new_threshold,
     new_activity,
     channels,
-    positions,
+    elements,
     TAU: tl.constexpr,
     DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    elements = tl.full((BLOCK,), positions, tl.float64)
+    of_channel = tl.full((BLOCK,), elements, tl.float64)
     squares = tl.zeros((BLOCK,), tl.float64)
     number = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, channels, BLOCK):
@@ -644,12 +667,12 @@ def _count(
         squares += tl.where(counts, grad_sq * norm_sq, 0)
         number += counts.to(tl.float64)
     # With nothing counted there is nothing to store.
-    rms = tl.sqrt(tl.sum(squares, 0) / (tl.maximum(tl.sum(number, 0), 1) * elements))
+    rms = tl.sqrt(tl.sum(squares, 0) / (tl.maximum(tl.sum(number, 0), 1) * of_channel))
     for first in range(0, channels, BLOCK):
         channel, there, counts, norm_sq, _ = _counted(sums, weight, bias, mask, first, channels, BLOCK)
         exceeding = tl.load(sums + 3 * channels + channel, mask=there, other=0)
         before = tl.load(activity + channel, mask=there, other=0)
-        blended = before * DECAY + (exceeding / elements).to(tl.float32) * (1 - DECAY)
+        blended = before * DECAY + (exceeding / of_channel).to(tl.float32) * (1 - DECAY)
         tl.store(new_activity + channel, tl.where(counts, blended, before), mask=there)
         reached = TAU * rms / tl.sqrt(tl.where(norm_sq == 0, 1, norm_sq))
         reached = tl.where(norm_sq == 0, float("inf"), reached).to(tl.float32)
