@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-# Read where triton is imported.
+# Read where triton is imported, if tests/conftest.py was not.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A folder of this name is found in its place where it is not installed.
