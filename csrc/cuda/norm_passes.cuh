@@ -2,6 +2,9 @@
 // Elements of a pack belong to one channel (kStep 0) or to a channel each (kStep 1). A pass has
 //   Channel  what it has to know of a channel, made once per tile
 //   Sums     what a thread adds up for a channel, and Part, what becomes of it
+//   read     what it needs of the pack at an index, and use, what it does with that
+//   kAhead   how many packs a thread reads before it uses the first: together 16 KB and more of a multiprocessor's
+//            blocks are on their way from memory, what its latency asks for
 #pragma once
 
 #include "activation.cuh"
@@ -66,6 +69,7 @@ struct MomentsPass {
   using C = typename Compute<S>::Type;
   using Part = ChannelMoments;
   static constexpr bool kFolds = true;
+  static constexpr int kAhead = 2;
 
   struct Channel {
     bool masked;
@@ -80,9 +84,13 @@ struct MomentsPass {
   __device__ Channel channel(int64_t channel, bool) const { return {is_masked(call.norm, channel)}; }
 
   template <int kCount, int kStep>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels, Sums* sums) const {
-    if (!any_live<kCount, kStep>(channels)) return;
-    const Pack<S, kCount> x = load<kCount>(static_cast<const S*>(call.norm.x) + at, call.aligned);
+  __device__ __forceinline__ Pack<S, kCount> read(int64_t at, const Channel* channels) const {
+    if (!any_live<kCount, kStep>(channels)) return {};
+    return load<kCount>(static_cast<const S*>(call.norm.x) + at, call.aligned);
+  }
+
+  template <int kCount, int kStep>
+  __device__ __forceinline__ void use(int64_t, const Pack<S, kCount>& x, const Channel*, Sums* sums) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       Sums& of = sums[k * kStep];
@@ -108,10 +116,15 @@ struct NormalisePass {
   using Part = ChannelMoments;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
+  static constexpr int kAhead = 2;
 
   struct Channel {
     C scale, shift;
     bool masked;
+  };
+  template <int kCount>
+  struct In {
+    Pack<S, kCount> x = {}, residual = {};
   };
 
   const NormCall& call;
@@ -129,16 +142,23 @@ struct NormalisePass {
   }
 
   template <int kCount, int kStep>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels, Sums*) const {
+  __device__ __forceinline__ In<kCount> read(int64_t at, const Channel* channels) const {
     const Norm& norm = call.norm;
-    Pack<S, kCount> x = {}, residual = {}, out;
-    if (any_live<kCount, kStep>(channels)) x = load<kCount>(static_cast<const S*>(norm.x) + at, call.aligned);
-    if (norm.residual != nullptr) residual = load<kCount>(static_cast<const S*>(norm.residual) + at, call.aligned);
+    In<kCount> in;
+    if (any_live<kCount, kStep>(channels)) in.x = load<kCount>(static_cast<const S*>(norm.x) + at, call.aligned);
+    if (norm.residual != nullptr) in.residual = load<kCount>(static_cast<const S*>(norm.residual) + at, call.aligned);
+    return in;
+  }
+
+  template <int kCount, int kStep>
+  __device__ __forceinline__ void use(int64_t at, const In<kCount>& in, const Channel* channels, Sums*) const {
+    const Norm& norm = call.norm;
+    Pack<S, kCount> out;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const Channel& of = channels[k * kStep];
-      C z = of.masked ? C(0) : widen(x.values[k]) * of.scale + of.shift;
-      if (norm.residual != nullptr) z = z + widen(residual.values[k]);
+      C z = of.masked ? C(0) : widen(in.x.values[k]) * of.scale + of.shift;
+      if (norm.residual != nullptr) z = z + widen(in.residual.values[k]);
       narrow(activate<kActivation>(z), &out.values[k]);
     }
     store(out, static_cast<S*>(norm.out) + at, call.aligned);
@@ -153,12 +173,14 @@ struct Incoming {
   Pack<S, kCount> x = {}, residual = {}, grad = {};
   bool adds;
 
-  __device__ __forceinline__ Incoming(const NormCall& call, int64_t at, bool live) {
+  // `live`: there is a channel that is not masked; `residuals`: those of masked channels are asked for.
+  __device__ __forceinline__ Incoming(const NormCall& call, int64_t at, bool live, bool residuals) {
     const Norm& norm = call.norm;
     adds = norm.residual != nullptr;
+    const bool needs_residual = adds && (live || residuals);
     if (live) x = load<kCount>(static_cast<const S*>(norm.x) + at, call.aligned);
-    if (adds) residual = load<kCount>(static_cast<const S*>(norm.residual) + at, call.aligned);
-    if (live || adds) grad = load<kCount>(static_cast<const S*>(norm.grad) + at, call.aligned);
+    if (needs_residual) residual = load<kCount>(static_cast<const S*>(norm.residual) + at, call.aligned);
+    if (live || needs_residual) grad = load<kCount>(static_cast<const S*>(norm.grad) + at, call.aligned);
   }
 
   // The gradient of what enters the activation.
@@ -175,6 +197,7 @@ struct SumUpPass {
   using C = typename Compute<S>::Type;
   using Part = GradSums;
   static constexpr bool kFolds = true;
+  static constexpr int kAhead = 1;
 
   struct Channel {
     C scale, shift, mean, threshold;
@@ -196,9 +219,14 @@ struct SumUpPass {
   }
 
   template <int kCount, int kStep>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels, Sums* sums) const {
-    if (!any_live<kCount, kStep>(channels)) return;
-    const Incoming<S, kActivation, kCount> in(call, at, true);
+  __device__ __forceinline__ Incoming<S, kActivation, kCount> read(int64_t at, const Channel* channels) const {
+    const bool live = any_live<kCount, kStep>(channels);
+    return {call, at, live, live};
+  }
+
+  template <int kCount, int kStep>
+  __device__ __forceinline__ void use(int64_t, const Incoming<S, kActivation, kCount>& in, const Channel* channels,
+                                      Sums* sums) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const Channel& of = channels[k * kStep];
@@ -224,6 +252,7 @@ struct DescendPass {
   using Part = GradSums;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
+  static constexpr int kAhead = 1;
 
   struct Channel {
     C scale, shift, mean, slope, offset;
@@ -245,9 +274,14 @@ struct DescendPass {
   }
 
   template <int kCount, int kStep>
-  __device__ __forceinline__ void run(int64_t at, const Channel* channels, Sums*) const {
+  __device__ __forceinline__ Incoming<S, kActivation, kCount> read(int64_t at, const Channel* channels) const {
+    return {call, at, any_live<kCount, kStep>(channels), true};
+  }
+
+  template <int kCount, int kStep>
+  __device__ __forceinline__ void use(int64_t at, const Incoming<S, kActivation, kCount>& in, const Channel* channels,
+                                      Sums*) const {
     const Norm& norm = call.norm;
-    const Incoming<S, kActivation, kCount> in(call, at, any_live<kCount, kStep>(channels));
     Pack<S, kCount> grad_x, grad_residual;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {

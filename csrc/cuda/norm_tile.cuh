@@ -31,6 +31,25 @@ __device__ inline Place place_of(const NormCall& call) {
   return at;
 }
 
+// The packs at `first`, `first + step` ... before `end`.
+template <int kCount, int kStep, class Pass>
+__device__ __forceinline__ void walk(const Pass& pass, int64_t first, int64_t end, int64_t step,
+                                     const typename Pass::Channel* channels, typename Pass::Sums* sums) {
+  using In = decltype(pass.template read<kCount, kStep>(first, channels));
+  if constexpr (Pass::kAhead == 2) {
+    for (; first + step < end; first += 2 * step) {
+      const In one = pass.template read<kCount, kStep>(first, channels);
+      const In two = pass.template read<kCount, kStep>(first + step, channels);
+      pass.template use<kCount, kStep>(first, one, channels, sums);
+      pass.template use<kCount, kStep>(first + step, two, channels, sums);
+    }
+  }
+  for (; first < end; first += step) {
+    const In in = pass.template read<kCount, kStep>(first, channels);
+    pass.template use<kCount, kStep>(first, in, channels, sums);
+  }
+}
+
 // Every channel's elements in one piece each: packs as they are aligned with the tensor, and one by one what is left at
 // both ends.
 template <class S, class Pass>
@@ -43,11 +62,12 @@ __device__ __forceinline__ void walk_planes(const Pass& pass, const NormCall& ca
     const int64_t begin = plane + at.inner_begin, end = plane + at.inner_end;
     int64_t first = (begin + kSize - 1) / kSize * kSize, last = end / kSize * kSize;
     if (first >= last) first = last = end;
-    for (int64_t i = first + lane * kSize; i < last; i += lanes * kSize)
-      pass.template run<kPack<S>, 0>(i, channel, sums);
+    walk<kPack<S>, 0>(pass, first + lane * kSize, last, lanes * kSize, channel, sums);
     const int64_t before = first - begin, singles = before + end - last;
-    for (int64_t i = lane; i < singles; i += lanes)
-      pass.template run<1, 0>(i < before ? begin + i : last + i - before, channel, sums);
+    for (int64_t i = lane; i < singles; i += lanes) {
+      const int64_t index = i < before ? begin + i : last + i - before;
+      pass.template use<1, 0>(index, pass.template read<1, 0>(index, channel), channel, sums);
+    }
   }
 }
 
@@ -55,9 +75,8 @@ __device__ __forceinline__ void walk_planes(const Pass& pass, const NormCall& ca
 template <int kWidth, class Pass>
 __device__ __forceinline__ void walk_channels(const Pass& pass, const NormCall& call, const Place& at,
                                               const typename Pass::Channel* channels, typename Pass::Sums* sums) {
-  const int64_t first = at.channel_begin + at.slot * kWidth;
-  for (int64_t outer = at.outer_begin + at.way; outer < at.outer_end; outer += at.ways)
-    pass.template run<kWidth, 1>(outer * call.norm.channels + first, channels, sums);
+  const int64_t step = call.norm.channels, first = at.channel_begin + at.slot * kWidth;
+  walk<kWidth, 1>(pass, (at.outer_begin + at.way) * step + first, at.outer_end * step, at.ways * step, channels, sums);
 }
 
 // What the threads of a block found about each channel, merged: lanes by halves, ways one after the other. `width`

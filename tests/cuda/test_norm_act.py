@@ -15,13 +15,14 @@ from sparsekern.backends import cuda_norm
 
 LAYOUTS = ("contiguous", "channels_last", "permuted", "not aligned")
 
-# Of one element per channel and outer index; odd; packs that fit; long planes in pieces; many outer indices;
-# several blocks for each channel, in both layouts.
+# Of one element per channel and outer index; odd; packs that fit; long planes, whole and in pieces; many outer
+# indices; several blocks for each channel, in both layouts; more channels than a tile has.
 SHAPES = (
     (5, 7, 1, 1),
     (3, 5, 3, 7),
     (2, 16, 4, 4),
     (2, 3, 61, 67),
+    (2, 2, 67, 131),
     (700, 3, 2, 1),
     (3, 1, 53, 59),
     (37, 40, 7, 9),
@@ -46,6 +47,13 @@ def test_shape(emulated: Any, shape: tuple[int, ...], dtype: torch.dtype, layout
     given = case(shape, dtype, layout, residual=False, masked=shape[1] > 1)
     assert_forward(emulated, given, "relu", training=True)
     assert_backward(emulated, given, "relu", training=True)
+
+
+@pytest.mark.parametrize("layout", [(2, 3, 61 * 67), (2 * 61 * 67, 3, 1), (1, 1, 67 * 131)], ids=str)
+def test_several_blocks_share_a_channel(emulated: Any, layout: tuple[int, int, int]) -> None:
+    """In the shapes above; each block leaves four numbers, and so do all of them together."""
+    scratch = emulated._target.library.sparsekern_cuda_norm_scratch(*layout, 4)
+    assert scratch >= 4 * layout[1] * 3
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (3, 4, 9), (2, 4, 3, 2, 5)], ids=str)
