@@ -15,8 +15,8 @@ from sparsekern.backends import cuda_norm
 
 LAYOUTS = ("contiguous", "channels_last", "permuted", "not aligned")
 
-# Of one element per channel and outer index; odd; packs that fit; long planes, whole and in pieces; many outer
-# indices; several blocks for each channel, in both layouts; more channels than a tile has.
+# Of one element per channel and outer index; odd; packs that fit; long planes, whole and in pieces; many
+# outer indices; several blocks for each channel, in both layouts; more channels than a tile has.
 SHAPES = (
     (5, 7, 1, 1),
     (3, 5, 3, 7),
