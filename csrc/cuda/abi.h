@@ -77,7 +77,7 @@ struct Norm {
   void* stream;
   int64_t outer, channels, inner;
   double eps, tau, decay;
-  int32_t activation;  // Activation of activation.cuh
+  int32_t activation;  // Activation
   int32_t training, dtype, device;
 };
 

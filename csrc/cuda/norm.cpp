@@ -49,7 +49,7 @@ class Sequence {
                      : norm_.dtype == kBFloat16 ? norm_bfloat16
                                                 : norm_float16;
     launch([=](const NormCall& call, cudaStream_t stream) { return run(pass, call, stream); },
-           pass == kMoments || pass == kSumUp ? kFoldedTiles : kOtherTiles);
+           pass == kTakeMoments || pass == kSumUp ? kFoldedTiles : kOtherTiles);
   }
 
   void between(cudaError_t (*run)(const NormCall&, cudaStream_t)) { launch(run, kFoldedTiles); }
@@ -77,7 +77,7 @@ int run_norm_forward(const Norm& norm, std::atomic<int64_t>& launches) {
   if (!has_what_forward_needs(norm)) return -kNullPointer;
   Sequence sequence(norm, launches);
   if (norm.training) {
-    sequence.pass(kMoments);
+    sequence.pass(kTakeMoments);
     sequence.between(fold_norm_moments);
   }
   sequence.pass(kNormalise);

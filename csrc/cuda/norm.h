@@ -20,14 +20,14 @@ struct NormCall {
 };
 
 // Passes over the tensors.
-enum NormPass { kMoments, kNormalise, kSumUp, kDescend };
+enum NormPass { kTakeMoments, kNormalise, kSumUp, kDescend };
 
 cudaError_t norm_float32(NormPass pass, const NormCall& call, cudaStream_t stream);
 cudaError_t norm_float64(NormPass pass, const NormCall& call, cudaStream_t stream);
 cudaError_t norm_bfloat16(NormPass pass, const NormCall& call, cudaStream_t stream);
 cudaError_t norm_float16(NormPass pass, const NormCall& call, cudaStream_t stream);
 
-// What kMoments and kSumUp found in the tiles becomes one for each channel, and is stored; with counts these too.
+// What kTakeMoments and kSumUp found in the tiles becomes one for each channel, and is stored; with counts these too.
 cudaError_t fold_norm_moments(const NormCall& call, cudaStream_t stream);
 cudaError_t fold_norm_sums(const NormCall& call, cudaStream_t stream);
 cudaError_t count_norm(const NormCall& call, cudaStream_t stream);

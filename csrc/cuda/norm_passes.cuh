@@ -188,7 +188,7 @@ struct Incoming {
   __device__ __forceinline__ C dz(int k, const Channel& channel) const {
     C z = channel.masked ? C(0) : widen(x.values[k]) * channel.scale + channel.shift;
     if (adds) z = z + widen(residual.values[k]);
-    return widen(grad.values[k]) * derivative<kActivation>(z);
+    return gradient_of<kActivation>(widen(grad.values[k]), z);
   }
 };
 

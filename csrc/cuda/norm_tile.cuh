@@ -165,7 +165,7 @@ cudaError_t launch_norm_of(const NormCall& call, cudaStream_t stream) {
 template <class S>
 cudaError_t launch_norm_pass(NormPass pass, const NormCall& call, cudaStream_t stream) {
   switch (pass) {
-    case kMoments: return launch_norm<S, MomentsPass<S>>(call, stream);
+    case kTakeMoments: return launch_norm<S, MomentsPass<S>>(call, stream);
     case kNormalise: return launch_norm_of<S, NormalisePass>(call, stream);
     case kSumUp: return launch_norm_of<S, SumUpPass>(call, stream);
     default: return launch_norm_of<S, DescendPass>(call, stream);

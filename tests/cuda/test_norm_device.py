@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import ACTIVATIONS, DTYPES, assert_backward, assert_forward, case
+from ops.norm_cases import FORMATS, problem
+from ops.norm_elementwise import assert_backward, assert_forward
 from torch import Tensor, nn
 
 from sparsekern import _cuda
 from sparsekern._counts import ChannelCounts
 from sparsekern.backends import cuda
+from sparsekern.backends.reference_norm import ACTIVATIONS
 from sparsekern.nn import NormAct2d
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = torch.device("cuda:0")
 
 
@@ -30,7 +33,7 @@ class _OnDevice:
         return tuple(_moved(tensor, torch.device("cpu")) for tensor in found)
 
     def norm_act_backward(self, *operands: Any, counts: ChannelCounts, **options: Any) -> tuple[Any, ...]:
-        moved = ChannelCounts(*[a.to(DEVICE) for a in counts.arrays], tau=counts.tau, decay=counts.decay)
+        moved = ChannelCounts.of([a.to(DEVICE) for a in counts.arrays], counts.tau, counts.decay)
         operands = tuple(_moved(operand, DEVICE) for operand in operands)
         found = cuda.norm_act_backward(*operands, counts=moved, **options)
         for mine, theirs in zip(counts.arrays, moved.arrays, strict=True):
@@ -38,15 +41,17 @@ class _OnDevice:
         return tuple(_moved(tensor, torch.device("cpu")) for tensor in found)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_parity(activation: str, dtype: torch.dtype, layout: str) -> None:
+def test_parity(activation: str, dtype: torch.dtype, memory: str) -> None:
     assert _cuda.why_not() is None, _cuda.why_not()
-    for shape, masked, training in (((3, 9, 5, 3), True, True), ((37, 40, 17, 9), False, False)):
-        given = case(shape, dtype, layout, residual=masked, masked=masked)
-        assert_forward(_OnDevice(), given, activation, training)
-        assert_backward(_OnDevice(), given, activation, training)
+    for shape, residual in (((3, 9, 5, 3), True), ((37, 40, 17, 9), False)):
+        given = problem(
+            shape, dtype, memory, activation, residual=residual, masked=0.3 * residual, training=residual
+        )
+        assert_forward(_OnDevice(), given)
+        assert_backward(_OnDevice(), given)
 
 
 def _network() -> nn.Sequential:

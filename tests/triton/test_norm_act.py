@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from norm_cases import ACTIVATIONS, DTYPES, assert_backward, assert_forward, assert_trains, case
+from ops.norm_cases import problem
+from ops.norm_elementwise import (
+    assert_backward,
+    assert_far_from_zero,
+    assert_forward,
+    assert_trains,
+    laid_out,
+)
 
 from sparsekern.backends import reference_norm
+from sparsekern.backends.reference_norm import ACTIVATIONS
 from sparsekern.backends.triton import norm_act
 
-LAYOUTS = ("contiguous", "channels_last")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous_format", "channels_last")
 
 # Of one element per channel and outer index, and more channels than a tile has; several programs for each
 # channel, in both layouts; planes longer than a tile.
@@ -30,65 +39,54 @@ def _conversion(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_and_layout(activation: str, dtype: torch.dtype, layout: str) -> None:
-    for residual, masked, training in ((True, True, True), (False, False, False)):
-        given = case((3, 9, 5, 3), dtype, layout, residual=residual, masked=masked)
-        assert_forward(norm_act, given, activation, training, _conversion(dtype))
-        assert_backward(norm_act, given, activation, training, _conversion(dtype))
+    for residual, masked, training in ((True, 0.4, True), (False, 0.0, False)):
+        given = problem(
+            (3, 5, 5, 3), dtype, "contiguous", activation, residual=residual, masked=masked, training=training
+        )
+        assert_forward(norm_act, laid_out(given, layout), _conversion(dtype))
+        assert_backward(norm_act, laid_out(given, layout), _conversion(dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shape(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    given = case(shape, dtype, layout, residual=False, masked=True)
-    assert_forward(norm_act, given, "relu", True, _conversion(dtype))
-    assert_backward(norm_act, given, "relu", True, _conversion(dtype))
+    given = laid_out(problem(shape, dtype, "contiguous", masked=0.3, seed=1), layout)
+    assert_forward(norm_act, given, _conversion(dtype))
+    assert_backward(norm_act, given, _conversion(dtype))
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (3, 4, 9), (2, 4, 3, 2, 5)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_dimensions_and_what_is_missing(shape: tuple[int, ...], training: bool) -> None:
-    given = case(shape, torch.float32, "contiguous", residual=True, masked=False, affine=False)
-    assert_forward(norm_act, given, "silu", training)
-    assert_backward(norm_act, given, "silu", training)
+    given = problem(
+        shape, torch.float32, "contiguous", "silu", residual=True, training=training, affine=False
+    )
+    assert_forward(norm_act, given)
+    assert_backward(norm_act, given)
 
 
 @pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_spoilt_gradients_are_not_counted(layout: str, spoiler: float) -> None:
-    given = case((4, 8, 5, 5), torch.float32, layout, residual=False, masked=True)
-    given.grad[1, 3, 2, 2] = spoiler
-    assert_backward(norm_act, given, "identity", training=True)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_masked_channels_are_not_read(layout: str) -> None:
-    given = case((4, 8, 5, 5), torch.float32, layout, residual=True, masked=True)
-    assert given.mask is not None
-    given.x[:, given.mask] = float("nan")
-    assert_forward(norm_act, given, "relu", training=True)
-    assert_backward(norm_act, given, "relu", training=True)
+    given = laid_out(problem((4, 8, 5, 5), torch.float32, "contiguous", masked=0.3), layout)
+    given.grad[1, 3, 2, 2:4] = spoiler
+    assert_backward(norm_act, given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mean_and_variance_far_from_zero(layout: str) -> None:
-    given = case((6, 8, 33, 35), torch.float32, layout, residual=False, masked=False)
-    given.x.add_(1000)
-    given.x[0, :, 0, 0] = 0
-    _, mean, var = norm_act.norm_act_forward(*given.forward(), activation="identity", training=True, eps=1e-5)
-    want_var, want_mean = torch.var_mean(given.x.double(), (0, 2, 3), correction=0)
-    torch.testing.assert_close(mean.double(), want_mean, rtol=1.2e-7, atol=0)
-    torch.testing.assert_close(var.double(), want_var, rtol=1e-5, atol=0)
+    assert_far_from_zero(norm_act, layout)
 
 
-def test_many_channels_are_counted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_channels_are_merged_and_counted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_act, "_COUNTED", 4)
     monkeypatch.setattr(norm_act, "_PIECES", 2)
-    monkeypatch.setattr(norm_act, "_MERGED", 8)
-    given = case((2, 11, 61, 67), torch.float32, "contiguous", residual=False, masked=True)
-    assert_forward(norm_act, given, "relu", training=True)
-    assert_backward(norm_act, given, "relu", training=True)
+    monkeypatch.setattr(norm_act, "_MERGED", 4)
+    given = problem((3, 7, 61, 67), torch.float32, "contiguous", masked=0.3)
+    assert_forward(norm_act, given)
+    assert_backward(norm_act, given)
 
 
 def test_a_module_trains_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,14 +297,6 @@ def _places(turn, turns, channel, channels, outer, inner, OUTER: tl.constexpr, I
 
 
 @triton.jit
-def _divided(z, divisor: tl.constexpr):
-    if z.dtype == tl.float32:
-        return tl.div_rn(z, tl.full(z.shape, divisor, tl.float32))
-    else:
-        return z / divisor
-
-
-@triton.jit
 def _sigmoid(z):
     grown = 1 + tl.exp(-z)
     if z.dtype == tl.float32:
@@ -315,17 +307,17 @@ def _sigmoid(z):
 
 @triton.jit
 def _between_0_and_6(z):
-    return tl.where(z < 0, 0, tl.where(z > 6, 6, z))
+    return tl.where(z <= 0, 0, tl.where(z > 6, 6, z))
 
 
 @triton.jit
 def _activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == RELU:
-        return tl.where(z < 0, 0, z)
+        return tl.where(z <= 0, 0, z)
     elif ACTIVATION == RELU6:
         return _between_0_and_6(z)
     elif ACTIVATION == HARDSWISH:
-        return _divided(z * _between_0_and_6(z + 3), 6)
+        return z * _between_0_and_6(z + 3) * (1 / 6)
     elif ACTIVATION == SILU:
         return z * _sigmoid(z)
     else:
@@ -333,18 +325,19 @@ def _activated(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _derived(z, ACTIVATION: tl.constexpr):
+def _gradient_of(grad, z, ACTIVATION: tl.constexpr):
+    """The gradient of z from that of what it is activated to."""
     if ACTIVATION == RELU:
-        return (z > 0).to(z.dtype)
+        return tl.where(z <= 0, 0, grad)
     elif ACTIVATION == RELU6:
-        return ((z > 0) & (z < 6)).to(z.dtype)
+        return tl.where((z <= 0) | (z >= 6), 0, grad)
     elif ACTIVATION == HARDSWISH:
-        return tl.where(z <= -3, 0, tl.where(z < 3, _divided(z, 3) + 0.5, 1))
+        return tl.where(z <= -3, 0, tl.where(z < 3, grad * (z * (1 / 3) + 0.5), grad))
     elif ACTIVATION == SILU:
         sigmoid = _sigmoid(z)
-        return sigmoid * (1 + z * (1 - sigmoid))
+        return grad * (sigmoid * (1 + z * (1 - sigmoid)))
     else:
-        return tl.full(z.shape, 1, z.dtype)
+        return grad
 
 
 @triton.jit
@@ -533,7 +526,7 @@ def _sum_up(
         at, inside = _places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & live
         value, z = _normal(x, residual, at, inside, inside, scale, shift, COMPUTE)
-        dz = tl.load(grad + at, mask=inside, other=0).to(COMPUTE) * _derived(z, ACTIVATION)
+        dz = _gradient_of(tl.load(grad + at, mask=inside, other=0).to(COMPUTE), z, ACTIVATION)
         total += dz
         dot += tl.where(inside, dz * (value - middle), 0)
         square += dz * dz
@@ -621,7 +614,7 @@ def _descend(
         inside = inside & there[:, None]
         value, z = _normal(x, residual, at, live & inside, inside, scale, shift, COMPUTE)
         read = inside if residual is not None else inside & live
-        dz = tl.load(grad + at, mask=read, other=0).to(COMPUTE) * _derived(z, ACTIVATION)
+        dz = _gradient_of(tl.load(grad + at, mask=read, other=0).to(COMPUTE), z, ACTIVATION)
         found = dz * scale.to(COMPUTE)[:, None]
         if TRAINING:
             found = found + ((value - middle) * slope + offset)
