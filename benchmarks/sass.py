@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.environment import commit
 from sparsekern import _cuda
+from sparsekern.backends.reference_norm import ACTIVATIONS
 
 TOOLS = ("cuobjdump", "nvdisasm")
 DTYPES = {"f": "float32", "d": "float64", "8BFloat16": "bfloat16", "7Float16": "float16"}
@@ -33,6 +34,18 @@ UPDATES = {
     "AdamLb1": "Adam(W) amsgrad",
     "Look": "statistics",
     "Mask": "mask",
+}
+PASSES = {
+    "Moments": "norm moments",
+    "Normalise": "norm forward",
+    "SumUp": "norm sums",
+    "Descend": "norm gradients",
+}
+SMALL = {
+    "fold_channels": "channels",
+    "store_moments": "norm moments merged",
+    "store_sums": "norm sums merged",
+    "update_counts": "norm counts",
 }
 
 
@@ -75,12 +88,19 @@ def run(path: str, *arguments: str) -> list[str]:
 
 def readable(symbol: str) -> str:
     """The name of a kernel: what it does and to which dtype."""
-    found = re.match(r"_ZN10sparsekern4cuda4stepI(f|d|NS0_(?:8BFloat16|7Float16)E)NS0_\d(\w+?)I(.*)", symbol)
+    found = re.match(
+        r"_ZN10sparsekern4cuda(?:4step|9norm_pass)I(f|d|NS0_(?:8BFloat16|7Float16)E)NS0_\d+(\w+?)I(.*)",
+        symbol,
+    )
     if found is None:
-        return "channels" if "fold_channels" in symbol else "epilogue"
-    dtype = found[1].removeprefix("NS0_").removesuffix("E")
+        return next((name for part, name in SMALL.items() if part in symbol), "epilogue")
+    dtype = DTYPES[found[1].removeprefix("NS0_").removesuffix("E")]
+    if "norm_pass" in symbol:
+        activation = re.search(r"Li(\d)E", found[3])
+        follows = f" {ACTIVATIONS[int(activation[1])]}" if activation else ""
+        return f"{PASSES[found[2].removesuffix('Pass')]}{follows} {dtype}"
     flag = re.search(r"Lb[01]", found[3])
-    return f"{UPDATES[found[2] + (flag[0] if flag else '')]} {DTYPES[dtype]}"
+    return f"{UPDATES[found[2] + (flag[0] if flag else '')]} {dtype}"
 
 
 def kernels(library: Path) -> list[Kernel]:
@@ -109,7 +129,7 @@ def kernels(library: Path) -> list[Kernel]:
 
 
 def main() -> None:
-    """Print the table; exit with 1 when a kernel spills or one of the first launch has no wide accesses."""
+    """Print the table; exit with 1 when a kernel spills or one over tensors has no wide accesses."""
     library = _cuda.load()
     if library is None:
         sys.exit(str(_cuda.reason))
@@ -121,9 +141,9 @@ def main() -> None:
         stores = kernel.count(r"STG\.E(\.\w+)*\.128(\.\w+)*")
         numbers = (kernel.registers, kernel.stack, local, loads, stores, kernel.instructions.total())
         table.add_row(kernel.architecture, kernel.name, *map(str, numbers))
-        is_step = any(kernel.name.startswith(update) for update in UPDATES.values())
-        writes = not kernel.name.startswith("statistics")
-        if kernel.stack or local or (is_step and (not loads or (writes and not stores))):
+        is_wide = kernel.name.split()[-1] in DTYPES.values()
+        writes = not kernel.name.startswith(("statistics", "norm moments", "norm sums"))
+        if kernel.stack or local or (is_wide and (not loads or (writes and not stores))):
             faults.append(f"{kernel.name} on {kernel.architecture}")
     console = Console(width=140)
     console.print(table)

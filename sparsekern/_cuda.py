@@ -10,7 +10,9 @@ import ctypes
 import functools
 import importlib.machinery
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,10 +87,31 @@ class Moments(Structure):
     ]
 
 
+class Norm(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "residual", "grad", "out", "grad_residual", "weight", "bias")),
+        *((name, c_void_p) for name in ("running_mean", "running_var", "mean", "var", "mask")),
+        *((name, c_void_p) for name in ("grad_weight", "grad_bias", "scratch")),
+        *((name, c_void_p) for name in ("threshold", "activity", "updates", "stream")),
+        *((name, c_int64) for name in ("outer", "channels", "inner")),
+        *((name, c_double) for name in ("eps", "tau", "decay")),
+        *((name, c_int32) for name in ("activation", "training", "dtype", "device")),
+    ]
+
+
 ROW_ARRAYS = 8
 """How many addresses RowArrays of csrc/abi.h has."""
 
 _STRUCTS = (Shape, Cut, Call, Moments)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The library, and the tensors that it works on."""
+
+    library: Any
+    device_type: str
+    dlpack_type: int
 
 
 reason: str | None = None
@@ -128,11 +151,19 @@ def bind(path: Path) -> ctypes.CDLL:
     library.sparsekern_cuda_cut.restype = c_int64
     library.sparsekern_cuda_step.argtypes = [POINTER(Call)]
     library.sparsekern_cuda_moments.argtypes = [POINTER(Moments)]
+    library.sparsekern_cuda_norm_scratch.argtypes = [c_int64] * 4
+    library.sparsekern_cuda_norm_scratch.restype = c_int64
+    library.sparsekern_cuda_norm_forward.argtypes = [POINTER(Norm)]
+    library.sparsekern_cuda_norm_backward.argtypes = [POINTER(Norm)]
     library.sparsekern_cuda_try.argtypes = [c_int32]
     library.sparsekern_cuda_error.argtypes = [c_int32]
     library.sparsekern_cuda_error.restype = c_char_p
     library.sparsekern_cuda_launches.restype = c_int64
-    expected = [*map(ctypes.sizeof, _STRUCTS), ROW_ARRAYS * ctypes.sizeof(ctypes.c_void_p)]
+    expected = [
+        *map(ctypes.sizeof, _STRUCTS),
+        ROW_ARRAYS * ctypes.sizeof(ctypes.c_void_p),
+        ctypes.sizeof(Norm),
+    ]
     sizes = (c_int64 * len(expected))()
     library.sparsekern_cuda_sizes(sizes)
     if list(sizes) != expected:
@@ -166,6 +197,13 @@ def error_text(library: ctypes.CDLL, code: int) -> str:
     if code < 0:
         return f"an address is missing (error {-code})"
     return f"{library.sparsekern_cuda_error(code).decode()} (CUDA error {code})"
+
+
+def check(library: ctypes.CDLL, code: int, what: str) -> None:
+    """Raises ``RuntimeError`` for the code of a call over ``what`` that is not 0."""
+    if code != 0:
+        text = error_text(library, code)
+        raise RuntimeError(f"the CUDA kernels could not be launched for {what}: {text}")
 
 
 def stream(device: torch.device) -> int:

@@ -52,4 +52,33 @@ struct Moments {
   int32_t device;
 };
 
+// Normalisation with its activation over x[outer][channels][inner]. Tensors have `dtype`; vectors of a number per
+// channel float64 for kFloat64, else float32. What may be missing is null: residual, weight, bias, mask, and of the
+// running ones both in training, of the counts all.
+struct Norm {
+  const void* x;
+  const void* residual;
+  const void* grad;     // of the output, backward only
+  void* out;            // the output; backward, the gradient of x
+  void* grad_residual;  // backward, with a residual
+  const void* weight;
+  const void* bias;
+  const void* running_mean;  // forward only
+  const void* running_var;
+  void* mean;  // written forward, read backward
+  void* var;
+  const uint8_t* mask;
+  void* grad_weight;  // backward only
+  void* grad_bias;
+  double* scratch;   // as many as sparsekern_cuda_norm_scratch says; not read forward unless training
+  float* threshold;  // the fields of ChannelCounts, backward only
+  float* activity;
+  float* updates;
+  void* stream;
+  int64_t outer, channels, inner;
+  double eps, tau, decay;
+  int32_t activation;  // Activation
+  int32_t training, dtype, device;
+};
+
 }  // namespace sparsekern::cuda

@@ -22,6 +22,9 @@ constexpr int64_t kTurns = 4;
 // there are few partial sums.
 constexpr int64_t kTileColumns = 32;
 
+// Elements of the smallest tile of a normalisation: a pack or more for each thread.
+constexpr int64_t kLeastTile = 4 * 1024;
+
 constexpr int64_t kBlockThreads = 256, kWarpThreads = 32;
 
 int64_t divide_up(int64_t a, int64_t b) {
@@ -58,6 +61,26 @@ Cut cut_of(const Shape& shape, int64_t element_size) {
   cut.row_step = static_cast<int32_t>(row_step);
   cut.pieces = static_cast<int32_t>(pieces);
   cut.chunks = static_cast<int32_t>(pieces * divide_up(shape.rows, row_step));
+  return cut;
+}
+
+NormCut norm_cut(int64_t outer, int64_t channels, int64_t inner, int64_t element_size, int64_t tiles) {
+  const int64_t pack = 16 / element_size;
+  const int64_t elements = std::max(kLeastTile, divide_up(outer * channels * inner, tiles));
+  NormCut cut = {};
+  cut.width = static_cast<int32_t>(inner == 1 && channels % pack == 0 ? pack : 1);
+  cut.lanes = lanes_of(inner, pack);
+  const int64_t most_slots = inner > 1 ? kBlockThreads / cut.lanes : kTileColumns * pack / cut.width;
+  cut.slots = 1;
+  while (2 * cut.slots <= most_slots && cut.slots * cut.width < channels) cut.slots *= 2;
+  const int64_t across = cut.slots * cut.width, ways = kBlockThreads / (cut.lanes * cut.slots);
+  // A multiple of what the block reads at once. Rows that lanes of a warp share are not cut.
+  cut.inner_step = cut.lanes < kBlockThreads ? inner : divide_up(elements, kBlockThreads * pack) * kBlockThreads * pack;
+  cut.inner_step = std::min(inner, cut.inner_step);
+  cut.outer_step = divide_up(std::max<int64_t>(1, elements / (across * cut.inner_step)), ways) * ways;
+  cut.inner_pieces = divide_up(inner, cut.inner_step);
+  cut.pieces = divide_up(outer, cut.outer_step) * cut.inner_pieces;
+  cut.blocks = cut.pieces * divide_up(channels, across);
   return cut;
 }
 

@@ -7,6 +7,7 @@
 
 #include "cut.h"
 #include "kernels.h"
+#include "norm.h"
 
 #define SPARSEKERN_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -155,13 +156,15 @@ int run(const Call& call) {
 using namespace sparsekern;
 using namespace sparsekern::cuda;
 
-// Of the structs above, so that Python finds out when it mirrors others: Shape, Cut, Call, Moments, RowArrays.
+// Of the structs above, so that Python finds out when it mirrors others: Shape, Cut, Call, Moments, RowArrays,
+// Norm.
 SPARSEKERN_EXPORT void sparsekern_cuda_sizes(int64_t* sizes) {
   sizes[0] = sizeof(Shape);
   sizes[1] = sizeof(Cut);
   sizes[2] = sizeof(Call);
   sizes[3] = sizeof(Moments);
   sizes[4] = sizeof(RowArrays);
+  sizes[5] = sizeof(Norm);
 }
 
 // Cuts a list of tensors; gives the number of partial sums (of four floats each) that a call over it needs.
@@ -175,7 +178,13 @@ SPARSEKERN_EXPORT int64_t sparsekern_cuda_cut(const Shape* shapes, int64_t tenso
   return partials;
 }
 
-// These three give 0, an error of CUDA that ended the call, or the negative of an Error, when nothing was launched.
+// Doubles of scratch for a normalisation of x[outer][channels][inner].
+SPARSEKERN_EXPORT int64_t sparsekern_cuda_norm_scratch(int64_t outer, int64_t channels, int64_t inner,
+                                                       int64_t element_size) {
+  return norm_scratch(outer, channels, inner, element_size);
+}
+
+// These give 0, an error of CUDA that ended the call, or the negative of an Error, when nothing was launched.
 SPARSEKERN_EXPORT int sparsekern_cuda_step(const Call* call) {
   return run(*call);
 }
@@ -185,6 +194,16 @@ SPARSEKERN_EXPORT int sparsekern_cuda_moments(const Moments* moments) {
   if (guard.error != cudaSuccess) return guard.error;
   ++launches;
   return fold_moments(*moments, static_cast<cudaStream_t>(moments->stream));
+}
+
+SPARSEKERN_EXPORT int sparsekern_cuda_norm_forward(const Norm* norm) {
+  const DeviceGuard guard(norm->device);
+  return guard.error != cudaSuccess ? guard.error : run_norm_forward(*norm, launches);
+}
+
+SPARSEKERN_EXPORT int sparsekern_cuda_norm_backward(const Norm* norm) {
+  const DeviceGuard guard(norm->device);
+  return guard.error != cudaSuccess ? guard.error : run_norm_backward(*norm, launches);
 }
 
 SPARSEKERN_EXPORT int sparsekern_cuda_try(int device) {

@@ -52,6 +52,11 @@ __device__ inline void narrow(float x, Float16* out) {
   out->bits = __half_as_ushort(__float2half_rn(x));
 }
 
+template <class T>
+__device__ inline T least(T a, T b) {
+  return a < b ? a : b;
+}
+
 // Correctly rounded, as every operation here.
 __device__ inline float square_root(float x) {
   return sqrtf(x);
@@ -63,6 +68,9 @@ __device__ inline double square_root(double x) {
 __device__ inline bool finite(float x) {
   constexpr uint32_t kExponent = 0x7f800000;
   return (__float_as_uint(x) & kExponent) != kExponent;
+}
+__device__ inline bool finite(double x) {
+  return x - x == 0;
 }
 
 __device__ inline double read(const Scalar& scalar) {

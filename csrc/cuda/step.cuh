@@ -24,11 +24,6 @@ __device__ inline const Entry& entry_of(const Table& table, int32_t chunk) {
   return table.entries[low];
 }
 
-template <class T>
-__device__ inline T least(T a, T b) {
-  return a < b ? a : b;
-}
-
 // Chunk `index` of a tensor; those of the same rows follow each other, piece by piece.
 __device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
   const int32_t piece = index % entry.pieces;

@@ -37,8 +37,8 @@ from sparsekern.backends._lists import (
     row_arrays,
     where_rows_are,
 )
-from sparsekern.backends.reference_norm import norm_act_backward as norm_act_backward
-from sparsekern.backends.reference_norm import norm_act_forward as norm_act_forward
+from sparsekern.backends.cuda_norm import norm_act_backward as norm_act_backward
+from sparsekern.backends.cuda_norm import norm_act_forward as norm_act_forward
 
 _plans = Plans()
 
@@ -54,16 +54,7 @@ _MOMENT_DTYPES = (torch.int64, torch.int64, *[torch.float32] * 5)
 _MOST_ROWS = 1 << 31
 
 
-@dataclass(frozen=True)
-class Target:
-    """The library, and the tensors that it works on."""
-
-    library: Any
-    device_type: str
-    dlpack_type: int
-
-
-_target = Target(_cuda.load(), "cuda", _cuda.DEVICE_TYPE)
+_target = _cuda.Target(_cuda.load(), "cuda", _cuda.DEVICE_TYPE)
 
 
 def sgd_step_(
@@ -124,7 +115,7 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     moments = _cuda.Moments(
         *addresses, _pointers.of_tensor(ticket), stream, channels, rows, table.decay, device.index or 0
     )
-    _raise(_target.library.sparsekern_cuda_moments(moments), "the channels")
+    _cuda.check(_target.library, _target.library.sparsekern_cuda_moments(moments), "the channels")
 
 
 @dataclass(slots=True)
@@ -196,7 +187,8 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
         dtype=_cuda.DTYPES[plan.dtype],
         device=plan.device.index or 0,
     )
-    _raise(_target.library.sparsekern_cuda_step(call), f"a list of {len(lists[0])} tensors")
+    code = _target.library.sparsekern_cuda_step(call)
+    _cuda.check(_target.library, code, f"a list of {len(lists[0])} tensors")
     if op != STATISTICS:
         # Raw writes do not tell autograd that a saved tensor has changed.
         increment_version(lists[0])
@@ -235,12 +227,6 @@ def _scalar(value: float | Tensor | None) -> _cuda.Scalar:
     if isinstance(value, Tensor):
         return _cuda.Scalar(_pointers.of_tensor(value), 0.0, _cuda.DTYPES[value.dtype])
     return _cuda.Scalar(None, 0.0 if value is None else value, 0)
-
-
-def _raise(code: int, what: str) -> None:
-    if code != 0:
-        text = _cuda.error_text(_target.library, code)
-        raise RuntimeError(f"the CUDA kernels could not be launched for {what}: {text}")
 
 
 def _walkable(param: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU, in an emulation.
 
-What needs a GPU is in `test_device.py`, and collected where there is one.
+What needs a GPU is in `test_device.py` and `test_norm_device.py`, and collected where there is one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sparsekern import _cuda
 
 collect_ignore: list[str] = []
 if not torch.cuda.is_available():
-    collect_ignore.append("test_device.py")
+    collect_ignore += ["test_device.py", "test_norm_device.py"]
 if torch.cuda.is_available() or _cuda.load() is None:
     collect_ignore.append("test_without_gpu.py")
 if COMPILER is None:
-    collect_ignore += ["test_emulated.py", "test_emulation.py"]
+    collect_ignore += ["test_emulated.py", "test_emulation.py", "test_norm_act.py"]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from types import ModuleType
 from unittest.mock import patch
 
 from sparsekern import _cuda
-from sparsekern.backends import cuda
+from sparsekern.backends import cuda, cuda_norm
 from sparsekern.backends._lists import Plans
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +45,10 @@ def build(folder: Path) -> ctypes.CDLL:
 def installed(library: ctypes.CDLL) -> Iterator[ModuleType]:
     """The backend module, working on CPU tensors with that library meanwhile."""
     library.emulation_order(0)
+    target = _cuda.Target(library, "cpu", 1)
     with (
-        patch.object(cuda, "_target", cuda.Target(library, "cpu", 1)),
+        patch.object(cuda, "_target", target),
+        patch.object(cuda_norm, "_target", target),
         patch.object(cuda, "_plans", Plans()),
         patch.object(_cuda, "stream", lambda device: 0),
         patch.object(_cuda, "capturing", lambda: False),

@@ -21,3 +21,8 @@ def test_without_a_gpu_the_library_answers_with_an_error() -> None:
         shapes=ctypes.addressof(shape), cuts=ctypes.addressof(cut), addresses=bytes(address), tensors=1
     )
     assert library.sparsekern_cuda_step(call) == code
+    norm = _cuda.Norm(
+        **dict.fromkeys(("x", "out", "mean", "var", "scratch"), 64), outer=1, channels=8, inner=9
+    )
+    norm.training = 1
+    assert library.sparsekern_cuda_norm_forward(norm) == code

@@ -1,0 +1,102 @@
+// A normalisation as a sequence of launches.
+#include "norm.h"
+
+#include <initializer_list>
+
+namespace sparsekern::cuda {
+namespace {
+
+// Tiles of a large tensor, about. Passes that fold keep few, as each leaves something to merge; the others have many,
+// so that the last of them to end do not keep the device waiting.
+constexpr int64_t kFoldedTiles = 1024, kOtherTiles = 8 * 1024;
+
+int64_t element_size(int32_t dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+bool all_there(std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses)
+    if (address == nullptr) return false;
+  return true;
+}
+
+bool has_what_forward_needs(const Norm& norm) {
+  if (norm.training) return all_there({norm.x, norm.out, norm.mean, norm.var, norm.scratch});
+  return all_there({norm.x, norm.out, norm.mean, norm.var, norm.running_mean, norm.running_var});
+}
+
+bool has_what_backward_needs(const Norm& norm) {
+  if (norm.residual != nullptr && norm.grad_residual == nullptr) return false;
+  if (norm.threshold != nullptr && !all_there({norm.activity, norm.updates})) return false;
+  return all_there({norm.x, norm.grad, norm.out, norm.mean, norm.var, norm.grad_weight, norm.grad_bias, norm.scratch});
+}
+
+// The launches of one op; the first error ends it.
+class Sequence {
+ public:
+  Sequence(const Norm& norm, std::atomic<int64_t>& launches)
+      : norm_(norm), launches_(launches), stream_(static_cast<cudaStream_t>(norm.stream)) {
+    uintptr_t bits = 0;
+    for (const void* address : {norm.x, norm.residual, norm.grad, static_cast<const void*>(norm.out),
+                                static_cast<const void*>(norm.grad_residual)})
+      bits |= reinterpret_cast<uintptr_t>(address);
+    aligned_ = bits % 16 == 0;
+  }
+
+  void pass(NormPass pass) {
+    const auto run = norm_.dtype == kFloat32    ? norm_float32
+                     : norm_.dtype == kFloat64  ? norm_float64
+                     : norm_.dtype == kBFloat16 ? norm_bfloat16
+                                                : norm_float16;
+    launch([=](const NormCall& call, cudaStream_t stream) { return run(pass, call, stream); },
+           pass == kTakeMoments || pass == kSumUp ? kFoldedTiles : kOtherTiles);
+  }
+
+  void between(cudaError_t (*run)(const NormCall&, cudaStream_t)) { launch(run, kFoldedTiles); }
+
+  int error = 0;
+
+ private:
+  template <class Run>
+  void launch(Run run, int64_t tiles) {
+    if (error != 0) return;
+    ++launches_;
+    const NormCut cut = norm_cut(norm_.outer, norm_.channels, norm_.inner, element_size(norm_.dtype), tiles);
+    error = run(NormCall{norm_, cut, aligned_}, stream_);
+  }
+
+  const Norm& norm_;
+  std::atomic<int64_t>& launches_;
+  cudaStream_t stream_;
+  bool aligned_;
+};
+
+}  // namespace
+
+int run_norm_forward(const Norm& norm, std::atomic<int64_t>& launches) {
+  if (!has_what_forward_needs(norm)) return -kNullPointer;
+  Sequence sequence(norm, launches);
+  if (norm.training) {
+    sequence.pass(kTakeMoments);
+    sequence.between(fold_norm_moments);
+  }
+  sequence.pass(kNormalise);
+  return sequence.error;
+}
+
+int run_norm_backward(const Norm& norm, std::atomic<int64_t>& launches) {
+  if (!has_what_backward_needs(norm)) return -kNullPointer;
+  Sequence sequence(norm, launches);
+  sequence.pass(kSumUp);
+  sequence.between(fold_norm_sums);
+  sequence.pass(kDescend);
+  if (norm.threshold != nullptr) sequence.between(count_norm);
+  return sequence.error;
+}
+
+int64_t norm_scratch(int64_t outer, int64_t channels, int64_t inner, int64_t element_size) {
+  const NormCut cut = norm_cut(outer, channels, inner, element_size, kFoldedTiles);
+  return (1 + cut.pieces) * channels * kParts;
+}
+
+}  // namespace sparsekern::cuda

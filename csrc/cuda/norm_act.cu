@@ -1,0 +1,149 @@
+// Between the passes of a normalisation and after them: what the tiles found becomes a number per channel. A warp for
+// each channel merges its tiles, and one block the counts of all channels.
+#include "norm_parts.cuh"
+
+namespace sparsekern::cuda {
+namespace {
+
+constexpr int kChannels = kThreads / kWarp;
+
+__device__ int64_t channel_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x / kWarp;
+}
+
+// Everything that was found about a channel, in the first lane of the calling warp.
+template <class Part>
+__device__ Part merge_pieces(const NormCall& call, int64_t channel) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  Part all = {};
+  for (int64_t piece = lane; piece < call.cut.pieces; piece += kWarp) {
+    Part part;
+    for (int i = 0; i < kParts; ++i) part.values[i] = part_of(call, channel, piece)[i];
+    all.merge(part);
+  }
+  merge_lanes(all, kWarp);
+  return all;
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads) store_moments(const NormCall __grid_constant__ call) {
+  const Norm& norm = call.norm;
+  const int64_t channel = channel_of_warp();
+  if (channel >= norm.channels) return;
+  const bool masked = is_masked(norm, channel);
+  double mean, var;
+  if (masked) {
+    const double elements = elements_of(norm);
+    const C factor = static_cast<C>((elements - 1) / elements);
+    mean = number_of<C>(norm.running_mean, channel, 0);
+    // Rounded as in the compute type.
+    var = static_cast<C>(number_of<C>(norm.running_var, channel, 1)) * factor;
+  } else {
+    const ChannelMoments all = merge_pieces<ChannelMoments>(call, channel);
+    mean = all.mean();
+    var = all.distances() / all.count();
+  }
+  if (threadIdx.x % kWarp != 0) return;
+  static_cast<C*>(norm.mean)[channel] = static_cast<C>(mean);
+  static_cast<C*>(norm.var)[channel] = static_cast<C>(var);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads) store_sums(const NormCall __grid_constant__ call) {
+  const Norm& norm = call.norm;
+  const int64_t channel = channel_of_warp();
+  if (channel >= norm.channels) return;
+  GradSums all = {};
+  if (!is_masked(norm, channel)) all = merge_pieces<GradSums>(call, channel);
+  if (threadIdx.x % kWarp != 0) return;
+  for (int i = 0; i < kParts; ++i) folded_sums_of(call, channel)[i] = all.values[i];
+  const double rstd = 1 / sqrt(number_of<C>(norm.var, channel, 1) + norm.eps);
+  static_cast<C*>(norm.grad_weight)[channel] = static_cast<C>(all.values[1] * rstd);
+  static_cast<C*>(norm.grad_bias)[channel] = static_cast<C>(all.values[0]);
+}
+
+// Of all channels: the squares of (gradient times norm of its channel), and how many were counted.
+struct Total {
+  double squares;
+  int64_t channels;
+};
+
+// What every thread found, together; all threads get it.
+__device__ Total total_of_block(const Total& mine) {
+  __shared__ Total all[kFinishThreads];
+  all[threadIdx.x] = mine;
+  for (int reach = kFinishThreads / 2; reach > 0; reach /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) >= reach) continue;
+    all[threadIdx.x].squares += all[threadIdx.x + reach].squares;
+    all[threadIdx.x].channels += all[threadIdx.x + reach].channels;
+  }
+  __syncthreads();
+  return all[0];
+}
+
+template <class C>
+__device__ double norm_sq_of(const Norm& norm, int64_t channel) {
+  const double gamma = number_of<C>(norm.weight, channel, 1), beta = number_of<C>(norm.bias, channel, 0);
+  return gamma * gamma + beta * beta;
+}
+
+template <class C>
+__global__ void __launch_bounds__(kFinishThreads) update_counts(const NormCall __grid_constant__ call) {
+  const Norm& norm = call.norm;
+  const double elements = elements_of(norm);
+  const auto counts = [&](int64_t channel, double norm_sq) {
+    return !is_masked(norm, channel) && finite(folded_sums_of(call, channel)[2]) && finite(norm_sq);
+  };
+  Total mine = {};
+  for (int64_t channel = threadIdx.x; channel < norm.channels; channel += kFinishThreads) {
+    const double norm_sq = norm_sq_of<C>(norm, channel);
+    if (!counts(channel, norm_sq)) continue;
+    mine.squares += folded_sums_of(call, channel)[2] * norm_sq;
+    ++mine.channels;
+  }
+  const Total total = total_of_block(mine);
+  const double rms = sqrt(total.squares / (static_cast<double>(total.channels) * elements));
+  const float keep = static_cast<float>(norm.decay), fresh = static_cast<float>(1 - norm.decay);
+  for (int64_t channel = threadIdx.x; channel < norm.channels; channel += kFinishThreads) {
+    const double norm_sq = norm_sq_of<C>(norm, channel);
+    if (!counts(channel, norm_sq)) continue;
+    const float share = static_cast<float>(folded_sums_of(call, channel)[3] / elements);
+    norm.activity[channel] = norm.activity[channel] * keep + share * fresh;
+    norm.threshold[channel] =
+        norm_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(norm.tau * rms / sqrt(norm_sq));
+  }
+  if (threadIdx.x == 0) *norm.updates += 1;
+}
+
+template <class Kernel>
+cudaError_t launch(Kernel kernel, int64_t blocks, int threads, const NormCall& call, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, call);
+}
+
+int64_t blocks_of(const NormCall& call) {
+  return (call.norm.channels + kChannels - 1) / kChannels;
+}
+
+}  // namespace
+
+cudaError_t fold_norm_moments(const NormCall& call, cudaStream_t stream) {
+  return call.norm.dtype == kFloat64 ? launch(store_moments<double>, blocks_of(call), kThreads, call, stream)
+                                     : launch(store_moments<float>, blocks_of(call), kThreads, call, stream);
+}
+
+cudaError_t fold_norm_sums(const NormCall& call, cudaStream_t stream) {
+  return call.norm.dtype == kFloat64 ? launch(store_sums<double>, blocks_of(call), kThreads, call, stream)
+                                     : launch(store_sums<float>, blocks_of(call), kThreads, call, stream);
+}
+
+cudaError_t count_norm(const NormCall& call, cudaStream_t stream) {
+  return call.norm.dtype == kFloat64 ? launch(update_counts<double>, 1, kFinishThreads, call, stream)
+                                     : launch(update_counts<float>, 1, kFinishThreads, call, stream);
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,175 @@
+// A pass of a normalisation: one block for each tile.
+#pragma once
+
+#include "norm_passes.cuh"
+
+namespace sparsekern::cuda {
+
+// Channels of a tile at most: 32 packs of eight, or one for each thread.
+constexpr int kTileChannels = 256;
+
+// Where a thread stands in its tile.
+struct Place {
+  int64_t channel_begin, outer_begin, outer_end, inner_begin, inner_end, piece;
+  int32_t lane, slot, way, ways;
+};
+
+__device__ inline Place place_of(const NormCall& call) {
+  const NormCut& cut = call.cut;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x), block_slots = cut.lanes * cut.slots;
+  Place at;
+  at.piece = blockIdx.x % cut.pieces;
+  at.channel_begin = blockIdx.x / cut.pieces * cut.slots * cut.width;
+  at.outer_begin = at.piece / cut.inner_pieces * cut.outer_step;
+  at.inner_begin = at.piece % cut.inner_pieces * cut.inner_step;
+  at.outer_end = least(call.norm.outer, at.outer_begin + cut.outer_step);
+  at.inner_end = least(call.norm.inner, at.inner_begin + cut.inner_step);
+  at.lane = thread % cut.lanes;
+  at.slot = thread / cut.lanes % cut.slots;
+  at.way = thread / block_slots;
+  at.ways = kThreads / block_slots;
+  return at;
+}
+
+// The packs at `first`, `first + step` ... before `end`.
+template <int kCount, int kStep, class Pass>
+__device__ __forceinline__ void walk(const Pass& pass, int64_t first, int64_t end, int64_t step,
+                                     const typename Pass::Channel* channels, typename Pass::Sums* sums) {
+  using In = decltype(pass.template read<kCount, kStep>(first, channels));
+  if constexpr (Pass::kAhead == 2) {
+    for (; first + step < end; first += 2 * step) {
+      const In one = pass.template read<kCount, kStep>(first, channels);
+      const In two = pass.template read<kCount, kStep>(first + step, channels);
+      pass.template use<kCount, kStep>(first, one, channels, sums);
+      pass.template use<kCount, kStep>(first + step, two, channels, sums);
+    }
+  }
+  for (; first < end; first += step) {
+    const In in = pass.template read<kCount, kStep>(first, channels);
+    pass.template use<kCount, kStep>(first, in, channels, sums);
+  }
+}
+
+// Every channel's elements in one piece each: packs as they are aligned with the tensor, and one by one what is left at
+// both ends.
+template <class S, class Pass>
+__device__ __forceinline__ void walk_planes(const Pass& pass, const NormCall& call, const Place& at,
+                                            const typename Pass::Channel* channel, typename Pass::Sums* sums) {
+  constexpr int64_t kSize = kPack<S>;
+  const int64_t lane = at.lane, lanes = call.cut.lanes;
+  for (int64_t outer = at.outer_begin + at.way; outer < at.outer_end; outer += at.ways) {
+    const int64_t plane = (outer * call.norm.channels + at.channel_begin + at.slot) * call.norm.inner;
+    const int64_t begin = plane + at.inner_begin, end = plane + at.inner_end;
+    int64_t first = (begin + kSize - 1) / kSize * kSize, last = end / kSize * kSize;
+    if (first >= last) first = last = end;
+    walk<kPack<S>, 0>(pass, first + lane * kSize, last, lanes * kSize, channel, sums);
+    const int64_t before = first - begin, singles = before + end - last;
+    for (int64_t i = lane; i < singles; i += lanes) {
+      const int64_t index = i < before ? begin + i : last + i - before;
+      pass.template use<1, 0>(index, pass.template read<1, 0>(index, channel), channel, sums);
+    }
+  }
+}
+
+// Channels side by side, kWidth of them for each thread.
+template <int kWidth, class Pass>
+__device__ __forceinline__ void walk_channels(const Pass& pass, const NormCall& call, const Place& at,
+                                              const typename Pass::Channel* channels, typename Pass::Sums* sums) {
+  const int64_t step = call.norm.channels, first = at.channel_begin + at.slot * kWidth;
+  walk<kWidth, 1>(pass, (at.outer_begin + at.way) * step + first, at.outer_end * step, at.ways * step, channels, sums);
+}
+
+// What the threads of a block found about each channel, merged: lanes by halves, ways one after the other. `width`
+// says which of its channels every thread has in `sums`. Called by whole blocks.
+template <class Pass>
+__device__ inline void fold_tile(const NormCall& call, const Place& at, int32_t width,
+                                 const typename Pass::Sums& sums) {
+  using Part = typename Pass::Part;
+  __shared__ Part parts[kThreads];
+  const int32_t slots = call.cut.slots, lanes = call.cut.lanes < kWarp ? call.cut.lanes : kWarp;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x);
+  Part part = Pass::part(sums);
+  merge_lanes(part, lanes);
+  __syncthreads();  // whoever read what was here before has done so
+  if (thread % lanes == 0) parts[thread / lanes] = part;
+  __syncthreads();
+  const int64_t channel = at.channel_begin + thread * call.cut.width + width;
+  if (thread >= slots || channel >= call.norm.channels) return;
+  part = parts[thread];
+  for (int32_t other = thread + slots; other < kThreads / lanes; other += slots) part.merge(parts[other]);
+  double* out = part_of(call, channel, at.piece);
+  for (int i = 0; i < kParts; ++i) out[i] = part.values[i];
+}
+
+template <class S, class Pass, int kWidth>
+__device__ inline void run_tile(const Pass& pass, const NormCall& call, const Place& at,
+                                const typename Pass::Channel* of_tile) {
+  typename Pass::Channel channels[kWidth];
+  typename Pass::Sums sums[kWidth] = {};
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) channels[k] = of_tile[at.slot * kWidth + k];
+  // Past the last channel there is nothing but what the fold asks for.
+  if (at.channel_begin + at.slot * kWidth < call.norm.channels) {
+    if (kWidth == 1 && call.norm.inner > 1) {
+      walk_planes<S>(pass, call, at, channels, sums);
+    } else {
+      walk_channels<kWidth>(pass, call, at, channels, sums);
+    }
+  }
+  if constexpr (Pass::kFolds) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) fold_tile<Pass>(call, at, k, sums[k]);
+  }
+}
+
+// As csrc/cuda/step.cuh has it.
+constexpr int kNormBlocks = 2;
+
+template <class S, class Pass>
+__global__ void __launch_bounds__(kThreads, kNormBlocks) norm_pass(const NormCall __grid_constant__ call) {
+  __shared__ typename Pass::Channel of_tile[kTileChannels];
+  const Pass pass = {call};
+  const Place at = place_of(call);
+  const int32_t tile = call.cut.slots * call.cut.width, thread = static_cast<int32_t>(threadIdx.x);
+  if (thread < tile && at.channel_begin + thread < call.norm.channels)
+    of_tile[thread] = pass.channel(at.channel_begin + thread, at.piece == 0);
+  __syncthreads();
+  if (call.cut.width == 1) {
+    run_tile<S, Pass, 1>(pass, call, at, of_tile);
+  } else {
+    run_tile<S, Pass, kPack<S>>(pass, call, at, of_tile);
+  }
+}
+
+template <class S, class Pass>
+cudaError_t launch_norm(const NormCall& call, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(call.cut.blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, norm_pass<S, Pass>, call);
+}
+
+template <class S, template <class, int32_t> class Pass>
+cudaError_t launch_norm_of(const NormCall& call, cudaStream_t stream) {
+  switch (call.norm.activation) {
+    case kRelu: return launch_norm<S, Pass<S, kRelu>>(call, stream);
+    case kRelu6: return launch_norm<S, Pass<S, kRelu6>>(call, stream);
+    case kHardswish: return launch_norm<S, Pass<S, kHardswish>>(call, stream);
+    case kSilu: return launch_norm<S, Pass<S, kSilu>>(call, stream);
+    default: return launch_norm<S, Pass<S, kIdentity>>(call, stream);
+  }
+}
+
+// The kernels of one dtype.
+template <class S>
+cudaError_t launch_norm_pass(NormPass pass, const NormCall& call, cudaStream_t stream) {
+  switch (pass) {
+    case kTakeMoments: return launch_norm<S, MomentsPass<S>>(call, stream);
+    case kNormalise: return launch_norm_of<S, NormalisePass>(call, stream);
+    case kSumUp: return launch_norm_of<S, SumUpPass>(call, stream);
+    default: return launch_norm_of<S, DescendPass>(call, stream);
+  }
+}
+
+}  // namespace sparsekern::cuda

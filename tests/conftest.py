@@ -1,0 +1,11 @@
+"""For all tests: triton interprets.
+
+That is read where triton is imported. ``torch.utils.flop_counter`` does so with sparsekern, which tests
+that come before those of triton have imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")

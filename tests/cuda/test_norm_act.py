@@ -1,0 +1,145 @@
+"""The CUDA kernels of normalisation with its activation, emulated, equal the reference."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from ops.norm_cases import problem
+from ops.norm_elementwise import (
+    assert_backward,
+    assert_far_from_zero,
+    assert_forward,
+    assert_trains,
+    laid_out,
+)
+from torch import Tensor
+
+from sparsekern import _cuda
+from sparsekern.backends import cuda_norm
+from sparsekern.backends.reference_norm import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous_format", "channels_last", "permuted", "not aligned")
+
+# Of one element per channel and outer index; odd; packs that fit; long planes, whole and in pieces; many
+# outer indices; several blocks for each channel, in both layouts; more channels than a tile has.
+SHAPES = (
+    (5, 7, 1, 1),
+    (3, 5, 3, 7),
+    (2, 16, 4, 4),
+    (2, 3, 61, 67),
+    (2, 2, 67, 131),
+    (700, 3, 2, 1),
+    (3, 1, 53, 59),
+    (37, 40, 7, 9),
+    (5, 264, 3, 3),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_layout(emulated: Any, activation: str, dtype: torch.dtype, layout: str) -> None:
+    for residual, masked in ((True, 0.4), (False, 0.0), (True, 0.0), (False, 0.4)):
+        given = problem(
+            (3, 9, 5, 3), dtype, "contiguous", activation, residual=residual, masked=masked, training=residual
+        )
+        assert_forward(emulated, laid_out(given, layout))
+        assert_backward(emulated, laid_out(given, layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shape(emulated: Any, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    given = laid_out(problem(shape, dtype, "contiguous", masked=0.3, seed=1), layout)
+    assert_forward(emulated, given)
+    assert_backward(emulated, given)
+
+
+@pytest.mark.parametrize("lies", [(2, 3, 61 * 67), (2 * 61 * 67, 3, 1), (1, 1, 67 * 131)], ids=str)
+def test_several_blocks_share_a_channel(emulated: Any, lies: tuple[int, int, int]) -> None:
+    """In the shapes above; each block leaves four numbers, and so do all of them together."""
+    scratch = emulated._target.library.sparsekern_cuda_norm_scratch(*lies, 4)
+    assert scratch >= 4 * lies[1] * 3
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (3, 4, 9), (2, 4, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_dimensions_and_what_is_missing(emulated: Any, shape: tuple[int, ...], training: bool) -> None:
+    given = problem(
+        shape, torch.float32, "contiguous", "silu", residual=True, training=training, affine=False
+    )
+    layouts = ["contiguous_format", *(["channels_last_3d"] if len(shape) == 5 else [])]
+    for layout in layouts:
+        assert_forward(emulated, laid_out(given, layout))
+        assert_backward(emulated, laid_out(given, layout))
+
+
+@pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_spoilt_gradients_are_not_counted(emulated: Any, layout: str, spoiler: float) -> None:
+    for activation in ("identity", "relu"):
+        given = laid_out(problem((4, 8, 5, 5), torch.float32, "contiguous", activation, masked=0.3), layout)
+        given.grad[1, 3, 2, 2:4] = spoiler
+        assert_backward(emulated, given)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_mean_and_variance_far_from_zero(emulated: Any, layout: str) -> None:
+    assert_far_from_zero(emulated, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_order_of_blocks_threads_or_addresses_changes_a_bit(
+    emulated: Any, emulated_library: ctypes.CDLL, dtype: torch.dtype, layout: str
+) -> None:
+    runs = [(0, layout), (1, layout), (2, layout)]
+    if layout == "contiguous_format":
+        runs.append((0, "not aligned"))
+    results = []
+    for order, where in runs:
+        emulated_library.emulation_order(order)
+        plain = problem((9, 20, 17, 19), dtype, "contiguous", "silu", residual=True)
+        given = laid_out(plain, where)
+        y, mean, var = given.forward(emulated)
+        results.append([y, mean, var, *given.backward(emulated, mean, var)])
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_a_module_trains_on_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_trains(emulated, monkeypatch)
+
+
+@pytest.mark.parametrize(("training", "forward"), [(True, 3), (False, 1)])
+def test_launches(emulated: Any, training: bool, forward: int) -> None:
+    given = problem((2, 4, 3, 3), torch.float32, "contiguous", training=training)
+    library = emulated._target.library
+    before = library.sparsekern_cuda_launches()
+    _, mean, var = given.forward(emulated)
+    assert library.sparsekern_cuda_launches() - before == forward
+    given.backward(emulated, mean, var)
+    assert library.sparsekern_cuda_launches() - before == forward + 4
+    given.counts = None
+    given.backward(emulated, mean, var)
+    assert library.sparsekern_cuda_launches() - before == forward + 7
+
+
+def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = cuda_norm._call
+
+    def without_mean(x: Tensor, *arguments: Any, **options: Any) -> _cuda.Norm:
+        call = fill(x, *arguments, **options)
+        call.mean = None
+        return call
+
+    monkeypatch.setattr(cuda_norm, "_call", without_mean)
+    message = r"a normalisation of \[2, 4, 3, 3\]: an address is missing \(error 1\)"
+    with pytest.raises(RuntimeError, match=message):
+        problem((2, 4, 3, 3), torch.float32, "contiguous").forward(emulated)
