@@ -6,7 +6,6 @@ float32, as the reference does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sparsekern import _native, _pointers
 from sparsekern._counts import ChannelCounts
+from sparsekern.backends._norm_layout import layout_of
 from sparsekern.backends.reference_norm import ACTIVATIONS, compute_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -91,7 +91,7 @@ def _call(
     code = function(
         _DTYPES[x.dtype],
         _NUMBERS[activation],
-        _shape(x),
+        layout_of(x)[:3],
         _pointers.of_optional(inputs),
         _pointers.of_optional(others),
         *numbers,
@@ -105,18 +105,7 @@ def _walkable(x: Tensor) -> Tensor:
     """``x`` in a type and memory order that the kernels know."""
     if x.dtype is torch.float16:
         x = x.float()
-    return x if x.is_contiguous() or _has_channels_last(x) else x.contiguous()
-
-
-def _has_channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
-def _shape(x: Tensor) -> tuple[int, int, int]:
-    """``(outer, channels, inner)`` of the data as it lies."""
-    if x.is_contiguous():
-        return x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    return x.numel() // x.shape[1], x.shape[1], 1
+    return layout_of(x).dense(x)
 
 
 def _like(tensor: Tensor | None, data: Tensor) -> Tensor | None:

@@ -36,6 +36,7 @@ def norm_act_forward(
     activation: str,
     training: bool,
     eps: float,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_forward`.
 
@@ -54,6 +55,7 @@ def norm_act_forward(
             activation=activation,
             training=training,
             eps=eps,
+            momentum=momentum,
         )
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
     y = layout.empty(x)
@@ -74,6 +76,8 @@ def norm_act_forward(
     }
     call = _call(x, layout, operands, activation=activation, training=training, eps=eps)
     _run("forward", call, x)
+    if training and momentum and running_mean is not None and running_var is not None:
+        reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
     return layout.returned(y, x), mean, var
 
 

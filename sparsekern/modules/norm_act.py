@@ -101,11 +101,7 @@ class NormAct2d(nn.BatchNorm2d):
             # What reads exported graphs knows torch's operators.
             z = super().forward(x)
             return _IN_PLACE[self.activation](z if residual is None else z + residual)
-        momentum = 0.0
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        return norm_act(
+        y = norm_act(
             x,
             residual,
             self.weight,
@@ -117,8 +113,19 @@ class NormAct2d(nn.BatchNorm2d):
             activation=self.activation,
             training=self.training or self.running_mean is None,
             eps=self.eps,
-            momentum=momentum,
+            momentum=self._momentum() if self.training else 0.0,
         )[0]
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
+
+    def _momentum(self) -> float:
+        """The share of this batch in the running statistics."""
+        if self.num_batches_tracked is None:
+            return 0.0
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / (float(self.num_batches_tracked) + 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -85,6 +85,7 @@ def norm_act_forward(
     activation: str,
     training: bool,
     eps: float,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_forward`."""
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
@@ -117,6 +118,9 @@ def norm_act_forward(
             ACTIVATION=reference_norm.ACTIVATIONS.index(activation),
             **_tile(cut, dtype),
         )
+        if training and momentum and running_mean is not None and running_var is not None:
+            elements = x.numel() // x.shape[1]
+            reference_norm.track(running_mean, running_var, used_mean, used_var, elements, momentum)
     return layout.returned(y, x), used_mean, used_var
 
 
