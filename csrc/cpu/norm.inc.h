@@ -171,17 +171,20 @@ inline void norm_column(const NormJob& job, int64_t row, int64_t rows, int64_t c
   for (int64_t r = 0; r < rows; ++r) run(pass, inputs, r * job.channels);
 }
 
-// `n` elements of one channel, of which the first is element `i` of the data.
+// The runs of a channel.
 template <class Pass, class S>
-inline void norm_run(const NormJob& job, int64_t channel, int64_t i, int64_t n) {
+inline void norm_runs(const NormJob& job, const NormPiece& piece) {
   constexpr int64_t kWidth = NormInput<S>::V::kWidth;
-  const NormInput<S> input(job, channel, i);
-  const Pass pass(job, i);
-  int64_t k = 0;
-  for (; k + kWidth <= n; k += kWidth) pass.vector(input, k);
-  if (k == n) return;
-  typename NormInput<S>::Buffers buffers;
-  pass.rest(input.rest(buffers, k, n - k), k, n - k);
+  const NormInput<S> input(job, piece.channel, 0);
+  const Pass pass(job, 0);
+  for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o) {
+    int64_t i = (o * job.channels + piece.channel) * job.inner;
+    const int64_t end = i + job.inner;
+    for (; i + kWidth <= end; i += kWidth) pass.vector(input, i);
+    if (i == end) continue;
+    typename NormInput<S>::Buffers buffers;
+    pass.rest(input.rest(buffers, i, end - i), i, end - i);
+  }
 }
 
 // The columns of the rows of a piece, block by block.
@@ -195,11 +198,6 @@ inline void in_columns(const NormJob& job, const NormPiece& piece, const Column&
 template <template <class, class> class Kind, class S, template <class> class Act>
 inline void norm_pass(const NormJob* job, const NormPiece* piece) {
   using Pass = Kind<S, Act<typename Compute<S>::Type>>;
-  const int64_t inner = job->inner, channels = job->channels;
-  if (inner > 1) {
-    for (int64_t o = piece->outer_begin; o < piece->outer_end; ++o)
-      norm_run<Pass, S>(*job, piece->channel, (o * channels + piece->channel) * inner, inner);
-    return;
-  }
+  if (job->inner > 1) return norm_runs<Pass, S>(*job, *piece);
   in_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) { norm_column<Pass, S>(*job, row, rows, c); });
 }

@@ -85,45 +85,62 @@ inline void join(double n, double* __restrict mean, double* __restrict deviation
   }
 }
 
-// Sums of x - centre and of its square over a block of a run.
-template <class S>
-inline void sum_deviations(const S* x, int64_t n, typename Compute<S>::Type centre, double (&total)[2]) {
+// Adds x - centre and its square of a run of `n` elements.
+template <class S, class Sums>
+inline void add_deviations(Sums& sums, const S* x, int64_t n, typename Compute<S>::Type centre) {
   using C = typename Compute<S>::Type;
   const VectorOf<C> same = VectorOf<C>{} + centre;
   const auto terms = [&](const S* from, int64_t count) {
     return Chain<Deviation<S>, kLaneVectors<C>>([=](int) { return Deviation<S>{from, same, count}; });
   };
-  SumLanes<C, 2> sums;
   int64_t i = 0;
   const auto all = terms(x, kLanes);
   for (; i + kLanes <= n; i += kLanes) sums.add(all, i);
-  if (i < n) {
-    S buffer[kLanes] = {};
-    __builtin_memcpy(buffer, x + i, static_cast<uint64_t>(n - i) * sizeof(S));
-    sums.add(terms(buffer, n - i), 0);
-  }
-  total[0] = total[1] = 0;
-  fold<C, 2>(sums, total);
+  if (i == n) return;
+  S buffer[kLanes] = {};
+  __builtin_memcpy(buffer, x + i, static_cast<uint64_t>(n - i) * sizeof(S));
+  sums.add(terms(buffer, n - i), 0);
+}
+
+// The runs of a channel in parts of at most kNormBlock elements: part(first element of the data, elements).
+template <class Part>
+inline void in_parts(const NormJob& job, const NormPiece& piece, const Part& part) {
+  for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o)
+    for (int64_t i = 0; i < job.inner; i += kNormBlock)
+      part((o * job.channels + piece.channel) * job.inner + i, smaller(kNormBlock, job.inner - i));
 }
 
 template <class S>
 inline void moments_of_channel(const NormJob& job, const NormPiece& piece) {
   using C = typename Compute<S>::Type;
-  double n = 0, mean = 0, deviation = 0, sums[2];
-  for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o) {
-    const S* x = static_cast<const S*>(job.x) + (o * job.channels + piece.channel) * job.inner;
-    for (int64_t i = 0; i < job.inner; i += kNormBlock) {
-      const int64_t m = smaller(kNormBlock, job.inner - i);
-      if (n == 0) {
-        sum_deviations(x + i, m, C(0), sums);
-        mean = sums[0] / double(m);
-      }
-      const C centre = C(mean);
-      sum_deviations(x + i, m, centre, sums);
-      join(n, &mean, &deviation, double(m), &centre, &sums[0], &sums[1], 1);
-      n += double(m);
-    }
-  }
+  using Sums = SumLanes<C, 2>;
+  const S* x = static_cast<const S*>(job.x);
+  double n = 0, mean = 0, deviation = 0;
+  const auto mean_of = [&](const S* from, int64_t count) {
+    Sums sums;
+    double total[2] = {};
+    add_deviations(sums, from, count, C(0));
+    fold<C, 2>(sums, total);
+    return total[0] / double(count);
+  };
+  Sums sums;
+  int64_t held = 0;
+  C centre = C(mean_of(x + piece.channel * job.inner, smaller(kNormBlock, job.inner)));
+  const auto settle = [&] {
+    double total[2] = {};
+    fold<C, 2>(sums, total);
+    join(n, &mean, &deviation, double(held), &centre, &total[0], &total[1], 1);
+    n += double(held);
+    centre = C(mean);
+    sums = Sums{};
+    held = 0;
+  };
+  in_parts(job, piece, [&](int64_t i, int64_t count) {
+    add_deviations(sums, x + i, count, centre);
+    held += count;
+    if (held >= kNormBlock) settle();
+  });
+  if (held > 0) settle();
   piece.out[kMeanOf * job.channels + piece.channel] = mean;
   piece.out[kDeviation * job.channels + piece.channel] = deviation;
 }
@@ -177,23 +194,27 @@ inline void grad_sums_of_channel(const NormJob& job, const NormPiece& piece) {
   using Input = NormInput<S>;
   using C = typename Input::C;
   using Terms = Chain<GradTerm<S, Act>, kLaneVectors<C>>;
+  const Input input(job, piece.channel, 0);
+  const Terms terms([&](int) { return GradTerm<S, Act>{input}; });
   double total[kNormSums] = {};
-  for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o) {
-    const Input input(job, piece.channel, (o * job.channels + piece.channel) * job.inner);
-    const Terms terms([&](int) { return GradTerm<S, Act>{input}; });
-    for (int64_t begin = 0; begin < job.inner; begin += kNormBlock) {
-      const int64_t end = smaller(begin + kNormBlock, job.inner);
-      SumLanes<C, kNormSums> sums;
-      int64_t i = begin;
-      for (; i + kLanes <= end; i += kLanes) sums.add(terms, i);
-      if (i < end) {
-        typename Input::Buffers buffers;
-        const Input rest = input.rest(buffers, i, end - i);
-        sums.add(Terms([&](int) { return GradTerm<S, Act>{rest}; }), 0);
-      }
-      fold<C, kNormSums>(sums, total);
+  SumLanes<C, kNormSums> sums;
+  int64_t held = 0;
+  in_parts(job, piece, [&](int64_t begin, int64_t count) {
+    const int64_t end = begin + count;
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) sums.add(terms, i);
+    if (i < end) {
+      typename Input::Buffers buffers;
+      const Input rest = input.rest(buffers, i, end - i);
+      sums.add(Terms([&](int) { return GradTerm<S, Act>{rest}; }), 0);
     }
-  }
+    held += count;
+    if (held < kNormBlock) return;
+    fold<C, kNormSums>(sums, total);
+    sums = SumLanes<C, kNormSums>{};
+    held = 0;
+  });
+  fold<C, kNormSums>(sums, total);
   for (int s = 0; s < kNormSums; ++s) piece.out[s * job.channels + piece.channel] = total[s];
 }
 

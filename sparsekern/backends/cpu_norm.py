@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsekern import _native, _pointers
 from sparsekern._counts import ChannelCounts
-from sparsekern.backends._norm_layout import layout_of
+from sparsekern.backends._norm_layout import Layout, layout_of
 from sparsekern.backends.reference_norm import ACTIVATIONS, compute_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -37,12 +37,12 @@ def norm_act_forward(
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_forward`."""
-    data = _walkable(x)
+    data, layout = _walkable(x)
     y = torch.empty_like(data)
-    mean, var = _vectors(data, 2)
+    mean, var = _vectors(data)
     running = [_vector(running_mean, data), _vector(running_var, data)]
     inputs = [data, _like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask)]
-    _call(_C.norm_forward, activation, inputs, [*running, y, mean, var], training, eps, momentum)
+    _call(_C.norm_forward, layout, activation, inputs, [*running, y, mean, var], training, eps, momentum)
     if momentum:
         _give_back(running, (running_mean, running_var))
     return _as(y, x), mean, var
@@ -64,15 +64,15 @@ def norm_act_backward(
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_backward`."""
-    data = _walkable(x)
+    data, layout = _walkable(x)
     grad_x = torch.empty_like(data)
     grad_residual = None if residual is None else torch.empty_like(data)
-    grad_weight, grad_bias = _vectors(data, 2)
+    grad_weight, grad_bias = _vectors(data)
     inputs = [data, _like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask)]
     others = [_like(grad, data), _dense(mean), _dense(var), grad_x, grad_residual, grad_weight, grad_bias]
     others += [None, None, None] if counts is None else counts.arrays
     tau, decay = (1.0, 0.0) if counts is None else (counts.tau, counts.decay)
-    _call(_C.norm_backward, activation, inputs, others, training, eps, tau, decay)
+    _call(_C.norm_backward, layout, activation, inputs, others, training, eps, tau, decay)
     if grad_residual is not None:
         grad_residual = _as(grad_residual, x)
     return _as(grad_x, x), grad_residual, grad_weight, grad_bias
@@ -80,6 +80,7 @@ def norm_act_backward(
 
 def _call(
     function: Callable[..., int],
+    layout: Layout,
     activation: str,
     inputs: Sequence[Tensor | None],
     others: Sequence[Tensor | None],
@@ -91,7 +92,7 @@ def _call(
     code = function(
         _DTYPES[x.dtype],
         _NUMBERS[activation],
-        layout_of(x)[:3],
+        layout[:3],
         _pointers.of_optional(inputs),
         _pointers.of_optional(others),
         *numbers,
@@ -101,11 +102,12 @@ def _call(
         raise RuntimeError(f"the native kernels refused data of shape {list(x.shape)} (error {code})")
 
 
-def _walkable(x: Tensor) -> Tensor:
-    """``x`` in a type and memory order that the kernels know."""
+def _walkable(x: Tensor) -> tuple[Tensor, Layout]:
+    """``x`` in a type and memory order that the kernels know, and that order."""
     if x.dtype is torch.float16:
         x = x.float()
-    return layout_of(x).dense(x)
+    layout = layout_of(x)
+    return layout.dense(x), layout
 
 
 def _like(tensor: Tensor | None, data: Tensor) -> Tensor | None:
@@ -138,8 +140,9 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _vectors(data: Tensor, count: int) -> list[Tensor]:
-    return [data.new_empty(data.shape[1], dtype=compute_dtype(data)) for _ in range(count)]
+def _vectors(data: Tensor) -> tuple[Tensor, Tensor]:
+    dtype, channels = compute_dtype(data), data.shape[1]
+    return torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype)
 
 
 _C: Any = _native.load()
