@@ -16,7 +16,8 @@ class Case:
     Attributes:
         op: a key of :data:`sparsekern.bench.contests.OPS`: an op of ``sparsekern._ops`` by its name, a
             whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
-        tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`.
+        tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`, for ``norm_act*``
+            of ``LAYERS`` in :mod:`sparsekern.bench.norm`.
         backend: of :mod:`sparsekern.backends`.
         dtype: of parameters, gradients and state.
         masked: share of the channels that are masked, in [0, 1]; None without a table of rows.
@@ -46,6 +47,7 @@ DEVICES = {"cpu": "cpu", "reference": "cpu", "cuda": "cuda"}
 
 LISTS = ("unet-2m", "unet-31m", "mobilenetv3-seg", "resnet50")
 QUICK = ("unet-2m", "mobilenetv3-seg")
+SHORT_LAYERS = ("8x16x128x128",)
 
 
 def _ops(backend: str, *, quick: bool) -> list[Case]:
@@ -82,14 +84,29 @@ def _steps(backend: str, *, quick: bool) -> list[Case]:
     return cases
 
 
+def _norms(backend: str, *, quick: bool) -> list[Case]:
+    """A normalisation with its activation."""
+    return [
+        Case(op, layer + layout, backend, dtype, masked, quick and layout == "" and layer in SHORT_LAYERS)
+        for op in ("norm_act", "norm_act_backward")
+        for layer in ("8x64x128x128", "8x16x128x128")
+        for layout in ("", "-channels-last")
+        for dtype, masked in ((torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float32, 0.5))
+        if layer in SHORT_LAYERS or (dtype, masked) == (torch.float32, 0.0)
+    ]
+
+
 CASES: tuple[Case, ...] = (
     *_ops("cpu", quick=True),
     # What the specification costs, which is also what runs where nothing was compiled.
     Case("adam_step_", "unet-2m", "reference"),
     Case("sgd_step_", "unet-2m", "reference"),
     *_steps("cpu", quick=True),
+    *_norms("cpu", quick=True),
     *(Case("adamw-iteration", tensors, quick=tensors == "unet-2m") for tensors in LISTS),
+    *(Case("fused-iteration", tensors, quick=tensors == "unet-2m") for tensors in QUICK),
     *_ops("cuda", quick=False),
+    *_norms("cuda", quick=False),
     *_steps("cuda", quick=False),
     *(Case("adamw-iteration", tensors, "cuda") for tensors in LISTS),
 )

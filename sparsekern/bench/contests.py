@@ -17,6 +17,7 @@ from sparsekern.bench.cases import Case
 from sparsekern.bench.check import difference, forced
 from sparsekern.bench.contest import OURS, Contest
 from sparsekern.bench.iteration import iteration
+from sparsekern.bench.norm import EAGER, norm_act
 from sparsekern.bench.problem import MakeOptimizer, Problem
 
 
@@ -117,7 +118,10 @@ OPS: dict[str, Op] = {
     "adam-step": Op(_TORCH, lambda case: _step(case, optim.Adam, torch.optim.Adam, 7)),
     "sgd-step": Op(_TORCH, lambda case: _step(case, _our_sgd, _torch_sgd, 5)),
     "hooks-step": Op(_TORCH[:1], _hooks),
+    "norm_act": Op((EAGER,), functools.partial(norm_act, backward=False)),
+    "norm_act_backward": Op((EAGER,), functools.partial(norm_act, backward=True)),
     "adamw-iteration": Op(_TORCH, iteration),
+    "fused-iteration": Op(_TORCH, functools.partial(iteration, fused=True)),
 }
 """Every op by its name in a case. A fused op of another kind brings a function and an entry."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsekern.bench import networks
+from sparsekern.bench import networks, norm
 from sparsekern.bench.cases import Case
 from sparsekern.bench.suite import Suite
 
@@ -34,6 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a network that cases can have in this test."""
     monkeypatch.setitem(networks.NETWORKS, "small", networks.Network(Small, edge=8))
     monkeypatch.setitem(networks.SHAPES, "few", ((4,),) * 5)
+    monkeypatch.setitem(norm.LAYERS, "small", norm.Data((2, 6, 5, 7)))
     return "small"
 
 

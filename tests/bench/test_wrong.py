@@ -21,7 +21,8 @@ from sparsekern.bench.problem import Problem
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG
 from sparsekern.optim import AdamW
 
-STEPS = [op for op in OPS if op not in ("row_statistics_", "row_mask_", "channel_moments_")]
+NORMS = ("norm_act", "norm_act_backward")
+STEPS = [op for op in OPS if op not in ("row_statistics_", "row_mask_", "channel_moments_", *NORMS)]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -128,6 +129,22 @@ def test_whole_steps_and_iterations_find_a_broken_op(
     assert result.status == WRONG
     assert re.match(r"parameter \d .*: 1 of", str(result.reason))
     assert calls == [name]
+
+
+@pytest.mark.parametrize("op", NORMS)
+def test_a_broken_normalisation(small: str, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    def spoilt(*operands: Any, **options: Any) -> tuple[Tensor, ...]:
+        found = right(*operands, **options)
+        found[0].view(-1)[3] += 0.01
+        return found
+
+    name = {"norm_act": "norm_act_forward", "norm_act_backward": "norm_act_backward"}[op]
+    right = getattr(cpu, name)
+    monkeypatch.setattr(cpu, name, spoilt)
+    result = suite().result(case(op))
+    assert result.status == WRONG
+    assert f"{'y' if op == 'norm_act' else 'gradient of x'}: 1 of 420" in str(result.reason)
+    assert not result.seconds
 
 
 def test_broken_moments(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
