@@ -74,7 +74,7 @@ class Training:
 def iteration(case: Case, *, fused: bool = False) -> Contest:
     """Our AdamW under a Pruner against torch's AdamW without, and with ``fused`` norms against torch's.
 
-    Right is a result with eager torch's loss and gradients to rounding (with ``fused`` norms: in float64), and
+    Right is a result with eager torch's loss and gradients to rounding (``fused``: in float64), and
     with the reference backend's step on the same gradients.
     """
     mine = Training.of(case, optim.AdamW, pruned=True, fused=fused)
