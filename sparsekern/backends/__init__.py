@@ -7,7 +7,7 @@ Every backend is a module with the functions of :mod:`~sparsekern.backends.refer
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
@@ -71,6 +71,20 @@ def _why_not(name: str, device_type: str) -> str | None:
     return None if _native.load() is not None else str(_native.reason)
 
 
+def choose_norm(device: torch.device) -> ModuleType:
+    """As :func:`choose`, for normalisations: Triton has kernels of them where the native ones are missing."""
+    return _choose_norm(device.type)
+
+
+@functools.cache
+def _choose_norm(device_type: str) -> ModuleType:
+    chosen = _choose(device_type)
+    missing = device_type == "cuda" and chosen is _module("reference")
+    if missing and not os.environ.get("SPARSEKERN_BACKEND") and importlib.util.find_spec("triton"):
+        return _module("triton.norm_act")
+    return chosen
+
+
 def available() -> list[tuple[str, bool, str]]:
     """``(name, whether it works here, what it is or why it does not)`` of every backend."""
     texts = {
@@ -87,3 +101,4 @@ def available() -> list[tuple[str, bool, str]]:
 def reset() -> None:
     """Forget the choice, so that ``SPARSEKERN_BACKEND`` is read again."""
     _choose.cache_clear()
+    _choose_norm.cache_clear()

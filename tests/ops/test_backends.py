@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -45,6 +46,26 @@ def test_without_native_module_one_warning_says_why(
         assert backends.choose(CPU) is reference
     assert len(seen) == 1
     assert ("cpu", False, "there is no compiler") in backends.available()
+
+
+def test_normalisations_go_to_triton_where_cuda_was_not_compiled(
+    force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda, "why_not", lambda: "it was not compiled")
+    gpu = torch.device("cuda")
+    force_backend("reference")
+    assert backends.choose_norm(gpu) is reference
+    force_backend("")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="without its cuda backend"):
+        assert backends.choose_norm(gpu) is reference
+    backends.reset()
+    monkeypatch.undo()
+    monkeypatch.setattr(_cuda, "why_not", lambda: "it was not compiled")
+    pytest.importorskip("triton")
+    with pytest.warns(UserWarning, match="without its cuda backend"):
+        assert backends.choose_norm(gpu).__name__ == "sparsekern.backends.triton.norm_act"
+    assert backends.choose_norm(CPU) is backends.choose(CPU)
 
 
 def test_forced(force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels, for GPUs where nothing was compiled: those of normalisation with its activation."""
