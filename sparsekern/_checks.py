@@ -7,11 +7,12 @@ nothing and read no device value.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sparsekern._rows import Rows
+from sparsekern._rows import RowArrays, Rows, RowTable
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What the backends take."""
@@ -81,7 +82,7 @@ def tensors(
     for name, values in lists.items():
         like(name, values, params)
     if steps:
-        counters(steps, len(params))
+        counters(steps, params)
     inside(rows, params)
 
 
@@ -103,6 +104,7 @@ def parameters(params: Sequence[Tensor]) -> None:
                 f"params[{i}]: got {_describe(param)}, expected {dtype} on {device} as params[0]"
             )
         _dense(f"params[{i}]", param)
+    own_memory("params", params)
 
 
 def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
@@ -118,6 +120,21 @@ def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None
         if _kind(tensor) != _kind(param):
             raise ValueError(
                 f"{name}[{i}]: got {_describe(tensor)}, expected {_describe(param)} as params[{i}]"
+            )
+    if name != "grads":
+        own_memory(name, tensors)
+
+
+def own_memory(name: str, tensors: Sequence[Tensor]) -> None:
+    """No element of a tensor that is written to is there twice, as in an expanded one.
+
+    Raises:
+        ValueError: one is.
+    """
+    for i, tensor in enumerate(tensors):
+        if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{name}[{i}]: got strides {list(tensor.stride())}, expected memory for each element"
             )
 
 
@@ -143,27 +160,32 @@ def scalar(name: str, value: object, device: torch.device) -> None:
         raise ValueError(f"{name}: got {_describe(value)}, expected one floating-point element on {device}")
 
 
-def counters(steps: Sequence[Tensor], expected: int) -> None:
-    """Step counters: one float32 element for each of ``expected`` parameters.
+def counters(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Step counters: one float32 element for each parameter, on its device or on the CPU.
 
     Raises:
-        ValueError: another number of them, another size or dtype.
+        ValueError: another number of them, another size, dtype, layout or device.
     """
-    if len(steps) != expected:
-        raise ValueError(f"steps: got {len(steps)} entries, expected {expected} as params")
-    for i, value in enumerate(steps):
-        if value.numel() != 1 or value.dtype is not torch.float32:
-            raise ValueError(f"steps[{i}]: got {_describe(value)}, expected one float32 element")
+    if len(steps) != len(params):
+        raise ValueError(f"steps: got {len(steps)} entries, expected {len(params)} as params")
+    for i, (value, param) in enumerate(zip(steps, params, strict=True)):
+        fits = value.numel() == 1 and value.dtype is torch.float32 and value.layout is torch.strided
+        if not fits or value.device not in (param.device, torch.device("cpu")):
+            raise ValueError(
+                f"steps[{i}]: got {_describe(value)} ({value.layout}), expected one float32 element on "
+                f"{param.device} or the CPU"
+            )
 
 
 def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
-    """The rows of every tracked parameter lie inside their table, on the same device.
+    """The rows of every tracked parameter lie inside their table, which is whole and on the same device.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not, or it is not.
     """
     if rows is None or rows.table is None:
         return
+    _row_arrays(rows.table)
     total, device = rows.table.penalty.numel(), rows.table.penalty.device
     if device != params[0].device:
         raise ValueError(
@@ -171,11 +193,47 @@ def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
             f"(make the table after the model was moved)"
         )
     lengths(params, {}, rows)
+    spans: list[tuple[int, int, int]] = []
     for i, (param, start, dim) in enumerate(zip(params, rows.starts, rows.dims, strict=True)):
-        if start >= 0 and not (0 <= dim < param.dim() and start + param.shape[dim] <= total):
+        if start < 0:
+            continue
+        if not (0 <= dim < param.dim() and start + param.shape[dim] <= total):
             raise ValueError(
                 f"rows: got start {start} and dimension {dim} for params[{i}] of shape "
                 f"{list(param.shape)}, expected rows inside the table's {total}"
+            )
+        spans.append((start, start + param.shape[dim], i))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"rows: got row {start} for params[{one}] and params[{other}], expected rows of their own"
+            )
+
+
+def _row_arrays(table: RowTable | RowArrays) -> None:
+    """The arrays of a table have their types and sizes, and no gaps.
+
+    Raises:
+        ValueError: one has not.
+    """
+    rows = table.penalty.numel()
+    for name, (dtype, shape) in {
+        "penalty": (torch.float32, [rows]),
+        "elements": (torch.float32, [rows]),
+        "countdown": (torch.int32, [rows]),
+        "sums": (torch.float32, [rows, 4]),
+        "threshold": (torch.float32, [rows]),
+        "activity": (torch.float32, [rows]),
+        "nonfinite": (torch.int64, []),
+        "pending": (torch.float32, []),
+    }.items():
+        array = getattr(table, name)
+        whole = array.layout is torch.strided and array.is_contiguous() and list(array.shape) == shape
+        if not whole or array.dtype is not dtype or array.device != table.penalty.device:
+            raise ValueError(
+                f"rows.table.{name}: got {_describe(array)}, expected contiguous {dtype} {shape} on "
+                f"{table.penalty.device}"
             )
 
 

@@ -306,4 +306,6 @@ def _checked_backend(
     # backends do it where they read the addresses.
     if backend is reference:
         _checks.tensors(params, lists, steps, rows)
+        if scalars.get("grad_scale") is not None:
+            _checks.own_memory("grads", lists["grads"])
     return backend

@@ -174,6 +174,8 @@ def in_parts(
     """A list that no single native call takes: what ``run`` can take, and the rest by ``fallback``."""
     params = lists[0]
     _check(op, lists)
+    if options.get("grad_scale") is not None:
+        _checks.own_memory("grads", lists[1])
     regular = [i for i, p in enumerate(params) if walkable(p) and memory_shape(p, -1, 0) is not None]
     rest = sorted(set(range(len(params))) - set(regular))
     part = _part(lists, regular)
@@ -198,7 +200,7 @@ def _check(op: int, lists: Lists) -> None:
         if tensors:
             _checks.like(name, tensors, params)
     if op == ADAM:
-        _checks.counters(lists[STEPS], len(params))
+        _checks.counters(lists[STEPS], params)
 
 
 def _part(lists: Lists, indices: list[int]) -> Lists:
