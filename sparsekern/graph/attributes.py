@@ -72,7 +72,7 @@ def _counted(model: nn.Module, shaped: Shaped, numbering: Numbering) -> bool:
 
 def _numbers(module: nn.Module) -> list[tuple[str, int]]:
     """Attributes that may count channels; torch's own layers and ours are brought in line by kind."""
-    if type(module).__module__.startswith(("torch.nn.", "sparsekern.nn.")):
+    if type(module).__module__.startswith(("torch.nn.", "sparsekern.modules.")):
         return []
     return [(name, value) for name, value in vars(module).items() if type(value) is int and value > 1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern._counts import ChannelCounts
-from sparsekern.graph import ChannelGraph
+from sparsekern.graph import ChannelGraph, TensorSlots
 from sparsekern.modules import NormAct2d
 from sparsekern.prune.ranks import Ranks
 
@@ -40,18 +40,28 @@ class Activations:
             :class:`~sparsekern._counts.ChannelCounts`.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, *, counting: bool, decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        *,
+        counting: bool,
+        decay: float,
+        norms: Sequence[NormAct2d] | None = None,
+    ) -> None:
+        """Nothing masked or counted yet; ``decay`` is that of the means, ``norms`` are by default all."""
         self.counting, self.decay = counting, decay
+        if norms is None:
+            norms = [module for module in model.modules() if isinstance(module, NormAct2d)]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        slots = {id(parameters[name]): own for name, own in graph.tensors.items() if name in parameters}
         self._norms: list[_Norm] = []
         start = 0
-        device: torch.device | None = None
-        for name, module in model.named_modules():
-            slots = graph.tensors.get(f"{name}.weight" if name else "weight")
-            if not isinstance(module, NormAct2d) or slots is None or slots.channels[0] is None:
-                continue
-            device = module.weight.device
-            self._norms.append(_Norm(module, slice(start, start + module.num_features), slots.channels[0]))
-            start += module.num_features
+        for module in norms:
+            if (channels := _channels_of(module, slots)) is not None:
+                self._norms.append(_Norm(module, slice(start, start + len(channels)), channels))
+                start += len(channels)
+        device = self._norms[0].module.weight.device if self._norms else None
         self.mask = torch.zeros(start, dtype=torch.bool, device=device)
         self.threshold = torch.full((start,), torch.inf, device=device)
         self.activity = torch.zeros(start, device=device)
@@ -63,6 +73,8 @@ class Activations:
     def attach(self) -> None:
         """From now on the modules look at the masks, and count."""
         for number, norm in enumerate(self._norms):
+            if not isinstance(norm.module, NormAct2d):
+                continue  # the user has made torch's module of it again
             norm.module.mask = self.mask[norm.span]
             if self.counting:
                 arrays = (
@@ -73,8 +85,10 @@ class Activations:
                 norm.module.counts = ChannelCounts(*arrays, decay=self.decay)
 
     def detach(self) -> None:
+        """Leave the modules as they were."""
         for norm in self._norms:
-            norm.module.mask = norm.module.counts = None
+            if isinstance(norm.module, NormAct2d):
+                norm.module.mask = norm.module.counts = None
 
     def set_masked(self, masked: np.ndarray) -> None:
         """``masked`` is bool ``[C]``."""
@@ -101,9 +115,13 @@ class Activations:
 
     def average(self, ranks: Ranks) -> None:
         """Bring what processes have counted on their shares of the data together. All have to call this."""
-        if self.counting and ranks.size > 1:
-            mean = ranks.mean(self.activity.double().cpu().numpy())
-            self.activity.copy_(torch.from_numpy(mean).float())
+        if not self.counting or ranks.size == 1:
+            return
+        mean = ranks.mean(torch.cat([self.activity, self.updates]).double().cpu().numpy())
+        for own, values in zip(
+            (self.activity, self.updates), np.split(mean, [len(self.activity)]), strict=True
+        ):
+            own.copy_(torch.from_numpy(values))
 
     def forget(self) -> None:
         """Start the means anew, with the thresholds as they are."""
@@ -112,7 +130,8 @@ class Activations:
 
     def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> Activations:
         """Those of ``model`` after it was cut to the channels ``kept`` (bool ``[C]``), with its ``graph``."""
-        own = Activations(model, graph, counting=self.counting, decay=self.decay)
+        norms = [norm.module for norm in self._norms]
+        own = Activations(model, graph, counting=self.counting, decay=self.decay, norms=norms)
         own.load_state_dict(self.restricted_state(kept))
         return own
 
@@ -131,14 +150,15 @@ class Activations:
             getattr(self, name).copy_(state[name])
 
     @staticmethod
-    def check(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    def check(state: object, expected: Mapping[str, Tensor]) -> None:
         """``state`` can be loaded where the own state is ``expected``.
 
         Raises:
             ValueError: it cannot.
         """
+        entries: Mapping[str, Any] = state if isinstance(state, Mapping) else {}
         for name, own in expected.items():
-            other = state.get(name)
+            other = entries.get(name)
             if not isinstance(other, Tensor) or other.shape != own.shape or other.dtype != own.dtype:
                 found = type(other).__name__ if not isinstance(other, Tensor) else list(other.shape)
                 raise ValueError(
@@ -148,3 +168,17 @@ class Activations:
 
     def _channels(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, np.int64), *(norm.channels for norm in self._norms)])
+
+
+def _channels_of(norm: NormAct2d, slots: Mapping[int, TensorSlots]) -> np.ndarray | None:
+    """int64 ``[features]``; None unless a masked channel has a gamma and a beta that are 0."""
+    vectors = [vector for vector in (norm.weight, norm.bias) if vector is not None]
+    found: list[np.ndarray] = []
+    for vector in vectors:
+        own = slots.get(id(vector))
+        if own is None or own.row_dim != 0 or own.channels[0] is None:
+            return None
+        found.append(own.channels[0])
+    if not found or not np.array_equal(found[0], found[-1]) or not (found[0] >= 0).any():
+        return None
+    return found[0]

@@ -19,7 +19,7 @@ from sparsekern._files import read_plain, replacing, target
 FORMAT = "sparsekern.checkpoint"
 VERSION = 1
 
-_ENTRIES = ("classes", "model", "optimizer", "pruner", "also", "random", "extra")
+_ENTRIES = ("classes", "model", "optimizer", "pruner", "also", "random", "activations", "extra")
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -180,16 +180,13 @@ class Network:
 
     def state_dict(self) -> dict[str, Any]:
         """``channels``: int8, the state of every channel that there ever was; ``rows``: copies of the arrays
-        of those that are left; ``activations``: those of the fused normalisations."""
+        of those that are left; ``activations``: what fused normalisations have counted, where they do."""
         channels = np.full(self.rows.total, CUT, np.int8)
         channels[self.rows.numbers] = self.masks.state
         arrays = self.rows.table.state_dict()
         rows = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in arrays.items()}
-        return {
-            "channels": torch.from_numpy(channels),
-            "rows": rows,
-            "activations": self.activations.state_dict(),
-        }
+        state = {"channels": torch.from_numpy(channels), "rows": rows}
+        return state | {"activations": self.activations.state_dict()} if self.activations.counting else state
 
     def check_state(self, state: Mapping[str, Any]) -> np.ndarray:
         """The channels of this network (bool ``[C]``) that the one of ``state`` has too.
@@ -215,7 +212,8 @@ class Network:
         # Both raise for what does not belong here, before anything is changed.
         self.graph.restrict(kept)
         RowTable.check(state["rows"], self.rows.restricted_state(kept))
-        Activations.check(state["activations"], self.activations.restricted_state(kept))
+        if self.activations.counting:
+            Activations.check(state.get("activations"), self.activations.restricted_state(kept))
         return kept
 
     def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
@@ -229,6 +227,7 @@ class Network:
         if not kept.all():
             self._cut(kept, also)
         self.rows.table.load_state_dict(dict(state["rows"]))
-        self.activations.load_state_dict(state["activations"])
+        if self.activations.counting:
+            self.activations.load_state_dict(state["activations"])
         self.masks.state[:] = state["channels"].cpu().numpy()[self.rows.numbers]
         self.masks.zero()

@@ -33,9 +33,10 @@ class Resumable:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
-        plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        plain values only, so that ``torch.load(weights_only=True)`` reads it. Of counts of activations it
+        has those of this process, on its share of the data."""
         return {
-            "version": 3,
+            "version": 2,
             "settings": self._settings(),
             "network": self._fingerprint(),
             "step": self._step,
@@ -64,8 +65,8 @@ class Resumable:
         self._nonfinite_seen = int(state["nonfinite_seen"])
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 3:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 3")
+        if state.get("version") != 2:
+            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
         if list(state["network"]) != self._fingerprint():
             raise ValueError(
                 f"state: got the channels of another network ({len(state['network'])} groups), expected "
@@ -98,7 +99,9 @@ class Resumable:
         """
         network = self._network
         _check_whole(network.model)
-        random = self._ranks.gather(checkpoint.random_state(network.model))
+        # Each process draws numbers, and counts at activations, on its own.
+        every = self._ranks.gather((checkpoint.random_state(network.model), network.activations.state_dict()))
+        random, counted = map(list, zip(*every, strict=True))
         with self._ranks.agreeing(f"writing {os.fspath(path)!r}") as check:
             if self._ranks.rank == 0:
                 content = {
@@ -108,6 +111,7 @@ class Resumable:
                     "pruner": self.state_dict(),
                     "also": [module.state_dict() for module in network.also],
                     "random": random,
+                    "activations": counted,
                     "extra": extra,
                 }
                 checkpoint.write(path, content)
@@ -141,6 +145,9 @@ class Resumable:
         with self._ranks.agreeing(f"reading {os.fspath(path)!r}") as check:
             content = checkpoint.read(path)
             state = content["pruner"]
+            if "activations" in state:
+                counted = content["activations"]
+                state |= {"activations": counted[self._ranks.rank % len(counted)]}
             self._check_state(state)
             shapes = network.shapes(network.check_state(state))
             checkpoint.check(content, network.model, self._optimizer, network.also, shapes)

@@ -206,10 +206,14 @@ def test_activations_of_a_network_without_fused_norms_are_refused() -> None:
         prune_once(model, batch(0, dtype=torch.float64), keep=0.5, select=COUNT, calibration=data, loss=loss)
     with pytest.raises(ValueError, match="level: got 'layer', expected 'weight' or 'activation'"):
         criteria.GradientCount(level="layer")
-    state = pruned(model, None).state_dict()
-    other = fused()
-    with pytest.raises(ValueError, match=r"state\['activations'\]\['threshold'\]: got \[0\], expected"):
-        pruned(other, None).load_state_dict(state)
+    counted = pruned(fused())
+    state = counted.state_dict()
+    short = {name: values[:-1] for name, values in state["activations"].items()}
+    for wrong in (state | {"activations": short}, state | {"activations": None}):
+        with pytest.raises(ValueError, match=r"state\['activations'\]\['threshold'\]: got .*, expected"):
+            counted.load_state_dict(wrong)
+    # What nobody counts by is no part of the state: fused or not makes no difference.
+    pruned(fused(), None).load_state_dict(pruned(model, None).state_dict())
 
 
 def test_combined_criteria_pass_on_what_they_need() -> None:
@@ -217,3 +221,61 @@ def test_combined_criteria_pass_on_what_they_need() -> None:
     assert not criteria.default().needs_activations and not (weight * 2).needs_activations
     for criterion in (COUNT + weight, 2 * COUNT, criteria.Shuffled(of=COUNT), criteria.Redundancy(of=COUNT)):
         assert criterion.needs_activations
+
+
+def norms(model: nn.Module) -> list[NormAct2d]:
+    return [module for module in model.modules() if isinstance(module, NormAct2d)]
+
+
+def test_going_back_to_an_earlier_state_counts_again() -> None:
+    model = fused()
+    pruner = pruned(model)
+    run(model, pruner, range(2))
+    every = (pruner, model, pruner._optimizer)
+    saved = copy.deepcopy([part.state_dict() for part in every])
+    run(model, pruner, range(2, STEPS))
+    ended = copy.deepcopy(model.state_dict())
+    for part, state in zip(every, saved, strict=True):
+        part.load_state_dict(state)
+    assert not any(m.mask.any() for m in norms(model) if m.mask is not None)
+    run(model, pruner, range(2, STEPS))
+    assert all(torch.equal(value, ended[name]) for name, value in model.state_dict().items())
+
+
+def test_taken_apart_while_it_is_pruned() -> None:
+    torch.manual_seed(0)
+    model = Plain().double()
+    fusion = fuse(model, batch(0, dtype=torch.float64))
+    pruner = pruned(model, shrink=True, round_to=1)
+    run(model, pruner, range(10))
+    fusion.undo()
+    run(model, pruner, range(10, STEPS))
+    assert pruner.finished and not norms(model)
+    assert not any("mask" in vars(m) or "counts" in vars(m) for m in model.modules())
+
+
+def test_a_copy_counts_and_skips_nothing() -> None:
+    model = fused()
+    pruner = pruned(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    run(model, pruner, range(STEPS))
+    assert all(m.mask is None and m.counts is None for m in norms(averaged))
+
+
+def test_a_forecast_counts_on_copies() -> None:
+    model = fused()
+    pruner = pruned(model, shrink=True, round_to=1)
+    stages = pruner.forecast(measure=batch(1, dtype=torch.float64)).stages
+    assert stages[-1].macs < 0.35 * stages[0].macs
+    assert all(m.counts.updates == 0 for m in norms(model) if m.counts is not None)
+
+
+def test_norms_whose_gates_stay_are_not_masked() -> None:
+    """A mask says that gamma and beta are zero: not so where there are none."""
+    torch.manual_seed(0)
+    first, second = NormAct2d(8, affine=False), NormAct2d(8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), first, nn.Conv2d(8, 8, 3), second, nn.Conv2d(8, 2, 1)).double()
+    pruner = pruned(model, keep=0.7)
+    assert first.mask is None and first.counts is None and second.counts is not None
+    run(model, pruner, range(STEPS))
+    assert sparsekern.verify(model, pruner.compact(), batch(99, dtype=torch.float64)) < 1e-12
