@@ -104,6 +104,47 @@ def test_memory_in_any_order() -> None:
         assert mine is not None and theirs is not None and torch.equal(mine, theirs)
 
 
+BAND = 64
+
+
+def _banded(values: torch.Tensor, bands: list[torch.Tensor]) -> torch.Tensor:
+    """The same in the middle of memory that holds NaN before and behind it."""
+    memory = torch.full((values.numel() + 2 * BAND,), torch.nan, dtype=values.dtype)
+    bands += [memory[:BAND], memory[-BAND:]]
+    return memory[BAND:-BAND].as_strided(values.shape, values.stride(), BAND).copy_(values)
+
+
+@native
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_nothing_around_the_data_is_read_or_written(
+    dtype: torch.dtype, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bands: list[torch.Tensor] = []
+    empty_like, empty = torch.empty_like, torch.empty
+
+    def poisoned(like: torch.Tensor) -> torch.Tensor:
+        return _banded(empty_like(like).fill_(torch.nan), bands)
+
+    def poisoned_vector(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return _banded(empty(count, dtype=dtype).fill_(torch.nan), bands)
+
+    for shape in SHAPES:
+        given = problem(shape, dtype, memory, residual=True, masked=0.3)
+        y, mean, var = given.forward(cpu)
+        want = [y, mean, var, *given.backward(cpu, mean, var)]
+        names = ("x", "grad", "residual", "weight", "bias")
+        inside = replace(given, **{name: _banded(getattr(given, name), bands) for name in names})
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", poisoned)
+            patch.setattr(torch, "empty", poisoned_vector)
+            y, mean, var = inside.forward(cpu)
+            got = [y, mean, var, *inside.backward(cpu, mean, var)]
+        for mine, theirs in zip(got, want, strict=True):
+            assert mine is not None and theirs is not None and torch.equal(mine, theirs)
+    assert all(band.isnan().all() for band in bands)
+
+
 @native
 def test_a_mean_far_from_zero_costs_no_precision() -> None:
     """The moments of numbers whose mean is 1000 times their deviation, and whose first ones are far off."""
