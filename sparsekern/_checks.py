@@ -185,13 +185,13 @@ def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
     """
     if rows is None or rows.table is None:
         return
-    _row_arrays(rows.table)
     total, device = rows.table.penalty.numel(), rows.table.penalty.device
     if device != params[0].device:
         raise ValueError(
             f"rows.table: got arrays on {device}, expected them on {params[0].device} as params "
             f"(make the table after the model was moved)"
         )
+    _row_arrays(rows.table)
     lengths(params, {}, rows)
     spans: list[tuple[int, int, int]] = []
     for i, (param, start, dim) in enumerate(zip(params, rows.starts, rows.dims, strict=True)):
