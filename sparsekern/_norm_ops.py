@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsekern._counts import ChannelCounts
 from sparsekern._ops import traced
-from sparsekern.backends import choose_norm, reference_norm
+from sparsekern.backends import choose, reference_norm
 
 _LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
 
@@ -83,7 +83,7 @@ class _NormAct(torch.autograd.Function):
         *operands, counts, activation, training, eps, momentum = inputs
         x, residual, weight, bias, _, _, mask = operands
         options = {"activation": activation, "training": training, "eps": eps}
-        y, mean, var = choose_norm(x.device).norm_act_forward(*operands, **options, momentum=momentum)
+        y, mean, var = choose(x.device).norm_act_forward(*operands, **options, momentum=momentum)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
@@ -97,7 +97,7 @@ class _NormAct(torch.autograd.Function):
         if grad is None:
             return nothing
         x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
-        grad_x, grad_residual, grad_weight, grad_bias = choose_norm(x.device).norm_act_backward(
+        grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
             grad, x, residual, weight, bias, mean, var, mask, counts=ctx.counts, **ctx.options
         )
         grad_weight = None if weight is None else grad_weight.to(weight.dtype)
@@ -186,7 +186,7 @@ def _forward(
     tau: float,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = choose_norm(x.device).norm_act_forward(
+    found: tuple[Tensor, Tensor, Tensor] = choose(x.device).norm_act_forward(
         x,
         residual,
         weight,
@@ -223,7 +223,7 @@ def _backward(
     tau: float,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x, grad_residual, grad_weight, grad_bias = choose_norm(x.device).norm_act_backward(
+    grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
         grad,
         x,
         residual,

@@ -17,8 +17,11 @@ import torch
 from sparsekern import _cuda, _native
 
 # Best first.
-_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
-_NAMES = ("reference", "cpu", "cuda")
+_DEVICES: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+_NAMES = ("reference", "cpu", "cuda", "triton")
 
 
 def choose(device: torch.device) -> ModuleType:
@@ -64,6 +67,8 @@ def _why_not(name: str, device_type: str) -> str | None:
     """Why backend ``name`` does not work for tensors of ``device_type``; None when it does."""
     if name == "reference":
         return None
+    if name == "triton":
+        return _why_not_triton(device_type)
     if device_type != name:
         return f"it takes tensors on {name}, not on {device_type}"
     if name == "cuda":
@@ -71,29 +76,40 @@ def _why_not(name: str, device_type: str) -> str | None:
     return None if _native.load() is not None else str(_native.reason)
 
 
-def choose_norm(device: torch.device) -> ModuleType:
-    """As :func:`choose`, for normalisations: Triton has kernels of them where the native ones are missing."""
-    return _choose_norm(device.type)
+def _why_not_triton(device_type: str) -> str | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "triton is not installed"
+    # To import triton takes a second.
+    takes = "cpu" if _interprets() else "cuda"
+    if device_type != takes:
+        return f"it takes tensors on {takes}, not on {device_type}"
+    if takes == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        _module("triton")
+    except Exception as error:  # a triton that does not fit fails in many ways
+        return f"triton cannot be used ({type(error).__name__}: {error})"
+    return None
 
 
-@functools.cache
-def _choose_norm(device_type: str) -> ModuleType:
-    chosen = _choose(device_type)
-    missing = device_type == "cuda" and chosen is _module("reference")
-    if missing and not os.environ.get("SPARSEKERN_BACKEND") and importlib.util.find_spec("triton"):
-        return _module("triton.norm_act")
-    return chosen
+def _interprets() -> bool:
+    """Whether triton interprets, and then takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available() -> list[tuple[str, bool, str]]:
     """``(name, whether it works here, what it is or why it does not)`` of every backend."""
+    where = "the CPU, interpreted" if _interprets() else "GPUs"
+    devices = {"triton": "cpu" if _interprets() else "cuda"}
     texts = {
         "cpu": "native, tensors on the CPU",
         "cuda": f"native, tensors on NVIDIA GPUs; {_cuda.NEVER_RUN}",
+        "triton": f"Triton, tensors on {where}; compiled and tested in its interpreter, never run on a GPU",
     }
     found = [("reference", True, "plain torch, any device")]
     for name, text in texts.items():
-        reason = _why_not(name, name)
+        reason = _why_not(name, devices.get(name, name))
         found.append((name, reason is None, text if reason is None else reason))
     return found
 
@@ -101,4 +117,3 @@ def available() -> list[tuple[str, bool, str]]:
 def reset() -> None:
     """Forget the choice, so that ``SPARSEKERN_BACKEND`` is read again."""
     _choose.cache_clear()
-    _choose_norm.cache_clear()

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from sparsekern import _checks, _cuda, _native, _pointers
+from sparsekern import _checks, _cuda, _pointers
 from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
 from sparsekern.backends import reference
+from sparsekern.backends._addresses import Addresses
 from sparsekern.backends._lists import (
     ADAM,
     MASK,
     SGD,
     STATISTICS,
-    STEPS,
     Lists,
     Plans,
     channel_arrays,
@@ -122,12 +122,9 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 class _Plan:
     """How a list is cut, what its tensors have to be, and where its partial sums go."""
 
-    expected: Any
+    addresses: Addresses
     starts: list[int] | None
     dims: list[int] | None
-    layouts: list[_pointers.Layout]
-    dtype: torch.dtype
-    device: torch.device
     shapes: Any
     cuts: Any
     partials: int
@@ -140,7 +137,7 @@ class _Plan:
         if self.partials == 0:
             return None
         if self.scratch is None or self.stream != stream:
-            self.scratch = torch.empty(self.partials * 4, dtype=torch.float32, device=self.device)
+            self.scratch = torch.empty(self.partials * 4, dtype=torch.float32, device=self.addresses.device)
             self.stream, self.captured = stream, False
         if not self.captured and _cuda.capturing():
             _captured.append(self.scratch)
@@ -167,10 +164,10 @@ def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: R
 
 def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
     table = None if rows is None else rows.table
-    addresses = _addresses(plan, lists, () if table is None else row_arrays(table))
+    addresses = plan.addresses.read(lists, () if table is None else row_arrays(table))
     if addresses is None:
         return False
-    stream = _cuda.stream(plan.device)
+    stream = _cuda.stream(plan.addresses.device)
     call = _cuda.Call(
         shapes=ctypes.addressof(plan.shapes),
         cuts=ctypes.addressof(plan.cuts),
@@ -184,8 +181,8 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
         found_inf=_scalar(options.get("found_inf")),
         tensors=len(lists[0]),
         op=op,
-        dtype=_cuda.DTYPES[plan.dtype],
-        device=plan.device.index or 0,
+        dtype=_cuda.DTYPES[plan.addresses.dtype],
+        device=plan.addresses.device.index or 0,
     )
     code = _target.library.sparsekern_cuda_step(call)
     _cuda.check(_target.library, code, f"a list of {len(lists[0])} tensors")
@@ -193,24 +190,6 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
         # Raw writes do not tell autograd that a saved tensor has changed.
         increment_version(lists[0])
     return True
-
-
-def _addresses(plan: _Plan, lists: Lists, arrays: tuple[Tensor, ...]) -> bytes | None:
-    """``[6][tensors]`` addresses and eight of the flat arrays; None when a tensor does not fit the plan."""
-    if _native.exchanges:
-        found: bytes | None = _C.addresses(plan.expected, lists, arrays)
-        return found
-    of_lists = _pointers.of_lists(lists, plan.layouts, plan.dtype, STEPS, plan.device)
-    of_arrays = _pointers.of_arrays(arrays, plan.device)
-    if of_lists is None or of_arrays is None:
-        return None
-    tensors = len(plan.layouts)
-    padded = [addresses or [0] * tensors for addresses in [*of_lists, *[[]] * (STEPS + 1 - len(of_lists))]]
-    flat = [
-        *(address for addresses in padded for address in addresses),
-        *(of_arrays or [0] * _cuda.ROW_ARRAYS),
-    ]
-    return bytes((ctypes.c_uint64 * len(flat))(*flat))
 
 
 def _hyper(options: dict[str, Any], table: RowTable | RowArrays | None) -> _cuda.Hyper:
@@ -243,14 +222,8 @@ def _make_plan(params: Sequence[Tensor], rows: Rows | None) -> _Plan | None:
     ends = [start + rows for _, rows, _, start in shapes if start >= 0]
     if max(ends, default=0) >= _MOST_ROWS:
         return None
-    dtype, device = params[0].dtype, params[0].device
-    layouts = [_pointers.layout(param) for param in params]
-    number = _cuda.DTYPES[dtype]
-    expected = _C.layout(number, layouts, max(ends, default=0), _target.dlpack_type, device.index or 0)
     of_tensors = (_cuda.Shape * len(shapes))(*(_cuda.Shape(*shape) for shape in shapes))
     cuts = (_cuda.Cut * len(shapes))()
     partials = _target.library.sparsekern_cuda_cut(of_tensors, len(shapes), params[0].element_size(), cuts)
-    return _Plan(expected, starts, dims, layouts, dtype, device, of_tensors, cuts, partials)
-
-
-_C: Any = _native.load()
+    addresses = Addresses(params, max(ends, default=0), _target.dlpack_type)
+    return _Plan(addresses, starts, dims, of_tensors, cuts, partials)

@@ -146,7 +146,7 @@ def assert_trains(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module on this backend is near the module on the reference, step by step."""
     results = []
     for chosen in (reference_norm, backend):
-        monkeypatch.setattr(_norm_ops, "choose_norm", lambda device, chosen=chosen: chosen)
+        monkeypatch.setattr(_norm_ops, "choose", lambda device, chosen=chosen: chosen)
         torch.manual_seed(0)
         norm = NormAct2d(6, activation="hardswish")
         norm.mask = torch.arange(6) == 2

@@ -1,0 +1,52 @@
+"""Where the tensors of a list lie at a call, for kernels that are given addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sparsekern import _cuda, _native, _pointers
+from sparsekern.backends._lists import STEPS, Lists
+
+SLOTS = STEPS + 1
+"""Lists of a call, as in csrc/abi.h."""
+
+
+class Addresses:
+    """What the tensors of a list have to be, and where they are at a call."""
+
+    def __init__(self, params: Sequence[Tensor], rows: int, dlpack_type: int) -> None:
+        """
+        Args:
+            params: the first list; the others are like it.
+            rows: how many the arrays of the table need to have.
+            dlpack_type: what DLPack calls the device.
+        """
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.layouts = [_pointers.layout(param) for param in params]
+        module = _native.load()
+        self._expected: Any = None
+        if module is not None:
+            kind = _cuda.DTYPES[self.dtype], self.layouts, rows, dlpack_type, self.device.index or 0
+            self._expected = module.layout(*kind)
+
+    def read(self, lists: Lists, arrays: tuple[Tensor, ...]) -> bytes | None:
+        """``[6][tensors]`` addresses and eight of the flat arrays; None when a tensor does not fit."""
+        if _native.exchanges:
+            found: bytes | None = _C.addresses(self._expected, lists, arrays)
+            return found
+        of_lists = _pointers.of_lists(lists, self.layouts, self.dtype, STEPS, self.device)
+        of_arrays = _pointers.of_arrays(arrays, self.device)
+        if of_lists is None or of_arrays is None:
+            return None
+        padded = [addresses or [0] * len(self.layouts) for addresses in of_lists]
+        padded += [[0] * len(self.layouts)] * (SLOTS - len(of_lists))
+        flat = [address for addresses in padded for address in addresses]
+        flat += of_arrays or [0] * _cuda.ROW_ARRAYS
+        return bytes((ctypes.c_uint64 * len(flat))(*flat))
+
+
+_C: Any = _native.load()
