@@ -15,8 +15,7 @@ from sparsekern.bench.contest import Contest
 from sparsekern.bench.contests import build, sides
 from sparsekern.bench.environment import environment, kept_memory
 
-WORKING = {name for name, works, _ in backends.available() if works}
-HERE = [case for case in CASES if case.backend in WORKING]
+HERE = [case for case in CASES if backends.why_not(case.backend, case.device) is None]
 
 
 @pytest.fixture(scope="module", autouse=True)

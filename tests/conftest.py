@@ -1,4 +1,4 @@
-"""For all tests: triton interprets.
+"""For all tests: where there is no GPU, triton interprets.
 
 That is read where triton is imported. ``torch.utils.flop_counter`` does so with sparsekern, which tests
 that come before those of triton have imported.
@@ -8,4 +8,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

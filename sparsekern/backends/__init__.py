@@ -40,7 +40,7 @@ def _choose(device_type: str) -> ModuleType:
     if forced:
         return _forced(forced, device_type)
     for name in _DEVICES.get(device_type, ("reference",)):
-        reason = _why_not(name, device_type)
+        reason = why_not(name, device_type)
         if reason is None:
             return _module(name)
         warnings.warn(f"sparsekern runs without its {name} backend: {reason}", stacklevel=3)
@@ -50,7 +50,7 @@ def _choose(device_type: str) -> ModuleType:
 def _forced(name: str, device_type: str) -> ModuleType:
     if name not in _NAMES:
         raise ValueError(f"SPARSEKERN_BACKEND: got {name!r}, expected one of {', '.join(_NAMES)}")
-    reason = _why_not(name, device_type)
+    reason = why_not(name, device_type)
     if reason is not None:
         raise RuntimeError(
             f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device_type}, "
@@ -63,7 +63,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _why_not(name: str, device_type: str) -> str | None:
+def why_not(name: str, device_type: str) -> str | None:
     """Why backend ``name`` does not work for tensors of ``device_type``; None when it does."""
     if name == "reference":
         return None
@@ -109,7 +109,7 @@ def available() -> list[tuple[str, bool, str]]:
     }
     found = [("reference", True, "plain torch, any device")]
     for name, text in texts.items():
-        reason = _why_not(name, devices.get(name, name))
+        reason = why_not(name, devices.get(name, name))
         found.append((name, reason is None, text if reason is None else reason))
     return found
 

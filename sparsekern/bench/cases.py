@@ -42,7 +42,7 @@ class Case:
         return DEVICES[self.backend]
 
 
-DEVICES = {"cpu": "cpu", "reference": "cpu", "cuda": "cuda"}
+DEVICES = {"cpu": "cpu", "reference": "cpu", "cuda": "cuda", "triton": "cuda"}
 """Where the tensors of a backend's cases lie."""
 
 LISTS = ("unet-2m", "unet-31m", "mobilenetv3-seg", "resnet50")
@@ -96,6 +96,15 @@ def _norms(backend: str, *, quick: bool) -> list[Case]:
     ]
 
 
+def _on_gpu(backend: str) -> list[Case]:
+    return [
+        *_ops(backend, quick=False),
+        *_norms(backend, quick=False),
+        *_steps(backend, quick=False),
+        *(Case("adamw-iteration", tensors, backend) for tensors in LISTS),
+    ]
+
+
 CASES: tuple[Case, ...] = (
     *_ops("cpu", quick=True),
     # What the specification costs, which is also what runs where nothing was compiled.
@@ -105,10 +114,7 @@ CASES: tuple[Case, ...] = (
     *_norms("cpu", quick=True),
     *(Case("adamw-iteration", tensors, quick=tensors == "unet-2m") for tensors in LISTS),
     *(Case("fused-iteration", tensors, quick=tensors == "unet-2m") for tensors in QUICK),
-    *_ops("cuda", quick=False),
-    *_norms("cuda", quick=False),
-    *_steps("cuda", quick=False),
-    *(Case("adamw-iteration", tensors, "cuda") for tensors in LISTS),
+    *(case for backend in ("cuda", "triton") for case in _on_gpu(backend)),
 )
 
 

@@ -114,7 +114,6 @@ class Suite:
         self._elements = elements
         self._random = np.random.default_rng(0)
         self._rates: dict[str, list[float]] = {}
-        self._absent = {name: detail for name, works, detail in backends.available() if not works}
 
     def run(self, cases: Sequence[Case], on_case: Callable[[Case], None] = lambda case: None) -> Report:
         """The report on ``cases``; ``on_case`` is called before each."""
@@ -135,8 +134,9 @@ class Suite:
 
     def result(self, case: Case) -> Result:
         """Check a case, and time it if it is right."""
-        if case.backend in self._absent:
-            return Result(case, ABSENT, self._absent[case.backend])
+        missing = backends.why_not(case.backend, case.device)
+        if missing is not None:
+            return Result(case, ABSENT, missing)
         with forced(case.backend):
             contest = build(case)
             reason = _wrong(contest)

@@ -1,8 +1,9 @@
-"""The CUDA kernels on a GPU; collected where there is one."""
+"""The CUDA and the Triton kernels on a GPU; collected where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,19 +15,19 @@ from torch import Tensor, nn
 import sparsekern
 from sparsekern import _cuda, backends
 from sparsekern._rows import RowTable
-from sparsekern.backends import cuda, reference
+from sparsekern.backends import reference
 
 DEVICE = torch.device("cuda:0")
 
 
-@pytest.fixture(autouse=True)
-def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Fails, and does not fall back, where the kernels do not work."""
-    monkeypatch.setenv("SPARSEKERN_BACKEND", "cuda")
+    monkeypatch.setenv("SPARSEKERN_BACKEND", request.param)
     backends.reset()
-    assert _cuda.why_not() is None, _cuda.why_not()
+    assert backends.why_not(request.param, "cuda") is None, backends.why_not(request.param, "cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    yield
+    yield backends.choose(DEVICE)
     monkeypatch.undo()
     backends.reset()
 
@@ -46,12 +47,12 @@ def _on_device(host: Problem) -> Problem:
     return device
 
 
-def _compare(name: str, want: Problem) -> None:
+def _compare(backend: ModuleType, name: str, want: Problem) -> None:
     op = OPS[name]
     got, before = _on_device(want), want.clone()
     op.call(getattr(reference, op.name), want)
     options = {key: _moved(value) for key, value in op.options.items()}
-    Op(op.name, op.lists, options).call(getattr(cuda, op.name), got)
+    Op(op.name, op.lists, options).call(getattr(backend, op.name), got)
     back = before.clone()
     for mine, theirs in zip(back.entries().values(), got.entries().values(), strict=True):
         mine.buffer.copy_(theirs.buffer)
@@ -60,14 +61,14 @@ def _compare(name: str, want: Problem) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_op(name: str, dtype: torch.dtype) -> None:
-    _compare(name, problem(dtype, "contiguous", "some masked, some declining", seed=1))
+def test_op(backend: ModuleType, name: str, dtype: torch.dtype) -> None:
+    _compare(backend, name, problem(dtype, "contiguous", "some masked, some declining", seed=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics", "mask"])
-def test_layout(name: str, layout: str) -> None:
-    _compare(name, problem(torch.float32, layout, "some masked, some declining", seed=2))
+def test_layout(backend: ModuleType, name: str, layout: str) -> None:
+    _compare(backend, name, problem(torch.float32, layout, "some masked, some declining", seed=2))
 
 
 class _Training:
@@ -94,6 +95,12 @@ class _Training:
         return [*self.model.parameters(), *arrays]
 
 
+def _launches() -> int:
+    """Of CUDA kernels so far."""
+    library = _cuda.load()
+    return 0 if library is None else library.sparsekern_cuda_launches()
+
+
 MAKERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sgd": (sparsekern.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "adamw": (sparsekern.optim.AdamW, {"lr": 1e-2, "capturable": True}),
@@ -101,13 +108,13 @@ MAKERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_step_waits_for_nothing_and_allocates_nothing(name: str) -> None:
+def test_a_step_waits_for_nothing_and_allocates_nothing(backend: ModuleType, name: str) -> None:
     make, options = MAKERS[name]
     training = _Training(make, **options)
     for _ in range(3):
         training.step()
     torch.cuda.synchronize()
-    launches = _cuda.load().sparsekern_cuda_launches()  # type: ignore[union-attr]
+    launches = _launches()
     allocated = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -116,7 +123,7 @@ def test_a_step_waits_for_nothing_and_allocates_nothing(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == allocated
     # The step, what follows it, and the means per channel.
-    assert _cuda.load().sparsekern_cuda_launches() - launches == 3  # type: ignore[union-attr]
+    assert _launches() - launches == (3 if backend.__name__.endswith("cuda") else 0)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -149,7 +156,7 @@ def test_a_captured_step_is_the_same_and_sees_new_masks(name: str) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_two_runs_are_equal_bit_for_bit() -> None:
+def test_two_runs_are_equal_bit_for_bit(backend: ModuleType) -> None:
     results = []
     for _ in range(2):
         params = [
@@ -160,7 +167,7 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
         for seed in range(3):
             torch.manual_seed(seed)
             grads = [torch.randn_like(param) for param in params]
-            cuda.row_statistics_(params, grads, rows=table.rows_of(params))
+            backend.row_statistics_(params, grads, rows=table.rows_of(params))
         results.append([table.sums.clone(), table.threshold.clone(), table.activity.clone()])
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def test_available_names_all_and_says_what_they_are() -> None:
     found = {name: (works, what) for name, works, what in backends.available()}
-    assert set(found) == {"reference", "cpu", "cuda"}
+    assert set(found) == {"reference", "cpu", "cuda", "triton"}
     assert found["reference"][0]
     assert found["cpu"][0] == (_native.load() is not None)
     assert all(what for _, what in found.values())
@@ -48,24 +48,43 @@ def test_without_native_module_one_warning_says_why(
     assert ("cpu", False, "there is no compiler") in backends.available()
 
 
-def test_normalisations_go_to_triton_where_cuda_was_not_compiled(
+def test_triton_is_taken_where_cuda_was_not_compiled(
     force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cuda, "why_not", lambda: "it was not compiled")
-    gpu = torch.device("cuda")
-    force_backend("reference")
-    assert backends.choose_norm(gpu) is reference
-    force_backend("")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="without its cuda backend"):
-        assert backends.choose_norm(gpu) is reference
-    backends.reset()
-    monkeypatch.undo()
-    monkeypatch.setattr(_cuda, "why_not", lambda: "it was not compiled")
     pytest.importorskip("triton")
-    with pytest.warns(UserWarning, match="without its cuda backend"):
-        assert backends.choose_norm(gpu).__name__ == "sparsekern.backends.triton.norm_act"
-    assert backends.choose_norm(CPU) is backends.choose(CPU)
+    gpu = torch.device("cuda")
+    force_backend("")
+    monkeypatch.setattr(_cuda, "why_not", lambda: "it was not compiled")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="without its cuda backend: it was not compiled") as seen:
+        assert backends.choose(gpu).__name__ == "sparsekern.backends.triton"
+    assert len(seen) == 1
+    (what,) = (what for name, _, what in backends.available() if name == "triton")
+    assert "tensors on GPUs" in what and "never run on a GPU" in what
+    monkeypatch.setattr(_cuda, "why_not", lambda: None)
+    backends.reset()
+    assert backends.choose(gpu).__name__ == "sparsekern.backends.cuda"
+
+
+def test_why_triton_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert backends.why_not("triton", "cpu") == "it takes tensors on cuda, not on cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.why_not("triton", "cuda") == "torch finds no CUDA device"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.why_not("triton", "cuda") == "it takes tensors on cpu, not on cuda"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backends.why_not("triton", "cpu") == "triton is not installed"
+
+
+def test_a_triton_that_cannot_be_imported_is_one_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "sparsekern.backends.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "sparsekern.backends.triton.steps", None)
+    reason = backends.why_not("triton", "cpu")
+    assert reason is not None and reason.startswith("triton cannot be used (ModuleNotFoundError")
 
 
 def test_forced(force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +105,15 @@ def test_forced(force_backend: Callable[[str], None], monkeypatch: pytest.Monkey
 def test_tensors_on_a_gpu_have_a_backend_that_works(
     force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The CUDA kernels, or the reference and a warning that says why."""
+    """The CUDA kernels, or else the reference and warnings that say why."""
     device = torch.device("cuda")
     force_backend("")
     monkeypatch.setattr(_cuda, "why_not", lambda: "the driver is too old")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="without its cuda backend: the driver is too old") as seen:
         assert backends.choose(device) is reference
         assert backends.choose(device) is reference
-    assert len(seen) == 1
+    assert ["triton is not installed" in str(warning.message) for warning in seen] == [False, True]
     assert ("cuda", False, "the driver is too old") in backends.available()
     force_backend("cuda")
     with pytest.raises(RuntimeError, match="got 'cuda' for tensors on cuda.*the driver is too old"):

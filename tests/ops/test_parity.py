@@ -17,6 +17,9 @@ from sparsekern.backends import reference
 # them together again.
 ROUTES = ["dispatcher", *(name for name, works, _ in backends.available() if works)]
 ROUTES.remove("reference")
+if "triton" in ROUTES:
+    # Interpreted, a step takes a second: tests/triton has what it needs.
+    ROUTES.remove("triton")
 
 
 @pytest.fixture(params=ROUTES)

@@ -89,7 +89,7 @@ class Plan:
     def table_on(self, stream: int, numbers: bytes, addresses: bytes) -> Tensor:
         """The table that says so, for kernels that are launched next on ``stream``."""
         device, content = self.addresses.device, (numbers, addresses)
-        if device.type == "cuda" and _cuda.capturing():
+        if _is_capturing(device):
             # What was pinned before is taken: memory may not be pinned now.
             host, self.spare = self.spare, None
             if host is None:
@@ -161,6 +161,10 @@ def make_plan(params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
         variants,
         partials,
     )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and _cuda.capturing()
 
 
 def walkable(param: Tensor) -> bool:

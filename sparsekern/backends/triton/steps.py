@@ -33,7 +33,7 @@ from sparsekern.backends.triton.table import OPTIONS as FLAGS
 _plans = Plans()
 
 # Warps of a program. With four of them kernels of float64 would spill.
-_WARPS = {dtype: 8 if dtype is torch.float64 else 4 for dtype in STORAGE}
+WARPS = {dtype: 8 if dtype is torch.float64 else 4 for dtype in STORAGE}
 
 # Rows that a program finishes at once, and channels that one folds.
 _FINISHED, _FOLDED = 512, 256
@@ -96,7 +96,7 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
                 BLOCK=_FOLDED,
                 **OPTIONS,
             )
-    table.updates.add_(table.pending != 0)
+    table.updates.add_(table.pending)
     table.sums[:, DOT] = 0
     table.pending.zero_()
 
@@ -138,7 +138,7 @@ def _call(plan: Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows
             found_inf,
             STORAGE=STORAGE[dtype],
             COMPUTE=compute_type(dtype),
-            num_warps=_WARPS[dtype],
+            num_warps=WARPS[dtype],
             **compiled,
         )
         if tracks or op == ADAM:
