@@ -1,11 +1,13 @@
 """Every op on every backend against the reference, as one table: ``python -m benchmarks.parity``.
 
 The problems are those of ``tests/ops``: odd shapes, rows along any dimension, gaps between elements, poison
-around them, NaN in masked rows. Each backend, and each instruction set of the CPU, runs all of them in a
-process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++ compiler.
-A cell counts the problems, and says in how many all results are the reference's bits; in the others they
-are within the tolerances of :mod:`sparsekern.backends.tolerance`, or the cell says WRONG and the exit code
-is 1. Eight minutes on one core, most of them for the emulation.
+around them, NaN in masked rows and channels. Each backend, and each instruction set of the CPU, runs them in
+a process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++ compiler,
+the Triton kernels in triton's interpreter (some of the problems, as a step takes a second there). A cell
+counts the problems, and says of steps in how many all results are the reference's bits; in the others they
+are within the tolerances of :mod:`sparsekern.backends.tolerance` and of ``tests/ops/norm_cases.py``, or the
+cell says WRONG and the exit code is 1. A quarter of an hour on two cores, most of it for the emulation and
+the interpreter.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -28,11 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from sparsekern import _ops
+from sparsekern import _ops, backends
 from sparsekern.backends import reference
+from sparsekern.backends.reference_norm import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from ops import norm_cases
 from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
 from ops.tolerance import assert_equal_step
 
@@ -41,13 +47,32 @@ RESULTS = Path(__file__).parent / "results"
 Call = Callable[[Op, Problem], None]
 
 
-def examine(call: Call) -> dict[str, Any]:
-    """By op and dtype: problems, those with the reference's bits, errors. digest: of all that was written."""
+# Layouts and states of rows that the interpreter gets.
+INTERPRETED = (
+    ("contiguous", "some masked, some declining"),
+    ("channels_last", "all declining"),
+    ("permuted", "some masked, some declining"),
+    ("all with holes", "all masked"),
+)
+
+
+def examine(
+    call: Call, backend: ModuleType, which: Iterable[tuple[str, str]], shapes: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
+    """By op and dtype: problems, those with the reference's bits, errors. digest: of all that was written.
+
+    Args:
+        call: makes a step.
+        backend: has the normalisations.
+        which: layouts and states of rows.
+        shapes: of what is normalised.
+    """
     cells: dict[str, dict[str, Any]] = {}
     digest = hashlib.sha256()
+    pairs = list(which)
     for name, dtype in itertools.product(OPS, DTYPES):
         cell = cells[f"{name}/{dtype}".replace("torch.", "")] = {"count": 0, "bits": 0, "errors": []}
-        for layout, row_state in itertools.product(LAYOUTS, ROW_STATES):
+        for layout, row_state in pairs:
             want = problem(dtype, layout, row_state, seed=5)
             before, got = want.clone(), want.clone()
             OPS[name].call(getattr(reference, OPS[name].name), want)
@@ -61,7 +86,32 @@ def examine(call: Call) -> dict[str, Any]:
             if dtype is not torch.float16:
                 for entry in got.entries().values():
                     digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
+    for activation, dtype in itertools.product(ACTIVATIONS, DTYPES):
+        cells[f"norm {activation}/{dtype}".replace("torch.", "")] = _examine_norm(
+            backend, activation, dtype, shapes, digest
+        )
     return {"cells": cells, "digest": digest.hexdigest()}
+
+
+def _examine_norm(
+    backend: ModuleType, activation: str, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], digest: Any
+) -> dict[str, Any]:
+    """Both passes of a normalisation, as a cell."""
+    cell: dict[str, Any] = {"count": 0, "errors": []}
+    kinds = itertools.product(shapes, norm_cases.FORMATS, (True, False), (0.0, 0.4))
+    for shape, memory, training, masked in kinds:
+        options = {"training": training, "masked": masked, "residual": training}
+        given = norm_cases.problem(shape, dtype, memory, activation, **options)
+        cell["count"] += 1
+        try:
+            norm_cases.assert_equals_reference(backend, given)
+        except AssertionError as error:
+            cell["errors"].append(f"{shape}, {memory}, {options}: {error}")
+        y, mean, var = given.forward(backend)
+        for found in (y, *given.backward(backend, mean, var)):
+            if found is not None and dtype is not torch.float16:
+                digest.update(found.contiguous().view(torch.uint8).numpy().tobytes())
+    return cell
 
 
 def _same_bits(got: Problem, want: Problem) -> bool:
@@ -71,12 +121,34 @@ def _same_bits(got: Problem, want: Problem) -> bool:
     )
 
 
+def native() -> dict[str, Any]:
+    """The CPU backend with the instruction set of this process."""
+    pairs = itertools.product(LAYOUTS, ROW_STATES)
+    backend = backends.choose(torch.device("cpu"))
+    return examine(lambda op, on: op.call(getattr(_ops, op.name), on), backend, pairs, norm_cases.SHAPES[:4])
+
+
 def emulated() -> dict[str, Any]:
     """The CUDA backend on CPU tensors, its kernels compiled as C++."""
     from cuda.emulated import build, installed
 
     with tempfile.TemporaryDirectory() as folder, installed(build(Path(folder))) as backend:
-        return examine(lambda op, on: op.call(getattr(backend, op.name), on))
+        pairs = itertools.product(LAYOUTS, ROW_STATES)
+        return examine(
+            lambda op, on: op.call(getattr(backend, op.name), on), backend, pairs, norm_cases.SHAPES[:4]
+        )
+
+
+def interpreted() -> dict[str, Any]:
+    """The Triton backend on CPU tensors."""
+    from triton_interpreter import mend
+
+    from sparsekern.backends import triton
+
+    mend()
+    return examine(
+        lambda op, on: op.call(getattr(triton, op.name), on), triton, INTERPRETED, norm_cases.SHAPES[1:2]
+    )
 
 
 def _isas() -> list[str]:
@@ -95,6 +167,8 @@ def _environment(isa: str, backend: str = "cpu") -> dict[str, str]:
 def _run(part: str) -> dict[str, Any]:
     isa = part.removeprefix("cpu ") if part.startswith("cpu ") else ""
     environment = _environment(isa) if isa else dict(os.environ, PYTHONPATH=str(ROOT))
+    if part == "triton interpreted":
+        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.parity", "--part", part]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode != 0:
@@ -109,11 +183,15 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     if part:
-        done = emulated() if part == "cuda emulated" else examine(_through_ops)
-        print(json.dumps(done))
+        others = {"cuda emulated": emulated, "triton interpreted": interpreted}
+        print(json.dumps(others.get(part, native)()))
         return
-    parts = [*(f"cpu {isa}" for isa in _isas()), "cuda emulated"]
-    found = {name: _run(name) for name in parts}
+    isas = [f"cpu {isa}" for isa in _isas()]
+    # The longest first.
+    parts = ["triton interpreted", "cuda emulated", *isas]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(parts, pool.map(_run, parts), strict=True))
+    parts = [*isas, "cuda emulated", "triton interpreted"]
     table = Table("op / dtype", *parts, title="problems (those with the reference's bits)")
     wrong: list[str] = []
     for key in next(iter(found.values()))["cells"]:
@@ -133,12 +211,10 @@ def main(
         raise typer.Exit(1)
 
 
-def _through_ops(op: Op, on: Problem) -> None:
-    op.call(getattr(_ops, op.name), on)
-
-
 def _cell(cell: dict[str, Any]) -> str:
-    return f"WRONG {len(cell['errors'])}" if cell["errors"] else f"{cell['count']} ({cell['bits']})"
+    if cell["errors"]:
+        return f"WRONG {len(cell['errors'])}"
+    return f"{cell['count']} ({cell['bits']})" if "bits" in cell else str(cell["count"])
 
 
 if __name__ == "__main__":
