@@ -121,11 +121,15 @@ def _same_bits(got: Problem, want: Problem) -> bool:
     )
 
 
+def _straight_to(functions: ModuleType) -> Call:
+    return lambda op, on: op.call(getattr(functions, op.name), on)
+
+
 def native() -> dict[str, Any]:
     """The CPU backend with the instruction set of this process."""
     pairs = itertools.product(LAYOUTS, ROW_STATES)
     backend = backends.choose(torch.device("cpu"))
-    return examine(lambda op, on: op.call(getattr(_ops, op.name), on), backend, pairs, norm_cases.SHAPES[:4])
+    return examine(_straight_to(_ops), backend, pairs, norm_cases.SHAPES[:4])
 
 
 def emulated() -> dict[str, Any]:
