@@ -71,11 +71,11 @@ def sum_up(
 
 @triton.jit
 def _sum_of_parts(parts, which: tl.constexpr, pieces, channel, channels, there, PIECES: tl.constexpr):
-    found = tl.zeros(channel.shape, tl.float64)
+    found = tl.zeros((channel.shape[0], PIECES), tl.float64)
     for first in range(0, pieces, PIECES):
         piece = first + tl.arange(0, PIECES)
-        found += tl.sum(load_parts(parts, which, piece, pieces, channel, channels, there), 1)
-    return found
+        found += load_parts(parts, which, piece, pieces, channel, channels, there)
+    return tl.sum(found, 1)
 
 
 @triton.jit
