@@ -190,9 +190,17 @@ class NinjaBuild(build_ext):
             # The extension is optional: setuptools makes a warning of this, and goes on.
             raise CompileError("sparsekern: the CUDA kernels did not compile (see above) and are left out")
 
+    def objects(self) -> Path:
+        """Where compiled files are kept. An editable installation is given a folder that is removed after it,
+        and everything would be compiled again for a wheel or for the next one."""
+        if not self.editable_mode:
+            return Path(self.build_temp).resolve()
+        base = self.get_finalized_command("build").build_base
+        return Path(base, f"temp.{self.plat_name}-{sys.implementation.cache_tag}").resolve()
+
     def ninja(self, name: str, text: Callable[[Path, Path], str], target: Path) -> int:
         """Exit status of a build in a folder of its own."""
-        build = Path(self.build_temp).resolve() / name
+        build = self.objects() / name
         build.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(text(target, build))
         try:

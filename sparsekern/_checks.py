@@ -6,13 +6,15 @@ nothing and read no device value.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from sparsekern._rows import RowArrays, Rows, RowTable
+from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable, check_gates
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What the backends take."""
@@ -218,22 +220,76 @@ def _row_arrays(table: RowTable | RowArrays) -> None:
         ValueError: one has not.
     """
     rows = table.penalty.numel()
-    for name, (dtype, shape) in {
-        "penalty": (torch.float32, [rows]),
-        "elements": (torch.float32, [rows]),
-        "countdown": (torch.int32, [rows]),
-        "sums": (torch.float32, [rows, 4]),
-        "threshold": (torch.float32, [rows]),
-        "activity": (torch.float32, [rows]),
-        "nonfinite": (torch.int64, []),
-        "pending": (torch.float32, []),
-    }.items():
+    shapes = {
+        "penalty": (torch.float32, (rows,)),
+        "elements": (torch.float32, (rows,)),
+        "countdown": (torch.int32, (rows,)),
+        "sums": (torch.float32, (rows, 4)),
+        "threshold": (torch.float32, (rows,)),
+        "activity": (torch.float32, (rows,)),
+        "nonfinite": (torch.int64, ()),
+        "pending": (torch.float32, ()),
+    }
+    _flat_arrays("rows.table", table, shapes, table.penalty.device)
+
+
+def channel_arrays(table: ChannelArrays) -> None:
+    """The arrays of channels and their gates have their types and sizes, and no gaps, all on one device.
+
+    Raises:
+        ValueError: one has not.
+    """
+    rows, channels = table.sums.numel() // 4, table.channel_dot.numel()
+    shapes = {
+        "gate_offsets": (torch.int64, (channels + 1,)),
+        "gate_rows": (torch.int64, (table.gate_rows.numel(),)),
+        "sums": (torch.float32, (rows, 4)),
+        "channel_dot": (torch.float32, (channels,)),
+        "channel_dot_sq": (torch.float32, (channels,)),
+        "updates": (torch.float32, ()),
+        "pending": (torch.float32, ()),
+    }
+    _flat_arrays("table", table, shapes, table.sums.device)
+
+
+_known_gates = WeakIdKeyDictionary()
+"""What fitted when it was last read, by ``gate_rows``: the offsets, both versions, the number of rows."""
+
+
+def gates(table: ChannelArrays) -> None:
+    """The gates of every channel are rows of the table.
+
+    They are read when they are new or torch has written to them, and on the CPU alone: a GPU would be waited
+    for, and the constructor of RowTable has compared them before they got there.
+
+    Raises:
+        ValueError: an offset or a row is outside.
+    """
+    offsets, rows = table.gate_offsets, table.gate_rows
+    if rows.device.type != "cpu":
+        return
+    counted = not (rows.is_inference() or offsets.is_inference())
+    now = (rows._version, offsets._version, table.sums.shape[0]) if counted else None
+    known = _known_gates.get(rows)
+    if known is not None and known[0]() is offsets and known[1] == now:
+        return
+    check_gates(offsets.numpy(), rows.numpy(), table.sums.shape[0])
+    if counted:
+        _known_gates[rows] = (weakref.ref(offsets), now)
+
+
+def _flat_arrays(
+    of: str,
+    table: RowTable | RowArrays | ChannelArrays,
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    device: torch.device,
+) -> None:
+    for name, (dtype, shape) in expected.items():
         array = getattr(table, name)
-        whole = array.layout is torch.strided and array.is_contiguous() and list(array.shape) == shape
-        if not whole or array.dtype is not dtype or array.device != table.penalty.device:
+        whole = array.layout is torch.strided and array.is_contiguous() and array.shape == shape
+        if not whole or array.dtype is not dtype or array.device != device:
             raise ValueError(
-                f"rows.table.{name}: got {_describe(array)}, expected contiguous {dtype} {shape} on "
-                f"{table.penalty.device}"
+                f"{of}.{name}: got {_describe(array)}, expected contiguous {dtype} {list(shape)} on {device}"
             )
 
 

@@ -24,6 +24,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 DEVICE_TYPE = 2
 """What DLPack calls a CUDA device."""
 
+REBUILD = "to build it again, run pip install . or (in a working tree) python setup.py build_ext --inplace"
+
 NEVER_RUN = "compiled and tested in emulation, never run on a GPU"
 
 
@@ -145,6 +147,23 @@ def bind(path: Path) -> ctypes.CDLL:
         RuntimeError: it was built from another version of this package.
     """
     library = ctypes.CDLL(str(path))
+    try:
+        return _typed(library)
+    except (AttributeError, RuntimeError) as error:
+        found = str(error).removeprefix(f"{path}: ")
+        raise RuntimeError(
+            f"{path}: got a library of another version ({found}), expected one built with this package; "
+            f"{REBUILD}"
+        ) from error
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """``library``, its functions with their types.
+
+    Raises:
+        AttributeError: one is missing.
+        RuntimeError: a struct has another size.
+    """
     library.sparsekern_cuda_sizes.argtypes = [POINTER(c_int64)]
     library.sparsekern_cuda_sizes.restype = None
     library.sparsekern_cuda_cut.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(Cut)]
@@ -167,7 +186,7 @@ def bind(path: Path) -> ctypes.CDLL:
     sizes = (c_int64 * len(expected))()
     library.sparsekern_cuda_sizes(sizes)
     if list(sizes) != expected:
-        raise RuntimeError(f"{path}: got a library of another version, expected one built with this package")
+        raise RuntimeError(f"its structs have {list(sizes)} bytes, not {expected}")
     return library
 
 

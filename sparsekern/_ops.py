@@ -276,6 +276,10 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     """Fold the dots of a step into the means per channel, after the last list of that step.
 
     Does nothing when no step since the last call changed anything (``found_inf``, ``lr`` 0).
+
+    Raises:
+        ValueError: an array has another type, size or device, or (on the CPU) a gate is no row of the
+            table; nothing has changed then.
     """
     arrays = [getattr(table, name) for name in ChannelArrays._fields[:-1]]
     _channel_moments_(arrays[:2], arrays[2:], decay=table.decay)
@@ -286,7 +290,10 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 )
 def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
     """:func:`channel_moments_` with the fields of ChannelArrays, as the dispatcher takes them."""
-    choose(state[0].device).channel_moments_(ChannelArrays._make([*gates, *state, decay]))
+    table = ChannelArrays._make([*gates, *state, decay])
+    _checks.channel_arrays(table)
+    _checks.gates(table)
+    choose(table.sums.device).channel_moments_(table)
 
 
 def _checked_backend(

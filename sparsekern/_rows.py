@@ -328,6 +328,20 @@ def _csr(gates: Sequence[Any] | tuple[Any, Any], rows: int) -> tuple[np.ndarray,
         offsets = np.zeros(len(parts) + 1, dtype=np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])
         gate_rows = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    check_gates(offsets, gate_rows, rows)
+    return offsets, gate_rows
+
+
+def check_gates(offsets: np.ndarray, gate_rows: np.ndarray, rows: int) -> None:
+    """The gates of every channel are rows of a table.
+
+    Args:
+        offsets: integers ``[C + 1]``; gate_rows: integers ``[G]``; as in :class:`RowTable`.
+        rows: how many the table has.
+
+    Raises:
+        ValueError: offsets that do not rise from 0 to G, or a row outside the table.
+    """
     ends_fit = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(gate_rows)
     if not ends_fit or (np.diff(offsets) < 0).any():
         raise ValueError(
@@ -338,4 +352,3 @@ def _csr(gates: Sequence[Any] | tuple[Any, Any], rows: int) -> tuple[np.ndarray,
         raise ValueError(
             f"gates: got rows from {gate_rows.min()} to {gate_rows.max()}, expected them in [0, {rows})"
         )
-    return offsets, gate_rows

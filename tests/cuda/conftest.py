@@ -6,6 +6,7 @@ What needs a GPU is in `test_device.py` and `test_norm_device.py`, and collected
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -27,7 +28,9 @@ if COMPILER is None:
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The CUDA library, its kernels run by fibers."""
-    return build(tmp_path_factory.mktemp("emulated"))
+    folder = tmp_path_factory.getbasetemp()
+    # Each worker of pytest-xdist has a folder of its own in that of the run.
+    return build(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -28,17 +30,30 @@ COMPILER = next((c for c in (os.environ.get("CXX", ""), "g++") if c and shutil.w
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The CUDA library, its kernels run by fibers."""
+    """The CUDA library, its kernels run by fibers; made once for all processes that name this folder."""
+    path = folder / "emulated.so"
+    with (folder / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _compile(folder, path)
+    return _cuda.bind(path)
+
+
+def _compile(folder: Path, path: Path) -> None:
     csrc = ROOT / "csrc" / "cuda"
     sources = [*sorted(csrc.glob("*.cu")), *sorted(csrc.glob("*.cpp")), *sorted(EMULATION.glob("*.cpp"))]
-    objects = []
-    for source in sources:
-        objects.append(str(folder / f"{source.stem}.o"))
-        command = [str(COMPILER), *FLAGS.split(), f"-I{EMULATION}", f"-I{csrc}"]
-        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", objects[-1]], check=True)
-    path = folder / "emulated.so"
-    subprocess.run([str(COMPILER), "-shared", *objects, "-o", str(path)], check=True)
-    return _cuda.bind(path)
+    command = [str(COMPILER), *FLAGS.split(), f"-I{EMULATION}", f"-I{csrc}"]
+
+    def compiled(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    linked = folder / "linked.so"
+    subprocess.run([str(COMPILER), "-shared", *objects, "-o", str(linked)], check=True)
+    linked.rename(path)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekern import _native, _ops
-from sparsekern._rows import RowArrays, Rows, RowTable
-from sparsekern.backends import reference
+from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
+from sparsekern.backends import choose, reference
 
 SHAPES = [((3, 4), 0), ((5,), 0), ((2, 6, 2, 2), 1), ((4, 1, 3), 0)]
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "amsgrad": False}
@@ -190,3 +192,122 @@ def test_a_spoilt_call_is_found() -> None:
     call.lists["grads"][1] = torch.zeros(4)
     with pytest.raises(ValueError, match=r"grads\[1\]: got torch.float32 \[4\] on cpu, expected"):
         call.make(_ops)
+
+
+# Two gates a channel, one, none; a row that is the gate of two channels. 18 rows.
+GATES = [[0, 5], [17], [], [3, 2, 5]]
+INDICES = (-(2**63), -(2**40), -1, 0, 1, 2, 5, 6, 7, 17, 18, 19, 2**31, 2**61, 2**63 - 1)
+
+
+def channel_arrays() -> ChannelArrays:
+    """Between a step and the means per channel."""
+    generator = torch.Generator().manual_seed(0)
+    table = RowTable([(Parameter(torch.ones(shape)), dim) for shape, dim in SHAPES], GATES, decay=0.75)
+    for array in (table.sums, table.channel_dot, table.channel_dot_sq):
+        array.copy_(torch.randn(array.shape, generator=generator))
+    table.pending.fill_(1)
+    return ChannelArrays._make(getattr(table, name) for name in ChannelArrays._fields)
+
+
+def spoil_index(draw: st.DrawFn, arrays: ChannelArrays) -> ChannelArrays:
+    """An offset or a row that may be out of range."""
+    name, array = drawn_indices(draw, arrays)
+    if len(array):
+        array[draw(st.integers(0, len(array) - 1))] = draw(st.sampled_from(INDICES))
+    return arrays._replace(**{name: array})
+
+
+def spoil_length(draw: st.DrawFn, arrays: ChannelArrays) -> ChannelArrays:
+    """Indices left out, or more of them."""
+    name, array = drawn_indices(draw, arrays)
+    if draw(st.booleans()):
+        array = array[: draw(st.integers(0, len(array)))]
+    return arrays._replace(**{name: torch.cat([array, array[-1:]]) if draw(st.booleans()) else array})
+
+
+def drawn_indices(draw: st.DrawFn, arrays: ChannelArrays) -> tuple[str, Tensor]:
+    """One of the two arrays of indices, as it should be where it is spoilt beyond a change of its values."""
+    name = draw(st.sampled_from(["gate_offsets", "gate_rows"]))
+    array = getattr(arrays, name)
+    whole = array.layout is torch.strided and array.dim() == 1 and array.dtype is torch.int64
+    return name, (array if whole and array.device.type == "cpu" else getattr(channel_arrays(), name)).clone()
+
+
+def spoil_kind(draw: st.DrawFn, arrays: ChannelArrays) -> ChannelArrays:
+    """Another dtype, layout, device or shape."""
+    name = draw(st.sampled_from(ChannelArrays._fields[:-1]))
+    array, how = getattr(arrays, name), draw(st.sampled_from(HOW))
+    fits = isinstance(array, Tensor) and array.layout is torch.strided
+    return arrays._replace(**{name: spoil_tensor(array, how)}) if fits else arrays
+
+
+@st.composite
+def spoilt_gates(draw: st.DrawFn) -> ChannelArrays:
+    arrays = channel_arrays()
+    for _ in range(draw(st.integers(1, 2))):
+        arrays = draw(st.sampled_from([spoil_index, spoil_length, spoil_kind]))(draw, arrays)
+    return arrays
+
+
+def misfits(arrays: ChannelArrays) -> bool:
+    """Whether the op has to refuse them; ``channel_dot`` says how many channels there are."""
+    good = channel_arrays()
+    for name, array, expected in zip(ChannelArrays._fields[:-1], arrays, good, strict=False):
+        same = array.layout is torch.strided and array.is_contiguous() and array.dtype is expected.dtype
+        if not same or array.device != expected.device:
+            return True
+        if name != "gate_rows" and array.shape != expected.shape:
+            return True
+    if arrays.gate_rows.dim() != 1:
+        return True
+    offsets, rows = arrays.gate_offsets.tolist(), arrays.gate_rows.tolist()
+    ends = offsets[0] != 0 or offsets[-1] != len(rows)
+    return ends or offsets != sorted(offsets) or any(not 0 <= row < len(good.sums) for row in rows)
+
+
+def plain(arrays: ChannelArrays) -> list[Tensor]:
+    """Those that can be compared."""
+    return [a for a in arrays[:-1] if a.layout is torch.strided and a.device.type == "cpu"]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(spoilt_gates())
+def test_gates_are_refused_or_folded(backend: str, arrays: ChannelArrays) -> None:
+    if backend == "native" and _native.load() is None:
+        pytest.skip("the native kernels are not built")
+    before = [array.clone() for array in plain(arrays)]
+    chosen = reference if backend == "reference" else choose(torch.device("cpu"))
+    with patch.object(_ops, "choose", lambda device: chosen):
+        if misfits(arrays):
+            with pytest.raises(ValueError, match=r"^(table\.\w+|gates): got .*, expected "):
+                _ops.channel_moments_(arrays)
+            for array, old in zip(plain(arrays), before, strict=True):
+                assert torch.equal(array, old)
+            return
+        _ops.channel_moments_(arrays)
+    _, rows, sums, dot, dot_sq, updates, pending = before
+    ends = arrays.gate_offsets.tolist()
+    x = torch.stack([sums[rows[a:b], 1].sum() for a, b in pairwise(ends)])
+    torch.testing.assert_close(arrays.channel_dot, 0.75 * dot + 0.25 * x)
+    torch.testing.assert_close(arrays.channel_dot_sq, 0.75 * dot_sq + 0.25 * x * x)
+    assert not arrays.sums[:, 1].any() and torch.equal(arrays.sums[:, ::2], sums[:, ::2])
+    assert updates + 1 == arrays.updates and pending == 1 and arrays.pending == 0
+
+
+def test_gates_written_to_after_a_call_are_read_again() -> None:
+    arrays = channel_arrays()
+    for row in (4, 18, 5, -1):
+        arrays.gate_rows[2] = row
+        if 0 <= row < 18:
+            _ops.channel_moments_(arrays)
+        else:
+            with pytest.raises(ValueError, match=r"^gates: got rows from .*, expected them in \[0, 18\)"):
+                _ops.channel_moments_(arrays)
+    with torch.inference_mode():
+        arrays = arrays._replace(gate_rows=torch.tensor([0, 5, 17, 3, 2, 5]))
+        _ops.channel_moments_(arrays)
+        arrays.gate_rows[2] = 18
+        with pytest.raises(ValueError, match=r"^gates: got rows"):
+            _ops.channel_moments_(arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -27,8 +28,9 @@ digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for layout in ("contiguous", "channels_last"):
         for row_state in cases.ROW_STATES:
+            unused = cases.problem(dtype, layout, row_state)
             for op in cases.OPS.values():
-                problem = cases.problem(dtype, layout, row_state)
+                problem = unused.clone()
                 op.call(getattr(_ops, op.name), problem)
                 for entry in problem.entries().values():
                     digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
@@ -42,6 +44,7 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
+@functools.cache
 def isas() -> list[str]:
     """Those that this machine runs, from the error that names them."""
     error = run("from sparsekern import _native; _native.load()", SPARSEKERN_CPU_ISA="none").stderr
