@@ -28,8 +28,7 @@ inline C select(typename IntegerOf<C>::Type which, C a, C b) {
 
 #if defined(__AVX512F__)
 SPARSEKERN_INLINE Floats select(Vectors<float>::Integer which, Floats a, Floats b) {
-  using Integers = Vectors<float>::Integers;
-  return (Floats)(((Integers)a & which) | ((Integers)b & ~which));
+  return (Floats)_mm512_mask_blend_ps(__mmask16(which), (__m512)b, (__m512)a);
 }
 #endif
 
@@ -69,8 +68,8 @@ struct Adam {
         decoupled(job.hyper.decoupled),
         amsgrad(job.hyper.amsgrad) {}
 
-  template <class Decay, class Decline, class Statistics>
-  void update(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+  template <class D, class Decay, class Decline, class Statistics>
+  void update(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
     if (decoupled) {
       choose<true>(at, n, d, decay, decline, statistics);
     } else if (is_nothing(decay)) {
@@ -102,45 +101,39 @@ struct Adam {
   bool spreads() const { return kInTurns<C> && !amsgrad; }
 
  private:
-  template <bool kDecoupled, class Decay, class Decline, class Statistics>
-  void choose(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
-    if constexpr (kVectorBytes == 64) {
+  template <bool kDecoupled, class D, class Decay, class Decline, class Statistics>
+  void choose(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
+    if constexpr (kInTurns<C> && __is_same(D, S)) {
       if (fuses()) return turns<kDecoupled>(at, n, d, decay, decline, statistics);
     }
-    look(n, param + at, d, statistics);
-    amsgrad ? loop<kDecoupled, true>(at, n, d, decay, decline, NoStatistics())
-            : loop<kDecoupled, false>(at, n, d, decay, decline, NoStatistics());
-  }
-
-  template <bool kDecoupled, class Decay, class Decline, class Statistics>
-  void turns(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
-    int64_t done = 0;
-    if constexpr (kInTurns<C>) {
-      done = vectors<kDecoupled>(at, n, d, decay, decline, statistics);
-      if (done == n) return;
+    if constexpr (__is_same(D, C)) {
+      if constexpr (kVectorBytes == 64 && sizeof(C) == 8) {
+        if (fuses()) return loop<kDecoupled, false>(at, n, d, decay, decline, statistics);
+      }
+      look(n, param + at, d, statistics);
+      amsgrad ? loop<kDecoupled, true>(at, n, d, decay, decline, NoStatistics())
+              : loop<kDecoupled, false>(at, n, d, decay, decline, NoStatistics());
     }
-    loop<kDecoupled, false>(at + done, n - done, d + done, decay.after(done), decline.after(done),
-                            statistics.after(done));
   }
 
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
-  int64_t vectors(int64_t at, int64_t n, const C* ds, Decay decay, Decline decline, Statistics statistics) const {
+  void turns(int64_t at, int64_t n, const S* ds, Decay decay, Decline decline, Statistics statistics) const {
     using Vector = typename Vectors<C>::Vector;
     S* const arrays[] = {param + at, mean + at, square + at};
     const AdamStep<C> numbers = step;
-    return in_turns(n, arrays, ds, statistics,
-                    [=](int64_t i, const Vector(&old)[3], Vector d, Vector(&updated)[3]) SPARSEKERN_ALWAYS {
-                      Vector w = old[0];
-                      if constexpr (kDecoupled) {
-                        w = w * decay.vector(i);
-                      } else if constexpr (kDecays<Decay>) {
-                        d = d + w * decay.vector(i);
-                      }
-                      const Vector m = numbers.mean(old[1], d), v = numbers.square(old[2], d);
-                      updated[0] = decline.weight(i, numbers.weight(w, m, v), old[0]);
-                      updated[1] = decline.state(i, m, old[1]);
-                      updated[2] = decline.state(i, v, old[2]);
-                    });
+    in_turns(n, arrays, ds, statistics,
+             [=](int64_t i, const Vector(&old)[3], Vector d, Vector(&updated)[3]) SPARSEKERN_ALWAYS {
+               Vector w = old[0];
+               if constexpr (kDecoupled) {
+                 w = w * decay.vector(i);
+               } else if constexpr (kDecays<Decay>) {
+                 d = d + w * decay.vector(i);
+               }
+               const Vector m = numbers.mean(old[1], d), v = numbers.square(old[2], d);
+               updated[0] = decline.weight(i, numbers.weight(w, m, v), old[0]);
+               updated[1] = decline.state(i, m, old[1]);
+               updated[2] = decline.state(i, v, old[2]);
+             });
   }
 
   template <bool kDecoupled, bool kAmsgrad, class Decay, class Decline, class Statistics>

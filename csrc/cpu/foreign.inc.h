@@ -8,8 +8,8 @@ struct Look {
 
   Look(const Job& job, int32_t tensor) : param(static_cast<const S*>(job.addresses[kParam][tensor])) {}
 
-  template <class Decay, class Decline, class Statistics>
-  void update(int64_t at, int64_t n, const C* d, Decay, Decline, Statistics statistics) const {
+  template <class D, class Decay, class Decline, class Statistics>
+  void update(int64_t at, int64_t n, const D* d, Decay, Decline, Statistics statistics) const {
     look(n, param + at, d, statistics);
   }
   void masked(int64_t, int64_t) const {}

@@ -25,6 +25,7 @@ namespace {
 #include "half.h"
 // In this order: each builds on those before it.
 #include "lanes.inc.h"
+#include "registers.inc.h"
 #include "values.inc.h"
 #include "statistics.inc.h"
 #include "sums.inc.h"

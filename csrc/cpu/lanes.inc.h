@@ -49,17 +49,59 @@ struct Vectors {
     return vector;
   }
 
+#if defined(__AVX512F__)
+  typedef uint16_t Words __attribute__((vector_size(64)));
+
+  // Halves a * 16 to a * 16 + 15 of a register become the upper halves of floats: one instruction, where a conversion
+  // of integers and a shift were two to five.
+  template <int a>
+  SPARSEKERN_INLINE static Vector widened(__m512i halves) {
+    Words from;
+    for (int w = 0; w < 32; ++w) from[w] = a * 16 + w / 2;
+    return (Vector)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)from, halves);
+  }
+
+  // Rounded as `narrow` rounds, unless it is NaN; the result is in the upper halves.
+  SPARSEKERN_INLINE static __m512i rounded_number(Vector vector) {
+    const __m512i bits = (__m512i)vector;
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+  }
+
+  // The same, NaN included.
+  SPARSEKERN_INLINE static __m512i rounded(Vector vector) {
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)vector, (__m512)vector, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded_number(vector), nan, _mm512_set1_epi32(0x7fc00000));
+  }
+
+  // The upper halves of a and then of b.
+  SPARSEKERN_INLINE static __m512i upper_halves(__m512i a, __m512i b) {
+    Words from;
+    for (int w = 0; w < 32; ++w) from[w] = 2 * w + 1;
+    return _mm512_permutex2var_epi16(a, (__m512i)from, b);
+  }
+
+  SPARSEKERN_INLINE static Vector load(const BFloat16* from) {
+    return widened<0>(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from)));
+  }
+#else
   SPARSEKERN_INLINE static Vector load(const BFloat16* from) {
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     Halves halves;
     __builtin_memcpy(&halves, from, sizeof(halves));
     return (Vector)(__builtin_convertvector(halves, Integers) << 16);
   }
+#endif
 
   SPARSEKERN_INLINE static void store(Vector vector, C* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
 
   // Rounded as `narrow` rounds.
   SPARSEKERN_INLINE static void store(Vector vector, BFloat16* to) {
+#if defined(__AVX512F__)
+    const __m512i halves = upper_halves(rounded(vector), __m512i{});
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(halves));
+#else
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
     const Unsigned bits = (Unsigned)vector;
@@ -67,6 +109,7 @@ struct Vectors {
     const Unsigned nan = (Unsigned)((bits & 0x7fffffffu) > 0x7f800000u);
     const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
     __builtin_memcpy(to, &halves, sizeof(halves));
+#endif
   }
 
   // Each of the numbers four times.
@@ -110,11 +153,28 @@ struct Vectors {
     return pick<0, 1, false>(ab, cd) + pick<2, 3, false>(ab, cd);
   }
 
+  SPARSEKERN_INLINE static Vector magnitude(Vector vector) {
+    constexpr Integer kMagnitude = ~(Integer(1) << (sizeof(C) * 8 - 1));
+    return (Vector)((Integers)vector & kMagnitude);
+  }
+
   // 1 where the absolute value exceeds the threshold, else 0.
   SPARSEKERN_INLINE static Vector exceeds(Vector vector, Vector threshold) {
-    constexpr Integer kMagnitude = ~(Integer(1) << (sizeof(C) * 8 - 1));
     const Vector one = Vector{} + C(1);
-    return (Vector)((Integers)one & ((Vector)((Integers)vector & kMagnitude) > threshold));
+    return (Vector)((Integers)one & (magnitude(vector) > threshold));
+  }
+
+  // Adds that to `count`.
+  SPARSEKERN_INLINE static void count_exceeding(Vector& count, Vector vector, Vector threshold) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == 4) {
+      const __m512 old = (__m512)count, one = _mm512_set1_ps(1);
+      const __mmask16 which = _mm512_cmp_ps_mask((__m512)magnitude(vector), (__m512)threshold, _CMP_GT_OQ);
+      count = (Vector)_mm512_mask_add_ps(old, which, old, one);
+      return;
+    }
+#endif
+    count += exceeds(vector, threshold);
   }
 };
 
@@ -140,15 +200,15 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
   typename V::Vector count = {}, dot = {}, grad_sq = {}, weight_sq = {};
 
   // Sixteen elements, with the thresholds from place `i` on (values.inc.h).
-  template <class S, class Threshold>
-  SPARSEKERN_INLINE void add(const S* w, const C* d, Threshold threshold, int64_t i) {
+  template <class S, class D, class Threshold>
+  SPARSEKERN_INLINE void add(const S* w, const D* d, Threshold threshold, int64_t i) {
     add_vector(V::load(w), V::load(d), threshold.vector(i));
     Rest::add(w + V::kWidth, d + V::kWidth, threshold, i + V::kWidth);
   }
 
   // The first `n` of sixteen elements.
-  template <class S, class Threshold>
-  SPARSEKERN_INLINE void add_first(const S* w, const C* d, int64_t n, Threshold threshold, int64_t i) {
+  template <class S, class D, class Threshold>
+  SPARSEKERN_INLINE void add_first(const S* w, const D* d, int64_t n, Threshold threshold, int64_t i) {
     add_vector(V::first(V::load(w), n), V::first(V::load(d), n), threshold.vector(i));
     Rest::add_first(w + V::kWidth, d + V::kWidth, n - V::kWidth, threshold, i + V::kWidth);
   }
@@ -169,7 +229,7 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
   // Sixteen elements in one vector.
   SPARSEKERN_INLINE void add_vector(typename V::Vector w, typename V::Vector d, typename V::Vector threshold) {
-    count += V::exceeds(d, threshold);
+    V::count_exceeding(count, d, threshold);
     dot += w * d;
     grad_sq += d * d;
     weight_sq += w * w;

@@ -4,7 +4,7 @@ template <class S>
 struct Sgd {
   using C = typename Compute<S>::Type;
   static constexpr bool kReadsGrad = true;
-  enum Mode { kPlain, kFirst, kFirstNesterov, kHeavyBall, kNesterov };
+  enum Mode { kPlain, kFirst, kFirstNesterov, kDampened, kHeavyBall, kNesterov };
 
   Sgd(const Job& job, int32_t tensor)
       : param(static_cast<S*>(job.addresses[kParam][tensor])),
@@ -18,12 +18,13 @@ struct Sgd {
     } else if (job.hyper.first) {
       mode = nesterov ? kFirstNesterov : kFirst;
     } else {
-      mode = nesterov ? kNesterov : kHeavyBall;
+      const bool dampened = job.hyper.dampening != 0;
+      mode = nesterov ? kNesterov : dampened ? kDampened : kHeavyBall;
     }
   }
 
-  template <class Decay, class Decline, class Statistics>
-  void update(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
+  template <class D, class Decay, class Decline, class Statistics>
+  void update(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
     if (is_nothing(decay)) {
       choose(at, n, d, NoDecay<C>(), decline, statistics);
     } else {
@@ -43,56 +44,58 @@ struct Sgd {
     if (mode != kPlain) prefetch_far(buffer + at);
   }
 
-  bool fuses() const { return false; }
+  bool fuses() const { return kInTurns<C> && !__is_same(S, C); }
   bool spreads() const { return kInTurns<C>; }
 
  private:
-  template <class... Rest>
-  void choose(int64_t at, int64_t n, const C* d, Rest... rest) const {
+  template <class D, class... Rest>
+  void choose(int64_t at, int64_t n, const D* d, Rest... rest) const {
     switch (mode) {
       case kPlain: return turns<kPlain>(at, n, d, rest...);
       case kFirst: return turns<kFirst>(at, n, d, rest...);
       case kFirstNesterov: return turns<kFirstNesterov>(at, n, d, rest...);
+      case kDampened: return turns<kDampened>(at, n, d, rest...);
       case kHeavyBall: return turns<kHeavyBall>(at, n, d, rest...);
       case kNesterov: return turns<kNesterov>(at, n, d, rest...);
     }
   }
 
-  // One loop for statistics and update where elements have factors of their own, which are then read once. Else two
-  // loops, that the compiler unrolls: SGD waits for memory, and one loop took 5 to 10 % longer.
-  template <Mode kMode, class Decay, class Decline, class Statistics>
-  void turns(int64_t at, int64_t n, const C* d, Decay decay, Decline decline, Statistics statistics) const {
-    int64_t done = 0;
-    if constexpr (kInTurns<C> && !kAlike<Decline>) {
-      done = vectors<kMode>(at, n, d, decay, decline, statistics);
-      if (done == n) return;
+  // One loop for statistics and update where elements have factors of their own, which are then read once, and where
+  // they have to be widened. Else two loops, that the compiler unrolls: SGD waits for memory, and one loop took 5 to
+  // 10 % longer.
+  template <Mode kMode, class D, class Decay, class Decline, class Statistics>
+  void turns(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
+    if constexpr (kInTurns<C> && __is_same(D, S) && !(__is_same(S, C) && kAlike<Decline>)) {
+      registers<kMode>(at, n, d, decay, decline, statistics);
+    } else {
+      look(n, param + at, d, statistics);
+      loop<kMode>(at, n, d, decay, decline);
     }
-    look(n - done, param + at + done, d + done, statistics.after(done));
-    loop<kMode>(at + done, n - done, d + done, decay.after(done), decline.after(done));
   }
 
   template <Mode kMode, class Decay, class Decline, class Statistics>
-  int64_t vectors(int64_t at, int64_t n, const C* ds, Decay decay, Decline decline, Statistics statistics) const {
+  void registers(int64_t at, int64_t n, const S* ds, Decay decay, Decline decline, Statistics statistics) const {
     using Vector = typename Vectors<C>::Vector;
     const C rate = lr, mu = momentum, share = fresh;
     if constexpr (kMode == kPlain) {
       S* const arrays[] = {param + at};
-      return in_turns(n, arrays, ds, statistics,
-                      [=](int64_t i, const Vector(&old)[1], Vector d, Vector(&updated)[1]) SPARSEKERN_ALWAYS {
-                        if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
-                        updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
-                      });
+      in_turns(n, arrays, ds, statistics,
+               [=](int64_t i, const Vector(&old)[1], Vector d, Vector(&updated)[1]) SPARSEKERN_ALWAYS {
+                 if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
+                 updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
+               });
     } else {
       S* const arrays[] = {param + at, buffer + at};
-      return in_turns(n, arrays, ds, statistics,
-                      [=](int64_t i, const Vector(&old)[2], Vector d, Vector(&updated)[2]) SPARSEKERN_ALWAYS {
-                        if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
-                        Vector b = d;
-                        if constexpr (kMode == kHeavyBall || kMode == kNesterov) b = old[1] * mu + d * share;
-                        updated[1] = decline.state(i, b, old[1]);
-                        d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
-                        updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
-                      });
+      in_turns(n, arrays, ds, statistics,
+               [=](int64_t i, const Vector(&old)[2], Vector d, Vector(&updated)[2]) SPARSEKERN_ALWAYS {
+                 if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
+                 Vector b = d;
+                 if constexpr (kMode == kDampened || kMode == kNesterov) b = old[1] * mu + d * share;
+                 if constexpr (kMode == kHeavyBall) b = old[1] * mu + d;
+                 updated[1] = decline.state(i, b, old[1]);
+                 d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
+                 updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
+               });
     }
   }
 
@@ -109,7 +112,8 @@ struct Sgd {
       if constexpr (kMode != kPlain) {
         const C old = widen(bs[i]);
         C b = d;
-        if constexpr (kMode == kHeavyBall || kMode == kNesterov) b = old * mu + d * share;
+        if constexpr (kMode == kDampened || kMode == kNesterov) b = old * mu + d * share;
+        if constexpr (kMode == kHeavyBall) b = old * mu + d;
         narrow(decline.state(i, b, old), &bs[i]);
         d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
       }

@@ -31,9 +31,6 @@ struct NoStatistics {
   Nothing begin() const { return {}; }
   void end(Nothing) const {}
 
-  // What the elements behind the first n are to be counted with.
-  NoStatistics after(int64_t n) const { return {readable - n}; }
-
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Nothing, int64_t, Vector, Vector) const {}
 };
@@ -48,20 +45,18 @@ struct RowStatistics {
 
   Local begin() const { return *sums; }
   void end(const Local& local) const { *sums = local; }
-  RowStatistics after(int64_t n) const { return {sums, readable - n, threshold}; }
-
-  template <class S>
-  SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const C* d) const {
+  template <class S, class D>
+  SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const D* d) const {
     local.add(w, d, threshold, 0);
   }
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Local& local, int64_t, Vector w, Vector d) const {
     local.add_vector(w, d, threshold.vector(0));
   }
-  template <class S>
-  SPARSEKERN_INLINE void add_last(Local& local, int64_t i, const S* w, const C* d, int64_t n) const {
+  template <class S, class D>
+  SPARSEKERN_INLINE void add_last(Local& local, int64_t i, const S* w, const D* d, int64_t n) const {
     const Last<S> last_w(w, n, readable - i);
-    const Last<C> last_d(d, n, readable - i);
+    const Last<D> last_d(d, n, readable - i);
     local.add_first(last_w.at, last_d.at, n, threshold, 0);
   }
 };
@@ -76,21 +71,18 @@ struct ColumnStatistics {
 
   Local begin() const { return {}; }
   void end(Local) const {}
-  // n: whole vectors.
-  ColumnStatistics after(int64_t n) const { return {sums + n / kLanes, readable - n, threshold.after(n)}; }
-
-  template <class S>
-  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
+  template <class S, class D>
+  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const D* d) const {
     sums[i / kLanes].add(w, d, threshold, i);
   }
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
     sums[i / kLanes].add_vector(w, d, threshold.vector(i));
   }
-  template <class S>
-  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const C* d, int64_t n) const {
+  template <class S, class D>
+  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const D* d, int64_t n) const {
     const Last<S> last_w(w, n, readable - i);
-    const Last<C> last_d(d, n, readable - i);
+    const Last<D> last_d(d, n, readable - i);
     sums[i / kLanes].add_first(last_w.at, last_d.at, n, threshold, i);
   }
 };
@@ -105,24 +97,22 @@ struct QuadStatistics {
 
   Local begin() const { return {}; }
   void end(Local) const {}
-  QuadStatistics after(int64_t n) const { return {sums + n, readable - n, threshold.after(n)}; }
-
   template <class Vector>
   SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
     Lanes<C> lanes;
     lanes.add_vector(w, d, threshold.vector(i));
     lanes.add_quads_to(sums + i);
   }
-  template <class S>
-  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const C* d) const {
+  template <class S, class D>
+  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const D* d) const {
     Lanes<C> lanes;
     lanes.add(w, d, threshold, i);
     lanes.add_quads_to(sums + i);
   }
-  template <class S>
-  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const C* d, int64_t n) const {
+  template <class S, class D>
+  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const D* d, int64_t n) const {
     const Last<S> last_w(w, n, readable - i);
-    const Last<C> last_d(d, n, readable - i);
+    const Last<D> last_d(d, n, readable - i);
     Lanes<C> lanes;
     lanes.add_first(last_w.at, last_d.at, n, threshold, i);
     lanes.add_quads_to(sums + i);
@@ -130,8 +120,8 @@ struct QuadStatistics {
 };
 
 // Takes the statistics of n elements.
-template <class S, class C, class Statistics>
-SPARSEKERN_INLINE void look(int64_t n, const S* w, const C* d, Statistics statistics) {
+template <class S, class D, class Statistics>
+SPARSEKERN_INLINE void look(int64_t n, const S* w, const D* d, Statistics statistics) {
   auto local = statistics.begin();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) statistics.add(local, i, w + i, d + i);
@@ -139,5 +129,5 @@ SPARSEKERN_INLINE void look(int64_t n, const S* w, const C* d, Statistics statis
   statistics.end(local);
 }
 
-template <class S, class C>
-SPARSEKERN_INLINE void look(int64_t, const S*, const C*, NoStatistics) {}
+template <class S, class D>
+SPARSEKERN_INLINE void look(int64_t, const S*, const D*, NoStatistics) {}

@@ -5,46 +5,83 @@
 // that the machine's own prefetcher needs to see that it goes on.
 constexpr int64_t kAhead = 128, kAheadInTurns = 96;
 
-// Where one loop in whole vectors has room for statistics and update in the registers.
-template <class C>
-constexpr bool kInTurns = kVectorBytes == 64 && sizeof(C) == 4;
-
-// Updates n elements of kArrays arrays, the first of them the weights, in whole vectors. Returns how many elements
-// those were. `update(i, old, d, updated)` gets the vectors of the arrays and of the gradient at element i.
-//
-// The next vectors are loaded before these are stored: a load waits for an earlier store whose address differs from its
-// own in the upper bits alone, and tensors often lie like that.
-template <class S, class C, int kArrays, class Statistics, class Update>
-SPARSEKERN_INLINE int64_t in_turns(int64_t n, S* const (&arrays)[kArrays], const C* __restrict ds,
-                                   Statistics statistics, Update update) {
-  using V = Vectors<C>;
-  using Vector = typename V::Vector;
-  if (n < V::kWidth) return 0;
-  auto local = statistics.begin();
-  Vector old[kArrays], d = V::load(ds);
+#if defined(__AVX512F__)
+// Statistics and update of the vectors of one register from element i on: of `parts` of them, one after the other.
+template <int part, class S, int kArrays, class Statistics, class Local, class Update>
+SPARSEKERN_INLINE void turn(int64_t parts, int64_t i, const typename Registers<S>::Whole (&old)[kArrays],
+                            typename Registers<S>::Whole d, Statistics statistics, Local& local, Update update,
+                            typename Registers<S>::Rounded (&rounded)[kArrays][Registers<S>::kVectors]) {
+  using R = Registers<S>;
+  using Vector = typename R::Vector;
+  if constexpr (part < R::kVectors) {
+    if (part >= parts) return;
+    const int64_t at = i + part * Vectors<float>::kWidth;
+    Vector from[kArrays], updated[kArrays];
 #pragma GCC unroll 4
-  for (int a = 0; a < kArrays; ++a) old[a] = V::load(arrays[a]);
-  int64_t i = 0, next = 0;
-  for (; i + V::kWidth <= n; i = next) {
+    for (int a = 0; a < kArrays; ++a) from[a] = R::template vector<part>(old[a]);
+    const Vector vector_d = R::template vector<part>(d);
+    statistics.add_vector(local, at, from[0], vector_d);
+    update(at, from, vector_d, updated);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) rounded[a][part] = R::round_number(updated[a]);
+    // One comparison looks for NaN in two vectors.
+    bool nan = R::any_nan(updated[0], updated[kArrays - 1]);
+    if constexpr (kArrays == 3) nan |= R::any_nan(updated[1], updated[1]);
+    if (__builtin_expect(nan, 0)) {
+#pragma GCC unroll 4
+      for (int a = 0; a < kArrays; ++a) rounded[a][part] = R::round(updated[a]);
+    }
+    turn<part + 1, S>(parts, i, old, d, statistics, local, update, rounded);
+  }
+}
+
+// Updates n elements of kArrays arrays, the first of them the weights, a register full at a time. `update(i, old, d,
+// updated)` gets the vectors of the arrays and of the gradient at element i.
+//
+// The next registers are loaded before these are stored: a load waits for an earlier store whose address differs from
+// its own in the upper bits alone, and tensors often lie like that.
+template <class S, int kArrays, class Statistics, class Update>
+SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Statistics statistics,
+                                Update update) {
+  using R = Registers<S>;
+  constexpr int64_t kElements = R::kElements;
+  auto local = statistics.begin();
+  typename R::Whole old[kArrays], d;
+  typename R::Rounded rounded[kArrays][R::kVectors] = {};
+  const int64_t whole = n - n % kElements;
+  int64_t i = 0;
+  if (whole > 0) {
+    d = R::load(ds);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) old[a] = R::load(arrays[a]);
+  }
+  for (int64_t next = 0; i < whole; i = next) {
     // The last turn loads once more what it has.
-    next = i + V::kWidth;
-    const int64_t from = next + V::kWidth <= n ? next : i;
+    next = i + kElements;
+    const int64_t from = next < whole ? next : i;
     __builtin_prefetch(ds + i + kAheadInTurns);
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns);
-    statistics.add_vector(local, i, old[0], d);
-    Vector updated[kArrays];
-    update(i, old, d, updated);
-    d = V::load(ds + from);
+    turn<0, S>(R::kVectors, i, old, d, statistics, local, update, rounded);
+    d = R::load(ds + from);
 #pragma GCC unroll 4
-    for (int a = 0; a < kArrays; ++a) old[a] = V::load(arrays[a] + from);
+    for (int a = 0; a < kArrays; ++a) old[a] = R::load(arrays[a] + from);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
 #pragma GCC unroll 4
-    for (int a = 0; a < kArrays; ++a) V::store(updated[a], arrays[a] + i);
+    for (int a = 0; a < kArrays; ++a) R::store(R::join(rounded[a]), arrays[a] + i);
+  }
+  if (const int64_t left = n - i; left > 0) {
+    d = R::load_first(ds + i, left);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) old[a] = R::load_first(arrays[a] + i, left);
+    const int64_t parts = (left + Vectors<float>::kWidth - 1) / Vectors<float>::kWidth;
+    turn<0, S>(parts, i, old, d, statistics, local, update, rounded);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) R::store_first(R::join(rounded[a]), arrays[a] + i, left);
   }
   statistics.end(local);
-  return i;
 }
+#endif
 
 // Calls element(i) for every i below n.
 template <class S, class C, class Prefetch, class Element>

@@ -8,8 +8,6 @@ struct Same {
 
   C operator[](int64_t) const { return value; }
   SPARSEKERN_INLINE Vector vector(int64_t) const { return Vector{} + value; }
-  // What goes with the elements behind the first n: whole vectors.
-  Same after(int64_t) const { return *this; }
 };
 
 // ... one for each ...
@@ -20,7 +18,6 @@ struct Each {
 
   C operator[](int64_t i) const { return value[i]; }
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::load(value + i); }
-  Each after(int64_t n) const { return {value + n}; }
 };
 
 // ... or one for every four, where rows are so short: a quarter of the memory, and what a tile needs stays in the
@@ -32,7 +29,6 @@ struct EachFour {
 
   C operator[](int64_t i) const { return value[i / 4]; }
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::fourfold(value + i / 4); }
-  EachFour after(int64_t n) const { return {value + n / 4}; }
 };
 
 // No weight decay on the gradient: adding 0 times the weight would make NaN of an infinite one.
@@ -42,7 +38,6 @@ struct NoDecay {
 
   C operator[](int64_t) const { return 0; }
   SPARSEKERN_INLINE Vector vector(int64_t) const { return Vector{}; }
-  NoDecay after(int64_t) const { return *this; }
 };
 
 template <class C>
@@ -76,7 +71,6 @@ struct SameDecline {
   SPARSEKERN_INLINE T state(int64_t, T updated, T) const {
     return updated;
   }
-  SameDecline after(int64_t) const { return *this; }
 };
 
 template <class Decline>
@@ -98,5 +92,4 @@ struct Declines {
   SPARSEKERN_INLINE Vector state(int64_t i, Vector updated, Vector old) const {
     return values.vector(i) < 0 ? old : updated;
   }
-  Declines after(int64_t n) const { return {values.after(n)}; }
 };

@@ -50,7 +50,7 @@ class Walk {
 
   // The gradient of n elements in the compute type, unscaled and with the sign that is descended. Read from
   // where it lies if nothing has to be done to it, else put into `buffer`.
-  const C* gradient(int64_t at, int64_t n, C* buffer, const C* decline = nullptr) {
+  const C* gradient(int64_t at, int64_t n, C* buffer, const C* decline) {
     if constexpr (!Update::kReadsGrad) return nullptr;
     if constexpr (__is_same(S, C)) {
       if (as_it_is_) return grad_ + at;
@@ -70,9 +70,22 @@ class Walk {
     return out;
   }
 
+  // Whether the update takes the gradient from where it lies, in whatever type.
+  bool direct() const { return as_it_is_ && (__is_same(S, C) || (kInTurns<C> && update_.fuses())); }
+
+  // Calls work(d) with the gradient of n elements.
+  template <class Work>
+  void with_gradient(int64_t at, int64_t n, const C* decline, Work work) {
+    if constexpr (Update::kReadsGrad && kInTurns<C> && !__is_same(S, C)) {
+      if (direct()) return work(static_cast<const S*>(grad_ + at));
+    }
+    C buffer[kBufferSize];
+    work(gradient(at, n, buffer, decline));
+  }
+
   // Elements to take at once: what a first-level cache holds between statistics and update, or the buffer of the
   // gradient.
-  int64_t longest() const { return __is_same(S, C) && as_it_is_ && update_.fuses() ? INT64_MAX : kBlock; }
+  int64_t longest() const { return direct() && update_.fuses() ? INT64_MAX : kBlock; }
 
   float* sums_of(int64_t row) const {
     if (pieces_.count == 1) return job_.rows.sums + (shape_.start + row) * kSums;
@@ -83,11 +96,12 @@ class Walk {
 
   void untracked() {
     const C decay = decay_of<C>(job_.hyper, 0);
-    C buffer[kBufferSize];
     const int64_t step = longest();
     for (int64_t at = chunk_.inner_begin, n; at < chunk_.inner_end; at += n) {
       n = least(step, chunk_.inner_end - at);
-      update_.update(at, n, gradient(at, n, buffer), Same<C>{decay}, SameDecline<C>{1}, NoStatistics());
+      with_gradient(at, n, nullptr, [&](const auto* d) {
+        update_.update(at, n, d, Same<C>{decay}, SameDecline<C>{1}, NoStatistics());
+      });
     }
   }
 
@@ -122,13 +136,13 @@ class Walk {
 
   template <class Statistics>
   void wide_row(int64_t begin, int64_t count, const Factors<C>& factors, Statistics statistics) {
-    C buffer[kBufferSize];
     const int64_t step = longest();
     for (int64_t at = begin, n; at < begin + count; at += n) {
       n = least(step, begin + count - at);
       statistics.readable = readable_from(at);
-      const C* d = gradient(at, n, buffer);
-      update_.update(at, n, d, Same<C>{factors.decay}, SameDecline<C>{factors.decline}, statistics);
+      with_gradient(at, n, nullptr, [&](const auto* d) {
+        update_.update(at, n, d, Same<C>{factors.decay}, SameDecline<C>{factors.decline}, statistics);
+      });
     }
   }
 
@@ -203,18 +217,24 @@ class Walk {
   bool in_fours(int64_t width) const { return width == 4 && update_.spreads() && !job_.hyper.scaled; }
 
   void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
-    C buffer[kBufferSize];
     const int64_t begin = begin_of(row), n = rows * width;
-    const C* d = gradient(begin, n, buffer, same ? nullptr : factors_.decline);
-    for (int64_t r = 0; statistics_ && r < rows; ++r) {
-      if (!same && factors_.decline[r * width] < 0) continue;
+    with_gradient(begin, n, same ? nullptr : factors_.decline, [&](const auto* d) {
+      if (statistics_) look_at_rows(row, rows, width, d, same);
+      update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
+    });
+  }
+
+  template <class D>
+  void look_at_rows(int64_t row, int64_t rows, int64_t width, const D* d, bool same) {
+    const int64_t begin = begin_of(row);
+    for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = r * width;
+      if (!same && factors_.decline[i] < 0) continue;
       Lanes<C> sums;
       look(width, weight_ + begin + i, d + i,
            RowStatistics<C>{&sums, readable_from(begin + i), {threshold_of(row + r)}});
       store_row(sums, sums_of(row + r));
     }
-    update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
   }
 
   // Half a page away from the parameter's place in its page. A load waits for an earlier store that differs in the
@@ -232,30 +252,35 @@ class Walk {
 
   // The columns of a tile at one outer index, the first of them at address `begin`.
   void column_blocks(int64_t begin, int64_t columns, bool same) {
-    C buffer[kBufferSize];
     for (int64_t column = 0; column < columns; column += kBlock) {
-      const int64_t n = least(kBlock, columns - column), readable = columns - column, at = begin + column;
-      const C* d = gradient(at, n, buffer, same ? nullptr : factors_.decline + column);
-      Columns<C>& sums = tile_->columns;
-      const C* threshold = tile_->threshold + column / columns_a_value_;
-      if (!statistics_) {
-        update_columns<Each<C>>(at, n, d, column, same, NoStatistics());
-      } else if (kInTurns<C> && columns_a_value_ == 4) {
-        using Statistics = QuadStatistics<C, EachFour<C>>;
-        update_columns<EachFour<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
-      } else if (sums.quads) {
-        using Statistics = QuadStatistics<C, Each<C>>;
-        update_columns<Each<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
-      } else {
-        using Statistics = ColumnStatistics<C>;
-        Lanes<C>* lanes = sums.sums + column / kLanes;
-        update_columns<Each<C>>(at, n, d, column, same, Statistics{lanes, readable, {threshold}});
-      }
+      const int64_t n = least(kBlock, columns - column), readable = columns - column;
+      const C* decline = same ? nullptr : factors_.decline + column;
+      with_gradient(begin + column, n, decline,
+                    [&](const auto* d) { column_block(begin + column, n, readable, d, column, same); });
     }
   }
 
-  template <class Values, class Statistics>
-  void update_columns(int64_t at, int64_t n, const C* d, int64_t column, bool same, Statistics statistics) {
+  template <class D>
+  void column_block(int64_t at, int64_t n, int64_t readable, const D* d, int64_t column, bool same) {
+    Columns<C>& sums = tile_->columns;
+    const C* threshold = tile_->threshold + column / columns_a_value_;
+    if (!statistics_) {
+      update_columns<Each<C>>(at, n, d, column, same, NoStatistics());
+    } else if (kInTurns<C> && columns_a_value_ == 4) {
+      using Statistics = QuadStatistics<C, EachFour<C>>;
+      update_columns<EachFour<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
+    } else if (sums.quads) {
+      using Statistics = QuadStatistics<C, Each<C>>;
+      update_columns<Each<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
+    } else {
+      using Statistics = ColumnStatistics<C>;
+      Lanes<C>* lanes = sums.sums + column / kLanes;
+      update_columns<Each<C>>(at, n, d, column, same, Statistics{lanes, readable, {threshold}});
+    }
+  }
+
+  template <class Values, class D, class Statistics>
+  void update_columns(int64_t at, int64_t n, const D* d, int64_t column, bool same, Statistics statistics) {
     const int64_t first = column / columns_a_value_;
     if (same) {
       update_.update(at, n, d, Same<C>{factors_.decay[0]}, SameDecline<C>{1}, statistics);

@@ -38,6 +38,38 @@ print(_native.isa(), digest.hexdigest())
 """
 
 
+# Weights, gradients and state run through every bfloat16 in orders of their own: NaN of all kinds, infinities
+# and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and columns.
+EVERY_BFLOAT16 = """
+import hashlib, torch
+from sparsekern import _native, _ops
+from sparsekern._rows import Rows, RowTable
+digest = hashlib.sha256()
+bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+shapes = ((64, 1024), 0), ((64, 1021), 0), ((4096, 16), 0), ((16, 256, 4, 4), 1), ((64, 113, 3, 3), 1)
+for shape, dim in shapes:
+    size = torch.Size(shape).numel()
+    def some(seed):
+        order = torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))
+        return bits[order].repeat(2)[:size].view(shape).clone()
+    for declining in False, True:
+        w, d, m, v = map(some, range(4))
+        table = RowTable([(w, dim)], [torch.arange(w.shape[dim]).numpy()])
+        table.threshold.fill_(0.5)
+        if declining:
+            table.countdown[::3] = 4
+        rows = Rows(table, [0], [dim])
+        options = dict(lr=0.1, weight_decay=0.01, maximize=False, grad_scale=None, found_inf=None, rows=rows)
+        betas = dict(beta1=0.9, beta2=0.99, eps=1e-8, decoupled=True, amsgrad=False)
+        momentum = dict(momentum=0.9, dampening=0.0, nesterov=False, first=False)
+        _ops.adam_step_([w], [d], [m], [v], [], [torch.tensor(3.0)], **betas, **options)
+        _ops.sgd_step_([w], [d], [m], **momentum, **options)
+        for tensor in (w, m, v, table.sums, table.activity):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(_native.isa(), digest.hexdigest())
+"""
+
+
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     environment = os.environ | {"PYTHONPATH": path} | variables
@@ -51,10 +83,11 @@ def isas() -> list[str]:
     return error.strip().rpartition(": ")[2].split(", ")
 
 
-def test_isas_agree_bit_for_bit() -> None:
+@pytest.mark.parametrize("code", [DIGEST, EVERY_BFLOAT16], ids=["ops", "every_bfloat16"])
+def test_isas_agree_bit_for_bit(code: str) -> None:
     digests = {}
     for isa in isas():
-        result = run(DIGEST, SPARSEKERN_CPU_ISA=isa, SPARSEKERN_BACKEND="cpu")
+        result = run(code, SPARSEKERN_CPU_ISA=isa, SPARSEKERN_BACKEND="cpu")
         assert result.returncode == 0, result.stderr
         chosen, digest = result.stdout.split()
         assert chosen == isa
