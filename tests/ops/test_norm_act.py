@@ -181,7 +181,7 @@ def test_gradients_of_what_is_not_finite_are_not_counted(
     grad = torch.ones(2, 4, 3, 3)
     grad[0, 1, 0, 0] = torch.inf
     options = {"activation": "identity", "training": True, "eps": 1e-5}
-    norm_act(x, None, None, None, None, None, None, counts, **options)[0].backward(grad)
+    norm_act(x, None, None, None, None, None, None, counts, **options).backward(grad)
     assert counts.activity[1] == 0 and counts.threshold[1] == torch.tensor(0.1)
     assert (counts.activity[[0, 2, 3]] > 0).all() and (counts.threshold[[0, 2, 3]] == 1).all()
 
@@ -196,7 +196,7 @@ def test_gradcheck(activation: str, training: bool, memory: str) -> None:
     ]
 
     def function(*inputs: torch.Tensor) -> torch.Tensor:
-        return norm_act(*inputs, *given.running, None, None, **given.options)[0]
+        return norm_act(*inputs, *given.running, None, None, **given.options)
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -229,7 +229,7 @@ def test_the_dispatcher_gives_the_same() -> None:
         inputs = [t.clone().requires_grad_() for t in (given.x, given.residual, given.weight, given.bias)]
         counts = ChannelCounts.of([a.clone() for a in given.counts.arrays], 1.5, 0.9)
         if direct:
-            y = norm_act(*inputs, *given.running, None, counts, **given.options)[0]
+            y = norm_act(*inputs, *given.running, None, counts, **given.options)
         else:
             op = torch.ops.sparsekern.norm_act.default
             y = op(*inputs, *given.running, None, counts.arrays, **given.options, tau=1.5, decay=0.9)[0]
