@@ -104,6 +104,21 @@ def test_memory_in_any_order() -> None:
         assert mine is not None and theirs is not None and torch.equal(mine, theirs)
 
 
+@native
+def test_counts_that_lie_with_gaps() -> None:
+    """Are counted as dense ones are, and what lies between them stays."""
+    given = problem((2, 6, 3, 4), torch.float32, "contiguous")
+    assert given.counts is not None
+    _, mean, var = given.forward(cpu)
+    want = given.backward(cpu, mean, var)[4:]
+    wide = [torch.stack([array, array], 1) for array in given.counts.arrays]
+    counts = ChannelCounts.of([array[:, 0] for array in wide], given.counts.tau, given.counts.decay)
+    operands = (given.residual, given.weight, given.bias, mean, var, given.mask)
+    cpu.norm_act_backward(given.grad, given.x, *operands, **given.options, counts=counts)
+    for array, before, after in zip(wide, given.counts.arrays, want, strict=True):
+        assert after is not None and torch.equal(array[:, 0], after) and torch.equal(array[:, 1], before)
+
+
 BAND = 64
 
 
