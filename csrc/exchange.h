@@ -18,7 +18,7 @@ struct DLTensor {
 };
 
 constexpr int32_t kDLCPU = 1;
-constexpr uint8_t kDLFloat = 2, kDLInt = 0, kDLBFloat = 4;
+constexpr uint8_t kDLFloat = 2, kDLInt = 0, kDLBFloat = 4, kDLBool = 6;
 
 struct DLPackExchangeAPI {
   uint32_t major, minor;

@@ -1,6 +1,6 @@
-// The Python module, and the only file that knows pybind11. It turns lists of tensors into tables of addresses,
-// compares them with what the plan was made for, and calls the kernels without the GIL. Arguments are checked in
-// Python; what is compared here is what could have changed since then.
+// The Python module. It turns lists of tensors into tables of addresses, compares them with what the plan was made
+// for, and calls the kernels without the GIL. Arguments are checked in Python; what is compared here is what could have
+// changed since then.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,24 +13,14 @@
 #include "abi.h"
 #include "cpu/dispatch.h"
 #include "cpu/moments.h"
-#include "cpu/norm_act.h"
 #include "cpu/plan.h"
-#include "exchange.h"
+#include "norm_module.h"
+#include "runtime.h"
 
 namespace py = pybind11;
 
 namespace sparsekern {
 namespace {
-
-// What the process hands over once (sparsekern/_native.py).
-struct Runtime {
-  const Kernels* kernels = nullptr;
-  std::string isa;
-  ParallelFor parallel_for = nullptr;
-  const DLPackExchangeAPI* exchange = nullptr;
-  std::vector<PyTypeObject*> tensor_types;
-  int64_t calls = 0;
-} runtime;
 
 // Sizes and strides of a tensor, as the plan expects them.
 struct Layout {
@@ -46,12 +36,6 @@ struct Layout {
   }
 };
 
-struct Device {
-  int32_t type, index;
-};
-
-constexpr Device kCpu = {kDLCPU, 0};
-
 // What the tensors of a list have to be.
 struct ListLayout {
   Dtype dtype;
@@ -65,47 +49,6 @@ struct ListPlan {
   Plan plan;
   ListLayout list;
 };
-
-int64_t count_elements(const DLTensor& tensor) {
-  int64_t count = 1;
-  for (int32_t d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
-  return count;
-}
-
-bool is_contiguous(const DLTensor& tensor) {
-  int64_t stride = 1;
-  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
-    if (tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
-    stride *= tensor.shape[d];
-  }
-  return true;
-}
-
-bool has_dtype(const DLTensor& tensor, uint8_t code, uint8_t bits) {
-  return tensor.type_code == code && tensor.type_bits == bits && tensor.type_lanes == 1;
-}
-
-bool has_dtype(const DLTensor& tensor, Dtype dtype) {
-  switch (dtype) {
-    case kFloat32: return has_dtype(tensor, kDLFloat, 32);
-    case kFloat64: return has_dtype(tensor, kDLFloat, 64);
-    case kFloat16: return has_dtype(tensor, kDLFloat, 16);
-    default: return has_dtype(tensor, kDLBFloat, 16);
-  }
-}
-
-// Reads a plain tensor on `device`. False when `object` is anything else, or when this torch offers no such reading.
-bool read_tensor(PyObject* object, Device device, DLTensor* out) {
-  bool known = false;
-  for (PyTypeObject* type : runtime.tensor_types) known = known || Py_TYPE(object) == type;
-  if (!known || runtime.exchange == nullptr) return false;
-  if (runtime.exchange->dltensor_from_py_object(object, out) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  out->data = static_cast<char*>(out->data) + out->byte_offset;
-  return out->device_type == device.type && out->device_id == device.index && out->data != nullptr;
-}
 
 // The addresses of all lists of a call.
 using Addresses = std::vector<void*>[kSlots];
@@ -284,67 +227,6 @@ py::object addresses_of(const ListLayout& expected, const py::tuple& lists, cons
   return py::bytes(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(void*));
 }
 
-// Addresses by the names of the fields of NormCall, NormForward and NormBackward; 0 for what there is not.
-using NormAddresses = std::vector<uintptr_t>;
-
-template <class T>
-T* address(const NormAddresses& addresses, size_t i) {
-  return reinterpret_cast<T*>(addresses.at(i));
-}
-
-NormCall read_norm(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
-                   bool training, double eps) {
-  if (dtype < 0 || dtype >= kDtypes || dtype == kFloat16) throw py::value_error("dtype: the CPU has no kernels for it");
-  if (activation < 0 || activation >= kActivations) throw py::value_error("activation: expected one of abi.h");
-  for (const int64_t size : shape)
-    if (size < 1) throw py::value_error("shape: expected sizes of 1 and more");
-  return {static_cast<Dtype>(dtype),
-          static_cast<Activation>(activation),
-          shape[0],
-          shape[1],
-          shape[2],
-          training,
-          eps,
-          address<void>(data, 0),
-          address<void>(data, 1),
-          address<void>(data, 2),
-          address<void>(data, 3),
-          address<uint8_t>(data, 4)};
-}
-
-int norm_forward(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
-                 const NormAddresses& own, bool training, double eps, double momentum, int64_t threads) {
-  const NormCall call = read_norm(dtype, activation, shape, data, training, eps);
-  const NormForward to = {address<void>(own, 0), address<void>(own, 1), momentum,
-                          address<void>(own, 2), address<void>(own, 3), address<void>(own, 4)};
-  if (!call.x || !to.y || !to.mean || !to.var || (momentum != 0 && (!to.running_mean || !to.running_var)))
-    return kNullPointer;
-  const py::gil_scoped_release release;
-  return norm_act_forward(call, to, *runtime.kernels, runtime.parallel_for, threads);
-}
-
-int norm_backward(int dtype, int activation, const std::array<int64_t, 3>& shape, const NormAddresses& data,
-                  const NormAddresses& own, bool training, double eps, double tau, double decay, int64_t threads) {
-  const NormCall call = read_norm(dtype, activation, shape, data, training, eps);
-  const NormBackward to = {address<void>(own, 0),
-                           address<void>(own, 1),
-                           address<void>(own, 2),
-                           address<void>(own, 3),
-                           address<void>(own, 4),
-                           address<void>(own, 5),
-                           address<void>(own, 6),
-                           address<float>(own, 7),
-                           address<float>(own, 8),
-                           address<float>(own, 9),
-                           tau,
-                           decay};
-  if (!call.x || !to.grad || !to.mean || !to.var || !to.grad_x || !to.grad_weight || !to.grad_bias ||
-      (call.residual && !to.grad_residual) || (to.threshold && (!to.activity || !to.updates)))
-    return kNullPointer;
-  const py::gil_scoped_release release;
-  return norm_act_backward(call, to, *runtime.kernels, runtime.parallel_for, threads);
-}
-
 std::string select_isa(const std::string& name) {
   runtime.kernels = &choose_kernels(name, runtime.isa);
   return runtime.isa;
@@ -352,17 +234,6 @@ std::string select_isa(const std::string& name) {
 
 void set_parallel_for(uintptr_t address) {
   runtime.parallel_for = reinterpret_cast<ParallelFor>(address);
-}
-
-// `capsule`: torch.Tensor.__dlpack_c_exchange_api__; `types`: the classes whose instances it may be asked about.
-bool set_exchange(const py::object& capsule, const py::tuple& types) {
-  void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-  if (pointer == nullptr) throw py::error_already_set();
-  const auto* api = static_cast<const DLPackExchangeAPI*>(pointer);
-  if (api->major != 1 || api->dltensor_from_py_object == nullptr) return false;
-  for (const py::handle type : types) runtime.tensor_types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
-  runtime.exchange = api;
-  return true;
 }
 
 }  // namespace
@@ -380,11 +251,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("step", step);
   module.def("step_at", step_at);
   module.def("step_channels", step_channels);
-  module.def("norm_forward", norm_forward);
-  module.def("norm_backward", norm_backward);
+  define_norm(module);
   module.def("select_isa", select_isa);
   module.def("isa", [] { return runtime.isa; });
   module.def("call_count", [] { return runtime.calls; });
   module.def("set_parallel_for", set_parallel_for);
-  module.def("set_exchange", set_exchange);
+  module.def("set_exchange", [](const py::object& capsule, const py::tuple& types) {
+    const int taken = set_exchange(capsule.ptr(), types.ptr());
+    if (taken < 0) throw py::error_already_set();
+    return taken == 1;
+  });
 }

@@ -45,8 +45,8 @@ def norm_act(
     training: bool,
     eps: float,
     momentum: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, mean, var)`` of :func:`sparsekern.backends.reference_norm.norm_act_forward`, differentiable once.
+) -> Tensor:
+    """``y`` of :func:`sparsekern.backends.reference_norm.norm_act_forward`, differentiable once.
 
     Args:
         counts: updated by the backward pass when given.
@@ -58,56 +58,91 @@ def norm_act(
         ValueError: an argument does not fit; nothing has changed then.
     """
     _check(x, residual, weight, bias, running_mean, running_var, mask, counts, activation, training)
-    operands = (x, residual, weight, bias, running_mean, running_var, mask)
-    found: tuple[Tensor, Tensor, Tensor]
     if not traced(x):
-        found = _NormAct.apply(*operands, counts, activation, training, eps, momentum)
-        return found
+        vectors, options = (running_mean, running_var, mask), (activation, training, eps)
+        y: Tensor = _NormAct.apply(x, residual, weight, bias, (*vectors, counts, *options, momentum))
+        return y
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
     arrays, tau, decay = ([], 1.0, 0.0) if counts is None else (counts.arrays, counts.tau, counts.decay)
-    found = torch.ops.sparsekern.norm_act.default(
+    y, mean, var = torch.ops.sparsekern.norm_act.default(
         *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
     )
     if training and momentum and running_mean is not None and running_var is not None:
         # An op that has a gradient may not write to its arguments.
         with torch.no_grad():
-            _, mean, var = found
             reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
-    return found
+    return y
 
 
 class _NormAct(torch.autograd.Function):
-    """The op in eager mode."""
+    """The op in eager mode. What has no gradient comes as one argument: each of them takes time."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *operands, counts, activation, training, eps, momentum = inputs
-        x, residual, weight, bias, _, _, mask = operands
-        options = {"activation": activation, "training": training, "eps": eps}
-        y, mean, var = choose(x.device).norm_act_forward(*operands, **options, momentum=momentum)
-        ctx.mark_non_differentiable(mean, var)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        others: tuple[Any, ...],
+    ) -> Tensor:
+        running_mean, running_var, mask, counts, activation, training, eps, momentum = others
+        backend = choose(x.device)
+        y: Tensor
+        y, mean, var = backend.norm_act_forward(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            mask,
+            activation=activation,
+            training=training,
+            eps=eps,
+            momentum=momentum,
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
-        ctx.counts, ctx.options = counts, options
-        return y, mean, var
+        ctx.others = backend.norm_act_backward, counts, activation, training, eps
+        return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 12
-        if grad is None:
-            return nothing
-        x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
-        grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
-            grad, x, residual, weight, bias, mean, var, mask, counts=ctx.counts, **ctx.options
-        )
-        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
-        return (
-            grad_x,
-            grad_residual,
-            grad_weight,
-            None if bias is None else grad_bias.to(bias.dtype),
-            *nothing[4:],
-        )
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Without a graph of the gradients, the wrapper does nothing and takes time.
+        return _once(ctx, grad) if torch.is_grad_enabled() else _eager_gradients(ctx, grad)
+
+
+def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
+    backward, counts, activation, training, eps = ctx.others
+    grad_x, grad_residual, grad_weight, grad_bias = backward(
+        grad,
+        x,
+        residual,
+        weight,
+        bias,
+        mean,
+        var,
+        mask,
+        activation=activation,
+        training=training,
+        eps=eps,
+        counts=counts,
+    )
+    return grad_x, grad_residual, _given(grad_weight, weight), _given(grad_bias, bias), None
+
+
+_once = once_differentiable(_eager_gradients)
+
+
+def _given(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter in its dtype, where there is one."""
+    if parameter is None:
+        return None
+    return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
 
 
 def _check(
@@ -267,8 +302,8 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return (
         grad_x,
         None if residual is None else grad_residual,
-        None if weight is None else grad_weight.to(weight.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
+        _given(grad_weight, weight),
+        _given(grad_bias, bias),
         None,
         None,
         None,

@@ -89,7 +89,7 @@ struct NormInput {
   struct Buffers {
     S x[kLanes] = {}, residual[kLanes] = {}, grad[kLanes] = {};
   };
-  NormInput rest(Buffers& buffers, int64_t begin, int64_t n) const {
+  SPARSEKERN_INLINE NormInput rest(Buffers& buffers, int64_t begin, int64_t n) const {
     NormInput rest = *this;
     const auto take = [&](const S*& data, S* buffer) {
       if (data == nullptr) return;

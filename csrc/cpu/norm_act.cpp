@@ -15,6 +15,9 @@ namespace {
 constexpr int64_t kPiece = 64 * 1024;
 constexpr int64_t kRows = 64;
 
+// Elements of small channels that are gone through together: they stay in the nearest cache.
+constexpr int64_t kTogether = 4096;
+
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -25,12 +28,14 @@ int64_t size_of(Dtype dtype) {
 
 // How the data is gone through. It depends on shapes alone, so that results are the same at any number of threads.
 //
-// Channel by channel, so that a second pass finds the channel in the cache; where a channel's elements are not
-// neighbours, by pieces of rows that hold all channels as often as fills whole vectors. What is left over of such a
-// row is a piece of its own.
+// Channel by channel, so that a second pass finds the channel in the cache. Small ones are taken several at a time: one
+// channel's passes wait for each other, those of different channels do not (forward 70 us for 91 us, 2x960x8x8).
+//
+// Where a channel's elements are not neighbours, by pieces of rows that hold all channels as often as fills whole
+// vectors. What is left over of such a row is a piece of its own.
 struct Layout {
   bool by_channel;
-  int64_t copies, width, rows, left_over, rows_of_piece, pieces;
+  int64_t copies, width, rows, left_over, rows_of_piece, channels_of_piece, pieces;
 
   explicit Layout(const NormCall& call) {
     by_channel = call.inner > 1;
@@ -39,7 +44,9 @@ struct Layout {
     rows = by_channel ? call.outer : call.outer / copies;
     left_over = by_channel ? 0 : (call.outer - rows * copies) * call.channels;
     rows_of_piece = std::max<int64_t>(1, kPiece / (kRows * width)) * kRows;
-    pieces = by_channel ? call.channels : divide_up(rows, rows_of_piece) + (left_over > 0);
+    channels_of_piece = std::max<int64_t>(1, kTogether / (call.outer * call.inner));
+    pieces =
+        by_channel ? divide_up(call.channels, channels_of_piece) : divide_up(rows, rows_of_piece) + (left_over > 0);
   }
 
   int64_t partials() const { return by_channel ? 1 : pieces; }
@@ -233,11 +240,14 @@ class Norm {
 
   template <class Sum, class Settle, class Pass, class Fill>
   bool run_by_channel(double* partials, const Sum& sum, const Settle& settle, const Pass& pass, const Fill& fill) {
-    return parallel_for(parallel_, threads_, layout_.pieces, [&](int64_t c) {
-      const NormPiece piece = {0, layout_.rows, c, partials};
-      if (!masked(c)) sum(job_, piece);
-      settle(c);
-      masked(c) ? fill(piece) : pass(job_, piece);
+    return parallel_for(parallel_, threads_, layout_.pieces, [&](int64_t i) {
+      const int64_t begin = i * layout_.channels_of_piece;
+      const int64_t end = std::min(call_.channels, begin + layout_.channels_of_piece);
+      const auto piece = [&](int64_t c) { return NormPiece{0, layout_.rows, c, partials}; };
+      for (int64_t c = begin; c < end; ++c)
+        if (!masked(c)) sum(job_, piece(c));
+      for (int64_t c = begin; c < end; ++c) settle(c);
+      for (int64_t c = begin; c < end; ++c) masked(c) ? fill(piece(c)) : pass(job_, piece(c));
     });
   }
 

@@ -1,7 +1,8 @@
 """Native batch normalisation with its activation on the CPU: one call for each pass.
 
-The kernels walk data that lies contiguous or channels-last; other data is copied. float16 is computed in
-float32, as the reference does.
+The kernels walk data that lies contiguous or channels-last, with vectors of the compute type. Native code
+sees by itself whether a call has that; else it is converted here and given to it once more. float16 is
+computed in float32, as the reference does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
+_MISFIT = -1
+
+_UNCOUNTED: tuple[Tensor | None, ...] = (None, None, None)
+
 
 def norm_act_forward(
     x: Tensor,
@@ -37,12 +42,16 @@ def norm_act_forward(
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_forward`."""
-    data, layout = _walkable(x)
+    inputs = (x, residual, weight, bias, mask)
+    y, mean, var = torch.empty_like(x), *_vectors(x)
+    own = (running_mean, running_var, y, mean, var)
+    numbers = (_NUMBERS[activation], training, eps, momentum, torch.get_num_threads())
+    if _done(_C.norm_forward(inputs, own, *numbers), x):
+        return y, mean, var
+    data, layout, converted = _converted(inputs)
     y = torch.empty_like(data)
-    mean, var = _vectors(data)
-    running = [_vector(running_mean, data), _vector(running_var, data)]
-    inputs = [data, _like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask)]
-    _call(_C.norm_forward, layout, activation, inputs, [*running, y, mean, var], training, eps, momentum)
+    running = (_vector(running_mean, data), _vector(running_var, data))
+    _call_at(_C.norm_forward_at, layout, converted, (*running, y, mean, var), numbers)
     if momentum:
         _give_back(running, (running_mean, running_var))
     return _as(y, x), mean, var
@@ -64,42 +73,58 @@ def norm_act_backward(
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference_norm.norm_act_backward`."""
-    data, layout = _walkable(x)
+    inputs = (x, residual, weight, bias, mask)
+    grad_x = torch.empty_like(x)
+    grad_residual = None if residual is None else torch.empty_like(x)
+    grad_weight, grad_bias = _vectors(x)
+    tau, decay, arrays = 1.0, 0.0, _UNCOUNTED
+    if counts is not None:
+        tau, decay, arrays = counts.tau, counts.decay, (counts.threshold, counts.activity, counts.updates)
+    numbers = (_NUMBERS[activation], training, eps, tau, decay, torch.get_num_threads())
+    own = (grad, mean, var, grad_x, grad_residual, grad_weight, grad_bias, *arrays)
+    if _done(_C.norm_backward(inputs, own, *numbers), x):
+        return grad_x, grad_residual, grad_weight, grad_bias
+    data, layout, converted = _converted(inputs)
     grad_x = torch.empty_like(data)
     grad_residual = None if residual is None else torch.empty_like(data)
-    grad_weight, grad_bias = _vectors(data)
-    inputs = [data, _like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask)]
-    others = [_like(grad, data), _dense(mean), _dense(var), grad_x, grad_residual, grad_weight, grad_bias]
-    others += [None, None, None] if counts is None else counts.arrays
-    tau, decay = (1.0, 0.0) if counts is None else (counts.tau, counts.decay)
-    _call(_C.norm_backward, layout, activation, inputs, others, training, eps, tau, decay)
+    given = (_like(grad, data), _vector(mean, data), _vector(var, data))
+    kept = tuple(None if array is None else array.float().contiguous() for array in arrays)
+    own = (*given, grad_x, grad_residual, grad_weight, grad_bias, *kept)
+    _call_at(_C.norm_backward_at, layout, converted, own, numbers)
+    _give_back(kept, arrays)
     if grad_residual is not None:
         grad_residual = _as(grad_residual, x)
     return _as(grad_x, x), grad_residual, grad_weight, grad_bias
 
 
-def _call(
+def _done(code: int, x: Tensor) -> bool:
+    """Whether the kernels have done their work; not when a tensor has to be converted first."""
+    if code > 0:
+        raise RuntimeError(f"the native kernels refused data of shape {list(x.shape)} (error {code})")
+    return code != _MISFIT
+
+
+def _call_at(
     function: Callable[..., int],
     layout: Layout,
-    activation: str,
     inputs: Sequence[Tensor | None],
-    others: Sequence[Tensor | None],
-    *numbers: float,
+    own: Sequence[Tensor | None],
+    numbers: Sequence[float],
 ) -> None:
     """One native call. The tensors live until it returns: the kernels know addresses only."""
     x = inputs[0]
     assert x is not None
-    code = function(
-        _DTYPES[x.dtype],
-        _NUMBERS[activation],
-        layout[:3],
-        _pointers.of_optional(inputs),
-        _pointers.of_optional(others),
-        *numbers,
-        torch.get_num_threads(),
-    )
-    if code != 0:
-        raise RuntimeError(f"the native kernels refused data of shape {list(x.shape)} (error {code})")
+    addresses = _pointers.of_optional(inputs), _pointers.of_optional(own)
+    _done(function(_DTYPES[x.dtype], layout[:3], *addresses, *numbers), x)
+
+
+def _converted(inputs: Sequence[Tensor | None]) -> tuple[Tensor, Layout, tuple[Tensor | None, ...]]:
+    """``x``, how it lies, and all inputs, in types and orders that the kernels know."""
+    x, residual, weight, bias, mask = inputs
+    assert x is not None
+    data, layout = _walkable(x)
+    others = (_like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask))
+    return data, layout, (data, *others)
 
 
 def _walkable(x: Tensor) -> tuple[Tensor, Layout]:
@@ -140,9 +165,9 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _vectors(data: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, channels = compute_dtype(data), data.shape[1]
-    return torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype)
+def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    one = torch.empty(x.shape[1], dtype=compute_dtype(x))
+    return one, torch.empty_like(one)
 
 
 _C: Any = _native.load()

@@ -101,31 +101,50 @@ class NormAct2d(nn.BatchNorm2d):
             # What reads exported graphs knows torch's operators.
             z = super().forward(x)
             return _IN_PLACE[self.activation](z if residual is None else z + residual)
+        weight, bias, running_mean, running_var, batches = self._tensors()
+        training = self.training
         y = norm_act(
             x,
             residual,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
+            weight,
+            bias,
+            running_mean,
+            running_var,
             self.mask,
             self.counts,
             activation=self.activation,
-            training=self.training or self.running_mean is None,
+            training=training or running_mean is None,
             eps=self.eps,
-            momentum=self._momentum() if self.training else 0.0,
-        )[0]
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            momentum=self._momentum(batches) if training else 0.0,
+        )
+        if training and batches is not None:
+            batches.add_(1)
         return y
 
-    def _momentum(self) -> float:
-        """The share of this batch in the running statistics."""
-        if self.num_batches_tracked is None:
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, running mean and variance, and the number of batches.
+
+        Straight from where torch keeps them: five attributes by way of ``__getattr__`` take longer than a
+        small layer's kernel.
+        """
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
+        except KeyError:
+            # Something has put attributes of its own there, as torch.nn.utils.parametrize does.
+            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _momentum(self, batches: Tensor | None) -> float:
+        """The share of this batch in the running statistics, after so many."""
+        if batches is None:
             return 0.0
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (float(self.num_batches_tracked) + 1)
+        return 1.0 / (float(batches) + 1) if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

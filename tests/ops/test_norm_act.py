@@ -104,6 +104,21 @@ def test_memory_in_any_order() -> None:
         assert mine is not None and theirs is not None and torch.equal(mine, theirs)
 
 
+@native
+def test_counts_that_lie_with_gaps() -> None:
+    """Are counted as dense ones are, and what lies between them stays."""
+    given = problem((2, 6, 3, 4), torch.float32, "contiguous")
+    assert given.counts is not None
+    _, mean, var = given.forward(cpu)
+    want = given.backward(cpu, mean, var)[4:]
+    wide = [torch.stack([array, array], 1) for array in given.counts.arrays]
+    counts = ChannelCounts.of([array[:, 0] for array in wide], given.counts.tau, given.counts.decay)
+    operands = (given.residual, given.weight, given.bias, mean, var, given.mask)
+    cpu.norm_act_backward(given.grad, given.x, *operands, **given.options, counts=counts)
+    for array, before, after in zip(wide, given.counts.arrays, want, strict=True):
+        assert after is not None and torch.equal(array[:, 0], after) and torch.equal(array[:, 1], before)
+
+
 BAND = 64
 
 
@@ -181,7 +196,7 @@ def test_gradients_of_what_is_not_finite_are_not_counted(
     grad = torch.ones(2, 4, 3, 3)
     grad[0, 1, 0, 0] = torch.inf
     options = {"activation": "identity", "training": True, "eps": 1e-5}
-    norm_act(x, None, None, None, None, None, None, counts, **options)[0].backward(grad)
+    norm_act(x, None, None, None, None, None, None, counts, **options).backward(grad)
     assert counts.activity[1] == 0 and counts.threshold[1] == torch.tensor(0.1)
     assert (counts.activity[[0, 2, 3]] > 0).all() and (counts.threshold[[0, 2, 3]] == 1).all()
 
@@ -196,7 +211,7 @@ def test_gradcheck(activation: str, training: bool, memory: str) -> None:
     ]
 
     def function(*inputs: torch.Tensor) -> torch.Tensor:
-        return norm_act(*inputs, *given.running, None, None, **given.options)[0]
+        return norm_act(*inputs, *given.running, None, None, **given.options)
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -229,7 +244,7 @@ def test_the_dispatcher_gives_the_same() -> None:
         inputs = [t.clone().requires_grad_() for t in (given.x, given.residual, given.weight, given.bias)]
         counts = ChannelCounts.of([a.clone() for a in given.counts.arrays], 1.5, 0.9)
         if direct:
-            y = norm_act(*inputs, *given.running, None, counts, **given.options)[0]
+            y = norm_act(*inputs, *given.running, None, counts, **given.options)
         else:
             op = torch.ops.sparsekern.norm_act.default
             y = op(*inputs, *given.running, None, counts.arrays, **given.options, tau=1.5, decay=0.9)[0]
