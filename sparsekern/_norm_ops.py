@@ -6,7 +6,6 @@ the backend: a pass through the dispatcher and back into Python takes longer tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekern._counts import ChannelCounts
+from sparsekern._norm_checks import check
 from sparsekern._ops import traced
 from sparsekern.backends import choose, reference_norm
 
@@ -57,7 +57,7 @@ def norm_act(
     Raises:
         ValueError: an argument does not fit; nothing has changed then.
     """
-    _check(x, residual, weight, bias, running_mean, running_var, mask, counts, activation, training)
+    check(x, residual, weight, bias, running_mean, running_var, mask, counts, activation, training, momentum)
     if not traced(x):
         vectors, options = (running_mean, running_var, mask), (activation, training, eps)
         y: Tensor = _NormAct.apply(x, residual, weight, bias, (*vectors, counts, *options, momentum))
@@ -143,66 +143,6 @@ def _given(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     if parameter is None:
         return None
     return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
-
-
-def _check(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    counts: ChannelCounts | None,
-    activation: str,
-    training: bool,
-) -> None:
-    check_activation(activation)
-    if x.dim() < 2 or x.numel() == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"x: got {x.dtype} {list(x.shape)}, expected floating-point [N, C, ...] with elements"
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual: got {residual.dtype} {list(residual.shape)}, expected {x.dtype} {list(x.shape)} as x"
-        )
-    vectors = (weight, bias, running_mean, running_var, mask)
-    counted = () if counts is None else (counts.threshold, counts.activity)
-    shape, device = x.shape[1:2], x.device
-    if any(v is not None and (v.shape != shape or v.device != device) for v in (*vectors, *counted)):
-        names = (
-            "weight",
-            "bias",
-            "running_mean",
-            "running_var",
-            "mask",
-            "counts.threshold",
-            "counts.activity",
-        )
-        _refuse(x, zip(names, (*vectors, *counted), strict=False))
-    if mask is not None and mask.dtype is not torch.bool:
-        raise ValueError(f"mask: got {mask.dtype}, expected torch.bool")
-    if training and x.numel() == x.shape[1]:
-        raise ValueError(f"x: got {list(x.shape)}, expected more than 1 value per channel when training")
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError("running_mean, running_var: got None, expected both where training is not set")
-
-
-def _refuse(x: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raise a ValueError for the first of the vectors that has not one number for each channel of ``x``."""
-    for name, vector in vectors:
-        if vector is not None and (vector.shape != x.shape[1:2] or vector.device != x.device):
-            raise ValueError(
-                f"{name}: got {vector.dtype} {list(vector.shape)} on {vector.device}, expected "
-                f"[{x.shape[1]}] on {x.device}, the channels of x"
-            )
-
-
-def check_activation(activation: str) -> None:
-    """Raises ``ValueError`` for one that does not exist."""
-    if activation not in reference_norm.ACTIVATIONS:
-        known = ", ".join(reference_norm.ACTIVATIONS)
-        raise ValueError(f"activation: got {activation!r}, expected one of {known}")
 
 
 def _forward(

@@ -29,7 +29,7 @@ int64_t size_of(Dtype dtype) {
 // How the data is gone through. It depends on shapes alone, so that results are the same at any number of threads.
 //
 // Channel by channel, so that a second pass finds the channel in the cache. Small ones are taken several at a time: one
-// channel's passes wait for each other, those of different channels do not (forward 70 us for 91 us, 2x960x8x8).
+// channel's passes wait for each other, those of different channels do not.
 //
 // Where a channel's elements are not neighbours, by pieces of rows that hold all channels as often as fills whole
 // vectors. What is left over of such a row is a piece of its own.

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekern._counts import ChannelCounts
-from sparsekern._norm_ops import check_activation, norm_act
+from sparsekern._norm_checks import check_activation
+from sparsekern._norm_ops import norm_act
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,

@@ -262,11 +262,11 @@ def test_the_dispatcher_gives_the_same() -> None:
         ({"x": torch.zeros(0, 4, 2, 2)}, r"x: got torch.float32 \[0, 4, 2, 2\]"),
         ({"x": torch.zeros(2, 4, 2, 2, dtype=torch.int64)}, "x: got torch.int64"),
         ({"x": torch.zeros(1, 4, 1, 1)}, r"x: got \[1, 4, 1, 1\], expected more than 1 value per channel"),
-        ({"residual": torch.zeros(2, 4, 2)}, r"residual: got torch.float32 \[2, 4, 2\], expected"),
+        ({"residual": torch.zeros(2, 4, 2)}, r"residual: got torch.float32 \[2, 4, 2\] on cpu, expected"),
         ({"residual": torch.zeros(2, 4, 2, 2).double()}, "residual: got torch.float64"),
         (
             {"weight": torch.zeros(5)},
-            r"weight: got torch.float32 \[5\] on cpu, expected \[4\]",
+            r"weight: got torch.float32 \[5\] on cpu, expected floating-point \[4\]",
         ),
         ({"bias": torch.zeros(4, 1)}, r"bias: got torch.float32 \[4, 1\]"),
         ({"mask": torch.zeros(4)}, "mask: got torch.float32, expected torch.bool"),
