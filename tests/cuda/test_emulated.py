@@ -15,6 +15,7 @@ import sparsekern
 from sparsekern import _cuda, _native, _ops
 from sparsekern._rows import ChannelArrays, RowTable
 from sparsekern.backends import reference
+from sparsekern.backends._addresses import Addresses
 
 # Each of the ways that a tensor is cut: rows of a warp, of the block, in pieces; tiles of columns in pieces
 # of outer and of inner indices, of several rows and of one; lengths that no power of two divides.
@@ -211,14 +212,14 @@ def test_addresses_read_in_python(emulated: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads = _lists(3)
-    missing = emulated._addresses
+    read = Addresses.read
 
     def without_grads(*arguments: Any) -> bytes:
-        found = bytearray(missing(*arguments))
+        found = bytearray(read(*arguments) or b"")
         found[8 * 4 : 8 * 5] = bytes(8)
         return bytes(found)
 
-    monkeypatch.setattr(emulated, "_addresses", without_grads)
+    monkeypatch.setattr(Addresses, "read", without_grads)
     with pytest.raises(RuntimeError, match=r"a list of 3 tensors: an address is missing \(error 1\)"):
         emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
     assert all(torch.equal(param, torch.ones(3)) for param in params)

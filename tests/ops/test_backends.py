@@ -102,6 +102,7 @@ def test_forced(force_backend: Callable[[str], None], monkeypatch: pytest.Monkey
         backends.choose(CPU)
 
 
+@pytest.mark.filterwarnings("ignore:sparsekern runs without")
 def test_tensors_on_a_gpu_have_a_backend_that_works(
     force_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
