@@ -160,7 +160,8 @@ def test_a_captured_graph_has_its_own_table(plans: Plans, monkeypatch: pytest.Mo
     before, spare = plan.table, plan.spare
     monkeypatch.setattr(_plan, "_is_capturing", lambda device: True)
     op.call(triton.sgd_step_, want)
-    host, table, scratch = _plan.captured.pop()
+    host, table, scratch, shapes, owners = _plan.captured.pop()
+    assert shapes is plan.shapes and owners is plan.owners
     assert host is spare and torch.equal(host, table)
     assert table is not before and table[1 + len(NUMBERS)] == scratch.data_ptr()
     assert plan.table is before and plan.spare is None

@@ -95,7 +95,7 @@ class Plan:
             if host is None:
                 host = self._pinned()
             table, scratch = self._new()
-            captured.append((host, table, scratch))
+            captured.append((host, table, scratch, self.shapes, self.owners))
         else:
             if self.table is None or self.scratch is None or self.stream != stream:
                 self.table, self.scratch = self._new()
