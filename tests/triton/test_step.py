@@ -110,9 +110,10 @@ def test_list_without_rows(name: str) -> None:
     _compare(OPS[name], want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["adamw scaled", "statistics", "mask"])
-def test_large(name: str) -> None:
-    _compare(OPS[name], _problem(shapes=LARGE, seed=7))
+def test_large(name: str, dtype: torch.dtype) -> None:
+    _compare(OPS[name], _problem(dtype, shapes=LARGE, seed=7))
 
 
 @pytest.fixture

@@ -53,12 +53,12 @@ def store_sums(table, entry, piece, row, there, count, dot, grad_sq, weight_sq):
 
 @triton.jit
 def _folded(table, entry, row, there, column: tl.constexpr):
-    """One sum of rows, their pieces in order."""
+    """One sum of rows, their pieces in order and in float64: each of them has been rounded already."""
     at = row * _WIDTH + column
-    found = tl.load(_place(table, entry, 0) + at, mask=there, other=0)
+    found = tl.load(_place(table, entry, 0) + at, mask=there, other=0).to(tl.float64)
     for piece in range(1, tl.load(entry + PIECES)):
-        found += tl.load(_place(table, entry, piece) + at, mask=there, other=0)
-    return found
+        found += tl.load(_place(table, entry, piece) + at, mask=there, other=0).to(tl.float64)
+    return found.to(tl.float32)
 
 
 @triton.jit
