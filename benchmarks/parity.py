@@ -138,9 +138,7 @@ def emulated() -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, installed(build(Path(folder))) as backend:
         pairs = itertools.product(LAYOUTS, ROW_STATES)
-        return examine(
-            lambda op, on: op.call(getattr(backend, op.name), on), backend, pairs, norm_cases.SHAPES[:4]
-        )
+        return examine(_straight_to(backend), backend, pairs, norm_cases.SHAPES[:4])
 
 
 def interpreted() -> dict[str, Any]:
@@ -150,9 +148,7 @@ def interpreted() -> dict[str, Any]:
     from sparsekern.backends import triton
 
     mend()
-    return examine(
-        lambda op, on: op.call(getattr(triton, op.name), on), triton, INTERPRETED, norm_cases.SHAPES[1:2]
-    )
+    return examine(_straight_to(triton), triton, INTERPRETED, norm_cases.SHAPES[1:2])
 
 
 def _isas() -> list[str]:

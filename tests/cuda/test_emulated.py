@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from ops import cases
-from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
+from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, channel_arrays, problem
 from ops.tolerance import assert_equal_step
 
 import sparsekern
 from sparsekern import _cuda, _native, _ops
-from sparsekern._rows import ChannelArrays, RowTable
+from sparsekern._rows import RowTable
 from sparsekern.backends import reference
 from sparsekern.backends._addresses import Addresses
 
@@ -133,20 +133,7 @@ def test_channel_moments(
 ) -> None:
     """Rows that are gates of several channels, in several blocks; twice, for what is left between calls."""
     emulated_library.emulation_order(order)
-    generator = torch.Generator().manual_seed(7)
-    counts = torch.randint(0, 4, (channels,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    gates = torch.randint(0, 40, (int(offsets[-1]),), generator=generator)
-
-    def arrays() -> ChannelArrays:
-        generator.manual_seed(8)
-        sums = torch.randn(40, 4, generator=generator)
-        means = torch.randn(2, channels, generator=generator)
-        return ChannelArrays(
-            offsets, gates, sums, means[0], means[1].abs(), torch.tensor(5.0), torch.tensor(pending), 0.9
-        )
-
-    want, got = arrays(), arrays()
+    want, got = (channel_arrays(channels, pending) for _ in range(2))
     for _ in range(2):
         reference.channel_moments_(want)
         emulated.channel_moments_(got)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern._rows import RowArrays, Rows, RowTable
+from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
 
 GUARD = 64
 
@@ -220,6 +220,20 @@ def problem(
     arrays = {name: Guarded.of(getattr(table, name)) for name in RowArrays._fields[:-2]}
     rows = table.rows_of(params)
     return Problem(tensors, arrays, rows.starts, rows.dims)
+
+
+def channel_arrays(channels: int, pending: float) -> ChannelArrays:
+    """Between a step and the means per channel: no to three gates each, among 40 rows; the same each time."""
+    generator = torch.Generator().manual_seed(7)
+    counts = torch.randint(0, 4, (channels,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    gates = torch.randint(0, 40, (int(offsets[-1]),), generator=generator)
+    generator.manual_seed(8)
+    sums = torch.randn(40, 4, generator=generator)
+    means = torch.randn(2, channels, generator=generator)
+    return ChannelArrays(
+        offsets, gates, sums, means[0], means[1].abs(), torch.tensor(5.0), torch.tensor(pending), 0.9
+    )
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from ops import cases
-from ops.cases import OPS, Op, Problem, problem
+from ops.cases import OPS, Op, Problem, channel_arrays, problem
 from ops.tolerance import assert_equal_step
 
 import sparsekern
 from sparsekern import _native, backends
-from sparsekern._rows import ChannelArrays, RowTable
+from sparsekern._rows import RowTable
 from sparsekern.backends import reference, triton
 from sparsekern.backends._lists import Plans
 from sparsekern.backends.triton import _plan, steps
@@ -172,20 +172,7 @@ def test_a_captured_graph_has_its_own_table(plans: Plans, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("channels", [0, 7, 700])
 def test_channel_moments(channels: int, pending: float) -> None:
     """Rows that are gates of several channels, in several programs; twice, for what is left between calls."""
-    generator = torch.Generator().manual_seed(7)
-    counts = torch.randint(0, 4, (channels,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    gates = torch.randint(0, 40, (int(offsets[-1]),), generator=generator)
-
-    def arrays() -> ChannelArrays:
-        generator.manual_seed(8)
-        sums = torch.randn(40, 4, generator=generator)
-        means = torch.randn(2, channels, generator=generator)
-        return ChannelArrays(
-            offsets, gates, sums, means[0], means[1].abs(), torch.tensor(5.0), torch.tensor(pending), 0.9
-        )
-
-    want, got = arrays(), arrays()
+    want, got = (channel_arrays(channels, pending) for _ in range(2))
     for _ in range(2):
         reference.channel_moments_(want)
         triton.channel_moments_(got)
