@@ -116,7 +116,7 @@ def ninja_text(target: Path, build: Path) -> str:
     command = compiler()
     assert command is not None
     includes = f"-isystem {pybind11.get_include()} -isystem {python_include()}"
-    with_python = ("module", "norm_module", "runtime")
+    with_python = ("module", "norm_module", "runtime", "sources")
     sources = [(name, CSRC / f"{name}.cpp", f"-O2 {includes}") for name in with_python]
     sources += [
         (name, CSRC / "cpu" / f"{name}.cpp", "-O2") for name in ("dispatch", "moments", "norm_act", "plan")

@@ -16,6 +16,7 @@
 #include "cpu/plan.h"
 #include "norm_module.h"
 #include "runtime.h"
+#include "sources.h"
 
 namespace py = pybind11;
 
@@ -169,22 +170,41 @@ int step_at(const ListPlan& plan, int op, const std::vector<std::vector<uintptr_
   return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
 }
 
-// False: an array is not what it should be, and nothing has been done.
-bool step_channels(const py::tuple& arrays, int64_t channels, int64_t gates, int64_t rows, double decay) {
-  int64_t *offsets, *gate_rows;
+// One array of the channels: contiguous and of exactly this shape.
+template <class T, size_t n>
+bool read_exact(py::handle object, uint8_t code, const std::array<int64_t, n>& shape, T** out) {
+  DLTensor tensor;
+  if (!read_tensor(object.ptr(), &tensor) || tensor.device_type != kDLCPU) return false;
+  *out = static_cast<T*>(tensor.data);
+  return has_dtype(tensor, code, sizeof(T) * 8) && is_contiguous(tensor) && tensor.ndim == int32_t{n} &&
+         std::equal(shape.begin(), shape.end(), tensor.shape);
+}
+
+// How long an array is; 0 for what is no tensor, which does not fit afterwards.
+int64_t length_of(py::handle object) {
+  DLTensor tensor;
+  return read_tensor(object.ptr(), &tensor) && tensor.ndim > 0 ? tensor.shape[0] : 0;
+}
+
+// False: an array is not what it should be or a gate is no row, and nothing has been done.
+bool step_channels(const py::tuple& arrays, double decay) {
   ChannelArrays channel = {};
-  const bool ok = read_array(arrays[0], kCpu, kDLInt, channels + 1, &offsets) &&
-                  read_array(arrays[1], kCpu, kDLInt, gates, &gate_rows) &&
-                  read_array(arrays[2], kCpu, kDLFloat, rows * 4, &channel.sums) &&
-                  read_array(arrays[3], kCpu, kDLFloat, channels, &channel.dot) &&
-                  read_array(arrays[4], kCpu, kDLFloat, channels, &channel.dot_sq) &&
-                  read_array(arrays[5], kCpu, kDLFloat, 1, &channel.updates) &&
-                  read_array(arrays[6], kCpu, kDLFloat, 1, &channel.pending);
-  if (!ok) return false;
-  channel.gate_offsets = offsets;
-  channel.gate_rows = gate_rows;
+  channel.gates = length_of(arrays[1]);
+  channel.rows = length_of(arrays[2]);
+  channel.channels = length_of(arrays[3]);
+  using Single = std::array<int64_t, 0>;
+  using Flat = std::array<int64_t, 1>;
+  const Flat per_channel = {channel.channels};
+  const bool ok = read_exact(arrays[0], kDLInt, Flat{channel.channels + 1}, &channel.gate_offsets) &&
+                  read_exact(arrays[1], kDLInt, Flat{channel.gates}, &channel.gate_rows) &&
+                  read_exact(arrays[2], kDLFloat, std::array<int64_t, 2>{channel.rows, 4}, &channel.sums) &&
+                  read_exact(arrays[3], kDLFloat, per_channel, &channel.dot) &&
+                  read_exact(arrays[4], kDLFloat, per_channel, &channel.dot_sq) &&
+                  read_exact(arrays[5], kDLFloat, Single{}, &channel.updates) &&
+                  read_exact(arrays[6], kDLFloat, Single{}, &channel.pending);
+  if (!ok || !gates_fit(channel)) return false;
   const py::gil_scoped_release release;
-  channel_moments(channel, channels, rows, decay);
+  channel_moments(channel, decay);
   return true;
 }
 
@@ -252,6 +272,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("step_at", step_at);
   module.def("step_channels", step_channels);
   define_norm(module);
+  define_sources(module);
   module.def("select_isa", select_isa);
   module.def("isa", [] { return runtime.isa; });
   module.def("call_count", [] { return runtime.calls; });

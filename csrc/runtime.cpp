@@ -15,7 +15,7 @@ int set_exchange(PyObject* capsule, PyObject* types) {
   return 1;
 }
 
-bool read_tensor(PyObject* object, Device device, DLTensor* out) {
+bool read_tensor(PyObject* object, DLTensor* out) {
   bool known = false;
   for (PyTypeObject* type : runtime.tensor_types) known = known || Py_TYPE(object) == type;
   if (!known || runtime.exchange == nullptr) return false;
@@ -24,6 +24,11 @@ bool read_tensor(PyObject* object, Device device, DLTensor* out) {
     return false;
   }
   out->data = static_cast<char*>(out->data) + out->byte_offset;
+  return true;
+}
+
+bool read_tensor(PyObject* object, Device device, DLTensor* out) {
+  if (!read_tensor(object, out)) return false;
   return out->device_type == device.type && out->device_id == device.index && out->data != nullptr;
 }
 

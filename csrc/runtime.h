@@ -33,7 +33,10 @@ struct Device {
 
 constexpr Device kCpu = {kDLCPU, 0};
 
-// Reads a plain tensor on `device`. False when `object` is anything else, or when this torch offers no such reading.
+// Reads a plain dense tensor. False when `object` is anything else, or when this torch offers no such reading.
+bool read_tensor(PyObject* object, DLTensor* out);
+
+// The same of a tensor that has memory on `device`.
 bool read_tensor(PyObject* object, Device device, DLTensor* out);
 
 int64_t count_elements(const DLTensor& tensor);

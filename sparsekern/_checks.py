@@ -6,13 +6,11 @@ nothing and read no device value.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable, check_gates
 
@@ -233,7 +231,7 @@ def _row_arrays(table: RowTable | RowArrays) -> None:
     _flat_arrays("rows.table", table, shapes, table.penalty.device)
 
 
-def channel_arrays(table: ChannelArrays) -> None:
+def channel_arrays(table: RowTable | ChannelArrays) -> None:
     """The arrays of channels and their gates have their types and sizes, and no gaps, all on one device.
 
     Raises:
@@ -252,30 +250,17 @@ def channel_arrays(table: ChannelArrays) -> None:
     _flat_arrays("table", table, shapes, table.sums.device)
 
 
-_known_gates = WeakIdKeyDictionary()
-"""What fitted when it was last read, by ``gate_rows``: the offsets, both versions, the number of rows."""
-
-
-def gates(table: ChannelArrays) -> None:
+def gates(table: RowTable | ChannelArrays) -> None:
     """The gates of every channel are rows of the table.
 
-    They are read when they are new or torch has written to them, and on the CPU alone: a GPU would be waited
-    for, and the constructor of RowTable has compared them before they got there.
+    They are read on the CPU alone: a GPU would be waited for, and the constructor of RowTable has compared
+    them before they got there.
 
     Raises:
         ValueError: an offset or a row is outside.
     """
-    offsets, rows = table.gate_offsets, table.gate_rows
-    if rows.device.type != "cpu":
-        return
-    counted = not (rows.is_inference() or offsets.is_inference())
-    now = (rows._version, offsets._version, table.sums.shape[0]) if counted else None
-    known = _known_gates.get(rows)
-    if known is not None and known[0]() is offsets and known[1] == now:
-        return
-    check_gates(offsets.numpy(), rows.numpy(), table.sums.shape[0])
-    if counted:
-        _known_gates[rows] = (weakref.ref(offsets), now)
+    if table.gate_rows.device.type == "cpu":
+        check_gates(table.gate_offsets.numpy(), table.gate_rows.numpy(), table.sums.shape[0])
 
 
 def _flat_arrays(

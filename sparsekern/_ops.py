@@ -281,8 +281,11 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
         ValueError: an array has another type, size or device, or (on the CPU) a gate is no row of the
             table; nothing has changed then.
     """
-    arrays = [getattr(table, name) for name in ChannelArrays._fields[:-1]]
-    _channel_moments_(arrays[:2], arrays[2:], decay=table.decay)
+    if traced(table.sums):
+        arrays = [getattr(table, name) for name in ChannelArrays._fields[:-1]]
+        _channel_moments_(arrays[:2], arrays[2:], decay=table.decay)
+    else:
+        _fold(table)
 
 
 @_operation(
@@ -290,10 +293,17 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 )
 def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
     """:func:`channel_moments_` with the fields of ChannelArrays, as the dispatcher takes them."""
-    table = ChannelArrays._make([*gates, *state, decay])
-    _checks.channel_arrays(table)
-    _checks.gates(table)
-    choose(table.sums.device).channel_moments_(table)
+    _fold(ChannelArrays._make([*gates, *state, decay]))
+
+
+def _fold(table: RowTable | ChannelArrays) -> None:
+    device = table.sums.device
+    backend = choose(device)
+    # Native code for the CPU compares the arrays where it reads their addresses.
+    if backend is reference or device.type != "cpu":
+        _checks.channel_arrays(table)
+        _checks.gates(table)
+    backend.channel_moments_(table)
 
 
 def _checked_backend(

@@ -2,11 +2,28 @@
 
 namespace sparsekern {
 
-void channel_moments(const ChannelArrays& arrays, int64_t channels, int64_t rows, double decay) {
+bool gates_fit(const ChannelArrays& arrays) {
+  const int64_t* offsets = arrays.gate_offsets;
+  if (offsets[0] != 0 || offsets[arrays.channels] != arrays.gates) return false;
+  // A number below 0 has the highest bit; without branches, so that the loops become vectors.
+  const auto gates = static_cast<uint64_t>(arrays.gates), rows = static_cast<uint64_t>(arrays.rows);
+  uint64_t below = 0;
+  for (int64_t c = 0; c < arrays.channels; ++c) {
+    const auto begin = static_cast<uint64_t>(offsets[c]), end = static_cast<uint64_t>(offsets[c + 1]);
+    below |= begin | (gates - begin) | (end - begin);
+  }
+  for (int64_t g = 0; g < arrays.gates; ++g) {
+    const auto row = static_cast<uint64_t>(arrays.gate_rows[g]);
+    below |= row | (rows - 1 - row);
+  }
+  return below >> 63 == 0;
+}
+
+void channel_moments(const ChannelArrays& arrays, double decay) {
   constexpr int kSums = 4, kDot = 1;
   if (*arrays.pending != 0) {
     const float keep = static_cast<float>(decay), fresh = static_cast<float>(1 - decay);
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < arrays.channels; ++c) {
       float x = 0;
       for (int64_t g = arrays.gate_offsets[c]; g < arrays.gate_offsets[c + 1]; ++g)
         x += arrays.sums[arrays.gate_rows[g] * kSums + kDot];
@@ -15,7 +32,7 @@ void channel_moments(const ChannelArrays& arrays, int64_t channels, int64_t rows
     }
     *arrays.updates += 1;
   }
-  for (int64_t r = 0; r < rows; ++r) arrays.sums[r * kSums + kDot] = 0;
+  for (int64_t r = 0; r < arrays.rows; ++r) arrays.sums[r * kSums + kDot] = 0;
   *arrays.pending = 0;
 }
 

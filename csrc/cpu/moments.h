@@ -7,15 +7,20 @@ namespace sparsekern {
 
 // The arrays of a RowTable that make up its channels (sparsekern/_rows.py).
 struct ChannelArrays {
+  int64_t channels, gates, rows;
   const int64_t* gate_offsets;  // [channels + 1]
-  const int64_t* gate_rows;
-  float* sums;  // [rows, 4]
-  float* dot;
-  float* dot_sq;
+  const int64_t* gate_rows;     // [gates]
+  float* sums;                  // [rows, 4]
+  float* dot;                   // [channels]
+  float* dot_sq;                // [channels]
   float* updates;
   float* pending;
 };
 
-void channel_moments(const ChannelArrays& arrays, int64_t channels, int64_t rows, double decay);
+// Whether the offsets rise from 0 to the number of gates, and every gate is a row.
+bool gates_fit(const ChannelArrays& arrays);
+
+// To be called with gates that fit.
+void channel_moments(const ChannelArrays& arrays, double decay);
 
 }  // namespace sparsekern

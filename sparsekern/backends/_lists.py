@@ -8,6 +8,7 @@ call.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern import _checks
+from sparsekern import _checks, _native
 from sparsekern._rows import ChannelArrays, RowArrays, Rows, RowTable
 
 Lists = tuple[Sequence[Tensor], ...]
@@ -37,6 +38,17 @@ _STATES = {
 _PLANNED_TENSORS_LIMIT = 1 << 14
 
 
+def _identities_in_python(objects: Sequence[object]) -> bytes:
+    return array("Q", map(id, objects)).tobytes()
+
+
+_module = _native.load()
+_identities: Callable[[Sequence[object]], bytes] = (
+    _identities_in_python if _module is None else _module.identities
+)
+_BYTES_A_TENSOR = 8
+
+
 class ForRows(Protocol):
     """A plan: it knows which rows it was made for."""
 
@@ -55,7 +67,7 @@ class Plans:
     and nothing else.
     """
 
-    by_params: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    by_params: dict[bytes, Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -73,7 +85,7 @@ class Plans:
         Returns:
             Whether the call was made.
         """
-        key = tuple(map(id, params))
+        key = _identities(params)
         plan = self.by_params.get(key)
         if plan is not None and _is_for(plan, rows) and call(plan):
             return True
@@ -81,7 +93,7 @@ class Plans:
         if plan is None or not call(plan):
             return False
         # In the backward pass every tensor is a list of its own, and has its own plan.
-        if sum(map(len, self.by_params)) + len(key) > _PLANNED_TENSORS_LIMIT:
+        if sum(map(len, self.by_params)) + len(key) > _PLANNED_TENSORS_LIMIT * _BYTES_A_TENSOR:
             self.by_params.clear()
         self.by_params[key] = plan
         return True

@@ -129,9 +129,9 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
     """See :func:`sparsekern.backends.reference.channel_moments_`."""
-    arrays = channel_arrays(table)
-    sizes = (table.channel_dot.numel(), table.gate_rows.numel(), table.sums.shape[0])
-    if not _C.step_channels(arrays, *sizes, table.decay):
+    if not _C.step_channels(channel_arrays(table), table.decay):
+        _checks.channel_arrays(table)
+        _checks.gates(table)
         reference.channel_moments_(table)
 
 
@@ -174,6 +174,10 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
     hyper = _hyper(op, options, table)
     learn = options.get("lr") != 0
     threads = torch.get_num_threads()
+    if op != STATISTICS:
+        # Raw writes do not tell autograd that a saved tensor has changed. Said before, while what belongs
+        # to the tensors is in the caches; if the call is not made then, it was said once too often.
+        increment_version(lists[0])
     if _native.exchanges:
         code = _C.step(plan.native, op, lists, arrays, hyper, learn, threads)
     else:
@@ -186,9 +190,6 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
         return False
     if code != 0:
         raise RuntimeError(f"the native kernels refused a list of {len(lists[0])} tensors (error {code})")
-    if op != STATISTICS:
-        # Raw writes do not tell autograd that a saved tensor has changed.
-        increment_version(lists[0])
     return True
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from sparsekern.optim._lists import (
     state_tensors,
 )
 
-_grad = attrgetter("grad")
 _attachments = itertools.count(1)
 
 
@@ -199,20 +197,18 @@ class RowOptimizer(Optimizer):
         """What one step takes: every list with its gradients."""
         if torch.compiler.is_compiling():
             return self._traced_lists()
-        groups = self.param_groups
-        params = [param for group in groups for param in group["params"]]
-        every = list(map(_grad, params))
-        present = [grad is not None for grad in every]
-        grads = [grad for grad in every if grad is not None]
-        source = [(len(group["params"]), self._state_names(group)) for group in groups]
+        groups, state = self.param_groups, self.state
+        names = [self._state_names(group) for group in groups]
         kept = self._kept
-        if kept is None or not kept.holds(params, present, source, grads, self.state):
-            kept = self._keep(params, present, source)
+        grads = None if kept is None else kept.grads(groups, names, state)
+        if kept is None or grads is None:
+            kept, grads = self._keep(names)
         if kept.sharded:
             grads = list(map(local, grads))
         return [(tensors, tensors.pick(grads)) for tensors in kept.lists]
 
-    def _keep(self, params: list[Tensor], present: list[bool], source: list[Any]) -> Kept:
+    def _keep(self, names: list[tuple[str, ...]]) -> tuple[Kept, list[Tensor]]:
+        """New lists, and all gradients that there are."""
         self._kept = None
         for index, group in enumerate(self.param_groups):
             check_group(type(self).__name__, index, group)
@@ -222,8 +218,9 @@ class RowOptimizer(Optimizer):
             parts, grads = self._lists_of(index, group, offset)
             lists += parts
             offset += len(grads)
-        self._kept = Kept.of(lists, params, present, source, self.state)
-        return self._kept
+        self._kept = Kept.of(lists, self.param_groups, names, self.state)
+        every = (param.grad for group in self.param_groups for param in group["params"])
+        return self._kept, [grad for grad in every if grad is not None]
 
     def _traced_lists(self) -> list[tuple[TensorList, list[Tensor]]]:
         result = []

@@ -6,75 +6,101 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparsekern import _native
 from sparsekern._sharding import is_sharded, local
 from sparsekern.optim._lists import TensorList
 
-_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+_grad, _dtype, _layout = attrgetter("grad"), attrgetter("dtype"), attrgetter("layout")
+
+Groups = list[dict[str, Any]]
+
+
+class Sources(Protocol):
+    """The parameters, gradients and state that lists were made from."""
+
+    def grads(self, groups: Groups, state: dict[Any, Any]) -> list[Tensor] | None:
+        """The gradients that there are, in order.
+
+        None when a parameter or state is another object, another parameter has a gradient, or a
+        gradient is of another dtype or layout than it was.
+        """
 
 
 @dataclass(eq=False)
 class Kept:
     """Lists of a step, and everything they were made from, by identity.
 
-    Validating them costs a third of making them: no hash of a tensor is taken, and all loops over
-    tensors run in C.
+    Attributes:
+        lists: what :meth:`grads` vouches for.
+        names: of the state that each group's step uses.
+        sources: native where possible: after a step that went through more memory than the caches hold,
+            Python needs a microsecond for a tensor.
+        held: objects that native sources compare with and do not own.
+        sharded: whether a parameter is.
     """
 
     lists: list[TensorList]
-    params: list[Tensor]
-    present: list[bool]
-    source: list[Any]
-    states: list[Any]
-    state_dicts: list[dict[str, Any]]
-    values: list[Any]
-    dtypes: set[torch.dtype]
+    names: list[tuple[str, ...]]
+    sources: Sources
+    held: list[Any]
     sharded: bool
 
     @classmethod
     def of(
-        cls,
-        lists: list[TensorList],
-        params: list[Tensor],
-        present: list[bool],
-        source: list[Any],
-        state: dict[Any, Any],
+        cls, lists: list[TensorList], groups: Groups, names: list[tuple[str, ...]], state: dict[Any, Any]
     ) -> Kept:
-        states = list(state.values())
-        state_dicts = [value for value in states if isinstance(value, dict)]
-        values = list(_values(state_dicts))
-        dtypes = {tensors.params[0].dtype for tensors in lists}
-        sharded = any(map(is_sharded, params))
-        return cls(lists, params, present, source, states, state_dicts, values, dtypes, sharded)
+        """Lists that were just made from the parameters of ``groups`` and ``state``."""
+        held: list[Any] = []
+        module = _native.load()
+        sources: Sources | None = None if module is None else module.sources(groups, state, held)
+        sharded = any(is_sharded(param) for group in groups for param in group["params"])
+        return cls(lists, names, sources or PythonSources(groups, state), held, sharded)
 
-    def holds(
-        self,
-        params: list[Tensor],
-        present: list[bool],
-        source: list[Any],
-        grads: list[Tensor],
-        state: dict[Any, Any],
-    ) -> bool:
-        """Whether lists made now would be the same ones."""
-        return (
-            present == self.present
-            and source == self.source
-            and _same(params, self.params)
-            and _same(list(state.values()), self.states)
-            and _same(list(_values(self.state_dicts)), self.values)
-            # Of a single list the operation itself compares the dtypes, before it changes anything.
-            and (len(self.lists) == 1 or self.dtypes == set(map(_dtype, grads)))
-            and {torch.strided}.issuperset(map(_layout, grads))
-            and not (self.sharded and self._moved())
-        )
+    def grads(
+        self, groups: Groups, names: list[tuple[str, ...]], state: dict[Any, Any]
+    ) -> list[Tensor] | None:
+        """The gradients that there are, in order; None when lists made now would be other ones."""
+        if names != self.names or (self.sharded and self._moved()):
+            return None
+        return self.sources.grads(groups, state)
 
     def _moved(self) -> bool:
         """Whether a parameter or state has another local part than the lists."""
         return not all(_same(list(map(local, tensors.owners)), tensors.params) for tensors in self.lists)
+
+
+class PythonSources:
+    """Sources where there are no native ones, or where they cannot read a gradient; no tensor is hashed."""
+
+    def __init__(self, groups: Groups, state: dict[Any, Any]) -> None:
+        self._params = [list(group["params"]) for group in groups]
+        every = list(map(_grad, itertools.chain.from_iterable(self._params)))
+        self._present = [grad is not None for grad in every]
+        self._dtypes = [grad.dtype for grad in every if grad is not None]
+        self._states = list(state.values())
+        self._dicts = [value for value in self._states if isinstance(value, dict)]
+        self._values = list(_values(self._dicts))
+
+    def grads(self, groups: Groups, state: dict[Any, Any]) -> list[Tensor] | None:
+        """See :meth:`Sources.grads`."""
+        params = [group["params"] for group in groups]
+        if len(params) != len(self._params) or not all(map(_same, params, self._params)):
+            return None
+        every = list(map(_grad, itertools.chain.from_iterable(params)))
+        grads = [grad for grad in every if grad is not None]
+        same = (
+            [grad is not None for grad in every] == self._present
+            and _same(list(map(_dtype, grads)), self._dtypes)
+            and {torch.strided}.issuperset(map(_layout, grads))
+            and _same(list(state.values()), self._states)
+            and _same(list(_values(self._dicts)), self._values)
+        )
+        return grads if same else None
 
 
 def _values(state_dicts: list[dict[str, Any]]) -> Iterable[Any]:

@@ -13,7 +13,28 @@ from optim.cases import Case, Under, assert_near, copies, grade, parameters
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern.optim import adam, sgd
+from sparsekern import _native
+from sparsekern.optim import _kept, adam, sgd
+from sparsekern.optim._kept import PythonSources
+
+
+@pytest.fixture(params=["native", "python"], autouse=True)
+def sources(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two watches what lists were made from."""
+    module = _native.load()
+    if request.param == "python":
+        monkeypatch.setattr(_kept._native, "load", lambda: None)
+    elif module is None or not _native.exchanges:
+        pytest.skip("there are no native sources")
+    return str(request.param)
+
+
+def test_sources_are_native_where_they_can_be(under: Under, sources: str) -> None:
+    params = parameters()
+    ours = under(params)
+    grade(params, 0)
+    ours.step()
+    assert isinstance(ours._kept.sources, PythonSources) == (sources == "python")
 
 
 @pytest.fixture
@@ -85,6 +106,18 @@ def test_an_optimizer_is_freed_with_its_last_reference(under: Under) -> None:
     ours.step()
     gone = weakref.ref(ours)
     del ours
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_optimizer_that_its_parameters_lead_to_is_freed(under: Under) -> None:
+    params = parameters()
+    ours = under(params)
+    params[0].register_hook(lambda grad, leads_to=ours: None)
+    grade(params, 0)
+    ours.step()
+    gone = weakref.ref(ours)
+    del ours, params
     gc.collect()
     assert gone() is None
 
