@@ -119,7 +119,7 @@ def ninja_text(target: Path, build: Path) -> str:
     with_python = ("module", "norm_module", "runtime", "sources")
     sources = [(name, CSRC / f"{name}.cpp", f"-O2 {includes}") for name in with_python]
     sources += [
-        (name, CSRC / "cpu" / f"{name}.cpp", "-O2") for name in ("dispatch", "moments", "norm_act", "plan")
+        (name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("dispatch", "moments", "norm_act", "plan")
     ]
     for isa in isas():
         path = CSRC / "cpu" / f"kernels_{isa}.cpp"
