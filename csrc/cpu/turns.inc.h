@@ -1,9 +1,11 @@
 // Loops that take the statistics of elements and update them in turns: the sums are added up while the dividers are
 // busy with the elements before.
 
-// How far ahead of the arithmetic memory is asked for, in elements. Statistics lengthen the loop, and with it the time
-// that the machine's own prefetcher needs to see that it goes on.
-constexpr int64_t kAhead = 128, kAheadInTurns = 96;
+// How far ahead of the arithmetic memory is asked for. Statistics lengthen the loop, and with it the time that the
+// machine's own prefetcher needs to see that it goes on. In registers the loop is so short that less than half a page
+// comes too late: 400 bytes took up to a tenth longer than 2000 to 3000, and no longer than none at all.
+constexpr int64_t kAhead = 128;  // elements
+constexpr int64_t kBytesAheadInTurns = 2560;
 
 #if defined(__AVX512F__)
 // Statistics and update of the vectors of one register from element i on: of `parts` of them, one after the other.
@@ -44,7 +46,7 @@ template <class S, int kArrays, class Statistics, class Update>
 SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Statistics statistics,
                                 Update update) {
   using R = Registers<S>;
-  constexpr int64_t kElements = R::kElements;
+  constexpr int64_t kElements = R::kElements, kAheadInTurns = kBytesAheadInTurns / sizeof(S);
   auto local = statistics.begin();
   typename R::Whole old[kArrays], d;
   typename R::Rounded rounded[kArrays][R::kVectors] = {};
