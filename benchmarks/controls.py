@@ -1,0 +1,91 @@
+"""What the choice of channels is worth: the same pruned training with other criteria, and with chance.
+
+    python -m benchmarks.controls --data DIR
+
+A UNet on a folder of images and masks, as in ``benchmarks.segmentation``, with the same budget, steps and seeds
+for every pair of a criterion and an allocator. ``random`` ranks channels by chance; ``shuffled`` leaves each
+layer as wide as ``joint`` makes it and leaves to chance which of its channels stay; ``uniform`` cuts every layer
+by the same share. Writes a table and the figures to ``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import environment
+from sparsekern._files import replacing
+from sparsekern.recipes.data import load_folder
+from sparsekern.recipes.run import execute
+from sparsekern.recipes.settings import Settings
+
+RESULTS = Path(__file__).parent / "results"
+PAIRS = (
+    ("joint", "global"),
+    ("shuffled", "global"),
+    ("taylor", "global"),
+    ("magnitude", "global"),
+    ("random", "global"),
+    ("random", "uniform"),
+)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with {train,test}/{images,masks}.")],
+    name: Annotated[str, typer.Option(help="Of the files in benchmarks/results.")] = "controls-unet",
+    keep: Annotated[float, typer.Option(help="Share of the MACs.")] = 0.1,
+    steps: int = 500,
+    seeds: int = 3,
+) -> None:
+    torch.set_num_threads(1)
+    settings = Settings(
+        model="unet", width=16, keep=keep, steps=steps, batch=8, crop=128, lr=1e-3, evaluations=1
+    )
+    train, test = load_folder(data, settings.classes)
+    runs: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for select, allocate in PAIRS:
+            chosen = replace(settings, seed=seed, select=select, allocate=allocate)
+            with tempfile.TemporaryDirectory() as out:
+                result = execute(chosen, train, test, Path(out), arguments={})
+            assert result is not None
+            runs.append({"select": select, "allocate": allocate, "seed": seed} | result.figures)
+            Console(stderr=True).print(
+                f"{select}, {allocate}, seed {seed}: Dice {result.figures['dice']:.4f}"
+            )
+    record = {"settings": settings.to_json(), "environment": environment(), "runs": runs}
+    console = Console(record=True, width=100)
+    console.print(_table(runs))
+    console.print(environment(), soft_wrap=True)
+    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".txt", console.export_text())):
+        with replacing(RESULTS / f"{name}{suffix}") as path:
+            path.write_text(text)
+
+
+def _table(runs: list[dict[str, Any]]) -> Table:
+    seeds = sorted({run["seed"] for run in runs})
+    table = Table(
+        "select", "allocate", "mean Dice", *(f"seed {seed}" for seed in seeds), "parameters", "MACs"
+    )
+    for select, allocate in PAIRS:
+        own = [run for run in runs if (run["select"], run["allocate"]) == (select, allocate)]
+        dice = [run["dice"] for run in own]
+        shares = [
+            statistics.fmean(run[what] / run["full"][what] for run in own) for what in ("parameters", "macs")
+        ]
+        figures = [f"{value:.4f}" for value in (statistics.fmean(dice), *dice)]
+        table.add_row(select, allocate, *figures, *(f"{share:.1%}" for share in shares))
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
