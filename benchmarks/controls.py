@@ -4,8 +4,8 @@
 
 A UNet on a folder of images and masks, as in ``benchmarks.segmentation``, with the same budget, steps and
 seeds for every pair of a criterion and an allocator. ``random`` ranks channels by chance; ``shuffled`` leaves
-each layer as wide as ``joint`` makes it and leaves to chance which of its channels stay; ``uniform`` cuts every
-layer by the same share. Writes a table and the figures to ``benchmarks/results/``.
+each layer as wide as ``joint`` makes it and leaves to chance which of its channels stay; ``uniform`` cuts
+every layer by the same share. Writes a table and the figures to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
