@@ -38,7 +38,15 @@ class Walk {
   void run() {
     if (shape_.start < 0) {
       untracked();
-    } else if (shape_.outer == 1 && shape_.inner >= kWideRow) {
+      return;
+    }
+#if defined(__AVX512F__)
+    if constexpr (kInTurns<C> && Update::kTakesRows) {
+      if (statistics_ && shape_.outer == 1 && shape_.inner >= kLongRow && as_it_is_ && update_.spreads())
+        return rows_in_one_loop();
+    }
+#endif
+    if (shape_.outer == 1 && shape_.inner >= kWideRow) {
       wide_rows();
     } else {
       tiles();
@@ -110,6 +118,22 @@ class Walk {
 
   // How much of this chunk there is from `at` on; what lies behind may be another thread's.
   int64_t readable_from(int64_t at) const { return end_of(chunk_.row_end - 1) - at; }
+
+#if defined(__AVX512F__)
+  void rows_in_one_loop() {
+    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += kTile) {
+      const int64_t rows = least(kTile, chunk_.row_end - row), width = chunk_.inner_end - chunk_.inner_begin;
+      const Wish wish = factors_.of_rows(job_, shape_, row, rows);
+      if (wish == kNothing) continue;
+      if (wish == kSame) factors_.repeat(rows);
+      const int64_t begin = begin_of(row);
+      const float* threshold = job_.rows.threshold + shape_.start + row;
+      update_.update_rows(begin, grad_ + begin,
+                          {rows, width, factors_.decay, factors_.decline, threshold, sums_of(row)});
+      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width, 1);
+    }
+  }
+#endif
 
   // Rows that lie in one piece and are long enough to be updated one by one.
   void wide_rows() {
@@ -208,7 +232,7 @@ class Walk {
       } else {
         column_blocks(begin, rows * width, wish == kSame);
       }
-      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width);
+      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width, width / columns_a_value_);
     }
     if (in_columns) store_columns(tile_->columns, rows, width, sums_of(row));
   }
@@ -291,9 +315,9 @@ class Walk {
   }
 
   // Rows of the tile whose decline ends.
-  void end_rows(int64_t begin, int64_t rows, int64_t width) const {
+  void end_rows(int64_t begin, int64_t rows, int64_t width, int64_t values) const {
     for (int64_t r = 0; r < rows; ++r)
-      if (factors_.decline[r * width / columns_a_value_] == 0) update_.end(begin + r * width, width);
+      if (factors_.decline[r * values] == 0) update_.end(begin + r * width, width);
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
