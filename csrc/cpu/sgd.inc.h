@@ -37,10 +37,11 @@ struct Sgd {
 
 #if defined(__AVX512F__)
   // Rows from `at` on, with their statistics. Where turns() says so.
-  void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
+  template <class Prefetch>
+  void update_rows(int64_t at, const S* ds, const RowRun& rows, Prefetch prefetch) const {
     with_mode([&](auto mode) {
-      with_step<mode.value>(
-          at, [&](const auto& arrays, auto step) SPARSEKERN_ALWAYS { rows_in_turns(rows, arrays, ds, step); });
+      with_step<mode.value>(at, [&](const auto& arrays, auto step)
+                                    SPARSEKERN_ALWAYS { rows_in_turns(rows, arrays, ds, prefetch, step); });
     });
   }
 #endif

@@ -89,6 +89,40 @@ inline void columns_of(const Lanes<C>& lanes, typename FourOf<C>::Type (&sums)[k
   }
 }
 
+// Stores the sums of the first n of sixteen columns, or of all.
+template <class C>
+inline void store_singles(const Lanes<C>& lanes, int64_t n, float* out) {
+  typename FourOf<C>::Type sums[kLanes];
+  columns_of(lanes, sums);
+  for (int64_t i = 0; i < (n < kLanes ? n : kLanes); ++i) store_four<C>(sums[i], out + i * kSums);
+}
+
+#if defined(__AVX512F__)
+SPARSEKERN_INLINE void store_singles(const Lanes<float>& lanes, int64_t n, float* out) {
+  const __m512 count = (__m512)lanes.count, dot = (__m512)lanes.dot;
+  const __m512 grad_sq = (__m512)lanes.grad_sq, weight_sq = (__m512)lanes.weight_sq;
+  const __m512d low = (__m512d)_mm512_unpacklo_ps(count, dot), high = (__m512d)_mm512_unpackhi_ps(count, dot);
+  const __m512d low_sq = (__m512d)_mm512_unpacklo_ps(grad_sq, weight_sq);
+  const __m512d high_sq = (__m512d)_mm512_unpackhi_ps(grad_sq, weight_sq);
+  // Of the columns 0, 4, 8 and 12, of those behind them, and so on.
+  const __m512 a = (__m512)_mm512_unpacklo_pd(low, low_sq), b = (__m512)_mm512_unpackhi_pd(low, low_sq);
+  const __m512 c = (__m512)_mm512_unpacklo_pd(high, high_sq), d = (__m512)_mm512_unpackhi_pd(high, high_sq);
+  const __m512 ab_first = quarters<0, 1>(a, b), cd_first = quarters<0, 1>(c, d);
+  const __m512 ab_second = quarters<2, 3>(a, b), cd_second = quarters<2, 3>(c, d);
+  const __m512 columns[] = {quarters<0, 2>(ab_first, cd_first), quarters<1, 3>(ab_first, cd_first),
+                            quarters<0, 2>(ab_second, cd_second), quarters<1, 3>(ab_second, cd_second)};
+#pragma GCC unroll 4
+  for (int part = 0; part < 4; ++part) {
+    const int64_t left = n - part * 4;
+    if (left >= 4) {
+      _mm512_storeu_ps(out + part * kLanes, columns[part]);
+    } else if (left > 0) {
+      _mm512_mask_storeu_ps(out + part * kLanes, __mmask16((1u << left * kSums) - 1), columns[part]);
+    }
+  }
+}
+#endif
+
 // Folds `width` neighbouring columns into each of `rows` rows, in their order.
 template <class C>
 inline void store_columns(const Columns<C>& columns, int64_t rows, int64_t width, float* __restrict out) {

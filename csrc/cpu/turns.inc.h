@@ -99,9 +99,10 @@ struct RowRun {
 };
 
 // The same for rows, with the statistics of each. Loading goes on across their ends, ahead of storing.
-template <class S, int kArrays, class Update>
+// `prefetch()` comes before every row.
+template <class S, int kArrays, class Prefetch, class Update>
 SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
-                                     Update update) {
+                                     Prefetch prefetch, Update update) {
   using R = Registers<S>;
   constexpr int64_t kElements = R::kElements;
   const int64_t last = (rows.width - 1) / kElements * kElements, left = rows.width - last;
@@ -118,6 +119,7 @@ SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArr
   int64_t row = rows.alive_from(0);
   if (row < rows.count) load(row * rows.width, head);
   for (int64_t next; row < rows.count; row = next) {
+    prefetch();
     const int64_t begin = row * rows.width;
     const Same<float> decay = {rows.decay[row]}, threshold = {rows.threshold[row]};
     const SameDecline<float> decline = {rows.decline[row]};
