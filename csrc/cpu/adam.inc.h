@@ -57,7 +57,7 @@ struct AdamStep {
 template <class S>
 struct Adam {
   using C = typename Compute<S>::Type;
-  static constexpr bool kReadsGrad = true;
+  static constexpr bool kReadsGrad = true, kTakesRows = true;
 
   Adam(const Job& job, int32_t tensor)
       : param(static_cast<S*>(job.addresses[kParam][tensor])),
@@ -78,6 +78,16 @@ struct Adam {
       choose<false>(at, n, d, decay, decline, statistics);
     }
   }
+
+#if defined(__AVX512F__)
+  // Rows from `at` on, with their statistics. Where turns() says so.
+  template <class Prefetch>
+  void update_rows(int64_t at, const S* ds, const RowRun& rows, Prefetch prefetch) const {
+    S* const arrays[] = {param + at, mean + at, square + at};
+    decoupled ? rows_in_turns(rows, arrays, ds, prefetch, vector_step<true>())
+              : rows_in_turns(rows, arrays, ds, prefetch, vector_step<false>());
+  }
+#endif
 
   void masked(int64_t, int64_t) const {}
 
@@ -116,24 +126,29 @@ struct Adam {
     }
   }
 
+  // What is done to a vector of elements.
+  template <bool kDecoupled>
+  SPARSEKERN_INLINE auto vector_step() const {
+    using Vector = typename Vectors<C>::Vector;
+    return [numbers = step](int64_t i, auto decay, auto decline, const Vector(&old)[3], Vector d, Vector(&updated)[3])
+               SPARSEKERN_ALWAYS {
+                 Vector w = old[0];
+                 if constexpr (kDecoupled) {
+                   w = w * decay.vector(i);
+                 } else if constexpr (kDecays<decltype(decay)>) {
+                   d = d + w * decay.vector(i);
+                 }
+                 const Vector m = numbers.mean(old[1], d), v = numbers.square(old[2], d);
+                 updated[0] = decline.weight(i, numbers.weight(w, m, v), old[0]);
+                 updated[1] = decline.state(i, m, old[1]);
+                 updated[2] = decline.state(i, v, old[2]);
+               };
+  }
+
   template <bool kDecoupled, class Decay, class Decline, class Statistics>
   void turns(int64_t at, int64_t n, const S* ds, Decay decay, Decline decline, Statistics statistics) const {
-    using Vector = typename Vectors<C>::Vector;
     S* const arrays[] = {param + at, mean + at, square + at};
-    const AdamStep<C> numbers = step;
-    in_turns(n, arrays, ds, statistics,
-             [=](int64_t i, const Vector(&old)[3], Vector d, Vector(&updated)[3]) SPARSEKERN_ALWAYS {
-               Vector w = old[0];
-               if constexpr (kDecoupled) {
-                 w = w * decay.vector(i);
-               } else if constexpr (kDecays<Decay>) {
-                 d = d + w * decay.vector(i);
-               }
-               const Vector m = numbers.mean(old[1], d), v = numbers.square(old[2], d);
-               updated[0] = decline.weight(i, numbers.weight(w, m, v), old[0]);
-               updated[1] = decline.state(i, m, old[1]);
-               updated[2] = decline.state(i, v, old[2]);
-             });
+    in_turns(n, arrays, ds, decay, decline, statistics, vector_step<kDecoupled>());
   }
 
   template <bool kDecoupled, bool kAmsgrad, class Decay, class Decline, class Statistics>

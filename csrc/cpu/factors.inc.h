@@ -82,6 +82,13 @@ struct ColumnFactors {
     return kDifferent;
   }
 
+  // The same for all of them.
+  void repeat(int64_t rows) {
+    const C first = decay[0];
+    for (int64_t r = 0; r < rows; ++r) decay[r] = first;
+    for (int64_t r = 0; r < rows; ++r) decline[r] = 1;
+  }
+
   void widen(int64_t rows, int64_t width) {
     if (width == 1) return;
     widen(decay, rows, width);

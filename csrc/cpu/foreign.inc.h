@@ -4,7 +4,7 @@
 template <class S>
 struct Look {
   using C = typename Compute<S>::Type;
-  static constexpr bool kReadsGrad = true;
+  static constexpr bool kReadsGrad = true, kTakesRows = false;
 
   Look(const Job& job, int32_t tensor) : param(static_cast<const S*>(job.addresses[kParam][tensor])) {}
 
@@ -26,7 +26,7 @@ struct Look {
 template <class S>
 struct Mask {
   using C = typename Compute<S>::Type;
-  static constexpr bool kReadsGrad = false;
+  static constexpr bool kReadsGrad = false, kTakesRows = false;
 
   Mask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
 

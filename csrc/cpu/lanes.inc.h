@@ -112,6 +112,9 @@ struct Vectors {
 #endif
   }
 
+  // To add to zeros would cost an addition: it makes 0 of -0.
+  SPARSEKERN_INLINE static Vector repeat(C value) { return value - Vector{}; }
+
   // Each of the numbers four times.
   SPARSEKERN_INLINE static Vector fourfold(const C* from) {
 #if defined(__AVX512F__)

@@ -72,6 +72,6 @@ struct Registers<BFloat16> {
   SPARSEKERN_INLINE static Whole join(const Rounded (&parts)[2]) { return V::upper_halves(parts[0], parts[1]); }
 
  private:
-  SPARSEKERN_INLINE static __mmask32 first(int64_t n) { return __mmask32((1u << n) - 1); }
+  SPARSEKERN_INLINE static __mmask32 first(int64_t n) { return __mmask32((uint64_t(1) << n) - 1); }
 };
 #endif

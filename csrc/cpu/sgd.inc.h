@@ -1,12 +1,12 @@
 // SGD, in torch's order of operations.
 
-// Shortest row that is gone over twice, for its statistics and for its update.
-constexpr int64_t kTwiceRow = 128;
+// Fewest elements whose update, without statistics, is left to the compiler's unrolling.
+constexpr int64_t kUnrolled = 128;
 
 template <class S>
 struct Sgd {
   using C = typename Compute<S>::Type;
-  static constexpr bool kReadsGrad = true;
+  static constexpr bool kReadsGrad = true, kTakesRows = true;
   enum Mode { kPlain, kFirst, kFirstNesterov, kDampened, kHeavyBall, kNesterov };
 
   Sgd(const Job& job, int32_t tensor)
@@ -35,6 +35,17 @@ struct Sgd {
     }
   }
 
+#if defined(__AVX512F__)
+  // Rows from `at` on, with their statistics. Where turns() says so.
+  template <class Prefetch>
+  void update_rows(int64_t at, const S* ds, const RowRun& rows, Prefetch prefetch) const {
+    with_mode([&](auto mode) {
+      with_step<mode.value>(at, [&](const auto& arrays, auto step)
+                                    SPARSEKERN_ALWAYS { rows_in_turns(rows, arrays, ds, prefetch, step); });
+    });
+  }
+#endif
+
   void masked(int64_t, int64_t) const {}
 
   void end(int64_t at, int64_t n) const {
@@ -51,27 +62,37 @@ struct Sgd {
   bool spreads() const { return kInTurns<C>; }
 
  private:
-  template <class D, class... Rest>
-  void choose(int64_t at, int64_t n, const D* d, Rest... rest) const {
+  template <Mode kMode>
+  struct Is {
+    static constexpr Mode value = kMode;
+  };
+
+  template <class Work>
+  void with_mode(Work work) const {
     switch (mode) {
-      case kPlain: return turns<kPlain>(at, n, d, rest...);
-      case kFirst: return turns<kFirst>(at, n, d, rest...);
-      case kFirstNesterov: return turns<kFirstNesterov>(at, n, d, rest...);
-      case kDampened: return turns<kDampened>(at, n, d, rest...);
-      case kHeavyBall: return turns<kHeavyBall>(at, n, d, rest...);
-      case kNesterov: return turns<kNesterov>(at, n, d, rest...);
+      case kPlain: return work(Is<kPlain>());
+      case kFirst: return work(Is<kFirst>());
+      case kFirstNesterov: return work(Is<kFirstNesterov>());
+      case kDampened: return work(Is<kDampened>());
+      case kHeavyBall: return work(Is<kHeavyBall>());
+      case kNesterov: return work(Is<kNesterov>());
     }
   }
 
-  // One loop for statistics and update where elements have factors of their own, which are then read once, where they
-  // have to be widened, and in short rows, whose ends it makes shorter. Else two loops, that the compiler unrolls: SGD
-  // waits for memory, and one loop took 5 to 10 % longer.
+  template <class D, class... Rest>
+  void choose(int64_t at, int64_t n, const D* d, Rest... rest) const {
+    with_mode([&](auto mode) { turns<mode.value>(at, n, d, rest...); });
+  }
+
+  // One loop in registers for statistics and update: two, of which the first fills the cache, took up to 60 % longer.
+  // It asks for memory in advance, which an update alone does not need: that took a quarter longer with what the
+  // third-level cache holds, so where all elements are treated alike it is the compiler's loop.
   template <Mode kMode, class D, class Decay, class Decline, class Statistics>
   void turns(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
     static_assert(kInTurns<C> || __is_same(D, C), "gradients are widened where they lie by these loops alone");
-    constexpr bool kOnce = !(__is_same(S, C) && kAlike<Decline>);
+    constexpr bool kUpdateAlone = __is_same(S, C) && kAlike<Decline> && __is_same(Statistics, NoStatistics);
     if constexpr (kInTurns<C> && __is_same(D, S)) {
-      if (kOnce || n < kTwiceRow) return registers<kMode>(at, n, d, decay, decline, statistics);
+      if (!kUpdateAlone || n < kUnrolled) return registers<kMode>(at, n, d, decay, decline, statistics);
     }
     if constexpr (__is_same(D, C)) {
       look(n, param + at, d, statistics);
@@ -79,30 +100,37 @@ struct Sgd {
     }
   }
 
-  template <Mode kMode, class Decay, class Decline, class Statistics>
-  void registers(int64_t at, int64_t n, const S* ds, Decay decay, Decline decline, Statistics statistics) const {
+  // Hands work(arrays, step) the arrays from `at` on and what is done to a vector of their elements.
+  template <Mode kMode, class Work>
+  SPARSEKERN_INLINE void with_step(int64_t at, Work work) const {
     using Vector = typename Vectors<C>::Vector;
     const C rate = lr, mu = momentum, share = fresh;
     if constexpr (kMode == kPlain) {
       S* const arrays[] = {param + at};
-      in_turns(n, arrays, ds, statistics,
-               [=](int64_t i, const Vector(&old)[1], Vector d, Vector(&updated)[1]) SPARSEKERN_ALWAYS {
-                 if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
-                 updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
-               });
+      work(arrays, [=](int64_t i, auto decay, auto decline, const Vector(&old)[1], Vector d, Vector(&updated)[1])
+                       SPARSEKERN_ALWAYS {
+                         if constexpr (kDecays<decltype(decay)>) d = d + old[0] * decay.vector(i);
+                         updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
+                       });
     } else {
       S* const arrays[] = {param + at, buffer + at};
-      in_turns(n, arrays, ds, statistics,
-               [=](int64_t i, const Vector(&old)[2], Vector d, Vector(&updated)[2]) SPARSEKERN_ALWAYS {
-                 if constexpr (kDecays<Decay>) d = d + old[0] * decay.vector(i);
-                 Vector b = d;
-                 if constexpr (kMode == kDampened || kMode == kNesterov) b = old[1] * mu + d * share;
-                 if constexpr (kMode == kHeavyBall) b = old[1] * mu + d;
-                 updated[1] = decline.state(i, b, old[1]);
-                 d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
-                 updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
-               });
+      work(arrays, [=](int64_t i, auto decay, auto decline, const Vector(&old)[2], Vector d, Vector(&updated)[2])
+                       SPARSEKERN_ALWAYS {
+                         if constexpr (kDecays<decltype(decay)>) d = d + old[0] * decay.vector(i);
+                         Vector b = d;
+                         if constexpr (kMode == kDampened || kMode == kNesterov) b = old[1] * mu + d * share;
+                         if constexpr (kMode == kHeavyBall) b = old[1] * mu + d;
+                         updated[1] = decline.state(i, b, old[1]);
+                         d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * mu : b;
+                         updated[0] = decline.weight(i, old[0] - d * rate, old[0]);
+                       });
     }
+  }
+
+  template <Mode kMode, class Decay, class Decline, class Statistics>
+  void registers(int64_t at, int64_t n, const S* ds, Decay decay, Decline decline, Statistics statistics) const {
+    with_step<kMode>(at, [=](const auto& arrays, auto step)
+                             SPARSEKERN_ALWAYS { in_turns(n, arrays, ds, decay, decline, statistics, step); });
   }
 
   template <Mode kMode, class Decay, class Decline>

@@ -119,6 +119,38 @@ struct QuadStatistics {
   }
 };
 
+// Of rows that are one element each: their sums, side by side for each, are what is stored.
+template <class C>
+struct SingleStatistics {
+  using Local = Nothing;
+  float* sums;
+  int64_t count, readable;
+  Each<C> threshold;
+
+  Local begin() const { return {}; }
+  void end(Local) const {}
+  template <class Vector>
+  SPARSEKERN_INLINE void add_vector(Local, int64_t i, Vector w, Vector d) const {
+    Lanes<C> lanes;
+    lanes.add_vector(w, d, threshold.vector(i));
+    store_singles(lanes, count - i, sums + i * kSums);
+  }
+  template <class S, class D>
+  SPARSEKERN_INLINE void add(Local, int64_t i, const S* w, const D* d) const {
+    Lanes<C> lanes;
+    lanes.add(w, d, threshold, i);
+    store_singles(lanes, kLanes, sums + i * kSums);
+  }
+  template <class S, class D>
+  SPARSEKERN_INLINE void add_last(Local, int64_t i, const S* w, const D* d, int64_t n) const {
+    const Last<S> last_w(w, n, readable - i);
+    const Last<D> last_d(d, n, readable - i);
+    Lanes<C> lanes;
+    lanes.add_first(last_w.at, last_d.at, n, threshold, i);
+    store_singles(lanes, n, sums + i * kSums);
+  }
+};
+
 // Takes the statistics of n elements.
 template <class S, class D, class Statistics>
 SPARSEKERN_INLINE void look(int64_t n, const S* w, const D* d, Statistics statistics) {

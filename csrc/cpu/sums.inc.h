@@ -19,6 +19,27 @@ inline void transpose(const typename FourOf<C>::Type (&sums)[kSums], typename Fo
   for (int l = 0; l < 4; ++l) lanes[l] = typename FourOf<C>::Type{sums[0][l], sums[1][l], sums[2][l], sums[3][l]};
 }
 
+#if defined(__AVX512F__)
+// Quarters i and j of a and then of b, and so side by side what is left of two sums.
+template <int i, int j>
+SPARSEKERN_INLINE __m512 quarters(__m512 a, __m512 b) {
+  return _mm512_shuffle_f32x4(a, b, i | j << 2 | i << 4 | j << 6);
+}
+
+// As the function below, whose order of additions is this one, too: 16 to 4 lanes of two sums at a time.
+SPARSEKERN_INLINE void store_row(const Lanes<float>& sums, float* out) {
+  const __m512 count = (__m512)sums.count, dot = (__m512)sums.dot;
+  const __m512 grad_sq = (__m512)sums.grad_sq, weight_sq = (__m512)sums.weight_sq;
+  const __m512 a = _mm512_add_ps(quarters<0, 1>(count, dot), quarters<2, 3>(count, dot));
+  const __m512 b = _mm512_add_ps(quarters<0, 1>(grad_sq, weight_sq), quarters<2, 3>(grad_sq, weight_sq));
+  __m512 folded = _mm512_add_ps(quarters<0, 2>(a, b), quarters<1, 3>(a, b));
+  folded = _mm512_add_ps(folded, _mm512_permute_ps(folded, 0x4e));
+  folded = _mm512_add_ps(folded, _mm512_permute_ps(folded, 0xb1));
+  const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, folded)));
+}
+#endif
+
 // Folds the lanes (16 to 4, transpose, 4 to 1) and stores the four sums side by side.
 template <class C>
 inline void store_row(const Lanes<C>& sums, float* out) {
@@ -67,6 +88,40 @@ inline void columns_of(const Lanes<C>& lanes, typename FourOf<C>::Type (&sums)[k
     for (int l = 0; l < 4; ++l) sums[part + l] = column[l];
   }
 }
+
+// Stores the sums of the first n of sixteen columns, or of all.
+template <class C>
+inline void store_singles(const Lanes<C>& lanes, int64_t n, float* out) {
+  typename FourOf<C>::Type sums[kLanes];
+  columns_of(lanes, sums);
+  for (int64_t i = 0; i < (n < kLanes ? n : kLanes); ++i) store_four<C>(sums[i], out + i * kSums);
+}
+
+#if defined(__AVX512F__)
+SPARSEKERN_INLINE void store_singles(const Lanes<float>& lanes, int64_t n, float* out) {
+  const __m512 count = (__m512)lanes.count, dot = (__m512)lanes.dot;
+  const __m512 grad_sq = (__m512)lanes.grad_sq, weight_sq = (__m512)lanes.weight_sq;
+  const __m512d low = (__m512d)_mm512_unpacklo_ps(count, dot), high = (__m512d)_mm512_unpackhi_ps(count, dot);
+  const __m512d low_sq = (__m512d)_mm512_unpacklo_ps(grad_sq, weight_sq);
+  const __m512d high_sq = (__m512d)_mm512_unpackhi_ps(grad_sq, weight_sq);
+  // Of the columns 0, 4, 8 and 12, of those behind them, and so on.
+  const __m512 a = (__m512)_mm512_unpacklo_pd(low, low_sq), b = (__m512)_mm512_unpackhi_pd(low, low_sq);
+  const __m512 c = (__m512)_mm512_unpacklo_pd(high, high_sq), d = (__m512)_mm512_unpackhi_pd(high, high_sq);
+  const __m512 ab_first = quarters<0, 1>(a, b), cd_first = quarters<0, 1>(c, d);
+  const __m512 ab_second = quarters<2, 3>(a, b), cd_second = quarters<2, 3>(c, d);
+  const __m512 columns[] = {quarters<0, 2>(ab_first, cd_first), quarters<1, 3>(ab_first, cd_first),
+                            quarters<0, 2>(ab_second, cd_second), quarters<1, 3>(ab_second, cd_second)};
+#pragma GCC unroll 4
+  for (int part = 0; part < 4; ++part) {
+    const int64_t left = n - part * 4;
+    if (left >= 4) {
+      _mm512_storeu_ps(out + part * kLanes, columns[part]);
+    } else if (left > 0) {
+      _mm512_mask_storeu_ps(out + part * kLanes, __mmask16((1u << left * kSums) - 1), columns[part]);
+    }
+  }
+}
+#endif
 
 // Folds `width` neighbouring columns into each of `rows` rows, in their order.
 template <class C>

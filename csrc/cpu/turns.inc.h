@@ -5,7 +5,8 @@
 // machine's own prefetcher needs to see that it goes on. In registers the loop is so short that less than half a page
 // comes too late: 400 bytes took up to a tenth longer than 2000 to 3000, and no longer than none at all.
 constexpr int64_t kAhead = 128;  // elements
-constexpr int64_t kBytesAheadInTurns = 2560;
+template <class S>
+constexpr int64_t kAheadInTurns = 2560 / sizeof(S);
 
 #if defined(__AVX512F__)
 // Statistics and update of the vectors of one register from element i on: of `parts` of them, one after the other.
@@ -42,11 +43,14 @@ SPARSEKERN_INLINE void turn(int64_t parts, int64_t i, const typename Registers<S
 //
 // The next registers are loaded before these are stored: a load waits for an earlier store whose address differs from
 // its own in the upper bits alone, and tensors often lie like that.
-template <class S, int kArrays, class Statistics, class Update>
-SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Statistics statistics,
-                                Update update) {
+template <class S, int kArrays, class Decay, class Decline, class Statistics, class Update>
+SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Decay decay,
+                                Decline decline, Statistics statistics, Update step) {
   using R = Registers<S>;
-  constexpr int64_t kElements = R::kElements, kAheadInTurns = kBytesAheadInTurns / sizeof(S);
+  constexpr int64_t kElements = R::kElements;
+  const auto update = [=](int64_t i, const typename R::Vector(&from)[kArrays], typename R::Vector vector_d,
+                          typename R::Vector(&updated)[kArrays])
+                          SPARSEKERN_ALWAYS { step(i, decay, decline, from, vector_d, updated); };
   auto local = statistics.begin();
   typename R::Whole old[kArrays], d;
   typename R::Rounded rounded[kArrays][R::kVectors] = {};
@@ -61,9 +65,9 @@ SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S*
     // The last turn loads once more what it has.
     next = i + kElements;
     const int64_t from = next < whole ? next : i;
-    __builtin_prefetch(ds + i + kAheadInTurns);
+    __builtin_prefetch(ds + i + kAheadInTurns<S>);
 #pragma GCC unroll 4
-    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns);
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns<S>);
     turn<0, S>(R::kVectors, i, old, d, statistics, local, update, rounded);
     d = R::load(ds + from);
 #pragma GCC unroll 4
@@ -82,6 +86,72 @@ SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S*
     for (int a = 0; a < kArrays; ++a) R::store_first(R::join(rounded[a]), arrays[a] + i, left);
   }
   statistics.end(local);
+}
+
+// Rows that lie one behind the other, and what each of them asks for.
+struct RowRun {
+  int64_t count, width;
+  const float *decay, *decline, *threshold;  // one for each
+  float* sums;                               // four for each
+
+  // The first row from `row` on that is not masked, or `count`.
+  int64_t alive_from(int64_t row) const {
+    while (row < count && decline[row] < 0) ++row;
+    return row;
+  }
+};
+
+// The same for rows, with the statistics of each. Loading goes on across their ends, ahead of storing.
+// `prefetch()` comes before every row.
+template <class S, int kArrays, class Prefetch, class Update>
+SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
+                                     Prefetch prefetch, Update update) {
+  using R = Registers<S>;
+  constexpr int64_t kElements = R::kElements;
+  const int64_t last = (rows.width - 1) / kElements * kElements, left = rows.width - last;
+  const int64_t parts = (left + Vectors<float>::kWidth - 1) / Vectors<float>::kWidth;
+  const int64_t head = last > 0 ? kElements : left;
+  typename R::Whole old[kArrays], d;
+  typename R::Rounded rounded[kArrays][R::kVectors] = {};
+  const auto load = [&](int64_t at, int64_t n) SPARSEKERN_ALWAYS {
+    d = R::load_first(ds + at, n);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) old[a] = R::load_first(arrays[a] + at, n);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  };
+  int64_t row = rows.alive_from(0);
+  if (row < rows.count) load(row * rows.width, head);
+  for (int64_t next; row < rows.count; row = next) {
+    prefetch();
+    const int64_t begin = row * rows.width;
+    const Same<float> decay = {rows.decay[row]}, threshold = {rows.threshold[row]};
+    const SameDecline<float> decline = {rows.decline[row]};
+    Lanes<float> sums;
+    const RowStatistics<float> statistics = {nullptr, 0, threshold};
+    const auto of_row = [=](int64_t i, const typename R::Vector(&from)[kArrays], typename R::Vector vector_d,
+                            typename R::Vector(&updated)[kArrays])
+                            SPARSEKERN_ALWAYS { update(i, decay, decline, from, vector_d, updated); };
+    for (int64_t i = begin; i < begin + last; i += kElements) {
+      __builtin_prefetch(ds + i + kAheadInTurns<S>);
+#pragma GCC unroll 4
+      for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns<S>);
+      turn<0, S>(R::kVectors, i, old, d, statistics, sums, of_row, rounded);
+      const int64_t from = i + kElements;
+      load(from, from < begin + last ? kElements : left);
+#pragma GCC unroll 4
+      for (int a = 0; a < kArrays; ++a) R::store(R::join(rounded[a]), arrays[a] + i);
+    }
+    next = rows.alive_from(row + 1);
+    __builtin_prefetch(ds + begin + last + kAheadInTurns<S>);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + begin + last + kAheadInTurns<S>);
+    turn<0, S>(parts, begin + last, old, d, statistics, sums, of_row, rounded);
+    // Of the last row its own once more.
+    load(next < rows.count ? next * rows.width : begin, head);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) R::store_first(R::join(rounded[a]), arrays[a] + begin + last, left);
+    store_row(sums, rows.sums + row * kSums);
+  }
 }
 #endif
 

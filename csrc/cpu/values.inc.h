@@ -7,7 +7,7 @@ struct Same {
   C value;
 
   C operator[](int64_t) const { return value; }
-  SPARSEKERN_INLINE Vector vector(int64_t) const { return Vector{} + value; }
+  SPARSEKERN_INLINE Vector vector(int64_t) const { return Vectors<C>::repeat(value); }
 };
 
 // ... one for each ...

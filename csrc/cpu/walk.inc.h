@@ -6,6 +6,9 @@ constexpr int64_t kLongRow = 8;
 // Shortest row that is updated by itself. Shorter ones are updated together with their neighbours.
 constexpr int64_t kWideRow = 64;
 
+// Shortest row with a loop of its own; shorter ones go one after the other through one loop, where registers allow it.
+constexpr int64_t kOwnLoopRow = 256;
+
 // Elements to ask for in advance where masked rows are left out: what is worked on while memory answers.
 constexpr int64_t kGap = 1024;
 
@@ -38,7 +41,16 @@ class Walk {
   void run() {
     if (shape_.start < 0) {
       untracked();
-    } else if (shape_.outer == 1 && shape_.inner >= kWideRow) {
+      return;
+    }
+#if defined(__AVX512F__)
+    if constexpr (kInTurns<C> && Update::kTakesRows) {
+      if (statistics_ && shape_.outer == 1 && shape_.inner >= kLongRow && shape_.inner < kOwnLoopRow && as_it_is_ &&
+          update_.spreads())
+        return rows_in_one_loop();
+    }
+#endif
+    if (shape_.outer == 1 && shape_.inner >= kWideRow) {
       wide_rows();
     } else {
       tiles();
@@ -75,7 +87,7 @@ class Walk {
 
   // Calls work(d) with the gradient of n elements.
   template <class Work>
-  void with_gradient(int64_t at, int64_t n, const C* decline, Work work) {
+  SPARSEKERN_INLINE void with_gradient(int64_t at, int64_t n, const C* decline, Work work) {
     if constexpr (Update::kReadsGrad && kInTurns<C> && !__is_same(S, C)) {
       if (direct()) return work(static_cast<const S*>(grad_ + at));
     }
@@ -111,6 +123,24 @@ class Walk {
   // How much of this chunk there is from `at` on; what lies behind may be another thread's.
   int64_t readable_from(int64_t at) const { return end_of(chunk_.row_end - 1) - at; }
 
+#if defined(__AVX512F__)
+  void rows_in_one_loop() {
+    Ahead ahead = {chunk_.row_begin, shape_.inner >= kLanes && some_masked() ? 0 : INT64_MAX};
+    for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += kTile) {
+      const int64_t rows = least(kTile, chunk_.row_end - row), width = chunk_.inner_end - chunk_.inner_begin;
+      const Wish wish = factors_.of_rows(job_, shape_, row, rows);
+      if (wish == kNothing) continue;
+      if (wish == kSame) factors_.repeat(rows);
+      const int64_t begin = begin_of(row);
+      const float* threshold = job_.rows.threshold + shape_.start + row;
+      update_.update_rows(begin, grad_ + begin,
+                          {rows, width, factors_.decay, factors_.decline, threshold, sums_of(row)},
+                          [&]() SPARSEKERN_ALWAYS { look_ahead_by(ahead, width); });
+      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width, 1);
+    }
+  }
+#endif
+
   // Rows that lie in one piece and are long enough to be updated one by one.
   void wide_rows() {
     Ahead ahead = {chunk_.row_begin, some_masked() ? 0 : INT64_MAX};
@@ -121,8 +151,7 @@ class Walk {
         update_.masked(begin, n);
         continue;
       }
-      ahead.elements -= n;
-      while (ahead.elements < kGap && ahead.row < chunk_.row_end) look_ahead(ahead);
+      look_ahead_by(ahead, n);
       if (statistics_) {
         Lanes<C> sums;
         wide_row(begin, n, factors, RowStatistics<C>{&sums, readable_from(begin), {threshold_of(row)}});
@@ -152,6 +181,12 @@ class Walk {
   struct Ahead {
     int64_t row, elements;
   };
+
+  // Another n elements are worked on.
+  SPARSEKERN_INLINE void look_ahead_by(Ahead& ahead, int64_t n) const {
+    ahead.elements -= n;
+    while (ahead.elements < kGap && ahead.row < chunk_.row_end) look_ahead(ahead);
+  }
 
   void look_ahead(Ahead& ahead) const {
     const int64_t row = ahead.row++;
@@ -195,7 +230,7 @@ class Walk {
     const bool in_columns = statistics_ && !sums_by_row() && wish != kNothing;
     columns_a_value_ = in_columns && in_fours(width) ? 4 : 1;
     if (in_columns) {
-      tile_->columns.clear(rows * width, width);
+      if (!single()) tile_->columns.clear(rows * width, width);
       spread(tile_->threshold, job_.rows.threshold + shape_.start + row, rows, width / columns_a_value_);
     }
     if (wish == kDifferent) factors_.widen(rows, width / columns_a_value_);
@@ -206,12 +241,15 @@ class Walk {
       } else if (sums_by_row()) {
         row_block(row, rows, width, wish == kSame);
       } else {
-        column_blocks(begin, rows * width, wish == kSame);
+        column_blocks(begin, row, rows * width, wish == kSame);
       }
-      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width);
+      if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width, width / columns_a_value_);
     }
-    if (in_columns) store_columns(tile_->columns, rows, width, sums_of(row));
+    if (in_columns && !single()) store_columns(tile_->columns, rows, width, sums_of(row));
   }
+
+  // Whether an element is all that there is of a row.
+  bool single() const { return shape_.outer == 1 && shape_.inner == 1; }
 
   // Whether the loop over a tile of such rows spreads their factors and thresholds itself.
   bool in_fours(int64_t width) const { return width == 4 && update_.spreads() && !job_.hyper.scaled; }
@@ -250,22 +288,25 @@ class Walk {
     return (outer * shape_.rows + row) * shape_.inner + chunk_.inner_begin;
   }
 
-  // The columns of a tile at one outer index, the first of them at address `begin`.
-  void column_blocks(int64_t begin, int64_t columns, bool same) {
+  // The columns of a tile at one outer index, the first of them that of `row` at address `begin`.
+  void column_blocks(int64_t begin, int64_t row, int64_t columns, bool same) {
     for (int64_t column = 0; column < columns; column += kBlock) {
       const int64_t n = least(kBlock, columns - column), readable = columns - column;
       const C* decline = same ? nullptr : factors_.decline + column;
       with_gradient(begin + column, n, decline,
-                    [&](const auto* d) { column_block(begin + column, n, readable, d, column, same); });
+                    [&](const auto* d) { column_block(begin + column, n, readable, d, row, column, same); });
     }
   }
 
   template <class D>
-  void column_block(int64_t at, int64_t n, int64_t readable, const D* d, int64_t column, bool same) {
+  void column_block(int64_t at, int64_t n, int64_t readable, const D* d, int64_t row, int64_t column, bool same) {
     Columns<C>& sums = tile_->columns;
     const C* threshold = tile_->threshold + column / columns_a_value_;
     if (!statistics_) {
       update_columns<Each<C>>(at, n, d, column, same, NoStatistics());
+    } else if (single()) {
+      using Statistics = SingleStatistics<C>;
+      update_columns<Each<C>>(at, n, d, column, same, Statistics{sums_of(row + column), n, readable, {threshold}});
     } else if (kInTurns<C> && columns_a_value_ == 4) {
       using Statistics = QuadStatistics<C, EachFour<C>>;
       update_columns<EachFour<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
@@ -291,9 +332,9 @@ class Walk {
   }
 
   // Rows of the tile whose decline ends.
-  void end_rows(int64_t begin, int64_t rows, int64_t width) const {
+  void end_rows(int64_t begin, int64_t rows, int64_t width, int64_t values) const {
     for (int64_t r = 0; r < rows; ++r)
-      if (factors_.decline[r * width / columns_a_value_] == 0) update_.end(begin + r * width, width);
+      if (factors_.decline[r * values] == 0) update_.end(begin + r * width, width);
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -49,6 +49,14 @@ SHAPES: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((0,), None),
 )
 
+# Rows in one piece that end anywhere in a vector, and around the lengths from which they are walked another
+# way; rows of one element; more rows than a tile has.
+ROW_LENGTHS: tuple[tuple[tuple[int, ...], int | None], ...] = (
+    *(((19, length), 0) for length in (*range(7, 34), 47, 63, 64, 65, 255, 256)),
+    *(((rows,), 0) for rows in (15, 16, 31, 33, 2049)),
+    ((2051, 8), 0),
+)
+
 # Memory of the parameters, of the gradients, of the state.
 LAYOUTS: dict[str, tuple[str, str, str]] = {
     "contiguous": ("contiguous", "contiguous", "contiguous"),

@@ -26,9 +26,10 @@ from ops import cases
 from sparsekern import _native, _ops
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    for layout in ("contiguous", "channels_last"):
+    contiguous = [("contiguous", shapes) for shapes in (cases.SHAPES, cases.ROW_LENGTHS)]
+    for layout, shapes in *contiguous, ("channels_last", cases.SHAPES):
         for row_state in cases.ROW_STATES:
-            unused = cases.problem(dtype, layout, row_state)
+            unused = cases.problem(dtype, layout, row_state, shapes=shapes)
             for op in cases.OPS.values():
                 problem = unused.clone()
                 op.call(getattr(_ops, op.name), problem)

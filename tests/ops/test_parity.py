@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
+from ops.cases import DTYPES, LAYOUTS, OPS, ROW_LENGTHS, ROW_STATES, Op, Problem, problem
 from ops.tolerance import assert_equal_step
 
 from sparsekern import _ops, backends
@@ -76,6 +76,19 @@ def test_row_state(
     route: Callable[[Op, Problem], None], name: str, dtype: torch.dtype, row_state: str
 ) -> None:
     _compare(route, OPS[name], problem(dtype, "channels_last", row_state, seed=3), steps=4)
+
+
+@pytest.mark.parametrize("row_state", ["all live", "some masked, some declining"])
+@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw"])
+def test_row_length(
+    route: Callable[[Op, Problem], None], name: str, dtype: torch.dtype, penalised: bool, row_state: str
+) -> None:
+    want = problem(dtype, "contiguous", row_state, seed=7, shapes=ROW_LENGTHS)
+    if not penalised:
+        want.arrays["penalty"].view.zero_()
+    _compare(route, OPS[name], want, steps=2)
 
 
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
