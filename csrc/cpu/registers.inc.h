@@ -54,8 +54,13 @@ struct Registers<BFloat16> {
   SPARSEKERN_INLINE static Whole load_first(const BFloat16* from, int64_t n) {
     return _mm512_maskz_loadu_epi16(first(n), from);
   }
+  // Half a register where that suffices: a load waits for a store before it that might have covered it.
   SPARSEKERN_INLINE static void store_first(Whole whole, BFloat16* to, int64_t n) {
-    _mm512_mask_storeu_epi16(to, first(n), whole);
+    if (n <= kElements / 2) {
+      _mm256_mask_storeu_epi16(to, __mmask16(first(n)), _mm512_castsi512_si256(whole));
+    } else {
+      _mm512_mask_storeu_epi16(to, first(n), whole);
+    }
   }
 
   template <int part>

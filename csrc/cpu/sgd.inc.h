@@ -36,7 +36,7 @@ struct Sgd {
   }
 
 #if defined(__AVX512F__)
-  // Rows from `at` on, with their statistics. Where turns() says so.
+  // Rows from `at` on, with their statistics, where spreads() says that whole registers are worked on.
   template <class Prefetch>
   void update_rows(int64_t at, const S* ds, const RowRun& rows, Prefetch prefetch) const {
     with_mode([&](auto mode) {

@@ -101,8 +101,8 @@ struct RowRun {
   }
 };
 
-// The same for rows, with the statistics of each. Loading goes on across their ends, ahead of storing.
-// `prefetch()` comes before every row.
+// The same for rows of half a vector and more, with the statistics of each. Loading goes on across their ends, so that
+// what is loaded after a store lies behind all that it might have covered. `prefetch()` comes before every row.
 template <class S, int kArrays, class Prefetch, class Update>
 SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
                                      Prefetch prefetch, Update update) {

@@ -124,6 +124,8 @@ class Walk {
   int64_t readable_from(int64_t at) const { return end_of(chunk_.row_end - 1) - at; }
 
 #if defined(__AVX512F__)
+  // Rows in one piece, one after the other through one loop. Its few registers for each made rows of 9 to 40 elements
+  // twice as fast as their statistics one by one before an update of all together.
   void rows_in_one_loop() {
     Ahead ahead = {chunk_.row_begin, shape_.inner >= kLanes && some_masked() ? 0 : INT64_MAX};
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += kTile) {
