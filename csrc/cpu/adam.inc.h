@@ -81,11 +81,10 @@ struct Adam {
 
 #if defined(__AVX512F__)
   // Rows from `at` on, with their statistics, where spreads() says that whole registers are worked on.
-  template <class Prefetch>
-  void update_rows(int64_t at, const S* ds, const RowRun& rows, Prefetch prefetch) const {
+  void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     S* const arrays[] = {param + at, mean + at, square + at};
-    decoupled ? rows_in_turns(rows, arrays, ds, prefetch, vector_step<true>())
-              : rows_in_turns(rows, arrays, ds, prefetch, vector_step<false>());
+    decoupled ? rows_in_turns(rows, arrays, ds, vector_step<true>())
+              : rows_in_turns(rows, arrays, ds, vector_step<false>());
   }
 #endif
 

@@ -53,10 +53,14 @@ inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, 
   }
 }
 
+// Rows that memory is asked for in advance, at most (turns.inc.h).
+constexpr int64_t kMostRowsAhead = 192;
+
 // Factors of a tile of rows, and then of its columns.
 template <class C>
 struct ColumnFactors {
   C decay[kTile + kSpread], decline[kTile + kSpread];
+  int32_t live[kTile + kMostRowsAhead];
   bool some_end;
 
   Wish of_rows(const Job& job, const Shape& shape, int64_t row, int64_t rows) {
@@ -87,6 +91,18 @@ struct ColumnFactors {
     const C first = decay[0];
     for (int64_t r = 0; r < rows; ++r) decay[r] = first;
     for (int64_t r = 0; r < rows; ++r) decline[r] = 1;
+  }
+
+  // The numbers of the rows that are not masked, and after them `more` of those behind the tile. Without a branch:
+  // masks lie at random, and a wrong guess takes as long as a short row.
+  int64_t number_live(int64_t rows, int64_t more) {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      live[count] = int32_t(r);
+      count += decline[r] >= 0;
+    }
+    for (int64_t m = 0; m < more; ++m) live[count + m] = int32_t(rows + m);
+    return count;
   }
 
   void widen(int64_t rows, int64_t width) {

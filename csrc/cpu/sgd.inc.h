@@ -37,11 +37,10 @@ struct Sgd {
 
 #if defined(__AVX512F__)
   // Rows from `at` on, with their statistics, where spreads() says that whole registers are worked on.
-  template <class Prefetch>
-  void update_rows(int64_t at, const S* ds, const RowRun& rows, Prefetch prefetch) const {
+  void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     with_mode([&](auto mode) {
-      with_step<mode.value>(at, [&](const auto& arrays, auto step)
-                                    SPARSEKERN_ALWAYS { rows_in_turns(rows, arrays, ds, prefetch, step); });
+      with_step<mode.value>(
+          at, [&](const auto& arrays, auto step) SPARSEKERN_ALWAYS { rows_in_turns(rows, arrays, ds, step); });
     });
   }
 #endif

@@ -1,12 +1,20 @@
 // Loops that take the statistics of elements and update them in turns: the sums are added up while the dividers are
 // busy with the elements before.
 
-// How far ahead of the arithmetic memory is asked for. Statistics lengthen the loop, and with it the time that the
-// machine's own prefetcher needs to see that it goes on. In registers the loop is so short that less than half a page
-// comes too late: 400 bytes took up to a tenth longer than 2000 to 3000, and no longer than none at all.
-constexpr int64_t kAhead = 128;  // elements
-template <class S>
-constexpr int64_t kAheadInTurns = 2560 / sizeof(S);
+// How far ahead of the arithmetic memory is asked for, in elements. Statistics lengthen the loop, and with it the time
+// that the machine's own prefetcher needs to see that it goes on.
+constexpr int64_t kAhead = 128;
+
+// The same in registers. Less than half a page comes too late: 400 bytes took up to a tenth longer than 2000 to 3000,
+// and no less than nothing asked for. The loop over fewer arrays is the shorter one.
+template <class S, int kArrays>
+constexpr int64_t kAheadInTurns = (kArrays < 3 ? 3072 : 2304) / sizeof(S);
+
+// The same in rows of `width` elements.
+template <class S, int kArrays>
+constexpr int64_t rows_ahead(int64_t width) {
+  return (kAheadInTurns<S, kArrays> + width - 1) / width;
+}
 
 #if defined(__AVX512F__)
 // Statistics and update of the vectors of one register from element i on: of `parts` of them, one after the other.
@@ -65,9 +73,9 @@ SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S*
     // The last turn loads once more what it has.
     next = i + kElements;
     const int64_t from = next < whole ? next : i;
-    __builtin_prefetch(ds + i + kAheadInTurns<S>);
+    __builtin_prefetch(ds + i + kAheadInTurns<S, kArrays>);
 #pragma GCC unroll 4
-    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns<S>);
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns<S, kArrays>);
     turn<0, S>(R::kVectors, i, old, d, statistics, local, update, rounded);
     d = R::load(ds + from);
 #pragma GCC unroll 4
@@ -88,24 +96,21 @@ SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S*
   statistics.end(local);
 }
 
-// Rows that lie one behind the other, and what each of them asks for.
+// Rows of a tile, and what each of them asks for.
 struct RowRun {
+  // How many there are, and their numbers in the tile; behind them numbers of rows that memory is asked for in vain.
   int64_t count, width;
-  const float *decay, *decline, *threshold;  // one for each
+  const int32_t* live;
+  const float *decay, *decline, *threshold;  // one for each row of the tile
   float* sums;                               // four for each
-
-  // The first row from `row` on that is not masked, or `count`.
-  int64_t alive_from(int64_t row) const {
-    while (row < count && decline[row] < 0) ++row;
-    return row;
-  }
 };
 
 // The same for rows of half a vector and more, with the statistics of each. Loading goes on across their ends, so that
-// what is loaded after a store lies behind all that it might have covered. `prefetch()` comes before every row.
-template <class S, int kArrays, class Prefetch, class Update>
+// what is loaded after a store lies behind all that it might have covered. Memory is asked for in their order, too:
+// what lies between them may be masked.
+template <class S, int kArrays, class Update>
 SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
-                                     Prefetch prefetch, Update update) {
+                                     Update update) {
   using R = Registers<S>;
   constexpr int64_t kElements = R::kElements;
   const int64_t last = (rows.width - 1) / kElements * kElements, left = rows.width - last;
@@ -119,11 +124,15 @@ SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArr
     for (int a = 0; a < kArrays; ++a) old[a] = R::load_first(arrays[a] + at, n);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
   };
-  int64_t row = rows.alive_from(0);
-  if (row < rows.count) load(row * rows.width, head);
-  for (int64_t next; row < rows.count; row = next) {
-    prefetch();
-    const int64_t begin = row * rows.width;
+  const auto prefetch = [&](int64_t at) SPARSEKERN_ALWAYS {
+    __builtin_prefetch(ds + at);
+#pragma GCC unroll 4
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + at);
+  };
+  const int32_t* const ahead = rows.live + rows_ahead<S, kArrays>(rows.width);
+  load(rows.live[0] * rows.width, head);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t row = rows.live[r], begin = row * rows.width, gap = ahead[r] * rows.width - begin;
     const Same<float> decay = {rows.decay[row]}, threshold = {rows.threshold[row]};
     const SameDecline<float> decline = {rows.decline[row]};
     Lanes<float> sums;
@@ -132,22 +141,17 @@ SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArr
                             typename R::Vector(&updated)[kArrays])
                             SPARSEKERN_ALWAYS { update(i, decay, decline, from, vector_d, updated); };
     for (int64_t i = begin; i < begin + last; i += kElements) {
-      __builtin_prefetch(ds + i + kAheadInTurns<S>);
-#pragma GCC unroll 4
-      for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns<S>);
+      prefetch(i + gap);
       turn<0, S>(R::kVectors, i, old, d, statistics, sums, of_row, rounded);
       const int64_t from = i + kElements;
       load(from, from < begin + last ? kElements : left);
 #pragma GCC unroll 4
       for (int a = 0; a < kArrays; ++a) R::store(R::join(rounded[a]), arrays[a] + i);
     }
-    next = rows.alive_from(row + 1);
-    __builtin_prefetch(ds + begin + last + kAheadInTurns<S>);
-#pragma GCC unroll 4
-    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + begin + last + kAheadInTurns<S>);
+    prefetch(begin + last + gap);
     turn<0, S>(parts, begin + last, old, d, statistics, sums, of_row, rounded);
     // Of the last row its own once more.
-    load(next < rows.count ? next * rows.width : begin, head);
+    load(r + 1 < rows.count ? rows.live[r + 1] * rows.width : begin, head);
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) R::store_first(R::join(rounded[a]), arrays[a] + begin + last, left);
     store_row(sums, rows.sums + row * kSums);

@@ -127,17 +127,17 @@ class Walk {
   // Rows in one piece, one after the other through one loop. Its few registers for each made rows of 9 to 40 elements
   // twice as fast as their statistics one by one before an update of all together.
   void rows_in_one_loop() {
-    Ahead ahead = {chunk_.row_begin, shape_.inner >= kLanes && some_masked() ? 0 : INT64_MAX};
+    static_assert(kAheadInTurns<S, 1> <= kMostRowsAhead * kLongRow);
+    const int64_t width = chunk_.inner_end - chunk_.inner_begin;
     for (int64_t row = chunk_.row_begin; row < chunk_.row_end; row += kTile) {
-      const int64_t rows = least(kTile, chunk_.row_end - row), width = chunk_.inner_end - chunk_.inner_begin;
+      const int64_t rows = least(kTile, chunk_.row_end - row);
       const Wish wish = factors_.of_rows(job_, shape_, row, rows);
       if (wish == kNothing) continue;
       if (wish == kSame) factors_.repeat(rows);
-      const int64_t begin = begin_of(row);
+      const int64_t begin = begin_of(row), live = factors_.number_live(rows, rows_ahead<S, 1>(width));
       const float* threshold = job_.rows.threshold + shape_.start + row;
       update_.update_rows(begin, grad_ + begin,
-                          {rows, width, factors_.decay, factors_.decline, threshold, sums_of(row)},
-                          [&]() SPARSEKERN_ALWAYS { look_ahead_by(ahead, width); });
+                          {live, width, factors_.live, factors_.decay, factors_.decline, threshold, sums_of(row)});
       if (wish == kDifferent && factors_.some_end) end_rows(begin, rows, width, 1);
     }
   }
@@ -153,7 +153,8 @@ class Walk {
         update_.masked(begin, n);
         continue;
       }
-      look_ahead_by(ahead, n);
+      ahead.elements -= n;
+      while (ahead.elements < kGap && ahead.row < chunk_.row_end) look_ahead(ahead);
       if (statistics_) {
         Lanes<C> sums;
         wide_row(begin, n, factors, RowStatistics<C>{&sums, readable_from(begin), {threshold_of(row)}});
@@ -183,12 +184,6 @@ class Walk {
   struct Ahead {
     int64_t row, elements;
   };
-
-  // Another n elements are worked on.
-  SPARSEKERN_INLINE void look_ahead_by(Ahead& ahead, int64_t n) const {
-    ahead.elements -= n;
-    while (ahead.elements < kGap && ahead.row < chunk_.row_end) look_ahead(ahead);
-  }
 
   void look_ahead(Ahead& ahead) const {
     const int64_t row = ahead.row++;
