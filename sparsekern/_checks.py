@@ -231,36 +231,28 @@ def _row_arrays(table: RowTable | RowArrays) -> None:
     _flat_arrays("rows.table", table, shapes, table.penalty.device)
 
 
-def channel_arrays(table: RowTable | ChannelArrays) -> None:
-    """The arrays of channels and their gates have their types and sizes, and no gaps, all on one device.
+def channels(table: RowTable | ChannelArrays) -> None:
+    """The arrays of channels have their types and sizes, without gaps, on one device; gates are rows.
+
+    The gates are read on the CPU alone: a GPU would be waited for, and the constructor of RowTable has
+    compared them before they got there.
 
     Raises:
-        ValueError: one has not.
+        ValueError: an array has not, or an offset or a row is outside.
     """
-    rows, channels = table.sums.numel() // 4, table.channel_dot.numel()
+    rows, count = table.sums.numel() // 4, table.channel_dot.numel()
     shapes = {
-        "gate_offsets": (torch.int64, (channels + 1,)),
+        "gate_offsets": (torch.int64, (count + 1,)),
         "gate_rows": (torch.int64, (table.gate_rows.numel(),)),
         "sums": (torch.float32, (rows, 4)),
-        "channel_dot": (torch.float32, (channels,)),
-        "channel_dot_sq": (torch.float32, (channels,)),
+        "channel_dot": (torch.float32, (count,)),
+        "channel_dot_sq": (torch.float32, (count,)),
         "updates": (torch.float32, ()),
         "pending": (torch.float32, ()),
     }
     _flat_arrays("table", table, shapes, table.sums.device)
-
-
-def gates(table: RowTable | ChannelArrays) -> None:
-    """The gates of every channel are rows of the table.
-
-    They are read on the CPU alone: a GPU would be waited for, and the constructor of RowTable has compared
-    them before they got there.
-
-    Raises:
-        ValueError: an offset or a row is outside.
-    """
     if table.gate_rows.device.type == "cpu":
-        check_gates(table.gate_offsets.numpy(), table.gate_rows.numpy(), table.sums.shape[0])
+        check_gates(table.gate_offsets.numpy(), table.gate_rows.numpy(), rows)
 
 
 def _flat_arrays(

@@ -130,8 +130,7 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
     """See :func:`sparsekern.backends.reference.channel_moments_`."""
     if not _C.step_channels(channel_arrays(table), table.decay):
-        _checks.channel_arrays(table)
-        _checks.gates(table)
+        _checks.channels(table)
         reference.channel_moments_(table)
 
 
