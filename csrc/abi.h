@@ -41,27 +41,44 @@ struct Pieces {
   int64_t count, offset;
 };
 
-// The flat arrays of a RowTable (sparsekern/_rows.py says what they hold), in that order.
+// The flat arrays of a RowTable (sparsekern/_rows.py says what they hold): type, name, and elements for each row, 0
+// where there is one for the whole table. The names and their order stand here and in Python; the module exports these,
+// and a test compares them.
+// clang-format off
+#define SPARSEKERN_ROW_ARRAYS(field) \
+  field(float, penalty, 1)           \
+  field(float, elements, 1)          \
+  field(int32_t, countdown, 1)       \
+  field(float, sums, 4)              \
+  field(float, threshold, 1)         \
+  field(float, activity, 1)          \
+  field(int64_t, nonfinite, 0)       \
+  field(float, pending, 0)
+// clang-format on
+
 struct RowArrays {
-  float* penalty;
-  float* elements;
-  int32_t* countdown;
-  float* sums;
-  float* threshold;
-  float* activity;
-  int64_t* nonfinite;
-  float* pending;
+#define SPARSEKERN_FIELD(Type, name, per_row) Type* name;
+  SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
 };
 
+// The hyperparameters of a step: type and name. Options of Python travel in this order; the module exports the names.
+// clang-format off
+#define SPARSEKERN_HYPER(field)                           \
+  field(double, lr) field(double, weight_decay)           \
+  field(double, momentum) field(double, dampening)        /* SGD */ \
+  field(double, beta1) field(double, beta2) field(double, eps) /* Adam */ \
+  field(double, grad_scale)                               /* read when `scaled` */ \
+  field(double, tau) field(double, decay)                 /* of the row statistics */ \
+  field(int32_t, nesterov) field(int32_t, first)          /* SGD */ \
+  field(int32_t, decoupled) field(int32_t, amsgrad)       /* Adam */ \
+  field(int32_t, maximize) field(int32_t, scaled)
+// clang-format on
+
 struct Hyper {
-  double lr, weight_decay;
-  double momentum, dampening;  // SGD
-  double beta1, beta2, eps;    // Adam
-  double grad_scale;           // read when `scaled`
-  double tau, decay;           // of the row statistics
-  int32_t nesterov, first;     // SGD
-  int32_t decoupled, amsgrad;  // Adam
-  int32_t maximize, scaled;
+#define SPARSEKERN_FIELD(Type, name) Type name;
+  SPARSEKERN_HYPER(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
 };
 
 // Adam's bias corrections, per tensor because every tensor has its own step.
@@ -79,7 +96,7 @@ struct Job {
   RowArrays rows;  // all null when nothing is tracked
   Hyper hyper;
   int32_t statistics;  // fill sums, means and thresholds
-  int32_t decline;     // apply and advance the countdowns
+  int32_t fade;        // apply and advance the countdowns
 };
 
 // What follows a batch normalisation. All of them are 0 at 0.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,22 @@ namespace py = pybind11;
 
 namespace sparsekern {
 namespace {
+
+#define SPARSEKERN_FIELD(Type, name) #name,
+constexpr std::array kHyperNames = {SPARSEKERN_HYPER(SPARSEKERN_FIELD)};
+#undef SPARSEKERN_FIELD
+
+#define SPARSEKERN_FIELD(Type, name, per_row) #name,
+constexpr std::array kRowArrayNames = {SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)};
+#undef SPARSEKERN_FIELD
+constexpr size_t kRowArrays = kRowArrayNames.size();
+
+template <size_t n>
+py::tuple names_of(const std::array<const char*, n>& names) {
+  py::tuple result(n);
+  for (size_t i = 0; i < n; ++i) result[i] = py::str(names[i]);
+  return result;
+}
 
 // Sizes and strides of a tensor, as the plan expects them.
 struct Layout {
@@ -75,36 +92,47 @@ bool read_lists(const ListLayout& expected, const py::tuple& lists, Addresses& a
   return true;
 }
 
+template <class T>
+constexpr uint8_t kDLCode = std::is_floating_point_v<T> ? uint8_t{kDLFloat} : uint8_t{kDLInt};
+
 // One flat array of a RowTable: contiguous, of at least `least` elements.
 template <class T>
-bool read_array(py::handle object, Device device, uint8_t code, int64_t least, T** out) {
+bool read_array(py::handle object, Device device, int64_t least, T** out) {
   DLTensor tensor;
   if (!read_tensor(object.ptr(), device, &tensor)) return false;
   *out = static_cast<T*>(tensor.data);
-  return has_dtype(tensor, code, sizeof(T) * 8) && count_elements(tensor) >= least && is_contiguous(tensor);
+  return has_dtype(tensor, kDLCode<T>, sizeof(T) * 8) && count_elements(tensor) >= least && is_contiguous(tensor);
 }
 
 bool read_rows(const ListLayout& expected, const py::tuple& arrays, RowArrays* rows) {
-  const int64_t n = expected.table_rows;
-  const Device on = expected.device;
-  return read_array(arrays[0], on, kDLFloat, n, &rows->penalty) &&
-         read_array(arrays[1], on, kDLFloat, n, &rows->elements) &&
-         read_array(arrays[2], on, kDLInt, n, &rows->countdown) &&
-         read_array(arrays[3], on, kDLFloat, n * 4, &rows->sums) &&
-         read_array(arrays[4], on, kDLFloat, n, &rows->threshold) &&
-         read_array(arrays[5], on, kDLFloat, n, &rows->activity) &&
-         read_array(arrays[6], on, kDLInt, 1, &rows->nonfinite) &&
-         read_array(arrays[7], on, kDLFloat, 1, &rows->pending);
+  size_t i = 0;
+  bool fits = arrays.size() == kRowArrays;
+#define SPARSEKERN_FIELD(Type, name, per_row) \
+  fits = fits && read_array(arrays[i++], expected.device, per_row ? expected.table_rows * per_row : 1, &rows->name);
+  SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
+  return fits;
 }
 
-// The order is that of `_HYPER` in sparsekern/backends/cpu.py.
+// Of addresses in the order of abi.h.
+RowArrays rows_at(const std::vector<uintptr_t>& addresses) {
+  if (addresses.size() != kRowArrays) throw py::value_error("arrays: expected an address for each of ROW_ARRAYS");
+  RowArrays rows;
+  size_t i = 0;
+#define SPARSEKERN_FIELD(Type, name, per_row) rows.name = reinterpret_cast<Type*>(addresses[i++]);
+  SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
+  return rows;
+}
+
 Hyper read_hyper(const py::tuple& values) {
-  double number[16];
-  if (values.size() != 16) throw py::value_error("hyper: expected 16 numbers");
-  for (size_t i = 0; i < 16; ++i) number[i] = values[i].cast<double>();
-  const auto flag = [&](int i) { return static_cast<int32_t>(number[i] != 0); };
-  return {number[0], number[1], number[2], number[3], number[4], number[5], number[6], number[7],
-          number[8], number[9], flag(10),  flag(11),  flag(12),  flag(13),  flag(14),  flag(15)};
+  if (values.size() != kHyperNames.size()) throw py::value_error("hyper: expected a number for each of HYPER");
+  Hyper hyper;
+  size_t i = 0;
+#define SPARSEKERN_FIELD(Type, name) hyper.name = static_cast<Type>(values[i++].cast<double>());
+  SPARSEKERN_HYPER(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
+  return hyper;
 }
 
 bool all_there(const std::vector<void*>& addresses, size_t n) {
@@ -122,14 +150,16 @@ bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& 
   if (op == kAdam || (op == kSgd && hyper.momentum != 0)) ok = ok && all_there(addresses[kState0], n);
   if (op == kAdam) ok = ok && all_there(addresses[kState1], n) && all_there(addresses[kStep], n);
   if (op == kAdam && hyper.amsgrad) ok = ok && all_there(addresses[kState2], n);
-  if (plan.plan.tracks())
-    ok = ok && rows.penalty && rows.elements && rows.countdown && rows.sums && rows.threshold && rows.activity &&
-         rows.nonfinite && rows.pending;
+  if (plan.plan.tracks()) {
+#define SPARSEKERN_FIELD(Type, name, per_row) ok = ok && rows.name;
+    SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
+  }
   return ok;
 }
 
-int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows, const Hyper& hyper, bool learn,
-        int64_t threads) {
+int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows, const Hyper& hyper,
+        bool update_statistics, int64_t threads) {
   if (!complete(plan, op, hyper, addresses, rows)) return kNullPointer;
   // The kernels index every list by tensor, also those that they then leave alone.
   for (auto& list : addresses) list.resize(plan.list.layouts.size(), nullptr);
@@ -137,8 +167,8 @@ int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows
   for (int slot = 0; slot < kSlots; ++slot) job.addresses[slot] = addresses[slot].data();
   job.rows = rows;
   job.hyper = hyper;
-  job.statistics = learn && op != kMask && plan.plan.tracks();
-  job.decline = learn && op != kStatistics;
+  job.statistics = update_statistics && op != kMask && plan.plan.tracks();
+  job.fade = update_statistics && op != kStatistics;
   ++runtime.calls;
   const py::gil_scoped_release release;
   return plan.plan.run(job, *runtime.kernels, op, plan.list.dtype, runtime.parallel_for, threads);
@@ -146,28 +176,23 @@ int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows
 
 // -1: a tensor is not what the plan was made for, and nothing has been done.
 int step(const ListPlan& plan, int op, const py::tuple& lists, const py::tuple& arrays, const py::tuple& hyper,
-         bool learn, int64_t threads) {
+         bool update_statistics, int64_t threads) {
   Addresses addresses;
   RowArrays rows = {};
   if (!read_lists(plan.list, lists, addresses)) return -1;
   if (plan.plan.tracks() && !read_rows(plan.list, arrays, &rows)) return -1;
-  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
+  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), update_statistics, threads);
 }
 
 // The same with addresses that Python read and compared.
 int step_at(const ListPlan& plan, int op, const std::vector<std::vector<uintptr_t>>& lists,
-            const std::vector<uintptr_t>& arrays, const py::tuple& hyper, bool learn, int64_t threads) {
+            const std::vector<uintptr_t>& arrays, const py::tuple& hyper, bool update_statistics, int64_t threads) {
   Addresses addresses;
   for (size_t slot = 0; slot < lists.size(); ++slot)
     for (const uintptr_t address : lists[slot]) addresses[slot].push_back(reinterpret_cast<void*>(address));
   RowArrays rows = {};
-  if (!arrays.empty()) {
-    rows = {reinterpret_cast<float*>(arrays[0]),   reinterpret_cast<float*>(arrays[1]),
-            reinterpret_cast<int32_t*>(arrays[2]), reinterpret_cast<float*>(arrays[3]),
-            reinterpret_cast<float*>(arrays[4]),   reinterpret_cast<float*>(arrays[5]),
-            reinterpret_cast<int64_t*>(arrays[6]), reinterpret_cast<float*>(arrays[7])};
-  }
-  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), learn, threads);
+  if (!arrays.empty()) rows = rows_at(arrays);
+  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), update_statistics, threads);
 }
 
 // One array of the channels: contiguous and of exactly this shape.
@@ -242,8 +267,9 @@ py::object addresses_of(const ListLayout& expected, const py::tuple& lists, cons
     list.resize(expected.layouts.size(), nullptr);
     all.insert(all.end(), list.begin(), list.end());
   }
-  all.insert(all.end(), {rows.penalty, rows.elements, rows.countdown, rows.sums, rows.threshold, rows.activity,
-                         rows.nonfinite, rows.pending});
+#define SPARSEKERN_FIELD(Type, name, per_row) all.push_back(rows.name);
+  SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
+#undef SPARSEKERN_FIELD
   return py::bytes(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(void*));
 }
 
@@ -267,6 +293,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("layout", [](int dtype, const Layouts& layouts, int64_t table_rows, int32_t type, int32_t index) {
     return make_layout(dtype, layouts, table_rows, {type, index});
   });
+  module.attr("HYPER") = names_of(kHyperNames);
+  module.attr("ROW_ARRAYS") = names_of(kRowArrayNames);
   module.def("addresses", addresses_of);
   module.def("step", step);
   module.def("step_at", step_at);

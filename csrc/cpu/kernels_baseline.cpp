@@ -1,2 +1,2 @@
 #define SPARSEKERN_ISA baseline
-#include "kernels.inc.h"
+#include "isa/kernels.h"

@@ -1,2 +1,2 @@
 #define SPARSEKERN_ISA v4
-#include "kernels.inc.h"
+#include "isa/kernels.h"

@@ -22,13 +22,13 @@ bool gates_fit(const ChannelArrays& arrays) {
 void channel_moments(const ChannelArrays& arrays, double decay) {
   constexpr int kSums = 4, kDot = 1;
   if (*arrays.pending != 0) {
-    const float keep = static_cast<float>(decay), fresh = static_cast<float>(1 - decay);
+    const float keep = static_cast<float>(decay), one_minus_decay = static_cast<float>(1 - decay);
     for (int64_t c = 0; c < arrays.channels; ++c) {
       float x = 0;
       for (int64_t g = arrays.gate_offsets[c]; g < arrays.gate_offsets[c + 1]; ++g)
         x += arrays.sums[arrays.gate_rows[g] * kSums + kDot];
-      arrays.dot[c] = arrays.dot[c] * keep + x * fresh;
-      arrays.dot_sq[c] = arrays.dot_sq[c] * keep + x * x * fresh;
+      arrays.dot[c] = arrays.dot[c] * keep + x * one_minus_decay;
+      arrays.dot_sq[c] = arrays.dot_sq[c] * keep + x * x * one_minus_decay;
     }
     *arrays.updates += 1;
   }

@@ -334,7 +334,7 @@ class Norm {
 
   // Folds this pass into the means of the counts, and sets the thresholds of the next.
   void count(const NormBackward& to, const std::vector<double>& total) const {
-    const float keep = float(to.decay), fresh = float(1 - to.decay);
+    const float keep = float(to.decay), one_minus_decay = float(1 - to.decay);
     const auto norm_sq = [&](int64_t c) {
       const double gamma = at(call_.weight, c, 1), beta = at(call_.bias, c, 0);
       return gamma * gamma + beta * beta;
@@ -352,7 +352,7 @@ class Norm {
     for (int64_t c = 0; c < call_.channels; ++c) {
       if (!counted(c)) continue;
       const float share = float(total[c * kNormSums + kGradCount] / elements());
-      to.activity[c] = to.activity[c] * keep + share * fresh;
+      to.activity[c] = to.activity[c] * keep + share * one_minus_decay;
       to.threshold[c] = norm_sq(c) == 0 ? INFINITY : float(to.tau * rms / std::sqrt(norm_sq(c)));
     }
     *to.updates += 1;

@@ -19,7 +19,7 @@ struct NormCall {
   double eps;
   const void *x, *residual;
   const void *weight, *bias;
-  const uint8_t* mask;
+  const uint8_t *mask;
 };
 
 struct NormForward {
@@ -35,7 +35,7 @@ struct NormBackward {
   double tau, decay;
 };
 
-Error norm_act_forward(const NormCall&, const NormForward&, const Kernels&, ParallelFor, int64_t threads);
-Error norm_act_backward(const NormCall&, const NormBackward&, const Kernels&, ParallelFor, int64_t threads);
+Error norm_act_forward(const NormCall &, const NormForward &, const Kernels &, ParallelFor, int64_t threads);
+Error norm_act_backward(const NormCall &, const NormBackward &, const Kernels &, ParallelFor, int64_t threads);
 
 }  // namespace sparsekern

@@ -16,10 +16,12 @@ constexpr int64_t kChunk = 32 * 1024;
 constexpr int64_t kScatteredChunk = 128 * 1024;
 
 // Columns that a chunk takes from the [rows, inner] plane when there are outer indices to go through: a tile of
-// cpu/walk.inc.h.
+// cpu/isa/column_tiles.h.
 constexpr int64_t kColumns = 2048;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Counts the steps of Adam's tensors up and gives their bias corrections.
 std::vector<AdamBias> adam_bias(const Job& job, size_t tensors) {
@@ -62,9 +64,9 @@ void Plan::cut(int32_t tensor) {
   for (int64_t row = 0; row < shape.rows; row += row_step) {
     for (int64_t outer = 0; outer < outer_pieces; ++outer) {
       for (int64_t inner = 0; inner < inner_pieces; ++inner) {
-        chunks_.push_back({tensor, static_cast<int32_t>(outer * inner_pieces + inner),  //
+        chunks_.push_back({tensor, static_cast<int32_t>(outer * inner_pieces + inner),           //
                            outer * outer_step, std::min(shape.outer, (outer + 1) * outer_step),  //
-                           row, std::min(shape.rows, row + row_step),  //
+                           row, std::min(shape.rows, row + row_step),                            //
                            inner * inner_step, std::min(shape.inner, (inner + 1) * inner_step)});
       }
     }

@@ -1,5 +1,5 @@
 // Adam and AdamW of one element, in torch's order of operations, but that the root of the bias correction is multiplied
-// by (cpu/adam.inc.h says why).
+// by (cpu/adam.h says why).
 #pragma once
 
 #include "factors.cuh"
@@ -31,9 +31,9 @@ struct Adam {
 
   __device__ Adam(const Table& table, const Entry& entry, const Conditions& conditions)
       : beta2(static_cast<C>(table.hyper.beta2)),
-        fresh(static_cast<C>(1 - table.hyper.beta2)),
+        one_minus_beta2(static_cast<C>(1 - table.hyper.beta2)),
         eps(static_cast<C>(table.hyper.eps)),
-        from_mean(1 - table.hyper.beta1 < 0.5),
+        lerp_from_start(1 - table.hyper.beta1 < 0.5),
         decoupled(table.hyper.decoupled),
         decays(entry.start >= 0 || table.hyper.weight_decay != 0) {
     const AdamBias bias(table.hyper, entry.step, conditions.lr);
@@ -42,7 +42,7 @@ struct Adam {
     // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
     // share of the way.
     const C weight = static_cast<C>(1 - table.hyper.beta1);
-    share = from_mean ? weight : -(C(1) - weight);
+    lerp_weight = lerp_from_start ? weight : -(C(1) - weight);
   }
 
   __device__ bool ignores_states() const { return false; }
@@ -55,8 +55,8 @@ struct Adam {
       d = d + w * row.decay;
     }
     const C old = state[0];
-    state[0] = (from_mean ? old : d) + share * (d - old);
-    C top = state[1] = state[1] * beta2 + d * fresh * d;
+    state[0] = (lerp_from_start ? old : d) + lerp_weight * (d - old);
+    C top = state[1] = state[1] * beta2 + d * one_minus_beta2 * d;
     if (kAmsgrad) {
       C& highest = state[kStates - 1];
       top = highest = top > highest || top != top ? top : highest;
@@ -64,8 +64,8 @@ struct Adam {
     return w - step_size * state[0] / (square_root(top) * inverse_root + eps);
   }
 
-  C share, beta2, fresh, eps, step_size, inverse_root;
-  bool from_mean, decoupled, decays;
+  C lerp_weight, beta2, one_minus_beta2, eps, step_size, inverse_root;
+  bool lerp_from_start, decoupled, decays;
 };
 
 }  // namespace sparsekern::cuda

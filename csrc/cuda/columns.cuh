@@ -8,8 +8,8 @@
 namespace sparsekern::cuda {
 
 template <class S, class Update>
-__device__ inline void walk_columns(const Table& table, const Entry& entry, const Chunk& chunk,
-                                    const Conditions& conditions, const Worker<S, Update>& work) {
+__device__ inline void update_columns(const Table& table, const Entry& entry, const Chunk& chunk,
+                                      const Conditions& conditions, const Worker<S, Update>& work) {
   using C = typename Compute<S>::Type;
   // Sixteen bytes where they never reach into the next row, else single elements.
   const bool whole = entry.aligned && entry.inner % kPack<S> == 0;

@@ -15,8 +15,8 @@ constexpr int64_t kWholeRow = 2 * kChunk;
 // Longest row that a warp takes: with four of them in a chunk, and longer ones, half of the block would be idle.
 constexpr int64_t kWarpRow = kChunk / 4;
 
-// Turns that a block takes over short rows. A turn waits for memory three times, whatever it brings.
-constexpr int64_t kTurns = 4;
+// Iterations of a block over short rows. An iteration waits for memory three times, however much it loads.
+constexpr int64_t kIterations = 4;
 
 // Columns of a tile, in packs: half a kilobyte in a row of memory, so that chunks reach through many outer indices and
 // there are few partial sums.
@@ -50,7 +50,7 @@ Cut cut_of(const Shape& shape, int64_t element_size) {
   int64_t row_step;
   if (shape.outer == 1) {
     cut.lanes = lanes_of(shape.inner, pack);
-    row_step = std::min(kChunk / cut.inner_step, kTurns * kBlockThreads / cut.lanes);
+    row_step = std::min(kChunk / cut.inner_step, kIterations * kBlockThreads / cut.lanes);
   } else {
     // Rounded up: where packs do not fit into rows, a tile of several rows has a thread for every element.
     row_step = kTileColumns / divide_up(shape.inner, pack);

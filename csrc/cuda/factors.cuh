@@ -9,19 +9,19 @@ namespace sparsekern::cuda {
 // Known on the device only: whether anything changes, and whether the rows take part.
 struct Conditions {
   double lr;
-  bool go, learn;
+  bool apply, update_statistics;
 };
 
 __device__ inline Conditions conditions_of(const Table& table) {
   const double lr = read(table.lr);
-  const bool go = !table.skippable || read(table.found_inf) != 1;
-  return {lr, go, go && lr != 0};
+  const bool apply = !table.skippable || read(table.found_inf) != 1;
+  return {lr, apply, apply && lr != 0};
 }
 
 template <class C>
 struct Factors {
   C decay;      // multiplies the weight (AdamW, mask), or times the weight is added to the gradient
-  C decline;    // multiplies the new weight
+  C fade;       // multiplies the new weight
   bool masked;  // nothing is read or written
   bool ends;    // weight and state become 0
 };
@@ -38,9 +38,9 @@ __device__ inline Factors<C> factors_of(const Table& table, const Entry& entry, 
   if (entry.start < 0) return {decay_of<C>(table.hyper, conditions.lr, 0), C(1), false, false};
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   const int32_t left = table.rows.countdown[r];
-  const bool declines = left > 0 && table.declines && conditions.learn;
-  const C decline = declines ? static_cast<C>(left - 1) / static_cast<C>(left) : C(1);
-  return {decay_of<C>(table.hyper, conditions.lr, table.rows.penalty[r]), decline, left == 0, declines && left == 1};
+  const bool fades = left > 0 && table.fades && conditions.update_statistics;
+  const C fade = fades ? static_cast<C>(left - 1) / static_cast<C>(left) : C(1);
+  return {decay_of<C>(table.hyper, conditions.lr, table.rows.penalty[r]), fade, left == 0, fades && left == 1};
 }
 
 }  // namespace sparsekern::cuda

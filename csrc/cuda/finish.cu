@@ -52,8 +52,8 @@ __device__ void look_at_row(const Table& table, const Entry& entry, int32_t row,
   if (!counts) return;
   ++found.counted;
   found.total += static_cast<double>(sums[2]) * static_cast<double>(sums[3]);
-  const float keep = static_cast<float>(table.hyper.decay), fresh = static_cast<float>(1 - table.hyper.decay);
-  table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / table.rows.elements[r] * fresh;
+  const float keep = static_cast<float>(table.hyper.decay), one_minus_decay = static_cast<float>(1 - table.hyper.decay);
+  table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / table.rows.elements[r] * one_minus_decay;
   table.rows.threshold[r] = -1.0f;
 }
 
@@ -84,12 +84,12 @@ __device__ void finish_statistics(const Table& table, const Entry& entry) {
 
 __global__ void __launch_bounds__(kFinishThreads) finish(const Table __grid_constant__ table) {
   const Conditions conditions = conditions_of(table);
-  if (!conditions.go) return;
+  if (!conditions.apply) return;
   const Entry& entry = table.entries[blockIdx.x];
   if (table.counts && threadIdx.x == 0) *entry.step += 1;
-  if (entry.start < 0 || !conditions.learn) return;
+  if (entry.start < 0 || !conditions.update_statistics) return;
   if (table.statistics) finish_statistics(table, entry);
-  if (!table.declines) return;
+  if (!table.fades) return;
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads) {
     int32_t& countdown = table.rows.countdown[static_cast<int64_t>(entry.start) + row];
     countdown -= countdown > 0;

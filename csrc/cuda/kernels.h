@@ -8,7 +8,7 @@
 namespace sparsekern::cuda {
 
 // The variants of the first launch. What else differs (nesterov, decoupled ...) is looked up in the table.
-enum Kernel { kSgdPlain, kSgdMomentum, kAdamPlain, kAdamAmsgrad, kLook, kClear };
+enum Kernel { kSgdPlain, kSgdMomentum, kAdamPlain, kAdamAmsgrad, kExternalStatistics, kClear };
 
 cudaError_t step_float32(Kernel kernel, const Table& table, cudaStream_t stream);
 cudaError_t step_float64(Kernel kernel, const Table& table, cudaStream_t stream);

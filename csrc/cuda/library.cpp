@@ -27,7 +27,7 @@ Needs needs_of(const Call& call) {
   switch (call.op) {
     case kSgd: return call.hyper.momentum == 0 ? Needs{kSgdPlain, 0, true} : Needs{kSgdMomentum, 1, true};
     case kAdam: return call.hyper.amsgrad ? Needs{kAdamAmsgrad, 3, true} : Needs{kAdamPlain, 2, true};
-    case kStatistics: return {kLook, 0, true};
+    case kStatistics: return {kExternalStatistics, 0, true};
     default: return {kClear, 0, false};
   }
 }
@@ -68,7 +68,7 @@ bool fill_head(const Call& call, Table& table) {
   table.scaled = is_given(call.grad_scale);
   table.skippable = is_given(call.found_inf);
   table.statistics = call.op != kMask;
-  table.declines = call.op != kStatistics;
+  table.fades = call.op != kStatistics;
   table.counts = call.op == kAdam;
   table.tracks = false;
   bool cut_rows = false;

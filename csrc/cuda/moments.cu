@@ -17,21 +17,21 @@ __device__ bool is_last_block(uint32_t* ticket) {
 }
 
 __global__ void __launch_bounds__(kThreads) fold_channels(const Moments __grid_constant__ moments) {
-  const bool learn = *moments.pending != 0;
-  const float keep = static_cast<float>(moments.decay), fresh = static_cast<float>(1 - moments.decay);
+  const bool update_statistics = *moments.pending != 0;
+  const float keep = static_cast<float>(moments.decay), one_minus_decay = static_cast<float>(1 - moments.decay);
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (learn && channel < moments.channels) {
+  if (update_statistics && channel < moments.channels) {
     float x = 0;
     for (int64_t gate = moments.gate_offsets[channel]; gate < moments.gate_offsets[channel + 1]; ++gate)
       x += moments.sums[moments.gate_rows[gate] * kSums + kDot];
-    moments.dot[channel] = moments.dot[channel] * keep + x * fresh;
-    moments.dot_sq[channel] = moments.dot_sq[channel] * keep + x * x * fresh;
+    moments.dot[channel] = moments.dot[channel] * keep + x * one_minus_decay;
+    moments.dot_sq[channel] = moments.dot_sq[channel] * keep + x * x * one_minus_decay;
   }
   // A row may be the gate of several channels: its dot goes when all have been read.
   if (!is_last_block(moments.ticket)) return;
   for (int64_t row = threadIdx.x; row < moments.rows; row += kThreads) moments.sums[row * kSums + kDot] = 0;
   if (threadIdx.x > 0) return;
-  if (learn) *moments.updates += 1;
+  if (update_statistics) *moments.updates += 1;
   *moments.pending = 0;
   *moments.ticket = 0;
 }

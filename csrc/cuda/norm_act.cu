@@ -104,12 +104,12 @@ __global__ void __launch_bounds__(kFinishThreads) update_counts(const NormCall _
   }
   const Total total = total_of_block(mine);
   const double rms = sqrt(total.squares / (static_cast<double>(total.channels) * elements));
-  const float keep = static_cast<float>(norm.decay), fresh = static_cast<float>(1 - norm.decay);
+  const float keep = static_cast<float>(norm.decay), one_minus_decay = static_cast<float>(1 - norm.decay);
   for (int64_t channel = threadIdx.x; channel < norm.channels; channel += kFinishThreads) {
     const double norm_sq = norm_sq_of<C>(norm, channel);
     if (!counts(channel, norm_sq)) continue;
     const float share = static_cast<float>(folded_sums_of(call, channel)[3] / elements);
-    norm.activity[channel] = norm.activity[channel] * keep + share * fresh;
+    norm.activity[channel] = norm.activity[channel] * keep + share * one_minus_decay;
     norm.threshold[channel] =
         norm_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(norm.tau * rms / sqrt(norm_sq));
   }

@@ -3,7 +3,8 @@
 //   Channel  what it has to know of a channel, made once per tile
 //   Sums     what a thread adds up for a channel, and Part, what becomes of it
 //   read     what it needs of the pack at an index, and use, what it does with that
-//   kAhead   how many packs a thread reads before it uses the first: together 16 KB and more of a multiprocessor's
+//   kLoopPrefetchDistance   how many packs a thread reads before it uses the first: together 16 KB and more of a
+//   multiprocessor's
 //            blocks are on their way from memory, what its latency asks for
 #pragma once
 
@@ -69,7 +70,7 @@ struct MomentsPass {
   using C = typename Compute<S>::Type;
   using Part = ChannelMoments;
   static constexpr bool kFolds = true;
-  static constexpr int kAhead = 2;
+  static constexpr int kLoopPrefetchDistance = 2;
 
   struct Channel {
     bool masked;
@@ -116,7 +117,7 @@ struct NormalisePass {
   using Part = ChannelMoments;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
-  static constexpr int kAhead = 2;
+  static constexpr int kLoopPrefetchDistance = 2;
 
   struct Channel {
     C scale, shift;
@@ -197,7 +198,7 @@ struct SumUpPass {
   using C = typename Compute<S>::Type;
   using Part = GradSums;
   static constexpr bool kFolds = true;
-  static constexpr int kAhead = 1;
+  static constexpr int kLoopPrefetchDistance = 1;
 
   struct Channel {
     C scale, shift, mean, threshold;
@@ -252,7 +253,7 @@ struct DescendPass {
   using Part = GradSums;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
-  static constexpr int kAhead = 1;
+  static constexpr int kLoopPrefetchDistance = 1;
 
   struct Channel {
     C scale, shift, mean, slope, offset;

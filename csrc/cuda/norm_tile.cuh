@@ -33,10 +33,10 @@ __device__ inline Place place_of(const NormCall& call) {
 
 // The packs at `first`, `first + step` ... before `end`.
 template <int kCount, int kStep, class Pass>
-__device__ __forceinline__ void walk(const Pass& pass, int64_t first, int64_t end, int64_t step,
-                                     const typename Pass::Channel* channels, typename Pass::Sums* sums) {
+__device__ __forceinline__ void pass_over(const Pass& pass, int64_t first, int64_t end, int64_t step,
+                                          const typename Pass::Channel* channels, typename Pass::Sums* sums) {
   using In = decltype(pass.template read<kCount, kStep>(first, channels));
-  if constexpr (Pass::kAhead == 2) {
+  if constexpr (Pass::kLoopPrefetchDistance == 2) {
     for (; first + step < end; first += 2 * step) {
       const In one = pass.template read<kCount, kStep>(first, channels);
       const In two = pass.template read<kCount, kStep>(first + step, channels);
@@ -53,8 +53,8 @@ __device__ __forceinline__ void walk(const Pass& pass, int64_t first, int64_t en
 // Every channel's elements in one piece each: packs as they are aligned with the tensor, and one by one what is left at
 // both ends.
 template <class S, class Pass>
-__device__ __forceinline__ void walk_planes(const Pass& pass, const NormCall& call, const Place& at,
-                                            const typename Pass::Channel* channel, typename Pass::Sums* sums) {
+__device__ __forceinline__ void pass_over_planes(const Pass& pass, const NormCall& call, const Place& at,
+                                                 const typename Pass::Channel* channel, typename Pass::Sums* sums) {
   constexpr int64_t kSize = kPack<S>;
   const int64_t lane = at.lane, lanes = call.cut.lanes;
   for (int64_t outer = at.outer_begin + at.way; outer < at.outer_end; outer += at.ways) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void walk_planes(const Pass& pass, const NormCall& ca
     const int64_t begin = plane + at.inner_begin, end = plane + at.inner_end;
     int64_t first = (begin + kSize - 1) / kSize * kSize, last = end / kSize * kSize;
     if (first >= last) first = last = end;
-    walk<kPack<S>, 0>(pass, first + lane * kSize, last, lanes * kSize, channel, sums);
+    pass_over<kPack<S>, 0>(pass, first + lane * kSize, last, lanes * kSize, channel, sums);
     const int64_t before = first - begin, singles = before + end - last;
     for (int64_t i = lane; i < singles; i += lanes) {
       const int64_t index = i < before ? begin + i : last + i - before;
@@ -73,10 +73,11 @@ __device__ __forceinline__ void walk_planes(const Pass& pass, const NormCall& ca
 
 // Channels side by side, kWidth of them for each thread.
 template <int kWidth, class Pass>
-__device__ __forceinline__ void walk_channels(const Pass& pass, const NormCall& call, const Place& at,
-                                              const typename Pass::Channel* channels, typename Pass::Sums* sums) {
+__device__ __forceinline__ void pass_over_channels(const Pass& pass, const NormCall& call, const Place& at,
+                                                   const typename Pass::Channel* channels, typename Pass::Sums* sums) {
   const int64_t step = call.norm.channels, first = at.channel_begin + at.slot * kWidth;
-  walk<kWidth, 1>(pass, (at.outer_begin + at.way) * step + first, at.outer_end * step, at.ways * step, channels, sums);
+  pass_over<kWidth, 1>(pass, (at.outer_begin + at.way) * step + first, at.outer_end * step, at.ways * step, channels,
+                       sums);
 }
 
 // What the threads of a block found about each channel, merged: lanes by halves, ways one after the other. `width`
@@ -111,9 +112,9 @@ __device__ inline void run_tile(const Pass& pass, const NormCall& call, const Pl
   // Past the last channel there is nothing but what the fold asks for.
   if (at.channel_begin + at.slot * kWidth < call.norm.channels) {
     if (kWidth == 1 && call.norm.inner > 1) {
-      walk_planes<S>(pass, call, at, channels, sums);
+      pass_over_planes<S>(pass, call, at, channels, sums);
     } else {
-      walk_channels<kWidth>(pass, call, at, channels, sums);
+      pass_over_channels<kWidth>(pass, call, at, channels, sums);
     }
   }
   if constexpr (Pass::kFolds) {

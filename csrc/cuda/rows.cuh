@@ -17,8 +17,8 @@ struct Chunk {
 // the tensor, and one by one what is left at both ends. The thread that adds an element up thus depends on addresses:
 // torch gives every tensor of its own an aligned one.
 template <class S, class Update, class C>
-__device__ __forceinline__ void walk_row(const Worker<S, Update>& work, int64_t begin, int64_t end, int lane, int lanes,
-                                         bool aligned, const Factors<C>& row, C threshold, Sums<C>& sums) {
+__device__ __forceinline__ void update_row(const Worker<S, Update>& work, int64_t begin, int64_t end, int lane,
+                                           int lanes, bool aligned, const Factors<C>& row, C threshold, Sums<C>& sums) {
   constexpr int64_t kSize = kPack<S>;
   int64_t first = (begin + kSize - 1) / kSize * kSize, last = end / kSize * kSize;
   if (!aligned || first >= last) first = last = end;
@@ -30,12 +30,12 @@ __device__ __forceinline__ void walk_row(const Worker<S, Update>& work, int64_t 
 }
 
 template <class S, class Update>
-__device__ inline void walk_rows(const Table& table, const Entry& entry, const Chunk& chunk,
-                                 const Conditions& conditions, const Worker<S, Update>& work) {
+__device__ inline void update_rows(const Table& table, const Entry& entry, const Chunk& chunk,
+                                   const Conditions& conditions, const Worker<S, Update>& work) {
   using C = typename Compute<S>::Type;
   const int lanes = entry.lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
-  // The same number of turns for all threads: they meet in the sums.
+  // All threads take the same number of iterations, because they meet in the sums.
   for (int32_t first = chunk.row_begin; first < chunk.row_end; first += kThreads / lanes) {
     const int32_t row = first + group;
     Sums<C> sums = {};
@@ -44,8 +44,8 @@ __device__ inline void walk_rows(const Table& table, const Entry& entry, const C
       const C threshold = work.statistics ? table.rows.threshold[entry.start + row] : C(0);
       const int64_t begin = row * entry.inner;
       if (!work.leaves(factors))
-        walk_row(work, begin + chunk.inner_begin, begin + chunk.inner_end, lane, lanes, entry.aligned, factors,
-                 threshold, sums);
+        update_row(work, begin + chunk.inner_begin, begin + chunk.inner_end, lane, lanes, entry.aligned, factors,
+                   threshold, sums);
     }
     if (!work.statistics) continue;
     if (lanes <= kWarp) {

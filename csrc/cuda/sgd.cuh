@@ -14,7 +14,7 @@ struct Sgd {
   __device__ Sgd(const Table& table, const Entry& entry, const Conditions& conditions)
       : lr(static_cast<C>(conditions.lr)),
         momentum(static_cast<C>(table.hyper.momentum)),
-        fresh(static_cast<C>(1 - table.hyper.dampening)),
+        one_minus_dampening(static_cast<C>(1 - table.hyper.dampening)),
         decays(entry.start >= 0 || table.hyper.weight_decay != 0),
         first(table.hyper.first),
         nesterov(table.hyper.nesterov) {}
@@ -26,14 +26,14 @@ struct Sgd {
   __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
     if (decays) d = d + w * row.decay;
     if (kMomentum) {
-      const C buffer = first ? d : state[0] * momentum + d * fresh;
+      const C buffer = first ? d : state[0] * momentum + d * one_minus_dampening;
       state[0] = buffer;
       d = nesterov ? d + buffer * momentum : buffer;
     }
     return w - d * lr;
   }
 
-  C lr, momentum, fresh;
+  C lr, momentum, one_minus_dampening;
   bool decays, first, nesterov;
 };
 

@@ -3,7 +3,7 @@
 
 #include "adam.cuh"
 #include "columns.cuh"
-#include "foreign.cuh"
+#include "external.cuh"
 #include "kernels.h"
 #include "rows.cuh"
 #include "sgd.cuh"
@@ -41,15 +41,15 @@ constexpr int kBlocks = 2;
 template <class S, class Update>
 __global__ void __launch_bounds__(kThreads, kBlocks) step(const Table __grid_constant__ table) {
   const Conditions conditions = conditions_of(table);
-  if (!conditions.go) return;
+  if (!conditions.apply) return;
   const int32_t index = static_cast<int32_t>(blockIdx.x);
   const Entry& entry = entry_of(table, index);
   const Chunk chunk = chunk_of(entry, index - entry.first_chunk);
   const Worker<S, Update> work(table, entry, conditions);
   if (entry.lanes > 0) {
-    walk_rows(table, entry, chunk, conditions, work);
+    update_rows(table, entry, chunk, conditions, work);
   } else {
-    walk_columns(table, entry, chunk, conditions, work);
+    update_columns(table, entry, chunk, conditions, work);
   }
 }
 
@@ -70,8 +70,8 @@ cudaError_t launch_step(Kernel kernel, const Table& table, cudaStream_t stream) 
     case kSgdMomentum: return launch_step<S, Sgd<S, true>>(table, stream);
     case kAdamPlain: return launch_step<S, Adam<S, false>>(table, stream);
     case kAdamAmsgrad: return launch_step<S, Adam<S, true>>(table, stream);
-    case kLook: return launch_step<S, Look<S>>(table, stream);
-    default: return launch_step<S, Mask<S>>(table, stream);
+    case kExternalStatistics: return launch_step<S, ExternalStatistics<S>>(table, stream);
+    default: return launch_step<S, ExternalMask<S>>(table, stream);
   }
 }
 

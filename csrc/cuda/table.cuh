@@ -37,7 +37,7 @@ struct Table {
   int32_t tensors, chunks;
   int32_t scaled, skippable;  // there is a gradient scale; there is a found_inf
   int32_t statistics;         // the op takes them where a tensor is tracked
-  int32_t declines;           // the op applies and advances countdowns
+  int32_t fades;              // the op applies and advances countdowns
   int32_t counts;             // the op counts steps
   int32_t tracks;             // some tensor of the list is tracked
   Entry entries[kTableTensors];

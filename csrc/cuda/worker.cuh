@@ -1,6 +1,7 @@
 // One thread's work on an element of a tensor or on a pack of them: everything read once, everything written once.
 #pragma once
 
+#include "../update.h"
 #include "factors.cuh"
 #include "pack.cuh"
 #include "sums.cuh"
@@ -18,7 +19,7 @@ class Worker {
         scale_(table.scaled ? static_cast<C>(read(table.grad_scale)) : C(1)),
         scaled_(table.scaled),
         maximize_(table.hyper.maximize),
-        statistics(table.statistics && entry.start >= 0 && conditions.learn) {}
+        statistics(table.statistics && entry.start >= 0 && conditions.update_statistics) {}
 
   // Whether there is nothing to do for a row with these factors.
   __device__ bool leaves(const Factors<C>& row) const {
@@ -43,7 +44,7 @@ class Worker {
         C state[kStates];
 #pragma unroll
         for (int s = 0; s < Update::kStates; ++s) state[s] = widen(states[s].values[k]);
-        const C updated = update_(w, d, state, row) * row.decline;
+        const C updated = update_(w, d, state, row) * row.fade;
         const bool clear = row.ends || row.masked;
         narrow(clear ? C(0) : updated, &weights.values[k]);
 #pragma unroll

@@ -1,6 +1,11 @@
 // The sums of a batch normalisation: the moments of its input, and what its gradient needs.
 //
 // Summed in sixteen lanes of the compute type over a block, and then in float64.
+#pragma once
+
+#include "norm.h"
+
+SPARSEKERN_BEGIN_ISA
 
 // Elements of a run that are summed in the compute type.
 constexpr int64_t kNormBlock = 2048;
@@ -261,3 +266,5 @@ inline void norm_grad_sums(const NormJob* job, const NormPiece* piece) {
   in_columns<S>(*job, *piece,
                 [&](int64_t row, int64_t rows, int64_t c) { grad_sums_of_column<S, A>(*job, *piece, row, rows, c); });
 }
+
+SPARSEKERN_END_ISA

@@ -2,6 +2,12 @@
 //
 // Either the elements of one channel are neighbours, and a run of them is gone through, or (inner is 1) the channels
 // are, and a column of them is gone through row by row. In both the numbers of the channels stay in registers.
+#pragma once
+
+#include "../../abi.h"
+#include "activation.h"
+
+SPARSEKERN_BEGIN_ISA
 
 inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -210,3 +216,5 @@ inline void norm_pass(const NormJob* job, const NormPiece* piece) {
   if (job->inner > 1) return norm_runs<Pass, S>(*job, *piece);
   in_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) { norm_column<Pass, S>(*job, row, rows, c); });
 }
+
+SPARSEKERN_END_ISA

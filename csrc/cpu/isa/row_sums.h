@@ -1,4 +1,9 @@
 // The four sums of a row (count, dot, grad_sq, weight_sq): folded and stored.
+#pragma once
+
+#include "lanes.h"
+
+SPARSEKERN_BEGIN_ISA
 
 constexpr int kSums = 4;
 
@@ -146,3 +151,5 @@ inline void store_columns(const Columns<C>& columns, int64_t rows, int64_t width
     left = a_row;
   }
 }
+
+SPARSEKERN_END_ISA

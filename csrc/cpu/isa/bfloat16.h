@@ -1,6 +1,11 @@
 // bfloat16 as bits, with the one rounding that torch uses: to nearest, ties to even, every NaN to the same one.
 //
 // Included inside the namespace of each ISA, so that every ISA has its own copy.
+#pragma once
+
+#include "isa.h"
+
+SPARSEKERN_BEGIN_ISA
 
 struct BFloat16 {
   uint16_t bits;
@@ -15,15 +20,27 @@ struct Compute<BFloat16> {
   using Type = float;
 };
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline float widen(float x) {
+  return x;
+}
+inline double widen(double x) {
+  return x;
+}
+inline float widen(BFloat16 x) {
+  return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
+}
 
-inline void narrow(float x, float* out) { *out = x; }
-inline void narrow(double x, double* out) { *out = x; }
+inline void narrow(float x, float* out) {
+  *out = x;
+}
+inline void narrow(double x, double* out) {
+  *out = x;
+}
 inline void narrow(float x, BFloat16* out) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out->bits = uint16_t(nan ? 0x7fc0u : rounded);
 }
+
+SPARSEKERN_END_ISA

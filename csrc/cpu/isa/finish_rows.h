@@ -1,4 +1,11 @@
 // The rows of one tensor after all of its chunks: sums folded, means, next thresholds, countdowns.
+#pragma once
+
+#include "../../abi.h"
+#include "row_sums.h"
+#include "statistics.h"
+
+SPARSEKERN_BEGIN_ISA
 
 // Partial sums are added in the order of their pieces.
 inline void fold_pieces(const Job& job, const Shape& shape, const Pieces& pieces) {
@@ -26,7 +33,7 @@ inline Found look_at_rows(const Job& job, const Shape& shape) {
   const int32_t* __restrict countdown = job.rows.countdown + shape.start;
   float* __restrict activity = job.rows.activity + shape.start;
   float* __restrict threshold = job.rows.threshold + shape.start;
-  const float keep = float(job.hyper.decay), fresh = float(1 - job.hyper.decay);
+  const float keep = float(job.hyper.decay), one_minus_decay = float(1 - job.hyper.decay);
   const float size = job.rows.elements[shape.start];
   Found found = {0, 0};
   for (int64_t r = 0; r < shape.rows; ++r) {
@@ -37,7 +44,7 @@ inline Found look_at_rows(const Job& job, const Shape& shape) {
     found.counted += counts;
     found.spoilt += alive & ~sound;
     const float old_mean = activity[r], old_threshold = threshold[r];
-    const float mean = old_mean * keep + s[0] / size * fresh;
+    const float mean = old_mean * keep + s[0] / size * one_minus_decay;
     activity[r] = counts ? mean : old_mean;
     threshold[r] = counts ? -1.0f : old_threshold;
   }
@@ -95,8 +102,10 @@ void finish(const Job* job, int32_t tensor) {
   const Shape& shape = job->shapes[tensor];
   if (shape.start < 0) return;
   if (job->statistics) finish_statistics(*job, shape, job->pieces[tensor]);
-  if (job->decline) {
+  if (job->fade) {
     int32_t* __restrict countdown = job->rows.countdown + shape.start;
     for (int64_t r = 0; r < shape.rows; ++r) countdown[r] -= countdown[r] > 0;
   }
 }
+
+SPARSEKERN_END_ISA

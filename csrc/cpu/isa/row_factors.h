@@ -1,10 +1,17 @@
-// What a row asks of the update of its elements.
+// The factors that a row's penalty, countdown and mask give to the update of its elements.
+#pragma once
+
+#include "../../abi.h"
+#include "row_sums.h"
+#include "values.h"
+
+SPARSEKERN_BEGIN_ISA
 
 template <class C>
 struct Factors {
-  C decay, decline;
+  C decay, fade;
 
-  bool operator==(const Factors& other) const { return decay == other.decay && decline == other.decline; }
+  bool operator==(const Factors& other) const { return decay == other.decay && fade == other.fade; }
 };
 
 // AdamW and the mask multiply the weight by `decay`; SGD and Adam add `decay` times the weight to the gradient.
@@ -15,9 +22,9 @@ inline C decay_of(const Hyper& hyper, double penalty) {
 }
 
 template <class C>
-inline C decline_of(const Job& job, int32_t countdown) {
-  const C declining = (C(countdown) - 1) / C(countdown);
-  const C living = countdown > 0 && job.decline ? declining : C(1);
+inline C fade_of(const Job& job, int32_t countdown) {
+  const C fading = (C(countdown) - 1) / C(countdown);
+  const C living = countdown > 0 && job.fade ? fading : C(1);
   return countdown == 0 ? C(kMasked) : living;
 }
 
@@ -25,17 +32,17 @@ template <class C>
 inline Factors<C> factors_of(const Job& job, const Shape& shape, int64_t row) {
   if (shape.start < 0) return {decay_of<C>(job.hyper, 0), C(1)};
   const int64_t r = shape.start + row;
-  return {decay_of<C>(job.hyper, job.rows.penalty[r]), decline_of<C>(job, job.rows.countdown[r])};
+  return {decay_of<C>(job.hyper, job.rows.penalty[r]), fade_of<C>(job, job.rows.countdown[r])};
 }
 
-// What the rows of a tile ask for, taken together.
-enum Wish { kNothing, kSame, kDifferent };
+// Whether the rows of a tile have the same factors.
+enum RowMix { kAllMasked, kUniform, kMixed };
 
 // Elements that `spread` writes at least.
 constexpr int64_t kSpread = 32;
 
-// The value of each row in each of its `width` columns. Short rows write on behind their end, into what the next one
-// writes afterwards: a loop of fixed length is a store or two.
+// Writes the value of each row to each of its `width` columns. Short rows write past their end, where the next row
+// writes afterwards: a loop of fixed length is one or two stores.
 template <class C, class T>
 inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, int64_t width) {
   if (width == 1) {
@@ -53,17 +60,17 @@ inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, 
   }
 }
 
-// Rows that memory is asked for in advance, at most (turns.inc.h).
-constexpr int64_t kMostRowsAhead = 192;
+// Most rows that fused_update.h prefetches.
+constexpr int64_t kMaxRowsAhead = 192;
 
 // Factors of a tile of rows, and then of its columns.
 template <class C>
 struct ColumnFactors {
-  C decay[kTile + kSpread], decline[kTile + kSpread];
-  int32_t live[kTile + kMostRowsAhead];
-  bool some_end;
+  C decay[kTile + kSpread], fade[kTile + kSpread];
+  int32_t live[kTile + kMaxRowsAhead];
+  bool any_ends;
 
-  Wish of_rows(const Job& job, const Shape& shape, int64_t row, int64_t rows) {
+  RowMix of_rows(const Job& job, const Shape& shape, int64_t row, int64_t rows) {
     const float* __restrict penalty = job.rows.penalty + shape.start + row;
     const int32_t* __restrict countdown = job.rows.countdown + shape.start + row;
     int32_t differ = 0, any = 0, all = -1;
@@ -72,34 +79,34 @@ struct ColumnFactors {
       any |= countdown[r];
       all &= countdown[r];
     }
-    if (any == 0) return kNothing;
+    if (any == 0) return kAllMasked;
     decay[0] = decay_of<C>(job.hyper, penalty[0]);
-    some_end = false;
-    // Negative in all of them: no row is masked or declines.
-    if (!differ && all < 0) return kSame;
+    any_ends = false;
+    // Negative in all of them: no row is masked or fades.
+    if (!differ && all < 0) return kUniform;
     const Hyper hyper = job.hyper;
     for (int64_t r = 0; r < rows; ++r) decay[r] = decay_of<C>(hyper, penalty[r]);
-    for (int64_t r = 0; r < rows; ++r) decline[r] = decline_of<C>(job, countdown[r]);
+    for (int64_t r = 0; r < rows; ++r) fade[r] = fade_of<C>(job, countdown[r]);
     int32_t ending = 0;
-    for (int64_t r = 0; r < rows; ++r) ending |= decline[r] == 0;
-    some_end = ending;
-    return kDifferent;
+    for (int64_t r = 0; r < rows; ++r) ending |= fade[r] == 0;
+    any_ends = ending;
+    return kMixed;
   }
 
-  // The same for all of them.
+  // Gives all rows the factors of the first.
   void repeat(int64_t rows) {
     const C first = decay[0];
     for (int64_t r = 0; r < rows; ++r) decay[r] = first;
-    for (int64_t r = 0; r < rows; ++r) decline[r] = 1;
+    for (int64_t r = 0; r < rows; ++r) fade[r] = 1;
   }
 
-  // The numbers of the rows that are not masked, and after them `more` of those behind the tile. Without a branch:
-  // masks lie at random, and a wrong guess takes as long as a short row.
-  int64_t number_live(int64_t rows, int64_t more) {
+  // Lists the rows that are not masked, then `more` numbers of rows behind the tile for the prefetch. Without a branch:
+  // masks are random, and a wrong prediction costs as much as a short row.
+  int64_t list_live(int64_t rows, int64_t more) {
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       live[count] = int32_t(r);
-      count += decline[r] >= 0;
+      count += fade[r] >= 0;
     }
     for (int64_t m = 0; m < more; ++m) live[count + m] = int32_t(rows + m);
     return count;
@@ -108,7 +115,7 @@ struct ColumnFactors {
   void widen(int64_t rows, int64_t width) {
     if (width == 1) return;
     widen(decay, rows, width);
-    widen(decline, rows, width);
+    widen(fade, rows, width);
   }
 
  private:
@@ -118,3 +125,5 @@ struct ColumnFactors {
     spread(values, copy, rows, width);
   }
 };
+
+SPARSEKERN_END_ISA

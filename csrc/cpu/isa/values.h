@@ -1,4 +1,9 @@
-// Numbers that go with the elements of a loop (decays, declines, thresholds), for one element or for a vector of them.
+// Numbers that go with the elements of a loop (decays, fades, thresholds), for one element or for a vector of them.
+#pragma once
+
+#include "lanes.h"
+
+SPARSEKERN_BEGIN_ISA
 
 // The same for all ...
 template <class C>
@@ -54,13 +59,13 @@ constexpr bool kDecays = true;
 template <class C>
 constexpr bool kDecays<NoDecay<C>> = false;
 
-// Decline of a masked row, whose elements stay as they are. Of others it multiplies the new weight; 0 ends a decline,
+// Fade of a masked row, whose elements stay as they are. Of others it multiplies the new weight; 0 ends a fade,
 // and then weights and state are set to 0, whatever they were.
 constexpr int kMasked = -1;
 
-// What a decline makes of an updated element: of rows none of which is masked ...
+// What a fade makes of an updated element: of rows none of which is masked ...
 template <class C>
-struct SameDecline {
+struct SameFade {
   C value;
 
   template <class T>
@@ -73,14 +78,14 @@ struct SameDecline {
   }
 };
 
-template <class Decline>
+template <class Fade>
 constexpr bool kAlike = false;
 template <class C>
-constexpr bool kAlike<SameDecline<C>> = true;
+constexpr bool kAlike<SameFade<C>> = true;
 
 // ... or with masked ones among them.
 template <class C, class Values>
-struct Declines {
+struct RowFades {
   using Vector = typename Vectors<C>::Vector;
   Values values;
 
@@ -93,3 +98,5 @@ struct Declines {
     return values.vector(i) < 0 ? old : updated;
   }
 };
+
+SPARSEKERN_END_ISA

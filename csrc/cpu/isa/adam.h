@@ -1,6 +1,12 @@
-// Adam and AdamW, in torch's order of operations, but for one: torch divides by the root of the bias correction, here
-// its reciprocal multiplies. The machine's dividers, which the square root and the other division keep busy, are what
-// Adam waits for.
+// Adam and AdamW, in torch's order of operations with one exception: torch divides by the root of the bias correction,
+// this multiplies by its reciprocal. Adam's speed is limited by the dividers, which the square root and the other
+// division already keep busy.
+#pragma once
+
+#include "../../update.h"
+#include "fused_update.h"
+
+SPARSEKERN_BEGIN_ISA
 
 inline float square_root(float x) {
   return __builtin_sqrtf(x);
@@ -32,21 +38,33 @@ SPARSEKERN_INLINE Floats select(Vectors<float>::Integer which, Floats a, Floats 
 }
 #endif
 
-// The numbers of a step and what it does with them, to one element or to a vector of them.
+// The numbers of a step and what it does with them, to one element or to a vector of them (T).
 template <class C>
 struct AdamStep {
-  C share, beta2, fresh, eps, size, inverse_root;
-  typename IntegerOf<C>::Type from_mean;
+  C lerp_weight, beta2, one_minus_beta2, eps, size, inverse_root;
+  typename IntegerOf<C>::Type lerp_from_start;
+
+  // Decays weight `w` (or adds its decay to the gradient), and updates both moments by gradient `d`.
+  template <bool kDecoupled, bool kDecaysGradient, class T>
+  SPARSEKERN_INLINE void moments(T& w, T& m, T& v, T d, T decay) const {
+    if constexpr (kDecoupled) {
+      w = w * decay;
+    } else if constexpr (kDecaysGradient) {
+      d = d + w * decay;
+    }
+    m = mean(m, d);
+    v = square(v, d);
+  }
 
   // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
   // share of the way.
   template <class T>
   SPARSEKERN_INLINE T mean(T old, T d) const {
-    return select(from_mean, old, d) + share * (d - old);
+    return select(lerp_from_start, old, d) + lerp_weight * (d - old);
   }
   template <class T>
   SPARSEKERN_INLINE T square(T old, T d) const {
-    return old * beta2 + d * fresh * d;
+    return old * beta2 + d * one_minus_beta2 * d;
   }
   template <class T>
   SPARSEKERN_INLINE T weight(T w, T mean, T square) const {
@@ -57,7 +75,7 @@ struct AdamStep {
 template <class S>
 struct Adam {
   using C = typename Compute<S>::Type;
-  static constexpr bool kReadsGrad = true, kTakesRows = true;
+  static constexpr bool kReadsGrad = true, kTakesRowRuns = true;
 
   Adam(const Job& job, int32_t tensor)
       : param(static_cast<S*>(job.addresses[kParam][tensor])),
@@ -68,23 +86,23 @@ struct Adam {
         decoupled(job.hyper.decoupled),
         amsgrad(job.hyper.amsgrad) {}
 
-  template <class D, class Decay, class Decline, class Statistics>
-  void update(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
+  template <class D, class Decay, class Fade, class Statistics>
+  void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if (decoupled) {
-      choose<true>(at, n, d, decay, decline, statistics);
+      with_decay<true>(at, n, d, decay, fade, statistics);
     } else if (is_nothing(decay)) {
-      choose<false>(at, n, d, NoDecay<C>(), decline, statistics);
+      with_decay<false>(at, n, d, NoDecay<C>(), fade, statistics);
     } else {
-      choose<false>(at, n, d, decay, decline, statistics);
+      with_decay<false>(at, n, d, decay, fade, statistics);
     }
   }
 
 #if defined(__AVX512F__)
-  // Rows from `at` on, with their statistics, where spreads() says that whole registers are worked on.
+  // Rows from `at` on, with their statistics, where expands_row_values() says that whole registers are worked on.
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     S* const arrays[] = {param + at, mean + at, square + at};
-    decoupled ? rows_in_turns(rows, arrays, ds, vector_step<true>())
-              : rows_in_turns(rows, arrays, ds, vector_step<false>());
+    decoupled ? fused_update_rows(rows, arrays, ds, vector_step<true>())
+              : fused_update_rows(rows, arrays, ds, vector_step<false>());
   }
 #endif
 
@@ -104,24 +122,24 @@ struct Adam {
   }
 
   // Whether one loop takes the statistics and makes the update: where the registers suffice for both.
-  bool fuses() const { return kVectorBytes == 64 && !amsgrad; }
+  bool fuses_statistics() const { return kVectorBytes == 64 && !amsgrad; }
 
   // Whether the loop takes factors and thresholds of four elements together.
-  bool spreads() const { return kInTurns<C> && !amsgrad; }
+  bool expands_row_values() const { return kFusesStatistics<C> && !amsgrad; }
 
  private:
-  template <bool kDecoupled, class D, class Decay, class Decline, class Statistics>
-  void choose(int64_t at, int64_t n, const D* d, Decay decay, Decline decline, Statistics statistics) const {
-    if constexpr (kInTurns<C> && __is_same(D, S)) {
-      if (fuses()) return turns<kDecoupled>(at, n, d, decay, decline, statistics);
+  template <bool kDecoupled, class D, class Decay, class Fade, class Statistics>
+  void with_decay(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
+    if constexpr (kFusesStatistics<C> && __is_same(D, S)) {
+      if (fuses_statistics()) return fused<kDecoupled>(at, n, d, decay, fade, statistics);
     }
     if constexpr (__is_same(D, C)) {
       if constexpr (kVectorBytes == 64 && sizeof(C) == 8) {
-        if (fuses()) return loop<kDecoupled, false>(at, n, d, decay, decline, statistics);
+        if (fuses_statistics()) return loop<kDecoupled, false>(at, n, d, decay, fade, statistics);
       }
-      look(n, param + at, d, statistics);
-      amsgrad ? loop<kDecoupled, true>(at, n, d, decay, decline, NoStatistics())
-              : loop<kDecoupled, false>(at, n, d, decay, decline, NoStatistics());
+      accumulate_statistics(n, param + at, d, statistics);
+      amsgrad ? loop<kDecoupled, true>(at, n, d, decay, fade, NoStatistics())
+              : loop<kDecoupled, false>(at, n, d, decay, fade, NoStatistics());
     }
   }
 
@@ -129,29 +147,25 @@ struct Adam {
   template <bool kDecoupled>
   SPARSEKERN_INLINE auto vector_step() const {
     using Vector = typename Vectors<C>::Vector;
-    return [numbers = step](int64_t i, auto decay, auto decline, const Vector(&old)[3], Vector d, Vector(&updated)[3])
+    return [numbers = step](int64_t i, auto decay, auto fade, const Vector(&old)[3], Vector d, Vector(&updated)[3])
                SPARSEKERN_ALWAYS {
-                 Vector w = old[0];
-                 if constexpr (kDecoupled) {
-                   w = w * decay.vector(i);
-                 } else if constexpr (kDecays<decltype(decay)>) {
-                   d = d + w * decay.vector(i);
-                 }
-                 const Vector m = numbers.mean(old[1], d), v = numbers.square(old[2], d);
-                 updated[0] = decline.weight(i, numbers.weight(w, m, v), old[0]);
-                 updated[1] = decline.state(i, m, old[1]);
-                 updated[2] = decline.state(i, v, old[2]);
+                 Vector w = old[0], m = old[1], v = old[2];
+                 constexpr bool kDecaysGradient = kDecays<decltype(decay)>;
+                 numbers.template moments<kDecoupled, kDecaysGradient>(w, m, v, d, decay.vector(i));
+                 updated[0] = fade.weight(i, numbers.weight(w, m, v), old[0]);
+                 updated[1] = fade.state(i, m, old[1]);
+                 updated[2] = fade.state(i, v, old[2]);
                };
   }
 
-  template <bool kDecoupled, class Decay, class Decline, class Statistics>
-  void turns(int64_t at, int64_t n, const S* ds, Decay decay, Decline decline, Statistics statistics) const {
+  template <bool kDecoupled, class Decay, class Fade, class Statistics>
+  void fused(int64_t at, int64_t n, const S* ds, Decay decay, Fade fade, Statistics statistics) const {
     S* const arrays[] = {param + at, mean + at, square + at};
-    in_turns(n, arrays, ds, decay, decline, statistics, vector_step<kDecoupled>());
+    fused_update(n, arrays, ds, decay, fade, statistics, vector_step<kDecoupled>());
   }
 
-  template <bool kDecoupled, bool kAmsgrad, class Decay, class Decline, class Statistics>
-  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Decline decline, Statistics statistics) const {
+  template <bool kDecoupled, bool kAmsgrad, class Decay, class Fade, class Statistics>
+  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Fade fade, Statistics statistics) const {
     S* __restrict ws = param + at;
     S* __restrict ms = mean + at;
     S* __restrict vs = square + at;
@@ -165,23 +179,17 @@ struct Adam {
     };
     for_elements(n, ws, ds, statistics, prefetch, [=](int64_t i) SPARSEKERN_ALWAYS {
       const C old_w = widen(ws[i]), old_m = widen(ms[i]), old_v = widen(vs[i]);
-      C w = old_w, d = ds[i];
-      if constexpr (kDecoupled) {
-        w = w * decay[i];
-      } else if constexpr (kDecays<Decay>) {
-        d = d + w * decay[i];
-      }
-      const C m = numbers.mean(old_m, d);
-      const C v = numbers.square(old_v, d);
+      C w = old_w, m = old_m, v = old_v;
+      numbers.template moments<kDecoupled, kDecays<Decay>>(w, m, v, C(ds[i]), C(decay[i]));
       C t = v;
       if constexpr (kAmsgrad) {
         const C old_t = widen(ts[i]);
         t = v > old_t || v != v ? v : old_t;
-        narrow(decline.state(i, t, old_t), &ts[i]);
+        narrow(fade.state(i, t, old_t), &ts[i]);
       }
-      narrow(decline.weight(i, numbers.weight(w, m, t), old_w), &ws[i]);
-      narrow(decline.state(i, m, old_m), &ms[i]);
-      narrow(decline.state(i, v, old_v), &vs[i]);
+      narrow(fade.weight(i, numbers.weight(w, m, t), old_w), &ws[i]);
+      narrow(fade.state(i, m, old_m), &ms[i]);
+      narrow(fade.state(i, v, old_v), &vs[i]);
     });
   }
 
@@ -199,3 +207,5 @@ struct Adam {
   AdamStep<C> step;
   bool decoupled, amsgrad;
 };
+
+SPARSEKERN_END_ISA

@@ -1,4 +1,9 @@
 // Activations on vectors: the value at z, and the gradient of z from that of the value. Formulas as in torch.
+#pragma once
+
+#include "lanes.h"
+
+SPARSEKERN_BEGIN_ISA
 
 template <class C>
 using VectorOf = typename Vectors<C>::Vector;
@@ -77,3 +82,5 @@ struct Silu {
     return grad * (s * (C(1) + z * (C(1) - s)));
   }
 };
+
+SPARSEKERN_END_ISA

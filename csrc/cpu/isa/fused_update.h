@@ -1,27 +1,35 @@
-// Loops that take the statistics of elements and update them in turns: the sums are added up while the dividers are
-// busy with the elements before.
+// Loops that take the statistics of some elements and update them, then go on to the next ones: the sums are added up
+// while the dividers work on the elements before.
+#pragma once
 
-// How far ahead of the arithmetic memory is asked for, in elements. Statistics lengthen the loop, and with it the time
-// that the machine's own prefetcher needs to see that it goes on.
-constexpr int64_t kAhead = 128;
+#include "registers.h"
+#include "row_factors.h"
+#include "statistics.h"
 
-// The same in registers. Less than half a page comes too late: 400 bytes took up to a tenth longer than 2000 to 3000,
-// and no less than nothing asked for. The loop over fewer arrays is the shorter one.
+SPARSEKERN_BEGIN_ISA
+
+// Prefetch distance of the loops that the compiler vectorises, in elements. Statistics make the loop longer, and the
+// machine's own prefetcher then starts too late.
+constexpr int64_t kLoopPrefetchDistance = 128;
+
+// Prefetch distance of the loops in registers, in elements. Below about 2 KB prefetching gains nothing; 2 to 3 KB is up
+// to 10 % faster than 400 bytes. A loop over fewer arrays is shorter and needs a larger distance.
 template <class S, int kArrays>
-constexpr int64_t kAheadInTurns = (kArrays < 3 ? 3072 : 2304) / sizeof(S);
+constexpr int64_t kPrefetchDistance = (kArrays < 3 ? 3072 : 2304) / sizeof(S);
 
 // The same in rows of `width` elements.
 template <class S, int kArrays>
 constexpr int64_t rows_ahead(int64_t width) {
-  return (kAheadInTurns<S, kArrays> + width - 1) / width;
+  return (kPrefetchDistance<S, kArrays> + width - 1) / width;
 }
 
 #if defined(__AVX512F__)
-// Statistics and update of the vectors of one register from element i on: of `parts` of them, one after the other.
+// Statistics and update of the first `parts` vectors of one register, which starts at element i.
 template <int part, class S, int kArrays, class Statistics, class Local, class Update>
-SPARSEKERN_INLINE void turn(int64_t parts, int64_t i, const typename Registers<S>::Whole (&old)[kArrays],
-                            typename Registers<S>::Whole d, Statistics statistics, Local& local, Update update,
-                            typename Registers<S>::Rounded (&rounded)[kArrays][Registers<S>::kVectors]) {
+SPARSEKERN_INLINE void fused_register(int64_t parts, int64_t i, const typename Registers<S>::Whole (&old)[kArrays],
+                                      typename Registers<S>::Whole d, Statistics statistics, Local& local,
+                                      Update update,
+                                      typename Registers<S>::Rounded (&rounded)[kArrays][Registers<S>::kVectors]) {
   using R = Registers<S>;
   using Vector = typename R::Vector;
   if constexpr (part < R::kVectors) {
@@ -42,23 +50,23 @@ SPARSEKERN_INLINE void turn(int64_t parts, int64_t i, const typename Registers<S
 #pragma GCC unroll 4
       for (int a = 0; a < kArrays; ++a) rounded[a][part] = R::round(updated[a]);
     }
-    turn<part + 1, S>(parts, i, old, d, statistics, local, update, rounded);
+    fused_register<part + 1, S>(parts, i, old, d, statistics, local, update, rounded);
   }
 }
 
-// Updates n elements of kArrays arrays, the first of them the weights, a register full at a time. `update(i, old, d,
-// updated)` gets the vectors of the arrays and of the gradient at element i.
+// Updates n elements of kArrays arrays, of which the first holds the weights, one register at a time. `update(i, old,
+// d, updated)` gets the vectors of the arrays and of the gradient at element i.
 //
 // The next registers are loaded before these are stored: a load waits for an earlier store whose address differs from
 // its own in the upper bits alone, and tensors often lie like that.
-template <class S, int kArrays, class Decay, class Decline, class Statistics, class Update>
-SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Decay decay,
-                                Decline decline, Statistics statistics, Update step) {
+template <class S, int kArrays, class Decay, class Fade, class Statistics, class Update>
+SPARSEKERN_INLINE void fused_update(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Decay decay,
+                                    Fade fade, Statistics statistics, Update step) {
   using R = Registers<S>;
   constexpr int64_t kElements = R::kElements;
   const auto update = [=](int64_t i, const typename R::Vector(&from)[kArrays], typename R::Vector vector_d,
                           typename R::Vector(&updated)[kArrays])
-                          SPARSEKERN_ALWAYS { step(i, decay, decline, from, vector_d, updated); };
+                          SPARSEKERN_ALWAYS { step(i, decay, fade, from, vector_d, updated); };
   auto local = statistics.begin();
   typename R::Whole old[kArrays], d;
   typename R::Rounded rounded[kArrays][R::kVectors] = {};
@@ -70,13 +78,13 @@ SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S*
     for (int a = 0; a < kArrays; ++a) old[a] = R::load(arrays[a]);
   }
   for (int64_t next = 0; i < whole; i = next) {
-    // The last turn loads once more what it has.
+    // The last iteration loads its own elements again.
     next = i + kElements;
     const int64_t from = next < whole ? next : i;
-    __builtin_prefetch(ds + i + kAheadInTurns<S, kArrays>);
+    __builtin_prefetch(ds + i + kPrefetchDistance<S, kArrays>);
 #pragma GCC unroll 4
-    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kAheadInTurns<S, kArrays>);
-    turn<0, S>(R::kVectors, i, old, d, statistics, local, update, rounded);
+    for (int a = 0; a < kArrays; ++a) __builtin_prefetch(arrays[a] + i + kPrefetchDistance<S, kArrays>);
+    fused_register<0, S>(R::kVectors, i, old, d, statistics, local, update, rounded);
     d = R::load(ds + from);
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) old[a] = R::load(arrays[a] + from);
@@ -89,28 +97,28 @@ SPARSEKERN_INLINE void in_turns(int64_t n, S* const (&arrays)[kArrays], const S*
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) old[a] = R::load_first(arrays[a] + i, left);
     const int64_t parts = (left + Vectors<float>::kWidth - 1) / Vectors<float>::kWidth;
-    turn<0, S>(parts, i, old, d, statistics, local, update, rounded);
+    fused_register<0, S>(parts, i, old, d, statistics, local, update, rounded);
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) R::store_first(R::join(rounded[a]), arrays[a] + i, left);
   }
   statistics.end(local);
 }
 
-// Rows of a tile, and what each of them asks for.
+// Rows of a tile, with the factors of each.
 struct RowRun {
-  // How many there are, and their numbers in the tile; behind them numbers of rows that memory is asked for in vain.
+  // `live` holds the numbers in the tile of `count` rows of `width` elements, then padding: prefetched, never used.
   int64_t count, width;
   const int32_t* live;
-  const float *decay, *decline, *threshold;  // one for each row of the tile
-  float* sums;                               // four for each
+  const float *decay, *fade, *threshold;  // one for each row of the tile
+  float* sums;                            // four for each
 };
 
-// The same for rows of half a vector and more, with the statistics of each. Loading goes on across their ends, so that
-// what is loaded after a store lies behind all that it might have covered. Memory is asked for in their order, too:
-// what lies between them may be masked.
+// The same for the rows of a run, each at least half a vector long, with the statistics of each. Loads continue across
+// the ends of rows, so that every load is further on than the stores before it and waits for none of them. The prefetch
+// follows the order of the rows: memory between them may belong to masked rows.
 template <class S, int kArrays, class Update>
-SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
-                                     Update update) {
+SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
+                                         Update update) {
   using R = Registers<S>;
   constexpr int64_t kElements = R::kElements;
   const int64_t last = (rows.width - 1) / kElements * kElements, left = rows.width - last;
@@ -134,22 +142,22 @@ SPARSEKERN_INLINE void rows_in_turns(const RowRun& rows, S* const (&arrays)[kArr
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t row = rows.live[r], begin = row * rows.width, gap = ahead[r] * rows.width - begin;
     const Same<float> decay = {rows.decay[row]}, threshold = {rows.threshold[row]};
-    const SameDecline<float> decline = {rows.decline[row]};
+    const SameFade<float> fade = {rows.fade[row]};
     Lanes<float> sums;
     const RowStatistics<float> statistics = {nullptr, 0, threshold};
     const auto of_row = [=](int64_t i, const typename R::Vector(&from)[kArrays], typename R::Vector vector_d,
                             typename R::Vector(&updated)[kArrays])
-                            SPARSEKERN_ALWAYS { update(i, decay, decline, from, vector_d, updated); };
+                            SPARSEKERN_ALWAYS { update(i, decay, fade, from, vector_d, updated); };
     for (int64_t i = begin; i < begin + last; i += kElements) {
       prefetch(i + gap);
-      turn<0, S>(R::kVectors, i, old, d, statistics, sums, of_row, rounded);
+      fused_register<0, S>(R::kVectors, i, old, d, statistics, sums, of_row, rounded);
       const int64_t from = i + kElements;
       load(from, from < begin + last ? kElements : left);
 #pragma GCC unroll 4
       for (int a = 0; a < kArrays; ++a) R::store(R::join(rounded[a]), arrays[a] + i);
     }
     prefetch(begin + last + gap);
-    turn<0, S>(parts, begin + last, old, d, statistics, sums, of_row, rounded);
+    fused_register<0, S>(parts, begin + last, old, d, statistics, sums, of_row, rounded);
     // Of the last row its own once more.
     load(r + 1 < rows.count ? rows.live[r + 1] * rows.width : begin, head);
 #pragma GCC unroll 4
@@ -166,14 +174,14 @@ SPARSEKERN_INLINE void for_elements(int64_t n, const S*, const C*, NoStatistics,
   for (int64_t i = 0; i < n; ++i) element(i);
 }
 
-// The same in turns with the statistics.
+// The same with the statistics of every sixteen elements before their update.
 template <class S, class C, class Statistics, class Prefetch, class Element>
 SPARSEKERN_INLINE void for_elements(int64_t n, const S* w, const C* d, Statistics statistics, Prefetch prefetch,
                                     Element element) {
   auto local = statistics.begin();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    prefetch(i + kAhead);
+    prefetch(i + kLoopPrefetchDistance);
     statistics.add(local, i, w + i, d + i);
 #pragma GCC ivdep
     for (int64_t l = 0; l < kLanes; ++l) element(i + l);
@@ -185,3 +193,5 @@ SPARSEKERN_INLINE void for_elements(int64_t n, const S* w, const C* d, Statistic
   }
   statistics.end(local);
 }
+
+SPARSEKERN_END_ISA

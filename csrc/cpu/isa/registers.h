@@ -1,9 +1,14 @@
 // A register full of a tensor's elements as they lie in memory, and the vectors of the compute type in it. Where the
-// loops of turns.inc.h work on whole registers.
+// loops of fused_update.h work on whole registers.
+#pragma once
+
+#include "lanes.h"
+
+SPARSEKERN_BEGIN_ISA
 
 // Where one loop in whole registers has room for statistics and update.
 template <class C>
-constexpr bool kInTurns = kVectorBytes == 64 && sizeof(C) == 4;
+constexpr bool kFusesStatistics = kVectorBytes == 64 && sizeof(C) == 4;
 
 #if defined(__AVX512F__)
 template <class S>
@@ -80,3 +85,5 @@ struct Registers<BFloat16> {
   SPARSEKERN_INLINE static __mmask32 first(int64_t n) { return __mmask32((uint64_t(1) << n) - 1); }
 };
 #endif
+
+SPARSEKERN_END_ISA

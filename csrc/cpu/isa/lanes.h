@@ -1,4 +1,9 @@
 // The four sums of a row in sixteen lanes, in as many vectors of this ISA as that takes.
+#pragma once
+
+#include "bfloat16.h"
+
+SPARSEKERN_BEGIN_ISA
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -10,7 +15,7 @@ constexpr int kVectorBytes = 16;
 
 constexpr int kLanes = 16;
 
-// For what works on sums: they are in registers only where the compiler sees all that is done to them.
+// For functions that work on sums: sums stay in registers only where everything that touches them is inlined.
 #define SPARSEKERN_ALWAYS __attribute__((always_inline))
 #define SPARSEKERN_INLINE SPARSEKERN_ALWAYS inline
 
@@ -202,7 +207,7 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
   typename V::Vector count = {}, dot = {}, grad_sq = {}, weight_sq = {};
 
-  // Sixteen elements, with the thresholds from place `i` on (values.inc.h).
+  // Sixteen elements, with the thresholds from place `i` on (values.h).
   template <class S, class D, class Threshold>
   SPARSEKERN_INLINE void add(const S* w, const D* d, Threshold threshold, int64_t i) {
     add_vector(V::load(w), V::load(d), threshold.vector(i));
@@ -250,3 +255,5 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
 template <class C>
 using Lanes = LanesOf<C, kLanes * sizeof(C) / kVectorBytes>;
+
+SPARSEKERN_END_ISA

@@ -1,8 +1,18 @@
-// The statistics that a loop over elements takes before it updates them: sixteen elements at a time.
+// The statistics of rows, columns and single elements, which a loop accumulates sixteen elements at a time before it
+// updates them.
+#pragma once
+
+#include "row_sums.h"
+#include "values.h"
+
+SPARSEKERN_BEGIN_ISA
 
 // Elements looked at before they are updated: four arrays of this many floats stay in a first-level cache between the
 // two passes. 4096 leaves it and costs a quarter of the speed.
 constexpr int64_t kBlock = 512;
+
+// Shortest row that is summed in lanes; shorter ones go column by column.
+constexpr int64_t kLongRow = 8;
 
 // Asks for memory that is needed later than in the next few hundred nanoseconds.
 inline void prefetch_far(const void* at) {
@@ -119,7 +129,7 @@ struct QuadStatistics {
   }
 };
 
-// Of rows that are one element each: their sums, side by side for each, are what is stored.
+// Of rows of one element: the four sums of each are stored at once, side by side.
 template <class C>
 struct SingleStatistics {
   using Local = Nothing;
@@ -151,9 +161,9 @@ struct SingleStatistics {
   }
 };
 
-// Takes the statistics of n elements.
+// Adds n elements to the statistics.
 template <class S, class D, class Statistics>
-SPARSEKERN_INLINE void look(int64_t n, const S* w, const D* d, Statistics statistics) {
+SPARSEKERN_INLINE void accumulate_statistics(int64_t n, const S* w, const D* d, Statistics statistics) {
   auto local = statistics.begin();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) statistics.add(local, i, w + i, d + i);
@@ -162,4 +172,6 @@ SPARSEKERN_INLINE void look(int64_t n, const S* w, const D* d, Statistics statis
 }
 
 template <class S, class D>
-SPARSEKERN_INLINE void look(int64_t, const S*, const D*, NoStatistics) {}
+SPARSEKERN_INLINE void accumulate_statistics(int64_t, const S*, const D*, NoStatistics) {}
+
+SPARSEKERN_END_ISA

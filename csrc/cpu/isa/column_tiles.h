@@ -1,0 +1,161 @@
+// Short rows, and rows behind an outer dimension: tiles of neighbouring columns of the [rows, inner] plane, through all
+// of the chunk's outer indices, in the order of memory. Masked rows among others are read and kept: to leave them out
+// would cost more.
+#pragma once
+
+#include "chunk_view.h"
+
+SPARSEKERN_BEGIN_ISA
+
+constexpr uintptr_t kPage = 4096;
+
+// What the columns of a tile need; the thresholds a quarter of a page away from the sums (place_tile says why).
+template <class C>
+struct Tile {
+  Columns<C> columns;
+  char gap[kPage / 4];
+  C threshold[kTile + kSpread];
+};
+
+template <class S, class Update>
+class ColumnTiles {
+ public:
+  using C = typename Compute<S>::Type;
+
+  explicit ColumnTiles(const ChunkView<S, Update>& view) : view_(view) {}
+
+  void run() {
+    place_tile();
+    const Chunk& chunk = view_.chunk;
+    const int64_t width = chunk.inner_end - chunk.inner_begin;
+    const int64_t widest = sums_by_row() ? kBlock : kTile;
+    const int64_t rows_a_tile = width > widest ? 1 : widest / width;
+    for (int64_t row = chunk.row_begin; row < chunk.row_end; row += rows_a_tile)
+      tile(row, least(rows_a_tile, chunk.row_end - row), width);
+  }
+
+ private:
+  // Short rows in one piece have their sums taken one by one, but are updated together.
+  bool sums_by_row() const { return view_.shape.outer == 1 && view_.shape.inner >= kLongRow; }
+
+  // Whether an element is all that there is of a row.
+  bool single() const { return view_.shape.outer == 1 && view_.shape.inner == 1; }
+
+  // Whether the loop over a tile of such rows expands their factors and thresholds itself.
+  bool in_fours(int64_t width) const {
+    return width == 4 && view_.update.expands_row_values() && !view_.job.hyper.scaled;
+  }
+
+  void tile(int64_t row, int64_t rows, int64_t width) {
+    const RowMix mix = factors_.of_rows(view_.job, view_.shape, row, rows);
+    const bool in_columns = view_.statistics && !sums_by_row() && mix != kAllMasked;
+    columns_a_value_ = in_columns && in_fours(width) ? 4 : 1;
+    if (in_columns) {
+      if (!single()) tile_->columns.clear(rows * width, width);
+      const float* threshold = view_.job.rows.threshold + view_.shape.start + row;
+      spread(tile_->threshold, threshold, rows, width / columns_a_value_);
+    }
+    if (mix == kMixed) factors_.widen(rows, width / columns_a_value_);
+    for (int64_t o = view_.chunk.outer_begin; o < view_.chunk.outer_end; ++o) {
+      const int64_t begin = column_address(o, row);
+      if (mix == kAllMasked) {
+        view_.update.masked(begin, rows * width);
+      } else if (sums_by_row()) {
+        row_block(row, rows, width, mix == kUniform);
+      } else {
+        column_blocks(begin, row, rows * width, mix == kUniform);
+      }
+      if (mix == kMixed && factors_.any_ends)
+        view_.end_rows(factors_.fade, begin, rows, width, width / columns_a_value_);
+    }
+    if (in_columns && !single()) store_columns(tile_->columns, rows, width, view_.sums_of(row));
+  }
+
+  void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
+    const int64_t begin = view_.begin_of(row), n = rows * width;
+    view_.gradient.with_gradient(begin, n, same ? nullptr : factors_.fade, [&](const auto* d) {
+      if (view_.statistics) accumulate_rows(row, rows, width, d, same);
+      update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
+    });
+  }
+
+  template <class D>
+  void accumulate_rows(int64_t row, int64_t rows, int64_t width, const D* d, bool same) {
+    const int64_t begin = view_.begin_of(row);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = r * width;
+      if (!same && factors_.fade[i] < 0) continue;
+      Lanes<C> sums;
+      accumulate_statistics(width, view_.weight + begin + i, d + i,
+                            RowStatistics<C>{&sums, view_.readable_from(begin + i), {view_.threshold_of(row + r)}});
+      store_row(sums, view_.sums_of(row + r));
+    }
+  }
+
+  // Half a page away from the parameter's place in its page. A load waits for an earlier store that differs in the
+  // upper bits of the address alone, and planes of whole pages would keep sums and parameters that close all along.
+  void place_tile() {
+    const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+    const S* const first = view_.weight + column_address(view_.chunk.outer_begin, view_.chunk.row_begin);
+    const uintptr_t shift = (address(first) + kPage / 2 - address(tile_memory_)) % kPage / 64 * 64;
+    tile_ = reinterpret_cast<Tile<C>*>(tile_memory_ + shift);
+  }
+
+  int64_t column_address(int64_t outer, int64_t row) const {
+    return (outer * view_.shape.rows + row) * view_.shape.inner + view_.chunk.inner_begin;
+  }
+
+  // The columns of a tile at one outer index, the first of them that of `row` at address `begin`.
+  void column_blocks(int64_t begin, int64_t row, int64_t columns, bool same) {
+    for (int64_t column = 0; column < columns; column += kBlock) {
+      const int64_t n = least(kBlock, columns - column), readable = columns - column;
+      const C* fade = same ? nullptr : factors_.fade + column;
+      view_.gradient.with_gradient(begin + column, n, fade, [&](const auto* d) {
+        column_block(begin + column, n, readable, d, row, column, same);
+      });
+    }
+  }
+
+  template <class D>
+  void column_block(int64_t at, int64_t n, int64_t readable, const D* d, int64_t row, int64_t column, bool same) {
+    Columns<C>& sums = tile_->columns;
+    const C* threshold = tile_->threshold + column / columns_a_value_;
+    if (!view_.statistics) {
+      update_columns<Each<C>>(at, n, d, column, same, NoStatistics());
+    } else if (single()) {
+      using Statistics = SingleStatistics<C>;
+      float* const out = view_.sums_of(row + column);
+      update_columns<Each<C>>(at, n, d, column, same, Statistics{out, n, readable, {threshold}});
+    } else if (kFusesStatistics<C> && columns_a_value_ == 4) {
+      using Statistics = QuadStatistics<C, EachFour<C>>;
+      update_columns<EachFour<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
+    } else if (sums.quads) {
+      using Statistics = QuadStatistics<C, Each<C>>;
+      update_columns<Each<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
+    } else {
+      using Statistics = ColumnStatistics<C>;
+      Lanes<C>* lanes = sums.sums + column / kLanes;
+      update_columns<Each<C>>(at, n, d, column, same, Statistics{lanes, readable, {threshold}});
+    }
+  }
+
+  template <class Values, class D, class Statistics>
+  void update_columns(int64_t at, int64_t n, const D* d, int64_t column, bool same, Statistics statistics) {
+    const int64_t first = column / columns_a_value_;
+    if (same) {
+      view_.update.update(at, n, d, Same<C>{factors_.decay[0]}, SameFade<C>{1}, statistics);
+    } else {
+      const RowFades<C, Values> fade{{factors_.fade + first}};
+      view_.update.update(at, n, d, Values{factors_.decay + first}, fade, statistics);
+    }
+  }
+
+  const ChunkView<S, Update>& view_;
+  // Columns that share a number in the arrays of factors and thresholds.
+  int64_t columns_a_value_ = 1;
+  ColumnFactors<C> factors_;
+  Tile<C>* tile_;
+  alignas(64) char tile_memory_[sizeof(Tile<C>) + kPage];
+};
+
+SPARSEKERN_END_ISA

@@ -1,0 +1,75 @@
+// The two passes around the step of an optimizer that knows nothing of rows.
+#pragma once
+
+#include "../../update.h"
+#include "row_factors.h"
+#include "statistics.h"
+
+SPARSEKERN_BEGIN_ISA
+
+// Statistics alone, before it.
+template <class S>
+struct ExternalStatistics {
+  using C = typename Compute<S>::Type;
+  static constexpr bool kReadsGrad = true, kTakesRowRuns = false;
+
+  ExternalStatistics(const Job& job, int32_t tensor) : param(static_cast<const S*>(job.addresses[kParam][tensor])) {}
+
+  template <class D, class Decay, class Fade, class Statistics>
+  void update(int64_t at, int64_t n, const D* d, Decay, Fade, Statistics statistics) const {
+    accumulate_statistics(n, param + at, d, statistics);
+  }
+  void masked(int64_t, int64_t) const {}
+  void end(int64_t, int64_t) const {}
+  void prefetch(int64_t at) const { prefetch_far(param + at); }
+  bool fuses_statistics() const { return true; }
+  bool expands_row_values() const { return false; }
+
+ private:
+  const S* param;
+};
+
+// Penalty, fade and mask, after it: masked rows are set to 0, since that step may have moved them.
+template <class S>
+struct ExternalMask {
+  using C = typename Compute<S>::Type;
+  static constexpr bool kReadsGrad = false, kTakesRowRuns = false;
+
+  ExternalMask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
+
+  void update(int64_t at, int64_t n, const C*, Same<C> decay, SameFade<C> fade, NoStatistics) const {
+    // Most rows ask for nothing: leave their memory alone.
+    if (decay.value == 1 && fade.value == 1) return;
+    loop(param + at, n, decay, fade);
+  }
+
+  template <class Values>
+  void update(int64_t at, int64_t n, const C*, Values decay, RowFades<C, Values> fade, NoStatistics) const {
+    loop(param + at, n, decay, fade);
+    S* __restrict ws = param + at;
+    for (int64_t i = 0; i < n; ++i) ws[i] = fade.values[i] < 0 ? S{} : ws[i];
+  }
+
+  template <class Decay, class Fade, class Statistics>
+  void update(int64_t, int64_t, const C*, Decay, Fade, Statistics) const {}
+
+  void masked(int64_t at, int64_t n) const { __builtin_memset(param + at, 0, n * sizeof(S)); }
+  void end(int64_t at, int64_t n) const { masked(at, n); }
+  void prefetch(int64_t at) const { prefetch_far(param + at); }
+  bool fuses_statistics() const { return true; }
+  bool expands_row_values() const { return false; }
+
+ private:
+  template <class Decay, class Fade>
+  static void loop(S* __restrict ws, int64_t n, Decay decay, Fade fade) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      const C w = widen(ws[i]);
+      narrow(fade.weight(i, w * decay[i], w), &ws[i]);
+    }
+  }
+
+  S* param;
+};
+
+SPARSEKERN_END_ISA

@@ -1,0 +1,85 @@
+// Rows that lie in one piece and are long enough to be updated one by one.
+#pragma once
+
+#include "chunk_view.h"
+
+SPARSEKERN_BEGIN_ISA
+
+// Shortest row that is updated by itself. Shorter ones are updated together with their neighbours.
+constexpr int64_t kWideRow = 64;
+
+// Elements to prefetch where masked rows are left out: what is worked on while memory answers.
+constexpr int64_t kGap = 1024;
+
+template <class S, class Update>
+class LongRows {
+ public:
+  using C = typename Compute<S>::Type;
+
+  explicit LongRows(const ChunkView<S, Update>& view) : view_(view) {}
+
+  void run() const {
+    Ahead ahead = {view_.chunk.row_begin, some_masked() ? 0 : INT64_MAX};
+    for (int64_t row = view_.chunk.row_begin; row < view_.chunk.row_end; ++row) {
+      const int64_t begin = view_.begin_of(row), n = view_.end_of(row) - begin;
+      const Factors<C> factors = factors_of<C>(view_.job, view_.shape, row);
+      if (factors.fade == C(kMasked)) {
+        view_.update.masked(begin, n);
+        continue;
+      }
+      ahead.elements -= n;
+      while (ahead.elements < kGap && ahead.row < view_.chunk.row_end) prefetch_next(ahead);
+      if (view_.statistics) {
+        Lanes<C> sums;
+        update_row(begin, n, factors, RowStatistics<C>{&sums, view_.readable_from(begin), {view_.threshold_of(row)}});
+        store_row(sums, view_.sums_of(row));
+      } else {
+        update_row(begin, n, factors, NoStatistics());
+      }
+      if (factors.fade == 0) view_.update.end(begin, n);
+    }
+  }
+
+ private:
+  // The machine's prefetchers follow memory that is read without gaps. Between masked rows they lose the trail, so the
+  // rows to come are prefetched here: `elements` of them, up to row `row`. Into the second-level cache, because the
+  // first-level cache has too few requests under way at a time: it made rows of 160 take half as long again.
+  struct Ahead {
+    int64_t row, elements;
+  };
+
+  void prefetch_next(Ahead& ahead) const {
+    const int64_t row = ahead.row++;
+    if (view_.job.rows.countdown[view_.shape.start + row] == 0) return;
+    const int64_t begin = view_.begin_of(row), n = view_.end_of(row) - begin;
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t at = begin; at < begin + least(n, kGap); at += kLine) {
+      if (Update::kReadsGrad) prefetch_far(view_.gradient.stored(at));
+      view_.update.prefetch(at);
+    }
+    ahead.elements += n;
+  }
+
+  bool some_masked() const {
+    const int32_t* countdown = view_.job.rows.countdown + view_.shape.start;
+    int32_t some = 0;
+    for (int64_t row = view_.chunk.row_begin; row < view_.chunk.row_end; ++row) some |= countdown[row] == 0;
+    return some;
+  }
+
+  template <class Statistics>
+  void update_row(int64_t begin, int64_t count, const Factors<C>& factors, Statistics statistics) const {
+    const int64_t step = view_.gradient.longest();
+    for (int64_t at = begin, n; at < begin + count; at += n) {
+      n = least(step, begin + count - at);
+      statistics.readable = view_.readable_from(at);
+      view_.gradient.with_gradient(at, n, nullptr, [&](const auto* d) {
+        view_.update.update(at, n, d, Same<C>{factors.decay}, SameFade<C>{factors.fade}, statistics);
+      });
+    }
+  }
+
+  const ChunkView<S, Update>& view_;
+};
+
+SPARSEKERN_END_ISA
