@@ -3,8 +3,8 @@
 from sparsekern import latency as latency
 from sparsekern import nn as nn
 from sparsekern import optim as optim
+from sparsekern._load import load as load
 from sparsekern.compact import compact as compact
-from sparsekern.compact import load as load
 from sparsekern.compact import save as save
 from sparsekern.compact import verify as verify
 from sparsekern.graph import trace as trace

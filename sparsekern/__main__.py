@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-# What the extras `demo` and `bench` install, by import name.
-EXTRAS = ("matplotlib", "PIL", "rich", "torchmetrics", "typer")
+# What the extras `demo`, `bench` and `onnx` install, by import name.
+ONNX = ("onnx", "onnxruntime", "onnxscript")
+EXTRAS = ("matplotlib", "PIL", "rich", "tomli", "torchmetrics", "typer", *ONNX)
 
 
 def main() -> int:
@@ -25,6 +26,8 @@ def main() -> int:
                 sys.stdout.write(f"{name:20} {value}\n")
             return 0
         extra = "bench" if sys.argv[1:2] == ["bench"] else "demo"
+        if missing in ONNX:
+            extra = "onnx"
         sys.stderr.write(
             f"error: the sparsekern command needs {missing}, which is not installed; run: "
             f'pip install "sparsekern[{extra}]"\n'

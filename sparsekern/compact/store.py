@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,36 @@ FORMAT = "sparsekern.model"
 VERSION = "1"
 
 _KEYS = ("format", "version", "class", "plan", "tied", "sha256")
+# Not in every file.
+_MADE_BY = "made_by"
 
 
-def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True)
+class Stored:
+    """A file that ``save`` wrote, read and found undamaged.
+
+    Attributes:
+        path: where it was read.
+        metadata: its texts, by the keys of the format.
+        values: its tensors by name, on the CPU.
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+    values: Mapping[str, Tensor]
+
+    @property
+    def made_by(self) -> Any:
+        """What ``save`` was told of the maker, as plain data that nobody has checked; None without."""
+        try:
+            return json.loads(self.metadata.get(_MADE_BY, "null"))
+        except (ValueError, RecursionError):
+            raise ValueError(f"path: {self.path!r} names its maker in no JSON") from None
+
+
+def save(
+    module: nn.Module, path: str | os.PathLike[str], *, made_by: Mapping[str, Any] | None = None
+) -> None:
     """Writes the parameters, persistent buffers and plan of ``module`` to ``path``.
 
     The file is safetensors: any reader of that format gets the tensors under their names in the
@@ -56,6 +84,8 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "plan": plan_of(module).to_json(),
         "tied": json.dumps({alias: e.names[0] for e in entries for alias in e.names[1:]}),
     }
+    if made_by is not None:
+        metadata[_MADE_BY] = _plain(made_by)
     metadata["sha256"] = _digest(metadata, tensors)
     try:
         with replacing(destination) as temporary:
@@ -79,9 +109,14 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     changed since, or holds another network.
     """
     module = unwrap(module)
+    return fill(module, read(path))
+
+
+def fill(module: nn.Module, stored: Stored) -> nn.Module:
+    """What ``load`` gives for a file that was read already."""
     tensors = registered(module)
-    metadata, values = _read(Path(path))
-    where = f"path: {os.fspath(path)!r}"
+    metadata, values = stored.metadata, stored.values
+    where = f"path: {stored.path!r}"
     try:
         plan = Plan.from_json(metadata["plan"])
         # A module that was cut by this very plan needs no more than the values.
@@ -100,6 +135,15 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
     remember(module, loaded, tensors, parts)
     return loaded
+
+
+def _plain(made_by: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(made_by), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"made_by: got what is no plain data ({error}), expected what JSON can hold"
+        ) from None
 
 
 def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
@@ -131,7 +175,8 @@ def _on_host(entries: Iterable[Registered]) -> dict[str, Tensor]:
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over everything that the file says: metadata, names, types, shapes and values."""
     digest = hashlib.sha256()
-    head = [[key, metadata[key]] for key in _KEYS if key != "sha256"]
+    keys = [key for key in (*_KEYS, _MADE_BY) if key in metadata and key != "sha256"]
+    head = [[key, metadata[key]] for key in keys]
     names = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
     digest.update(json.dumps([head, names]).encode())
     for name in sorted(tensors):
@@ -143,7 +188,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read(path: str | os.PathLike[str]) -> Stored:
+    """The content of a file; raises what ``load`` raises for files that cannot be read or are damaged."""
+    path = Path(path)
     _check_complete(path)
     where = f"path: {os.fspath(path)!r}"
     try:
@@ -159,7 +206,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{where} is damaged: {error}") from None
     if _digest(metadata, values) != metadata["sha256"]:
         raise ValueError(f"{where} was changed after it was saved, its checksum does not match")
-    return metadata, values
+    return Stored(os.fspath(path), metadata, values)
 
 
 def _check_complete(path: Path) -> None:

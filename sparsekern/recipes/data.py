@@ -95,12 +95,12 @@ class Split:
             )
 
 
-def normalise(pixels: NDArray[np.uint8]) -> Tensor:
-    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, scaled by ImageNet's mean and std."""
+def normalise(pixels: NDArray[np.uint8], mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, scaled by mean and std, ImageNet's by default."""
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-    mean = torch.tensor(MEAN).mul(255).view(1, 3, 1, 1)
-    std = torch.tensor(STD).mul(255).view(1, 3, 1, 1)
-    return x.sub_(mean).div_(std)
+    shift = torch.tensor(mean).mul(255).view(1, 3, 1, 1)
+    scale = torch.tensor(std).mul(255).view(1, 3, 1, 1)
+    return x.sub_(shift).div_(scale)
 
 
 def load_folder(root: Path, classes: int) -> tuple[Split, Split]:
@@ -167,6 +167,15 @@ def _png_names(folder: Path) -> set[str]:
     if foreign:
         raise InputError(f"--data: {folder / foreign[0]} is misnamed; expected NAME.png")
     return names
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """The pixels of an image file as the network sees them, uint8 `[H, W, 3]`, RGB.
+
+    Raises:
+        InputError: it is not a readable image of 8 bits; names the file.
+    """
+    return _read(path, IMAGE_MODES, "RGB")
 
 
 def _read(path: Path, modes: tuple[str, ...], convert: str | None) -> NDArray[np.uint8]:

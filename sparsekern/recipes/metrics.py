@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ._torchmetrics import MulticlassConfusionMatrix
 from .data import Split, normalise
+from .networks import output_channels as output_channels
 
 
 class Scores(NamedTuple):
@@ -23,11 +24,6 @@ class Scores(NamedTuple):
 
     dice: float
     miou: float
-
-
-def output_channels(classes: int) -> int:
-    """Logits a pixel: one is enough to tell foreground from background."""
-    return 1 if classes == 2 else classes
 
 
 def predict(logits: Tensor) -> Tensor:
@@ -64,6 +60,7 @@ def evaluate(model: nn.Module, split: Split, classes: int, batch: int = 8) -> Sc
     """
     confusion = MulticlassConfusionMatrix(classes)
     training = model.training
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model.eval()
     try:
         sizes = np.stack([split.heights, split.widths], axis=1)
@@ -71,9 +68,10 @@ def evaluate(model: nn.Module, split: Split, classes: int, batch: int = 8) -> Sc
             same = np.flatnonzero((sizes == size).all(1))
             for start in range(0, len(same), batch):
                 index = [int(i) for i in same[start : start + batch]]
-                logits = model(normalise(np.stack([split.image(i) for i in index])))
+                images = normalise(np.stack([split.image(i) for i in index]))
+                logits = model(images.to(device))
                 truth = torch.from_numpy(np.stack([split.mask(i) for i in index]))
-                confusion.update(predict(logits), truth.long())
+                confusion.update(predict(logits).cpu(), truth.long())
     finally:
         model.train(training)
     return scores(confusion.compute())

@@ -24,6 +24,7 @@ from .errors import InputError
 from .files import writable_directory
 from .measure import latency, macs, parameters
 from .metrics import evaluate
+from .networks import Padded
 from .settings import Settings, build_model
 from .train import History, Step, Trainer
 
@@ -105,20 +106,24 @@ def execute(
 
 
 def _conclude(trainer: Trainer, out: Path) -> Result:
-    settings, full = trainer.settings, trainer.model
+    settings, pruner = trainer.settings, trainer.pruner
+    image = normalise(trainer.test.image(0)[None]).contiguous(memory_format=torch.channels_last)
+    figures = {}
+    small = trainer.model if pruner is None else pruner.compact()
+    if pruner is not None:
+        figures = _compaction(small, trainer)
+    small = _on_cpu(small)
     if settings.shrink:
         # Only its size and speed are asked for, which are not those of the live network any more.
         full = build_model(settings).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    image = normalise(trainer.test.image(0)[None]).contiguous(memory_format=torch.channels_last)
-    small, figures = trainer.model, {}
-    if trainer.pruner is not None:
-        small = trainer.pruner.compact()
-        figures = _compaction(small, trainer)
+    else:
+        full = small if pruner is None else _on_cpu(trainer.model)
     path = out / MODEL
-    sparsekern.save(small, path)
-    _check_stored(small, path, settings, image)
+    sparsekern.save(small, path, made_by=settings.network.to_json(sparsekern.__version__))
+    _check_stored(small, path)
     figures |= _figures(trainer.history, full, small, image, path)
-    scores = evaluate(small, trainer.test, settings.classes)
+    # Padded as `sparsekern predict` pads, so that these are the scores of what it writes.
+    scores = evaluate(Padded(small, settings.network.stride), trainer.test, settings.classes)
     figures |= {"dice": scores.dice, "miou": scores.miou}
     return Result(settings, trainer.history, small.eval(), figures)
 
@@ -151,9 +156,15 @@ def _training_macs_share(trainer: Trainer) -> float:
     return statistics.fmean(share for _, share, _ in trainer.history.cost)
 
 
-def _check_stored(small: nn.Module, path: Path, settings: Settings, image: Tensor) -> None:
-    """The file, loaded into a fresh full-size network, must give the very network that was saved."""
-    loaded = sparsekern.load(build_model(settings), path).state_dict()
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it where it is on another device: files and figures are those of a CPU."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return model if on_cpu else copy.deepcopy(model).cpu()
+
+
+def _check_stored(small: nn.Module, path: Path) -> None:
+    """The file alone must give the very network that was saved."""
+    loaded = sparsekern.load(path).state_dict()
     for name, value in small.state_dict().items():
         if not torch.equal(value, loaded[name]):
             raise RuntimeError(f"{path} does not hold {name} as it was saved; please report this")

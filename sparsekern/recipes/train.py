@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from .batches import Batches
 from .data import Split
+from .devices import autocast, find_device, grad_scaler
 from .errors import InputError
 from .metrics import Scores, SegmentationLoss, evaluate
 from .settings import COARSEST, Settings, build_model, build_optimizer, build_pruner
 
 # How many points of a run's cost over time are kept.
 COST_POINTS = 100
+# Steps on a GPU after which their losses are read.
+READ_EVERY = 20
 
 
 @dataclass
@@ -46,7 +50,8 @@ class Step:
     """What a progress callback is told after every step.
 
     Attributes:
-        step: steps done. loss: of this step. macs_share: not masked yet, 1 for a dense run.
+        step: steps done. loss: of this step, on a GPU of one a little earlier.
+        macs_share: not masked yet, 1 for a dense run.
         scores: of the last evaluation, None before the first.
     """
 
@@ -75,6 +80,7 @@ class Trainer:
     Attributes:
         model: the network; masked while it is pruned, and smaller from then on with `settings.shrink`.
         pruner: None for a dense run.
+        device: where all of it is.
         example: float32 `[1, 3, crop, crop]`, the first training image, cut to the crop.
         step: steps done. history: what happened in them.
 
@@ -93,22 +99,27 @@ class Trainer:
     ) -> None:
         train.check_fits(settings.crop, "train")
         test.check_fits(COARSEST, "test")
+        self.device = find_device(settings.device)
         self.settings = settings
         self.test = test
         self.batches = Batches(train, settings.batch, settings.crop, settings.seed)
-        self.example = self.batches(0)[0][:1]
+        self.example = self.batches(0)[0][:1].to(self.device)
         self.model = build_model(settings, backbone)
         self._shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         # oneDNN convolves this layout a quarter faster than the default one.
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.scaler = grad_scaler(self.device, settings.amp)
         self.optimizer = build_optimizer(self.model, settings)
         self.pruner = build_pruner(self.model, self.optimizer, self.example, settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            partial(learning_rate, steps=settings.steps, warmup=settings.warmup),
+            partial(learning_rate, steps=settings.steps, warmup=settings.lr_warmup),
         )
+        self.criterion = SegmentationLoss()
         self.step = 0
         self.history = History()
+        self._losses: list[Tensor] = []
+        self._read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self._data = [_checksum(split) for split in (train, test)]
 
     @property
@@ -122,25 +133,45 @@ class Trainer:
         `on_step` is called after every step, when a checkpoint may be taken.
         """
         stop = self.settings.steps if stop is None else min(stop, self.settings.steps)
-        criterion, optimizer, history = SegmentationLoss(), self.optimizer, self.history
         self.model.train()
         begin = perf_counter()
         for x, y in self.batches.steps(self.step, stop):
-            loss = criterion(self.model(x.to(memory_format=torch.channels_last)), y)
-            loss.backward()
-            before = perf_counter()
-            optimizer.step()
-            after = perf_counter()
-            optimizer.zero_grad()
-            self.scheduler.step()
+            loss, seconds = self._update(x, y)
             self.step += 1
-            history.loss.append(loss.item())
-            history.optimizer_seconds.append(after - before)
-            history.seconds.append(perf_counter() - begin)
+            self._losses.append(loss)
+            if len(self._losses) >= self._read_every or self.step == stop:
+                self._read_losses()
+            self.history.optimizer_seconds.append(seconds)
+            self.history.seconds.append(perf_counter() - begin)
             self._observe()
             if on_step is not None:
                 on_step(self._report())
             begin = perf_counter()
+
+    def _read_losses(self) -> None:
+        """Brings the losses to the CPU, which waits for all that a GPU still has to do."""
+        if self._losses:
+            self.history.loss += torch.stack(self._losses).tolist()
+            self._losses.clear()
+
+    def _update(self, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        """One step on a batch; its loss, and the wall time that the optimizer took."""
+        x = x.to(self.device, memory_format=torch.channels_last)
+        with autocast(self.device, self.settings.amp):
+            logits = self.model(x)
+        # In float32: sums over all pixels of a batch leave the range of float16.
+        loss = self.criterion(logits.float(), y.to(self.device))
+        self.scaler.scale(loss).backward()
+        before = perf_counter()
+        self.scaler.step(self.optimizer)
+        seconds = perf_counter() - before
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings():
+            # The scaler may skip the first steps; the rate goes by the number of batches all the same.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
+            self.scheduler.step()
+        return loss.detach(), seconds
 
     def _observe(self) -> None:
         """Cost and scores, where they are due; their time is not that of a step."""
@@ -157,10 +188,12 @@ class Trainer:
         history = self.history
         share = history.cost[-1][1] if history.cost else 1.0
         scores = Scores(*history.scores[-1][1:]) if history.scores else None
-        return Step(self.step, history.loss[-1], share, scores)
+        loss = history.loss[-1] if history.loss else math.nan
+        return Step(self.step, loss, share, scores)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run depends on from here, as tensors and plain data."""
+        self._read_losses()
         return {
             "settings": self.settings.to_json(),
             "shapes": self._shapes,
@@ -169,6 +202,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "random": torch.get_rng_state(),
             "history": asdict(self.history),
@@ -188,6 +222,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         self.step = state["step"]
         self.history = History(**state["history"])
@@ -196,7 +231,7 @@ class Trainer:
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise InputError(f"--resume: the checkpoint lacks {missing[0]!r}; expected one of a run")
-        mine, theirs = self.settings.to_json(), state["settings"]
+        mine, theirs = self.settings.to_json(), Settings.from_json(state["settings"]).to_json()
         for name in mine:
             if mine[name] != theirs.get(name):
                 raise InputError(

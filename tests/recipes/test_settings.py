@@ -27,6 +27,7 @@ BAD = {
     "lr": 0.0,
     "weight_decay": -1.0,
     "warmup": 1.0,
+    "lr_warmup": 1.0,
     "width": -2.0,
 }
 
