@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-# Relative to ROOT, where ninja runs: an unpacked sdist can go on with the objects of the tree that it is from.
+# Relative to ROOT, where ninja runs: an unpacked sdist can go on with the objects of its tree.
 CSRC = Path("csrc")
 
 # No fused multiply-add and no reassociation: all instruction sets compute the same bits. The two relaxations
@@ -167,9 +167,7 @@ def cuda_ninja_text(target: Path, build: Path) -> str:
         f"  command = $nvcc -cudart static -shared {' '.join(targets)} $in -o $out",
     ]
     sources = sorted(
-        path.relative_to(ROOT)
-        for path in (ROOT / CSRC / "cuda").iterdir()
-        if path.suffix in (".cu", ".cpp")
+        path.relative_to(ROOT) for path in (ROOT / CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp")
     )
     for path in sources:
         lines.append(f"build {escape(build / path.stem)}.o: compile {escape(path)}")
@@ -229,7 +227,7 @@ class NinjaBuild(build_ext):
 
 
 def repository() -> str:
-    """Address of the public repository: from the environment, or as the sdist that this is says; else empty."""
+    """Address of the public repository, from the environment or the metadata of an sdist; else empty."""
     stated = os.environ.get("SPARSEKERN_REPOSITORY", "")
     if not stated and (ROOT / "PKG-INFO").is_file():
         headers = HeaderParser().parsestr((ROOT / "PKG-INFO").read_text(encoding="utf-8"))

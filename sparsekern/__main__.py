@@ -15,9 +15,12 @@ def main() -> int:
         from sparsekern.cli import run
 
         return run(sys.argv[1:])
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in EXTRAS:
+        if missing == "torchvision":  # it is there, and does not fit torch
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        if missing not in EXTRAS or not isinstance(error, ModuleNotFoundError):
             raise
         if sys.argv[1:] == ["info"]:  # the first thing in a bug report, so it needs no extras
             from sparsekern import _info

@@ -111,7 +111,7 @@ BAD = {
     "unknown option": (["--stepz", "3"], "--stepz"),
     "model": (["--model", "vgg"], "--model: got 'vgg', expected one of unet"),
     "select": (["--select", "best"], "--select: got 'best', expected joint"),
-    "round to": (["--round-to", "x"], "round_to: got 'x', expected"),
+    "round to": (["--round-to", "x"], "--round-to: got 'x', expected"),
     "crop": (["--crop", "64"], "--crop is 64, but train/images/0000.png is 48x48"),
     "threads": (["--threads", "-1"], "--threads: got -1, expected"),
     "dense and keep": (["--dense", "--keep", "0.3"], "--keep: got 0.3 with --dense"),

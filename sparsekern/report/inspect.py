@@ -19,6 +19,7 @@ from sparsekern.prune.budget import check_keep, check_unit
 from sparsekern.prune.criteria import Magnitude
 from sparsekern.prune.once import task_of
 from sparsekern.prune.statistics import of_weights
+from sparsekern.recipes._torchvision import blame, warn_of_mismatch
 
 
 def find_model(target: str) -> nn.Module:
@@ -37,10 +38,12 @@ def find_model(target: str) -> nn.Module:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    warn_of_mismatch()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(f"target: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+        reason = blame(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"target: cannot import {module_name!r}: {reason}") from error
     try:
         factory = operator.attrgetter(path)(module)
     except AttributeError as error:
@@ -52,9 +55,8 @@ def find_model(target: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise ValueError(
-            f"target: {target} called without arguments raised {type(error).__name__}: {error}"
-        ) from error
+        reason = blame(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"target: {target} called without arguments raised {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"target: {target} gave {type(model).__name__}, expected a torch.nn.Module")
     return model
