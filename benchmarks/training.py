@@ -69,7 +69,7 @@ def main(
         width=width or WIDTHS[model],
         keep=keep or KEEP[model],
         round_to=round_to or None,
-        begin=begin,
+        warmup=begin,
         finish=finish,
         events=events,
         shrink=True,
