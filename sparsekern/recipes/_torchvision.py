@@ -8,6 +8,7 @@ before torchvision is, directly or by another package; does nothing where torchv
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import warnings
 from importlib.util import find_spec
 
@@ -48,6 +49,14 @@ def warn_of_mismatch(stacklevel: int = 2) -> None:
     text = mismatch()
     if text is not None:
         warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+def used_by(package: str) -> bool:
+    """Whether a module of an imported top-level package has torchvision, or something of it, in its names."""
+    own = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
+    values = [value for module in own for value in list(getattr(module, "__dict__", {}).values())]
+    origins = (getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values)
+    return package == "torchvision" or any(str(origin).startswith("torchvision") for origin in origins)
 
 
 def blame(error: BaseException) -> str | None:

@@ -19,7 +19,7 @@ from sparsekern.prune.budget import check_keep, check_unit
 from sparsekern.prune.criteria import Magnitude
 from sparsekern.prune.once import task_of
 from sparsekern.prune.statistics import of_weights
-from sparsekern.recipes._torchvision import blame, warn_of_mismatch
+from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mismatch
 
 
 def find_model(target: str) -> nn.Module:
@@ -38,12 +38,13 @@ def find_model(target: str) -> nn.Module:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    warn_of_mismatch()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         reason = blame(error) or f"{type(error).__name__}: {error}"
         raise ValueError(f"target: cannot import {module_name!r}: {reason}") from error
+    if mismatch() is not None and used_by(module_name.partition(".")[0]):
+        warn_of_mismatch()
     try:
         factory = operator.attrgetter(path)(module)
     except AttributeError as error:
