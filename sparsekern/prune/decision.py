@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,12 @@ class Choice:
             folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
         return self.condemned, self.penalised, self.penalty, *folds
 
-    def carry_out(self, masks: Masks) -> None:
-        """Fold, condemn and penalise."""
+    def carry_out(self, masks: Masks, undo: ExitStack | None = None) -> None:
+        """Fold, condemn and penalise; ``undo`` is told what restores the weights."""
         condemned = self.condemned
         if self.partners is not None:
-            folded = masks.fold(condemned, self.partners)
-            masks.mask(folded)
+            folded = masks.fold(condemned, self.partners, undo)
+            masks.mask(folded, undo)
             condemned = condemned & ~folded
         masks.condemn(condemned, self.event.decline)
         masks.penalise(self.penalised, self.penalty)
