@@ -45,7 +45,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     be written, ``ValueError`` for what the format cannot hold.
     """
     module = unwrap(module)
-    destination = target(path)
+    target(path)  # before the work of gathering
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
     tensors = _on_host(entries)
@@ -58,13 +58,11 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     metadata["sha256"] = _digest(metadata, tensors)
     try:
-        with replacing(destination) as temporary:
-            save_file(tensors, temporary, metadata)
+        with replacing(path) as temporary:
+            _write(tensors, temporary, metadata)
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
         raise ValueError(f"module: {shorten(names)} is {error}, which safetensors cannot hold") from None
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"path: cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -100,6 +98,13 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
     remember(module, loaded, tensors, parts)
     return loaded
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
