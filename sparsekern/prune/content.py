@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsekern._rows import COUNT, GRAD_SQ, WEIGHT_SQ
 from sparsekern._rows import LIVE as LIVE_ROW
 from sparsekern._schema import (
     FLAG,
@@ -100,7 +102,6 @@ _FINITE: dict[str, Any] = {"nan": False, "infinite": False}
 ROW_VALUES: dict[str, dict[str, Any]] = {
     "penalty": _SIZE,
     "countdown": {"low": LIVE_ROW},
-    "sums": _FINITE,
     "threshold": {"low": 0.0, "nan": False},
     "activity": _SHARE,
     "nonfinite": {"low": 0.0},
@@ -210,10 +211,21 @@ _SCALARS = ("step", "mu_product", "eta", "mu")
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
 
 
+@dataclass(frozen=True)
+class Sums(Array):
+    """Sums over the elements of each row, of which only ``dot`` can be negative."""
+
+    def check(self, value: Any, name: str) -> None:
+        super().check(value, name)
+        if bool((value[:, [COUNT, GRAD_SQ, WEIGHT_SQ]] < 0).any()):
+            raise ValueError(f"{name}: got a negative count or sum of squares, expected numbers >= 0")
+
+
 def rows_rule(expected: Mapping[str, Any]) -> Rule:
     """State of a table of rows, for one whose own state is ``expected``."""
-    arrays = {name: own for name, own in expected.items() if isinstance(own, Tensor)}
-    return Fields({"tau": Real(positive=True), "decay": Real(0, 1), **_arrays(arrays, ROW_VALUES)})
+    arrays = _arrays({name: own for name, own in expected.items() if isinstance(own, Tensor)}, ROW_VALUES)
+    sums = Sums(tuple(expected["sums"].shape), expected["sums"].dtype, nan=False, infinite=False)
+    return Fields({"tau": Real(positive=True), "decay": Real(0, 1), **arrays, "sums": sums})
 
 
 def counted_rule(expected: Mapping[str, Tensor]) -> Rule:
