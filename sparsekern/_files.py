@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import secrets
 import stat
 import zipfile
@@ -161,7 +162,7 @@ def load_plain(file: BinaryIO, *, legacy: bool = False) -> Any:
     Raises:
         ValueError: it is truncated, changed or something else.
     """
-    if zipfile.is_zipfile(file) or not legacy:
+    if not (legacy and _is_legacy(file)):
         _check_archive(file)
     file.seek(0)
     try:
@@ -169,6 +170,18 @@ def load_plain(file: BinaryIO, *, legacy: bool = False) -> Any:
     except Exception as error:
         # A hostile file makes the reader raise whatever it likes.
         raise ValueError(_first_line(error)) from error
+
+
+def has_checksums(path: AnyPath) -> bool:
+    """Whether ``torch.save`` wrote the file in the format that has them, which it does since torch 1.6."""
+    with opened(path) as file:
+        return not _is_legacy(file)
+
+
+def _is_legacy(file: BinaryIO) -> bool:
+    """Whether the file begins as a bare pickle does."""
+    file.seek(0)
+    return file.read(1) == pickle.PROTO
 
 
 def save_plain(content: Any, path: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .._files import read_plain, replacing, save_plain
+from .._files import has_checksums, read_plain, replacing, save_plain
 from .._schema import NOTHING, PLAIN, TEXT, Anything, Either, Entries, Fields, Items, Kind, Whole
 from ..prune.content import GENERATORS, OPTIMIZER, STATE
 from .errors import InputError
@@ -75,7 +74,7 @@ def load_backbone(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise InputError(f"--backbone: {path} is no state dict; expected one of torchvision's")
-    if not zipfile.is_zipfile(path) and not _has_its_name(path):
+    if not has_checksums(path) and not _has_its_name(path):
         warnings.warn(
             f"--backbone: {path} is in the format that torch wrote before 1.6, expected one with checksums; "
             f"damage to its values goes unnoticed until it is written anew with torch.save",
