@@ -103,12 +103,16 @@ def check_cuttable(model: nn.Module) -> None:
         check_rebuildable(wrapper)
 
 
-def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> None:
-    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``."""
-    if also:
-        live = _Surgery(unwrap(model), plan, "model")
-        for index, module in enumerate(also):
-            _copy_of(module, live, f"also[{index}]")
+def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> list[dict[int, TensorPlan]]:
+    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``.
+
+    Returns:
+        For each copy, by ``id`` of its tensors, what ``plan`` leaves of them.
+    """
+    if not also:
+        return []
+    live = _Surgery(unwrap(model), plan, "model")
+    return [_copy_of(module, live, f"also[{index}]").parts for index, module in enumerate(also)]
 
 
 class _Surgery:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Source
 from .interpret import Tracked
+from .layers import own_numbers
 from .numbering import Numbering
 from .records import Records, Shaped
 from .slots import Slots
@@ -71,10 +72,8 @@ def _counted(model: nn.Module, shaped: Shaped, numbering: Numbering) -> bool:
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, int]]:
-    """Attributes that may count channels; torch's own layers and ours are brought in line by kind."""
-    if type(module).__module__.startswith(("torch.nn.", "sparsekern.modules.")):
-        return []
-    return [(name, value) for name, value in vars(module).items() if type(value) is int and value > 1]
+    """Attributes that may count channels."""
+    return [(name, value) for name, value in own_numbers(module).items() if value > 1]
 
 
 def _note(

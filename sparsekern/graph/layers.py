@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -179,20 +179,55 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
 )
 
 
-def counts(model: nn.Module, parts: Iterable[Part]) -> Iterator[tuple[nn.Module, str, int]]:
+def own_numbers(module: nn.Module) -> dict[str, int]:
+    """The numbers of a user's own module that may count channels, by attribute.
+
+    Torch's own layers and ours are brought in line by kind. What every module has, what is private to
+    Python, and what a property or another descriptor stands in front of, is never a count.
+    """
+    if type(module).__module__.startswith(("torch.nn.", "sparsekern.modules.")):
+        return {}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) is int and value > 0 and name not in _OF_EVERY_MODULE and not _is_guarded(module, name)
+    }
+
+
+def _is_guarded(module: nn.Module, name: str) -> bool:
+    return name.startswith("__") or hasattr(getattr(type(module), name, None), "__set__")
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
+
+
+def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str, int]]:
     """Module, attribute and new value of the user's own numbers that count what stays.
 
-    Raises ``ValueError`` where ``model`` has no such number.
+    Raises ``ValueError`` where ``model`` has no such number, or one that is not the size of what is cut.
     """
+    found: dict[str, tuple[nn.Module, str, int]] = {}
     for part in parts:
         for path, (dim, per) in part.sizes.items():
             if dim not in part.keep:
                 continue
             owner, _, attribute = path.rpartition(".")
-            module = model.get_submodule(owner)
-            if not isinstance(vars(module).get(attribute), int):
-                raise ValueError(f"plan: made for another model, {path!r} is no number in this one")
-            yield module, attribute, part.new_shape[dim] // per
+            try:
+                module = model.get_submodule(owner)
+            except AttributeError:
+                raise ValueError(f"plan: made for another model, {path!r} is no number in this one") from None
+            value = own_numbers(module).get(attribute)
+            if value is None or value * per != part.shape[dim]:
+                raise ValueError(
+                    f"plan: made for another model, {path!r} is no number in this one that counts the "
+                    f"{part.shape[dim]} indices of a dimension by {per}"
+                )
+            new = module, attribute, part.new_shape[dim] // per
+            if found.setdefault(path, new) != new:
+                raise ValueError(
+                    f"plan: {path!r} becomes {found[path][2]} by one tensor, {new[2]} by another"
+                )
+    return list(found.values())
 
 
 def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:

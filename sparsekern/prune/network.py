@@ -24,6 +24,7 @@ from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.activations import Activations
+from sparsekern.prune.content import STATE, check_countdowns, counted_rule, rows_rule
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.places import tensors_of
 from sparsekern.prune.ranks import Ranks
@@ -295,11 +296,13 @@ class Network:
             self.activations.attach()
         self._removed = self._removed.then(plan)
 
-    def shapes(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
-        """Of the model's tensors by every name, when ``kept`` (bool ``[C]``) stays."""
-        tensors = registered(self.model)
-        parts = match(make_plan(self.graph, kept), tensors)
-        return {name: parts[id(entry.tensor)].new_shape for entry in tensors for name in entry.names}
+    def shapes(self, kept: np.ndarray) -> dict[int, tuple[int, ...]]:
+        """Of the tensors of the model and of its copies, by ``id``, when ``kept`` (bool ``[C]``) stays."""
+        plan = make_plan(self.graph, kept)
+        parts = match(plan, registered(self.model))
+        for copied in check_copies(self.model, plan, self.also):
+            parts |= copied
+        return {identity: part.new_shape for identity, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """``channels``: int8, the state of every channel that there ever was; ``rows``: copies of the arrays
@@ -315,8 +318,9 @@ class Network:
         """The channels of this network (bool ``[C]``) that the one of ``state`` has too.
 
         Raises:
-            KeyError, ValueError: the state is not one of this network, or of it at a larger size.
+            ValueError: the state is not one of this network, or of it at a larger size.
         """
+        STATE.check(state, "state")
         channels = state["channels"].cpu().numpy()
         if channels.shape != (self.rows.total,) or not np.isin(channels, range(CUT + 1)).all():
             raise ValueError(
@@ -332,18 +336,29 @@ class Network:
                 f"size, with a Pruner of its own, to load it into"
             )
         kept = channels[self.rows.numbers] != CUT
-        # Both raise for what does not belong here, before anything is changed.
+        # All of these raise for what does not belong here, before anything is changed.
         self.graph.restrict(kept)
-        RowTable.check(state["rows"], self.rows.restricted_state(kept))
+        expected = self.rows.restricted_state(kept)
+        rows_rule(expected).check(state["rows"], "state['rows']")
+        RowTable.check(state["rows"], expected)
+        of_rows = np.append(kept, True)[self.rows.channel_of]
+        check_countdowns(
+            channels[self.rows.numbers],
+            state["rows"]["countdown"],
+            self.rows.channel_of[of_rows],
+            self.rows.is_gate[of_rows],
+        )
         if self.activations.counting:
-            Activations.check(state.get("activations"), self.activations.restricted_state(kept))
+            counted = self.activations.restricted_state(kept)
+            Activations.check(state.get("activations"), counted)
+            counted_rule(counted).check(state["activations"], "state['activations']")
         return kept
 
     def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module], undo: ExitStack) -> None:
         """Go on from :meth:`state_dict`, cut to its size; ``undo`` is told what restores everything.
 
         Raises:
-            KeyError, TypeError, ValueError: see :meth:`check_state` and :func:`sparsekern.compact.shrink`.
+            TypeError, ValueError: see :meth:`check_state` and :func:`sparsekern.compact.shrink`.
         """
         kept = self.check_state(state)
         self.masks.restored_by(undo)

@@ -13,6 +13,7 @@ from torch import nn
 from sparsekern._sharding import check_plain
 from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.prune import checkpoint
+from sparsekern.prune.content import STATE, STATE_VERSION, check_progress
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.events import Events
 from sparsekern.prune.network import Network
@@ -37,7 +38,7 @@ class Resumable:
         plain values only, so that ``torch.load(weights_only=True)`` reads it. Of counts of activations it
         has those of this process, on its share of the data."""
         return {
-            "version": 2,
+            "version": STATE_VERSION,
             "settings": self._settings(),
             "network": self._fingerprint(),
             **self._events.state_dict(),
@@ -67,8 +68,10 @@ class Resumable:
         self._events.load_state_dict(state, undo)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 2:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
+        version = state.get("version", STATE_VERSION) if isinstance(state, Mapping) else STATE_VERSION
+        if version != STATE_VERSION:
+            raise ValueError(f"state: got version {version!r}, expected {STATE_VERSION}")
+        STATE.check(state, "state")
         if list(state["network"]) != self._fingerprint():
             raise ValueError(
                 f"state: got the channels of another network ({len(state['network'])} groups), expected "
@@ -80,6 +83,7 @@ class Resumable:
                     f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
                 )
         self._network.check_state(state)
+        check_progress(state, self._schedule)
 
     def save_checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> None:
         """Write the whole training to ``path``: model, optimizer, Pruner, the copies given as ``also``, the
@@ -164,7 +168,7 @@ class Resumable:
             self._go_on_from(state, also, undo)
             checkpoint.restored_by(undo, (network.model, *network.also), self._optimizer)
             network.model.load_state_dict(content["model"])
-            self._optimizer.load_state_dict(content["optimizer"])
+            self._optimizer.load_state_dict(checkpoint.in_own_memory(content["optimizer"]))
             for module, own in zip(network.also, content["also"], strict=True):
                 module.load_state_dict(own)
             checkpoint.set_random_state(
@@ -192,6 +196,20 @@ class Resumable:
     def _fingerprint(self) -> list[str]:
         groups = zip(self._network.graph.groups, self._network.widths.tolist(), strict=True)
         return [f"{group.name}:{width}" for group, width in groups]
+
+
+def check_run(
+    pruner: Resumable, state: Mapping[str, Any], weights: Mapping[str, Any], optimizer: Mapping[str, Any]
+) -> None:
+    """A Pruner, its model and its optimizer can go on from these state dicts: to be asked before any does.
+
+    Raises:
+        ValueError: one of them does not fit; nothing has been changed.
+    """
+    network = pruner._network
+    pruner._check_state(state)
+    shapes = network.shapes(network.check_state(state))
+    checkpoint.check_training(weights, optimizer, network.model, pruner._optimizer, shapes)
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._schema import Anything, Fields, Items, Kind, OneOf, Whole, like
+from ..prune.checkpoint import check_training, in_own_memory
+from ..prune.content import STATE
+from ..prune.resume import check_run
 from .batches import Batches
+from .checkpoint import RUN
 from .data import Split
 from .errors import InputError
 from .metrics import Scores, SegmentationLoss, evaluate
@@ -186,16 +191,21 @@ class Trainer:
             # First, as it brings the other two to the size that they had.
             self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(in_own_memory(state["optimizer"]))
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
         self.step = state["step"]
         self.history = History(**state["history"])
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        missing = sorted(self.state_dict().keys() - state.keys())
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
         if missing:
             raise InputError(f"--resume: the checkpoint lacks {missing[0]!r}; expected one of a run")
+        try:
+            RUN.check(state, "state")
+        except ValueError as error:
+            raise InputError(f"--resume: {error}; the checkpoint is damaged or was changed") from None
         mine, theirs = self.settings.to_json(), state["settings"]
         for name in mine:
             if mine[name] != theirs.get(name):
@@ -213,6 +223,31 @@ class Trainer:
                 )
         if state["data"] != self._data:
             raise InputError("--resume: the checkpoint is of other images; expected the same --data")
+        try:
+            self._check_parts(state, own)
+        except ValueError as error:
+            raise InputError(f"--resume: {error}; the checkpoint is damaged or was changed") from None
+
+    def _check_parts(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """What the parts of a run hold is what they can load.
+
+        Raises:
+            ValueError: it is not; nothing has been changed.
+        """
+        done = OneOf((state["step"],))
+        Fields({name: Anything() for name in own}).check(state, "state")
+        Whole(0, self.settings.steps).check(state["step"], "state['step']")
+        history = {name: Items(Anything()) for name in own["history"]}
+        per_step = {name: Items(Kind(float), length=state["step"]) for name in ("loss", "seconds")}
+        Fields({**history, **per_step}).check(state["history"], "state['history']")
+        scheduler = {name: like(value) for name, value in own["scheduler"].items()}
+        Fields({**scheduler, "last_epoch": done}).check(state["scheduler"], "state['scheduler']")
+        if self.pruner is not None:
+            STATE.check(state["pruner"], "state['pruner']")
+            check_run(self.pruner, state["pruner"], state["model"], state["optimizer"])
+        else:
+            OneOf((None,)).check(state["pruner"], "state['pruner']")
+            check_training(state["model"], state["optimizer"], self.model, self.optimizer, {})
 
 
 def _due(step: int, steps: int, times: int) -> bool:
