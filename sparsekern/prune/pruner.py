@@ -132,6 +132,7 @@ class Pruner(Resumable):
             check_cuttable(model)
         self._optimizer = optimizer
         self._steps = steps
+        self._timing = {"warmup": warmup, "finish": finish, "events": events}
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
@@ -381,17 +382,6 @@ class Pruner(Resumable):
             self._network.shrink()
         self._next = self._next_step()
         self._warn_of_nonfinite()
-
-    def _next_step(self) -> int | None:
-        """The step after which there is something to do next, or None."""
-        event = self._schedule.after(self._step)
-        if event is not None:
-            return event.step
-        if self._step < self._schedule.finish:
-            return self._schedule.finish
-        # Steps that a gradient scaler skipped leave declines unfinished: come back when they can have ended.
-        left = int(self._masks.countdowns().max(initial=0))
-        return self._step + left if left else None
 
     def _warn_of_nonfinite(self) -> None:
         count = int(self._rows.table.nonfinite)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,8 @@ class Resumable:
     _policy: Policy
     _ranks: Ranks
     _schedule: Schedule
+    _steps: int
+    _timing: dict[str, float]
     _keep: float
     _shrinks: bool
     _step: int
@@ -36,8 +39,9 @@ class Resumable:
         plain values only, so that ``torch.load(weights_only=True)`` reads it. Of counts of activations it
         has those of this process, on its share of the data."""
         return {
-            "version": 2,
+            "version": 3,
             "settings": self._settings(),
+            "schedule": self._schedule.to_plain(),
             "network": self._fingerprint(),
             "step": self._step,
             "next": self._next,
@@ -51,32 +55,77 @@ class Resumable:
         The model, its optimizer's state and copies of the model are brought to the size that they had; what
         they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
 
+        This Pruner may have other ``steps`` than that of the state: the training is then extended.
+        Where all events were taken before, no further ones come: the finished network trains for more steps.
+        Otherwise the events after the step of the state are those of this Pruner's schedule. An event
+        removes nothing as long as the network costs less than the share of that event.
+
         Args:
             state: what :meth:`state_dict` gave.
             also: as for :meth:`shrink`.
 
         Raises:
-            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
+            ValueError: it is of another network or of a Pruner with other settings (apart from ``steps``), or
+                the budget is not met and no event is left with these ``steps``; nothing has changed then.
         """
         self._check_state(state)
+        schedule = self._resumed_schedule(state)
         self._network.load_state_dict(state, also)
         self._step = int(state["step"])
-        self._next = state["next"]
+        self._schedule = schedule
+        if schedule.to_plain() == state["schedule"]:
+            self._next = state["next"]
+        else:
+            self._next = self._first_of_new_schedule()
         self._nonfinite_seen = int(state["nonfinite_seen"])
 
+    def _resumed_schedule(self, state: Mapping[str, Any]) -> Schedule:
+        """The schedule that a training goes on with after ``state``."""
+        saved, step = Schedule.from_plain(state["schedule"]), int(state["step"])
+        if saved.after(step) is None or state["settings"]["steps"] == self._steps:
+            return saved
+        if self._schedule.after(step) is None:
+            raise ValueError(
+                f"steps: got {self._steps}, whose last event comes after step "
+                f"{self._schedule.events[-1].step}, for a state after step {step} that has not met its "
+                f"budget; expected more steps"
+            )
+        return self._schedule
+
+    def _first_of_new_schedule(self) -> int | None:
+        """The next step with something to do, where the schedule has changed."""
+        masks = self._network.masks
+        # The penalties were for the old distance between events; the next event sets new ones.
+        masks.penalise(np.zeros(len(masks.state), bool), 0.0)
+        left = int(masks.countdowns().max(initial=0))
+        following = self._next_step()
+        return following if not left or following is None else min(following, self._step + left)
+
+    def _next_step(self) -> int | None:
+        """The step after which there is something to do next, or None."""
+        event = self._schedule.after(self._step)
+        if event is not None:
+            return event.step
+        if self._step < self._schedule.finish:
+            return self._schedule.finish
+        # Steps that a gradient scaler skipped leave declines unfinished: come back when they can have ended.
+        left = int(self._network.masks.countdowns().max(initial=0))
+        return self._step + left if left else None
+
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 2:
-            raise ValueError(f"state: got version {state.get('version')!r}, expected 2")
+        if state.get("version") != 3:
+            raise ValueError(f"state: got version {state.get('version')!r}, expected 3")
         if list(state["network"]) != self._fingerprint():
             raise ValueError(
                 f"state: got the channels of another network ({len(state['network'])} groups), expected "
                 f"those of this one ({len(self._network.widths)} groups)"
             )
         for name, own in self._settings().items():
-            if state["settings"].get(name) != own:
+            if name != "steps" and state["settings"].get(name) != own:
                 raise ValueError(
                     f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
                 )
+        self._resumed_schedule(state)
         self._network.check_state(state)
 
     def save_checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> None:
@@ -123,7 +172,9 @@ class Resumable:
         """Go on from :meth:`save_checkpoint`, in a full-size model with an optimizer and a Pruner of its own.
 
         All of them are brought to the size that they had, and hold what they held: training then goes on bit
-        by bit as if it had not been interrupted. Where several processes train together, each has to call
+        by bit as if it had not been interrupted. With other ``steps`` than before it is extended, see
+        :meth:`load_state_dict`; a learning rate schedule among the extra values is the caller's to extend.
+        Where several processes train together, each has to call
         this; with another number of them than before, generators are dealt out in turn.
 
         Args:
@@ -168,8 +219,8 @@ class Resumable:
         return {
             "keep": self._keep,
             "of": policy.of,
-            "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
-            "finish": self._schedule.finish,
+            "steps": self._steps,
+            **self._timing,
             "select": repr(policy.select),
             "allocate": repr(policy.allocate),
             "round_to": policy.round_to,
