@@ -42,7 +42,7 @@ from sparsekern.prune.schedule import Schedule
 
 FORMAT = "sparsekern.checkpoint"
 VERSION = 1
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 _TWISTER = 624  # words of the Mersenne twister
 
@@ -125,6 +125,7 @@ STATE = Fields(
     {
         "version": OneOf((STATE_VERSION,)),
         "settings": Entries(TEXT, Either((PLAIN, Items(PLAIN)))),
+        "schedule": Anything(),
         "network": Items(TEXT),
         "step": Whole(0),
         "next": Either((NOTHING, Whole(1))),
@@ -379,12 +380,14 @@ def check_progress(state: Mapping[str, Any], schedule: Schedule) -> None:
     event = schedule.after(step)
     longest = max(event.decline for event in schedule.events)
     condemned = bool((state["channels"] == CONDEMNED).any())
+    # Declines end later where a gradient scaler has delayed them, and between events where a training was extended.
+    ends = tuple(range(step + 1, step + longest + 1))
     if event is not None or step < schedule.finish:
         expected: tuple[int | None, ...] = (schedule.finish if event is None else event.step,)
+        expected += ends if condemned else ()
     else:
-        # Declines that a gradient scaler has delayed end later; an abort leaves nothing to wait for.
-        ends = range(step + 1, step + longest + 1)
-        expected = (*ends,) if condemned else (None, *ends)
+        # An abort leaves nothing to wait for.
+        expected = ends if condemned else (None, *ends)
     if following not in expected:
         text = " or ".join(map(str, sorted({expected[0], expected[-1]}, key=str)))
         raise ValueError(f"state['next']: got {following} at step {step}, expected {text} by the schedule")

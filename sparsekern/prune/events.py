@@ -52,13 +52,20 @@ class Events:
         """Plain values."""
         return {"step": self.done(), "next": self.next, "nonfinite_seen": self._nonfinite_seen}
 
-    def load_state_dict(self, state: Mapping[str, Any], undo: ExitStack) -> None:
-        """Go on from :meth:`state_dict`; ``undo`` is told what restores the state from before."""
+    def load_state_dict(self, state: Mapping[str, Any], schedule: Schedule, undo: ExitStack) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: with the ``schedule`` that it was saved under.
+            schedule: to go on with; another one where the training is extended.
+            undo: is told what restores the state from before.
+        """
         undo.callback(vars(self).update, dict(vars(self)))
+        self.schedule = schedule
         self.step = int(state["step"])
-        self.next = state["next"]
         self._nonfinite_seen = int(state["nonfinite_seen"])
         self._skipped = SkippedSteps()
+        self.next = state["next"] if schedule.to_plain() == state["schedule"] else self._next_of_new_schedule()
 
     def before_step(self, *_: Any) -> None:
         """Hook before an optimizer's step: makes up for a decision that has failed or was interrupted."""
@@ -108,6 +115,15 @@ class Events:
             # After everything that reads the statistics, and once: every cut costs a recompilation.
             network.shrink(undo)
         self.next = self._next_step()
+
+    def _next_of_new_schedule(self) -> int | None:
+        """The next step with something to do, where the schedule has changed."""
+        masks = self._network.masks
+        # The penalties were for the old distance between events; the next event sets new ones.
+        masks.penalise(np.zeros(len(masks.state), bool), 0.0)
+        left = int(masks.countdowns().max(initial=0))
+        following = self._next_step()
+        return following if not left or following is None else min(following, self.step + left)
 
     def _next_step(self) -> int | None:
         event = self.schedule.after(self.step)

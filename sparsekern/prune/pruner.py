@@ -134,6 +134,7 @@ class Pruner(Resumable):
             check_cuttable(model)
         self._optimizer = optimizer
         self._steps = steps
+        self._timing = {"warmup": warmup, "finish": finish, "events": events}
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)

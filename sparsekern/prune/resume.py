@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +30,8 @@ class Resumable:
     _policy: Policy
     _ranks: Ranks
     _schedule: Schedule
+    _steps: int
+    _timing: dict[str, float]
     _keep: float
     _shrinks: bool
     _events: Events
@@ -40,6 +43,7 @@ class Resumable:
         return {
             "version": STATE_VERSION,
             "settings": self._settings(),
+            "schedule": self._events.schedule.to_plain(),
             "network": self._fingerprint(),
             **self._events.state_dict(),
             **self._network.state_dict(),
@@ -51,12 +55,18 @@ class Resumable:
         The model, its optimizer's state and copies of the model are brought to the size that they had; what
         they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
 
+        This Pruner may have other ``steps`` than that of the state: the training is then extended.
+        Where all events were taken before, no further ones come: the finished network trains for more steps.
+        Otherwise the events after the step of the state are those of this Pruner's schedule. An event
+        removes nothing as long as the network costs less than the share of that event.
+
         Args:
             state: what :meth:`state_dict` gave.
             also: as for :meth:`shrink`.
 
         Raises:
-            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then,
+            ValueError: it is of another network or of a Pruner with other settings (apart from ``steps``), or
+                the budget is not met and no event is left with these ``steps``; nothing has changed then,
                 or after whatever else is raised. Ctrl-C waits until everything is loaded.
         """
         self._check_state(state)
@@ -64,8 +74,24 @@ class Resumable:
             self._go_on_from(state, also, undo)
 
     def _go_on_from(self, state: Mapping[str, Any], also: Sequence[nn.Module], undo: ExitStack) -> None:
+        schedule = self._resumed_schedule(state)
         self._network.load_state_dict(state, also, undo)
-        self._events.load_state_dict(state, undo)
+        self._events.load_state_dict(state, schedule, undo)
+        undo.callback(setattr, self, "_schedule", self._schedule)
+        self._schedule = schedule
+
+    def _resumed_schedule(self, state: Mapping[str, Any]) -> Schedule:
+        """The schedule that a training goes on with after ``state``."""
+        saved, step = Schedule.from_plain(state["schedule"]), int(state["step"])
+        if saved.after(step) is None or state["settings"]["steps"] == self._steps:
+            return saved
+        if self._schedule.after(step) is None:
+            raise ValueError(
+                f"steps: got {self._steps}, whose last event comes after step "
+                f"{self._schedule.events[-1].step}, for a state after step {step} that has not met its "
+                f"budget; expected more steps"
+            )
+        return self._schedule
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         version = state.get("version", STATE_VERSION) if isinstance(state, Mapping) else STATE_VERSION
@@ -78,12 +104,13 @@ class Resumable:
                 f"those of this one ({len(self._network.widths)} groups)"
             )
         for name, own in self._settings().items():
-            if state["settings"].get(name) != own:
+            if name != "steps" and state["settings"].get(name) != own:
                 raise ValueError(
                     f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
                 )
+        self._resumed_schedule(state)
         self._network.check_state(state)
-        check_progress(state, self._schedule)
+        check_progress(state, Schedule.from_plain(state["schedule"]))
 
     def save_checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> None:
         """Write the whole training to ``path``: model, optimizer, Pruner, the copies given as ``also``, the
@@ -133,7 +160,9 @@ class Resumable:
         """Go on from :meth:`save_checkpoint`, in a full-size model with an optimizer and a Pruner of its own.
 
         All of them are brought to the size that they had, and hold what they held: training then goes on bit
-        by bit as if it had not been interrupted. Where several processes train together, each has to call
+        by bit as if it had not been interrupted. With other ``steps`` than before it is extended, see
+        :meth:`load_state_dict`; a learning rate schedule among the extra values is the caller's to extend.
+        Where several processes train together, each has to call
         this; with another number of them than before, generators are dealt out in turn.
 
         Args:
@@ -183,8 +212,8 @@ class Resumable:
         return {
             "keep": self._keep,
             "of": policy.of,
-            "events": [[event.step, event.share, event.decline] for event in self._schedule.events],
-            "finish": self._schedule.finish,
+            "steps": self._steps,
+            **self._timing,
             "select": repr(policy.select),
             "allocate": repr(policy.allocate),
             "round_to": policy.round_to,
