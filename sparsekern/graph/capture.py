@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import partial, wraps
 from io import StringIO
 from typing import Any
 
@@ -26,6 +27,7 @@ from sparsekern._sharding import check_not_flattened, copy_module, fake, settle,
 from sparsekern.modules import MultiheadAttention
 
 from .hooks import detach_hooks, without_global_hooks
+from .kept import Keeping
 from .unused import drop_unused
 
 INPUT = "tied to an input of the network"
@@ -48,12 +50,14 @@ class Registered:
 class Captured:
     """One traced graph. ``sources`` says, for each placeholder by name, the number of the
     registered tensor it stands for, or why it is none; ``constants`` holds the tensors of those
-    that the program made."""
+    that the program made. ``kept`` says where modules keep the last outputs of the graph, which
+    the model does not return."""
 
     module: torch.fx.GraphModule
     sources: Mapping[str, int | str]
     constants: Mapping[str, Any]
     training: bool
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Source:
 
     def export(self, training: bool) -> Captured:
         """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
-        with undisturbed():
+        with undisturbed(), self._returning_kept() as kept:
             program = self._program(training)
             drop_unused(program.graph_module)
         sources: dict[str, int | str] = {}
@@ -103,14 +107,44 @@ class Source:
             else:
                 sources[name] = CONSTANT
                 constants[name] = program.constants.get(spec.target)
-        return Captured(program.graph_module, sources, constants, training)
+        return Captured(program.graph_module, sources, constants, training, tuple(kept))
 
     def run(self, training: bool) -> Any:
         """What the copy returns, in the mode and on the inputs of ``export``."""
         self.clone.train(training)
         args, kwargs = self._inputs(training)
-        with undisturbed(), self.mode, torch.no_grad():
-            return self.clone(*args, **kwargs)
+        keeping = Keeping(self.clone)
+        try:
+            with undisturbed(), self.mode, torch.no_grad():
+                return self.clone(*args, **kwargs)
+        finally:
+            keeping.restore()
+
+    @contextmanager
+    def _returning_kept(self) -> Iterator[list[str]]:
+        """The copy returns a pair: what it returns else, and the tensors that it keeps on its modules.
+
+        Gives a list of where they were kept. What the modules held before is put back.
+        """
+        keeping, forward, own = Keeping(self.clone), self.clone.forward, vars(self.clone).get("forward")
+        kept: list[str] = []
+
+        @wraps(forward)
+        def returning(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+            output, new = forward(*args, **kwargs), keeping.new()
+            # While the tracer still looks: it takes an attribute that changed for a mistake.
+            keeping.restore()
+            kept[:] = [where for where, _ in new]
+            return output, tuple(tensor for _, tensor in new)
+
+        self.clone.forward = returning
+        try:
+            yield kept
+        finally:
+            del self.clone.forward
+            if own is not None:
+                self.clone.forward = own
+            keeping.restore()
 
     def _inputs(self, training: bool) -> tuple[Any, Any]:
         if training and self._doubled:
@@ -190,13 +224,8 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             )
         if id(tensor) not in memo:
             memo[id(tensor)] = fake(tensor, mode)
-    for module in model.modules():
-        for value in vars(module).values():
-            # Results of autograd kept as attributes (weight_norm does) refuse to be copied.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     try:
-        clone = copy_module(model, memo)
+        clone = copy_module(model, memo, partial(mode.from_tensor, static_shapes=True))
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied for tracing: {type(error).__name__}: {error}"

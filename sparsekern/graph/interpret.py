@@ -86,11 +86,16 @@ class Interpreter:
             return known[source]
 
         values = [placeholder(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
-        for value in pytree.tree_leaves(self._walk(graph.module, values, not graph.training)):
-            if isinstance(value, Value):
+        outputs = pytree.tree_leaves(self._walk(graph.module, values, not graph.training))
+        reasons = ["reaches an output of the network"] * (len(outputs) - len(graph.kept))
+        reasons += [f"is kept as {where}, where a loss may read it" for where in graph.kept]
+        for number, (value, reason) in enumerate(zip(outputs, reasons, strict=True)):
+            # A weight that is made anew in every forward is kept for the layer itself.
+            remade = number >= len(outputs) - len(graph.kept) and isinstance(value, Value) and value.static
+            if isinstance(value, Value) and not remade:
                 for ids in value.ids:
                     if ids is not None:
-                        self.slots.freeze(ids, "reaches an output of the network")
+                        self.slots.freeze(ids, reason)
 
     def _next(self) -> int:
         self._storage += 1
