@@ -34,7 +34,7 @@ class Tracked:
     row_dim: int | None = None
     sizes: tuple[tuple[str, int, int], ...] = ()
 
-    def value(self, settled: bool, storage: int) -> Value:
+    def value(self, number: int, settled: bool, storage: int) -> Value:
         """Before row dimensions are known every slice of a parameter counts as zero."""
         zero: list[Flags] = []
         for dim, ids in enumerate(self.ids):
@@ -50,6 +50,7 @@ class Tracked:
             cleared=f"adding {self.entry.names[0]}",
             storage=storage,
             static=True,
+            made_of=frozenset({number}),
         )
 
 
@@ -82,7 +83,7 @@ class Interpreter:
                 shape, itemsize = shapes(node)[0] if shapes(node) else ((), 1)
                 return untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
             if source not in known:
-                known[source] = self.tensors[source].value(self.settled, self._next())
+                known[source] = self.tensors[source].value(source, self.settled, self._next())
             return known[source]
 
         values = [placeholder(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
@@ -185,6 +186,9 @@ class Interpreter:
             for value in call.values():
                 for number in value.pure:
                     self.records.producers[number].mixed = True
+        if not all(value.static for value in call.values()):
+            made = (value.made_of for value in call.values() if value.static)
+            self.records.families.update(family for family in made if len(family) > 1)
         if in_place or call.rule.view or not (call.counted and self.settled):
             return
         for value in result if isinstance(result, tuple) else (result,):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -138,12 +138,35 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
             if ids is not None and (reasons[ids] < 0).any() and (d in marked or (sizes[roots[ids]] > 1).any())
         ]
         candidates = [d for d in free if d in marked] if marked else free
+        if len(candidates) > 1 and not marked:
+            candidates = _by_family(index, candidates, tensors, roots, records)
         if len(candidates) == 1:
             tensor.row_dim = candidates[0]
         elif marked and not candidates:
             tensor.row_dim = marked[0]
         elif len(candidates) > 1 and marked:
             _freeze(tensor, slots, f"{tensor.entry.names[0]} makes channels along two dimensions")
+
+
+def _by_family(
+    index: int, dims: Sequence[int], tensors: Sequence[Tracked], roots: np.ndarray, records: Records
+) -> list[int]:
+    """Those of ``dims`` of a tensor that are rows in the weights that it is a part of.
+
+    Where none is (the inner factor of a product), those that are no columns of them either.
+    """
+    family = frozenset[int]().union(*(f for f in records.families if index in f))
+
+    def along(marks: Iterable[tuple[int, int]]) -> np.ndarray:
+        ids = [tensors[i].ids[d] for i, d in marks if i in family]
+        return roots[np.concatenate([np.empty(0, np.int64), *(i for i in ids if i is not None)])]
+
+    def tied(dim: int, others: np.ndarray) -> bool:
+        ids = tensors[index].ids[dim]
+        return ids is not None and bool(np.isin(roots[ids], others).any())
+
+    rows, columns = along(records.row_marks), along(records.consumers)
+    return [d for d in dims if tied(d, rows)] or [d for d in dims if not tied(d, columns)]
 
 
 def _protected(

@@ -7,7 +7,7 @@ names; an in-place overload (``relu_``) uses the rule of the plain name unless i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,10 @@ class Call:
         shares = self.rule.view and operands
         storage = operands[0].storage if shares else self.new_storage()
         static = bool(operands) and all(v.static for v in operands)
-        return Value(shape, tuple(ids), tuple(zero), itemsize, why, cleared, origins, pure, storage, static)
+        made_of = _joined(v.made_of for v in operands) if static else frozenset()
+        return Value(
+            shape, tuple(ids), tuple(zero), itemsize, why, cleared, origins, pure, storage, static, made_of
+        )
 
     def unify(self, left: Ids, right: Ids, size: int, reason: str) -> None:
         """Tie two dimensions of ``size`` index by index; untracked ones freeze the other."""
@@ -222,5 +225,5 @@ class Call:
         return value.shape[dim] if ids is None else ids
 
 
-def _joined(sets: Iterator[frozenset[int]]) -> frozenset[int]:
+def _joined(sets: Iterable[frozenset[int]]) -> frozenset[int]:
     return frozenset().union(*sets)
