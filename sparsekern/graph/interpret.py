@@ -82,6 +82,8 @@ class Interpreter:
             if isinstance(source, str):
                 shape, itemsize = shapes(node)[0] if shapes(node) else ((), 1)
                 return untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
+            if node.users:
+                self.records.read.add(source)
             if source not in known:
                 known[source] = self.tensors[source].value(source, self.settled, self._next())
             return known[source]

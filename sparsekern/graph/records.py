@@ -63,6 +63,8 @@ class Records:
         self.consumers: dict[tuple[int, int], None] = {}
         # Tensors (by number) that a weight is computed from, such as a matrix and two of low rank.
         self.families: set[frozenset[int]] = set()
+        # Numbers of the parameters and buffers that an op reads.
+        self.read: set[int] = set()
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []

@@ -86,6 +86,8 @@ def _first_round(captured: Capture, protected: set[str], exact: bool, readings: 
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
     records = _interpret(captured, tensors, slots, settled=False, exact=exact, readings=readings)
+    for index in set(range(len(tensors))) - records.read:
+        _freeze(tensors[index], slots, "the forward does not read it")
     return Round(tensors, slots, records)
 
 

@@ -16,7 +16,7 @@ from sparsekern.prune.allocate import Allocator
 NONFINITE = ("ignore", "raise")
 
 _IDLE = (
-    "neither its weights nor its gates are trained, so nothing is known of its channels (when the Pruner is "
+    "its weights and gates are not trained, so nothing is known of its channels (when the Pruner is "
     "made, the optimizer has to hold them, and they have to require a gradient)"
 )
 

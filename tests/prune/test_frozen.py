@@ -127,7 +127,7 @@ def test_what_is_not_trained_at_all_stays() -> None:
     small = pruner.compact()
     assert small[0].out_channels == 16
     assert small[3].out_channels < 16
-    assert dict(pruner.graph.frozen)["0.weight"].startswith("neither its weights nor its gates are trained")
+    assert dict(pruner.graph.frozen)["0.weight"].startswith("its weights and gates are not trained")
     assert sparsekern.verify(model, small, X) < 1e-12
 
 

@@ -65,6 +65,11 @@ def flags(zero: Flags, size: int) -> np.ndarray:
     return np.zeros(size, bool) if zero is None else zero
 
 
+def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
+    """Why rows stay of which only the weight, or only the bias, is tracked."""
+    return (weight.why if rows is None else bias.why) or "tied to a fixed bias"
+
+
 @dataclass
 class Call:
     """One op of the traced graph with its operands as values.
@@ -122,15 +127,19 @@ class Call:
         origins: frozenset[int] | None = None,
         pure: frozenset[int] | None = None,
         cleared: str = "",
+        why: str = "",
     ) -> Value:
-        """The ``index``-th output. Origins, purity and memory follow the operands if not given."""
+        """The ``index``-th output. What is not given follows from the operands.
+
+        ``why``: the reason why the channels that an untracked weight makes stay.
+        """
         shape, itemsize = self.outputs[index]
         operands = list(self.values())
         carries = any(z is not None and z.any() for z in zero)
         if origins is None:
             origins = _joined(v.origins for v in operands) if carries else frozenset()
         # What a producer makes is new; what is frozen here stays because of this op.
-        why = self.froze or ("" if pure else next((v.why for v in operands if v.why), ""))
+        why = why or self.froze or ("" if pure else next((v.why for v in operands if v.why), ""))
         if pure is None:
             pure = _joined(v.pure for v in operands) if self.rule.pure else frozenset()
         cleared = cleared or next((v.cleared for v in operands if v.cleared), "")
