@@ -18,7 +18,9 @@ from .slots import Slots
 _NO_CHANNELS = "no layer makes or reads channels along it"
 
 
-def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering) -> ChannelGraph:
+def build(
+    tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering, untraced: str = ""
+) -> ChannelGraph:
     """The public graph, names instead of numbers."""
     groups = _groups(tensors, numbering, records, slots)
     costs, operations = _costs(tensors, numbering, records)
@@ -33,6 +35,7 @@ def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering:
         costs=costs,
         notes=notes,
         operations=operations,
+        untraced=untraced,
     )
 
 

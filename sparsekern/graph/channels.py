@@ -92,6 +92,7 @@ class ChannelGraph:
         parameters that no channel runs through.
     notes: for every tensor, why indices along its dimensions stay.
     operations: what a pass in evaluation mode runs, in order; sizes are extents of ``costs``.
+    untraced: why training mode was not traced; empty where it was.
     """
 
     groups: tuple[Group, ...]
@@ -102,6 +103,7 @@ class ChannelGraph:
     costs: CostModel
     notes: dict[str, tuple[Note, ...]]
     operations: tuple[Operation, ...]
+    untraced: str = ""
 
     @property
     def num_channels(self) -> int:
@@ -157,6 +159,7 @@ class ChannelGraph:
             costs=self.costs.fixed(gone),
             notes=notes,
             operations=self.operations,
+            untraced=self.untraced,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:

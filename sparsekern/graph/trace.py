@@ -37,8 +37,9 @@ def trace(
 
     The model is traced in evaluation and in training mode on fake tensors of the shapes, dtypes
     and devices of ``example_inputs`` (a tensor, or a sequence of positional arguments); it is
-    never run and stays as it is. A channel is found only if removing it is exact: once its rows
-    are zero, the smaller network gives the same outputs.
+    never run and stays as it is. Where training mode cannot be traced and evaluation mode reads all
+    parameters, the latter alone is, with a UserWarning. A channel is found only if removing it
+    is exact: once its rows are zero, the smaller network gives the same outputs.
 
     protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
         parameters, modules, or parameters.
@@ -58,18 +59,24 @@ def trace(
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True, exact=exact)
     numbering = number(tensors, slots, records)
-    follow(captured.source, tensors, slots, numbering, records)
+    follow(captured, tensors, slots, numbering, records)
     if wrong := faults(captured, tensors, numbering, records):
         for fault in wrong:
             slots.freeze(fault.ids, fault.reason)
         numbering = number(tensors, slots, records)
-    graph = build(tensors, slots, records, numbering)
-    _warn_of_inexact(graph)
+    graph = build(tensors, slots, records, numbering, captured.untraced)
+    _warn(graph)
     return graph
 
 
-def _warn_of_inexact(graph: ChannelGraph) -> None:
-    """Name the groups that are not removed exactly, each with the first reason."""
+def _warn(graph: ChannelGraph) -> None:
+    """Say that training mode was not seen; name the groups that are not removed exactly, with a reason."""
+    if graph.untraced:
+        warnings.warn(
+            f"model: only evaluation mode was traced ({graph.untraced}); it reads every "
+            "parameter, so channels are found; train the compact network for a step before you rely on it",
+            stacklevel=4,
+        )
     named = "; ".join(f"{group.name} ({group.inexact})" for group in graph.groups if group.inexact)
     if named:
         # Above this: trace, and the context that it runs in.
