@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -34,6 +35,17 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
+
+
+class Formatted(TorchFunctionMode):
+    """A tensor without data goes into a text, such as a line of a log, as the number 0."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__format__ and args[0].ndim == 0:
+            return format(0.0, args[1])
+        return func(*args, **(kwargs or {}))
 
 
 class Answers:
@@ -72,7 +84,7 @@ class Answers:
                 return self._answer(site, sym_node.pytype)
 
         # Every export makes a shape environment of its own.
-        with mock.patch.object(ShapeEnv, "evaluate_sym_node", evaluate):
+        with mock.patch.object(ShapeEnv, "evaluate_sym_node", evaluate), Formatted():
             yield
 
     def _answer(self, site: Site, kind: type) -> Any:
