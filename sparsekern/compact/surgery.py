@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,10 +178,6 @@ def build(
     with torch.no_grad():
         for entry in tensors:
             memo[id(entry.tensor)] = _as(entry.tensor, make(entry))
-        # Deep copies of results of autograd are refused by torch; these hold a stale result
-        # (a feature map kept for inspection) that the next forward overwrites.
-        for value in _computed_attributes(model):
-            memo[id(value)] = value.detach().clone()
         try:
             small = copy_module(model, dict(memo))
         except Exception as error:
@@ -221,13 +217,6 @@ def _copy_attributes(tensor: Tensor, new: Tensor) -> None:
     for name, value in ({} if is_sharded(tensor) else tensor.__dict__).items():
         if name not in new.__dict__ and not isinstance(value, Tensor):
             setattr(new, name, copy.copy(value))
-
-
-def _computed_attributes(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                yield value
 
 
 def _check_model(model: object) -> None:

@@ -7,7 +7,7 @@ place of its attributes: the mark is still there when the number arrives in a re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .capture import Source
+from .capture import Capture, Source
 from .interpret import Tracked
 from .layers import own_numbers
 from .numbering import Numbering
@@ -43,13 +43,14 @@ class _Reshape(NamedTuple):
 
 
 def follow(
-    source: Source, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
+    captured: Capture, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
 ) -> None:
     """Note on the tensors which attributes count their channels, as ``Tracked.sizes``."""
+    source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
     if not shaped:
         return
-    for reshape in _reshapes(source):
+    for reshape in _reshapes(source, [graph.training for graph in captured.graphs]):
         for found in shaped:
             if (found.before, found.after) != (reshape.before, reshape.after):
                 continue
@@ -122,10 +123,10 @@ class _Recorder(TorchFunctionMode):
             self.found.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
 
 
-def _reshapes(source: Source) -> list[_Reshape]:
+def _reshapes(source: Source, modes: Iterable[bool]) -> list[_Reshape]:
     recorder = _Recorder()
     with _marked(source.clone), recorder:
-        for training in (False, True):
+        for training in modes:
             source.run(training)
     return recorder.found
 

@@ -171,10 +171,11 @@ class Masks:
     def countdowns(self) -> np.ndarray:
         """Steps that the gates of each condemned channel still need, int64 ``[C]``; 0 for all others.
 
-        They can need more than the schedule said: steps that a gradient scaler skipped do not count.
+        They can need more than the schedule said: steps that a gradient scaler skipped do not count. Gates
+        that the user has frozen since are not waited for.
         """
         countdown = self._rows.table.countdown.cpu().numpy()
-        gates = self._rows.is_gate & (self._rows.channel_of >= 0)
+        gates = self._rows.is_gate & (self._rows.channel_of >= 0) & self._rows.moving()
         left = np.zeros(len(self.state), np.int64)
         np.maximum.at(left, self._rows.channel_of[gates], np.maximum(countdown[gates], 0))
         return np.where(self.state == CONDEMNED, left, 0)

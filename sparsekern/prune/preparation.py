@@ -15,6 +15,11 @@ from sparsekern.prune.allocate import Allocator
 
 NONFINITE = ("ignore", "raise")
 
+_IDLE = (
+    "its weights and gates are not trained, so nothing is known of its channels (when the Pruner is "
+    "made, the optimizer has to hold them, and they have to require a gradient)"
+)
+
 
 def check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
     """Raise a ValueError for the first of these arguments of a Pruner that is not sound."""
@@ -59,10 +64,13 @@ def prunable_graph(
     idle = [
         group.name
         for group in graph.groups
-        if not any(id(parameters[name]) in trained for name in _gate_names(graph, group.channels))
+        if not any(
+            id(parameters[name]) in trained
+            for name in (*_gate_names(graph, group.channels), *group.producers)
+        )
     ]
     if idle:
-        graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
+        graph = graph.freeze(idle, _IDLE)
         # The trace has tried out what it found; with these groups whole it is another network.
         graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
     if not graph.num_channels:

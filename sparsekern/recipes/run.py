@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import statistics
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import _info
+from sparsekern._copying import copied
 
 from .._files import replacing
 from .checkpoint import save_checkpoint
@@ -217,7 +217,7 @@ def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
     """Widths of a pruned network, and proof that it computes what the trained one does."""
     assert trainer.pruner is not None
     # In float64 the two differ by rounding at most, so that the tolerance can be strict.
-    masked, compact = (copy.deepcopy(model).double() for model in (trainer.model, small))
+    masked, compact = (copied(model).double() for model in (trainer.model, small))
     difference = sparsekern.verify(masked, compact, trainer.example.double())
     if not difference <= TOLERANCE:
         raise RuntimeError(
