@@ -16,7 +16,7 @@ from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.compact._attributes import update_attributes
 from sparsekern.compact.optimizer_state import StateCutter, prepare_state
 from sparsekern.compact.parallel import Rebuilding, check_rebuildable, wrappers_of
-from sparsekern.compact.plan import Plan, shorten
+from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import Registered, cut, match, registered, remember
 
 

@@ -65,7 +65,8 @@ class Events:
         self.step = int(state["step"])
         self._nonfinite_seen = int(state["nonfinite_seen"])
         self._skipped = SkippedSteps()
-        self.next = state["next"] if schedule.to_plain() == state["schedule"] else self._next_of_new_schedule()
+        same = schedule.to_plain() == state["schedule"]
+        self.next = state["next"] if same else self._next_of_new_schedule()
 
     def before_step(self, *_: Any) -> None:
         """Hook before an optimizer's step: makes up for a decision that has failed or was interrupted."""
