@@ -380,7 +380,7 @@ def check_progress(state: Mapping[str, Any], schedule: Schedule) -> None:
     event = schedule.after(step)
     longest = max(event.decline for event in schedule.events)
     condemned = bool((state["channels"] == CONDEMNED).any())
-    # Fading ends later where a gradient scaler has delayed it, and between events where a training was extended.
+    # Fading ends later where a gradient scaler has delayed it, and between events of an extended training.
     ends = tuple(range(step + 1, step + longest + 1))
     if event is not None or step < schedule.finish:
         expected: tuple[int | None, ...] = (schedule.finish if event is None else event.step,)
