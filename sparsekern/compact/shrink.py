@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -69,10 +69,14 @@ def cut_all(
     optimizer: Optimizer | None = None,
     also: Sequence[nn.Module] = (),
     state_cutter: StateCutter | None = None,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """As :func:`shrink`, as a part of a larger change; ``undo`` is told what restores everything.
+    """As :func:`shrink`, as a part of a larger change.
 
-    All that is new is made before the first thing changes.
+    Args:
+        undo: is told what restores everything.
+        ready: called when all that is new has been made, and before the first thing changes; several
+            processes agree there that each of them has got so far.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
@@ -86,6 +90,7 @@ def cut_all(
         check_rebuildable(wrapper)
     for surgery in (live, *copies):
         surgery.prepare()
+    ready()
     rebuilding = Rebuilding(wrappers, undo)
     for surgery in (live, *copies):
         surgery.carry_out(undo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -257,22 +257,28 @@ class Network:
         """What stays of the model before any channel was cut, when ``kept`` (bool ``[C]``) stays now."""
         return self._removed.then(make_plan(self.graph, kept))
 
-    def shrink(self, undo: ExitStack, also: Sequence[nn.Module] = ()) -> bool:
+    def shrink(
+        self, undo: ExitStack, also: Sequence[nn.Module] = (), ready: Callable[[], object] = lambda: None
+    ) -> bool:
         """Cut the masked channels out of everything; whether there were any.
 
         Args:
             undo: is told what restores everything.
+            ready: called before the first thing changes.
             also: further copies of the model.
 
         Raises:
             TypeError, ValueError: see :func:`sparsekern.compact.shrink`.
         """
         if self.masks.unmasked.all():
+            ready()
             return False
-        self._cut(self.masks.unmasked, also, undo)
+        self._cut(self.masks.unmasked, also, undo, ready)
         return True
 
-    def _cut(self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack) -> None:
+    def _cut(
+        self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack, ready: Callable[[], object]
+    ) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
         copies = [*self.also, *(module for module in also if module not in self.also)]
         # Undone in the opposite order: the tensors get their sizes back before the old table takes over.
@@ -280,7 +286,13 @@ class Network:
             undo.callback(self._handle.replace, self.rows.table)
         undo.callback(vars(self).update, dict(vars(self)))
         cut_all(
-            self.model, plan, undo, optimizer=self.optimizer, also=copies, state_cutter=self._state_cutter
+            self.model,
+            plan,
+            undo,
+            optimizer=self.optimizer,
+            also=copies,
+            state_cutter=self._state_cutter,
+            ready=ready,
         )
         state = self.masks.state[kept]
         self.rows = self.rows.restricted(self.model, graph, kept)
@@ -339,16 +351,24 @@ class Network:
             Activations.check(state.get("activations"), self.activations.restricted_state(kept))
         return kept
 
-    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module], undo: ExitStack) -> None:
-        """Go on from :meth:`state_dict`, cut to its size; ``undo`` is told what restores everything.
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        also: Sequence[nn.Module],
+        undo: ExitStack,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Go on from :meth:`state_dict`, cut to its size; ``undo`` and ``ready`` are as for :meth:`shrink`.
 
         Raises:
             KeyError, TypeError, ValueError: see :meth:`check_state` and :func:`sparsekern.compact.shrink`.
         """
         kept = self.check_state(state)
         self.masks.restored_by(undo)
-        if not kept.all():
-            self._cut(kept, also, undo)
+        if kept.all():
+            ready()
+        else:
+            self._cut(kept, also, undo, ready)
         self.rows.table.load_state_dict(dict(state["rows"]))
         if self.activations.counting:
             self.activations.load_state_dict(state["activations"])

@@ -274,10 +274,10 @@ class Pruner(Resumable):
             RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed then,
                 or after whatever else is raised; Ctrl-C waits until everything is smaller.
         """
-        with all_or_nothing() as undo, self._ranks.agreeing("shrinking the model") as check:
+        with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
             self._network.check_masked()
-            cut = self._network.shrink(undo, also)
-            check()
+            cut = self._network.shrink(undo, also, ready)
+            done()
         return cut
 
     def remask(self) -> int:
