@@ -19,7 +19,7 @@ from sparsekern.compact import Plan, check_copies, make_plan
 from sparsekern.compact._load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.plan import shorten
-from sparsekern.compact.shrink import cut_all
+from sparsekern.compact.shrink import cut_all, inside
 from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel, measure
@@ -74,8 +74,8 @@ class Network:
         self.widths = np.array([len(group.channels) for group in graph.groups])
         self.rows = ChannelRows(model, graph, trained_by(optimizer), decay=decay)
         self.activations = Activations(model, graph, counting=counting, decay=decay)
-        self.masks = self._masks()
         self.also = tuple(also)
+        self.masks = self._masks()
         self._state_cutter = state_cutter
         self._removed = Plan({})
         self._loads: list[Any] = []
@@ -242,7 +242,9 @@ class Network:
 
     def _masks(self) -> Masks:
         state = optim.state_tensors(self.optimizer)
-        return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model)
+        names = self.graph.tensors.keys()
+        copies = [inside(module, names) for module in self.also]
+        return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model, copies)
 
     def detach(self) -> None:
         """Take the rows off the optimizer, and the masks off the modules."""
