@@ -59,6 +59,6 @@ def idle(optimizer: Optimizer, ranks: Ranks) -> bool:
     if not zero:
         # The first gradient ends the search. Other processes may have some where this one has none.
         given = (param.grad is not None for group in groups for param in group["params"])
-        return ranks.size == 1 and not any(given) and not works_in_backward(optimizer)
+        return ranks.size == 1 and not works_in_backward(optimizer) and not any(given)
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
     return not ranks.any(any(bool(local(grad).any()) for grad in grads))
