@@ -132,5 +132,4 @@ def _seconds(document: Any) -> dict[str, float]:
         raise ValueError(f"its version is {document.get('version')!r}, expected {VERSION}")
     seconds = document.get("seconds")
     Entries(TEXT, _TIME).check(seconds, "seconds")
-    found: dict[str, float] = seconds
-    return found
+    return dict(seconds or {})
