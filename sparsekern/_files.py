@@ -21,6 +21,7 @@ AnyPath = str | os.PathLike[str]
 # Writers choose their format by the suffix; a longer one names no format, but may not fit beside a prefix.
 _LONGEST_SUFFIX = 16
 _CHUNK = 1 << 20
+_IS_DIRECTORY = 0x10  # of the attributes that MS-DOS has
 
 
 @contextmanager
@@ -255,7 +256,7 @@ def _check_archive(file: BinaryIO) -> None:
 
 def _is_stored(entry: zipfile.ZipInfo) -> bool:
     stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
-    return stored and not entry.external_attr and not entry.is_dir()
+    return stored and not entry.external_attr & _IS_DIRECTORY and not entry.is_dir()
 
 
 def _make_beside(path: Path, *, private: bool) -> Path:

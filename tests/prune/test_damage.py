@@ -81,11 +81,7 @@ def repacked(data: bytes, pickled: Callable[[bytes], bytes]) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(forged, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
-            info = zipfile.ZipInfo(entry.filename)
-            info.external_attr = 0
-            with new.open(info, "w") as file:
-                file.write(pickled(content) if entry.filename.endswith("data.pkl") else content)
-    # The module writes the rights of a file, which torch does not.
+            new.writestr(entry.filename, pickled(content) if entry.filename.endswith("data.pkl") else content)
     return forged.getvalue()
 
 
@@ -94,6 +90,8 @@ def test_a_forged_pickle_is_refused_or_loaded_whole(written: Path, tmp_path: Pat
     source = np.random.default_rng(2)
     path = tmp_path / "forged.pt"
     run = parts(seed=3)
+    path.write_bytes(repacked(data, bytes))
+    assert same(checkpoint.read(path), checkpoint.read(written))
     loaded = 0
 
     def changed(text: bytes) -> bytes:
@@ -102,7 +100,7 @@ def test_a_forged_pickle_is_refused_or_loaded_whole(written: Path, tmp_path: Pat
             own[int(source.integers(len(own)))] = int(source.integers(256))
         return bytes(own)
 
-    for _ in range(FLIPS // 2):
+    for _ in range(FLIPS // 10):
         path.write_bytes(repacked(data, changed))
         before = everything(run)
         try:
@@ -113,4 +111,4 @@ def test_a_forged_pickle_is_refused_or_loaded_whole(written: Path, tmp_path: Pat
         else:
             loaded += 1
             run = parts(seed=3)
-    assert loaded < FLIPS // 2
+    assert loaded < FLIPS // 10
