@@ -21,6 +21,7 @@ AnyPath = str | os.PathLike[str]
 # Writers choose their format by the suffix; a longer one names no format, but may not fit beside a prefix.
 _LONGEST_SUFFIX = 16
 _CHUNK = 1 << 20
+_IS_DIRECTORY = 0x10  # of the attributes that MS-DOS has
 
 
 @contextmanager
@@ -241,8 +242,9 @@ def _check_archive(file: BinaryIO) -> None:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             # torch stores and never compresses: a file asks for no more memory than it is long.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("an entry of the archive is compressed, expected stored ones")
+            # An entry that says it is a directory would be read as if it had no content.
+            if not all(map(_is_stored, entries)):
+                raise ValueError("an entry of the archive is no plain stored one: it is damaged")
             if len({entry.filename for entry in entries}) != len(entries):
                 raise ValueError("two entries of the archive have one name")
             damaged = archive.testzip()
@@ -250,6 +252,11 @@ def _check_archive(file: BinaryIO) -> None:
         raise ValueError(_first_line(error)) from error
     if damaged is not None:
         raise ValueError(f"the checksum of its entry {damaged!r} does not match: it is damaged")
+
+
+def _is_stored(entry: zipfile.ZipInfo) -> bool:
+    stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+    return stored and not entry.external_attr & _IS_DIRECTORY and not entry.is_dir()
 
 
 def _make_beside(path: Path, *, private: bool) -> Path:

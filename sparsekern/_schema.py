@@ -8,6 +8,7 @@ only as deep as they say, so content that refers to itself is refused and never 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -83,9 +84,9 @@ class Real:
 
     def check(self, value: Any, name: str) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Comparing finds NaN and infinity too, and converts no int that is too large for a float.
-        inside = number and self.low <= value < self.below and value > (0 if self.positive else -math.inf)
-        if not inside:
+        # Comparing finds NaN and infinity too, and ints that are too large for a float.
+        inside = number and abs(value) <= sys.float_info.max and self.low <= value < self.below
+        if not inside or (self.positive and value <= 0):
             refuse(value, name, self.text)
 
 

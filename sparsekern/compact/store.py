@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekern._files import opened, parse_json, replacing, target
+from sparsekern._files import check_name, opened, parse_json, replacing, target
 from sparsekern._schema import TEXT, Entries, Fields, Items, Row, Whole
 from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
@@ -85,6 +85,7 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     be read, ``ValueError`` naming ``path`` if the file is damaged, was not written by ``save``, was
     changed since, or holds another network.
     """
+    check_name(path)
     module = unwrap(module)
     tensors = registered(module)
     metadata, values = _read(Path(path))

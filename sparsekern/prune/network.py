@@ -95,7 +95,6 @@ class Network:
 
         Raises:
             ValueError: channels were cut out already, and how long the whole network took is not known.
-            OSError: the directory ``cache`` cannot be written.
         """
         if not self._removed.removes_nothing:
             raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")

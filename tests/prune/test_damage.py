@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from prune.networks import train
 from prune.test_checkpoint import parts
+from prune.test_tampered import everything
 from torch import Tensor
 
 from sparsekern.prune import checkpoint
@@ -69,3 +73,42 @@ def test_a_truncated_file_is_found_wherever_it_ends(written: Path, tmp_path: Pat
         path.write_bytes(data[: int(end)])
         with pytest.raises(ValueError, match=r"^path: .*short.pt"):
             checkpoint.read(path)
+
+
+def repacked(data: bytes, pickled: Callable[[bytes], bytes]) -> bytes:
+    """The archive with another pickle and checksums that fit: a careful forgery."""
+    forged = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(forged, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            new.writestr(entry.filename, pickled(content) if entry.filename.endswith("data.pkl") else content)
+    return forged.getvalue()
+
+
+def test_a_forged_pickle_is_refused_or_loaded_whole(written: Path, tmp_path: Path) -> None:
+    data = written.read_bytes()
+    source = np.random.default_rng(2)
+    path = tmp_path / "forged.pt"
+    run = parts(seed=3)
+    path.write_bytes(repacked(data, bytes))
+    assert same(checkpoint.read(path), checkpoint.read(written))
+    loaded = 0
+
+    def changed(text: bytes) -> bytes:
+        own = bytearray(text)
+        for _ in range(int(source.integers(1, 4))):
+            own[int(source.integers(len(own)))] = int(source.integers(256))
+        return bytes(own)
+
+    for _ in range(FLIPS // 10):
+        path.write_bytes(repacked(data, changed))
+        before = everything(run)
+        try:
+            run[2].load_checkpoint(path)
+        except ValueError as error:
+            assert type(error) is ValueError
+            assert everything(run) == before
+        else:
+            loaded += 1
+            run = parts(seed=3)
+    assert loaded < FLIPS // 10
