@@ -40,7 +40,7 @@ class Tracked:
         for dim, ids in enumerate(self.ids):
             masked = self.entry.parameter and (not settled or dim == self.row_dim)
             zero.append(None if ids is None else np.full(len(ids), masked))
-        why = "tied to a tensor that nothing prunes"
+        why = f"tied to {self.entry.names[0]}, which stays"
         return Value(
             self.entry.shape,
             self.ids,

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from sparsekern.graph import ChannelGraph, trace
 
 X = torch.rand(2, 3, 8, 8)
-VAGUE = ("tied to a tensor that nothing prunes", "")
+VAGUE = ("", "no layer makes or reads channels along it")
 
 
 class Plain(nn.Module):

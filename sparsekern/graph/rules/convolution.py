@@ -134,7 +134,9 @@ def transposed_convolution(call: Call) -> Result:
     if groups > 1 and weight.ids[0] is not None:
         _tie(call, weight.ids[0], groups, across=True)
     if bias is not None:
-        call.unify(rows, bias.ids[0], size, fixed_bias(rows, weight, bias))
+        single = f"{call.label} makes a single channel in each of its groups"
+        reason = single if weight.shape[1] == 1 else fixed_bias(rows, weight, bias)
+        call.unify(rows, bias.ids[0], size, reason)
     zero = _row_zero(rows, row_zero, bias, size)
     bias_ids = None if bias is None else bias.ids[0]
     return _outputs(call, x, channel, rows, zero, "dense", columns, bias_ids)
