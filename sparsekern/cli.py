@@ -17,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import _info
+from .recipes.errors import Stopped
 
 if TYPE_CHECKING:
+    from .recipes.classes import ClassTable
     from .recipes.run import Result
     from .recipes.settings import Settings
     from .recipes.train import Step
@@ -45,6 +47,9 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     except typer.Abort:
         return _fail("stopped", 130)
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}\n")
+        return stop.code
     except Exception as error:
         # Whatever the parser of typer raises, under its own or click's name.
         if not hasattr(error, "format_message"):
@@ -123,7 +128,10 @@ def inspect(
 @app.command()
 def train(
     context: typer.Context,
-    data: Annotated[Path, typer.Option(help="DIR/{train,test}/{images,masks}/NAME.png")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="DIR/{train,val,test}/{images,masks}/NAME.png, or a CSV list; see docs/data.md"),
+    ] = None,
     out: Out = Path("run"),
     model: Annotated[str, typer.Option(help="unet, mobilenetv3, mobilenetv3-small")] = "unet",
     width: Annotated[
@@ -134,7 +142,22 @@ def train(
     backbone: Annotated[
         Path | None, typer.Option(help="MobileNetV3: state dict (.pth) of torchvision's weights.")
     ] = None,
-    classes: Annotated[int, typer.Option(help="Classes of the masks with the background.")] = 2,
+    classes: Annotated[
+        int | None, typer.Option(help="Classes of the masks with the background; default 2.")
+    ] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(help="Names (values, colours) of the classes; .txt, .csv or .json.")
+    ] = None,
+    ignore: Annotated[
+        str,
+        typer.Option(help="Mask value that counts for nothing; auto: 255 beside more than 2 classes; none."),
+    ] = "auto",
+    class_weights: Annotated[
+        str | None, typer.Option(help="On the cross entropy: balanced, or a number a class, 1,2.5,2.")
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the training images that is scored meanwhile, without val/.")
+    ] = 0.1,
     keep: Annotated[
         float | None, typer.Option(help="Share of the cost that stays, in (0, 1]; default 0.2.")
     ] = None,
@@ -166,11 +189,20 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-2,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which lr rises.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
-    evaluations: Annotated[int, typer.Option(help="How often the test images are scored.")] = 5,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    evaluations: Annotated[int, typer.Option(help="How often the validation images are scored.")] = 5,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory or checkpoint of a run to go on with; its arguments hold. More --steps extend it."
+        ),
+    ] = None,
     checkpoint_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0 for one at the end.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints; 0: at the end; default: at evaluations, and every 2 minutes."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     stop_after: Annotated[
         int | None, typer.Option(help="Stop when so many steps are done; --resume goes on.")
     ] = None,
@@ -178,36 +210,49 @@ def train(
 ) -> None:
     """Train on a folder of images and masks, prune meanwhile, and store the compact network."""
     from .recipes.checkpoint import load_backbone
-    from .recipes.data import load_folder
-    from .recipes.files import writable_directory
-    from .recipes.run import execute
+    from .recipes.load import load_data
+    from .recipes.resume import check_data, check_settings, open_run
+    from .recipes.run import check_counts, check_out, execute
     from .report import runs as report
 
-    settings = _settings(context.params)
-    _set_threads(threads)
-    writable_directory(out, "--out")
-    weights = None if backbone is None else load_backbone(backbone)
-    train_split, test_split = load_folder(data, classes)
-    console.print(f"{len(train_split)} training and {len(test_split)} test images in {data}")
-    name = "dense" if settings.keep is None else f"keep {settings.keep:g} of {of}"
-    with _progress(name, steps) as on_step:
+    saved = None if resume is None else open_run(resume)
+    arguments = context.params if saved is None else saved.fill(context.params, _given(context))
+    data, out = check_data(arguments["data"], saved, "data" in _given(context)), arguments["out"]
+    arguments, table = _with_classes(arguments, data)
+    settings = _settings(arguments)
+    _set_threads(arguments["threads"])
+    if saved is not None:
+        check_settings(settings, saved.settings)
+        if saved.concluded(settings.steps) and out == saved.folder:
+            console.print(f"{out} is finished after {settings.steps} steps; more --steps extend it")
+            return
+        console.print(f"going on with {saved.path} after step {saved.step} of {settings.steps}")
+    check_counts(arguments["checkpoint_every"], stop_after)
+    check_out(out, saved, overwrite)
+    weights = None if backbone is None or saved is not None else load_backbone(backbone)
+    images = load_data(data, settings, table)
+    for line in (images.summary(data), *images.notes):
+        console.print(line, soft_wrap=True, markup=False)
+    name = "dense" if settings.keep is None else f"keep {settings.keep:g} of {settings.of}"
+    with _progress(name, settings.steps) as on_step:
         result = execute(
             settings,
-            train_split,
-            test_split,
+            images,
             out,
-            arguments=context.params,
+            arguments=arguments,
             backbone=weights,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
+            resume=saved,
+            checkpoint_every=arguments["checkpoint_every"],
+            overwrite=overwrite,
             stop_after=stop_after,
             on_step=on_step,
         )
     if result is None:
-        console.print(f"stopped; go on with --resume {out / 'checkpoint.pt'}")
+        console.print(f"stopped; go on with --resume {out}", soft_wrap=True)
         return
     report.curves(out / "curves.png", {name: result})
     console.print(report.run_table(result))
+    console.print(report.class_table(result))
     _print_verified(result)
     console.print(f"results in {out}")
 
@@ -224,6 +269,7 @@ def demo(
         str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
     ] = "8",
     seed: Annotated[int, typer.Option(help="Of images, weights, order and augmentation.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --out.")] = False,
     threads: Threads = 0,
 ) -> None:
     """Train a UNet on generated microscopy twice, dense and pruned to 20 % of its MACs; compare."""
@@ -242,7 +288,9 @@ def demo(
         evaluations=6,
     )
     _set_threads(threads)
-    table, pruned = demonstrate(settings, images, out, arguments=context.params, progress=_progress)
+    table, pruned = demonstrate(
+        settings, images, out, arguments=context.params, progress=_progress, overwrite=overwrite
+    )
     console.print(table)
     _print_verified(pruned)
     console.print(f"pictures, networks and figures in {out}")
@@ -295,12 +343,29 @@ def _settings(parameters: Mapping[str, Any]) -> Settings:
         values["keep"] = 0.2
     if values["round_to"] is not None:
         values["round_to"] = _round_to(values["round_to"])
+    values["ignore"] = _round_to(values["ignore"])
     return Settings(**values)
 
 
-def _round_to(text: str) -> int | str:
-    """Numbers as numbers; what else is allowed, the pruner knows."""
-    return int(text) if text.isdecimal() else text
+def _given(context: typer.Context) -> set[str]:
+    """Names of the arguments that the user gave; all others have their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
+def _with_classes(arguments: Mapping[str, Any], data: Path) -> tuple[dict[str, Any], ClassTable | None]:
+    """The arguments with a number of classes: as given, else that of the classes file, else the default."""
+    from .recipes.load import classes_of
+    from .recipes.settings import Settings
+
+    table = classes_of(data, arguments["classes_file"])
+    count = Settings.classes if table is None else len(table.names)
+    return {**arguments, "classes": count if arguments["classes"] is None else arguments["classes"]}, table
+
+
+def _round_to(text: str | int) -> int | str:
+    """Numbers as numbers; what else is allowed, the settings and the pruner know."""
+    return int(text) if str(text).isdecimal() else text
 
 
 def _set_threads(threads: int) -> None:

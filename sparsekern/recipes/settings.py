@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +14,9 @@ import sparsekern
 from sparsekern import allocate, criteria
 from sparsekern.prune.budget import UNITS
 
+from .data import COARSEST, VOID
 from .errors import InputError
-from .metrics import output_channels
+from .metrics import class_weights, output_channels
 from .models import UNet, lraspp_mobilenetv3
 from .models.mobilenetv3 import Variant
 from .models.unet import Decoder
@@ -35,9 +37,6 @@ ALLOCATORS: Mapping[str, Callable[[], allocate.Allocator]] = {
     "global": allocate.Global,
     "uniform": allocate.Uniform,
 }
-
-# The strongest reduction of resolution among the models; smaller images have no pixel left there.
-COARSEST = 32
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,13 @@ class Settings:
         lr, weight_decay, warmup: of AdamW; the rate rises over the share `warmup` of the steps, then
             falls along a cosine to zero.
         seed: of weights, order and augmentation.
-        evaluations: how often the test split is scored, the end included.
+        evaluations: how often the validation images are scored, the end included.
+        ignore: the mask value of pixels that count for nothing (void); `"auto"` is 255 where that is no class
+            and there are more than 2 classes; `"none"`.
+        class_weights: factors on the cross entropy of the classes: `"balanced"`, numbers joined by commas, or
+            None for equal ones.
+        validation: share of the training images that is split off, by `seed`, where the data has no
+            validation images; 0 for none, and no scores during the training.
 
     Raises:
         InputError: a value is out of range; names the argument.
@@ -93,6 +98,9 @@ class Settings:
     warmup: float = 0.05
     seed: int = 0
     evaluations: int = 5
+    ignore: int | str = "auto"
+    class_weights: str | None = None
+    validation: float = 0.1
 
     def __post_init__(self) -> None:
         _one_of("model", self.model, MODELS)
@@ -106,8 +114,17 @@ class Settings:
         _at_least("crop", self.crop, COARSEST)
         _at_least("min-channels", self.min_channels, 1)
         _at_least("evaluations", self.evaluations, 1)
-        if self.classes > 256:
-            raise InputError(f"--classes: got {self.classes}, expected at most 256 (8-bit masks)")
+        if self.classes > VOID:
+            raise InputError(f"--classes: got {self.classes}, expected at most {VOID}")
+        if self.ignore not in ("auto", "none") and not (
+            isinstance(self.ignore, int) and 0 <= self.ignore <= 65535
+        ):
+            raise InputError(
+                f"--ignore: got {self.ignore!r}, expected auto, none, or a mask value 0 to 65535"
+            )
+        if not 0 <= self.validation < 1:
+            raise InputError(f"--validation: got {self.validation!r}, expected a share in [0, 1)")
+        class_weights(self.class_weights, np.ones(self.classes, np.int64))
         if not self.lr > 0:
             raise InputError(f"--lr: got {self.lr}, expected a positive number")
         if not self.weight_decay >= 0:
@@ -122,6 +139,21 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain data."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings that `to_json` described; what it lacks has its default.
+
+        Raises:
+            InputError: it has settings that are not known, or one is out of range.
+        """
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise InputError(
+                f"--resume: the run has the setting {unknown[0]!r}, which this version does not know; "
+                f"expected a run of this version"
+            )
+        return cls(**values)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
