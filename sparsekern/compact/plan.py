@@ -163,17 +163,20 @@ class Plan:
         return Plan({f"{prefix}.{name}": part.inside(prefix) for name, part in self.tensors.items()})
 
     def to_json(self) -> str:
-        """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``."""
+        """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``.
+
+        Equal plans give equal text: in how many cuts a network got its size does not show in its file.
+        """
         numbers: dict[str, int] = {}
         tensors: dict[str, dict[str, Any]] = {}
-        for name, part in self.tensors.items():
+        for name, part in sorted(self.tensors.items()):
             keep = {
                 str(dim): numbers.setdefault(_to_runs(indices), len(numbers))
-                for dim, indices in part.keep.items()
+                for dim, indices in sorted(part.keep.items())
             }
             tensors[name] = {"shape": list(part.shape), "keep": keep}
             if part.sizes:
-                tensors[name]["sizes"] = {path: list(size) for path, size in part.sizes.items()}
+                tensors[name]["sizes"] = {path: list(size) for path, size in sorted(part.sizes.items())}
         document = {
             "format": FORMAT,
             "version": VERSION,

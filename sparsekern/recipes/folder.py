@@ -36,7 +36,7 @@ IMAGE_WORDS = "images?|img"
 _DEAL = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Pair:
     """An image and its mask."""
 

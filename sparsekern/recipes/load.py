@@ -62,7 +62,7 @@ def load_data(root: Path, settings: Settings, table: ClassTable | None = None) -
     reader = _Reader(coder)
     # Once each: the validation images are the test images, too, where there are no others.
     lists = {id(found): found for found in dealt.values() if found is not None}
-    sizes = _sizes([pair for found in lists.values() for pair in found])
+    sizes = _sizes(sorted(pair for found in lists.values() for pair in found))
     _check_memory(sizes.values())
     read = {key: reader.read(found, [sizes[pair] for pair in found]) for key, found in lists.items()}
     _raise(reader.faults)

@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def load(root: Path, **options: object) -> Data:
-    return load_data(root, Settings(**options))
+    return load_data(root, Settings(**{"crop": 32} | options))
 
 
 def names(data: Data) -> list[list[str]]:

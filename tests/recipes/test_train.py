@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -152,3 +152,25 @@ def test_images_that_do_not_fill_the_crop_or_the_network_are_padded():
     run.run()
     assert run.finished and run.example.shape == (1, 3, 48, 48)
     assert all(math.isfinite(loss) for loss in run.history.loss)
+
+
+def test_a_pruned_run_is_extended(stopped):
+    longer = replace(PRUNED, steps=40)
+    run = trainer(longer)
+    run.load_state_dict(stopped)
+    rate = longer.lr * learning_rate(4, steps=40, warmup=longer.warmup)
+    assert run.step == 4 and run.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    run.run()
+    assert run.finished and run.pruner.finished and len(run.history.loss) == 40
+    assert run.pruner.metrics()["macs_share"] <= 0.4
+
+
+def test_a_finished_run_trains_on_at_the_rate_of_the_longer_schedule():
+    run = trainer(DENSE)
+    run.load_state_dict(end_of(DENSE) | {"history": asdict(trainer(DENSE).history)})
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    longer = trainer(replace(DENSE, steps=30))
+    longer.load_state_dict(run.state_dict())
+    assert longer.optimizer.param_groups[0]["lr"] > 0.1 * DENSE.lr
+    longer.run(STEPS + 1)
+    assert any(not torch.equal(value, before[name]) for name, value in longer.model.named_parameters())
