@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sparsekern.compact.plan import TensorPlan
 from sparsekern.compact.surgery import cut
+from sparsekern.optim import unwrap_optimizer
 
 StateCutter = Callable[[Tensor, str, Any, TensorPlan], Any]
 """``(parameter, name, value, plan) -> smaller value`` for state whose shape says nothing about its
@@ -46,7 +47,7 @@ class PreparedState:
 
 
 def prepare_state(
-    optimizer: Optimizer,
+    optimizer: object,
     parts: Mapping[int, TensorPlan],
     names: Mapping[int, str],
     cutter: StateCutter | None,
@@ -54,28 +55,29 @@ def prepare_state(
     """Everything of the optimizer's state that has to get smaller.
 
     Args:
-        optimizer: only state of its parameters is looked at.
+        optimizer: only state of its parameters is looked at, and what wrappers keep of them.
         parts: by ``id`` of a parameter, what stays of it; others stay whole.
         names: of the parameters, by ``id``.
         cutter: for state of unknown shape.
 
     Raises:
+        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: there is such state, and no cutter.
     """
+    unwrapped = unwrap_optimizer(optimizer)
     entries: list[_Entry] = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            part = parts.get(id(param))
-            if part is None or not part.keep or param not in optimizer.state:
-                continue
-            state = optimizer.state[param]
+    for param in (param for group in unwrapped.optimizer.param_groups for param in group["params"]):
+        part = parts.get(id(param))
+        if part is None or not part.keep:
+            continue
+        for state in (values[param] for values in unwrapped.states if param in values):
             for name, value in state.items():
                 if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
                     continue
                 own = _part_of_state(value, part)
                 if own is None:
                     if cutter is None:
-                        raise ValueError(_unknown(optimizer, names[id(param)], param, name, value))
+                        raise ValueError(_unknown(unwrapped.optimizer, names[id(param)], param, name, value))
                     entries.append(_Entry(state, name, None, cutter(param, name, value, part)))
                 elif own.keep:
                     entries.append(_Entry(state, name, own, value))

@@ -32,6 +32,7 @@ class Network:
 
     Attributes:
         model: what is trained, without a wrapper.
+        optimizer: whose steps train it, without a wrapper.
         graph: of the model as it is.
         rows, masks, activations: of the channels of ``graph``.
         parameters: the model's, by name.
@@ -44,7 +45,7 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | optim.Unwrapped,
         graph: ChannelGraph,
         *,
         decay: float,
@@ -59,13 +60,14 @@ class Network:
             TypeError, ValueError: an entry of ``also`` is no copy of the model.
         """
         check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
-        self.model, self.optimizer, self.graph = model, optimizer, graph
+        self._unwrapped = optim.unwrap_optimizer(optimizer)
+        self.model, self.optimizer, self.graph = model, self._unwrapped.optimizer, graph
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.latency: LatencyModel | None = None
         self.whole = graph.cost(np.ones(graph.num_channels, bool))
         self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
-        self.rows = ChannelRows(model, graph, trained_by(optimizer), decay=decay)
+        self.rows = ChannelRows(model, graph, trained_by(self.optimizer), decay=decay)
         self.activations = Activations(model, graph, counting=counting, decay=decay)
         self.masks = self._masks()
         self.also = tuple(also)
@@ -131,7 +133,7 @@ class Network:
         self.activations.attach()
 
     def _masks(self) -> Masks:
-        state = optim.state_tensors(self.optimizer)
+        state = optim.state_tensors(*self._unwrapped.states)
         return Masks(self.graph, self.rows, self.parameters, state, self.activations)
 
     def detach(self) -> None:
@@ -158,7 +160,7 @@ class Network:
     def _cut(self, kept: np.ndarray, also: Sequence[nn.Module]) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
         copies = [*self.also, *(module for module in also if module not in self.also)]
-        shrink(self.model, plan, optimizer=self.optimizer, also=copies, state_cutter=self._state_cutter)
+        shrink(self.model, plan, optimizer=self._unwrapped, also=copies, state_cutter=self._state_cutter)
         state = self.masks.state[kept]
         self.rows = self.rows.restricted(self.model, graph, kept)
         self.activations = self.activations.restricted(self.model, graph, kept)

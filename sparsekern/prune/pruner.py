@@ -17,6 +17,7 @@ from sparsekern.compact import Plan, check_cuttable, compact, make_plan
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
+from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune import criteria
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
@@ -49,7 +50,8 @@ class Pruner(Resumable):
     Args:
         model: the model to prune, where it is trained; also the result of ``torch.compile`` or
             ``DistributedDataParallel``, or sharded by ``fully_shard``. All processes make a Pruner.
-        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
+        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own, and
+            also inside of what accelerate, Lightning, a Lookahead and such wrap around it.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
         example_kwargs: keyword arguments of ``model`` that go with them.
@@ -86,6 +88,7 @@ class Pruner(Resumable):
             those of ``DistributedDataParallel``, else the default group where there is one.
 
     Raises:
+        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
             frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
             are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
@@ -130,7 +133,8 @@ class Pruner(Resumable):
         given, model = model, unwrap(model)
         if shrink:
             check_cuttable(model)
-        self._optimizer = optimizer
+        unwrapped = unwrap_optimizer(optimizer)
+        self._optimizer = optimizer = unwrapped.optimizer
         self._steps = steps
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
@@ -147,7 +151,7 @@ class Pruner(Resumable):
         interval = max(10, self._schedule.events[0].decline)
         self._network = Network(
             model,
-            optimizer,
+            unwrapped,
             graph,
             decay=1 - 1 / interval,
             counting=self._policy.select.needs_activations,
