@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sparsekern.compact.plan import TensorPlan
 from sparsekern.compact.surgery import cut
-from sparsekern.optim import unwrap_optimizer
+from sparsekern.optim import Unwrapped, unwrap_optimizer
 
 StateCutter = Callable[[Tensor, str, Any, TensorPlan], Any]
 """``(parameter, name, value, plan) -> smaller value`` for state whose shape says nothing about its
@@ -46,6 +46,13 @@ class PreparedState:
                 entry.value.data = cut(entry.value, entry.part)
 
 
+def follows_shape(value: Any, param: Tensor) -> bool:
+    """Whether state of ``param`` can be cut as it is: no tensors, one of its shape, or a single number."""
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+        return True
+    return _part_of_state(value, TensorPlan(tuple(param.shape))) is not None
+
+
 def prepare_state(
     optimizer: object,
     parts: Mapping[int, TensorPlan],
@@ -69,6 +76,8 @@ def prepare_state(
     for param in (param for group in unwrapped.optimizer.param_groups for param in group["params"]):
         part = parts.get(id(param))
         if part is None or not part.keep:
+            if cutter is None:
+                _check_own(unwrapped, param)
             continue
         for state in (values[param] for values in unwrapped.states if param in values):
             for name, value in state.items():
@@ -77,11 +86,22 @@ def prepare_state(
                 own = _part_of_state(value, part)
                 if own is None:
                     if cutter is None:
-                        raise ValueError(_unknown(unwrapped.optimizer, names[id(param)], param, name, value))
+                        raise ValueError(
+                            _unknown(unwrapped.optimizer, repr(names[id(param)]), param, name, value)
+                        )
                     entries.append(_Entry(state, name, None, cutter(param, name, value, part)))
                 elif own.keep:
                     entries.append(_Entry(state, name, own, value))
     return PreparedState(entries)
+
+
+def _check_own(unwrapped: Unwrapped, param: Tensor) -> None:
+    """Raise a ValueError for state of ``param``, which stays whole, that holds more than that parameter's."""
+    for values in (state[param] for state in unwrapped.states if param in state):
+        for name, value in values.items():
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+            if any(leaf.numel() > max(1, param.numel()) for leaf in leaves):
+                raise ValueError(_unknown(unwrapped.optimizer, "of this shape", param, name, value))
 
 
 def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
@@ -102,6 +122,6 @@ def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
 def _unknown(optimizer: Optimizer, parameter: str, param: Tensor, name: str, value: Any) -> str:
     what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return (
-        f"optimizer: {type(optimizer).__name__} keeps {name!r} of parameter {parameter!r} "
+        f"optimizer: {type(optimizer).__name__} keeps {name!r} of parameter {parameter} "
         f"{list(param.shape)} as {what}, expected the parameter's shape; state_cutter has to cut it"
     )

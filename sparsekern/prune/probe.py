@@ -50,7 +50,7 @@ class Trial:
         self.model = compact(model, plan).train()
         drop_hooks(self.model)
         replaced = dict(zip(map(id, model.parameters()), self.model.parameters(), strict=True))
-        self.optimizer = _copy_of(optimizer, replaced)
+        self.optimizer = copy_of(optimizer, replaced)
         self._loss = loss
 
     def step(self) -> None:
@@ -115,7 +115,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tiny = {id(p): nn.Parameter(torch.zeros((2,) * p.dim(), dtype=p.dtype, device=p.device)) for p in params}
-    probe = _copy_of(optimizer, tiny)
+    probe = copy_of(optimizer, tiny)
     for own in tiny.values():
         own.grad = torch.zeros_like(own)
     try:
@@ -131,8 +131,16 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def _copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer as it is before its first step, of other parameters, without hooks."""
+def copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer as it is before its first step, of other parameters, without hooks.
+
+    Args:
+        optimizer: stays as it is.
+        replaced: the other parameters, by ``id`` of those that they stand for.
+
+    Raises:
+        TypeError: it holds a module, of which only the training has the right one.
+    """
     own = type(optimizer).__new__(type(optimizer))
     groups = [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
@@ -142,4 +150,12 @@ def _copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Paramet
     own.__setstate__(
         {"defaults": copy.deepcopy(optimizer.defaults), "state": defaultdict(dict), "param_groups": groups}
     )
+    # What a class adds to torch's own attributes, such as LBFGS its list of parameters.
+    known: dict[int, Any] = {id(optimizer): own, id(optimizer.state): own.state} | dict(replaced)
+    for name, value in vars(optimizer).items():
+        if hasattr(own, name) or callable(value):
+            continue
+        if isinstance(value, nn.Module):
+            raise TypeError(f"optimizer: {type(optimizer).__name__} holds a module in {name!r}")
+        setattr(own, name, copy.deepcopy(value, known))
     return own

@@ -32,6 +32,7 @@ from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
+from sparsekern.prune.optimizer_check import StateCheck, check_state
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
 from sparsekern.prune.probe import Loss, mean_square
 from sparsekern.prune.ranks import Ranks
@@ -76,7 +77,8 @@ class Pruner(Resumable):
             to the optimizer; ``"raise"`` checks all gradients before each step, those of its closure if it
             has one (a pass over them and, on a GPU, a synchronisation), and raises a FloatingPointError while
             nothing has changed.
-        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
+        shrink: cut masked channels out of the live model at every event, with the optimizer's state, which
+            has to have each parameter's shape (or see ``state_cutter``), see :meth:`shrink`: from then on a
             step costs what the smaller network costs. What is condemned at one event leaves at the next, so
             the training costs the area under a staircase of ``events`` steps, see
             :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
@@ -135,6 +137,9 @@ class Pruner(Resumable):
             check_cuttable(model)
         unwrapped = unwrap_optimizer(optimizer)
         self._optimizer = optimizer = unwrapped.optimizer
+        checks_state = shrink and state_cutter is None
+        if checks_state:
+            check_state(unwrapped)
         self._steps = steps
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
@@ -172,6 +177,8 @@ class Pruner(Resumable):
             check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
             self._hooks.append(optimizer.register_step_pre_hook(check_gradients))
         self._network.attach()
+        if checks_state:
+            self._hooks.append(StateCheck(unwrapped))
         self._step = 0
         self._nonfinite_seen = 0
         self._next = self._next_step()

@@ -70,3 +70,107 @@ def test_slow_weights_that_nobody_can_mask_are_refused() -> None:
 def test_what_is_no_optimizer_is_refused(bad: Any) -> None:
     with pytest.raises(TypeError, match="^optimizer: got .*, expected a torch.optim.Optimizer"):
         make(plain(), bad)
+
+
+def lbfgs(params: Any, **options: Any) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(params, lr=0.1, max_iter=4, history_size=3, **options)
+
+
+class InGroups(torch.optim.SGD):
+    """Keeps a flat buffer over all parameters as an attribute, from the first step on."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        self.flat = torch.cat([p.detach().flatten() for g in self.param_groups for p in g["params"]])
+        return super().step(closure)
+
+
+class Blocks(torch.optim.SGD):
+    """Quantises state of large tensors only, in blocks of 64: nothing that small parameters tell."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for param in (p for group in self.param_groups for p in group["params"] if p.numel() > 4096):
+            self.state[param]["scales"] = torch.zeros(param.numel() // 64)
+        return super().step(closure)
+
+
+class Unlike(torch.optim.SGD):
+    """Flat state per parameter, which no copy can be asked for: it insists on its constructor."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for param in (p for group in self.param_groups for p in group["params"]):
+            self.state[param]["lists"] = [param.detach().flatten()]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lbfgs, r"LBFGS keeps '\w+' of a parameter \[3, 4, 5, 6\] as a tensor of shape \[\d+\]"),
+        (InGroups, "InGroups keeps tensors that grow with its parameters in 'flat'"),
+    ],
+)
+def test_state_that_cannot_be_cut_is_refused_at_construction(kind: Any, message: str) -> None:
+    model = plain()
+    optimizer = kind(model.parameters())
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"^optimizer: {message}.*shrink=False, or a state_cutter"):
+        make(model, optimizer, shrink=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not optimizer._optimizer_step_post_hooks and not optimizer.state
+    make(model, optimizer)
+    other = plain()
+    make(other, kind(other.parameters()), shrink=True, state_cutter=lambda param, name, value, plan: value)
+
+
+@pytest.mark.parametrize("kind", [Blocks, Unlike])
+def test_state_that_only_a_step_shows_is_refused_at_the_first_one(kind: Any) -> None:
+    model = plain()
+    optimizer = kind(model.parameters(), lr=0.01)
+    make(model, optimizer, shrink=True)
+    with pytest.raises(ValueError, match=rf"^optimizer: {kind.__name__} keeps '\w+' of a parameter \["):
+        steps(model, optimizer, 1)
+    with pytest.raises(ValueError, match=rf"^optimizer: {kind.__name__} keeps '\w+' of a parameter \["):
+        make(model, kind(model.parameters(), lr=0.01) if not optimizer.state else optimizer, shrink=True)
+
+
+KNOWN = ["Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_other_optimizers_of_torch_shrink(name: str) -> None:
+    model = plain()
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
+    pruner = make(model, optimizer, shrink=True)
+    steps(model, optimizer)
+    assert pruner.finished
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in plain().parameters())
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_masks_hold_through_a_line_search(search: str | None) -> None:
+    """Every call of the closure sees the masked model, and so does the end of every step."""
+    model = plain()
+    optimizer = lbfgs(model.parameters(), line_search_fn=search)
+    pruner = make(model, optimizer)
+    calls = 0
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            optimizer.zero_grad()
+            assert gone(pruner) == 0
+            loss = model(batch(step, dtype=DTYPE)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert gone(pruner) == 0
+    assert calls > 2 * STEPS
+    assert pruner.finished and pruner.metrics()["macs_share"] <= 0.4
+    x = batch(9, dtype=DTYPE)
+    assert sparsekern.verify(model.eval(), pruner.compact().eval(), x) < 1e-12
+    assert torch.isfinite(model(x)).all()
