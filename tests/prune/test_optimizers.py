@@ -174,3 +174,66 @@ def test_masks_hold_through_a_line_search(search: str | None) -> None:
     x = batch(9, dtype=DTYPE)
     assert sparsekern.verify(model.eval(), pruner.compact().eval(), x) < 1e-12
     assert torch.isfinite(model(x)).all()
+
+
+class Halves(nn.Module):
+    """An encoder and a decoder that are pruned by a Pruner each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 6, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(6, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 2, 1))
+        self.to(DTYPE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(x).sin())
+
+
+def prune_halves(model: Halves, optimizers: list[Any], **options: Any) -> list[Pruner]:
+    x = batch(0, dtype=DTYPE)
+    shared: dict[str, Any] = {"keep": 0.5, "steps": STEPS, "events": 3, "round_to": 1} | options
+    encoder = Pruner(model.encoder, optimizers[0], x, **shared)
+    decoder = Pruner(model.decoder, optimizers[-1], model.encoder(x).detach(), **shared)
+    return [encoder, decoder]
+
+
+HALVES = {
+    "ours": (lambda params: sparsekern.optim.AdamW(params, lr=0.01), {}),
+    "ours, shrinking": (lambda params: sparsekern.optim.AdamW(params, lr=0.01), {"shrink": True}),
+    "torch's": (lambda params: torch.optim.AdamW(params, lr=0.01), {}),
+    "torch's, shrinking": (lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), {"shrink": True}),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("kind", "options"), HALVES.values(), ids=HALVES)
+def test_two_pruners_under_one_optimizer_prune_as_under_one_each(
+    kind: Any, options: dict[str, Any], inside: bool
+) -> None:
+    together, apart = Halves(), Halves()
+    one = kind(together.parameters())
+    two = [kind(apart.encoder.parameters()), kind(apart.decoder.parameters())]
+    if inside:
+        if not isinstance(one, sparsekern.optim.AdamW):
+            pytest.skip("in_backward takes an optimizer of ours")
+        for optimizer in (one, *two):
+            sparsekern.optim.in_backward(optimizer)
+    ours, theirs = prune_halves(together, [one], **options), prune_halves(apart, two, **options)
+    for step in range(STEPS):
+        for model, optimizers in ((together, [one]), (apart, two)):
+            model(batch(step, dtype=DTYPE)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for mine, his in zip(ours, theirs, strict=True):
+        assert mine.finished and mine.metrics() == his.metrics()
+        rows = mine._rows.table.state_dict(), his._rows.table.state_dict()
+        for name in rows[0]:
+            assert torch.equal(torch.as_tensor(rows[0][name]), torch.as_tensor(rows[1][name])), name
+    for param, other in zip(together.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(param, other)
+    ours[0].detach()
+    masked = [gone(pruner) for pruner in ours]
+    steps(together, one, 2)
+    assert masked[1] == gone(ours[1]) == 0, "the other one goes on"
