@@ -24,11 +24,11 @@ from sparsekern.prune import criteria
 from sparsekern.prune.activations import Activations
 from sparsekern.prune.allocate import Allocator, Global, Problem
 from sparsekern.prune.budget import (
-    check_feasible,
     check_keep,
     check_unit,
+    first_feasible,
     resolve_floors,
-    resolve_round_to,
+    round_to_choices,
 )
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
@@ -157,21 +157,23 @@ def task_of(
     Raises:
         ValueError: as :func:`prune_once`.
     """
-    multiple = resolve_round_to(round_to, model, shrink=False)
+    choices = round_to_choices(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for p in parameters.values()}
     graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
     floors = resolve_floors(min_channels, graph)
-    pricing = None
-    if of == "latency":
-        pricing = latency.measure(
-            model, graph, example_inputs, example_kwargs=example_kwargs, round_to=multiple, cache=cache
-        )
     live = np.ones(graph.num_channels, bool)
-    whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
-    task = replace(whole, budget=keep * whole.whole)
-    check_feasible(task, keep)
-    return task
+
+    def problem_of(multiple: int) -> Problem:
+        pricing = None
+        if of == "latency":
+            pricing = latency.measure(
+                model, graph, example_inputs, example_kwargs=example_kwargs, round_to=multiple, cache=cache
+            )
+        return Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
+
+    whole = first_feasible(choices, problem_of, keep)
+    return replace(whole, budget=keep * whole.whole)
 
 
 class _Batches:

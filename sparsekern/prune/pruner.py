@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -24,8 +26,9 @@ from sparsekern.prune.budget import (
     check_feasible,
     check_keep,
     check_unit,
+    first_feasible,
     resolve_floors,
-    resolve_round_to,
+    round_to_choices,
 )
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.finite import GradientCheck
@@ -66,7 +69,7 @@ class Pruner(Resumable):
         finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
         events: how many times channels are condemned between the two.
         round_to: group widths are multiples of this, or unchanged; ``"auto"``, the default with ``shrink``,
-            chooses for the device; else the default is 1.
+            chooses for the device, and less where ``keep`` cannot be met with that; else the default is 1.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         exact: False allows channels, too, whose removal changes what the others compute, see
@@ -149,9 +152,10 @@ class Pruner(Resumable):
             allocate or Global(),
             of,
             resolve_floors(min_channels, graph),
-            resolve_round_to(round_to, model, self._shrinks),
+            1,
             float(penalty),
         )
+        choices = round_to_choices(round_to, model, self._shrinks)
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
         self._network = Network(
@@ -165,10 +169,7 @@ class Pruner(Resumable):
         )
         check_counted(self._policy.select, self._network.activations)
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
-        if of == "latency":
-            self._network.time(self._example, self._policy.round_to, cache, self._ranks)
-        everything = np.ones(graph.num_channels, bool)
-        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
+        first_feasible(choices, functools.partial(self._rounded, cache), self._keep)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
         self._hooks: list[Any] = []
@@ -327,13 +328,13 @@ class Pruner(Resumable):
             hook.remove()
         self._hooks.clear()
 
-    def metrics(self) -> dict[str, Any]:
-        """Where the pruning stands, for logs; all values are plain numbers, strings and lists.
+    def metrics(self) -> dict[str, int | float]:
+        """Where the pruning stands, for loggers: a flat dict of numbers.
 
         ``step``; ``macs``, ``params`` of the network without its masked channels and ``macs_share``,
-        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (at first);
-        ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
-        statistics; ``finished``.
+        ``params_share`` of the dense one; ``kept``, ``channels``: how many are not masked, and how many there
+        were at first; ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out
+        of the statistics; ``finished``: 0 or 1. Widths of layers are in :meth:`widths`.
         """
         self._rows.table.settle()
         unmasked = self._masks.unmasked
@@ -344,18 +345,31 @@ class Pruner(Resumable):
             "params": int(cost.params),
             "macs_share": cost.macs / max(self._network.whole.macs, 1),
             "params_share": cost.params / max(self._network.whole.params, 1),
-            "group_names": [group.name for group in self.graph.groups],
-            "kept": [int(unmasked[group.channels].sum()) for group in self.graph.groups],
-            "channels": self._network.widths.tolist(),
+            "kept": int(unmasked.sum()),
+            "channels": self._rows.total,
             "condemned": int((self._masks.state == CONDEMNED).sum()),
             "nonfinite": int(self._rows.table.nonfinite),
-            "finished": self.finished,
+            "finished": int(self.finished),
         }
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """By the name of each group, how many of its channels are not masked, and how many it had at first."""
+        unmasked, whole = self._masks.unmasked, self._network.widths.tolist()
+        groups = zip(self.graph.groups, whole, strict=True)
+        return {group.name: (int(unmasked[group.channels].sum()), width) for group, width in groups}
 
     def _problem(
         self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
     ) -> Problem:
         return self._policy.problem(self._network, saliency, live, share, of)
+
+    def _rounded(self, cache: str | os.PathLike[str] | None, multiple: int) -> Problem:
+        """What the last event decides about, from now on with widths that are multiples of ``multiple``."""
+        self._policy = replace(self._policy, round_to=multiple)
+        if self._policy.of == "latency":
+            self._network.time(self._example, multiple, cache, self._ranks)
+        everything = np.ones(self.graph.num_channels, bool)
+        return self._problem(np.zeros(len(everything)), everything, self._keep)
 
     def _after_step(self, *_: Any) -> None:
         if self._idle_step():
