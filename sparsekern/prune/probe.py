@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.compact import Plan, compact
-from sparsekern.compact.verify import leaves
+from sparsekern.compact.verify import as_arguments, leaves
 from sparsekern.graph.hooks import drop_hooks
+from sparsekern.prune.calibration import ForwardLoss, check_losses, moved
 
 Loss = Callable[[nn.Module], Tensor]
 """The loss of a model on some inputs, with a graph to go backward through."""
@@ -33,6 +34,39 @@ def mean_square(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loss:
         return total
 
     return loss
+
+
+def loss_to_time(
+    measure: Any,
+    forward_loss: ForwardLoss | None,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    model: nn.Module,
+) -> Loss | None:
+    """The loss that ``measure`` of :meth:`sparsekern.Pruner.forecast` means, None for no timing.
+
+    Args:
+        example: positional and keyword arguments of ``model``, for ``True``.
+
+    Raises:
+        TypeError: ``forward_loss`` is no function.
+        ValueError: it comes without a batch.
+    """
+    check_losses(None, forward_loss)
+    is_function = callable(measure) and not isinstance(measure, Tensor)
+    if forward_loss is not None:
+        if measure is None or isinstance(measure, bool) or is_function:
+            raise ValueError(
+                f"measure: got {measure!r} with forward_loss, expected the batch that forward_loss takes"
+            )
+        batch = moved(measure, next(model.parameters()).device)
+        return lambda trial: forward_loss(trial, batch)
+    if measure is None or measure is False:
+        return None
+    if is_function:
+        return cast(Loss, measure)
+    if isinstance(measure, Mapping):
+        return mean_square((), dict(measure))
+    return mean_square(*(example if measure is True else as_arguments(measure)))
 
 
 class Trial:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -30,6 +31,7 @@ from sparsekern.prune.budget import (
     resolve_floors,
     round_to_choices,
 )
+from sparsekern.prune.calibration import ForwardLoss
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
@@ -37,7 +39,7 @@ from sparsekern.prune.masking import CONDEMNED, Masks
 from sparsekern.prune.network import Network
 from sparsekern.prune.optimizer_check import StateCheck, check_state
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
-from sparsekern.prune.probe import Loss, mean_square
+from sparsekern.prune.probe import loss_to_time
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
@@ -271,7 +273,8 @@ class Pruner(Resumable):
         self,
         *,
         ranks: int = 1,
-        measure: bool | Tensor | tuple[Any, ...] | Callable[[nn.Module], Tensor] = False,
+        measure: Any = False,
+        forward_loss: ForwardLoss | None = None,
     ) -> Forecast:
         """What the training will cost, stage by stage: to be asked before it begins.
 
@@ -282,23 +285,24 @@ class Pruner(Resumable):
         Args:
             ranks: processes that average their gradients.
             measure: time training steps on this machine, on copies of the model at a few sizes, and the
-                decisions: True on the example inputs, or on a batch given here, with the mean square of the
-                outputs for a loss; or a function that gives the training's own loss of the copy it is called
-                with, on a batch of its choice. What ``torch.compile`` has made is made anew afterwards.
+                decisions: True on the example inputs, or on inputs given here (a tensor, a tuple of
+                positional or a dict of keyword arguments), with the mean square of the outputs for a loss;
+                or a function that gives the training's own loss of the copy it is called with, on a batch of
+                its choice. What ``torch.compile`` has made is made anew afterwards.
+            forward_loss: ``forward_loss(model, batch)`` gives the loss of a copy on the batch ``measure``,
+                which is of any form then.
 
         Raises:
-            ValueError: ``ranks`` is no number of at least 1, or no step can be made on these inputs.
+            TypeError: ``forward_loss`` is no function.
+            ValueError: ``ranks`` is no number of at least 1, no step can be made on these inputs, or
+                ``forward_loss`` comes without a batch.
             RuntimeError: channels have been cut out of the model already.
         """
         if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
             raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
         if self.graph.num_channels != self._rows.total:
             raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
-        loss: Loss | None = None
-        if callable(measure) and not isinstance(measure, Tensor):
-            loss = measure
-        elif measure is not False:
-            loss = mean_square(*(self._example if measure is True else as_arguments(measure)))
+        loss = loss_to_time(measure, forward_loss, self._example, self._network.model)
         return forecast(
             self._network,
             self._policy,
@@ -353,10 +357,18 @@ class Pruner(Resumable):
         }
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """By the name of each group, how many of its channels are not masked, and how many it had at first."""
-        unmasked, whole = self._masks.unmasked, self._network.widths.tolist()
-        groups = zip(self.graph.groups, whole, strict=True)
-        return {group.name: (int(unmasked[group.channels].sum()), width) for group, width in groups}
+        """How wide each group is: ``{name: (channels that are not masked, channels at first)}``.
+
+        A name that several groups have is followed by ``#2`` and so on from the second one on.
+        """
+        self._rows.table.settle()
+        unmasked, found = self._masks.unmasked, dict[str, tuple[int, int]]()
+        seen: Counter[str] = Counter()
+        for group, width in zip(self.graph.groups, self._network.widths.tolist(), strict=True):
+            seen[group.name] += 1
+            name = group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}"
+            found[name] = int(unmasked[group.channels].sum()), width
+        return found
 
     def _problem(
         self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
