@@ -14,6 +14,12 @@ from sparsekern.prune import Pruner
 
 _KEY = "sparsekern.pruner"
 
+__all__ = ["PruningCallback"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class PruningCallback(Pruning, TrainerCallback):
     """Prunes the model of a ``transformers.Trainer`` while it trains; every checkpoint can be resumed from.

@@ -41,3 +41,18 @@ def attach(optimizer: Optimizer, table: RowTable) -> Attachment | RowHooks:
     if isinstance(optimizer, RowOptimizer):
         return optimizer.attach(table)
     return attach_hooks(optimizer, table)
+
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "InBackward",
+    "UsedGradient",
+    "in_backward",
+    "unwrap_optimizer",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

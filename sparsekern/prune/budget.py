@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Problem, smallest
 
-UNITS = ("macs", "params", "latency")
+Unit = Literal["macs", "params", "latency"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 def check_keep(keep: object) -> float:
@@ -22,11 +24,12 @@ def check_keep(keep: object) -> float:
     return float(keep)
 
 
-def check_unit(of: object) -> str:
+def check_unit(of: object) -> Unit:
     """``of`` if it names a cost, else a ValueError."""
-    if of not in UNITS:
-        raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
-    return str(of)
+    for unit in UNITS:
+        if of == unit:
+            return unit
+    raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
 
 
 def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool) -> tuple[int, ...]:

@@ -113,6 +113,12 @@ class Network:
             raise ValueError("of: got 'latency', which was not measured; expected of='latency' of the Pruner")
         return self.latency, self._whole_latency
 
+    def share(self, of: str, kept: np.ndarray) -> float:
+        """What the channels ``kept`` (bool ``[C]``) cost, over what the model cost before any was cut."""
+        latency, whole = self.priced(of)
+        cost = getattr(self.graph.cost(kept), of) if latency is None else latency.cost(kept)
+        return float(cost) / max(whole, 1e-30)
+
     def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
         """The same for a copy of the model with an optimizer of its own, before any step."""
         own = Network(

@@ -20,8 +20,9 @@ from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.prune import criteria
 from sparsekern.prune.activations import Activations
-from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.prune.allocate import Allocator, Problem
 from sparsekern.prune.budget import (
+    Unit,
     check_keep,
     check_unit,
     first_feasible,
@@ -30,7 +31,8 @@ from sparsekern.prune.budget import (
 )
 from sparsekern.prune.calibration import Calibration, ForwardLoss, Loss
 from sparsekern.prune.masking import Masks
-from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
+from sparsekern.prune.names import resolve_allocate, resolve_select
+from sparsekern.prune.preparation import check_counted, prunable_graph
 from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.statistics import ChannelRows, gather, weigh
 
@@ -51,9 +53,9 @@ def prune_once(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     keep: float,
-    of: str = "macs",
-    select: criteria.Criterion | None = None,
-    allocate: Allocator | None = None,
+    of: Unit = "macs",
+    select: criteria.Criterion | str | None = None,
+    allocate: Allocator | str | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     forward_loss: ForwardLoss | None = None,
@@ -78,8 +80,9 @@ def prune_once(
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
             ``allocate``, ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
-        select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`, which needs
-            gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration`` nor a loss.
+        select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
+            which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
+            nor a loss.
         calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
             them. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments. Where
             no gradients are needed, an element may also be such inputs by themselves, but for a pair.
@@ -100,8 +103,7 @@ def prune_once(
         ValueError: an argument is out of range or missing, as above, or both of these are given.
     """
     share, of = check_keep(keep), check_unit(of)
-    check_options(select, allocate, 0.0, "ignore")
-    select, allocate = select or criteria.default(), allocate or Global()
+    select, allocate = resolve_select(select), resolve_allocate(allocate)
     given = Calibration(calibration, batches, loss, forward_loss)
     _check_calibration(select, given)
     model = unwrap(model)

@@ -22,8 +22,9 @@ from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
 from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune import criteria
-from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.prune.allocate import Allocator, Problem
 from sparsekern.prune.budget import (
+    Unit,
     check_feasible,
     check_keep,
     check_unit,
@@ -36,6 +37,7 @@ from sparsekern.prune.decision import Policy
 from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
+from sparsekern.prune.names import resolve_allocate, resolve_select
 from sparsekern.prune.network import Network
 from sparsekern.prune.optimizer_check import StateCheck, check_state
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
@@ -65,8 +67,9 @@ class Pruner(Resumable):
         of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
             with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
         steps: optimizer steps of the whole training.
-        select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`.
-        allocate: decides the widths of the groups; default :class:`sparsekern.allocate.Global`.
+        select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
+            as ``"taylor"`` or ``"taylor * gradient-count"``.
+        allocate: decides the widths of the groups, default :class:`sparsekern.allocate.Global`; or its name.
         warmup: share of ``steps`` before the first channel is condemned.
         finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
         events: how many times channels are condemned between the two.
@@ -111,10 +114,10 @@ class Pruner(Resumable):
         *,
         example_kwargs: Mapping[str, Any] | None = None,
         keep: float,
-        of: str = "macs",
+        of: Unit = "macs",
         steps: int,
-        select: criteria.Criterion | None = None,
-        allocate: Allocator | None = None,
+        select: criteria.Criterion | str | None = None,
+        allocate: Allocator | str | None = None,
         warmup: float = 0.1,
         finish: float = 0.6,
         events: int = 10,
@@ -133,7 +136,8 @@ class Pruner(Resumable):
         begin = perf_counter()
         self._keep = check_keep(keep)
         of = check_unit(of)
-        check_options(select, allocate, penalty, nonfinite)
+        select, allocate = resolve_select(select), resolve_allocate(allocate)
+        check_options(penalty, nonfinite)
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
@@ -150,8 +154,8 @@ class Pruner(Resumable):
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
         self._policy = Policy(
-            select or criteria.default(),
-            allocate or Global(),
+            select,
+            allocate,
             of,
             resolve_floors(min_channels, graph),
             1,
@@ -189,6 +193,15 @@ class Pruner(Resumable):
         self._hooks.append(optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)))
         self._seconds = perf_counter() - begin
 
+    def __repr__(self) -> str:
+        done, of = self.metrics(), self._policy.of
+        share = self._network.share(of, self._masks.unmasked)
+        return (
+            f"Pruner({type(self._network.model).__name__}, {type(self._optimizer).__name__}, "
+            f"keep={self._keep:g}, of={of!r}, step {done['step']} of {self._steps}: "
+            f"{share:.1%} of {of} left, {'finished' if self.finished else 'not finished'})"
+        )
+
     @property
     def graph(self) -> ChannelGraph:
         """The channels of the live model, their groups and their cost."""
@@ -207,7 +220,7 @@ class Pruner(Resumable):
         """Whether the budget is met and nothing is condemned any more."""
         return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
 
-    def plan(self, keep: float | None = None, *, of: str | None = None) -> Plan:
+    def plan(self, keep: float | None = None, *, of: Unit | None = None) -> Plan:
         """What stays of the model, relative to the size that it had when the Pruner was made.
 
         Args:

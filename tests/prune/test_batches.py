@@ -43,7 +43,7 @@ FORMS: dict[str, Any] = {
     ),
     "named tuples": (lambda x, y: Named(x, y, "a"), lambda m, b: LOSS(m(b.image), b.label)),
     "dataclasses": (lambda x, y: Record(x, y), lambda m, b: LOSS(m(b.image), b.label)),
-    "mappings": (lambda x, y: Encoding(x=x, y=y), lambda m, b: LOSS(m(x=b["x"]), b["y"])),
+    "mappings": (lambda x, y: Encoding(x=x, y=y), lambda m, b: LOSS(m(b["x"]), b["y"])),
     "lists of samples": (
         lambda x, y: [{"image": one, "label": label} for one, label in zip(x, y, strict=True)],
         lambda m, b: LOSS(m(torch.stack([s["image"] for s in b])), torch.stack([s["label"] for s in b])),
