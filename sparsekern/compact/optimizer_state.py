@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +23,40 @@ parameter's. Called before anything is changed; has to leave its arguments as th
 
 @dataclass(frozen=True)
 class _Entry:
-    """One value of ``optimizer.state[p]`` and what becomes of it: a part of it, or another value."""
+    """One value of ``optimizer.state[p]`` and what takes its place: other data in it, or another value."""
 
     state: dict[str, Any]
     name: str
-    part: TensorPlan | None
+    data: Tensor | None
     value: Any
+
+    def carry_out(self, undo: ExitStack) -> None:
+        old = self.state[self.name]
+        if self.data is None:
+            undo.callback(self.state.__setitem__, self.name, old)
+            self.state[self.name] = self.value
+        else:
+            undo.callback(_set_data, old, old.data)
+            _set_data(old, self.data)
 
 
 class PreparedState:
-    """State that is known to be cuttable."""
+    """What is left of an optimizer's state, already cut."""
 
     def __init__(self, entries: list[_Entry]) -> None:
         self._entries = entries
 
-    @torch.no_grad()
-    def cut(self) -> None:
-        """Make the state smaller: the same tensors where the cut is ours."""
+    def carry_out(self, undo: ExitStack) -> None:
+        """Make the state smaller, in the same tensors where the cut is ours.
+
+        ``undo`` is told what restores it.
+        """
         for entry in self._entries:
-            if entry.part is None:
-                entry.state[entry.name] = entry.value
-            else:
-                entry.value.data = cut(entry.value, entry.part)
+            entry.carry_out(undo)
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    tensor.data = data
 
 
 def follows_shape(value: Any, param: Tensor) -> bool:
@@ -53,13 +66,14 @@ def follows_shape(value: Any, param: Tensor) -> bool:
     return _part_of_state(value, TensorPlan(tuple(param.shape))) is not None
 
 
+@torch.no_grad()
 def prepare_state(
     optimizer: object,
     parts: Mapping[int, TensorPlan],
     names: Mapping[int, str],
     cutter: StateCutter | None,
 ) -> PreparedState:
-    """Everything of the optimizer's state that has to get smaller.
+    """Everything of the optimizer's state that has to get smaller, cut. Changes nothing.
 
     Args:
         optimizer: only state of its parameters is looked at, and what wrappers keep of them.
@@ -91,7 +105,7 @@ def prepare_state(
                         )
                     entries.append(_Entry(state, name, None, cutter(param, name, value, part)))
                 elif own.keep:
-                    entries.append(_Entry(state, name, own, value))
+                    entries.append(_Entry(state, name, cut(value, own), value))
     return PreparedState(entries)
 
 

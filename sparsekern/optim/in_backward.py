@@ -119,3 +119,8 @@ class UsedGradient(Tensor):
             f"before the next step() or zero_grad(): gradient accumulation, clipping by a global norm and "
             f"GradScaler do not work with in_backward"
         )
+
+
+def works_in_backward(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's parameters are updated in the backward pass, and have no gradient in a step."""
+    return optimizer in _working

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern._sharding import local, unwrap
+from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, check_cuttable, compact, make_plan
+from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
@@ -34,6 +35,7 @@ from sparsekern.prune.budget import (
 )
 from sparsekern.prune.calibration import ForwardLoss
 from sparsekern.prune.decision import Policy
+from sparsekern.prune.events import Events, unfinished
 from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
 from sparsekern.prune.masking import CONDEMNED, Masks
@@ -46,6 +48,7 @@ from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.statistics import ChannelRows, gather, trained_by
+from sparsekern.prune.watch import Watch, abandoned
 
 
 class Pruner(Resumable):
@@ -103,7 +106,8 @@ class Pruner(Resumable):
             frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
             are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
             then.
-        RuntimeError: the processes differ in their arguments or models, here or at a later decision.
+        RuntimeError: the optimizer's steps drive a Pruner of some of the parameters already, or the processes
+            differ in their arguments or models, here or at a later decision.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class Pruner(Resumable):
             check_cuttable(model)
         unwrapped = unwrap_optimizer(optimizer)
         self._optimizer = optimizer = unwrapped.optimizer
+        orphans = abandoned(optimizer, model)
         checks_state = shrink and state_cutter is None
         if checks_state:
             check_state(unwrapped)
@@ -178,19 +183,23 @@ class Pruner(Resumable):
         first_feasible(choices, functools.partial(self._rounded, cache), self._keep)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
-        self._hooks: list[Any] = []
+        self._events = Events(self._network, self._policy, self._schedule, self._ranks, shrinks=self._shrinks)
+        self._warned: tuple[Any, ...] = ()
+        self._watch = Watch(self, self._network, self._events)
+        hooks = self._watch.hooks
+        for watch in orphans:
+            watch.detach()
         if nonfinite == "raise":
             # Before the statistics look at the gradients, and outside of a trace.
             check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
-            self._hooks.append(optimizer.register_step_pre_hook(check_gradients))
+            hooks.append(optimizer.register_step_pre_hook(check_gradients))
+        # Before anything looks at the gradients of a step: what an earlier step has left undone.
+        catch_up = torch.compiler.disable(self._events.before_step)
+        hooks.append(optimizer.register_step_pre_hook(catch_up))
         self._network.attach()
         if checks_state:
-            self._hooks.append(StateCheck(unwrapped))
-        self._step = 0
-        self._nonfinite_seen = 0
-        self._next = self._next_step()
-        # A compiled step must not trace what happens at events.
-        self._hooks.append(optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)))
+            hooks.append(StateCheck(unwrapped))
+        hooks.append(optimizer.register_step_post_hook(self._watch))
         self._seconds = perf_counter() - begin
 
     def __repr__(self) -> str:
@@ -218,7 +227,7 @@ class Pruner(Resumable):
     @property
     def finished(self) -> bool:
         """Whether the budget is met and nothing is condemned any more."""
-        return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
+        return self._events.finished
 
     def plan(self, keep: float | None = None, *, of: Unit | None = None) -> Plan:
         """What stays of the model, relative to the size that it had when the Pruner was made.
@@ -234,12 +243,18 @@ class Pruner(Resumable):
         Raises:
             ValueError: ``keep`` is out of range or below what floors and frozen layers allow, or ``of`` is
                 not a cost that is known, or comes without ``keep``.
+            RuntimeError: weights were written into masked rows, see :meth:`remask`.
+
+        Warns:
+            UserWarning: without ``keep``, as for :meth:`compact`.
         """
         if of is not None:
             check_unit(of)
+        self._network.check_masked()
         if keep is None:
             if of is not None:
                 raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
+            self._warn_of_unfinished()
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
         self._rows.table.settle()
@@ -256,7 +271,16 @@ class Pruner(Resumable):
 
         Channels that are only condemned are still there: see :attr:`finished`. Of a sharded model all
         processes have to call this; it is gathered one tensor at a time, and each gets an ordinary module.
+
+        Raises:
+            RuntimeError: weights were written into masked rows, see :meth:`remask`, or a parameter of the
+                model is another object than the one that the optimizer holds.
+
+        Warns:
+            UserWarning: the budget is not met yet; with the share reached, and why.
         """
+        self._network.check_masked(self._ranks if self._network.sharded else None)
+        self._warn_of_unfinished()
         return compact(self._network.model, make_plan(self.graph, self._masks.unmasked))
 
     def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
@@ -278,9 +302,32 @@ class Pruner(Resumable):
 
         Raises:
             TypeError, ValueError: the optimizer has state whose cut is not known, or an entry of ``also`` is
-                no copy of the model; nothing has changed then.
+                no copy of the model.
+            RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed then,
+                or after whatever else is raised; Ctrl-C waits until everything is smaller.
         """
-        return self._network.shrink(also)
+        with all_or_nothing() as undo, self._ranks.agreeing("shrinking the model") as check:
+            self._network.check_masked()
+            cut = self._network.shrink(undo, also)
+            check()
+        return cut
+
+    def remask(self) -> int:
+        """Zero again what belongs to masked channels: rows, the columns that read them, optimizer state.
+
+        ``load_state_dict`` of the model, of modules in it and of the optimizer does this by itself. It is for
+        weights that were written in another way after their channels had been masked (``parameter.data``,
+        ``nn.init``, an average that is copied back), which would make the masked network another one than the
+        compact one: until then :meth:`compact`, :meth:`plan`, :meth:`shrink`, :meth:`save_checkpoint` and the
+        optimizer's next step with a decision raise a RuntimeError.
+
+        Returns:
+            How many rows were not zero.
+
+        Raises:
+            RuntimeError: a parameter of the model is another object than the one that the optimizer holds.
+        """
+        return self._network.remask()
 
     def forecast(
         self,
@@ -340,10 +387,7 @@ class Pruner(Resumable):
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
-        self._network.detach()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._watch.detach()
 
     def metrics(self) -> dict[str, int | float]:
         """Where the pruning stands, for loggers: a flat dict of numbers.
@@ -357,7 +401,7 @@ class Pruner(Resumable):
         unmasked = self._masks.unmasked
         cost = self.graph.cost(unmasked)
         return {
-            "step": self._step,
+            "step": self._events.done(),
             "macs": int(cost.macs),
             "params": int(cost.params),
             "macs_share": cost.macs / max(self._network.whole.macs, 1),
@@ -396,59 +440,10 @@ class Pruner(Resumable):
         everything = np.ones(self.graph.num_channels, bool)
         return self._problem(np.zeros(len(everything)), everything, self._keep)
 
-    def _after_step(self, *_: Any) -> None:
-        if self._idle_step():
-            return
-        self._step += 1
-        if self._step == self._next:
-            self._decide()
-
-    def _idle_step(self) -> bool:
-        """Whether it was the step by which ``torch.distributed.checkpoint`` gets an optimizer's state."""
-        groups = self._optimizer.param_groups
-        rates = [group.get("lr") for group in groups]
-        # One on a device is not read: that step's is not there.
-        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
-            return False
-        grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-        return not self._ranks.any(any(bool(local(grad).any()) for grad in grads))
-
-    def _decide(self) -> None:
-        self._rows.table.settle()
-        self._network.activations.average(self._ranks)
-        event = self._schedule.at(self._step)
-        with self._ranks.agreeing(f"pruning after step {self._step}") as check:
-            declined = self._masks.declined()
-            choice = None
-            if event is not None:
-                choice = self._policy.choose(self._network, event, self._schedule.after(event.step))
-            check(self._step, declined, *(choice.parts() if choice is not None else ()))
-        self._masks.mask(declined)
-        if choice is not None:
-            choice.carry_out(self._masks)
-        if self._shrinks:
-            # After everything that reads the statistics, and once: every cut costs a recompilation.
-            self._network.shrink()
-        self._next = self._next_step()
-        self._warn_of_nonfinite()
-
-    def _next_step(self) -> int | None:
-        """The step after which there is something to do next, or None."""
-        event = self._schedule.after(self._step)
-        if event is not None:
-            return event.step
-        if self._step < self._schedule.finish:
-            return self._schedule.finish
-        # Steps that a gradient scaler skipped leave declines unfinished: come back when they can have ended.
-        left = int(self._masks.countdowns().max(initial=0))
-        return self._step + left if left else None
-
-    def _warn_of_nonfinite(self) -> None:
-        count = int(self._rows.table.nonfinite)
-        if count > self._nonfinite_seen:
-            warnings.warn(
-                f"{count - self._nonfinite_seen} rows of gradients with NaN or infinity were left out of the "
-                f"pruning statistics; nonfinite='raise' stops at the first one",
-                stacklevel=2,
-            )
-            self._nonfinite_seen = count
+    def _warn_of_unfinished(self) -> None:
+        """Once for every state, when what is made of the model now is not what was asked for."""
+        text = unfinished(self._network, self._policy.of, self._keep, self._events, self._steps)
+        state = self._events.step, self._masks.state.tobytes()
+        if text and state != self._warned:
+            self._warned = state
+            warnings.warn(text, UserWarning, stacklevel=3)

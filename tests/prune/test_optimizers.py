@@ -237,3 +237,39 @@ def test_two_pruners_under_one_optimizer_prune_as_under_one_each(
     masked = [gone(pruner) for pruner in ours]
     steps(together, one, 2)
     assert masked[1] == gone(ours[1]) == 0, "the other one goes on"
+
+
+@pytest.mark.parametrize("kind", [sparsekern.optim.SGD, torch.optim.SGD])
+def test_a_second_pruner_of_the_same_parameters_is_refused_until_the_first_is_detached(kind: Any) -> None:
+    model = plain()
+    optimizer = kind(model.parameters(), lr=0.05)
+    first = make(model, optimizer)
+    hooks = len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_step_pre_hooks)
+    for again in (model, model.stem):
+        with pytest.raises(RuntimeError, match=r"^optimizer: got a SGD .*of \d+ of .*pruner.detach\(\)"):
+            make(again, Forwards(optimizer))
+    assert hooks == (len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_step_pre_hooks))
+    first.detach()
+    second = make(model, optimizer)
+    steps(model, optimizer)
+    assert second.finished and not first.finished
+
+
+@pytest.mark.parametrize("kind", [sparsekern.optim.SGD, torch.optim.SGD])
+@pytest.mark.parametrize("cycle", [False, True])
+def test_a_pruner_that_nobody_holds_goes_on_and_gives_way(kind: Any, cycle: bool) -> None:
+    model = plain()
+    optimizer = kind(model.parameters(), lr=0.05)
+    held = make(model, optimizer)
+    if cycle:
+        held.itself = held  # type: ignore[attr-defined]
+    del held
+    steps(model, optimizer)
+    assert not model.stem[1].weight.all(), "it has masked gates all the same"
+    pruner = make(model, optimizer, keep=0.2)
+    assert pruner.metrics()["step"] == 0
+    steps(model, optimizer)
+    assert pruner.finished and pruner.metrics()["macs_share"] <= 0.2
+    pruner.detach()
+    assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
+    assert not getattr(optimizer, "tables", ())
