@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, check_cuttable, compact, make_plan
-from sparsekern.compact._atomic import all_or_nothing
+from sparsekern.compact._atomic import all_or_nothing, uninterrupted
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
@@ -88,7 +88,8 @@ class Pruner(Resumable):
             step costs what the smaller network costs. What is condemned at one event leaves at the next, so
             the training costs the area under a staircase of ``events`` steps, see
             :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
-        also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
+        also: copies of the model that are masked and cut alike, such as an ``AveragedModel`` of
+            ``torch.optim.swa_utils``.
         state_cutter: for an optimizer that keeps state of another shape than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
         cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
@@ -143,11 +144,9 @@ class Pruner(Resumable):
         given, model = model, unwrap(model)
         if shrink:
             check_cuttable(model)
-        unwrapped = unwrap_optimizer(optimizer)
-        self._optimizer = optimizer = unwrapped.optimizer
+        self._optimizer = optimizer = (unwrapped := unwrap_optimizer(optimizer)).optimizer
         orphans = abandoned(optimizer, model)
-        checks_state = shrink and state_cutter is None
-        if checks_state:
+        if checks_state := shrink and state_cutter is None:
             check_state(unwrapped)
         self._steps = steps
         self._example = as_arguments(example_inputs, example_kwargs)
@@ -290,10 +289,10 @@ class Pruner(Resumable):
             RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed then,
                 or after whatever else is raised; Ctrl-C waits until everything is smaller.
         """
-        with all_or_nothing() as undo, self._ranks.agreeing("shrinking the model") as check:
+        with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
             self._network.check_masked()
-            cut = self._network.shrink(undo, also)
-            check()
+            cut = self._network.shrink(undo, also, ready)
+            done()
         return cut
 
     def remask(self) -> int:
@@ -366,8 +365,9 @@ class Pruner(Resumable):
         Returns:
             How many channels were saved.
         """
-        self._rows.table.settle()
-        return int(self._masks.pardon().sum())
+        with uninterrupted():
+            self._rows.table.settle()
+            return int(self._masks.pardon().sum())
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
