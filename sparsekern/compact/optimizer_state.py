@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sparsekern.compact.plan import TensorPlan
 from sparsekern.compact.surgery import cut
+from sparsekern.optim import Unwrapped, unwrap_optimizer
 
 StateCutter = Callable[[Tensor, str, Any, TensorPlan], Any]
 """``(parameter, name, value, plan) -> smaller value`` for state whose shape says nothing about its
@@ -58,9 +59,16 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
+def follows_shape(value: Any, param: Tensor) -> bool:
+    """Whether state of ``param`` can be cut as it is: no tensors, one of its shape, or a single number."""
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+        return True
+    return _part_of_state(value, TensorPlan(tuple(param.shape))) is not None
+
+
 @torch.no_grad()
 def prepare_state(
-    optimizer: Optimizer,
+    optimizer: object,
     parts: Mapping[int, TensorPlan],
     names: Mapping[int, str],
     cutter: StateCutter | None,
@@ -68,32 +76,46 @@ def prepare_state(
     """Everything of the optimizer's state that has to get smaller, cut. Changes nothing.
 
     Args:
-        optimizer: only state of its parameters is looked at.
+        optimizer: only state of its parameters is looked at, and what wrappers keep of them.
         parts: by ``id`` of a parameter, what stays of it; others stay whole.
         names: of the parameters, by ``id``.
         cutter: for state of unknown shape.
 
     Raises:
+        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: there is such state, and no cutter.
     """
+    unwrapped = unwrap_optimizer(optimizer)
     entries: list[_Entry] = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            part = parts.get(id(param))
-            if part is None or not part.keep or param not in optimizer.state:
-                continue
-            state = optimizer.state[param]
+    for param in (param for group in unwrapped.optimizer.param_groups for param in group["params"]):
+        part = parts.get(id(param))
+        if part is None or not part.keep:
+            if cutter is None:
+                _check_own(unwrapped, param)
+            continue
+        for state in (values[param] for values in unwrapped.states if param in values):
             for name, value in state.items():
                 if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
                     continue
                 own = _part_of_state(value, part)
                 if own is None:
                     if cutter is None:
-                        raise ValueError(_unknown(optimizer, names[id(param)], param, name, value))
+                        raise ValueError(
+                            _unknown(unwrapped.optimizer, repr(names[id(param)]), param, name, value)
+                        )
                     entries.append(_Entry(state, name, None, cutter(param, name, value, part)))
                 elif own.keep:
                     entries.append(_Entry(state, name, cut(value, own), value))
     return PreparedState(entries)
+
+
+def _check_own(unwrapped: Unwrapped, param: Tensor) -> None:
+    """Raise a ValueError for state of ``param``, which stays whole, that holds more than that parameter's."""
+    for values in (state[param] for state in unwrapped.states if param in state):
+        for name, value in values.items():
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+            if any(leaf.numel() > max(1, param.numel()) for leaf in leaves):
+                raise ValueError(_unknown(unwrapped.optimizer, "of this shape", param, name, value))
 
 
 def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
@@ -114,6 +136,6 @@ def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
 def _unknown(optimizer: Optimizer, parameter: str, param: Tensor, name: str, value: Any) -> str:
     what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return (
-        f"optimizer: {type(optimizer).__name__} keeps {name!r} of parameter {parameter!r} "
+        f"optimizer: {type(optimizer).__name__} keeps {name!r} of parameter {parameter} "
         f"{list(param.shape)} as {what}, expected the parameter's shape; state_cutter has to cut it"
     )

@@ -18,13 +18,14 @@ from sparsekern.compact.optimizer_state import StateCutter, prepare_state
 from sparsekern.compact.parallel import Rebuilding, check_rebuildable, wrappers_of
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import Registered, cut, match, registered, remember
+from sparsekern.optim import Unwrapped
 
 
 def shrink(
     model: nn.Module,
     plan: Plan,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Unwrapped | None = None,
     also: Sequence[nn.Module] = (),
     state_cutter: StateCutter | None = None,
 ) -> None:
@@ -44,8 +45,9 @@ def shrink(
     Args:
         model: also the result of ``torch.compile`` and ``DistributedDataParallel``.
         plan: relative to the model as it is.
-        optimizer: of parameters of the model. State of a parameter's shape, or with size 1 in place
-            of some dimensions (Adafactor's), is cut as the parameter is; single numbers stay.
+        optimizer: of parameters of the model, also inside of a wrapper. State of a parameter's shape, or
+            with size 1 in place of some dimensions (Adafactor's), is cut as the parameter is; single numbers
+            stay.
         also: modules of the same structure with tensors of their own, as they are or inside an
             ``AveragedModel``.
         state_cutter: gives the smaller state where the optimizer keeps some of another shape.
@@ -66,7 +68,7 @@ def cut_all(
     plan: Plan,
     undo: ExitStack,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Unwrapped | None = None,
     also: Sequence[nn.Module] = (),
     state_cutter: StateCutter | None = None,
     ready: Callable[[], object] = lambda: None,

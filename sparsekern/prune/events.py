@@ -15,7 +15,7 @@ from sparsekern.prune.masking import CONDEMNED
 from sparsekern.prune.network import Network
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.steps import SkippedSteps, idle
+from sparsekern.prune.steps import Rates, SkippedSteps, differing_rates, idle
 
 
 class Events:
@@ -34,7 +34,7 @@ class Events:
         self._network, self._policy, self._ranks, self._shrinks = network, policy, ranks, shrinks
         self.schedule = schedule
         self.step = 0
-        self._skipped = SkippedSteps()
+        self._skipped, self._rates = SkippedSteps(), Rates()
         self._nonfinite_seen = 0
         self.next = self._next_step()
 
@@ -64,7 +64,7 @@ class Events:
         self.schedule = schedule
         self.step = int(state["step"])
         self._nonfinite_seen = int(state["nonfinite_seen"])
-        self._skipped = SkippedSteps()
+        self._skipped, self._rates = SkippedSteps(), Rates()
         same = schedule.to_plain() == state["schedule"]
         self.next = state["next"] if same else self._next_of_new_schedule()
 
@@ -76,10 +76,12 @@ class Events:
     def after_step(self, *_: Any) -> None:
         """Hook after an optimizer's step."""
         optimizer = self._network.optimizer
-        if idle(optimizer, self._ranks):
+        if idle(optimizer, self._network.rows.table, self._ranks):
             return
         self._skipped.note(optimizer)
         self.step += 1
+        if self._ranks.size > 1:
+            self._rates.note(self.step, optimizer)
         if self.next is not None and self.step >= self.next:
             self._decide(self.next)
 
@@ -93,16 +95,18 @@ class Events:
             network.rows.table.settle()
             network.activations.average(ranks)
             event = self.schedule.at(due)
-            with ranks.agreeing(f"pruning after step {due}") as check:
+            rates = self._rates.parts()
+            with ranks.agreeing(f"pruning after step {due}", rates, differing_rates) as check:
                 network.check_masked()
                 declined = network.masks.declined()
                 choice = None
                 if event is not None:
                     choice = self._policy.choose(network, event, self.schedule.after(due))
-                check(due, declined, *(choice.parts() if choice is not None else ()))
+                check(due, rates, declined, *(choice.parts() if choice is not None else ()))
             with all_or_nothing() as undo, ranks.changing(f"masking after step {due}") as (ready, done):
                 self._carry_out(declined, choice, undo, ready)
                 done()
+        self._rates.forget()
         self._warn_of_nonfinite()
 
     def _carry_out(

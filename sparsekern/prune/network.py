@@ -40,6 +40,7 @@ class Network:
 
     Attributes:
         model: what is trained, without a wrapper.
+        optimizer: whose steps train it, without a wrapper.
         graph: of the model as it is.
         rows, masks, activations: of the channels of ``graph``.
         parameters: the model's, by name.
@@ -52,7 +53,7 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | optim.Unwrapped,
         graph: ChannelGraph,
         *,
         decay: float,
@@ -67,13 +68,14 @@ class Network:
             TypeError, ValueError: an entry of ``also`` is no copy of the model.
         """
         check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
-        self.model, self.optimizer, self.graph = model, optimizer, graph
+        self._unwrapped = optim.unwrap_optimizer(optimizer)
+        self.model, self.optimizer, self.graph = model, self._unwrapped.optimizer, graph
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.latency: LatencyModel | None = None
         self.whole = graph.cost(np.ones(graph.num_channels, bool))
         self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
-        self.rows = ChannelRows(model, graph, trained_by(optimizer), decay=decay)
+        self.rows = ChannelRows(model, graph, trained_by(self.optimizer), decay=decay)
         self.activations = Activations(model, graph, counting=counting, decay=decay)
         self.also = tuple(also)
         self.masks = self._masks()
@@ -118,6 +120,12 @@ class Network:
         if self.latency is None:
             raise ValueError("of: got 'latency', which was not measured; expected of='latency' of the Pruner")
         return self.latency, self._whole_latency
+
+    def share(self, of: str, kept: np.ndarray) -> float:
+        """What the channels ``kept`` (bool ``[C]``) cost, over what the model cost before any was cut."""
+        latency, whole = self.priced(of)
+        cost = getattr(self.graph.cost(kept), of) if latency is None else latency.cost(kept)
+        return float(cost) / max(whole, 1e-30)
 
     def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
         """The same for a copy of the model with an optimizer of its own, before any step."""
@@ -241,7 +249,7 @@ class Network:
         return count
 
     def _masks(self) -> Masks:
-        state = optim.state_tensors(self.optimizer)
+        state = optim.state_tensors(*self._unwrapped.states)
         names = self.graph.tensors.keys()
         copies = [inside(module, names) for module in self.also]
         return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model, copies)
@@ -291,7 +299,7 @@ class Network:
             self.model,
             plan,
             undo,
-            optimizer=self.optimizer,
+            optimizer=self._unwrapped,
             also=copies,
             state_cutter=self._state_cutter,
             ready=ready,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,27 +18,32 @@ from sparsekern.compact._atomic import all_or_nothing, uninterrupted
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune import criteria
-from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.optim import unwrap_optimizer
+from sparsekern.prune import criteria, progress
+from sparsekern.prune.allocate import Allocator
 from sparsekern.prune.budget import (
-    check_feasible,
+    Unit,
     check_keep,
     check_unit,
     resolve_floors,
-    resolve_round_to,
+    round_to_choices,
 )
+from sparsekern.prune.calibration import ForwardLoss
 from sparsekern.prune.decision import Policy
 from sparsekern.prune.events import Events, unfinished
 from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
-from sparsekern.prune.masking import CONDEMNED, Masks
+from sparsekern.prune.masking import Masks
+from sparsekern.prune.names import resolve_allocate, resolve_select
 from sparsekern.prune.network import Network
+from sparsekern.prune.optimizer_check import StateCheck, check_state
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
-from sparsekern.prune.probe import Loss, mean_square
+from sparsekern.prune.probe import loss_to_time
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.statistics import ChannelRows, gather, trained_by
+from sparsekern.prune.statistics import ChannelRows, trained_by
+from sparsekern.prune.watch import Watch, abandoned
 
 
 class Pruner(Resumable):
@@ -51,7 +56,8 @@ class Pruner(Resumable):
     Args:
         model: the model to prune, where it is trained; also the result of ``torch.compile`` or
             ``DistributedDataParallel``, or sharded by ``fully_shard``. All processes make a Pruner.
-        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
+        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own, and
+            also inside of what accelerate, Lightning, a Lookahead and such wrap around it.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
         example_kwargs: keyword arguments of ``model`` that go with them.
@@ -59,13 +65,14 @@ class Pruner(Resumable):
         of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
             with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
         steps: optimizer steps of the whole training.
-        select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`.
-        allocate: decides the widths of the groups; default :class:`sparsekern.allocate.Global`.
+        select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
+            as ``"taylor"`` or ``"taylor * gradient-count"``.
+        allocate: decides the widths of the groups, default :class:`sparsekern.allocate.Global`; or its name.
         warmup: share of ``steps`` before the first channel is condemned.
         finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
         events: how many times channels are condemned between the two.
         round_to: group widths are multiples of this, or unchanged; ``"auto"``, the default with ``shrink``,
-            chooses for the device; else the default is 1.
+            chooses for the device, and less where ``keep`` cannot be met with that; else the default is 1.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         exact: False allows channels, too, whose removal changes what the others compute, see
@@ -76,7 +83,8 @@ class Pruner(Resumable):
             to the optimizer; ``"raise"`` checks all gradients before each step, those of its closure if it
             has one (a pass over them and, on a GPU, a synchronisation), and raises a FloatingPointError while
             nothing has changed.
-        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
+        shrink: cut masked channels out of the live model at every event, with the optimizer's state, which
+            has to have each parameter's shape (or see ``state_cutter``), see :meth:`shrink`: from then on a
             step costs what the smaller network costs. What is condemned at one event leaves at the next, so
             the training costs the area under a staircase of ``events`` steps, see
             :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
@@ -89,11 +97,13 @@ class Pruner(Resumable):
             those of ``DistributedDataParallel``, else the default group where there is one.
 
     Raises:
+        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
             frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
             are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
             then.
-        RuntimeError: the processes differ in their arguments or models, here or at a later decision.
+        RuntimeError: the optimizer's steps drive a Pruner of some of the parameters already, or the processes
+            differ in their arguments or models, here or at a later decision.
     """
 
     def __init__(
@@ -104,10 +114,10 @@ class Pruner(Resumable):
         *,
         example_kwargs: Mapping[str, Any] | None = None,
         keep: float,
-        of: str = "macs",
+        of: Unit = "macs",
         steps: int,
-        select: criteria.Criterion | None = None,
-        allocate: Allocator | None = None,
+        select: criteria.Criterion | str | None = None,
+        allocate: Allocator | str | None = None,
         warmup: float = 0.1,
         finish: float = 0.6,
         events: int = 10,
@@ -126,32 +136,37 @@ class Pruner(Resumable):
         begin = perf_counter()
         self._keep = check_keep(keep)
         of = check_unit(of)
-        check_options(select, allocate, penalty, nonfinite)
+        select, allocate = resolve_select(select), resolve_allocate(allocate)
+        check_options(penalty, nonfinite)
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
         given, model = model, unwrap(model)
         if shrink:
             check_cuttable(model)
-        self._optimizer = optimizer
+        self._optimizer = optimizer = (unwrapped := unwrap_optimizer(optimizer)).optimizer
+        orphans = abandoned(optimizer, model)
+        if checks_state := shrink and state_cutter is None:
+            check_state(unwrapped)
         self._steps = steps
         self._timing = {"warmup": warmup, "finish": finish, "events": events}
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
         self._policy = Policy(
-            select or criteria.default(),
-            allocate or Global(),
+            select,
+            allocate,
             of,
             resolve_floors(min_channels, graph),
-            resolve_round_to(round_to, model, self._shrinks),
+            1,  # until it is known what the network is wide enough for
             float(penalty),
         )
+        choices = round_to_choices(round_to, model, self._shrinks)
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
         self._network = Network(
             model,
-            optimizer,
+            unwrapped,
             graph,
             decay=1 - 1 / interval,
             counting=self._policy.select.needs_activations,
@@ -160,26 +175,31 @@ class Pruner(Resumable):
         )
         check_counted(self._policy.select, self._network.activations)
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
-        if of == "latency":
-            self._network.time(self._example, self._policy.round_to, cache, self._ranks)
-        everything = np.ones(graph.num_channels, bool)
-        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
+        time = functools.partial(self._network.time, self._example, cache=cache, ranks=self._ranks)
+        self._policy = self._policy.rounded(self._network, choices, self._keep, time)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
         self._events = Events(self._network, self._policy, self._schedule, self._ranks, shrinks=self._shrinks)
         self._warned: tuple[Any, ...] = ()
-        self._hooks: list[Any] = []
+        self._watch = Watch(self, self._network, self._events)
+        hooks = self._watch.hooks
+        for watch in orphans:
+            watch.detach()
         if nonfinite == "raise":
             # Before the statistics look at the gradients, and outside of a trace.
             check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
-            self._hooks.append(optimizer.register_step_pre_hook(check_gradients))
+            hooks.append(optimizer.register_step_pre_hook(check_gradients))
         # Before anything looks at the gradients of a step: what an earlier step has left undone.
         catch_up = torch.compiler.disable(self._events.before_step)
-        self._hooks.append(optimizer.register_step_pre_hook(catch_up))
+        hooks.append(optimizer.register_step_pre_hook(catch_up))
         self._network.attach()
-        # A compiled step must not trace what happens at events.
-        self._hooks.append(optimizer.register_step_post_hook(torch.compiler.disable(self._events.after_step)))
+        if checks_state:
+            hooks.append(StateCheck(unwrapped))
+        hooks.append(optimizer.register_step_post_hook(self._watch))
         self._seconds = perf_counter() - begin
+
+    def __repr__(self) -> str:
+        return progress.described(self._network, self._events, self._keep, self._policy.of, self._steps)
 
     @property
     def graph(self) -> ChannelGraph:
@@ -199,7 +219,7 @@ class Pruner(Resumable):
         """Whether the budget is met and nothing is condemned any more."""
         return self._events.finished
 
-    def plan(self, keep: float | None = None, *, of: str | None = None) -> Plan:
+    def plan(self, keep: float | None = None, *, of: Unit | None = None) -> Plan:
         """What stays of the model, relative to the size that it had when the Pruner was made.
 
         Args:
@@ -228,13 +248,7 @@ class Pruner(Resumable):
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
         self._rows.table.settle()
-        network = self._network
-        statistics = gather(
-            self._rows, self.graph, self._masks.unmasked, network.parameters, network.activations
-        )
-        problem = self._problem(self._policy.saliency(statistics), statistics.live, share, of)
-        check_feasible(problem, share)
-        return self._network.plan(self._policy.allocate(problem))
+        return self._network.plan(self._policy.widths(self._network, share, of))
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels, computing exactly what the masked model computes.
@@ -303,7 +317,8 @@ class Pruner(Resumable):
         self,
         *,
         ranks: int = 1,
-        measure: bool | Tensor | tuple[Any, ...] | Callable[[nn.Module], Tensor] = False,
+        measure: Any = False,
+        forward_loss: ForwardLoss | None = None,
     ) -> Forecast:
         """What the training will cost, stage by stage: to be asked before it begins.
 
@@ -314,23 +329,24 @@ class Pruner(Resumable):
         Args:
             ranks: processes that average their gradients.
             measure: time training steps on this machine, on copies of the model at a few sizes, and the
-                decisions: True on the example inputs, or on a batch given here, with the mean square of the
-                outputs for a loss; or a function that gives the training's own loss of the copy it is called
-                with, on a batch of its choice. What ``torch.compile`` has made is made anew afterwards.
+                decisions: True on the example inputs, or on inputs given here (a tensor, a tuple of
+                positional or a dict of keyword arguments), with the mean square of the outputs for a loss;
+                or a function that gives the training's own loss of the copy it is called with, on a batch of
+                its choice. What ``torch.compile`` has made is made anew afterwards.
+            forward_loss: ``forward_loss(model, batch)`` gives the loss of a copy on the batch ``measure``,
+                which is of any form then.
 
         Raises:
-            ValueError: ``ranks`` is no number of at least 1, or no step can be made on these inputs.
+            TypeError: ``forward_loss`` is no function.
+            ValueError: ``ranks`` is no number of at least 1, no step can be made on these inputs, or
+                ``forward_loss`` comes without a batch.
             RuntimeError: channels have been cut out of the model already.
         """
         if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
             raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
         if self.graph.num_channels != self._rows.total:
             raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
-        loss: Loss | None = None
-        if callable(measure) and not isinstance(measure, Tensor):
-            loss = measure
-        elif measure is not False:
-            loss = mean_square(*(self._example if measure is True else as_arguments(measure)))
+        loss = loss_to_time(measure, forward_loss, self._example, self._network.model)
         return forecast(
             self._network,
             self._policy,
@@ -356,40 +372,24 @@ class Pruner(Resumable):
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
-        self._network.detach()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._watch.detach()
 
-    def metrics(self) -> dict[str, Any]:
-        """Where the pruning stands, for logs; all values are plain numbers, strings and lists.
+    def metrics(self) -> dict[str, int | float]:
+        """Where the pruning stands, for loggers: a flat dict of numbers.
 
         ``step``; ``macs``, ``params`` of the network without its masked channels and ``macs_share``,
-        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (at first);
-        ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
-        statistics; ``finished``.
+        ``params_share`` of the dense one; ``kept``, ``channels``: how many are not masked, and how many there
+        were at first; ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out
+        of the statistics; ``finished``: 0 or 1. Widths of layers are in :meth:`widths`.
         """
-        self._rows.table.settle()
-        unmasked = self._masks.unmasked
-        cost = self.graph.cost(unmasked)
-        return {
-            "step": self._events.done(),
-            "macs": int(cost.macs),
-            "params": int(cost.params),
-            "macs_share": cost.macs / max(self._network.whole.macs, 1),
-            "params_share": cost.params / max(self._network.whole.params, 1),
-            "group_names": [group.name for group in self.graph.groups],
-            "kept": [int(unmasked[group.channels].sum()) for group in self.graph.groups],
-            "channels": self._network.widths.tolist(),
-            "condemned": int((self._masks.state == CONDEMNED).sum()),
-            "nonfinite": int(self._rows.table.nonfinite),
-            "finished": self.finished,
-        }
+        return progress.metrics(self._network, self._events)
 
-    def _problem(
-        self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
-    ) -> Problem:
-        return self._policy.problem(self._network, saliency, live, share, of)
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """How wide each group is: ``{name: (channels that are not masked, channels at first)}``.
+
+        A name that several groups have is followed by ``#2`` and so on from the second one on.
+        """
+        return progress.widths(self._network)
 
     def _warn_of_unfinished(self) -> None:
         """Once for every state, when what is made of the model now is not what was asked for."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsekern._sharding import local
+from sparsekern._rows import RowTable
 from sparsekern.optim.in_backward import works_in_backward
 from sparsekern.prune.ranks import Ranks
+from sparsekern.prune.sharded import ShardedTable, changes_nothing
 
 
 class SkippedSteps:
@@ -46,19 +49,54 @@ class SkippedSteps:
         return count
 
 
-def idle(optimizer: Optimizer, ranks: Ranks) -> bool:
+def idle(optimizer: Optimizer, table: RowTable, ranks: Ranks) -> bool:
     """Whether a step has changed nothing, as far as that can be told without a synchronisation.
 
     That is a step without any gradient, or the one by which ``torch.distributed.checkpoint`` makes an
-    optimizer's state: with a learning rate of 0 and gradients of 0.
+    optimizer's state: with a learning rate of 0 and gradients of 0. Processes that differ in their rates all
+    come to the same: gradients are averaged before the step, and of sharded ones each process knows only its
+    part, so the sums that follow every step tell what the others have. No process waits here for one that
+    has not made this step.
     """
-    groups = optimizer.param_groups
-    rates = [group.get("lr") for group in groups]
-    # A rate on a device is not read: that of the checkpoint's step is not there.
-    zero = not any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates)
-    if not zero:
-        # The first gradient ends the search. Other processes may have some where this one has none.
-        given = (param.grad is not None for group in groups for param in group["params"])
-        return ranks.size == 1 and not works_in_backward(optimizer) and not any(given)
-    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-    return not ranks.any(any(bool(local(grad).any()) for grad in grads))
+    if changes_nothing(optimizer):
+        return not table.trained() if isinstance(table, ShardedTable) else True
+    # The first gradient ends the search. Other processes may have some where this one has none.
+    given = (param.grad is not None for group in optimizer.param_groups for param in group["params"])
+    return ranks.size == 1 and not works_in_backward(optimizer) and not any(given)
+
+
+class Rates:
+    """The learning rates of the steps since the latest decision, to be compared between processes."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, tuple[float | None, ...]]] = []
+
+    def note(self, step: int, optimizer: Optimizer) -> None:
+        """Add those of step ``step``, where they differ from the ones before; None for one on a device."""
+        rates = tuple(_number(group.get("lr")) for group in optimizer.param_groups)
+        if not self._seen or self._seen[-1][1] != rates:
+            self._seen.append((step, rates))
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._seen = self._seen[-1:]
+
+    def parts(self) -> list[tuple[int, tuple[float | None, ...]]]:
+        """All of them, as steps and what the rates were from there on."""
+        return list(self._seen)
+
+
+def differing_rates(every: Sequence[list[tuple[int, tuple[float | None, ...]]]]) -> str:
+    """Where the rates of processes differ first, given the :meth:`Rates.parts` of each; empty if nowhere."""
+    for step in sorted({step for parts in every for step, _ in parts}):
+        now = [next((rates for at, rates in reversed(parts) if at <= step), ()) for parts in every]
+        if len(set(now)) > 1:
+            named = ", ".join(f"rank {rank} has {list(rates)}" for rank, rates in enumerate(now))
+            return f"learning rates at step {step}: {named}"
+    return ""
+
+
+def _number(rate: object) -> float | None:
+    if isinstance(rate, Tensor):
+        return float(rate) if rate.device.type == "cpu" else None
+    return float(rate) if isinstance(rate, (int, float)) else None
