@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 import sparsekern
+from sparsekern.recipes.errors import Stopped
 
 app = typer.Typer(
     name="sparsekern",
@@ -26,6 +27,9 @@ console = Console(highlight=False, markup=False)
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 for torch's choice.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings alone.")]
 Out = Annotated[Path, typer.Option(help="Directory of the results.")]
+ClassesFile = Annotated[
+    Path | None, typer.Option(help="Names (values, colours) of the classes; .txt, .csv or .json.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps")]
 
 
@@ -43,6 +47,9 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", 130)
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}\n")
+        return stop.code
     except Exception as error:
         # Whatever the parser of typer raises, under its own or click's name.
         if not hasattr(error, "format_message"):

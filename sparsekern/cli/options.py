@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -18,8 +18,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Where a value comes from; the higher one wins where two options exclude each other.
 _RANKS = {"COMMANDLINE": 2, "ENVIRONMENT": 2, "PROMPT": 2, "DEFAULT_MAP": 1}
 
-# What the command line leaves open until it knows whether the training is a dense one.
-_OPEN = {"keep": None}
+# What the command line leaves open until it knows whether the training is a dense one, and whether a file
+# names the classes.
+_OPEN = ("keep", "classes")
 
 
 def with_settings(command: Command) -> Command:
@@ -40,11 +41,14 @@ def with_settings(command: Command) -> Command:
 def _option(entry: Field[Any], hint: Any) -> inspect.Parameter:
     # What has a parser of its own comes as a text.
     annotation = hint if entry.metadata["parse"] is None else str | None
+    is_open = entry.name in _OPEN
     return inspect.Parameter(
         entry.name,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        default=_OPEN.get(entry.name, entry.default),
-        annotation=Annotated[annotation, typer.Option(help=entry.metadata["help"])],
+        default=None if is_open else entry.default,
+        annotation=Annotated[
+            annotation | None if is_open else annotation, typer.Option(help=entry.metadata["help"])
+        ],
     )
 
 
@@ -54,22 +58,33 @@ def rank(context: typer.Context, name: str) -> int:
     return 0 if source is None else _RANKS.get(source.name, 0)
 
 
-def settings_of(context: typer.Context) -> Settings:
+def given(context: typer.Context) -> set[str]:
+    """Names of the options that the user gave, on the command line or in the config file."""
+    return {name for name in context.params if rank(context, name)}
+
+
+def settings_of(context: typer.Context, arguments: Mapping[str, Any]) -> Settings:
     """The settings that the options of a command make.
 
     `--epochs` leaves its `steps` to :func:`steps_of`, when the number of images is known.
 
+    Args:
+        context: says where an option comes from.
+        arguments: the options; those that were not given may come from a run to go on with.
+
     Raises:
         InputError: an option is out of range, or two exclude each other.
     """
-    values = dict(context.params)
-    values["warmup"] = _warmup(context)
-    if _wins(context, "dense", "keep", values["dense"]):
+    values = dict(arguments)
+    values["warmup"] = _warmup(context, values)
+    if _wins(context, values, "dense", "keep", values["dense"]):
         values["keep"] = None
-        if _wins(context, "dense", "shrink", values["shrink"]):
+        if _wins(context, values, "dense", "shrink", values["shrink"]):
             values["shrink"] = False
     elif values["keep"] is None:
         values["keep"] = Settings.keep
+    if values["classes"] is None:
+        values["classes"] = Settings.classes
     for entry in fields(Settings):
         parse, value = entry.metadata["parse"], values[entry.name]
         if parse is not None and isinstance(value, str):
@@ -84,7 +99,7 @@ def steps_of(context: typer.Context, settings: Settings, images: int) -> int:
         InputError: both are given, or a number below 1.
     """
     epochs = context.params["epochs"]
-    if not _wins(context, "epochs", "steps", epochs is not None):
+    if not _wins(context, context.params, "epochs", "steps", epochs is not None):
         return settings.steps
     return -(-epochs * images // settings.batch)
 
@@ -94,28 +109,28 @@ def check_epochs(context: typer.Context) -> None:
     epochs = context.params["epochs"]
     if epochs is not None and epochs < 1:
         raise InputError(f"--epochs: got {epochs}, expected a whole number, at least 1")
-    _wins(context, "epochs", "steps", epochs is not None)
+    _wins(context, context.params, "epochs", "steps", epochs is not None)
 
 
-def _wins(context: typer.Context, name: str, other: str, wanted: Any) -> bool:
+def _wins(context: typer.Context, values: Mapping[str, Any], name: str, other: str, wanted: Any) -> bool:
     """Whether option `name`, which excludes `other`, is in force: the command line beats a config file.
 
     Raises:
         InputError: both are given in the same place.
     """
     mine, theirs = rank(context, name), rank(context, other)
-    if not wanted or (mine < theirs and context.params[other]):
+    value = values[other]
+    if not wanted or (mine < theirs and value):
         return False
-    if mine == theirs and context.params[other]:
-        value = context.params[other]
+    if mine == theirs and value:
         got = "it" if value is True else value
         raise InputError(f"--{other}: got {got} with --{name}, expected one of the two")
     return True
 
 
-def _warmup(context: typer.Context) -> float:
+def _warmup(context: typer.Context, values: Mapping[str, Any]) -> float:
     """The Pruner's warmup under its present name, or under that of earlier versions."""
-    begin, warmup = context.params["begin"], context.params["warmup"]
+    begin, warmup = values["begin"], values["warmup"]
     if begin is not None:
         if rank(context, "warmup"):
             raise InputError(f"--begin: got {begin} with --warmup {warmup}, expected --warmup alone")

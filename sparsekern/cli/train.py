@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparsekern.cli.app import Out, Quiet, Threads, app, console, number_or_text, set_quiet, set_threads
+from sparsekern.cli.app import (
+    ClassesFile,
+    Out,
+    Quiet,
+    Threads,
+    app,
+    console,
+    number_or_text,
+    set_quiet,
+    set_threads,
+)
 from sparsekern.cli.config import Config
-from sparsekern.cli.options import check_epochs, settings_of, steps_of, with_settings
+from sparsekern.cli.options import check_epochs, given, settings_of, steps_of, with_settings
 from sparsekern.cli.progress import progress
 from sparsekern.demo import demonstrate
 from sparsekern.recipes.checkpoint import load_backbone
-from sparsekern.recipes.data import load_folder
+from sparsekern.recipes.classes import ClassTable
 from sparsekern.recipes.devices import find_device
-from sparsekern.recipes.files import writable_directory
-from sparsekern.recipes.run import Result, execute
+from sparsekern.recipes.load import classes_of, load_data
+from sparsekern.recipes.resume import Saved, check_data, check_settings, open_run
+from sparsekern.recipes.run import Result, check_counts, check_out, execute
 from sparsekern.recipes.settings import Settings
 from sparsekern.report import runs as report
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --out.")]
 
 
 @app.command()
 @with_settings
 def train(
     context: typer.Context,
-    data: Annotated[Path, typer.Option(help="DIR/{train,test}/{images,masks}/NAME.png")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="DIR/{train,val,test}/{images,masks}/NAME.png, or a CSV list; see docs/data.md"),
+    ] = None,
     out: Out = Path("run"),
     config: Config = None,
     backbone: Annotated[
         Path | None, typer.Option(help="MobileNetV3: state dict (.pth) of torchvision's weights.")
     ] = None,
+    classes_file: ClassesFile = None,
     dense: Annotated[bool, typer.Option("--dense", help="Train without pruning.")] = False,
     epochs: Annotated[
         int | None, typer.Option(help="Instead of --steps: how often every training image is shown.")
     ] = None,
     begin: Annotated[float | None, typer.Option(hidden=True)] = None,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory or checkpoint of a run to go on with; its arguments hold. More --steps extend it."
+        ),
+    ] = None,
     checkpoint_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0 for one at the end.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints; 0: at the end; default: at evaluations, and every 2 minutes."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     stop_after: Annotated[
         int | None, typer.Option(help="Stop when so many steps are done; --resume goes on.")
     ] = None,
@@ -49,37 +76,69 @@ def train(
     **_: Any,
 ) -> None:
     """Train on a folder of images and masks, prune meanwhile, and store the compact network."""
-    settings = settings_of(context)
-    check_epochs(context)
     set_quiet(quiet)
-    set_threads(threads)
+    saved = None if resume is None else open_run(resume)
+    arguments = context.params if saved is None else saved.fill(context.params, given(context))
+    place = check_data(arguments["data"], saved, "data" in given(context))
+    arguments, table = _with_classes(arguments, place)
+    settings, out = settings_of(context, arguments), arguments["out"]
+    check_epochs(context)
+    set_threads(arguments["threads"])
     find_device(settings.device)
-    writable_directory(out, "--out")
-    weights = None if backbone is None else load_backbone(backbone)
-    train_split, test_split = load_folder(data, settings.classes)
-    settings = replace(settings, steps=steps_of(context, settings, len(train_split)))
-    console.print(f"{len(train_split)} training and {len(test_split)} test images in {data}", soft_wrap=True)
+    if saved is not None:
+        check_settings(settings, saved.settings)
+        if epochs is None and _is_finished(saved, settings, out):
+            return
+    check_counts(arguments["checkpoint_every"], stop_after)
+    check_out(out, saved, overwrite)
+    weights = None if backbone is None or saved is not None else load_backbone(backbone)
+    images = load_data(place, settings, table)
+    settings = replace(settings, steps=steps_of(context, settings, len(images.train)))
+    if saved is not None and _is_finished(saved, settings, out):
+        return
+    for line in (images.summary(place), *images.notes):
+        console.print(line, soft_wrap=True)
+    if saved is not None:
+        console.print(
+            f"going on with {saved.path} after step {saved.step} of {settings.steps}", soft_wrap=True
+        )
     name = "dense" if settings.keep is None else f"keep {settings.keep:g} of {settings.of}"
     with progress(name, settings.steps) as on_step:
         result = execute(
             settings,
-            train_split,
-            test_split,
+            images,
             out,
-            arguments=context.params,
+            arguments=arguments,
             backbone=weights,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
+            resume=saved,
+            checkpoint_every=arguments["checkpoint_every"],
+            overwrite=overwrite,
             stop_after=stop_after,
             on_step=on_step,
         )
     if result is None:
-        console.print(f"stopped; go on with --resume {out / 'checkpoint.pt'}", soft_wrap=True)
+        console.print(f"stopped; go on with --resume {out}", soft_wrap=True)
         return
     report.curves(out / "curves.png", {name: result})
     console.print(report.run_table(result))
+    console.print(report.class_table(result))
     _print_verified(result)
     console.print(f"results in {out}", soft_wrap=True)
+
+
+def _is_finished(saved: Saved, settings: Settings, out: Path) -> bool:
+    """Whether a run has nothing left to do where it is; says so."""
+    if not saved.concluded(settings.steps) or out != saved.folder:
+        return False
+    console.print(f"{out} is finished after {settings.steps} steps; more --steps extend it", soft_wrap=True)
+    return True
+
+
+def _with_classes(arguments: Mapping[str, Any], data: Path) -> tuple[dict[str, Any], ClassTable | None]:
+    """The arguments with a number of classes: as given, else that of the classes file, else the default."""
+    table = classes_of(data, arguments["classes_file"])
+    count = Settings.classes if table is None else len(table.names)
+    return {**arguments, "classes": count if arguments["classes"] is None else arguments["classes"]}, table
 
 
 @app.command()
@@ -94,6 +153,7 @@ def demo(
         str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
     ] = "8",
     seed: Annotated[int, typer.Option(help="Of images, weights, order and augmentation.")] = 0,
+    overwrite: Overwrite = False,
     threads: Threads = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -111,7 +171,9 @@ def demo(
     )
     set_quiet(quiet)
     set_threads(threads)
-    table, pruned = demonstrate(settings, images, out, arguments=context.params, progress=progress)
+    table, pruned = demonstrate(
+        settings, images, out, arguments=context.params, progress=progress, overwrite=overwrite
+    )
     console.print(table)
     _print_verified(pruned)
     console.print(f"pictures, networks and figures in {out}", soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sparsekern.cli.app import Device, Quiet, Threads, app, console, set_quiet, set_threads
+from sparsekern.cli.app import ClassesFile, Device, Quiet, Threads, app, console, set_quiet, set_threads
 
 Model = Annotated[Path, typer.Argument(help="model.safetensors of a training, or its directory")]
 
@@ -43,28 +43,34 @@ def predict(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="DIR/{train,test}/{images,masks}, as for train")],
-    split: Annotated[str, typer.Option(help="The images that are scored: test, train")] = "test",
+    data: Annotated[Path, typer.Option(help="A folder or a CSV list, as for train")],
+    split: Annotated[str, typer.Option(help="The images that are scored: test, val, train")] = "test",
+    classes_file: ClassesFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Score a network on images with masks, by the masks that predict would write."""
-    from sparsekern.recipes.data import load_folder
     from sparsekern.recipes.errors import InputError
+    from sparsekern.recipes.load import classes_of
     from sparsekern.recipes.predict import Segmenter
 
     set_quiet(False)
     set_threads(threads)
     segmenter = Segmenter(_file(model), device)
-    if split not in ("train", "test"):
-        raise InputError(f"--split: got {split!r}, expected train or test")
-    splits = dict(zip(("train", "test"), load_folder(data, segmenter.spec.classes), strict=True))
-    scores = segmenter.evaluate(splits[split])
+    if split not in ("train", "val", "test"):
+        raise InputError(f"--split: got {split!r}, expected train, val or test")
+    found = segmenter.load(data, classes_of(data, classes_file))
+    images = getattr(found, split)
+    if images is None:
+        raise InputError(
+            f"--split: got {split!r}, expected train or test, as {data} has no validation images"
+        )
+    scores = segmenter.evaluate(images)
     if as_json:
-        sys.stdout.write(json.dumps({"images": len(splits[split]), **scores._asdict()}) + "\n")
+        sys.stdout.write(json.dumps({"images": len(images), **scores._asdict()}) + "\n")
     else:
-        console.print(f"{len(splits[split])} {split} images: Dice {scores.dice:.4f}, mIoU {scores.miou:.4f}")
+        console.print(f"{len(images)} {split} images: Dice {scores.dice:.4f}, mIoU {scores.miou:.4f}")
 
 
 @app.command()

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekern._files import replacing, target
+from sparsekern._files import check_name, opened, parse_json, replacing, target
+from sparsekern._schema import TEXT, Entries, Fields, Items, Row, Whole
 from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
@@ -27,6 +28,7 @@ from sparsekern.compact.surgery import (
     plan_of,
     registered,
     remember,
+    shapes_of,
 )
 
 FORMAT = "sparsekern.model"
@@ -35,6 +37,13 @@ VERSION = "1"
 _KEYS = ("format", "version", "class", "plan", "tied", "sha256")
 # Not in every file.
 _MADE_BY = "made_by"
+
+
+_LONGEST_HEADER = 100_000_000
+
+_TENSOR = Fields({"dtype": TEXT, "shape": Items(Whole(0)), "data_offsets": Row([Whole(0), Whole(0)])})
+HEADER = Fields({}, {"__metadata__": Entries(TEXT, TEXT)}, others=_TENSOR)
+"""What a file of safetensors begins with."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,8 @@ class Stored:
     def made_by(self) -> Any:
         """What ``save`` was told of the maker, as plain data that nobody has checked; None without."""
         try:
-            return json.loads(self.metadata.get(_MADE_BY, "null"))
-        except (ValueError, RecursionError):
+            return parse_json(self.metadata.get(_MADE_BY, "null"))
+        except ValueError:
             raise ValueError(f"path: {self.path!r} names its maker in no JSON") from None
 
 
@@ -73,7 +82,7 @@ def save(
     be written, ``ValueError`` for what the format cannot hold.
     """
     module = unwrap(module)
-    destination = target(path)
+    target(path)  # before the work of gathering
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
     tensors = _on_host(entries)
@@ -88,13 +97,11 @@ def save(
         metadata[_MADE_BY] = _plain(made_by)
     metadata["sha256"] = _digest(metadata, tensors)
     try:
-        with replacing(destination) as temporary:
-            save_file(tensors, temporary, metadata)
+        with replacing(path) as temporary:
+            _write(tensors, temporary, metadata)
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
         raise ValueError(f"module: {shorten(names)} is {error}, which safetensors cannot hold") from None
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"path: cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -108,6 +115,7 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     be read, ``ValueError`` naming ``path`` if the file is damaged, was not written by ``save``, was
     changed since, or holds another network.
     """
+    check_name(path)
     module = unwrap(module)
     return fill(module, read(path))
 
@@ -116,21 +124,22 @@ def fill(module: nn.Module, stored: Stored) -> nn.Module:
     """What ``load`` gives for a file that was read already."""
     tensors = registered(module)
     metadata, values = stored.metadata, stored.values
-    where = f"path: {stored.path!r}"
+    where, held = f"path: {stored.path!r}", f"holds a {metadata['class'][:60]}"
     try:
-        plan = Plan.from_json(metadata["plan"])
+        done = plan_of(module)
+        shapes = shapes_of(tensors) | {name: part.shape for name, part in done.tensors.items()}
+        plan = Plan.from_json(metadata["plan"], shapes)
         # A module that was cut by this very plan needs no more than the values.
-        parts = match(Plan({}) if plan_of(module) == plan else plan, tensors)
-        values = _by_name(values, json.loads(metadata["tied"]))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{where} does not fit {type(module).__name__}, it holds a {metadata['class']}: {error}"
-        ) from None
+        parts = match(Plan({}) if done == plan else plan, tensors)
+        tied = parse_json(metadata["tied"])
+        Entries(TEXT, TEXT).check(tied, "tied")
+        values = _by_name(values, tied)
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit {type(module).__name__}, it {held}: {error}") from None
     problems = list(_mismatches(tensors, parts, values))
     if problems:
         raise ValueError(
-            f"{where} holds a {metadata['class']}, expected the tensors of this "
-            f"{type(module).__name__}: {shorten(problems)}"
+            f"{where} {held}, expected the tensors of this {type(module).__name__}: {shorten(problems)}"
         )
     loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
     remember(module, loaded, tensors, parts)
@@ -144,6 +153,13 @@ def _plain(made_by: Mapping[str, Any]) -> str:
         raise ValueError(
             f"made_by: got what is no plain data ({error}), expected what JSON can hold"
         ) from None
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
@@ -200,10 +216,15 @@ def read(path: str | os.PathLike[str]) -> Stored:
             if metadata.get("format") != FORMAT or any(key not in metadata for key in _KEYS):
                 raise ValueError(f"{where} was not written by sparsekern, no plan is in it")
             if metadata["version"] != VERSION:
-                raise ValueError(f"{where} has format version {metadata['version']}, expected {VERSION}")
+                raise ValueError(f"{where} has format version {metadata['version'][:20]}, expected {VERSION}")
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
+    except ValueError:
+        raise
+    except OSError as error:
+        raise OSError(f"path: cannot read {os.fspath(path)!r}: {error}") from error
+    except Exception as error:
+        # SafetensorError, and whatever torch makes of types and shapes that it does not have.
+        raise ValueError(f"{where} is damaged: {error}") from error
     if _digest(metadata, values) != metadata["sha256"]:
         raise ValueError(f"{where} was changed after it was saved, its checksum does not match")
     return Stored(os.fspath(path), metadata, values)
@@ -211,22 +232,22 @@ def read(path: str | os.PathLike[str]) -> Stored:
 
 def _check_complete(path: Path) -> None:
     """Whether the file is as long as its header says, told apart from what is no such file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # No header is longer than this; other files begin with any eight bytes.
-            start = file.read(min(length, 100_000_000))
-    except OSError as error:
-        raise type(error)(error.errno, f"path: cannot read {os.fspath(path)!r}: {error.strerror}") from None
     where = f"path: {os.fspath(path)!r}"
-    if size < 8 or not start.startswith(b"{") or length > 100_000_000:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        # No header is longer than this; other files begin with any eight bytes.
+        start = file.read(min(length, size, _LONGEST_HEADER))
+    if size < 8 or not start.startswith(b"{") or length > _LONGEST_HEADER:
         raise ValueError(f"{where} is not a safetensors file ({size} bytes)")
+    if len(start) < length:
+        raise ValueError(f"{where} is truncated: {size} bytes, expected {8 + length} or more")
     try:
-        header = json.loads(start) if len(start) == length else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise ValueError(f"{where} is not a safetensors file, its header is damaged") from None
+        header = parse_json(start)
+        HEADER.check(header, "header")
+    except ValueError as error:
+        raise ValueError(f"{where} is not a safetensors file, its header is damaged: {error}") from None
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise ValueError(f"{where} is truncated: {size} bytes, expected {expected}")

@@ -25,6 +25,12 @@ except Exception as error:
         raise
     raise ImportError(reason, name="torchvision") from error
 
+__all__ = ["PruningCallback"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class PruningCallback(Pruning, pl.Callback):
     """Prunes a ``LightningModule`` while ``Trainer.fit`` trains it; every checkpoint can be resumed from.

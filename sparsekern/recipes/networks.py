@@ -6,13 +6,15 @@ Imports torch alone, so that `sparsekern.load` rebuilds a network where no extra
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsekern.recipes.data import COARSEST, VOID
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
 from sparsekern.recipes.models.mobilenetv3 import Variant
@@ -22,18 +24,41 @@ VARIANTS: Mapping[str, Variant] = {"mobilenetv3": "large", "mobilenetv3-small": 
 MODELS = ("unet", *VARIANTS)
 DECODERS = ("transposed", "bilinear")
 
-# Masks are images of 8 bits.
-MAX_CLASSES = 256
+# Labels are of 8 bits, and one of them is void. Values of masks have 16 bits at most.
+MAX_CLASSES, MAX_VALUE = VOID, 65535
 # Far above any network that can be trained; a file with more is damaged or hostile.
 MAX_CHANNELS, MAX_DEPTH, MAX_FACTOR = 1 << 16, 12, 64.0
-
-# The strongest reduction of resolution among the models; smaller images have no pixel left there.
-COARSEST = 32
 
 
 def output_channels(classes: int) -> int:
     """Logits a pixel: one is enough to tell foreground from background."""
     return 1 if classes == 2 else classes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the images and masks of a training were read, which those that are scored later have to share.
+
+    Attributes:
+        bits: significant bits of grey images of 16 bits, 8 to 16; None for a training without such images.
+        ignore, validation, seed: as in `Settings`.
+
+    Raises:
+        InputError: a value is out of range; names the argument.
+    """
+
+    bits: int | None = None
+    ignore: int | str = "auto"
+    validation: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.bits is None or _whole(self.bits, 8, 16), "bits", self.bits, "8 to 16, or none")
+        known = self.ignore in ("auto", "none") or _whole(self.ignore, 0, MAX_VALUE)
+        _check(known, "ignore", self.ignore, f"auto, none, or a mask value 0 to {MAX_VALUE}")
+        share = _finite(self.validation) and 0 <= self.validation < 1
+        _check(share, "validation", self.validation, "a share in [0, 1)")
+        _check(_whole(self.seed, 0, sys.maxsize), "seed", self.seed, "a whole number, at least 0")
 
 
 @dataclass(frozen=True)
@@ -45,8 +70,9 @@ class NetworkSpec:
         width: channels of the UNet at full resolution (None: 32), or the factor on the channels of
             MobileNetV3 (None: 1).
         depth, decoder: of the UNet.
-        classes: that the network tells apart, background included; 2 to 256.
+        classes: that the network tells apart, background included; 2 to 255.
         mean, std: of the red, green and blue input channel, on the scale [0, 1].
+        reading: how the files of the training were read.
 
     Raises:
         InputError: a value is out of range; names the argument.
@@ -59,6 +85,7 @@ class NetworkSpec:
     classes: int
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         _check(self.model in MODELS, "model", self.model, f"one of {', '.join(MODELS)}")
@@ -68,7 +95,7 @@ class NetworkSpec:
             _whole(self.classes, 2, MAX_CLASSES),
             "classes",
             self.classes,
-            "at least 2, at most 256 (8-bit masks)",
+            f"at least 2, at most {MAX_CLASSES}",
         )
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -132,6 +159,7 @@ class NetworkSpec:
             "settings": {"width": self.width, "depth": self.depth, "decoder": self.decoder},
             "classes": self.classes,
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
+            "reading": asdict(self.reading),
             "sparsekern": version,
         }
 
@@ -147,11 +175,13 @@ class NetworkSpec:
             model, classes = data["recipe"], data["classes"]
             width, depth, decoder = (settings[name] for name in ("width", "depth", "decoder"))
             mean, std = (tuple(norm[name]) for name in ("mean", "std"))
+            entries = {entry.name for entry in fields(Reading)}
+            reading = Reading(**{name: data["reading"][name] for name in entries})
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"made_by: got an entry that lacks {error}, expected one that a training wrote"
             ) from None
-        return cls(model, width, depth, decoder, classes, mean, std)
+        return cls(model, width, depth, decoder, classes, mean, std, reading)
 
 
 class Padded(nn.Module):

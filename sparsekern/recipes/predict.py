@@ -15,16 +15,22 @@ from PIL import Image
 
 from sparsekern._files import replacing
 from sparsekern.compact.store import read
-from sparsekern.recipes.data import MEAN, STD, Split, normalise, read_image
+from sparsekern.recipes.classes import ClassTable
+from sparsekern.recipes.data import COARSEST, MEAN, STD, Data, Split, normalise
 from sparsekern.recipes.devices import find_device
 from sparsekern.recipes.errors import InputError
-from sparsekern.recipes.files import writable_directory
+from sparsekern.recipes.files import check_writable
+from sparsekern.recipes.images import EXTENSIONS, read_image
+from sparsekern.recipes.load import load_data
 from sparsekern.recipes.metrics import Scores, evaluate, predict
 from sparsekern.recipes.networks import Padded
+from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.stored import read_spec, rebuild
 
-# Endings of the files that are taken from a directory.
-ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+NOT_DEEP = (
+    "has grey images of 16 bits, expected images of 8 bits, as the network was trained on; convert them to 8 "
+    "bits first"
+)
 # How much of an overlay is the colour of a class.
 OPACITY = 0.45
 
@@ -58,6 +64,40 @@ class Segmenter:
         x = normalise(image[None], self.spec.mean, self.spec.std).to(self.device)
         return predict(self.network(x))[0].to(torch.uint8).cpu().numpy()
 
+    def read(self, path: Path) -> NDArray[np.uint8]:
+        """An image file as the network is to see it, RGB uint8 `[H, W, 3]`.
+
+        Raises:
+            InputError: it cannot be read, or is of 16 bits and the network has seen none of that kind.
+        """
+        image = read_image(path, "IMAGES", self.spec.reading.bits)
+        if image.dtype != np.uint8:
+            raise InputError(f"IMAGES: {path} {NOT_DEEP}")
+        return image.astype(np.uint8, copy=False)
+
+    def load(self, root: Path, table: ClassTable | None = None) -> Data:
+        """Images with masks, read and dealt as those of the training were.
+
+        Args:
+            root: a folder or a CSV list.
+            table: see `load_data`.
+
+        Raises:
+            InputError: see `load_data` and `read`.
+        """
+        reading = self.spec.reading
+        settings = Settings(
+            classes=self.spec.classes,
+            ignore=reading.ignore,
+            validation=reading.validation,
+            seed=reading.seed,
+            crop=COARSEST,
+        )
+        data = load_data(root, settings, table, reading.bits)
+        if data.bits != reading.bits and data.bits is not None:
+            raise InputError(f"--data: {root} {NOT_DEEP}")
+        return data
+
     def evaluate(self, split: Split) -> Scores:
         """Scores on images with masks.
 
@@ -90,8 +130,8 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
             paths = [name for name in paths if name.is_file()]
         if not paths:
             raise InputError(
-                f"IMAGES: got {argument!r}, expected an image, a directory of images ({', '.join(ENDINGS)}), "
-                "or a pattern that some file matches"
+                f"IMAGES: got {argument!r}, expected an image, a directory of images "
+                f"({', '.join(EXTENSIONS)}), or a pattern that some file matches"
             )
         found.update(dict.fromkeys(paths))
     return list(found)
@@ -119,10 +159,11 @@ def write_masks(
             written, or an image cannot be read.
     """
     results = _result_names(images, out, overlay)
-    writable_directory(out, "--out")
+    check_writable(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
     factor = 255 if segmenter.spec.classes == 2 else 1
     for path, (mask_path, overlay_path) in zip(images, results, strict=True):
-        image = read_image(path)
+        image = segmenter.read(path)
         classes = segmenter(image)
         _write_png(classes * np.uint8(factor), mask_path)
         if overlay:
@@ -143,7 +184,7 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
     )
 
 

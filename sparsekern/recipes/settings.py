@@ -7,33 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sparsekern
-from sparsekern import allocate, criteria
-from sparsekern.prune.budget import UNITS, check_keep
+from sparsekern import criteria
+from sparsekern.prune.budget import UNITS, check_keep, check_unit
+from sparsekern.prune.names import ALLOCATORS, resolve_select
 from sparsekern.prune.schedule import Schedule
-from sparsekern.recipes.data import MEAN, STD
+from sparsekern.recipes.data import COARSEST, MEAN, STD
 from sparsekern.recipes.devices import AMP
 from sparsekern.recipes.errors import InputError
-from sparsekern.recipes.networks import COARSEST, NetworkSpec
+from sparsekern.recipes.metrics import class_weights
 from sparsekern.recipes.networks import MODELS as MODELS
-
-CRITERIA: Mapping[str, Callable[[], criteria.Criterion]] = {
-    "joint": criteria.default,
-    "gradient-count": criteria.GradientCount,
-    "magnitude": criteria.Magnitude,
-    "random": criteria.Random,
-    "redundancy": criteria.Redundancy,
-    "shuffled": lambda: criteria.Shuffled(criteria.default()),
-    "taylor": criteria.Taylor,
-}
-ALLOCATORS: Mapping[str, Callable[[], allocate.Allocator]] = {
-    "flat": allocate.Flat,
-    "global": allocate.Global,
-    "uniform": allocate.Uniform,
-}
+from sparsekern.recipes.networks import NetworkSpec, Reading
 
 
 def _option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
@@ -67,7 +55,7 @@ class Settings:
     width: float | None = _option(None, "UNet: first channels (32); MobileNetV3: factor (1).")
     depth: int = _option(4, "UNet: number of poolings.")
     decoder: str = _option("transposed", "UNet: transposed, bilinear")
-    classes: int = _option(2, "Classes of the masks with the background.")
+    classes: int = _option(2, "Classes of the masks with the background; default 2.")
     keep: float | None = _option(0.2, "Share of the cost that stays, in (0, 1]; default 0.2.")
     of: str = _option("macs", "The cost: macs, params, latency")
     select: str = _option(
@@ -95,7 +83,16 @@ class Settings:
         0.05, "Share of the steps in which lr rises; it falls along a cosine from there to zero."
     )
     seed: int = _option(0, "Of weights, order and augmentation.")
-    evaluations: int = _option(5, "How often the test images are scored, the end included.")
+    evaluations: int = _option(5, "How often the validation images are scored.")
+    ignore: int | str = _option(
+        "auto",
+        "Mask value that counts for nothing (void); auto: 255 beside more than 2 classes; none.",
+        _number_or_text,
+    )
+    class_weights: str | None = _option(None, "On the cross entropy: balanced, or a number a class, 1,2.5,2.")
+    validation: float = _option(
+        0.1, "Share of the training images that is scored meanwhile, without val/; 0 for none."
+    )
     device: str = _option("cpu", "Where to train: cpu, cuda, cuda:1, mps")
     amp: str = _option("none", "Mixed precision of the training: none, bf16, fp16 (with a GradScaler).")
 
@@ -104,7 +101,7 @@ class Settings:
         _one_of("allocate", self.allocate, tuple(ALLOCATORS))
         _one_of("amp", self.amp, tuple(AMP))
         parse_select(self.select)
-        _ = self.network
+        self.network()
         for name in ("steps", "batch", "min_channels", "events", "evaluations"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
@@ -118,6 +115,7 @@ class Settings:
         round_to = self.round_to
         fits = round_to in (None, "auto") or (isinstance(round_to, int) and round_to >= 1)
         _number("round_to", round_to, fits, "a whole number, at least 1, or auto")
+        class_weights(self.class_weights, np.ones(self.classes, np.int64))
         if self.keep is not None:
             self._check_budget()
 
@@ -130,10 +128,10 @@ class Settings:
         except ValueError as error:
             raise InputError(f"--{error}") from None
 
-    @property
-    def network(self) -> NetworkSpec:
-        """The network that is trained."""
-        return NetworkSpec(self.model, self.width, self.depth, self.decoder, self.classes, MEAN, STD)
+    def network(self, bits: int | None = None) -> NetworkSpec:
+        """The network that is trained; `bits` are those of `Data`."""
+        reading = Reading(bits, self.ignore, self.validation, self.seed)
+        return NetworkSpec(self.model, self.width, self.depth, self.decoder, self.classes, MEAN, STD, reading)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain data."""
@@ -141,17 +139,22 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        """What `to_json` gave, here or in an earlier version, which had fewer fields and two other names.
+        """What `to_json` gave, here or in an earlier version; what it lacks has its default.
+
+        Earlier versions had fewer fields and two other names.
 
         Raises:
-            InputError: a value is out of range, or a field is not known here.
+            InputError: it has settings that are not known, or one is out of range.
         """
         values = dict(data)
         if "begin" in values:
             values["lr_warmup"], values["warmup"] = values.get("warmup", 0.05), values.pop("begin")
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
         if unknown:
-            raise InputError(f"settings: got {unknown[0]!r}, expected fields of a run of this version")
+            raise InputError(
+                f"--resume: the run has the setting {unknown[0]!r}, which this version does not know; "
+                f"expected a run of this version"
+            )
         return cls(**values)
 
 
@@ -180,17 +183,10 @@ def parse_select(text: str) -> criteria.Criterion:
     Raises:
         InputError: an unknown name.
     """
-    total: criteria.Criterion | None = None
-    for term in text.split("+"):
-        product: criteria.Criterion | None = None
-        for name in (name.strip() for name in term.split("*")):
-            if name not in CRITERIA:
-                raise InputError(f"--select: got {text!r}, expected {', '.join(CRITERIA)}, joined by * and +")
-            product = CRITERIA[name]() if product is None else product * CRITERIA[name]()
-        assert product is not None
-        total = product if total is None else total + product
-    assert total is not None
-    return total
+    try:
+        return resolve_select(text)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
 def build_model(settings: Settings, backbone: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -204,7 +200,7 @@ def build_model(settings: Settings, backbone: Mapping[str, Tensor] | None = None
         InputError: `backbone` does not belong to the network.
     """
     torch.manual_seed(settings.seed)
-    return settings.network.build(backbone)
+    return settings.network().build(backbone)
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -230,7 +226,7 @@ def build_pruner(
         optimizer,
         example,
         keep=settings.keep,
-        of=settings.of,
+        of=check_unit(settings.of),
         steps=settings.steps,
         select=parse_select(settings.select),
         allocate=ALLOCATORS[settings.allocate](),
