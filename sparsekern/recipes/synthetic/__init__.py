@@ -1,0 +1,69 @@
+"""Generated images with masks, of several kinds, for trainings without a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sparsekern.recipes.data import Split
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.synthetic import cells, membranes, scenes, vessels
+from sparsekern.recipes.synthetic.cells import generate as generate
+
+PREFIX = "synthetic:"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A generator and what its masks hold.
+
+    Attributes:
+        generate: `(count, size, seed)` to a split of square images of `size` pixels.
+        classes: number of classes, background included.
+        void: mask value of pixels that belong to no class, None where there are none.
+    """
+
+    generate: Callable[[int, int, int], Split]
+    classes: int = 2
+    void: int | None = None
+
+
+KINDS: Mapping[str, Kind] = {
+    "cells": Kind(cells.generate),
+    "membranes": Kind(membranes.generate),
+    "scenes": Kind(scenes.generate, len(scenes.CLASSES), scenes.VOID),
+    "vessels": Kind(vessels.generate),
+}
+
+
+def find(text: str) -> Kind | None:
+    """The kind that `text` names as `synthetic:KIND`, None for any other text, such as a folder.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    if not text.startswith(PREFIX):
+        return None
+    name = text.removeprefix(PREFIX)
+    if name not in KINDS:
+        raise InputError(
+            f"--data: got {text!r}, expected one of {', '.join(PREFIX + kind for kind in KINDS)}"
+        )
+    return KINDS[name]
+
+
+def splits(
+    kind: Kind, *, train: int = 256, test: int = 64, size: int = 128, seed: int = 0
+) -> tuple[Split, Split]:
+    """Training and test images of `kind`, which share no image.
+
+    Args:
+        kind: what they show.
+        train, test: how many.
+        size: height and width in pixels.
+        seed: of the training images; the test images are those of the seed after it.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    return kind.generate(train, size, seed), kind.generate(test, size, seed + 1)
