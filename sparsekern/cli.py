@@ -123,7 +123,12 @@ def inspect(
 @app.command()
 def train(
     context: typer.Context,
-    data: Annotated[Path, typer.Option(help="DIR/{train,test}/{images,masks}/NAME.png")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="DIR/{train,test}/{images,masks}/NAME.png, or synthetic:vessels, :membranes, :cells."
+        ),
+    ],
     out: Out = Path("run"),
     model: Annotated[str, typer.Option(help="unet, mobilenetv3, mobilenetv3-small")] = "unet",
     width: Annotated[
@@ -178,16 +183,16 @@ def train(
 ) -> None:
     """Train on a folder of images and masks, prune meanwhile, and store the compact network."""
     from .recipes.checkpoint import load_backbone
-    from .recipes.data import load_folder
     from .recipes.files import writable_directory
     from .recipes.run import execute
+    from .recipes.synthetic import load
     from .report import runs as report
 
     settings = _settings(context.params)
     _set_threads(threads)
     writable_directory(out, "--out")
     weights = None if backbone is None else load_backbone(backbone)
-    train_split, test_split = load_folder(data, classes)
+    train_split, test_split = load(data, classes, crop)
     console.print(f"{len(train_split)} training and {len(test_split)} test images in {data}")
     name = "dense" if settings.keep is None else f"keep {settings.keep:g} of {of}"
     with _progress(name, steps) as on_step:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from sparsekern.recipes.data import Split
+from sparsekern.recipes.data import Split, load_folder
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.synthetic import cells, membranes, scenes, vessels
 from sparsekern.recipes.synthetic.cells import generate as generate
 
 PREFIX = "synthetic:"
+SIZE = 128  # pixels an edge of generated images
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,28 @@ def find(text: str) -> Kind | None:
     return KINDS[name]
 
 
+def load(data: str | os.PathLike[str], classes: int, crop: int = 0) -> tuple[Split, Split]:
+    """Training and test images of `synthetic:KIND`, or of a folder.
+
+    Args:
+        data: which of them.
+        classes: number of classes, background included.
+        crop: generated images are at least so large.
+
+    Raises:
+        InputError: there is no such kind, it has another number of classes, or the folder cannot be used
+            (:func:`sparsekern.recipes.data.load_folder`).
+    """
+    kind = find(os.fspath(data))
+    if kind is None:
+        return load_folder(Path(data), classes)
+    if classes != kind.classes:
+        raise InputError(f"--classes: got {classes}, expected {kind.classes} for --data {os.fspath(data)}")
+    return splits(kind, size=max(SIZE, crop))
+
+
 def splits(
-    kind: Kind, *, train: int = 256, test: int = 64, size: int = 128, seed: int = 0
+    kind: Kind, *, train: int = 256, test: int = 64, size: int = SIZE, seed: int = 0
 ) -> tuple[Split, Split]:
     """Training and test images of `kind`, which share no image.
 

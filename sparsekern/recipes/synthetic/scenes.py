@@ -1,8 +1,8 @@
 """Street-like scenes of eight classes, generated with their label maps.
 
-Things stand on the ground, are smaller the further away they are, and hide what is behind them. Ground, sky and
-buildings fill most of the pixels; persons, poles and signs fill a few in a hundred. The hood of the car
-that looks on, and things of no class, are void.
+Things stand on the ground, are smaller the further away they are, and hide what is behind them. Ground, sky
+and buildings fill most of the pixels; persons, poles and signs fill a few in a hundred. The hood of the
+camera's car, and things of no class, are void.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where things stand: images `which`, and in shares of the edge x, foot (y) and the height of a person."""
+    """Where things stand: images `which`; x, foot (y) and the height of a person in shares of the edge."""
 
     which: Tensor
     x: Tensor
@@ -231,7 +231,7 @@ def _unnamed(canvas: _Canvas, place: _Place) -> None:
 
 
 def _hood(canvas: _Canvas) -> None:
-    """The car that looks on, at the lower edge of half the images."""
+    """The camera's car, at the lower edge of half the images."""
     which = (uniform(canvas.random, (canvas.count,), 0, 1) < 0.5).nonzero()[:, 0]
     count = len(which)
     half = uniform(canvas.random, (count,), 0.5, 0.9)

@@ -1,8 +1,8 @@
 """Images of the back of an eye, generated with the masks of its vessels.
 
-Vessels are thin branching trees, 2 to 8 % of the pixels. Their contrast fades along the branches and across the
-field down to the noise, while the mask follows them to their ends. Wide faint vessels of the layer behind,
-haemorrhages and exudates are not part of the mask.
+Vessels are thin branching trees, 3 to 8 % of the pixels. Their contrast fades along the branches and across
+the field down to the noise, while the mask follows them to their ends. Wide faint vessels of the layer
+behind, haemorrhages and exudates are not part of the mask.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _roots(count: int, size: int, disc: NDArray[np.float32], random: np.random.G
     around = random.uniform(0, 2 * np.pi, count * TREES)
     y, x = (size * (0.5 + 0.52 * f(around)) for f in (np.sin, np.cos))
     first = np.arange(count * TREES) % TREES == 0
-    inside = ((disc > 0) & (disc < size)).all(0)[image]
+    inside = np.all((disc > 0) & (disc < size), axis=0)[image]
     y = np.where(first & inside, disc[0][image], y)
     x = np.where(first & inside, disc[1][image], x)
     # Towards a place near the centre.

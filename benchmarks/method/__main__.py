@@ -1,0 +1,84 @@
+"""Trainings that tell what pruning is worth, and tables of what they came to.
+
+    python -m benchmarks.method --data DIR    # runs what is not there yet; takes hours, can be stopped
+    python -m benchmarks.method --report      # writes method.md from method.jsonl
+
+Every training is one line of ``benchmarks/results/method.jsonl``. Arms, sets, networks and the order of the
+queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the arm's criterion,
+allocator and the training are the same as now.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.environment import environment
+from benchmarks.method import lines, tables
+from benchmarks.method.arms import ARMS
+from benchmarks.method.runs import MODELS, STAGES, Stage, Study, queue
+from benchmarks.method.sets import find_sets
+from sparsekern._files import replacing
+
+RESULTS = Path(__file__).parents[1] / "results" / "method.jsonl"
+console = Console(stderr=True, highlight=False)
+
+
+def main(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of dsb2018, {train,test}/{images,masks}; else generated sets alone."),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="The lines; the report lies beside them.")] = RESULTS,
+    report: Annotated[bool, typer.Option("--report", help="Write the tables; train nothing.")] = False,
+    model: Annotated[str, typer.Option(help="unet, mobilenetv3; all stages of the queue if not given.")] = "",
+    sets: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
+    arms: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
+    keep: Annotated[float | None, typer.Option(help="Only this share of the MACs.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many.")] = 6,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many trainings.")] = None,
+) -> None:
+    """Run the queue, or report what has been run."""
+    if report:
+        with replacing(results.with_suffix(".md")) as temporary:
+            temporary.write_text(tables.report(lines.read(results)))
+        return
+    torch.set_num_threads(1)
+    found = find_sets(data)
+    chosen = _chosen("--sets", sets, list(found))
+    names = _chosen("--arms", arms, list(ARMS))
+    stages = [
+        Stage(stage.model, stage.keep, [arm for arm in stage.arms if arm in names])
+        for stage in STAGES
+        if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
+    ]
+    study, left = Study(results, found, environment()), limit
+    for run in queue(chosen, stages, range(seeds)):
+        if left == 0:
+            break
+        if study.done(run) is not None:
+            continue
+        begin = time.perf_counter()
+        record = study.execute(run)
+        left = None if left is None else left - 1
+        console.print(
+            f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm}: Dice {record['dice']:.4f}, "
+            f"averaged {record['averaged_dice']:.4f}, {time.perf_counter() - begin:.0f} s"
+        )
+
+
+def _chosen(name: str, text: str, known: list[str]) -> list[str]:
+    chosen = text.split(",") if text else known
+    for one in chosen:
+        if one not in known:
+            raise typer.BadParameter(f"{name}: got {one!r}, expected some of {', '.join(known)}")
+    return chosen
+
+
+if __name__ == "__main__":
+    typer.run(main)

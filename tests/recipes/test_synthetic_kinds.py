@@ -1,0 +1,133 @@
+"""The generators of images: every kind is reproducible, and its masks hold what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.synthetic import KINDS, find, generate, scenes, splits
+
+
+@pytest.fixture(scope="module")
+def images():
+    """24 images of 96 pixels of every kind."""
+    return {name: kind.generate(24, 96, 5) for name, kind in KINDS.items()}
+
+
+def shares(split):
+    """Share of each class in the pixels of each image, `[N, 256]`."""
+    return np.stack(
+        [np.bincount(split.mask(i).ravel(), minlength=256) / split.mask(i).size for i in range(len(split))]
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_equal_seeds_give_equal_images_and_different_ones_others(name):
+    first, again, other = (KINDS[name].generate(3, 48, seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.pixels, again.pixels) and np.array_equal(first.labels, again.labels)
+    assert not np.array_equal(first.pixels, other.pixels)
+    assert not np.array_equal(first.labels, other.labels)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_images_of_a_split_differ(name):
+    split = KINDS[name].generate(18, 32, 0)
+    assert len({split.image(i).tobytes() for i in range(18)}) == 18
+    assert split.names[0] == "0000.png" and set(split.heights) == set(split.widths) == {32}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_masks_hold_the_classes_and_nothing_else(name, images):
+    kind, present = KINDS[name], set(np.unique(images[name].labels).tolist())
+    void = set() if kind.void is None else {kind.void}
+    assert present == set(range(kind.classes)) | void
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("count", "size"), [(1, 16), (17, 33), (2, 200)])
+def test_any_count_and_size(name, count, size):
+    split = KINDS[name].generate(count, size, 0)
+    assert len(split) == count and split.image(count - 1).shape == (size, size, 3)
+    assert split.pixels.std() > 5
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("count", "size", "argument"), [(0, 32, "count"), (1, 15, "size"), (1, 32.5, "size")]
+)
+def test_numbers_that_make_no_image_are_refused(name, count, size, argument):
+    with pytest.raises(ValueError, match=f"{argument}: got .*, expected a whole number of at least"):
+        KINDS[name].generate(count, size, 0)
+
+
+def test_vessels_are_thin(images):
+    share = shares(images["vessels"])[:, 1]
+    assert 0.03 < share.mean() < 0.08 and share.max() < 0.1 and share.min() > 0.01
+    # Nothing is left of them after two pixels are taken off all around: none is wider than five.
+    mask = np.stack([images["vessels"].mask(i) for i in range(24)]).astype(bool)
+    inner = mask.copy()
+    for _ in range(2):
+        inner[:, 1:-1, 1:-1] &= (
+            inner[:, :-2, 1:-1] & inner[:, 2:, 1:-1] & inner[:, 1:-1, :-2] & inner[:, 1:-1, 2:]
+        )
+        inner[:, [0, -1]] = inner[:, :, [0, -1]] = False
+    assert inner.sum() < 0.03 * mask.sum()
+
+
+def test_the_contrast_of_vessels_fades_to_none(images):
+    split, contrasts = images["vessels"], []
+    for i in range(len(split)):
+        green, mask = split.image(i)[..., 1].astype(float), split.mask(i).astype(bool)
+        for top in range(0, 96, 24):
+            for left in range(0, 96, 24):
+                own = (slice(top, top + 24), slice(left, left + 24))
+                if mask[own].sum() >= 12 and (~mask[own]).sum() > 12:
+                    contrasts.append(green[own][~mask[own]].mean() - green[own][mask[own]].mean())
+    low, median, high = np.quantile(contrasts, [0.1, 0.5, 0.95])
+    # Vessels are darker: a tenth of them by about the noise of a pixel, some by a lot.
+    assert median > 10 and low < 8 and high > 20
+
+
+def test_membranes_are_dark_lines_between_cells(images):
+    split = images["membranes"]
+    share = shares(split)[:, 1]
+    assert 0.1 < share.mean() < 0.3
+    for i in range(len(split)):
+        grey, mask = split.image(i), split.mask(i).astype(bool)
+        assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
+        assert grey[mask].mean() < grey[~mask].mean() - 5
+    # Not by darkness alone: organelles and noise are as dark, and gaps are not dark.
+    grey, mask = split.pixels[:, 0].astype(float), split.labels == 1
+    dark = grey < np.quantile(grey, share.mean())
+    assert 2 * (dark & mask).sum() / (dark.sum() + mask.sum()) < 0.65
+
+
+def test_scenes_are_unbalanced_and_have_void(images):
+    share = shares(images["scenes"])
+    mean = share.mean(0)
+    assert mean[scenes.GROUND] > 15 * mean[scenes.SIGN] > 0
+    assert mean[[scenes.PERSON, scenes.POLE, scenes.SIGN]].max() < 0.05
+    assert 0.02 < mean[scenes.VOID] < 0.12
+
+
+def test_nearer_things_hide_farther_ones():
+    # Of a thing that is whole in no image, others must cover a part: fewer vehicle pixels than were drawn.
+    split = KINDS["scenes"].generate(64, 64, 0)
+    masks = np.stack([split.mask(i) for i in range(64)])
+    beside = (masks[:, :, 1:] == scenes.PERSON) & (masks[:, :, :-1] == scenes.VEHICLE)
+    assert beside.any(axis=(1, 2)).sum() > 8
+
+
+def test_kinds_are_found_by_name():
+    assert find("synthetic:vessels") is KINDS["vessels"]
+    assert find("some/folder") is None
+    with pytest.raises(InputError, match="--data: got 'synthetic:cats', expected one of synthetic:cells, "):
+        find("synthetic:cats")
+    assert KINDS["cells"].generate is generate
+
+
+def test_training_and_test_images_differ():
+    train, test = splits(KINDS["vessels"], train=4, test=3, size=32, seed=1)
+    assert (len(train), len(test)) == (4, 3)
+    assert not {train.image(i).tobytes() for i in range(4)} & {test.image(i).tobytes() for i in range(3)}
