@@ -11,6 +11,7 @@ allocator and the training are the same as now.
 from __future__ import annotations
 
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -57,19 +58,28 @@ def main(
         for stage in STAGES
         if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
     ]
-    study, left = Study(results, found, environment()), limit
+    study, left, failed = Study(results, found, environment()), limit, 0
     for run in queue(chosen, stages, range(seeds)):
         if left == 0:
             break
         if study.done(run) is not None:
             continue
         begin = time.perf_counter()
-        record = study.execute(run)
         left = None if left is None else left - 1
+        try:
+            record = study.execute(run)
+        except Exception:
+            # One training that fails must not end a queue of hours.
+            failed += 1
+            console.print(f"{run} failed:\n{traceback.format_exc()}", markup=False)
+            continue
         console.print(
             f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm}: Dice {record['dice']:.4f}, "
             f"averaged {record['averaged_dice']:.4f}, {time.perf_counter() - begin:.0f} s"
         )
+    if failed:
+        console.print(f"{failed} trainings failed; the same command tries them again")
+        raise typer.Exit(1)
 
 
 def _chosen(name: str, text: str, known: list[str]) -> list[str]:

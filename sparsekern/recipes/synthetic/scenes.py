@@ -247,7 +247,7 @@ def _photographed(canvas: _Canvas) -> Tensor:
     cast = uniform(random, (count, 3, 1, 1), 0.92, 1.08)
     colour = (canvas.colour * light * cast).flatten(0, 1)[:, None]
     colour = blur(colour, 0.004 * size).view(count, 3, size, size)
-    level = uniform(random, (count, 1, 1, 1), 0.01, 0.05)
+    level = uniform(random, (count, 1, 1, 1), 0.01, 0.035)
     return colour + level * torch.randn(count, 3, size, size, generator=random)
 
 
