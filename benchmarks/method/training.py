@@ -195,12 +195,20 @@ def _loop(
 
 
 def figures(outcome: Outcome, data: Set, settings: Settings) -> dict[str, Any]:
-    """Scores of the network on the test images, and its cost for one image of the crop's size."""
+    """Scores of the network on the test images, and its cost for one image of the crop's size.
+
+    Bytes of activations are those of torch's own modules, also where norms computed their activations.
+    """
     test = data.load()[1]
     last = score(outcome.model, test, data.classes, data.void)
     mean = score(outcome.averaged, test, data.classes, data.void)
-    graph = sparsekern.trace(outcome.model, example(settings))
-    cost = graph.cost(np.ones(graph.num_channels, bool))
+    graph = graph_of(settings)
+    if outcome.widths:
+        sizes = np.array([outcome.widths[group.name] for group in graph.groups])
+        cost = graph.cost(widths.first_channels(graph, sizes))
+    else:
+        graph = sparsekern.trace(outcome.model, example(settings))
+        cost = graph.cost(np.ones(graph.num_channels, bool))
     return {
         "dice": last.dice,
         "miou": last.miou,

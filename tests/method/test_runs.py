@@ -11,12 +11,13 @@ from benchmarks.method import lines, runs, tables
 from benchmarks.method.arms import ARMS
 from benchmarks.method.runs import STAGES, Run, Stage, Study, find, queue
 from benchmarks.method.sets import Set
-from benchmarks.method.training import VoidLoss, score
+from benchmarks.method.training import Outcome, VoidLoss, example, figures, network, score
+from sparsekern.recipes.measure import macs, parameters
 from sparsekern.recipes.metrics import SegmentationLoss
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.synthetic import KINDS, splits
 
-TINY = Settings(width=8, depth=2, steps=12, batch=2, crop=32)
+TINY = Settings(width=8, depth=2, steps=6, batch=2, crop=32)
 PLACE = {"machine": "here", "torch": "2", "threads": 1, "commit": "abc"}
 
 
@@ -31,7 +32,7 @@ def study(tmp_path_factory):
     torch.set_num_threads(1)
     old, runs.MODELS = runs.MODELS, {"unet": TINY}
     study = Study(tmp_path_factory.mktemp("study") / "m.jsonl", {"scenes": tiny("scenes")}, PLACE)
-    for arm in ("fresh", "narrow-time", "activation"):
+    for arm in ("fresh", "narrow-time"):
         study.execute_if_new(Run("unet", 0.5, 0, arm, "scenes"))
     yield study
     runs.MODELS = old
@@ -43,7 +44,7 @@ def line(study, arm):
 
 def test_an_arm_that_builds_on_others_runs_them_first(study):
     order = [record["arm"] for record in study.records]
-    assert sorted(order) == ["activation", "default", "fresh", "narrow", "narrow-time"]
+    assert sorted(order) == ["default", "fresh", "narrow", "narrow-time"]
     assert order.index("default") < order.index("fresh") and order.index("narrow") < order.index(
         "narrow-time"
     )
@@ -58,7 +59,7 @@ def test_fresh_weights_have_the_widths_of_the_default(study):
 
 def test_an_arm_of_equal_time_gets_the_steps_for_it(study):
     default, narrow, timed = (line(study, arm) for arm in ("default", "narrow", "narrow-time"))
-    assert timed["steps"] == round(12 * default["processor_seconds"] / narrow["processor_seconds"])
+    assert timed["steps"] == round(6 * default["processor_seconds"] / narrow["processor_seconds"])
     assert timed["macs"] == narrow["macs"] == pytest.approx(default["macs"], rel=0.1)
 
 
@@ -69,7 +70,7 @@ def test_a_line_says_where_it_comes_from(study):
 
 def test_what_is_in_the_file_is_not_run_again(study):
     again = Study(study.path, study.sets, PLACE)
-    for arm in ("default", "fresh", "narrow", "narrow-time", "activation"):
+    for arm in ("default", "fresh", "narrow", "narrow-time"):
         assert again.done(Run("unet", 0.5, 0, arm, "scenes")) is not None
     assert again.done(Run("unet", 0.5, 1, "default", "scenes")) is None
     assert again.done(Run("unet", 0.2, 0, "default", "scenes")) is None
@@ -81,16 +82,23 @@ def test_a_line_of_another_recipe_or_training_counts_for_nothing(study):
     )
     assert find(study.records, key) is line(study, "default")
     assert find(study.records, key | {"recipe": "another"}) is None
-    assert find(study.records, key | {"training": key["training"] | {"steps": 13}}) is None
+    assert find(study.records, key | {"training": key["training"] | {"steps": 7}}) is None
     # What follows from the default changes with it.
     assert ARMS["default"].recipe() in ARMS["fresh"].recipe()
 
 
 def test_equal_runs_give_equal_scores(study):
-    run = Run("unet", 0.5, 0, "default", "scenes")
+    run = Run("unet", 0.5, 0, "narrow", "scenes")
     again = Study(study.path.with_name("again.jsonl"), study.sets, PLACE).execute(run)
     for what in ("dice", "averaged_dice", "loss", "widths"):
-        assert again[what] == line(study, "default")[what]
+        assert again[what] == line(study, "narrow")[what]
+
+
+def test_the_cost_of_a_line_is_that_of_the_network():
+    model, own = network(ARMS["narrow"], TINY, 0.3, 0, None)
+    model.eval()
+    line = figures(Outcome(model, model, own, 0.0, 0.0, 0.0), tiny("vessels"), TINY)
+    assert line["macs"] == macs(model, example(TINY)) and line["parameters"] == parameters(model)
 
 
 def test_the_report_has_the_numbers_of_the_lines(study):
