@@ -224,6 +224,7 @@ def demo(
     keep: Annotated[float, typer.Option(help="Share of the MACs that stays.")] = 0.2,
     width: Annotated[int, typer.Option(help="First channels of the UNet.")] = 16,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.")] = 600,
+    data: Annotated[str, typer.Option(help="synthetic:cells, :vessels, :membranes")] = "synthetic:cells",
     images: Annotated[int, typer.Option(help="Generated training images.")] = 192,
     round_to: Annotated[
         str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
@@ -231,11 +232,14 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of images, weights, order and augmentation.")] = 0,
     threads: Threads = 0,
 ) -> None:
-    """Train a UNet on generated microscopy twice, dense and pruned to 20 % of its MACs; compare."""
+    """Train a UNet on generated images twice, dense and pruned to 20 % of its MACs; compare."""
     from .demo import demonstrate
     from .recipes.settings import Settings
+    from .recipes.synthetic import named
 
+    kind = named(data)
     settings = Settings(
+        classes=kind.classes,
         width=width,
         keep=keep,
         round_to=_round_to(round_to),
@@ -247,7 +251,9 @@ def demo(
         evaluations=6,
     )
     _set_threads(threads)
-    table, pruned = demonstrate(settings, images, out, arguments=context.params, progress=_progress)
+    table, pruned = demonstrate(
+        settings, images, out, arguments=context.params, progress=_progress, kind=kind
+    )
     console.print(table)
     _print_verified(pruned)
     console.print(f"pictures, networks and figures in {out}")

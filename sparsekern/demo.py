@@ -19,7 +19,7 @@ from .recipes.measure import latency
 from .recipes.metrics import predict
 from .recipes.run import Result, execute
 from .recipes.settings import Settings
-from .recipes.synthetic import generate
+from .recipes.synthetic import KINDS, Kind, splits
 from .recipes.train import Step
 from .report import runs as report
 
@@ -36,6 +36,7 @@ def demonstrate(
     *,
     arguments: Mapping[str, Any],
     progress: Progress,
+    kind: Kind = KINDS["cells"],
 ) -> tuple[Table, Result]:
     """Trains dense and pruned with otherwise equal settings, and compares the two.
 
@@ -47,6 +48,7 @@ def demonstrate(
         out: directory of the results.
         arguments: what the user gave, for run.json.
         progress: shows the progress of a training.
+        kind: what the images show.
 
     Returns:
         The comparison, and the pruned run.
@@ -57,8 +59,9 @@ def demonstrate(
     if images < 1:
         raise InputError(f"--images: got {images}, expected at least 1")
     writable_directory(out, "--out")
-    train = generate(images, settings.crop, settings.seed)
-    test = generate(max(SHOWN, images // 4), settings.crop, settings.seed + 1)
+    train, test = splits(
+        kind, train=images, test=max(SHOWN, images // 4), size=settings.crop, seed=settings.seed
+    )
     runs: dict[str, Result] = {}
     for name, keep in (("dense", None), ("pruned", settings.keep)):
         with progress(name, settings.steps) as on_step:

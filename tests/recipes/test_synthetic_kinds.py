@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from recipes.folders import write_data
 
 from sparsekern.recipes.errors import InputError
-from sparsekern.recipes.synthetic import KINDS, find, generate, scenes, splits
+from sparsekern.recipes.synthetic import KINDS, find, generate, load, named, scenes, splits
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,18 @@ def test_training_and_test_images_differ():
     train, test = splits(KINDS["vessels"], train=4, test=3, size=32, seed=1)
     assert (len(train), len(test)) == (4, 3)
     assert not {train.image(i).tobytes() for i in range(4)} & {test.image(i).tobytes() for i in range(3)}
+
+
+def test_a_name_in_place_of_a_folder_gives_images():
+    train, test = load("synthetic:vessels", 2, crop=0)
+    assert (len(train), len(test), train.heights[0]) == (256, 64, 128)
+    with pytest.raises(InputError, match="--classes: got 2, expected 8 for --data synthetic:scenes"):
+        load("synthetic:scenes", 2)
+    with pytest.raises(InputError, match="--data: got 'folder', expected one of synthetic:cells, "):
+        named("folder")
+
+
+def test_a_folder_in_place_of_a_name_is_read(tmp_path):
+    write_data(tmp_path, train=2, test=1, size=32)
+    train, test = load(tmp_path, 2)
+    assert (len(train), len(test)) == (2, 1)

@@ -45,14 +45,20 @@ def find(text: str) -> Kind | None:
     Raises:
         InputError: there is no such kind.
     """
-    if not text.startswith(PREFIX):
-        return None
-    name = text.removeprefix(PREFIX)
-    if name not in KINDS:
-        raise InputError(
-            f"--data: got {text!r}, expected one of {', '.join(PREFIX + kind for kind in KINDS)}"
-        )
-    return KINDS[name]
+    return named(text) if text.startswith(PREFIX) else None
+
+
+def named(text: str) -> Kind:
+    """The kind that `text` names as `synthetic:KIND`.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    kind = KINDS.get(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else None
+    if kind is None:
+        names = ", ".join(PREFIX + name for name in KINDS)
+        raise InputError(f"--data: got {text!r}, expected one of {names}")
+    return kind
 
 
 def load(data: str | os.PathLike[str], classes: int, crop: int = 0) -> tuple[Split, Split]:
