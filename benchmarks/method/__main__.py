@@ -1,7 +1,8 @@
 """Trainings that tell what pruning is worth, and tables of what they came to.
 
     python -m benchmarks.method --data DIR    # runs what is not there yet; takes hours, can be stopped
-    python -m benchmarks.method --report      # writes method.md from method.jsonl
+    python -m benchmarks.method --latency     # times the networks of what has been run; on a quiet machine
+    python -m benchmarks.method --report      # writes method.md from the two files
 
 Every training is one line of ``benchmarks/results/method.jsonl``. Arms, sets, networks and the order of the
 queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the arm's criterion,
@@ -10,10 +11,11 @@ allocator and the training are the same as now.
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,6 +24,7 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.method import lines, tables
 from benchmarks.method.arms import ARMS
+from benchmarks.method.latency import measure
 from benchmarks.method.runs import MODELS, STAGES, Stage, Study, queue
 from benchmarks.method.sets import find_sets
 from sparsekern._files import replacing
@@ -37,6 +40,7 @@ def main(
     ] = None,
     results: Annotated[Path, typer.Option(help="The lines; the report lies beside them.")] = RESULTS,
     report: Annotated[bool, typer.Option("--report", help="Write the tables; train nothing.")] = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Time the networks; train nothing.")] = False,
     model: Annotated[str, typer.Option(help="unet, mobilenetv3; all stages of the queue if not given.")] = "",
     sets: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
     arms: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
@@ -47,9 +51,14 @@ def main(
     """Run the queue, or report what has been run."""
     if report:
         with replacing(results.with_suffix(".md")) as temporary:
-            temporary.write_text(tables.report(lines.read(results)))
+            temporary.write_text(tables.report(lines.read(results), _times(results)))
         return
     torch.set_num_threads(1)
+    if latency:
+        record = {"environment": environment(), "times": measure(lines.read(results))}
+        with replacing(_times_of(results)) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        return
     found = find_sets(data)
     chosen = _chosen("--sets", sets, list(found))
     names = _chosen("--arms", arms, list(ARMS))
@@ -80,6 +89,16 @@ def main(
     if failed:
         console.print(f"{failed} trainings failed; the same command tries them again")
         raise typer.Exit(1)
+
+
+def _times_of(results: Path) -> Path:
+    return results.with_name(f"{results.stem}-latency.json")
+
+
+def _times(results: Path) -> dict[str, Any] | None:
+    """What `--latency` has written beside `results`, if it has."""
+    path = _times_of(results)
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _chosen(name: str, text: str, known: list[str]) -> list[str]:

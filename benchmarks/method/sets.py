@@ -52,6 +52,11 @@ def find_sets(folder: Path | None) -> dict[str, Set]:
     return found
 
 
+def classes_of(name: str) -> int:
+    """Number of classes of a set, background included."""
+    return KINDS[name].classes if name in KINDS else 2
+
+
 def _generated(name: str) -> Callable[[], tuple[Split, Split]]:
     return cache(lambda: splits(KINDS[name], train=TRAIN, test=TEST, size=SIZE))
 

@@ -56,8 +56,8 @@ class Table:
         return [statistics.fmean(one[seed] for one in differences) for seed in seeds]
 
 
-def report(records: Sequence[Record]) -> str:
-    """All tables of `records`.
+def report(records: Sequence[Record], times: Mapping[str, Any] | None = None) -> str:
+    """All tables of `records`, and of `times` of their networks.
 
     Raises:
         ValueError: there are none.
@@ -72,10 +72,12 @@ def report(records: Sequence[Record]) -> str:
         parts.append(_scores(table, "dice", "Dice"))
         parts += [_differences(table, base) for base in BASELINES if base in table.arms]
         parts.append(_averaged(table))
-        parts.append(_costs(table))
+        parts.append(_costs(table, times["times"] if times else []))
     unets = [table for table in tables if table.model == "unet"]
     if len(unets) > 1:
         parts.append(_curve(unets))
+    if times:
+        parts.append(_timed(times["environment"]))
     parts.append(_legend(records))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -170,7 +172,7 @@ def _averaged(table: Table) -> str:
     return _grid(["averaged weights minus last", *table.sets, "all"], rows)
 
 
-def _costs(table: Table) -> str:
+def _costs(table: Table, times: Sequence[Record]) -> str:
     """Means over seeds and sets; shares are of the dense network or training on the same set and seed."""
     rows = []
     for arm in table.arms:
@@ -178,14 +180,33 @@ def _costs(table: Table) -> str:
         line = [arm]
         for what in ("parameters", "macs", "activation_bytes", "processor_seconds", "steps"):
             line.append(_share(table, own, lambda record, what=what: float(record[what])))
-        rows.append(line)
-    head = ["share of dense", "parameters", "MACs", "activation bytes", "processor time of training", "steps"]
+        rows.append([*line, _latency(table, arm, times)])
+    head = [
+        "share of dense",
+        "parameters",
+        "MACs",
+        "activation bytes",
+        "processor time of training",
+        "steps",
+        "latency",
+    ]
     return _grid(head, rows)
 
 
 def _share(table: Table, own: Mapping[Any, Record], value: Callable[[Record], float]) -> str:
     pairs = [(line, table.lines.get(("dense", *key))) for key, line in own.items()]
     shares = [value(line) / value(dense) for line, dense in pairs if dense is not None]
+    return f"{statistics.fmean(shares):.1%}" if shares else ""
+
+
+def _latency(table: Table, arm: str, times: Sequence[Record]) -> str:
+    own = [one for one in times if (one["model"], one["keep"]) == (table.model, table.keep)]
+    seconds = {(one["arm"], one["set"]): one["latency"] for one in own}
+    shares = [
+        seconds[arm, name] / seconds["dense", name]
+        for name in table.sets
+        if (arm, name) in seconds and ("dense", name) in seconds
+    ]
     return f"{statistics.fmean(shares):.1%}" if shares else ""
 
 
@@ -201,6 +222,14 @@ def _curve(tables: Sequence[Table]) -> str:
         rows.append([arm, *cells])
     head = ["minus dense, mean over sets", *(f"keep={table.keep:g}" for table in tables)]
     return "## unet over the budget\n\n" + _grid(head, rows)
+
+
+def _timed(environment: Record) -> str:
+    return (
+        f"Latency: one image, {environment['machine']}, torch {environment['torch']}, "
+        f"{environment['threads']} thread, commit {environment['commit']}, networks of one seed, in turns. "
+        "Processor time is that of trainings beside which other programs ran."
+    )
 
 
 def _legend(records: Sequence[Record]) -> str:
