@@ -13,8 +13,8 @@ from benchmarks.method.statistics import Difference, describe
 SETS = (FOLDER, *GENERATED)
 Record = Mapping[str, Any]
 
-# What differences are taken to, of the arms there are.
-BASELINES = ("dense", "narrow", "default", "x0.5", "x0.75")
+# What the other arms are compared with, where it is there.
+BASELINES = ("dense", "narrow", "x0.5", "x0.75")
 
 
 class Table:
@@ -70,6 +70,7 @@ def report(records: Sequence[Record], times: Mapping[str, Any] | None = None) ->
     for table in tables:
         parts.append(f"## {table.model}, keep={table.keep:g} of the MACs")
         parts.append(_scores(table, "dice", "Dice"))
+        parts.append(_claims(table))
         parts += [_differences(table, base) for base in BASELINES if base in table.arms]
         parts.append(_averaged(table))
         parts.append(_costs(table, times["times"] if times else []))
@@ -134,17 +135,21 @@ def _scores(table: Table, what: str, title: str) -> str:
     return _grid([f"{title} (seeds)", *table.sets, "all"], rows)
 
 
+def _claims(table: Table) -> str:
+    """The default minus each other arm."""
+    rows = [_row(table, other, "default", other) for other in table.arms if other != "default"]
+    return _grid(["default minus", *table.sets, "all"], rows) if "default" in table.arms else ""
+
+
 def _differences(table: Table, base: str) -> str:
-    rows = []
-    for arm in table.arms:
-        if arm == base:
-            continue
-        found = [table.paired(arm, base, name) for name in table.sets]
-        cells = [_cell(list(one.values())) for one in found]
-        whole = table.over_sets(found)
-        if any(cells):
-            rows.append([arm, *cells, _cell(whole)])
-    return _grid([f"minus {base}", *table.sets, "all"], rows) if rows else ""
+    """Each arm minus `base`."""
+    rows = [_row(table, arm, arm, base) for arm in table.arms if arm != base]
+    return _grid([f"minus {base}", *table.sets, "all"], rows)
+
+
+def _row(table: Table, title: str, arm: str, base: str) -> list[str]:
+    found = [table.paired(arm, base, name) for name in table.sets]
+    return [title, *(_cell(list(one.values())) for one in found), _cell(table.over_sets(found))]
 
 
 def _cell(differences: Sequence[float]) -> str:

@@ -104,7 +104,7 @@ def test_the_cost_of_a_line_is_that_of_the_network():
 def test_the_report_has_the_numbers_of_the_lines(study):
     text = tables.report(lines.read(study.path))
     assert f"| default | {line(study, 'default')['dice']:.4f} (1) |" in text
-    difference = line(study, "fresh")["dice"] - line(study, "default")["dice"]
+    difference = line(study, "default")["dice"] - line(study, "fresh")["dice"]
     assert f"| fresh | {difference:+.4f} (1 seed) |" in text
     with pytest.raises(ValueError, match="results: got no complete line"):
         tables.report([])

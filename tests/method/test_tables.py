@@ -60,6 +60,9 @@ def test_differences_are_paired_by_seed(lines):
     assert table.over_sets(whole) == pytest.approx([0.03] * 6)
     assert "| default | +0.0200 [+0.0200, +0.0200] p=0.03 | +0.0400 " in report(lines)
     assert "| +0.0300 [+0.0300, +0.0300] p=0.03 |" in report(lines)
+    # The default minus dense, and dense minus narrow.
+    assert "| dense | -0.0300 [-0.0300, -0.0300] p=0.03 | -0.0100 " in report(lines)
+    assert "| dense | +0.0500 [+0.0500, +0.0500] p=0.03 | +0.0500 " in report(lines)
 
 
 def test_only_seeds_that_both_arms_have_count(lines):
