@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from benchmarks.environment import environment
 from benchmarks.method import lines, tables
 from benchmarks.method.arms import ARMS
 from benchmarks.method.latency import measure
-from benchmarks.method.runs import MODELS, STAGES, Stage, Study, queue
+from benchmarks.method.runs import MODELS, STAGES, Study, queue
 from benchmarks.method.sets import find_sets
 from sparsekern._files import replacing
 
@@ -63,7 +64,7 @@ def main(
     chosen = _chosen("--sets", sets, list(found))
     names = _chosen("--arms", arms, list(ARMS))
     stages = [
-        Stage(stage.model, stage.keep, [arm for arm in stage.arms if arm in names])
+        replace(stage, arms=[arm for arm in stage.arms if arm in names])
         for stage in STAGES
         if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
     ]

@@ -119,6 +119,8 @@ def test_the_queue_takes_all_sets_of_an_arm_and_all_arms_of_a_seed_together():
         (0, "narrow", "b"),
         (1, "dense", "a"),
     ]
+    some = Stage("unet", 0.1, ["dense"], ["b", "c"])
+    assert [run.set for run in queue(["a", "b"], [some], range(1))] == ["b"]
     assert {arm for stage in STAGES for arm in stage.arms} == set(ARMS)
 
 
