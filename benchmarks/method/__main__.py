@@ -51,8 +51,12 @@ def main(
 ) -> None:
     """Run the queue, or report what has been run."""
     if report:
+        try:
+            text = tables.report(lines.read(results), _times(results))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
         with replacing(results.with_suffix(".md")) as temporary:
-            temporary.write_text(tables.report(lines.read(results), _times(results)))
+            temporary.write_text(text)
         return
     torch.set_num_threads(1)
     if latency:
@@ -110,5 +114,8 @@ def _chosen(name: str, text: str, known: list[str]) -> list[str]:
     return chosen
 
 
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()
