@@ -93,6 +93,7 @@ ARMS: dict[str, Arm] = {
         fused=True,
     ),
     "narrow-time": Arm("narrow, as long as the default trains", widths="uniform", time_of="default"),
+    "narrow-long": Arm("narrow, as long as the dense network trains", widths="uniform", time_of="dense"),
     "dense-time": Arm("dense, as long as the default trains", time_of="default"),
     "x0.75": Arm("width multiplier 0.75, from scratch", widths="multiplier", multiplier=0.75),
     "x0.5": Arm("width multiplier 0.5, from scratch", widths="multiplier", multiplier=0.5),

@@ -21,7 +21,7 @@ SEEDS = range(6)
 # The arms that a claim rests on; then those that tell what each part is worth; then the rest.
 CLAIMS = ("dense", "narrow", "default", "balance", "fresh", "shuffled", "random")
 PARTS = ("taylor", "count", "magnitude", "activation", "redundancy", "uniform", "flat")
-TIMED = ("narrow-time", "dense-time")
+TIMED = ("narrow-time", "narrow-long", "dense-time")
 CURVE = ("narrow", "default", "balance", "fresh", "shuffled", "random", "taylor")
 MULTIPLIERS = ("dense", "default", "x0.75", "x0.5", "x0.35", "balance")
 
