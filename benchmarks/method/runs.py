@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.method import lines
 from benchmarks.method.arms import ARMS
-from benchmarks.method.sets import MOBILENET, UNET, Set
+from benchmarks.method.sets import LR_WARMUP, MOBILENET, UNET, Set
 from benchmarks.method.training import figures, train
 from sparsekern.recipes.settings import Settings
 
@@ -76,8 +76,9 @@ class Run:
             "recipe": arm.recipe(),
             "training": {
                 name: getattr(settings, name)
-                for name in ("width", "depth", "steps", "batch", "crop", "lr", "weight_decay", "warmup")
-            },
+                for name in ("width", "depth", "steps", "batch", "crop", "lr", "weight_decay")
+            }
+            | {"warmup": LR_WARMUP},
         }
 
 

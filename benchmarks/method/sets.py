@@ -19,6 +19,7 @@ SIZE = 96  # pixels an edge of the generated images
 TRAIN, TEST = 256, 64  # generated images
 TESTED = 33  # images of a folder that are scored; the cost of a dense network on large ones bounds it
 
+LR_WARMUP = 0.05  # share of the steps in which the learning rate rises
 UNET = Settings(model="unet", width=16, steps=400, batch=4, crop=64, lr=2e-3)
 MOBILENET = Settings(model="mobilenetv3", width=1.0, steps=400, batch=4, crop=96, lr=2e-3)
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import sparsekern
 from benchmarks.method import widths
 from benchmarks.method.arms import Arm
-from benchmarks.method.sets import Set
+from benchmarks.method.sets import LR_WARMUP, Set
 from sparsekern.graph import ChannelGraph
 from sparsekern.recipes.batches import Batches
 from sparsekern.recipes.data import Split, normalise
@@ -159,7 +159,7 @@ def train(
             also=[averaged],
         )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(learning_rate, steps=steps, warmup=settings.warmup)
+        optimizer, partial(learning_rate, steps=steps, warmup=LR_WARMUP)
     )
     batches = Batches(data.load()[0], settings.batch, settings.crop, seed)
     outcome = _loop(model, averaged, optimizer, schedule, batches, VoidLoss(data.void), steps)
