@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from .recipes.data import Data, Split, normalise
+from .recipes.data import Split, normalise
 from .recipes.errors import InputError
 from .recipes.files import check_free, check_writable
 from .recipes.measure import latency
 from .recipes.metrics import predict
 from .recipes.run import Result, execute
 from .recipes.settings import Settings
-from .recipes.synthetic import generate
+from .recipes.synthetic import KINDS, Kind, generated
 from .recipes.train import Step
 from .report import runs as report
 
@@ -36,6 +36,7 @@ def demonstrate(
     *,
     arguments: Mapping[str, Any],
     progress: Progress,
+    kind: Kind = KINDS["cells"],
     overwrite: bool = False,
 ) -> tuple[Table, Result]:
     """Trains dense and pruned with otherwise equal settings, and compares the two.
@@ -48,6 +49,7 @@ def demonstrate(
         out: directory of the results.
         arguments: what the user gave, for run.json.
         progress: shows the progress of a training.
+        kind: what the images show.
         overwrite: replace the runs of another demonstration in `out`.
 
     Returns:
@@ -63,12 +65,7 @@ def demonstrate(
         if not overwrite:
             check_free(out / name, "--out")
         check_writable(out / name, "--out")
-    few = max(SHOWN, images // 4)
-    train, test, val = (
-        generate(count, settings.crop, settings.seed + place)
-        for place, count in enumerate((images, few, few))
-    )
-    data = Data(train, val, test, ("background", "nucleus"))
+    data = generated(kind, train=images, test=max(SHOWN, images // 4), size=settings.crop, seed=settings.seed)
     runs: dict[str, Result] = {}
     for name, keep in (("dense", None), ("pruned", settings.keep)):
         with progress(name, settings.steps) as on_step:
@@ -83,8 +80,8 @@ def demonstrate(
         assert result is not None
         runs[name] = result
     report.curves(out / "curves.png", runs)
-    _predictions(out / "predictions.png", runs, test)
-    return _table(runs, settings, test), runs["pruned"]
+    _predictions(out / "predictions.png", runs, data.test)
+    return _table(runs, settings, data.test), runs["pruned"]
 
 
 def _predictions(path: Path, runs: Mapping[str, Result], test: Split) -> None:

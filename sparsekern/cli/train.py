@@ -27,10 +27,10 @@ from sparsekern.demo import demonstrate
 from sparsekern.recipes.checkpoint import load_backbone
 from sparsekern.recipes.classes import ClassTable
 from sparsekern.recipes.devices import find_device
-from sparsekern.recipes.load import classes_of, load_data
 from sparsekern.recipes.resume import Saved, check_data, check_settings, open_run
 from sparsekern.recipes.run import Result, check_counts, check_out, execute
 from sparsekern.recipes.settings import Settings
+from sparsekern.recipes.synthetic import find, load, named, table_of
 from sparsekern.report import runs as report
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --out.")]
@@ -42,7 +42,10 @@ def train(
     context: typer.Context,
     data: Annotated[
         Path | None,
-        typer.Option(help="DIR/{train,val,test}/{images,masks}/NAME.png, or a CSV list; see docs/data.md"),
+        typer.Option(
+            help="DIR/{train,val,test}/{images,masks}/NAME.png, a CSV list (docs/data.md), or "
+            "synthetic:vessels, :membranes, :cells, :scenes"
+        ),
     ] = None,
     out: Out = Path("run"),
     config: Config = None,
@@ -92,7 +95,7 @@ def train(
     check_counts(arguments["checkpoint_every"], stop_after)
     check_out(out, saved, overwrite)
     weights = None if backbone is None or saved is not None else load_backbone(backbone)
-    images = load_data(place, settings, table)
+    images = load(place, settings, table)
     settings = replace(settings, steps=steps_of(context, settings, len(images.train)))
     if saved is not None and _is_finished(saved, settings, out):
         return
@@ -135,9 +138,10 @@ def _is_finished(saved: Saved, settings: Settings, out: Path) -> bool:
 
 
 def _with_classes(arguments: Mapping[str, Any], data: Path) -> tuple[dict[str, Any], ClassTable | None]:
-    """The arguments with a number of classes: as given, else that of the classes file, else the default."""
-    table = classes_of(data, arguments["classes_file"])
-    count = Settings.classes if table is None else len(table.names)
+    """The arguments with a number of classes: as given, else that of the data, else the default."""
+    kind, table = find(str(data)), table_of(data, arguments["classes_file"])
+    named_by = kind or table
+    count = Settings.classes if named_by is None else len(named_by.names)
     return {**arguments, "classes": count if arguments["classes"] is None else arguments["classes"]}, table
 
 
@@ -148,6 +152,9 @@ def demo(
     keep: Annotated[float, typer.Option(help="Share of the MACs that stays.")] = 0.2,
     width: Annotated[int, typer.Option(help="First channels of the UNet.")] = 16,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.")] = 600,
+    data: Annotated[
+        str, typer.Option(help="synthetic:cells, :vessels, :membranes, :scenes")
+    ] = "synthetic:cells",
     images: Annotated[int, typer.Option(help="Generated training images.")] = 192,
     round_to: Annotated[
         str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
@@ -157,8 +164,10 @@ def demo(
     threads: Threads = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Train a UNet on generated microscopy twice, dense and pruned to 20 % of its MACs; compare."""
+    """Train a UNet on generated images twice, dense and pruned to 20 % of its MACs; compare."""
+    kind = named(data)
     settings = Settings(
+        classes=kind.classes,
         width=width,
         keep=keep,
         round_to=number_or_text(round_to),
@@ -172,7 +181,13 @@ def demo(
     set_quiet(quiet)
     set_threads(threads)
     table, pruned = demonstrate(
-        settings, images, out, arguments=context.params, progress=progress, overwrite=overwrite
+        settings,
+        images,
+        out,
+        arguments=context.params,
+        progress=progress,
+        kind=kind,
+        overwrite=overwrite,
     )
     console.print(table)
     _print_verified(pruned)

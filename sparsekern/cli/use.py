@@ -52,15 +52,15 @@ def evaluate(
 ) -> None:
     """Score a network on images with masks, by the masks that predict would write."""
     from sparsekern.recipes.errors import InputError
-    from sparsekern.recipes.load import classes_of
     from sparsekern.recipes.predict import Segmenter
+    from sparsekern.recipes.synthetic import table_of
 
     set_quiet(False)
     set_threads(threads)
     segmenter = Segmenter(_file(model), device)
     if split not in ("train", "val", "test"):
         raise InputError(f"--split: got {split!r}, expected train, val or test")
-    found = segmenter.load(data, classes_of(data, classes_file))
+    found = segmenter.load(data, table_of(data, classes_file))
     images = getattr(found, split)
     if images is None:
         raise InputError(

@@ -41,7 +41,7 @@ class Reading:
 
     Attributes:
         bits: significant bits of grey images of 16 bits, 8 to 16; None for a training without such images.
-        ignore, validation, seed: as in `Settings`.
+        ignore, validation, seed, crop: as in `Settings`.
 
     Raises:
         InputError: a value is out of range; names the argument.
@@ -51,6 +51,7 @@ class Reading:
     ignore: int | str = "auto"
     validation: float = 0.1
     seed: int = 0
+    crop: int = COARSEST
 
     def __post_init__(self) -> None:
         _check(self.bits is None or _whole(self.bits, 8, 16), "bits", self.bits, "8 to 16, or none")
@@ -59,6 +60,8 @@ class Reading:
         share = _finite(self.validation) and 0 <= self.validation < 1
         _check(share, "validation", self.validation, "a share in [0, 1)")
         _check(_whole(self.seed, 0, sys.maxsize), "seed", self.seed, "a whole number, at least 0")
+        least = f"a whole number, at least {COARSEST}"
+        _check(_whole(self.crop, COARSEST, sys.maxsize), "crop", self.crop, least)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from PIL import Image
 from sparsekern._files import replacing
 from sparsekern.compact.store import read
 from sparsekern.recipes.classes import ClassTable
-from sparsekern.recipes.data import COARSEST, MEAN, STD, Data, Split, normalise
+from sparsekern.recipes.data import MEAN, STD, Data, Split, normalise
 from sparsekern.recipes.devices import find_device
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.files import check_writable
 from sparsekern.recipes.images import EXTENSIONS, read_image
-from sparsekern.recipes.load import load_data
 from sparsekern.recipes.metrics import Scores, evaluate, predict
 from sparsekern.recipes.networks import Padded
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.stored import read_spec, rebuild
+from sparsekern.recipes.synthetic import load
 
 NOT_DEEP = (
     "has grey images of 16 bits, expected images of 8 bits, as the network was trained on; convert them to 8 "
@@ -79,11 +79,11 @@ class Segmenter:
         """Images with masks, read and dealt as those of the training were.
 
         Args:
-            root: a folder or a CSV list.
-            table: see `load_data`.
+            root: a folder, a CSV list, or `synthetic:KIND`.
+            table: see `synthetic.load`.
 
         Raises:
-            InputError: see `load_data` and `read`.
+            InputError: see `synthetic.load` and `read`.
         """
         reading = self.spec.reading
         settings = Settings(
@@ -91,9 +91,9 @@ class Segmenter:
             ignore=reading.ignore,
             validation=reading.validation,
             seed=reading.seed,
-            crop=COARSEST,
+            crop=reading.crop,
         )
-        data = load_data(root, settings, table, reading.bits)
+        data = load(root, settings, table, reading.bits)
         if data.bits != reading.bits and data.bits is not None:
             raise InputError(f"--data: {root} {NOT_DEEP}")
         return data

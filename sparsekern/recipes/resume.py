@@ -11,6 +11,7 @@ from .checkpoint import load_checkpoint
 from .errors import InputError
 from .files import CHECKPOINT, RUN
 from .settings import Settings
+from .synthetic import PREFIX
 
 # Arguments of a run beside its settings that a resumed one takes over.
 REMEMBERED = ("data", "classes_file", "backbone", "threads", "checkpoint_every")
@@ -116,7 +117,7 @@ def check_data(path: Path | None, saved: Saved | None, given: bool) -> Path:
             f"--data: got none, expected a folder or a CSV list of images and masks{rest}"
             + (" (or --resume RUN)" if saved is None else "")
         )
-    if not path.exists() and saved is not None and not given:
+    if not _is_generated(path) and not path.exists() and saved is not None and not given:
         raise InputError(
             f"--data: {path}, which {saved.path} remembers, is not there; expected --data with the place "
             f"where the images are now"
@@ -141,4 +142,10 @@ def check_settings(mine: Settings, theirs: Settings) -> None:
 
 
 def _absolute(path: Path | str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
+    if path is None or _is_generated(path):
+        return None if path is None else str(path)
+    return str(Path(path).absolute())
+
+
+def _is_generated(path: Path | str) -> bool:
+    return str(path).startswith(PREFIX)

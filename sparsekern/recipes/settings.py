@@ -16,7 +16,7 @@ from sparsekern import criteria
 from sparsekern.prune.budget import UNITS, check_keep, check_unit
 from sparsekern.prune.names import ALLOCATORS, resolve_select
 from sparsekern.prune.schedule import Schedule
-from sparsekern.recipes.data import COARSEST, MEAN, STD
+from sparsekern.recipes.data import MEAN, STD
 from sparsekern.recipes.devices import AMP
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.metrics import class_weights
@@ -104,8 +104,6 @@ class Settings:
         self.network()
         for name in ("steps", "batch", "min_channels", "events", "evaluations"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
-        _at_least("crop", self.crop, COARSEST)
         _number("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
         _number("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _number("lr_warmup", self.lr_warmup, 0 <= self.lr_warmup < 1, "a share in [0, 1)")
@@ -130,7 +128,7 @@ class Settings:
 
     def network(self, bits: int | None = None) -> NetworkSpec:
         """The network that is trained; `bits` are those of `Data`."""
-        reading = Reading(bits, self.ignore, self.validation, self.seed)
+        reading = Reading(bits, self.ignore, self.validation, self.seed, self.crop)
         return NetworkSpec(self.model, self.width, self.depth, self.decoder, self.classes, MEAN, STD, reading)
 
     def to_json(self) -> dict[str, Any]:
