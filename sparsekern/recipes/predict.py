@@ -73,7 +73,8 @@ class Segmenter:
         image = read_image(path, "IMAGES", self.spec.reading.bits)
         if image.dtype != np.uint8:
             raise InputError(f"IMAGES: {path} {NOT_DEEP}")
-        return image.astype(np.uint8, copy=False)
+        # Pillow's arrays are not writable, which torch warns of.
+        return image.astype(np.uint8)
 
     def load(self, root: Path, table: ClassTable | None = None) -> Data:
         """Images with masks, read and dealt as those of the training were.
