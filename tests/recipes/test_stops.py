@@ -159,7 +159,10 @@ def test_a_signal_in_set_up_leaves_no_folder(data, tmp_path, monkeypatch, place)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    where = {"load_data": "sparsekern.recipes.load.load_data", "Trainer": "sparsekern.recipes.run.Trainer"}
+    where = {
+        "load_data": "sparsekern.recipes.synthetic.load_data",
+        "Trainer": "sparsekern.recipes.run.Trainer",
+    }
     monkeypatch.setattr(where[place], interrupted)
     out = tmp_path / "a" / "b"
     assert run(["train", "--data", str(data), *SMALL, "--out", str(out)]) == 130
@@ -290,7 +293,7 @@ def test_a_run_and_its_data_may_move(data, stopped, finished, tmp_path, capsys):
 CONTRADICTIONS = {
     "width": (["--width", "3"], "--width 2.0, this one has 3.0; expected equal arguments"),
     "keep": (["--keep", "0.4"], "--keep None, this one has 0.4"),
-    "shrink": (["--shrink"], "--shrink: got it with --dense"),
+    "shrink": (["--shrink"], "--shrink False, this one has True; expected equal"),
     "events": (["--events", "7"], "--events 10, this one has 7"),
     "seed": (["--seed", "1"], "--seed 0, this one has 1"),
     "fewer steps": (["--steps", "11"], "--steps 12, this one has 11; expected that number or more"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_a_pruned_run_is_extended(stopped):
     longer = replace(PRUNED, steps=40)
     run = trainer(longer)
     run.load_state_dict(stopped)
-    rate = longer.lr * learning_rate(4, steps=40, warmup=longer.warmup)
+    rate = longer.lr * learning_rate(4, steps=40, warmup=longer.lr_warmup)
     assert run.step == 4 and run.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
     run.run()
     assert run.finished and run.pruner.finished and len(run.history.loss) == 40
@@ -167,7 +167,8 @@ def test_a_pruned_run_is_extended(stopped):
 
 def test_a_finished_run_trains_on_at_the_rate_of_the_longer_schedule():
     run = trainer(DENSE)
-    run.load_state_dict(end_of(DENSE) | {"history": asdict(trainer(DENSE).history)})
+    end, times = end_of(DENSE), [0.0] * STEPS
+    run.load_state_dict(end | {"history": end["history"] | {"seconds": times, "optimizer_seconds": times}})
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     longer = trainer(replace(DENSE, steps=30))
     longer.load_state_dict(run.state_dict())
