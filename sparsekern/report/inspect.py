@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune.allocate import Global
+from sparsekern.prune.allocate import WITHOUT_DATA
 from sparsekern.prune.budget import check_keep, check_unit
 from sparsekern.prune.criteria import Magnitude
 from sparsekern.prune.once import task_of
@@ -91,4 +91,4 @@ def plan_by_weights(
     """
     task = task_of(model, inputs, keep=check_keep(keep), of=check_unit(of), round_to=round_to)
     saliency = Magnitude()(of_weights(model, task.graph))
-    return task.graph, Global()(replace(task, saliency=saliency))
+    return task.graph, WITHOUT_DATA(replace(task, saliency=saliency))
