@@ -159,7 +159,7 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
         "forecast_macs_share": forecast.macs_share,
         "forecast_time_share": forecast.time_share,
         "forecast": str(forecast).splitlines(),
-        "kept": metrics["kept"],
+        "kept": [kept for kept, _ in pruner.widths().values()],
     }
 
 

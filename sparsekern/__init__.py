@@ -15,3 +15,24 @@ from sparsekern.prune import prune_once as prune_once
 from sparsekern.prune import recalibrate as recalibrate
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Pruner",
+    "__version__",
+    "allocate",
+    "compact",
+    "criteria",
+    "latency",
+    "load",
+    "nn",
+    "optim",
+    "prune_once",
+    "recalibrate",
+    "save",
+    "trace",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

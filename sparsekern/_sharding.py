@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -131,15 +130,6 @@ def part_of(tensor: Tensor) -> Part:
     chunk = -(-size // ranks)
     start = min(chunk * mesh.get_local_rank(axis), size)
     return Part(dim, start, min(chunk, size - start), -(-size // max(chunk, 1)), mesh.get_group(axis))
-
-
-@torch.no_grad()
-def zero_entries(tensor: Tensor, dim: int, entries: np.ndarray) -> None:
-    """Set the given entries (int64) along ``dim`` to zero, each process in the part it holds."""
-    mine = local(tensor)
-    if is_sharded(tensor) and (at := part_of(tensor)).dim == dim:
-        entries = entries[(entries >= at.start) & (entries < at.start + at.size)] - at.start
-    mine.index_fill_(dim, torch.from_numpy(entries).to(mine.device), 0)
 
 
 def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekern._sharding import copy_module, is_sharded, settle, unwrap, whole
 from sparsekern.compact._attributes import update_attributes
+from sparsekern.compact._load_hooks import forget_listeners
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 
 # Text, not an object: a pickled compact module then opens without this package.
@@ -190,6 +191,7 @@ def build(
         for entry in tensors:
             _copy_attributes(entry.tensor, memo[id(entry.tensor)])
     _check_copy(small, tensors, memo)
+    forget_listeners(small)
     update_attributes(model, small, parts)
     return small
 

@@ -88,7 +88,7 @@ def progress(pruner: Pruner) -> dict[str, float]:
     """The numbers that are worth a curve, from :meth:`sparsekern.Pruner.metrics`."""
     metrics = pruner.metrics()
     named = {f"pruning/{name}": float(metrics[name]) for name in ("macs_share", "params_share", "condemned")}
-    return named | {"pruning/channels": float(sum(metrics["kept"]))}
+    return named | {"pruning/channels": float(metrics["kept"])}
 
 
 def to_text(state: dict[str, Any]) -> str:

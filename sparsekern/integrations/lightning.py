@@ -15,6 +15,12 @@ try:
 except ImportError:
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
+__all__ = ["PruningCallback"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class PruningCallback(Pruning, pl.Callback):
     """Prunes a ``LightningModule`` while ``Trainer.fit`` trains it; every checkpoint can be resumed from.

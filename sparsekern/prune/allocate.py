@@ -18,6 +18,19 @@ import numpy as np
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.exchange import exchange
 
+__all__ = [
+    "Allocator",
+    "Flat",
+    "Global",
+    "Pricing",
+    "Problem",
+    "Uniform",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Pricing(Protocol):
     """A cost of kept channels that is not one of the graph's own, in a unit of its own."""

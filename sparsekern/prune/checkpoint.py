@@ -6,12 +6,14 @@ import io
 import os
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from sparsekern._files import read_plain, replacing, target
@@ -125,6 +127,23 @@ def set_random_state(state: Mapping[str, Any], model: nn.Module) -> None:
     np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def restored_by(undo: ExitStack, modules: Iterable[nn.Module], optimizer: Optimizer) -> None:
+    """Tell ``undo`` what restores the weights, the optimizer's state and the generators as they are now.
+
+    ``modules`` are the model and copies of it, the first one is the model.
+    """
+    kept = tuple(modules)
+    undo.callback(set_random_state, random_state(kept[0]), kept[0])
+    # Loading gives an optimizer another state and other groups; those from before are not written to.
+    undo.callback(optimizer.__setstate__, {"state": optimizer.state, "param_groups": optimizer.param_groups})
+    for module in kept:
+        undo.callback(module.load_state_dict, _copied(module.state_dict()))
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: pytree.tree_map_only(Tensor, Tensor.clone, value) for name, value in state.items()}
 
 
 def _check_plain(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,12 @@ class Choice:
             folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
         return self.condemned, self.penalised, self.penalty, *folds
 
-    def carry_out(self, masks: Masks) -> None:
-        """Fold, condemn and penalise."""
+    def carry_out(self, masks: Masks, undo: ExitStack | None = None) -> None:
+        """Fold, condemn and penalise; ``undo`` is told what restores the weights."""
         condemned = self.condemned
         if self.partners is not None:
-            folded = masks.fold(condemned, self.partners)
-            masks.mask(folded)
+            folded = masks.fold(condemned, self.partners, undo)
+            masks.mask(folded, undo)
             condemned = condemned & ~folded
         masks.condemn(condemned, self.event.decline)
         masks.penalise(self.penalised, self.penalty)
@@ -100,10 +101,10 @@ class Policy:
         if not self.penalty or following is None:
             return np.zeros_like(kept), 0.0
         then = self.allocate(self.problem(network, saliency, kept, following.share))
-        group = network.optimizer.param_groups[0]
+        group = _group_of(network)
         momentum = float(group.get("momentum", 0.0))
         # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
-        rate = float(group["lr"]) * event.decline / (1 - momentum)
+        rate = float(group.get("lr", 1.0)) * event.decline / (1 - momentum)
         return kept & ~then, self.penalty / rate if rate > 0 else 0.0
 
     def saliency(self, statistics: Statistics) -> np.ndarray:
@@ -113,3 +114,10 @@ class Policy:
             ValueError: it gives something else.
         """
         return saliency(self.select, statistics)
+
+
+def _group_of(network: Network) -> dict[str, Any]:
+    """The first group of the optimizer with rows of this network; others may train other models."""
+    groups: list[dict[str, Any]] = network.optimizer.param_groups
+    index = network.rows.table.index
+    return next((g for g in groups if any(id(param) in index for param in g["params"])), groups[0])

@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from sparsekern.graph import ChannelGraph, dry_run, trace
 from sparsekern.prune import criteria
 from sparsekern.prune.activations import Activations
-from sparsekern.prune.allocate import Allocator
 
 NONFINITE = ("ignore", "raise")
 
 
-def check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
+def check_options(penalty: object, nonfinite: object) -> None:
     """Raise a ValueError for the first of these arguments of a Pruner that is not sound."""
-    if select is not None and not isinstance(select, criteria.Criterion):
-        raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
-    if allocate is not None and not isinstance(allocate, Allocator):
-        raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
     if nonfinite not in NONFINITE:

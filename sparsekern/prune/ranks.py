@@ -39,7 +39,9 @@ class Ranks:
         self._device = device if needs_device else torch.device("cpu")
 
     @contextmanager
-    def agreeing(self, what: str) -> Iterator[Callable[..., None]]:
+    def agreeing(
+        self, what: str, told: Any = None, explain: Callable[[list[Any]], str] | None = None
+    ) -> Iterator[Callable[..., None]]:
         """Gives a function that compares what it is called with (arrays, plain values) between the processes.
 
         It is to be called once, before anything is changed. A process that raises before it gets there
@@ -47,6 +49,8 @@ class Ranks:
 
         Args:
             what: is being compared, for the message.
+            told: where processes differ, they tell each other this.
+            explain: makes of what each of them has told the cause, for the message; empty for none.
 
         Raises:
             RuntimeError: on all processes, when they differ or one has failed; names their ranks.
@@ -56,7 +60,7 @@ class Ranks:
         def check(*parts: Any) -> None:
             nonlocal checked
             checked = True
-            self._compare(what, self._exchange(_digest(parts)))
+            self._compare(what, self._exchange(_digest(parts)), told, explain)
 
         try:
             yield check
@@ -113,7 +117,13 @@ class Ranks:
         dist.all_gather(every, mine, group=self._group)
         return [tuple(words.tolist()) for words in every]
 
-    def _compare(self, what: str, every: list[tuple[int, ...]]) -> None:
+    def _compare(
+        self,
+        what: str,
+        every: list[tuple[int, ...]],
+        told: Any,
+        explain: Callable[[list[Any]], str] | None,
+    ) -> None:
         if len(set(every)) == 1:
             return
         failed = [rank for rank, words in enumerate(every) if words[-1] == _FAILED]
@@ -122,9 +132,12 @@ class Ranks:
         # Of equally frequent ones that of the lowest rank counts as the common one.
         common = Counter(every).most_common(1)[0][0]
         others = [rank for rank, words in enumerate(every) if words != common]
+        # All processes have seen that they differ, so all of them get here.
+        cause = "" if explain is None else explain(self.gather(told))
         raise RuntimeError(
             f"{what}: {_named(others)} of {self.size} differ from rank {every.index(common)}, expected the "
             f"same everywhere: equal arguments and models, and gradients averaged over all ranks"
+            + (f"; {cause}" if cause else "")
         )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsekern._sharding import check_plain
+from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.prune import checkpoint
 from sparsekern.prune.decision import Policy
+from sparsekern.prune.events import Events
 from sparsekern.prune.network import Network
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.schedule import Schedule
@@ -27,9 +30,7 @@ class Resumable:
     _schedule: Schedule
     _keep: float
     _shrinks: bool
-    _step: int
-    _next: int | None
-    _nonfinite_seen: int
+    _events: Events
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
@@ -39,9 +40,7 @@ class Resumable:
             "version": 2,
             "settings": self._settings(),
             "network": self._fingerprint(),
-            "step": self._step,
-            "next": self._next,
-            "nonfinite_seen": self._nonfinite_seen,
+            **self._events.state_dict(),
             **self._network.state_dict(),
         }
 
@@ -56,13 +55,16 @@ class Resumable:
             also: as for :meth:`shrink`.
 
         Raises:
-            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then.
+            ValueError: it is of another network or of a Pruner with other settings; nothing has changed then,
+                or after whatever else is raised. Ctrl-C waits until everything is loaded.
         """
         self._check_state(state)
-        self._network.load_state_dict(state, also)
-        self._step = int(state["step"])
-        self._next = state["next"]
-        self._nonfinite_seen = int(state["nonfinite_seen"])
+        with all_or_nothing() as undo:
+            self._go_on_from(state, also, undo)
+
+    def _go_on_from(self, state: Mapping[str, Any], also: Sequence[nn.Module], undo: ExitStack) -> None:
+        self._network.load_state_dict(state, also, undo)
+        self._events.load_state_dict(state, undo)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != 2:
@@ -95,10 +97,14 @@ class Resumable:
             OSError: ``path`` cannot be written.
             ValueError: a value of ``extra`` is something else, or the model is sharded; nothing has been
                 written then.
-            RuntimeError: it could not be written by the process that does.
+            RuntimeError: it could not be written by the process that does, or weights were written into
+                masked rows, see :meth:`remask`.
         """
         network = self._network
         _check_whole(network.model)
+        with self._ranks.agreeing("saving a checkpoint") as check:
+            network.check_masked()
+            check()
         # Each process draws numbers, and counts at activations, on its own.
         every = self._ranks.gather((checkpoint.random_state(network.model), network.activations.state_dict()))
         random, counted = map(list, zip(*every, strict=True))
@@ -137,8 +143,10 @@ class Resumable:
         Raises:
             OSError: ``path`` cannot be read.
             ValueError: the file is truncated or no checkpoint, or is of another network, optimizer or
-                settings, or the model is sharded. Nothing has been changed in these cases.
-            RuntimeError: one of these happened in another process, or they read different files.
+                settings, or the model is sharded.
+            RuntimeError: one of these happened in another process, or they read different files. Nothing has
+                been changed in all these cases, or after whatever else is raised; Ctrl-C waits until
+                everything is loaded.
         """
         network = self._network
         _check_whole(network.model)
@@ -152,14 +160,17 @@ class Resumable:
             shapes = network.shapes(network.check_state(state))
             checkpoint.check(content, network.model, self._optimizer, network.also, shapes)
             check(state["step"], state["channels"].numpy())
-        self.load_state_dict(state, also)
-        network.model.load_state_dict(content["model"])
-        self._optimizer.load_state_dict(content["optimizer"])
-        for module, own in zip(network.also, content["also"], strict=True):
-            module.load_state_dict(own)
-        checkpoint.set_random_state(
-            content["random"][self._ranks.rank % len(content["random"])], network.model
-        )
+        with all_or_nothing() as undo, self._ranks.agreeing(f"loading {os.fspath(path)!r}") as check:
+            self._go_on_from(state, also, undo)
+            checkpoint.restored_by(undo, (network.model, *network.also), self._optimizer)
+            network.model.load_state_dict(content["model"])
+            self._optimizer.load_state_dict(content["optimizer"])
+            for module, own in zip(network.also, content["also"], strict=True):
+                module.load_state_dict(own)
+            checkpoint.set_random_state(
+                content["random"][self._ranks.rank % len(content["random"])], network.model
+            )
+            check()
         extra: dict[str, Any] = content["extra"]
         return extra
 

@@ -22,15 +22,6 @@ def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
-@dataclass(frozen=True, eq=False)
-class UntrainedRows:
-    """Rows of a parameter that no optimizer updates: zeroed with their channel, never counted."""
-
-    param: nn.Parameter
-    dim: int
-    channels: np.ndarray
-
-
 class ChannelRows:
     """Which rows make up which channel, both ways.
 
@@ -39,7 +30,6 @@ class ChannelRows:
         channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned.
         is_gate: bool ``[R]``.
         is_producer: bool ``[R]``; the row is a filter: an output channel of a weight that makes the channel.
-        untrained: rows with channels of parameters that are not trained.
         numbers: int64 ``[C]``; what number each channel had before any was cut out of the model.
         total: how many channels there were then.
     """
@@ -49,7 +39,6 @@ class ChannelRows:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
-        self.untrained: list[UntrainedRows] = []
         self._trained = trained
         self._spans: dict[str, slice] = {}
         start = 0
@@ -61,7 +50,7 @@ class ChannelRows:
                 continue
             param = parameters[name]
             if id(param) not in trained:
-                self.untrained.append(UntrainedRows(param, slots.row_dim, of_rows))
+                # Zeroed with their channel, never counted.
                 continue
             self._spans[name] = slice(start, start + len(of_rows))
             tracked.append((param, slots.row_dim))
@@ -109,6 +98,10 @@ class ChannelRows:
         offsets = np.zeros(graph.num_channels + 1, np.int64)
         np.cumsum(np.bincount(channel[held], minlength=graph.num_channels), out=offsets[1:])
         return offsets, rows
+
+    def span(self, name: str) -> slice | None:
+        """Where the rows of a parameter lie in the flat arrays, None for one that is not trained."""
+        return self._spans.get(name)
 
     def select(self, chosen: np.ndarray, *, gates_only: bool = False) -> Tensor:
         """Bool ``[R]`` on the table's device: the rows of the channels chosen by the bool array ``[C]``."""

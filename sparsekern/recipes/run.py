@@ -134,12 +134,12 @@ def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
             f"the compact network differs from the masked one by {difference:.1e} of the output's "
             f"scale in float64, expected at most {TOLERANCE:.0e}; please report this"
         )
-    metrics = trainer.pruner.metrics()
+    widths = trainer.pruner.widths()
     return {
         "difference": difference,
-        "groups": metrics["group_names"],
-        "channels": metrics["channels"],
-        "kept": metrics["kept"],
+        "groups": list(widths),
+        "channels": [channels for _, channels in widths.values()],
+        "kept": [kept for kept, _ in widths.values()],
         "training_macs_share": _training_macs_share(trainer),
     }
 

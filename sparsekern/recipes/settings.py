@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern
-from sparsekern import allocate, criteria
-from sparsekern.prune.budget import UNITS
+from sparsekern import criteria
+from sparsekern.prune.budget import UNITS, check_unit
+from sparsekern.prune.names import ALLOCATORS, resolve_select
 
 from .errors import InputError
 from .metrics import output_channels
@@ -21,21 +22,6 @@ from .models.unet import Decoder
 
 VARIANTS: Mapping[str, Variant] = {"mobilenetv3": "large", "mobilenetv3-small": "small"}
 MODELS = ("unet", *VARIANTS)
-CRITERIA: Mapping[str, Callable[[], criteria.Criterion]] = {
-    "joint": criteria.default,
-    "gradient-count": criteria.GradientCount,
-    "magnitude": criteria.Magnitude,
-    "random": criteria.Random,
-    "redundancy": criteria.Redundancy,
-    "shuffled": lambda: criteria.Shuffled(criteria.default()),
-    "taylor": criteria.Taylor,
-}
-ALLOCATORS: Mapping[str, Callable[[], allocate.Allocator]] = {
-    "flat": allocate.Flat,
-    "global": allocate.Global,
-    "uniform": allocate.Uniform,
-}
-
 # The strongest reduction of resolution among the models; smaller images have no pixel left there.
 COARSEST = 32
 
@@ -140,17 +126,10 @@ def parse_select(text: str) -> criteria.Criterion:
     Raises:
         InputError: an unknown name.
     """
-    total: criteria.Criterion | None = None
-    for term in text.split("+"):
-        product: criteria.Criterion | None = None
-        for name in (name.strip() for name in term.split("*")):
-            if name not in CRITERIA:
-                raise InputError(f"--select: got {text!r}, expected {', '.join(CRITERIA)}, joined by * and +")
-            product = CRITERIA[name]() if product is None else product * CRITERIA[name]()
-        assert product is not None
-        total = product if total is None else total + product
-    assert total is not None
-    return total
+    try:
+        return resolve_select(text)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
 def build_model(settings: Settings, backbone: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -209,7 +188,7 @@ def build_pruner(
         optimizer,
         example,
         keep=settings.keep,
-        of=settings.of,
+        of=check_unit(settings.of),
         steps=settings.steps,
         select=parse_select(settings.select),
         allocate=ALLOCATORS[settings.allocate](),
