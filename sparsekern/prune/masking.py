@@ -216,8 +216,8 @@ class Masks:
             for name, dim in group.consumers:
                 channels = self._graph.tensors[name].channels[dim]
                 if undo is not None:
-                    mine = local(self._parameters[name])
-                    undo.callback(torch.no_grad()(mine.copy_), mine.clone())
+                    part = local(self._parameters[name])
+                    undo.callback(torch.no_grad()(part.copy_), part.clone())
                 with rewritten(self._parameters[name]) as weight:
                     _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
         return folded
