@@ -79,25 +79,20 @@ def rebuild(wrapper: Any, hooks: Sequence[tuple[Any, Any]]) -> None:
 
 
 class Rebuilding:
-    """New reducers for the wrappers of a model, or those that they had where something fails.
+    """New reducers for the wrappers of a model, also where something fails.
 
-    Made before the tensors change, so that ``undo`` restores the reducers after it has restored the tensors.
+    Made before the tensors change, so that ``undo`` rebuilds the reducers after it has restored the tensors.
+    It does so in every process, wherever that had got to: a new reducer agrees on its buckets with those of
+    the other processes, which have to be new, too.
     """
 
     def __init__(self, wrappers: Sequence[Any], undo: ExitStack) -> None:
         self._hooks = [(wrapper, list(wrapper._comm_hooks)) for wrapper in wrappers]
-        # The old reducers are not kept: two of them for one model disturb each other.
-        self._begun: list[tuple[Any, list[tuple[Any, Any]]]] = []
-        undo.callback(self._rebuild_begun)
+        undo.callback(self.carry_out)
 
     def carry_out(self) -> None:
-        """The tensors have their new sizes now."""
+        """The tensors have their sizes now."""
         for wrapper, hooks in self._hooks:
-            self._begun.append((wrapper, hooks))
-            rebuild(wrapper, hooks)
-
-    def _rebuild_begun(self) -> None:
-        for wrapper, hooks in self._begun:
             rebuild(wrapper, hooks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -71,10 +71,14 @@ def cut_all(
     optimizer: Optimizer | Unwrapped | None = None,
     also: Sequence[nn.Module] = (),
     state_cutter: StateCutter | None = None,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """As :func:`shrink`, as a part of a larger change; ``undo`` is told what restores everything.
+    """As :func:`shrink`, as a part of a larger change.
 
-    All that is new is made before the first thing changes.
+    Args:
+        undo: is told what restores everything.
+        ready: called when all that is new has been made, and before the first thing changes; several
+            processes agree there that each of them has got so far.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
@@ -88,6 +92,7 @@ def cut_all(
         check_rebuildable(wrapper)
     for surgery in (live, *copies):
         surgery.prepare()
+    ready()
     rebuilding = Rebuilding(wrappers, undo)
     for surgery in (live, *copies):
         surgery.carry_out(undo)
@@ -155,10 +160,7 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
     """The same surgery for a copy of the model, which may be wrapped."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{label}: got {type(module).__name__}, expected an nn.Module")
-    own = unwrap(module)
-    # AveragedModel and the wrappers for several processes call what is inside `module`.
-    inside = getattr(own, "module", None)
-    for candidate in (own, unwrap(inside) if isinstance(inside, nn.Module) else own):
+    for candidate in _candidates(module):
         tensors = registered(candidate)
         known = {name for entry in tensors for name in entry.names}
         if known.issuperset(live.plan.tensors):
@@ -170,8 +172,26 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
                 raise ValueError(f"{label}: not a copy of the model as it is: {error}") from None
     missing = sorted(live.plan.tensors.keys() - known)
     raise ValueError(
-        f"{label}: got a {type(own).__name__} without {shorten(missing)}, expected a copy of the model"
+        f"{label}: got a {type(unwrap(module)).__name__} without {shorten(missing)}, expected a copy of the "
+        f"model"
     )
+
+
+def inside(module: nn.Module, names: Iterable[str]) -> nn.Module:
+    """The copy of the model that ``module`` is or wraps: it has tensors of all these names."""
+    wanted = set(names)
+    return next(
+        candidate
+        for candidate in _candidates(module)
+        if wanted.issubset(name for entry in registered(candidate) for name in entry.names)
+    )
+
+
+def _candidates(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    own = unwrap(module)
+    # AveragedModel and the wrappers for several processes call what is inside `module`.
+    within = getattr(own, "module", None)
+    return own, unwrap(within) if isinstance(within, nn.Module) else own
 
 
 def _check_whole(tensors: Sequence[Registered], label: str) -> None:

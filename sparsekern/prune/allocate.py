@@ -227,6 +227,14 @@ class Global(Allocator):
         return candidates[np.lexsort((-candidates, monotone))]
 
 
+WITHOUT_DATA = Global(balance=0.75)
+"""For saliencies that no gradient has entered: a norm of weights is not in units of the loss.
+
+Divided by what a channel costs it leaves the first layers, whose channels cost most, at the reserved width
+and cuts nothing else; norms that are taken relative to their group do the same. So more width is reserved.
+"""
+
+
 @dataclass(frozen=True)
 class Uniform(Allocator):
     """The same share of every group stays: the control for widths."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sparsekern.prune.allocate import Allocator, Problem
+from sparsekern.prune.budget import check_feasible, first_feasible
 from sparsekern.prune.criteria import Criterion, Partners, saliency
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.network import Network
@@ -83,6 +85,38 @@ class Policy:
             network.widths,
             pricing,
         )
+
+    def rounded(
+        self, network: Network, choices: Sequence[int], keep: float, time: Callable[[int], None]
+    ) -> Policy:
+        """The same with the first of ``choices`` for ``round_to`` that ``keep`` can be met with.
+
+        ``time`` finds the latency of the network for one of them, where that is the cost.
+
+        Raises:
+            ValueError: there is none, see :func:`sparsekern.prune.budget.check_feasible`.
+        """
+        everything = np.ones(network.graph.num_channels, bool)
+
+        def problem_of(multiple: int) -> Problem:
+            if self.of == "latency":
+                time(multiple)
+            own = replace(self, round_to=multiple)
+            return own.problem(network, np.zeros(len(everything)), everything, keep)
+
+        return replace(self, round_to=first_feasible(choices, problem_of, keep).round_to)
+
+    def widths(self, network: Network, share: float, of: str | None = None) -> np.ndarray:
+        """The channels (bool ``[C]``) that would stay if the budget were ``share`` from now on.
+
+        Raises:
+            ValueError: floors and frozen layers do not allow that.
+        """
+        live = network.masks.unmasked
+        statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
+        problem = self.problem(network, self.saliency(statistics), statistics.live, share, of)
+        check_feasible(problem, share)
+        return self.allocate(problem)
 
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
         """The least salient channels that have to go, and the next in line. Changes nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -95,13 +95,15 @@ class Events:
                 if event is not None:
                     choice = self._policy.choose(network, event, self.schedule.after(due))
                 check(due, rates, declined, *(choice.parts() if choice is not None else ()))
-            with all_or_nothing() as undo, ranks.agreeing(f"masks after step {due}") as check:
-                self._carry_out(declined, choice, undo)
-                check()
+            with all_or_nothing() as undo, ranks.changing(f"masking after step {due}") as (ready, done):
+                self._carry_out(declined, choice, undo, ready)
+                done()
         self._rates.forget()
         self._warn_of_nonfinite()
 
-    def _carry_out(self, declined: np.ndarray, choice: Choice | None, undo: ExitStack) -> None:
+    def _carry_out(
+        self, declined: np.ndarray, choice: Choice | None, undo: ExitStack, ready: Callable[[], object]
+    ) -> None:
         network = self._network
         undo.callback(setattr, self, "next", self.next)
         network.masks.restored_by(undo)
@@ -110,7 +112,9 @@ class Events:
             choice.carry_out(network.masks, undo)
         if self._shrinks:
             # After everything that reads the statistics, and once: every cut costs a recompilation.
-            network.shrink(undo)
+            network.shrink(undo, ready=ready)
+        else:
+            ready()
         self.next = self._next_step()
 
     def _next_step(self) -> int | None:

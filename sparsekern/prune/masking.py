@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 
 import numpy as np
@@ -14,7 +15,7 @@ from sparsekern._sharding import local, rewritten
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.activations import Activations
 from sparsekern.prune.criteria import Partners
-from sparsekern.prune.places import Kind, clear, places, unclean
+from sparsekern.prune.places import Kind, clear, places, tensors_of, unclean
 from sparsekern.prune.statistics import ChannelRows
 
 LIVE, CONDEMNED, MASKED = range(3)
@@ -35,8 +36,12 @@ class Masks:
         optimizer_state: Callable[[nn.Parameter], Iterable[Tensor]],
         activations: Activations | None = None,
         model: nn.Module | None = None,
+        copies: Sequence[nn.Module] = (),
     ) -> None:
-        """All channels live; ``model`` is only needed for what looks at buffers."""
+        """All channels live.
+
+        ``model`` is only needed for what looks at buffers; ``copies`` of it are masked alike.
+        """
         self.state = np.full(graph.num_channels, LIVE, np.int8)
         self._graph = graph
         self._rows = rows
@@ -45,6 +50,7 @@ class Masks:
         self._activations = activations
         self._places = places(graph)
         self._model = model
+        self._copies = tuple(copies)
 
     @property
     def live(self) -> np.ndarray:
@@ -109,8 +115,8 @@ class Masks:
         """
         masked = self.state == MASKED
         ended = (self._rows.table.countdown == 0).cpu().numpy()
-        tensors = self._tensors()
-        for place in self._places:
+        held = [self._tensors(), *map(tensors_of, self._copies)]
+        for place, tensors in itertools.product(self._places, held):
             tensor = tensors.get(place.name)
             if tensor is None or (only is not None and id(tensor) not in only):
                 continue
@@ -132,10 +138,11 @@ class Masks:
         Those are rows that are not zero, and NaN or infinity in the columns that read them or in their
         running statistics. Of a sharded model those that this process holds.
         """
-        masked, tensors = self.state == MASKED, self._tensors()
-        found = [(place, place.of(masked)) for place in self._places if place.name in tensors]
-        count = np.zeros(len(self.state), np.int64)
-        if masked.any():
+        masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
+        if not masked.any():
+            return count
+        for tensors in (self._tensors(), *map(tensors_of, self._copies)):
+            found = [(place, place.of(masked)) for place in self._places if place.name in tensors]
             for (place, _), bad in zip(found, unclean(tensors, found), strict=True):
                 np.add.at(count, place.channels[bad], 1)
         return count
@@ -216,8 +223,8 @@ class Masks:
             for name, dim in group.consumers:
                 channels = self._graph.tensors[name].channels[dim]
                 if undo is not None:
-                    part = local(self._parameters[name])
-                    undo.callback(torch.no_grad()(part.copy_), part.clone())
+                    held = local(self._parameters[name])
+                    undo.callback(torch.no_grad()(held.copy_), held.clone())
                 with rewritten(self._parameters[name]) as weight:
                     _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
         return folded

@@ -54,14 +54,14 @@ def resolve_select(select: object) -> criteria.Criterion:
     return total
 
 
-def resolve_allocate(allocator: object) -> allocate.Allocator:
+def resolve_allocate(allocator: object, default: allocate.Allocator | None = None) -> allocate.Allocator:
     """The allocator that an argument ``allocate`` means: one, its name, or None for the default.
 
     Raises:
         ValueError: it is none of these.
     """
     if allocator is None:
-        return allocate.Global()
+        return allocate.Global() if default is None else default
     if isinstance(allocator, allocate.Allocator):
         return allocator
     if isinstance(allocator, str) and _plain(allocator) in ALLOCATORS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparsekern.compact import Plan, check_copies, make_plan
 from sparsekern.compact._load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.plan import shorten
-from sparsekern.compact.shrink import cut_all
+from sparsekern.compact.shrink import cut_all, inside
 from sparsekern.compact.surgery import match, registered
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel, measure
@@ -76,8 +76,8 @@ class Network:
         self.widths = np.array([len(group.channels) for group in graph.groups])
         self.rows = ChannelRows(model, graph, trained_by(self.optimizer), decay=decay)
         self.activations = Activations(model, graph, counting=counting, decay=decay)
-        self.masks = self._masks()
         self.also = tuple(also)
+        self.masks = self._masks()
         self._state_cutter = state_cutter
         self._removed = Plan({})
         self._loads: list[Any] = []
@@ -255,7 +255,9 @@ class Network:
             # A load puts another dict in the place of the optimizer's state.
             return optim.state_tensors(*unwrapped.states)(param)
 
-        return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model)
+        names = self.graph.tensors.keys()
+        copies = [inside(module, names) for module in self.also]
+        return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model, copies)
 
     def detach(self) -> None:
         """Take the rows off the optimizer, and the masks off the modules."""
@@ -270,22 +272,28 @@ class Network:
         """What stays of the model before any channel was cut, when ``kept`` (bool ``[C]``) stays now."""
         return self._removed.then(make_plan(self.graph, kept))
 
-    def shrink(self, undo: ExitStack, also: Sequence[nn.Module] = ()) -> bool:
+    def shrink(
+        self, undo: ExitStack, also: Sequence[nn.Module] = (), ready: Callable[[], object] = lambda: None
+    ) -> bool:
         """Cut the masked channels out of everything; whether there were any.
 
         Args:
             undo: is told what restores everything.
+            ready: called before the first thing changes.
             also: further copies of the model.
 
         Raises:
             TypeError, ValueError: see :func:`sparsekern.compact.shrink`.
         """
         if self.masks.unmasked.all():
+            ready()
             return False
-        self._cut(self.masks.unmasked, also, undo)
+        self._cut(self.masks.unmasked, also, undo, ready)
         return True
 
-    def _cut(self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack) -> None:
+    def _cut(
+        self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack, ready: Callable[[], object]
+    ) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
         copies = [*self.also, *(module for module in also if module not in self.also)]
         # Undone in the opposite order: the tensors get their sizes back before the old table takes over.
@@ -293,7 +301,13 @@ class Network:
             undo.callback(self._handle.replace, self.rows.table)
         undo.callback(vars(self).update, dict(vars(self)))
         cut_all(
-            self.model, plan, undo, optimizer=self._unwrapped, also=copies, state_cutter=self._state_cutter
+            self.model,
+            plan,
+            undo,
+            optimizer=self._unwrapped,
+            also=copies,
+            state_cutter=self._state_cutter,
+            ready=ready,
         )
         state = self.masks.state[kept]
         self.rows = self.rows.restricted(self.model, graph, kept)
@@ -352,16 +366,24 @@ class Network:
             Activations.check(state.get("activations"), self.activations.restricted_state(kept))
         return kept
 
-    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module], undo: ExitStack) -> None:
-        """Go on from :meth:`state_dict`, cut to its size; ``undo`` is told what restores everything.
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        also: Sequence[nn.Module],
+        undo: ExitStack,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Go on from :meth:`state_dict`, cut to its size; ``undo`` and ``ready`` are as for :meth:`shrink`.
 
         Raises:
             KeyError, TypeError, ValueError: see :meth:`check_state` and :func:`sparsekern.compact.shrink`.
         """
         kept = self.check_state(state)
         self.masks.restored_by(undo)
-        if not kept.all():
-            self._cut(kept, also, undo)
+        if kept.all():
+            ready()
+        else:
+            self._cut(kept, also, undo, ready)
         self.rows.table.load_state_dict(dict(state["rows"]))
         if self.activations.counting:
             self.activations.load_state_dict(state["activations"])

@@ -20,7 +20,7 @@ from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.prune import criteria
 from sparsekern.prune.activations import Activations
-from sparsekern.prune.allocate import Allocator, Problem
+from sparsekern.prune.allocate import WITHOUT_DATA, Allocator, Problem
 from sparsekern.prune.budget import (
     Unit,
     check_keep,
@@ -79,10 +79,12 @@ def prune_once(
     Args:
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
-            ``allocate``, ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
+            ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
         select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
             which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
             nor a loss.
+        allocate: as for :class:`sparsekern.Pruner`; where ``select`` needs no gradients the default keeps
+            every group at 3/4 of an even cut at least, ``Global(balance=0.75)``.
         calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
             them. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments. Where
             no gradients are needed, an element may also be such inputs by themselves, but for a pair.
@@ -103,7 +105,8 @@ def prune_once(
         ValueError: an argument is out of range or missing, as above, or both of these are given.
     """
     share, of = check_keep(keep), check_unit(of)
-    select, allocate = resolve_select(select), resolve_allocate(allocate)
+    select = resolve_select(select)
+    allocate = resolve_allocate(allocate, None if select.needs_gradients else WITHOUT_DATA)
     given = Calibration(calibration, batches, loss, forward_loss)
     _check_calibration(select, given)
     model = unwrap(model)

@@ -5,31 +5,26 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, check_cuttable, compact, make_plan
-from sparsekern.compact._atomic import all_or_nothing
+from sparsekern.compact._atomic import all_or_nothing, uninterrupted
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
 from sparsekern.optim import unwrap_optimizer
-from sparsekern.prune import criteria
-from sparsekern.prune.allocate import Allocator, Problem
+from sparsekern.prune import criteria, progress
+from sparsekern.prune.allocate import Allocator
 from sparsekern.prune.budget import (
     Unit,
-    check_feasible,
     check_keep,
     check_unit,
-    first_feasible,
     resolve_floors,
     round_to_choices,
 )
@@ -38,7 +33,7 @@ from sparsekern.prune.decision import Policy
 from sparsekern.prune.events import Events, unfinished
 from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
-from sparsekern.prune.masking import CONDEMNED, Masks
+from sparsekern.prune.masking import Masks
 from sparsekern.prune.names import resolve_allocate, resolve_select
 from sparsekern.prune.network import Network
 from sparsekern.prune.optimizer_check import StateCheck, check_state
@@ -47,7 +42,7 @@ from sparsekern.prune.probe import loss_to_time
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.statistics import ChannelRows, gather, trained_by
+from sparsekern.prune.statistics import ChannelRows, trained_by
 from sparsekern.prune.watch import Watch, abandoned
 
 
@@ -93,7 +88,8 @@ class Pruner(Resumable):
             step costs what the smaller network costs. What is condemned at one event leaves at the next, so
             the training costs the area under a staircase of ``events`` steps, see
             :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
-        also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
+        also: copies of the model that are masked and cut alike, such as an ``AveragedModel`` of
+            ``torch.optim.swa_utils``.
         state_cutter: for an optimizer that keeps state of another shape than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
         cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
@@ -148,11 +144,9 @@ class Pruner(Resumable):
         given, model = model, unwrap(model)
         if shrink:
             check_cuttable(model)
-        unwrapped = unwrap_optimizer(optimizer)
-        self._optimizer = optimizer = unwrapped.optimizer
+        self._optimizer = optimizer = (unwrapped := unwrap_optimizer(optimizer)).optimizer
         orphans = abandoned(optimizer, model)
-        checks_state = shrink and state_cutter is None
-        if checks_state:
+        if checks_state := shrink and state_cutter is None:
             check_state(unwrapped)
         self._steps = steps
         self._example = as_arguments(example_inputs, example_kwargs)
@@ -163,7 +157,7 @@ class Pruner(Resumable):
             allocate,
             of,
             resolve_floors(min_channels, graph),
-            1,
+            1,  # until it is known what the network is wide enough for
             float(penalty),
         )
         choices = round_to_choices(round_to, model, self._shrinks)
@@ -180,7 +174,8 @@ class Pruner(Resumable):
         )
         check_counted(self._policy.select, self._network.activations)
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
-        first_feasible(choices, functools.partial(self._rounded, cache), self._keep)
+        time = functools.partial(self._network.time, self._example, cache=cache, ranks=self._ranks)
+        self._policy = self._policy.rounded(self._network, choices, self._keep, time)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
         self._events = Events(self._network, self._policy, self._schedule, self._ranks, shrinks=self._shrinks)
@@ -203,13 +198,7 @@ class Pruner(Resumable):
         self._seconds = perf_counter() - begin
 
     def __repr__(self) -> str:
-        done, of = self.metrics(), self._policy.of
-        share = self._network.share(of, self._masks.unmasked)
-        return (
-            f"Pruner({type(self._network.model).__name__}, {type(self._optimizer).__name__}, "
-            f"keep={self._keep:g}, of={of!r}, step {done['step']} of {self._steps}: "
-            f"{share:.1%} of {of} left, {'finished' if self.finished else 'not finished'})"
-        )
+        return progress.described(self._network, self._events, self._keep, self._policy.of, self._steps)
 
     @property
     def graph(self) -> ChannelGraph:
@@ -258,13 +247,7 @@ class Pruner(Resumable):
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
         self._rows.table.settle()
-        network = self._network
-        statistics = gather(
-            self._rows, self.graph, self._masks.unmasked, network.parameters, network.activations
-        )
-        problem = self._problem(self._policy.saliency(statistics), statistics.live, share, of)
-        check_feasible(problem, share)
-        return self._network.plan(self._policy.allocate(problem))
+        return self._network.plan(self._policy.widths(self._network, share, of))
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels, computing exactly what the masked model computes.
@@ -306,10 +289,10 @@ class Pruner(Resumable):
             RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed then,
                 or after whatever else is raised; Ctrl-C waits until everything is smaller.
         """
-        with all_or_nothing() as undo, self._ranks.agreeing("shrinking the model") as check:
+        with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
             self._network.check_masked()
-            cut = self._network.shrink(undo, also)
-            check()
+            cut = self._network.shrink(undo, also, ready)
+            done()
         return cut
 
     def remask(self) -> int:
@@ -382,8 +365,9 @@ class Pruner(Resumable):
         Returns:
             How many channels were saved.
         """
-        self._rows.table.settle()
-        return int(self._masks.pardon().sum())
+        with uninterrupted():
+            self._rows.table.settle()
+            return int(self._masks.pardon().sum())
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
@@ -397,48 +381,14 @@ class Pruner(Resumable):
         were at first; ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out
         of the statistics; ``finished``: 0 or 1. Widths of layers are in :meth:`widths`.
         """
-        self._rows.table.settle()
-        unmasked = self._masks.unmasked
-        cost = self.graph.cost(unmasked)
-        return {
-            "step": self._events.done(),
-            "macs": int(cost.macs),
-            "params": int(cost.params),
-            "macs_share": cost.macs / max(self._network.whole.macs, 1),
-            "params_share": cost.params / max(self._network.whole.params, 1),
-            "kept": int(unmasked.sum()),
-            "channels": self._rows.total,
-            "condemned": int((self._masks.state == CONDEMNED).sum()),
-            "nonfinite": int(self._rows.table.nonfinite),
-            "finished": int(self.finished),
-        }
+        return progress.metrics(self._network, self._events)
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """How wide each group is: ``{name: (channels that are not masked, channels at first)}``.
 
         A name that several groups have is followed by ``#2`` and so on from the second one on.
         """
-        self._rows.table.settle()
-        unmasked, found = self._masks.unmasked, dict[str, tuple[int, int]]()
-        seen: Counter[str] = Counter()
-        for group, width in zip(self.graph.groups, self._network.widths.tolist(), strict=True):
-            seen[group.name] += 1
-            name = group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}"
-            found[name] = int(unmasked[group.channels].sum()), width
-        return found
-
-    def _problem(
-        self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
-    ) -> Problem:
-        return self._policy.problem(self._network, saliency, live, share, of)
-
-    def _rounded(self, cache: str | os.PathLike[str] | None, multiple: int) -> Problem:
-        """What the last event decides about, from now on with widths that are multiples of ``multiple``."""
-        self._policy = replace(self._policy, round_to=multiple)
-        if self._policy.of == "latency":
-            self._network.time(self._example, multiple, cache, self._ranks)
-        everything = np.ones(self.graph.num_channels, bool)
-        return self._problem(np.zeros(len(everything)), everything, self._keep)
+        return progress.widths(self._network)
 
     def _warn_of_unfinished(self) -> None:
         """Once for every state, when what is made of the model now is not what was asked for."""

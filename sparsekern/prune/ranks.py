@@ -69,6 +69,22 @@ class Ranks:
                 self._exchange(None)
             raise
 
+    @contextmanager
+    def changing(self, what: str) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        """Gives two functions: called before the first change and after the last one, both by all processes.
+
+        Each of them raises where another process has failed before it got there, so that a change that is
+        undone where the block fails is undone everywhere.
+
+        Args:
+            what: is being done, for the message.
+
+        Raises:
+            RuntimeError: another process has failed; names its rank.
+        """
+        with self.agreeing(what) as done, self.agreeing(what) as ready:
+            yield ready, done
+
     def first(self, values: np.ndarray) -> np.ndarray:
         """What ``values`` (float64, of equal shapes) are in the first of the processes."""
         if self.size == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,8 +62,14 @@ class Resumable:
         with all_or_nothing() as undo:
             self._go_on_from(state, also, undo)
 
-    def _go_on_from(self, state: Mapping[str, Any], also: Sequence[nn.Module], undo: ExitStack) -> None:
-        self._network.load_state_dict(state, also, undo)
+    def _go_on_from(
+        self,
+        state: Mapping[str, Any],
+        also: Sequence[nn.Module],
+        undo: ExitStack,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._network.load_state_dict(state, also, undo, ready)
         self._events.load_state_dict(state, undo)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -160,8 +166,8 @@ class Resumable:
             shapes = network.shapes(network.check_state(state))
             checkpoint.check(content, network.model, self._optimizer, network.also, shapes)
             check(state["step"], state["channels"].numpy())
-        with all_or_nothing() as undo, self._ranks.agreeing(f"loading {os.fspath(path)!r}") as check:
-            self._go_on_from(state, also, undo)
+        with all_or_nothing() as undo, self._ranks.changing(f"loading {os.fspath(path)!r}") as (ready, done):
+            self._go_on_from(state, also, undo, ready)
             checkpoint.restored_by(undo, (network.model, *network.also), self._optimizer)
             network.model.load_state_dict(content["model"])
             self._optimizer.load_state_dict(content["optimizer"])
@@ -170,7 +176,7 @@ class Resumable:
             checkpoint.set_random_state(
                 content["random"][self._ranks.rank % len(content["random"])], network.model
             )
-            check()
+            done()
         extra: dict[str, Any] = content["extra"]
         return extra
 

@@ -62,7 +62,7 @@ def idle(optimizer: Optimizer, table: RowTable, ranks: Ranks) -> bool:
         return not table.trained() if isinstance(table, ShardedTable) else True
     # The first gradient ends the search. Other processes may have some where this one has none.
     given = (param.grad is not None for group in optimizer.param_groups for param in group["params"])
-    return ranks.size == 1 and not any(given) and not works_in_backward(optimizer)
+    return ranks.size == 1 and not works_in_backward(optimizer) and not any(given)
 
 
 class Rates:

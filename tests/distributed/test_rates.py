@@ -59,7 +59,7 @@ def test_steps_that_train_nothing_are_alike_everywhere() -> None:
 
 
 def _state_of_one() -> int:
-    """One process alone lets torch.distributed.checkpoint make its optimizer's state (SGD counts no steps)."""
+    """One process alone lets torch.distributed.checkpoint make SGD's state, which counts no steps."""
     own = start("parallel", optimizer="ours SGD")
     if dist.get_rank() == 0:
         get_state_dict(own.inner, own.optimizer)

@@ -13,7 +13,7 @@ import torch
 from prune.networks import Plain, batch, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import sparsekern
 from sparsekern import Pruner
@@ -316,3 +316,23 @@ def test_a_step_in_the_backward_pass_leaves_them_zero() -> None:
     train(model, optimizer, range(10, STEPS), DOUBLE)
     assert pruner.finished
     assert_exact(model, pruner)
+
+
+def test_averages_given_to_the_pruner_are_masked_with_the_model() -> None:
+    torch.manual_seed(0)
+    model = Plain(8).double()
+    optimizer = OPTIMIZERS["sparsekern.AdamW"](model.parameters())
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    pruner = Pruner(model, optimizer, batch(0, dtype=DOUBLE), keep=0.3, steps=STEPS, events=3, also=[average])
+    for step in range(STEPS):
+        train(model, optimizer, range(step, step + 1), DOUBLE)
+        average.update_parameters(model)
+    small = sparsekern.compact(average.module, pruner.plan())
+    assert sparsekern.verify(average.module, small, batch(99, dtype=DOUBLE)) < 1e-12
+    assert not torch.equal(average.module.head.bias, model.head.bias)
+    average.module.load_state_dict(dense())
+    with pytest.raises(RuntimeError, match="masked rows"):
+        pruner.plan()
+    assert pruner.remask()
+    small = sparsekern.compact(average.module, pruner.plan())
+    assert sparsekern.verify(average.module, small, batch(99, dtype=DOUBLE)) < 1e-12
