@@ -336,8 +336,6 @@ def channels(table: RowTable | ChannelArrays) -> None:
     arrays = {f"table.{name}": [getattr(table, name)] for name in shapes}
     own = {name: array for name, array in arrays.items() if "gate" not in name}
     _written(own, {name: array for name, array in arrays.items() if name not in own})
-    if not 0 <= table.decay < 1:
-        number("table.decay", table.decay, 0, 1, open_high=True)
     if table.gate_rows.device.type == "cpu" and not isinstance(table.gate_rows, FakeTensor):
         check_gates(table.gate_offsets.numpy(), table.gate_rows.numpy(), rows)
 

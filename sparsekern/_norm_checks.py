@@ -95,7 +95,7 @@ def check_forward_op(
     operands = (x, residual, weight, bias, running_mean, running_var, mask)
     check(*operands, found, activation, training, eps, 0.0)
     names = ("x", "residual", "weight", "bias", "running_mean", "running_var", "mask")
-    check_memory({}, dict(zip(names, operands, strict=True)))
+    check_memory({}, dict(zip(names, operands, strict=True)) | named_counts(found))
 
 
 def check_backward_op(

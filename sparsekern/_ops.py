@@ -302,6 +302,8 @@ def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay
 def _fold(table: RowTable | ChannelArrays) -> None:
     device = table.sums.device
     backend = choose(device)
+    if not 0 <= table.decay < 1:
+        _checks.number("decay", table.decay, 0, 1, open_high=True)
     # Native code for the CPU compares the arrays where it reads their addresses.
     if not getattr(backend, "CHECKS_MEMORY", False) or type(table.sums) is FakeTensor:
         _checks.channels(table)

@@ -157,7 +157,8 @@ def memory_shapes(
 
 def memory_shape(param: Tensor, start: int, dim: int) -> tuple[int, int, int, int] | None:
     """``(outer, rows, inner, start)`` of a tensor as it lies; None when it has holes or no elements."""
-    if type(param) not in (Parameter, Tensor) or param.numel() == 0 or param.is_neg():
+    is_plain = type(param) in (Parameter, Tensor) and param.layout is torch.strided and not param.is_neg()
+    if not is_plain or param.numel() == 0:
         return None
     order = sorted((d for d in range(param.dim()) if param.shape[d] != 1), key=lambda d: -param.stride()[d])
     span = 1

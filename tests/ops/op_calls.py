@@ -258,7 +258,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "window": _window,
     "gaps": lambda t: torch.stack([t, t], -1)[..., 0],
     "reversed memory": lambda t: _reversed(_reversed(t).contiguous()),
-    "negated": lambda t: torch._neg_view(t.clone()),
+    "negated": lambda t: torch._neg_view(t.clone()) if t.is_floating_point() else t,
     "cut": _cut,
     "inference": _inference,
     "fake": _fake,

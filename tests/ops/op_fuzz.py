@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 import torch
 from ops.op_calls import (
+    ALIASES,
+    LISTS,
     NUMBERS,
     STRINGS,
     TENSORS,
@@ -79,6 +81,8 @@ def apply(call: Arguments, spoil: Spoil, draw: random.Random) -> None:
 
 
 def _list(value: list[Any], how: str) -> Any:
+    if how not in LISTS:
+        return value
     extra = [value[0].clone() if isinstance(value[0], Tensor) else 0] if value else []
     return {
         "without the last": value[:-1],
@@ -93,12 +97,12 @@ def _list(value: list[Any], how: str) -> Any:
 def _one(call: Arguments, value: Any, spoil: Spoil, draw: random.Random) -> Any:
     how = spoil.how
     if isinstance(value, str):
-        return STRINGS[how]
+        return STRINGS.get(how, value)
     if isinstance(value, (int, float)):
-        return NUMBERS[how]
-    if not isinstance(value, Tensor) or type(value) is not Tensor or value.layout is not torch.strided:
+        return NUMBERS.get(how, value)
+    if not _is_plain(value) or how not in (*TENSORS, *ALIASES):
         return value
-    if how in ("same as", "overlaps"):
+    if how in ALIASES:
         return _alias(call, value, how, draw)
     try:
         spoilt = TENSORS[how](value)
@@ -122,18 +126,24 @@ def _one(call: Arguments, value: Any, spoil: Spoil, draw: random.Random) -> Any:
 def _alias(call: Arguments, value: Tensor, how: str, draw: random.Random) -> Tensor:
     """Another tensor of the call, of this shape if there is one; or one that lies half in its memory."""
     flat = [t for v in call.given.values() for t in (v if isinstance(v, list) else [v])]
-    others = [t for t in flat if type(t) is Tensor and t is not value and t.layout is torch.strided]
+    others = [t for t in flat if t is not value and _is_plain(t)]
     same = [t for t in others if t.shape == value.shape and t.dtype is value.dtype]
     if not same:
         return draw.choice(others)
     other = draw.choice(same)
-    if how == "same as":
+    if how == "same as" or value.numel() < 2:
         return other
     at = next((i for i, b in enumerate(call.buffers) if _lies_in(other, b)), None)
     if at is None:
         return other
-    shift = max(0, other.storage_offset() - max(1, value.numel() // 2))
+    shift = max(0, other.storage_offset() - value.numel() // 2)
     return call.buffers[at].as_strided(value.shape, value.stride(), shift)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that can be spoilt further."""
+    strided = type(value) is Tensor and value.layout is torch.strided
+    return strided and not value.is_nested and not value.is_quantized
 
 
 def _lies_in(tensor: Tensor, buffer: Tensor) -> bool:
