@@ -23,13 +23,21 @@ class Unwrapped:
 
     Attributes:
         optimizer: its steps move the parameters, and run step hooks.
-        states: ``optimizer.state``, then further state per parameter that wrappers keep (slow weights).
+        holders: the optimizer, its parts and the wrappers, which may keep state per parameter.
         parts: optimizers that ``optimizer`` deals its parameters out to, as ZeroRedundancyOptimizer does.
     """
 
     optimizer: Optimizer
-    states: tuple[State, ...]
+    holders: tuple[object, ...]
     parts: tuple[Optimizer, ...]
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """``optimizer.state``, then further state per parameter that wrappers keep (slow weights).
+
+        As they are now: ``load_state_dict`` puts another dict in the place of ``optimizer.state``.
+        """
+        return _distinct_states(self.holders)
 
 
 def unwrap_optimizer(given: object) -> Unwrapped:
@@ -52,10 +60,10 @@ def unwrap_optimizer(given: object) -> Unwrapped:
     if found is None:
         raise TypeError(f"optimizer: got {_described(given)}, {_EXPECTED}")
     parts = tuple(held for _, held in _held(found))
-    states = _distinct_states((found, *parts, *wrappers))
+    unwrapped = Unwrapped(found, (found, *parts, *wrappers), parts)
     for wrapper in wrappers:
-        _check_wrapper(wrapper, found, states)
-    return Unwrapped(found, states, parts)
+        _check_wrapper(wrapper, found, unwrapped.states)
+    return unwrapped
 
 
 def _innermost(given: object) -> tuple[Optimizer | None, list[object]]:

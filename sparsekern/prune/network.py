@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern import optim
 from sparsekern._rows import RowTable
@@ -249,7 +249,12 @@ class Network:
         return count
 
     def _masks(self) -> Masks:
-        state = optim.state_tensors(*self._unwrapped.states)
+        unwrapped = self._unwrapped
+
+        def state(param: Tensor) -> list[Tensor]:
+            # A load puts another dict in the place of the optimizer's state.
+            return optim.state_tensors(*unwrapped.states)(param)
+
         names = self.graph.tensors.keys()
         copies = [inside(module, names) for module in self.also]
         return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model, copies)

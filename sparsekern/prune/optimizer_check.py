@@ -45,7 +45,7 @@ def check_state(unwrapped: Unwrapped) -> None:
         probe = _stepped(optimizer, size)
         if probe is None:
             return
-        _check(optimizer, Unwrapped(probe, (probe.state,), ()))
+        _check(optimizer, Unwrapped(probe, (probe,), ()))
         grown.append({name: shapes for name, shapes in _held_shapes(probe)})
     for name in grown[0]:
         if grown[0][name] != grown[1].get(name):
