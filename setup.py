@@ -1,8 +1,10 @@
 """Builds the native kernels with ninja: for the CPU where there is a compiler, for CUDA where there is nvcc.
 
-Everything else about the package stands in pyproject.toml. torch is not needed: the kernels take addresses.
+Everything else about the package stands in pyproject.toml, except for what depends on the address of the
+repository. torch is not needed: the kernels take addresses.
 
 Environment:
+    SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository, for the links of the package's page.
     SPARSEKERN_NO_NATIVE=1: build no native code; the package then runs on its reference backend.
     SPARSEKERN_NO_CUDA=1: build no CUDA kernels.
     SPARSEKERN_SANITIZE=1: build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,13 +23,16 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
+from email.parser import HeaderParser
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CSRC = Path(__file__).parent / "csrc"
+ROOT = Path(__file__).resolve().parent
+# Relative to ROOT, where ninja runs: an unpacked sdist can go on with the objects of its tree.
+CSRC = Path("csrc")
 
 # No fused multiply-add and no reassociation: all instruction sets compute the same bits. The two relaxations
 # change no result; they let the compiler vectorise square roots and selections.
@@ -127,6 +133,7 @@ def ninja_text(target: Path, build: Path) -> str:
     sanitize = SANITIZE_FLAGS if os.environ.get("SPARSEKERN_SANITIZE") == "1" else ""
     link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
+        f"builddir = {escape(build)}",
         f"cxx = {shlex.join(command)}",
         "rule compile",
         f"  command = $cxx {COMMON_FLAGS} $flags {sanitize} -MMD -MF $out.d -c $in -o $out",
@@ -150,6 +157,7 @@ def cuda_ninja_text(target: Path, build: Path) -> str:
     targets = [f"-gencode arch=compute_{n},code=sm_{n}" for n in numbers]
     targets.append(f"-gencode arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     lines = [
+        f"builddir = {escape(build)}",
         f"nvcc = {shlex.quote(command)}",
         "rule compile",
         f"  command = $nvcc {CUDA_FLAGS} {' '.join(targets)} -MD -MF $out.d -c $in -o $out",
@@ -158,7 +166,9 @@ def cuda_ninja_text(target: Path, build: Path) -> str:
         "rule link",
         f"  command = $nvcc -cudart static -shared {' '.join(targets)} $in -o $out",
     ]
-    sources = sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
+    sources = sorted(
+        path.relative_to(ROOT) for path in (ROOT / CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp")
+    )
     for path in sources:
         lines.append(f"build {escape(build / path.stem)}.o: compile {escape(path)}")
     objects = " ".join(f"{escape(build / path.stem)}.o" for path in sources)
@@ -203,14 +213,51 @@ class NinjaBuild(build_ext):
         """Exit status of a build in a folder of its own."""
         build = self.objects() / name
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(text(target, build))
+        if build.is_relative_to(ROOT):
+            build = build.relative_to(ROOT)
+        description = ROOT / build / "build.ninja"
+        description.write_text(text(target, build))
         try:
             import ninja
 
             program = str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
             program = "ninja"
-        return subprocess.run([program, "-C", str(build)]).returncode
+        return subprocess.run([program, "-f", str(description)], cwd=ROOT).returncode
+
+
+def repository() -> str:
+    """Address of the public repository, from the environment or the metadata of an sdist; else empty."""
+    stated = os.environ.get("SPARSEKERN_REPOSITORY", "")
+    if not stated and (ROOT / "PKG-INFO").is_file():
+        headers = HeaderParser().parsestr((ROOT / "PKG-INFO").read_text(encoding="utf-8"))
+        urls = dict(line.split(", ", 1) for line in headers.get_all("Project-URL", []))
+        stated = urls.get("Repository", "")
+    return stated.removesuffix("/")
+
+
+def absolute_links(text: str, address: str) -> str:
+    """Markdown whose links to files of the repository also work on a page outside of it.
+
+    Args:
+        text: with links such as `[text](docs/page.md)` and `![text](docs/picture.png)`.
+        address: of the repository; empty leaves the text as it is.
+    """
+    if not address:
+        return text
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{address}/raw/HEAD/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{address}/blob/HEAD/", text)
+
+
+def urls(address: str) -> dict[str, str]:
+    if not address:
+        print("sparsekern: SPARSEKERN_REPOSITORY is not set: the metadata hold no addresses", file=sys.stderr)
+        return {}
+    return {
+        "Repository": address,
+        "Issues": f"{address}/issues",
+        "Changelog": f"{address}/blob/HEAD/CHANGELOG.md",
+    }
 
 
 NATIVE = Extension("sparsekern._C", sources=[])
@@ -226,4 +273,10 @@ if reason is None:
         print(f"sparsekern: building without CUDA kernels: {reason_of_cuda}", file=sys.stderr)
 else:
     print(f"sparsekern: building without native kernels: {reason}", file=sys.stderr)
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": NinjaBuild},
+    long_description=absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), repository()),
+    long_description_content_type="text/markdown",
+    project_urls=urls(repository()),
+)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from sparsekern._files import replacing
-from sparsekern.recipes.data import load_folder
+from sparsekern.recipes.load import load_data
 from sparsekern.recipes.run import execute
 from sparsekern.recipes.settings import Settings
 
@@ -50,13 +50,15 @@ def main(
     settings = Settings(
         model="unet", width=16, keep=keep, steps=steps, batch=8, crop=128, lr=1e-3, evaluations=1
     )
-    train, test = load_folder(data, settings.classes)
+    images = load_data(data, replace(settings, validation=0))
+    # For curves alone: nothing is chosen by them.
+    images = replace(images, val=images.test)
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
         for select, allocate in PAIRS:
             chosen = replace(settings, seed=seed, select=select, allocate=allocate)
             with tempfile.TemporaryDirectory() as out:
-                result = execute(chosen, train, test, Path(out), arguments={})
+                result = execute(chosen, images, Path(out), arguments={})
             assert result is not None
             runs.append({"select": select, "allocate": allocate, "seed": seed} | result.figures)
             Console(stderr=True).print(

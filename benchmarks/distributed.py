@@ -84,7 +84,7 @@ def masks(how: str) -> tuple[Tensor, list[Tensor], list[int]]:
     return (
         pruner.state_dict()["channels"],
         [param.detach() for param in params],
-        pruner.metrics()["kept"],
+        [kept for kept, _ in pruner.widths().values()],
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sparsekern.recipes.checkpoint import load_checkpoint
-from sparsekern.recipes.data import load_folder
+from sparsekern.recipes.load import load_data
 from sparsekern.recipes.metrics import SegmentationLoss
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.train import Trainer
@@ -42,13 +42,14 @@ def main(
     torch.set_num_threads(threads)
     state = load_checkpoint(checkpoint)
     settings = Settings(**state["settings"])
-    train, test = load_folder(data, settings.classes)
+    images = load_data(data, settings)
+    train, val = images.train, images.val
     del state
     narrow = replace(settings, width=settings.width / 4, keep=settings.keep and 0.9, round_to=1)
-    _train(Trainer(narrow, train, test), 1)
+    _train(Trainer(narrow, train, val), 1)
     _release()
     before = _status("VmRSS")
-    trainer = Trainer(settings, train, test)
+    trainer = Trainer(settings, train, val)
     trainer.load_state_dict(load_checkpoint(checkpoint))
     _release()
     Path("/proc/self/clear_refs").write_text("5")

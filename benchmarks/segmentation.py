@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from sparsekern.recipes.data import load_folder
+from sparsekern.recipes.load import load_data
 from sparsekern.recipes.run import Result, execute
 from sparsekern.recipes.settings import Settings
 
@@ -64,15 +64,15 @@ def main(
         lr=lr,
         evaluations=12,
     )
-    train, test = load_folder(data, settings.classes)
+    images = load_data(data, replace(settings, validation=0))
+    # For curves alone: nothing is chosen by them.
+    images = replace(images, val=images.test)
     runs: list[dict[str, Any]] = []
     curves: list[tuple[str, Result]] = []
     for seed in range(seeds):
         for kind, share in (("dense", None), ("pruned", keep)):
             with tempfile.TemporaryDirectory() as out:
-                result = execute(
-                    replace(settings, seed=seed, keep=share), train, test, Path(out), arguments={}
-                )
+                result = execute(replace(settings, seed=seed, keep=share), images, Path(out), arguments={})
             assert result is not None
             runs.append({"kind": kind, "seed": seed} | result.figures)
             curves.append((kind, result))

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from benchmarks.environment import environment
 from sparsekern.recipes.checkpoint import save_checkpoint
-from sparsekern.recipes.data import Split, load_folder
+from sparsekern.recipes.data import Split
+from sparsekern.recipes.load import load_data
 from sparsekern.recipes.metrics import SegmentationLoss
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.train import Trainer
@@ -69,7 +70,7 @@ def main(
         width=width or WIDTHS[model],
         keep=keep or KEEP[model],
         round_to=round_to or None,
-        begin=begin,
+        warmup=begin,
         finish=finish,
         events=events,
         shrink=True,
@@ -79,7 +80,8 @@ def main(
         lr=lr,
         evaluations=1,
     )
-    train, test = load_folder(data, settings.classes)
+    images = load_data(data, replace(settings, validation=0))
+    train, test = images.train, images.test
     runs = []
     for seed in range(seeds):
         runs.append(compare(replace(settings, seed=seed), train, test, data, turn))
@@ -159,7 +161,7 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
         "forecast_macs_share": forecast.macs_share,
         "forecast_time_share": forecast.time_share,
         "forecast": str(forecast).splitlines(),
-        "kept": metrics["kept"],
+        "kept": [kept for kept, _ in pruner.widths().values()],
     }
 
 

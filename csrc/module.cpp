@@ -16,6 +16,7 @@
 #include "cpu/moments.h"
 #include "cpu/plan.h"
 #include "norm_module.h"
+#include "overlap.h"
 #include "runtime.h"
 #include "sources.h"
 
@@ -23,6 +24,8 @@ namespace py = pybind11;
 
 namespace sparsekern {
 namespace {
+
+constexpr int kMisfit = -1;
 
 #define SPARSEKERN_FIELD(Type, name) #name,
 constexpr std::array kHyperNames = {SPARSEKERN_HYPER(SPARSEKERN_FIELD)};
@@ -43,6 +46,7 @@ py::tuple names_of(const std::array<const char*, n>& names) {
 // Sizes and strides of a tensor, as the plan expects them.
 struct Layout {
   std::vector<int64_t> sizes, strides;
+  int64_t bytes;  // it has no holes
 
   bool matches(const DLTensor& tensor) const {
     if (tensor.ndim != static_cast<int32_t>(sizes.size())) return false;
@@ -60,6 +64,7 @@ struct ListLayout {
   std::vector<Layout> layouts;
   int64_t table_rows;  // rows that the flat arrays must have at least
   Device device;
+  Disjoint disjoint[kOps] = {};  // what the last call of each op found
 };
 
 // A plan with the list for which it holds.
@@ -73,6 +78,7 @@ using Addresses = std::vector<void*>[kSlots];
 
 // False when a tensor is not what is expected.
 bool read_lists(const ListLayout& expected, const py::tuple& lists, Addresses& addresses) {
+  if (lists.size() > kSlots) return false;
   for (size_t slot = 0; slot < lists.size(); ++slot) {
     const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(lists[slot].ptr(), "lists: not a sequence"));
     if (!list) throw py::error_already_set();
@@ -92,37 +98,91 @@ bool read_lists(const ListLayout& expected, const py::tuple& lists, Addresses& a
   return true;
 }
 
-template <class T>
-constexpr uint8_t kDLCode = std::is_floating_point_v<T> ? uint8_t{kDLFloat} : uint8_t{kDLInt};
+// The flat arrays of a RowTable, and how many rows all of them have.
+struct Table {
+  RowArrays arrays;
+  int64_t rows;
+};
 
-// One flat array of a RowTable: contiguous, of at least `least` elements.
-template <class T>
-bool read_array(py::handle object, Device device, int64_t least, T** out) {
+// An array: contiguous and of exactly this shape.
+template <class T, size_t n>
+bool read_exact(py::handle object, Device device, uint8_t code, const std::array<int64_t, n>& shape, T** out) {
   DLTensor tensor;
-  if (!read_tensor(object.ptr(), device, &tensor)) return false;
+  if (!read_tensor(object.ptr(), &tensor) || tensor.device_type != device.type || tensor.device_id != device.index)
+    return false;
   *out = static_cast<T*>(tensor.data);
-  return has_dtype(tensor, kDLCode<T>, sizeof(T) * 8) && count_elements(tensor) >= least && is_contiguous(tensor);
+  return has_dtype(tensor, code, sizeof(T) * 8) && is_contiguous(tensor) && tensor.ndim == int32_t{n} &&
+         std::equal(shape.begin(), shape.end(), tensor.shape) &&
+         (tensor.data != nullptr || count_elements(tensor) == 0);
 }
 
-bool read_rows(const ListLayout& expected, const py::tuple& arrays, RowArrays* rows) {
+// How long an array is; 0 for what is no tensor, which does not fit afterwards.
+int64_t length_of(py::handle object) {
+  DLTensor tensor;
+  return read_tensor(object.ptr(), &tensor) && tensor.ndim > 0 ? tensor.shape[0] : 0;
+}
+
+using Single = std::array<int64_t, 0>;
+using Flat = std::array<int64_t, 1>;
+using Quads = std::array<int64_t, 2>;
+
+// One array of a table: `per_row` numbers for each of `rows`, or one number where that is 0.
+template <int per_row, class T>
+bool read_row_array(py::handle object, Device device, int64_t rows, T** out) {
+  constexpr uint8_t kCode = std::is_floating_point_v<T> ? uint8_t{kDLFloat} : uint8_t{kDLInt};
+  if constexpr (per_row == 0) return read_exact(object, device, kCode, Single{}, out);
+  if constexpr (per_row == 1) return read_exact(object, device, kCode, Flat{rows}, out);
+  return read_exact(object, device, kCode, Quads{rows, per_row}, out);
+}
+
+bool read_rows(const ListLayout& expected, const py::tuple& arrays, Table* table) {
+  if (arrays.size() != kRowArrays) return false;
+  table->rows = length_of(arrays[0]);
+  bool fits = table->rows >= expected.table_rows;
   size_t i = 0;
-  bool fits = arrays.size() == kRowArrays;
 #define SPARSEKERN_FIELD(Type, name, per_row) \
-  fits = fits && read_array(arrays[i++], expected.device, per_row ? expected.table_rows * per_row : 1, &rows->name);
+  fits = fits && read_row_array<per_row>(arrays[i++], expected.device, table->rows, &table->arrays.name);
   SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
 #undef SPARSEKERN_FIELD
   return fits;
 }
 
-// Of addresses in the order of abi.h.
-RowArrays rows_at(const std::vector<uintptr_t>& addresses) {
-  if (addresses.size() != kRowArrays) throw py::value_error("arrays: expected an address for each of ROW_ARRAYS");
-  RowArrays rows;
+// The same of addresses and numbers of elements.
+bool read_rows_at(const ListLayout& expected, const std::vector<std::pair<uintptr_t, int64_t>>& arrays, Table* table) {
+  if (arrays.size() != kRowArrays) return false;
+  table->rows = arrays[0].second;
+  bool fits = table->rows >= expected.table_rows;
   size_t i = 0;
-#define SPARSEKERN_FIELD(Type, name, per_row) rows.name = reinterpret_cast<Type*>(addresses[i++]);
+#define SPARSEKERN_FIELD(Type, name, per_row)                               \
+  fits = fits && arrays[i].second == (per_row ? table->rows * per_row : 1); \
+  table->arrays.name = reinterpret_cast<Type*>(arrays[i++].first);
   SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
 #undef SPARSEKERN_FIELD
-  return rows;
+  return fits;
+}
+
+// Whether what a call writes shares memory with nothing else of it. Gradients are written under a scale alone.
+bool is_disjoint(ListLayout& list, int op, bool scaled, const Addresses& addresses, const Table& table) {
+  Spans written, read;
+  written.reserve(addresses[kParam].size() * kSlots);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const bool is_read = slot == kGrad ? !scaled : slot == kParam && op == kStatistics;
+    for (size_t i = 0; i < addresses[slot].size(); ++i) {
+      const int64_t bytes = slot == kStep ? sizeof(float) : list.layouts[i].bytes;
+      (is_read ? read : written).push_back(Span::of(addresses[slot][i], bytes));
+    }
+  }
+  if (const RowArrays& rows = table.arrays; rows.pending != nullptr) {
+    const int64_t bytes = table.rows * sizeof(float);
+    for (const void* array : {rows.penalty, rows.elements}) read.push_back(Span::of(array, bytes));
+    for (const void* array :
+         {static_cast<void*>(rows.countdown), static_cast<void*>(rows.threshold), static_cast<void*>(rows.activity)})
+      written.push_back(Span::of(array, bytes));
+    written.push_back(Span::of(rows.sums, bytes * 4));
+    written.push_back(Span::of(rows.nonfinite, sizeof(int64_t)));
+    written.push_back(Span::of(rows.pending, sizeof(float)));
+  }
+  return list.disjoint[op].holds(written, read);
 }
 
 Hyper read_hyper(const py::tuple& values) {
@@ -158,14 +218,15 @@ bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& 
   return ok;
 }
 
-int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows, const Hyper& hyper,
-        bool update_statistics, int64_t threads) {
-  if (!complete(plan, op, hyper, addresses, rows)) return kNullPointer;
+int run(ListPlan& plan, Op op, Addresses& addresses, const Table& table, const Hyper& hyper, bool update_statistics,
+        int64_t threads) {
+  if (!complete(plan, op, hyper, addresses, table.arrays)) return kNullPointer;
+  if (!is_disjoint(plan.list, op, hyper.scaled, addresses, table)) return kMisfit;
   // The kernels index every list by tensor, also those that they then leave alone.
   for (auto& list : addresses) list.resize(plan.list.layouts.size(), nullptr);
   Job job = {};
   for (int slot = 0; slot < kSlots; ++slot) job.addresses[slot] = addresses[slot].data();
-  job.rows = rows;
+  job.rows = table.arrays;
   job.hyper = hyper;
   job.statistics = update_statistics && op != kMask && plan.plan.tracks();
   job.fade = update_statistics && op != kStatistics;
@@ -174,60 +235,63 @@ int run(const ListPlan& plan, Op op, Addresses& addresses, const RowArrays& rows
   return plan.plan.run(job, *runtime.kernels, op, plan.list.dtype, runtime.parallel_for, threads);
 }
 
-// -1: a tensor is not what the plan was made for, and nothing has been done.
-int step(const ListPlan& plan, int op, const py::tuple& lists, const py::tuple& arrays, const py::tuple& hyper,
-         bool update_statistics, int64_t threads) {
-  Addresses addresses;
-  RowArrays rows = {};
-  if (!read_lists(plan.list, lists, addresses)) return -1;
-  if (plan.plan.tracks() && !read_rows(plan.list, arrays, &rows)) return -1;
-  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), update_statistics, threads);
+Op checked(int op) {
+  if (op < 0 || op >= kOps) throw py::value_error("op: expected one of abi.h");
+  return static_cast<Op>(op);
 }
 
-// The same with addresses that Python read and compared.
-int step_at(const ListPlan& plan, int op, const std::vector<std::vector<uintptr_t>>& lists,
-            const std::vector<uintptr_t>& arrays, const py::tuple& hyper, bool update_statistics, int64_t threads) {
+// kMisfit: a tensor is not what the plan was made for, or shares memory, and nothing has been done.
+int step(ListPlan& plan, int op, const py::tuple& lists, const py::tuple& arrays, const py::tuple& hyper,
+         bool update_statistics, int64_t threads) {
+  Addresses addresses;
+  Table table = {};
+  if (!read_lists(plan.list, lists, addresses)) return kMisfit;
+  if (plan.plan.tracks() && !read_rows(plan.list, arrays, &table)) return kMisfit;
+  return run(plan, checked(op), addresses, table, read_hyper(hyper), update_statistics, threads);
+}
+
+// The same with addresses that Python read and compared, of the arrays also how many elements they have.
+int step_at(ListPlan& plan, int op, const std::vector<std::vector<uintptr_t>>& lists,
+            const std::vector<std::pair<uintptr_t, int64_t>>& arrays, const py::tuple& hyper, bool update_statistics,
+            int64_t threads) {
+  if (lists.size() > kSlots) throw py::value_error("lists: expected six at most");
   Addresses addresses;
   for (size_t slot = 0; slot < lists.size(); ++slot)
     for (const uintptr_t address : lists[slot]) addresses[slot].push_back(reinterpret_cast<void*>(address));
-  RowArrays rows = {};
-  if (!arrays.empty()) rows = rows_at(arrays);
-  return run(plan, static_cast<Op>(op), addresses, rows, read_hyper(hyper), update_statistics, threads);
+  Table table = {};
+  if (plan.plan.tracks() && !read_rows_at(plan.list, arrays, &table)) return kMisfit;
+  return run(plan, checked(op), addresses, table, read_hyper(hyper), update_statistics, threads);
 }
 
-// One array of the channels: contiguous and of exactly this shape.
-template <class T, size_t n>
-bool read_exact(py::handle object, uint8_t code, const std::array<int64_t, n>& shape, T** out) {
-  DLTensor tensor;
-  if (!read_tensor(object.ptr(), &tensor) || tensor.device_type != kDLCPU) return false;
-  *out = static_cast<T*>(tensor.data);
-  return has_dtype(tensor, code, sizeof(T) * 8) && is_contiguous(tensor) && tensor.ndim == int32_t{n} &&
-         std::equal(shape.begin(), shape.end(), tensor.shape);
+Spans written_spans(const ChannelArrays& channel) {
+  const int64_t bytes = channel.channels * sizeof(float);
+  return {Span::of(channel.sums, channel.rows * 4 * sizeof(float)), Span::of(channel.dot, bytes),
+          Span::of(channel.dot_sq, bytes), Span::of(channel.updates, sizeof(float)),
+          Span::of(channel.pending, sizeof(float))};
 }
 
-// How long an array is; 0 for what is no tensor, which does not fit afterwards.
-int64_t length_of(py::handle object) {
-  DLTensor tensor;
-  return read_tensor(object.ptr(), &tensor) && tensor.ndim > 0 ? tensor.shape[0] : 0;
+Spans read_spans(const ChannelArrays& channel) {
+  return {Span::of(channel.gate_offsets, (channel.channels + 1) * sizeof(int64_t)),
+          Span::of(channel.gate_rows, channel.gates * sizeof(int64_t))};
 }
 
-// False: an array is not what it should be or a gate is no row, and nothing has been done.
+// False: an array is not what it should be, shares memory with one that is written, or a gate is no row; nothing has
+// been done.
 bool step_channels(const py::tuple& arrays, double decay) {
+  if (arrays.size() != 7) return false;
   ChannelArrays channel = {};
   channel.gates = length_of(arrays[1]);
   channel.rows = length_of(arrays[2]);
   channel.channels = length_of(arrays[3]);
-  using Single = std::array<int64_t, 0>;
-  using Flat = std::array<int64_t, 1>;
   const Flat per_channel = {channel.channels};
-  const bool ok = read_exact(arrays[0], kDLInt, Flat{channel.channels + 1}, &channel.gate_offsets) &&
-                  read_exact(arrays[1], kDLInt, Flat{channel.gates}, &channel.gate_rows) &&
-                  read_exact(arrays[2], kDLFloat, std::array<int64_t, 2>{channel.rows, 4}, &channel.sums) &&
-                  read_exact(arrays[3], kDLFloat, per_channel, &channel.dot) &&
-                  read_exact(arrays[4], kDLFloat, per_channel, &channel.dot_sq) &&
-                  read_exact(arrays[5], kDLFloat, Single{}, &channel.updates) &&
-                  read_exact(arrays[6], kDLFloat, Single{}, &channel.pending);
-  if (!ok || !gates_fit(channel)) return false;
+  const bool ok = read_exact(arrays[0], kCpu, kDLInt, Flat{channel.channels + 1}, &channel.gate_offsets) &&
+                  read_exact(arrays[1], kCpu, kDLInt, Flat{channel.gates}, &channel.gate_rows) &&
+                  read_exact(arrays[2], kCpu, kDLFloat, Quads{channel.rows, 4}, &channel.sums) &&
+                  read_exact(arrays[3], kCpu, kDLFloat, per_channel, &channel.dot) &&
+                  read_exact(arrays[4], kCpu, kDLFloat, per_channel, &channel.dot_sq) &&
+                  read_exact(arrays[5], kCpu, kDLFloat, Single{}, &channel.updates) &&
+                  read_exact(arrays[6], kCpu, kDLFloat, Single{}, &channel.pending);
+  if (!ok || any_overlap(written_spans(channel), read_spans(channel)) || !gates_fit(channel)) return false;
   const py::gil_scoped_release release;
   channel_moments(channel, decay);
   return true;
@@ -237,8 +301,12 @@ using Layouts = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>
 
 ListLayout make_layout(int dtype, const Layouts& layouts, int64_t table_rows, Device device) {
   if (dtype < 0 || dtype >= kDtypes) throw py::value_error("dtype: expected one of abi.h");
-  ListLayout list = {static_cast<Dtype>(dtype), {}, table_rows, device};
-  for (const auto& [sizes, strides] : layouts) list.layouts.push_back({sizes, strides});
+  ListLayout list = {static_cast<Dtype>(dtype), {}, table_rows, device, {}};
+  for (const auto& [sizes, strides] : layouts) {
+    int64_t bytes = bytes_of(list.dtype);
+    for (const int64_t size : sizes) bytes *= size;
+    list.layouts.push_back({sizes, strides, bytes});
+  }
   return list;
 }
 
@@ -256,12 +324,14 @@ ListPlan make_plan(int dtype, const Layouts& layouts, const std::vector<std::arr
 }
 
 // For kernels elsewhere, which Python calls by itself: the addresses of all lists, [kSlots][tensors], and then of the
-// flat arrays, null where there are none. None: a tensor is not what is expected.
-py::object addresses_of(const ListLayout& expected, const py::tuple& lists, const py::tuple& arrays) {
+// flat arrays, null where there are none. None: a tensor is not what is expected, or shares memory.
+py::object addresses_of(ListLayout& expected, const py::tuple& lists, const py::tuple& arrays, int op, bool scaled) {
   Addresses addresses;
-  RowArrays rows = {};
+  Table table = {};
   if (!read_lists(expected, lists, addresses)) return py::none();
-  if (!arrays.empty() && !read_rows(expected, arrays, &rows)) return py::none();
+  if (!arrays.empty() && !read_rows(expected, arrays, &table)) return py::none();
+  if (!is_disjoint(expected, checked(op), scaled, addresses, table)) return py::none();
+  const RowArrays& rows = table.arrays;
   std::vector<const void*> all;
   for (auto& list : addresses) {
     list.resize(expected.layouts.size(), nullptr);

@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "cpu/norm_act.h"
+#include "overlap.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -28,6 +30,35 @@ constexpr std::array<Kind, 10> kBackward = {kData,   kVector, kVector,     kData
 // Their addresses; null for what there is not.
 template <size_t n>
 using Addresses = std::array<void*, n>;
+
+// Which of them are written to, beside results, whose memory is new.
+constexpr std::array<size_t, 2> kWrittenForward = {0, 1};
+constexpr std::array<size_t, 3> kWrittenBackward = {7, 8, 9};
+
+int64_t bytes_of_kind(Kind kind, const NormCall& call) {
+  switch (kind) {
+    case kData: return call.outer * call.channels * call.inner * bytes_of(call.dtype);
+    case kVector: return call.channels * (call.dtype == kFloat64 ? 8 : 4);
+    case kMasked: return call.channels;
+    case kPerChannel: return call.channels * int64_t{sizeof(float)};
+    default: return sizeof(float);
+  }
+}
+
+// Whether what is written shares no memory with another tensor of the call.
+template <size_t n, size_t m>
+bool is_disjoint(const NormCall& call, const Addresses<5>& inputs, const Addresses<n>& own,
+                 const std::array<Kind, n>& kinds, const std::array<size_t, m>& writes) {
+  Spans written, read;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (inputs[i] != nullptr) read.push_back(Span::of(inputs[i], bytes_of_kind(kInputs[i], call)));
+  for (size_t i = 0; i < n; ++i) {
+    if (own[i] == nullptr) continue;
+    const bool is_written = std::find(writes.begin(), writes.end(), i) != writes.end();
+    (is_written ? written : read).push_back(Span::of(own[i], bytes_of_kind(kinds[i], call)));
+  }
+  return !any_overlap(written, read);
+}
 
 // Reads the tensors of a call where they lie as the kernels walk them.
 class Reader {
@@ -135,6 +166,7 @@ int run_forward(NormCall call, const Addresses<5>& inputs, const Addresses<5>& o
   if (!complete(call, inputs, activation, training, eps) || !to.y || !to.mean || !to.var ||
       (momentum != 0 && (!to.running_mean || !to.running_var)))
     return kNullPointer;
+  if (momentum != 0 && !is_disjoint(call, inputs, own, kForward, kWrittenForward)) return kMisfit;
   const py::gil_scoped_release release;
   return norm_act_forward(call, to, *runtime.kernels, runtime.parallel_for, threads);
 }
@@ -148,11 +180,12 @@ int run_backward(NormCall call, const Addresses<5>& inputs, const Addresses<10>&
       !to.grad_weight || !to.grad_bias || (call.residual && !to.grad_residual) ||
       (to.threshold && (!to.activity || !to.updates)))
     return kNullPointer;
+  if (to.threshold && !is_disjoint(call, inputs, own, kBackward, kWrittenBackward)) return kMisfit;
   const py::gil_scoped_release release;
   return norm_act_backward(call, to, *runtime.kernels, runtime.parallel_for, threads);
 }
 
-// kMisfit: a tensor is not what the kernels walk as it lies, and nothing has been done.
+// kMisfit: a tensor is not what the kernels walk as it lies, or shares memory, and nothing has been done.
 int forward(const py::tuple& inputs, const py::tuple& own, int activation, bool training, double eps, double momentum,
             int64_t threads) {
   const Reader reader(inputs[0]);
@@ -170,7 +203,10 @@ int backward(const py::tuple& inputs, const py::tuple& own, int activation, bool
   return run_backward(reader.call(), from, to, activation, training, eps, tau, decay, threads);
 }
 
-// The same with addresses that Python read, of data that lies as the other two would have it.
+// The same with addresses that Python read, of data that lies as the other two would have it. With each address comes
+// how many bytes lie there, so that what is too short is not followed.
+using Place = std::pair<uintptr_t, int64_t>;
+
 NormCall make_call(int dtype, const std::array<int64_t, 3>& shape) {
   if (dtype < 0 || dtype >= kDtypes || dtype == kFloat16) throw py::value_error("dtype: the CPU has no kernels for it");
   for (const int64_t size : shape)
@@ -184,24 +220,30 @@ NormCall make_call(int dtype, const std::array<int64_t, 3>& shape) {
 }
 
 template <size_t n>
-Addresses<n> pointers(const std::array<uintptr_t, n>& numbers) {
+Addresses<n> pointers(const std::array<Place, n>& places, const std::array<Kind, n>& kinds, const NormCall& call) {
   Addresses<n> found;
-  for (size_t i = 0; i < n; ++i) found[i] = reinterpret_cast<void*>(numbers[i]);
+  for (size_t i = 0; i < n; ++i) {
+    const auto& [address, bytes] = places[i];
+    if (address != 0 && bytes < bytes_of_kind(kinds[i], call)) throw py::value_error("a tensor is too short");
+    found[i] = reinterpret_cast<void*>(address);
+  }
   return found;
 }
 
-int forward_at(int dtype, const std::array<int64_t, 3>& shape, const std::array<uintptr_t, 5>& inputs,
-               const std::array<uintptr_t, 5>& own, int activation, bool training, double eps, double momentum,
+int forward_at(int dtype, const std::array<int64_t, 3>& shape, const std::array<Place, 5>& inputs,
+               const std::array<Place, 5>& own, int activation, bool training, double eps, double momentum,
                int64_t threads) {
-  return run_forward(make_call(dtype, shape), pointers(inputs), pointers(own), activation, training, eps, momentum,
-                     threads);
+  const NormCall call = make_call(dtype, shape);
+  return run_forward(call, pointers(inputs, kInputs, call), pointers(own, kForward, call), activation, training, eps,
+                     momentum, threads);
 }
 
-int backward_at(int dtype, const std::array<int64_t, 3>& shape, const std::array<uintptr_t, 5>& inputs,
-                const std::array<uintptr_t, 10>& own, int activation, bool training, double eps, double tau,
-                double decay, int64_t threads) {
-  return run_backward(make_call(dtype, shape), pointers(inputs), pointers(own), activation, training, eps, tau, decay,
-                      threads);
+int backward_at(int dtype, const std::array<int64_t, 3>& shape, const std::array<Place, 5>& inputs,
+                const std::array<Place, 10>& own, int activation, bool training, double eps, double tau, double decay,
+                int64_t threads) {
+  const NormCall call = make_call(dtype, shape);
+  return run_backward(call, pointers(inputs, kInputs, call), pointers(own, kBackward, call), activation, training, eps,
+                      tau, decay, threads);
 }
 
 }  // namespace

@@ -39,6 +39,8 @@ int64_t count_elements(const DLTensor& tensor) {
 }
 
 bool is_contiguous(const DLTensor& tensor) {
+  // The strides of an array without elements say nothing.
+  if (count_elements(tensor) == 0) return true;
   int64_t stride = 1;
   for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
     if (tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
@@ -58,6 +60,11 @@ bool has_dtype(const DLTensor& tensor, Dtype dtype) {
     case kFloat16: return has_dtype(tensor, kDLFloat, 16);
     default: return has_dtype(tensor, kDLBFloat, 16);
   }
+}
+
+int64_t bytes_of(Dtype dtype) {
+  if (dtype == kFloat64) return 8;
+  return dtype == kFloat32 ? 4 : 2;
 }
 
 }  // namespace sparsekern

@@ -43,5 +43,6 @@ int64_t count_elements(const DLTensor& tensor);
 bool is_contiguous(const DLTensor& tensor);
 bool has_dtype(const DLTensor& tensor, uint8_t code, uint8_t bits);
 bool has_dtype(const DLTensor& tensor, Dtype dtype);
+int64_t bytes_of(Dtype dtype);
 
 }  // namespace sparsekern

@@ -3,8 +3,8 @@
 from sparsekern import latency as latency
 from sparsekern import nn as nn
 from sparsekern import optim as optim
+from sparsekern._load import load as load
 from sparsekern.compact import compact as compact
-from sparsekern.compact import load as load
 from sparsekern.compact import save as save
 from sparsekern.compact import verify as verify
 from sparsekern.graph import trace as trace
@@ -15,3 +15,24 @@ from sparsekern.prune import prune_once as prune_once
 from sparsekern.prune import recalibrate as recalibrate
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Pruner",
+    "__version__",
+    "allocate",
+    "compact",
+    "criteria",
+    "latency",
+    "load",
+    "nn",
+    "optim",
+    "prune_once",
+    "recalibrate",
+    "save",
+    "trace",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

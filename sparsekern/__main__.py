@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-# What the extras `demo` and `bench` install, by import name.
-EXTRAS = ("matplotlib", "PIL", "rich", "torchmetrics", "typer")
+# What the extras `demo`, `bench` and `onnx` install, by import name.
+ONNX = ("onnx", "onnxruntime", "onnxscript")
+EXTRAS = ("matplotlib", "PIL", "rich", "tomli", "torchmetrics", "typer", *ONNX)
 
 
 def main() -> int:
@@ -14,9 +15,12 @@ def main() -> int:
         from sparsekern.cli import run
 
         return run(sys.argv[1:])
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in EXTRAS:
+        if missing == "torchvision":  # it is there, and does not fit torch
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        if missing not in EXTRAS or not isinstance(error, ModuleNotFoundError):
             raise
         if sys.argv[1:] == ["info"]:  # the first thing in a bug report, so it needs no extras
             from sparsekern import _info
@@ -25,6 +29,8 @@ def main() -> int:
                 sys.stdout.write(f"{name:20} {value}\n")
             return 0
         extra = "bench" if sys.argv[1:2] == ["bench"] else "demo"
+        if missing in ONNX:
+            extra = "onnx"
         sys.stderr.write(
             f"error: the sparsekern command needs {missing}, which is not installed; run: "
             f'pip install "sparsekern[{extra}]"\n'

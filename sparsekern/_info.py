@@ -6,6 +6,10 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import sys
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,9 @@ import torch
 import sparsekern
 from sparsekern import _native, backends
 from sparsekern._machine import cpu_name
+
+PACKAGE = Path(__file__).resolve().parent
+COMPILE = "pip install -e . or python setup.py build_ext --inplace"
 
 # Packages that figures may depend on.
 PACKAGES = ("torch", "numpy", "safetensors", "torchmetrics", "triton")
@@ -59,7 +66,50 @@ def collect() -> dict[str, Any]:
         },
         "cuda": _cuda(),
         "triton": _triton(),
+        "package": {"path": str(PACKAGE), "shadows": _text(shadowed())},
     }
+
+
+def missing_core(package: Path | None = None) -> str | None:
+    """Why there is no compiled core, and the way to one; None where it is there.
+
+    Args:
+        package: the directory that `sparsekern` is imported from; default this one.
+    """
+    if _native.load() is not None:
+        return None
+    package = package or PACKAGE
+    other = shadowed(package)
+    if other is not None:
+        return (
+            f"sparsekern: got {package}, a source tree without its compiled core, which hides the installed "
+            f"package in {other}; start from another directory, or compile here: {COMPILE}"
+        )
+    if (package.parent / "setup.py").is_file() and _native.reason != "SPARSEKERN_NO_NATIVE=1 is set":
+        return f"sparsekern: got {package}, a source tree without its compiled core; compile it: {COMPILE}"
+    return f"sparsekern: got {package} without its compiled core ({_native.reason}), expected one with it"
+
+
+def shadowed(package: Path | None = None, paths: Sequence[str] | None = None) -> Path | None:
+    """An installed package with a compiled core that an imported one without hides; None if there is none.
+
+    Args:
+        package: the directory that `sparsekern` is imported from; default this one.
+        paths: where Python looks for modules; default `sys.path`.
+    """
+    package = (package or PACKAGE).resolve()
+    if has_core(package):
+        return None
+    for entry in sys.path if paths is None else paths:
+        other = Path(entry or ".").resolve() / package.name
+        if other != package and (other / "__init__.py").is_file() and has_core(other):
+            return other
+    return None
+
+
+def has_core(package: Path) -> bool:
+    """Whether a compiled core for this Python lies in the directory of a package."""
+    return any((package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
 
 
 def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -70,7 +120,10 @@ def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("python", f"{versions['python']} on {machine['system']} {machine['architecture']}"),
         ("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"),
         ("isa", machine["isa"]),
+        ("package", info["package"]["path"]),
     ]
+    if info["package"]["shadows"] is not None:
+        pairs.append(("warning", str(missing_core())))
     for backend in info["backends"]:
         state = "works" if backend["works"] else "does not work"
         pairs.append((f"backend {backend['name']}", f"{state}: {backend['detail']}"))
@@ -78,6 +131,10 @@ def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
     pairs += [("torch", versions["torch"]), ("cuda", info["cuda"]), ("triton", info["triton"])]
     pairs += [(name, versions[name] or "not installed") for name in ("numpy", "safetensors")]
     return pairs
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _isa() -> str:

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekern._counts import ChannelCounts
-from sparsekern._norm_checks import check
+from sparsekern._norm_checks import (
+    check,
+    check_backward_op,
+    check_counts,
+    check_forward_op,
+    check_memory,
+    named_counts,
+)
 from sparsekern._ops import traced
 from sparsekern.backends import choose, reference_norm
 
@@ -57,12 +64,12 @@ def norm_act(
     Raises:
         ValueError: an argument does not fit; nothing has changed then.
     """
-    check(x, residual, weight, bias, running_mean, running_var, mask, counts, activation, training, momentum)
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
+    check(*operands, counts, activation, training, eps, momentum)
     if not traced(x):
         vectors, options = (running_mean, running_var, mask), (activation, training, eps)
-        y: Tensor = _NormAct.apply(x, residual, weight, bias, (*vectors, counts, *options, momentum))
+        y: Tensor = _NormAct.apply(*map(_resolved, operands[:4]), (*vectors, counts, *options, momentum))
         return y
-    operands = (x, residual, weight, bias, running_mean, running_var, mask)
     arrays, tau, decay = ([], 1.0, 0.0) if counts is None else (counts.arrays, counts.tau, counts.decay)
     y, mean, var = torch.ops.sparsekern.norm_act.default(
         *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
@@ -72,6 +79,11 @@ def norm_act(
         with torch.no_grad():
             reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
     return y
+
+
+def _resolved(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` with its elements as they are in memory, which those of a lazily negated one are not."""
+    return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
 
 
 class _NormAct(torch.autograd.Function):
@@ -88,6 +100,9 @@ class _NormAct(torch.autograd.Function):
     ) -> Tensor:
         running_mean, running_var, mask, counts, activation, training, eps, momentum = others
         backend = choose(x.device)
+        if momentum and training and not getattr(backend, "CHECKS_MEMORY", False):
+            written = {"running_mean": running_mean, "running_var": running_var}
+            check_memory(written, {"x": x, "residual": residual, "weight": weight, "bias": bias})
         y: Tensor
         y, mean, var = backend.norm_act_forward(
             x,
@@ -104,7 +119,7 @@ class _NormAct(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
-        ctx.others = backend.norm_act_backward, counts, activation, training, eps
+        ctx.others = backend, counts, activation, training, eps
         return y
 
     @staticmethod
@@ -117,9 +132,16 @@ def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     if grad is None:
         return None, None, None, None, None
     x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
-    backward, counts, activation, training, eps = ctx.others
-    grad_x, grad_residual, grad_weight, grad_bias = backward(
-        grad,
+    backend, counts, activation, training, eps = ctx.others
+    if counts is not None:
+        # They may have been exchanged since the forward pass.
+        check_counts(counts, x)
+        if not getattr(backend, "CHECKS_MEMORY", False):
+            check_memory(
+                named_counts(counts), {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var}
+            )
+    grad_x, grad_residual, grad_weight, grad_bias = backend.norm_act_backward(
+        _resolved(grad),
         x,
         residual,
         weight,
@@ -161,22 +183,16 @@ def _forward(
     tau: float,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
+    check_forward_op(*operands, counts, activation, training, eps, tau, decay)
     found: tuple[Tensor, Tensor, Tensor] = choose(x.device).norm_act_forward(
-        x,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        mask,
-        activation=activation,
-        training=training,
-        eps=eps,
+        *operands, activation=activation, training=training, eps=eps
     )
     return found
 
 
 def _forward_fake(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_forward_op(x, *operands, **options)
     vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
     return torch.empty_like(x), vector, torch.empty_like(vector)
 
@@ -198,19 +214,10 @@ def _backward(
     tau: float,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = (grad, x, residual, weight, bias, mean, var, mask)
+    found = check_backward_op(*operands, counts, activation, training, eps, tau, decay)
     grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
-        grad,
-        x,
-        residual,
-        weight,
-        bias,
-        mean,
-        var,
-        mask,
-        activation=activation,
-        training=training,
-        eps=eps,
-        counts=ChannelCounts.of(counts, tau, decay) if counts else None,
+        *operands, activation=activation, training=training, eps=eps, counts=found
     )
     # An op has as many results every time.
     return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
@@ -219,6 +226,7 @@ def _backward(
 def _backward_fake(
     grad: Tensor, x: Tensor, residual: Tensor | None, *operands: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_backward_op(grad, x, residual, *operands, **options)
     vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
     grad_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
     return torch.empty_like(x), grad_residual, vector, torch.empty_like(vector)

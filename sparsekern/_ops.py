@@ -5,18 +5,19 @@ the device, because a pass through the dispatcher costs more than a small list o
 where something traces (``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) they
 go through ``torch.ops.sparsekern``.
 
-Everything is in place and nothing is returned, so the fakes have nothing to say about shapes.
+Everything is in place and nothing is returned, so the fakes have nothing to say about shapes. Whichever way
+leads to an op, its arguments are checked before anything is read or written.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from sparsekern import _checks
@@ -45,11 +46,9 @@ def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]
         def kernel(*tensors: Any, **options: Any) -> None:
             function(*tensors, **_gathered(options))
 
-        def fake(*tensors: Any, **options: Any) -> None:
-            return None
-
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sparsekern::{name}", fake, lib=_LIBRARY)
+        # Fake tensors are checked as others are, and then nothing is done.
+        torch.library.register_fake(f"sparsekern::{name}", kernel, lib=_LIBRARY)
         operator = getattr(torch.ops.sparsekern, name).default
 
         @functools.wraps(function)
@@ -100,11 +99,18 @@ def _gathered(flat: dict[str, Any]) -> dict[str, Any]:
         options["lr"] = lr
     if "row_inputs" not in options:
         return options
-    arrays = [*options.pop("row_inputs"), *options.pop("row_state")]
-    starts, dims = options.pop("starts"), options.pop("dims")
+    given = {name: options.pop(name) for name in ("row_inputs", "row_state", "starts", "dims")}
     tau, decay = options.pop("tau"), options.pop("decay")
-    options["rows"] = Rows(RowArrays._make([*arrays, tau, decay]), starts, dims) if arrays else None
-    return options
+    _checks.means(tau, decay)
+    arrays = [*given["row_inputs"], *given["row_state"]]
+    if arrays:
+        _checks.count("row_inputs", given["row_inputs"], _ROW_INPUTS)
+        _checks.count("row_state", given["row_state"], _ROW_STATE)
+        options["rows"] = Rows(RowArrays._make([*arrays, tau, decay]), given["starts"], given["dims"])
+        return options
+    for name in ("starts", "dims"):
+        _checks.empty(name, given[name], "row_inputs and row_state are given")
+    return options | {"rows": None}
 
 
 @_operation(
@@ -143,13 +149,12 @@ def sgd_step_(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
-    if not params:
-        return
-    lists = {"grads": grads, "momentum_buffers": momentum_buffers}
+    _checks.finite(momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
     if momentum == 0:
         _checks.empty("momentum_buffers", lists.pop("momentum_buffers"), "momentum is not 0")
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    _checked_backend(params, lists, (), scalars, rows).sgd_step_(
+    _checked_backend(lists, scalars, rows, _read_lists(grad_scale)).sgd_step_(
         params,
         grads,
         momentum_buffers,
@@ -202,19 +207,19 @@ def adam_step_(
 
     The other arguments and the errors are those of :func:`sgd_step_`.
     """
-    if not params:
-        return
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _checks.finite(weight_decay=weight_decay)
+    _checks.adam(beta1, beta2, eps)
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if amsgrad:
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
     else:
         _checks.empty("max_exp_avg_sqs", max_exp_avg_sqs, "amsgrad is set")
-    _checks.lengths(params, {"steps": steps}, None)
-    if found_inf is not None:
-        # A step that is not made is not counted, and only the device knows of it.
-        _checks.scalar("steps[0]", steps[0], params[0].device)
+    lists["steps"] = steps
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    _checked_backend(params, lists, steps, scalars, rows).adam_step_(
+    if found_inf is not None and params and steps:
+        # A step that is not made is not counted, and only the device knows of it.
+        scalars["steps[0]"] = steps[0]
+    _checked_backend(lists, scalars, rows, _read_lists(grad_scale)).adam_step_(
         params,
         grads,
         exp_avgs,
@@ -246,10 +251,8 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
-    if not params:
-        return
-    backend = _checked_backend(params, {"grads": grads}, (), {}, rows)
-    backend.row_statistics_(params, grads, rows=rows)
+    lists = {"params": params, "grads": grads}
+    _checked_backend(lists, {}, rows, tuple(lists)).row_statistics_(params, grads, rows=rows)
 
 
 @_operation("row_mask_(Tensor(a!)[] params, *, float lr, Tensor? tensor_lr=None, " + _ROWS)
@@ -267,9 +270,7 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
-    if not params:
-        return
-    _checked_backend(params, {}, (), {"lr": lr}, rows).row_mask_(params, lr=lr, rows=rows)
+    _checked_backend({"params": params}, {"lr": lr}, rows, ()).row_mask_(params, lr=lr, rows=rows)
 
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
@@ -293,35 +294,64 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 )
 def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
     """:func:`channel_moments_` with the fields of ChannelArrays, as the dispatcher takes them."""
+    _checks.count("gates", gates, ChannelArrays._fields[:2])
+    _checks.count("state", state, ChannelArrays._fields[2:-1])
     _fold(ChannelArrays._make([*gates, *state, decay]))
 
 
 def _fold(table: RowTable | ChannelArrays) -> None:
     device = table.sums.device
     backend = choose(device)
+    if not 0 <= table.decay < 1:
+        _checks.number("decay", table.decay, 0, 1, open_high=True)
     # Native code for the CPU compares the arrays where it reads their addresses.
-    if backend is reference or device.type != "cpu":
+    if not getattr(backend, "CHECKS_MEMORY", False) or type(table.sums) is FakeTensor:
         _checks.channels(table)
-    backend.channel_moments_(table)
+    if type(table.sums) is not FakeTensor:
+        backend.channel_moments_(table)
+
+
+class _Nothing:
+    """The backend of fake tensors and of empty lists."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+_NOTHING: Any = _Nothing()
+
+
+def _read_lists(grad_scale: Tensor | None) -> tuple[str, ...]:
+    """Names of the lists that a step does not write to."""
+    return ("grads",) if grad_scale is None else ()
 
 
 def _checked_backend(
-    params: Sequence[Tensor],
     lists: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor],
     scalars: Mapping[str, float | Tensor | None],
     rows: Rows | None,
-) -> ModuleType:
-    """The backend for ``params``, after the checks that it does not make itself."""
+    read: tuple[str, ...],
+) -> Any:
+    """The backend for a call, after the checks that it does not make itself.
+
+    Args:
+        lists: by the name of the argument, ``params`` among them.
+        scalars: likewise.
+        rows: of ``params``.
+        read: the lists that the call does not write to.
+    """
+    params = lists["params"]
+    _checks.lengths(params, lists, rows)
+    if not params:
+        return _NOTHING
     device = params[0].device
     for name, value in scalars.items():
         _checks.scalar(name, value, device)
-    _checks.lengths(params, lists, rows)
-    backend = choose(device)
+    _checks.rate(scalars.get("lr"))
+    is_fake = type(params[0]) is FakeTensor
+    backend = _NOTHING if is_fake else choose(device)
     # To look at every tensor in Python takes longer than the step of a small network. Native
     # backends do it where they read the addresses.
-    if backend is reference:
-        _checks.tensors(params, lists, steps, rows)
-        if scalars.get("grad_scale") is not None:
-            _checks.own_memory("grads", lists["grads"])
+    if is_fake or backend is reference:
+        _checks.tensors(lists, rows, read)
     return backend

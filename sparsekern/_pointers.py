@@ -14,6 +14,12 @@ from torch import Tensor
 Layout = tuple[list[int], list[int]]
 """Sizes and strides of a tensor."""
 
+Place = tuple[int, int]
+"""An address, and how much lies there."""
+
+ARRAY_DTYPES = (torch.float32, torch.float32, torch.int32, *[torch.float32] * 3, torch.int64, torch.float32)
+"""Of the flat arrays, in the order of ``RowArrays``."""
+
 
 def layout(tensor: Tensor) -> Layout:
     return list(tensor.shape), list(tensor.stride())
@@ -45,22 +51,28 @@ def of_lists(
                 fits = tensor.dtype is torch.float32 and tensor.numel() == 1
             else:
                 fits = tensor.dtype is dtype and _same(tensor, expected)
-            if not fits or tensor.device != device or tensor.data_ptr() == 0:
+            if not fits or tensor.device != device or tensor.is_neg() or tensor.data_ptr() == 0:
                 return None
         result.append([tensor.data_ptr() for tensor in tensors])
     return result
 
 
-def of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[int] | None:
-    """Addresses of the flat arrays of a table; None when one is not contiguous on ``device``."""
-    if not all(array.is_contiguous() and array.device == device for array in arrays):
-        return None
-    return [array.data_ptr() for array in arrays]
+def of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[Place] | None:
+    """Addresses of the flat arrays of a table, each with the number of its elements.
+
+    Returns:
+        None when an array is not contiguous on ``device``, or of another type than in the table.
+    """
+    dtypes = ARRAY_DTYPES if len(arrays) == len(ARRAY_DTYPES) else [array.dtype for array in arrays]
+    for array, dtype in zip(arrays, dtypes, strict=True):
+        if array.dtype is not dtype or array.device != device or not array.is_contiguous():
+            return None
+    return [(array.data_ptr(), array.numel()) for array in arrays]
 
 
-def of_optional(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Addresses of tensors that the caller holds until the call is over; 0 for None."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def of_optional(tensors: Sequence[Tensor | None]) -> list[Place]:
+    """Addresses of dense tensors that the caller holds until the call is over, and their bytes."""
+    return [(0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
 
 def of_tensor(tensor: Tensor) -> int:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sparsekern._schema import Anything, Array, Fields, Real
+
 LIVE = -1
 """Countdown of a live row. A declining row has the steps that are left, a masked row 0."""
 
@@ -259,9 +261,8 @@ class RowTable:
         """Copy what :meth:`state_dict` gave into the arrays of this table, in place.
 
         Raises:
-            KeyError: an entry is missing.
-            ValueError: an entry has another shape or dtype, or the gates are those of another
-                model; nothing has been changed then.
+            ValueError: an entry is missing, has another shape or dtype or is no number in range, or the
+                gates are those of another model; nothing has been changed then.
         """
         self.check(state, self.state_dict())
         for name in self._ARRAYS:
@@ -276,18 +277,12 @@ class RowTable:
         """``state`` can be loaded into a table whose own state is ``expected``.
 
         Raises:
-            KeyError, ValueError: as :meth:`load_state_dict`.
+            ValueError: as :meth:`load_state_dict`.
         """
-        for name in (*cls._ARRAYS, *cls._STRUCTURE, "tau", "decay"):
-            if name not in state:
-                raise KeyError(f"state: has no entry {name!r}, expected the state_dict of a RowTable")
-        for name in cls._ARRAYS + cls._STRUCTURE:
-            own, other = expected[name], state[name]
-            if own.shape != other.shape or own.dtype != other.dtype:
-                raise ValueError(
-                    f"state[{name!r}]: got {other.dtype} {list(other.shape)}, "
-                    f"expected {own.dtype} {list(own.shape)}"
-                )
+        arrays = {name: expected[name] for name in cls._ARRAYS + cls._STRUCTURE}
+        rules = {name: Array(tuple(own.shape), own.dtype) for name, own in arrays.items()}
+        numbers = {"tau": Real(positive=True), "decay": Real(0, 1)}
+        Fields({**numbers, **rules}, others=Anything()).check(state, "state")
         for name in cls._STRUCTURE:
             if not torch.equal(expected[name], state[name].to(expected[name].device)):
                 raise ValueError(f"state[{name!r}]: got the gates of another model")

@@ -6,18 +6,18 @@ imported: where nobody has imported it, no tensor is one.
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sparsekern._copying import copied
 
 _TENSORS = "torch.distributed.tensor"
 _WRAPPER = "torch.nn.parallel.distributed"
@@ -133,15 +133,6 @@ def part_of(tensor: Tensor) -> Part:
     return Part(dim, start, min(chunk, size - start), -(-size // max(chunk, 1)), mesh.get_group(axis))
 
 
-@torch.no_grad()
-def zero_entries(tensor: Tensor, dim: int, entries: np.ndarray) -> None:
-    """Set the given entries (int64) along ``dim`` to zero, each process in the part it holds."""
-    mine = local(tensor)
-    if is_sharded(tensor) and (at := part_of(tensor)).dim == dim:
-        entries = entries[(entries >= at.start) & (entries < at.start + at.size)] - at.start
-    mine.index_fill_(dim, torch.from_numpy(entries).to(mine.device), 0)
-
-
 def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """The whole of ``tensor`` without memory, as a tensor of ``mode``."""
     if not is_sharded(tensor):
@@ -198,16 +189,19 @@ def settle(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(model, memo)``; modules sharded by ``fully_shard`` become what they were before.
+def copy_module(
+    model: nn.Module, memo: dict[int, Any], result: Callable[[Tensor], Tensor] | None = None
+) -> nn.Module:
+    """``copied(model, memo, result)``; modules sharded by ``fully_shard`` become what they were before.
 
     Those refuse to be copied, and what makes them sharded (their class, hooks, the processes they know)
-    means nothing for a copy that holds whole tensors. ``memo`` has to hold the copies of all tensors.
+    means nothing for a copy that holds whole tensors. ``memo`` has to hold the copies of all parameters and
+    buffers.
     """
     modules = list(model.modules())
     sharded = [module for module in modules if _is_fully_sharded(module)]
     if not sharded:
-        return copy.deepcopy(model, memo)
+        return copied(model, memo, result)
     contract = sys.modules["torch.distributed._composable.contract"]
     keys = (contract.STATE_KEY, contract.REGISTRY_KEY)
     hooks = [hook for module in modules for held in _hooks(module) for hook in held.values()]
@@ -218,7 +212,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for module in sharded:
             # fully_shard puts one class in front of the module's own.
             module.__class__ = type(module).__mro__[2]
-        twin = copy.deepcopy(model, memo)
+        twin = copied(model, memo, result)
     finally:
         for module, cls in zip(sharded, classes, strict=True):
             module.__class__ = cls

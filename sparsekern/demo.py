@@ -14,12 +14,12 @@ from rich.table import Table
 
 from .recipes.data import Split, normalise
 from .recipes.errors import InputError
-from .recipes.files import writable_directory
+from .recipes.files import check_free, check_writable
 from .recipes.measure import latency
 from .recipes.metrics import predict
 from .recipes.run import Result, execute
 from .recipes.settings import Settings
-from .recipes.synthetic import generate
+from .recipes.synthetic import KINDS, Kind, generated
 from .recipes.train import Step
 from .report import runs as report
 
@@ -36,6 +36,8 @@ def demonstrate(
     *,
     arguments: Mapping[str, Any],
     progress: Progress,
+    kind: Kind = KINDS["cells"],
+    overwrite: bool = False,
 ) -> tuple[Table, Result]:
     """Trains dense and pruned with otherwise equal settings, and compares the two.
 
@@ -47,34 +49,39 @@ def demonstrate(
         out: directory of the results.
         arguments: what the user gave, for run.json.
         progress: shows the progress of a training.
+        kind: what the images show.
+        overwrite: replace the runs of another demonstration in `out`.
 
     Returns:
         The comparison, and the pruned run.
 
     Raises:
-        InputError: an argument cannot be used; nothing was trained.
+        InputError: an argument cannot be used, or `out` holds runs; nothing was trained.
+        Stopped: a signal came.
     """
     if images < 1:
         raise InputError(f"--images: got {images}, expected at least 1")
-    writable_directory(out, "--out")
-    train = generate(images, settings.crop, settings.seed)
-    test = generate(max(SHOWN, images // 4), settings.crop, settings.seed + 1)
+    for name in ("dense", "pruned"):
+        if not overwrite:
+            check_free(out / name, "--out")
+        check_writable(out / name, "--out")
+    data = generated(kind, train=images, test=max(SHOWN, images // 4), size=settings.crop, seed=settings.seed)
     runs: dict[str, Result] = {}
     for name, keep in (("dense", None), ("pruned", settings.keep)):
         with progress(name, settings.steps) as on_step:
             result = execute(
                 replace(settings, keep=keep),
-                train,
-                test,
+                data,
                 out / name,
                 arguments=arguments,
+                overwrite=overwrite,
                 on_step=on_step,
             )
         assert result is not None
         runs[name] = result
     report.curves(out / "curves.png", runs)
-    _predictions(out / "predictions.png", runs, test)
-    return _table(runs, settings, test), runs["pruned"]
+    _predictions(out / "predictions.png", runs, data.test)
+    return _table(runs, settings, data.test), runs["pruned"]
 
 
 def _predictions(path: Path, runs: Mapping[str, Result], test: Split) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekern import _cuda, _native, _pointers
-from sparsekern.backends._lists import STEPS, Lists
+from sparsekern import _cuda, _memory, _native, _pointers
+from sparsekern.backends._lists import STEPS, Lists, named, read_lists
 
 SLOTS = STEPS + 1
 """Lists of a call, as in csrc/abi.h."""
@@ -25,7 +25,7 @@ class Addresses:
             rows: how many the arrays of the table need to have.
             dlpack_type: what DLPack calls the device.
         """
-        self.dtype, self.device = params[0].dtype, params[0].device
+        self.dtype, self.device, self.rows = params[0].dtype, params[0].device, rows
         self.layouts = [_pointers.layout(param) for param in params]
         module = _native.load()
         self._expected: Any = None
@@ -33,20 +33,48 @@ class Addresses:
             kind = _cuda.DTYPES[self.dtype], self.layouts, rows, dlpack_type, self.device.index or 0
             self._expected = module.layout(*kind)
 
-    def read(self, lists: Lists, arrays: tuple[Tensor, ...]) -> bytes | None:
-        """``[6][tensors]`` addresses and eight of the flat arrays; None when a tensor does not fit."""
+    def read(self, op: int, lists: Lists, arrays: tuple[Tensor, ...], scaled: bool) -> bytes | None:
+        """``[6][tensors]`` addresses and eight of the flat arrays.
+
+        Args:
+            op: one of those of csrc/abi.h.
+            scaled: whether gradients are written to.
+
+        Returns:
+            None when a tensor does not fit, or shares memory with one that is written to.
+        """
         if _native.exchanges:
-            found: bytes | None = _C.addresses(self._expected, lists, arrays)
+            found: bytes | None = _C.addresses(self._expected, lists, arrays, op, scaled)
             return found
         of_lists = _pointers.of_lists(lists, self.layouts, self.dtype, STEPS, self.device)
         of_arrays = _pointers.of_arrays(arrays, self.device)
-        if of_lists is None or of_arrays is None:
+        if of_lists is None or of_arrays is None or not self._has_rows([size for _, size in of_arrays]):
+            return None
+        if not _disjoint(op, lists, arrays, scaled):
             return None
         padded = [addresses or [0] * len(self.layouts) for addresses in of_lists]
         padded += [[0] * len(self.layouts)] * (SLOTS - len(of_lists))
         flat = [address for addresses in padded for address in addresses]
-        flat += of_arrays or [0] * _cuda.ROW_ARRAYS
+        flat += [address for address, _ in of_arrays] or [0] * _cuda.ROW_ARRAYS
         return bytes((ctypes.c_uint64 * len(flat))(*flat))
+
+    def _has_rows(self, sizes: list[int]) -> bool:
+        """Whether flat arrays of so many elements are those of one table."""
+        if not sizes:
+            return True
+        rows = sizes[0]
+        return rows >= self.rows and sizes == [rows, rows, rows, 4 * rows, rows, rows, 1, 1]
+
+
+def _disjoint(op: int, lists: Lists, arrays: tuple[Tensor, ...], scaled: bool) -> bool:
+    every = named(op, lists)
+    read = {name: every[name] for name in read_lists(op, scaled)} | {"rows": arrays[:2]}
+    written = {name: tensors for name, tensors in every.items() if name not in read} | {"table": arrays[2:]}
+    try:
+        _memory.check_disjoint(written, read)
+    except ValueError:
+        return False
+    return True
 
 
 _C: Any = _native.load()

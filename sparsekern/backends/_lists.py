@@ -30,7 +30,7 @@ STEPS = 5
 
 _STATES = {
     SGD: ("momentum_buffers",),
-    ADAM: ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+    ADAM: ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"),
     STATISTICS: (),
     MASK: (),
 }
@@ -157,7 +157,8 @@ def memory_shapes(
 
 def memory_shape(param: Tensor, start: int, dim: int) -> tuple[int, int, int, int] | None:
     """``(outer, rows, inner, start)`` of a tensor as it lies; None when it has holes or no elements."""
-    if type(param) not in (Parameter, Tensor) or param.numel() == 0:
+    is_plain = type(param) in (Parameter, Tensor) and param.layout is torch.strided and not param.is_neg()
+    if not is_plain or param.numel() == 0:
         return None
     order = sorted((d for d in range(param.dim()) if param.shape[d] != 1), key=lambda d: -param.stride()[d])
     span = 1
@@ -185,16 +186,15 @@ def in_parts(
 ) -> None:
     """A list that no single native call takes: what ``run`` can take, and the rest by ``fallback``."""
     params = lists[0]
-    _check(op, lists)
-    if options.get("grad_scale") is not None:
-        _checks.own_memory("grads", lists[1])
+    scaled = options.get("grad_scale") is not None
+    _checks.tensors(named(op, lists), rows, read_lists(op, scaled))
     regular = [i for i, p in enumerate(params) if walkable(p) and memory_shape(p, -1, 0) is not None]
     rest = sorted(set(range(len(params))) - set(regular))
     part = _part(lists, regular)
     with torch.no_grad():
         ordered = _in_order_of_params(part)
         if regular and run(ordered, _part_of_rows(rows, regular)):
-            written = range(1 if options.get("grad_scale") is not None else 2, len(part))
+            written = range(1 if scaled else 2, len(part))
             for position in written:
                 for tensor, copy in zip(part[position], ordered[position], strict=True):
                     if copy is not tensor:
@@ -205,14 +205,16 @@ def in_parts(
             fallback(*_part(lists, rest), **options, rows=_part_of_rows(rows, rest))
 
 
-def _check(op: int, lists: Lists) -> None:
-    params = lists[0]
-    _checks.parameters(params)
-    for name, tensors in zip(("grads", *_STATES[op]), lists[1:], strict=False):
-        if tensors:
-            _checks.like(name, tensors, params)
-    if op == ADAM:
-        _checks.counters(lists[STEPS], params)
+def named(op: int, lists: Lists) -> dict[str, Sequence[Tensor]]:
+    """The lists of an op by the names of its arguments."""
+    return dict(zip(("params", "grads", *_STATES[op]), lists, strict=False))
+
+
+def read_lists(op: int, scaled: bool) -> tuple[str, ...]:
+    """Names of the lists that an op does not write to; under a scale gradients are written."""
+    if op == STATISTICS:
+        return ("params", "grads")
+    return () if scaled or op == MASK else ("grads",)
 
 
 def _part(lists: Lists, indices: list[int]) -> Lists:

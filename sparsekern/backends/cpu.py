@@ -42,6 +42,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 _MISFIT = -1
 
+CHECKS_MEMORY = True
+"""That native code checks the arrays of channels, and which memory the tensors of a normalisation share."""
+
 _plans = Plans()
 
 

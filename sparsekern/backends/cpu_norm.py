@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsekern import _native, _pointers
 from sparsekern._counts import ChannelCounts
+from sparsekern._norm_checks import check_memory, named_counts
 from sparsekern.backends._norm_layout import Layout, layout_of
 from sparsekern.backends.reference_norm import ACTIVATIONS, compute_dtype
 
@@ -23,6 +24,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 _MISFIT = -1
+
+_INPUTS = ("x", "residual", "weight", "bias", "mask")
 
 _UNCOUNTED: tuple[Tensor | None, ...] = (None, None, None)
 
@@ -48,6 +51,8 @@ def norm_act_forward(
     numbers = (_NUMBERS[activation], training, eps, momentum, torch.get_num_threads())
     if _done(_C.norm_forward(inputs, own, *numbers), x):
         return y, mean, var
+    written = {"running_mean": running_mean, "running_var": running_var} if momentum else {}
+    check_memory(written, dict(zip(_INPUTS, inputs, strict=True)))
     data, layout, converted = _converted(inputs)
     y = torch.empty_like(data)
     running = (_vector(running_mean, data), _vector(running_var, data))
@@ -84,6 +89,8 @@ def norm_act_backward(
     own = (grad, mean, var, grad_x, grad_residual, grad_weight, grad_bias, *arrays)
     if _done(_C.norm_backward(inputs, own, *numbers), x):
         return grad_x, grad_residual, grad_weight, grad_bias
+    read = dict(zip(_INPUTS, inputs, strict=True)) | {"grad": grad, "mean": mean, "var": var}
+    check_memory(named_counts(counts), read)
     data, layout, converted = _converted(inputs)
     grad_x = torch.empty_like(data)
     grad_residual = None if residual is None else torch.empty_like(data)

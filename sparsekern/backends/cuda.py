@@ -100,14 +100,13 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     arrays = channel_arrays(table)
     device = table.sums.device
     channels, rows = table.channel_dot.numel(), table.sums.shape[0]
-    fits = (
-        tuple(array.dtype for array in arrays) == _MOMENT_DTYPES
-        and table.gate_offsets.numel() == channels + 1
-    )
-    addresses = _pointers.of_arrays(arrays, device) if fits else None
-    if addresses is None:
+    fits = tuple(array.dtype for array in arrays) == _MOMENT_DTYPES
+    found = _pointers.of_arrays(arrays, device) if fits else None
+    sizes = [channels + 1, table.gate_rows.numel(), 4 * rows, channels, channels, 1, 1]
+    if found is None or [size for _, size in found] != sizes:
         reference.channel_moments_(table)
         return
+    addresses = [address for address, _ in found]
     stream = _cuda.stream(device)
     ticket = _tickets.get(stream)
     if ticket is None or ticket.device != device:
@@ -164,7 +163,8 @@ def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: R
 
 def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
     table = None if rows is None else rows.table
-    addresses = plan.addresses.read(lists, () if table is None else row_arrays(table))
+    scaled = options.get("grad_scale") is not None
+    addresses = plan.addresses.read(op, lists, () if table is None else row_arrays(table), scaled)
     if addresses is None:
         return False
     stream = _cuda.stream(plan.addresses.device)

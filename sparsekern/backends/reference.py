@@ -71,6 +71,7 @@ def sgd_step_(
     """
     go, learn = _conditions(lr, found_inf, params)
     lr = _rate(lr)
+    grad_scale = None if grad_scale is None else grad_scale.clone()
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, learn)
         keep = _and(row.live, go) if row else go
@@ -129,6 +130,7 @@ def adam_step_(
     """
     go, learn = _conditions(lr, found_inf, params)
     lr = _rate(lr)
+    grad_scale = None if grad_scale is None else grad_scale.clone()
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, learn)
         keep = _and(row.live, go) if row else go
@@ -302,8 +304,8 @@ def _conditions(
 
 
 def _rate(lr: float | Tensor) -> float | Tensor:
-    """``lr`` as a float or 0-dim float64."""
-    return lr.reshape(()).double() if isinstance(lr, Tensor) else lr
+    """``lr`` as a float or 0-dim float64, in memory of its own: it is read before anything is written."""
+    return lr.reshape(()).to(torch.float64, copy=True) if isinstance(lr, Tensor) else lr
 
 
 def _and(condition: Tensor, other: Tensor | None) -> Tensor:

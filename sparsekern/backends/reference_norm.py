@@ -129,7 +129,8 @@ def norm_act_backward(
     if counts is not None:
         count(counts, sums[3], sums[2], weight, bias, live, elements)
     rstd = 1 / (var.double() + eps).sqrt()
-    return grad_x, grad_residual, (sums[1] * rstd).to(dtype), sums[0].to(dtype)
+    grad_weight = torch.where(live, sums[1] * rstd, 0)
+    return grad_x, grad_residual, grad_weight.to(dtype), sums[0].to(dtype)
 
 
 def count(

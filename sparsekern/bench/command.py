@@ -115,5 +115,5 @@ def _write(report: dict[str, object], target: str | None) -> None:
     if target == "-":
         sys.stdout.write(text)
     elif target is not None:
-        with replacing(Path(target).absolute()) as temporary:
+        with replacing(target, "--json") as temporary:
             temporary.write_text(text)

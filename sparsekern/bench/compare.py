@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekern._files import parse_json
 from sparsekern.bench.contest import OURS
 from sparsekern.bench.suite import FORMAT, TIMED
 
@@ -80,7 +80,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     expected = f"--compare: {path} is no report, expected a file that sparsekern bench --json has written"
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise type(error)(f"--compare: cannot read {path}: {error.strerror}") from None
     except ValueError as error:

@@ -67,8 +67,8 @@ class Training:
 
     def problem(self) -> Problem:
         """What its step reads and writes."""
-        table = self.optimizer._table if isinstance(self.optimizer, optim.RowOptimizer) else None
-        return Problem(list(self.model.parameters()), self.optimizer, table)
+        tables = self.optimizer.tables if isinstance(self.optimizer, optim.RowOptimizer) else ()
+        return Problem(list(self.model.parameters()), self.optimizer, tables[0] if tables else None)
 
 
 def iteration(case: Case, *, fused: bool = False) -> Contest:

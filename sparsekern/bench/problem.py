@@ -138,7 +138,7 @@ def _prune(model: nn.Module, case: Case, optimizer: Optimizer) -> RowTable:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = ChannelRows(model, channels, {id(p) for p in parameters.values()}, decay=0.99)
     optim.attach(optimizer, rows.table)
-    masks = Masks(channels, rows, parameters, optim.state_tensors(optimizer))
+    masks = Masks(channels, rows, parameters, optim.state_tensors(optimizer.state))
     order = np.random.default_rng(0).permutation(channels.num_channels)
     chosen = np.zeros(channels.num_channels, bool)
     chosen[order[: round((case.masked or 0.0) * len(order))]] = True

@@ -45,7 +45,7 @@ def draw(report: Report, path: Path) -> None:
             f"{where['machine']} ({where['isa']}), {where['threads']} threads, torch {where['torch']}"
         )
         figure.legend(loc="outside right center")
-        with replacing(path) as temporary:
+        with replacing(path, "--plot") as temporary:
             figure.savefig(temporary)
 
 

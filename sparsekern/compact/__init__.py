@@ -11,3 +11,21 @@ from sparsekern.compact.store import save as save
 from sparsekern.compact.surgery import compact as compact
 from sparsekern.compact.surgery import plan_of as plan_of
 from sparsekern.compact.verify import verify as verify
+
+__all__ = [
+    "Plan",
+    "TensorPlan",
+    "check_copies",
+    "check_cuttable",
+    "compact",
+    "load",
+    "make_plan",
+    "plan_of",
+    "save",
+    "shrink",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

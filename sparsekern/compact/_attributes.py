@@ -28,7 +28,7 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
         for attribute, size in changed.items():
             setattr(after, attribute, size)
     for module, attribute, size in counts(copy, parts.values()):
-        setattr(module, attribute, size)
+        vars(module)[attribute] = size
     for encoder in copy.modules():
         # Its nested tensors are for torch's own attention only.
         if isinstance(encoder, nn.TransformerEncoder) and any(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -59,9 +61,8 @@ def check_rebuildable(wrapper: Any) -> None:
         )
 
 
-def rebuild(wrapper: Any) -> None:
-    """A new reducer for the tensors as they are, with the same options and communication hook."""
-    hooks = list(wrapper._comm_hooks)
+def rebuild(wrapper: Any, hooks: Sequence[tuple[Any, Any]]) -> None:
+    """A new reducer for the tensors as they are, with the same options and the communication ``hooks``."""
     # The old one goes first: it keeps hooks on the parameters for as long as it lives.
     wrapper.logger = wrapper.reducer = None
     parameters, sparse = wrapper._build_params_for_reducer()
@@ -75,6 +76,24 @@ def rebuild(wrapper: Any) -> None:
     wrapper._comm_hooks = []
     for hook, state in hooks:
         wrapper.register_comm_hook(state, hook)
+
+
+class Rebuilding:
+    """New reducers for the wrappers of a model, also where something fails.
+
+    Made before the tensors change, so that ``undo`` rebuilds the reducers after it has restored the tensors.
+    It does so in every process, wherever that had got to: a new reducer agrees on its buckets with those of
+    the other processes, which have to be new, too.
+    """
+
+    def __init__(self, wrappers: Sequence[Any], undo: ExitStack) -> None:
+        self._hooks = [(wrapper, list(wrapper._comm_hooks)) for wrapper in wrappers]
+        undo.callback(self.carry_out)
+
+    def carry_out(self) -> None:
+        """The tensors have their sizes now."""
+        for wrapper, hooks in self._hooks:
+            rebuild(wrapper, hooks)
 
 
 def _builtin_hook(wrapper: Any) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from sparsekern._files import parse_json
+from sparsekern._schema import describe
 
 if TYPE_CHECKING:
     from sparsekern.graph import ChannelGraph
@@ -18,7 +23,11 @@ VERSION = 1
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
-_RUNS = re.compile(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*")
+# Where nothing bounds them: 128 MiB, ten times what the widest networks of today have.
+_MOST_INDICES = 1 << 24
+
+_DIMENSION = re.compile(r"0|[1-9][0-9]?")
+_RUNS = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?(,[0-9]{1,18}(-[0-9]{1,18})?)*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,23 +46,21 @@ class TensorPlan:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = tuple(int(size) for size in self.shape)
+        shape = _check_sizes(self.shape)
         keep = {}
-        for dim, indices in sorted(self.keep.items()):
-            if not 0 <= dim < len(shape):
+        for dim, indices in _check_mapping("keep", self.keep, "dimension -> indices").items():
+            if not _is_whole(dim) or not 0 <= dim < len(shape):
                 raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
             checked = _check_indices(indices, shape[dim], dim)
             if len(checked) < shape[dim]:
                 keep[int(dim)] = checked
         object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "keep", keep)
-        object.__setattr__(self, "sizes", dict(self.sizes))
-        for path, (dim, per) in self.sizes.items():
-            if not 0 <= dim < len(shape) or per < 1 or self.new_shape[dim] % per:
-                raise ValueError(
-                    f"sizes: {path!r} counts dimension {dim} of {shape} by {per}, of which "
-                    f"{self.new_shape[dim] if 0 <= dim < len(shape) else 'none'} stay"
-                )
+        object.__setattr__(self, "keep", dict(sorted(keep.items())))
+        object.__setattr__(
+            self, "sizes", dict(_check_mapping("sizes", self.sizes, "attribute -> (dimension, indices)"))
+        )
+        for path, size in self.sizes.items():
+            _check_size(path, size, shape, self.new_shape)
 
     @property
     def new_shape(self) -> tuple[int, ...]:
@@ -108,7 +115,7 @@ class Plan:
     tensors: Mapping[str, TensorPlan]
 
     def __post_init__(self) -> None:
-        for name, part in self.tensors.items():
+        for name, part in _check_mapping("tensors", self.tensors, "str -> TensorPlan").items():
             if not isinstance(name, str) or not isinstance(part, TensorPlan):
                 raise ValueError(
                     f"tensors: got {name!r} -> {type(part).__name__}, expected str -> TensorPlan"
@@ -156,17 +163,20 @@ class Plan:
         return Plan({f"{prefix}.{name}": part.inside(prefix) for name, part in self.tensors.items()})
 
     def to_json(self) -> str:
-        """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``."""
+        """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``.
+
+        Equal plans give equal text: in how many cuts a network got its size does not show in its file.
+        """
         numbers: dict[str, int] = {}
         tensors: dict[str, dict[str, Any]] = {}
-        for name, part in self.tensors.items():
+        for name, part in sorted(self.tensors.items()):
             keep = {
                 str(dim): numbers.setdefault(_to_runs(indices), len(numbers))
-                for dim, indices in part.keep.items()
+                for dim, indices in sorted(part.keep.items())
             }
             tensors[name] = {"shape": list(part.shape), "keep": keep}
             if part.sizes:
-                tensors[name]["sizes"] = {path: list(size) for path, size in part.sizes.items()}
+                tensors[name]["sizes"] = {path: list(size) for path, size in sorted(part.sizes.items())}
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -176,23 +186,43 @@ class Plan:
         return json.dumps(document, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The plan that ``to_json`` wrote. Raises ``ValueError`` for anything else."""
+    def from_json(cls, text: str | bytes, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Plan:
+        """The plan that ``to_json`` wrote.
+
+        A short text can stand for very many indices, so none is made before it is known to fit.
+
+        Args:
+            text: JSON.
+            shapes: of the tensors that the plan is for, by name, where they are known.
+
+        Raises:
+            ValueError: it is something else, or is for tensors of other names or shapes than ``shapes``.
+                Without ``shapes`` also if it stands for more than 2**24 indices.
+        """
         try:
-            document = json.loads(text)
-        except (TypeError, ValueError) as error:
+            document = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"text: not JSON ({error})") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"text: not a plan, expected an object with format {FORMAT!r}")
         if document.get("version") != VERSION:
-            raise ValueError(f"text: plan of version {document.get('version')!r}, expected {VERSION}")
-        sets = [_from_runs(runs) for runs in _expect(document, "indices", list)]
-        tensors = {}
-        for name, entry in _expect(document, "tensors", dict).items():
-            try:
-                tensors[name] = _tensor_from_json(entry, sets)
-            except ValueError as error:
-                raise ValueError(f"text: tensor {name!r}: {error}") from None
+            raise ValueError(f"text: plan of version {describe(document.get('version'))}, expected {VERSION}")
+        sets = [_Runs(runs) for runs in _expect(document, "indices", list)]
+        entries = _expect(document, "tensors", dict)
+        claimed, tensors = {}, {}
+        for name, entry in entries.items():
+            with _of_tensor(name):
+                claimed[name] = tuple(_expect(entry, "shape", list))
+        if shapes is not None:
+            check_shapes(claimed, shapes)
+        elif (count := sum(runs.count for runs in sets)) > _MOST_INDICES:
+            raise ValueError(
+                f"text: indices stand for {count}, beyond any dimension (at most {_MOST_INDICES} where "
+                f"the shapes of the tensors are not given)"
+            )
+        for name, entry in entries.items():
+            with _of_tensor(name):
+                tensors[name] = _tensor_from_json(entry, claimed[name], sets)
         return cls(tensors)
 
     def __str__(self) -> str:
@@ -257,32 +287,114 @@ def _to_runs(indices: Indices) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _from_runs(runs: object) -> Indices:
-    if not isinstance(runs, str) or not _RUNS.fullmatch(runs):
-        raise ValueError(f"text: indices {str(runs)[:40]!r}, expected runs such as '0-3,7'")
-    bounds = [run.partition("-") for run in runs.split(",")]
-    pairs = [(int(first), int(last or first)) for first, _, last in bounds]
-    # A bound far beyond any tensor would make a huge array before it could be refused.
-    if any(last >= 1 << 26 for _, last in pairs):
-        raise ValueError(f"text: indices {runs[:40]!r} reach beyond any dimension")
-    return np.concatenate([np.arange(first, last + 1, dtype=np.int64) for first, last in pairs])
+@contextmanager
+def _of_tensor(name: str) -> Iterator[None]:
+    """Errors say which tensor they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"text: tensor {describe(name)}: {error}") from None
 
 
-def _tensor_from_json(entry: Any, sets: Sequence[Indices]) -> TensorPlan:
-    shape = _expect(entry, "shape", list)
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape is {shape}, expected sizes")
+class _Runs:
+    """Increasing indices as text, made into an array when a tensor is known to have them."""
+
+    def __init__(self, text: object) -> None:
+        if not isinstance(text, str) or not _RUNS.fullmatch(text):
+            raise ValueError(f"text: indices {describe(text)}, expected runs such as '0-3,7'")
+        bounds = [run.partition("-") for run in text.split(",")]
+        self._pairs = [(int(first), int(last or first)) for first, _, last in bounds]
+        flat = [-1, *(bound for pair in self._pairs for bound in pair)]
+        self._rises = all(
+            before <= after if number % 2 else before < after
+            for number, (before, after) in enumerate(itertools.pairwise(flat))
+        )
+        self.last = flat[-1]
+        self.count = sum(max(0, last - first + 1) for first, last in self._pairs)
+        self._array: Indices | None = None
+
+    def within(self, size: int, dim: int) -> Indices:
+        """The indices, once for all dimensions of at least this size."""
+        if not self._rises or self.last >= size:
+            raise ValueError(
+                f"keep: dimension {dim} expects at least one and increasing indices in [0, {size})"
+            )
+        if self._array is None:
+            parts = [np.arange(first, last + 1, dtype=np.int64) for first, last in self._pairs]
+            self._array = _check_indices(np.concatenate(parts), size, dim)
+        return self._array
+
+
+def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[_Runs]) -> TensorPlan:
+    _check_sizes(shape)
     keep = {}
-    for dim, number in _expect(entry, "keep", dict).items():
-        if not dim.isdecimal() or type(number) is not int or not 0 <= number < len(sets):
-            raise ValueError(f"keep has {dim!r}: {number!r}, expected dimension: set of indices")
-        keep[int(dim)] = sets[number]
+    for text, number in _expect(entry, "keep", dict).items():
+        dim = int(text) if _DIMENSION.fullmatch(text) else -1
+        if dim < 0 or type(number) is not int or not 0 <= number < len(sets):
+            raise ValueError(
+                f"keep has {describe(text)}: {describe(number)}, expected dimension: set of indices"
+            )
+        if dim >= len(shape):
+            raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
+        keep[dim] = sets[number].within(shape[dim], dim)
     sizes = {}
     for path, size in _expect(entry, "sizes", dict).items() if "sizes" in entry else ():
-        if not isinstance(size, list) or [type(n) for n in size] != [int, int]:
-            raise ValueError(f"sizes has {path!r}: {size!r}, expected [dimension, indices per unit]")
-        sizes[path] = (size[0], size[1])
-    return TensorPlan(tuple(shape), keep, sizes)
+        if not isinstance(size, list):
+            raise ValueError(
+                f"sizes has {describe(path)}: {describe(size)}, expected [dimension, indices per unit]"
+            )
+        sizes[path] = tuple(size)
+    return TensorPlan(shape, keep, sizes)
+
+
+def check_shapes(claimed: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The tensors that a plan names are those of a model.
+
+    Args:
+        claimed: shapes by name, of the plan.
+        shapes: of all tensors of the model.
+
+    Raises:
+        ValueError: one is missing or has another shape.
+    """
+    missing = claimed.keys() - shapes.keys()
+    if missing:
+        raise ValueError(f"plan: made for another model, this one has no tensor {shorten(sorted(missing))}")
+    for name, shape in claimed.items():
+        if shapes[name] != shape:
+            raise ValueError(
+                f"plan: made for another model, tensor {name!r} has shape {list(shapes[name])}, "
+                f"expected {list(shape)}"
+            )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_sizes(shape: object) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else None
+    if sizes is None or not all(_is_whole(size) and size >= 0 for size in sizes):
+        raise ValueError(f"shape: got {describe(shape)}, expected sizes >= 0")
+    return tuple(int(size) for size in sizes)
+
+
+def _check_mapping(name: str, value: Any, expected: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: got {describe(value)}, expected {expected}")
+    return value
+
+
+def _check_size(path: object, size: object, shape: tuple[int, ...], left: tuple[int, ...]) -> None:
+    if not isinstance(path, str) or not isinstance(size, tuple) or len(size) != 2:
+        raise ValueError(f"sizes: got {describe(path)} -> {describe(size)}, expected str -> (dim, per)")
+    dim, per = size
+    fits = _is_whole(dim) and _is_whole(per) and 0 <= dim < len(shape) and per >= 1
+    if not fits or left[dim] % per:
+        raise ValueError(
+            f"sizes: {describe(path)} counts dimension {describe(dim)} of {shape} by {describe(per)}, of "
+            f"which {left[dim] if fits else 'none'} stay"
+        )
 
 
 def _expect(document: object, key: str, kind: type) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,20 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from sparsekern._sharding import check_plain, unwrap
+from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.compact._attributes import update_attributes
 from sparsekern.compact.optimizer_state import StateCutter, prepare_state
-from sparsekern.compact.parallel import check_rebuildable, rebuild, wrappers_of
+from sparsekern.compact.parallel import Rebuilding, check_rebuildable, wrappers_of
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import Registered, cut, match, registered, remember
+from sparsekern.optim import Unwrapped
 
 
 def shrink(
     model: nn.Module,
     plan: Plan,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Unwrapped | None = None,
     also: Sequence[nn.Module] = (),
     state_cutter: StateCutter | None = None,
 ) -> None:
@@ -32,7 +35,8 @@ def shrink(
     holds them sees it. Gradients are cut alike; hooks, ``requires_grad``, memory formats and ties
     stay; sizes such as ``out_channels`` follow; ``plan_of`` knows what is gone. Backward passes
     through outputs from before are refused by autograd afterwards, as after any change in place.
-    What ``torch.compile`` has compiled in this process is compiled anew at its next call.
+    What ``torch.compile`` has compiled in this process is compiled anew at its next call. Whatever raises
+    meanwhile leaves everything as it was, and Ctrl-C waits until everything is smaller.
 
     Every ``DistributedDataParallel`` of this process that the model is inside of gets a new reducer, with
     its options and its communication hook: all processes have to call this alike. Other hooks on the
@@ -41,8 +45,9 @@ def shrink(
     Args:
         model: also the result of ``torch.compile`` and ``DistributedDataParallel``.
         plan: relative to the model as it is.
-        optimizer: of parameters of the model. State of a parameter's shape, or with size 1 in place
-            of some dimensions (Adafactor's), is cut as the parameter is; single numbers stay.
+        optimizer: of parameters of the model, also inside of a wrapper. State of a parameter's shape, or
+            with size 1 in place of some dimensions (Adafactor's), is cut as the parameter is; single numbers
+            stay.
         also: modules of the same structure with tensors of their own, as they are or inside an
             ``AveragedModel``.
         state_cutter: gives the smaller state where the optimizer keeps some of another shape.
@@ -53,6 +58,27 @@ def shrink(
             entry of ``also`` is no copy, there is state whose cut is not known, or a
             ``DistributedDataParallel`` has a communication hook or an option that knows of sizes. Nothing
             has been changed in all these cases.
+    """
+    with all_or_nothing() as undo:
+        cut_all(model, plan, undo, optimizer=optimizer, also=also, state_cutter=state_cutter)
+
+
+def cut_all(
+    model: nn.Module,
+    plan: Plan,
+    undo: ExitStack,
+    *,
+    optimizer: Optimizer | Unwrapped | None = None,
+    also: Sequence[nn.Module] = (),
+    state_cutter: StateCutter | None = None,
+    ready: Callable[[], object] = lambda: None,
+) -> None:
+    """As :func:`shrink`, as a part of a larger change.
+
+    Args:
+        undo: is told what restores everything.
+        ready: called when all that is new has been made, and before the first thing changes; several
+            processes agree there that each of them has got so far.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
@@ -65,11 +91,14 @@ def shrink(
     for wrapper in wrappers:
         check_rebuildable(wrapper)
     for surgery in (live, *copies):
-        surgery.carry_out()
+        surgery.prepare()
+    ready()
+    rebuilding = Rebuilding(wrappers, undo)
+    for surgery in (live, *copies):
+        surgery.carry_out(undo)
     if state is not None:
-        state.cut()
-    for wrapper in wrappers:
-        rebuild(wrapper)
+        state.carry_out(undo)
+    rebuilding.carry_out()
     _forget_compiled()
 
 
@@ -81,16 +110,20 @@ def check_cuttable(model: nn.Module) -> None:
         check_rebuildable(wrapper)
 
 
-def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> None:
-    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``."""
-    if also:
-        live = _Surgery(unwrap(model), plan, "model")
-        for index, module in enumerate(also):
-            _copy_of(module, live, f"also[{index}]")
+def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> list[dict[int, TensorPlan]]:
+    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``.
+
+    Returns:
+        For each copy, by ``id`` of its tensors, what ``plan`` leaves of them.
+    """
+    if not also:
+        return []
+    live = _Surgery(unwrap(model), plan, "model")
+    return [_copy_of(module, live, f"also[{index}]").parts for index, module in enumerate(also)]
 
 
 class _Surgery:
-    """A plan for one module, checked when it is made, so that carrying it out cannot fail."""
+    """A plan for one module: checked when it is made, then prepared, then carried out."""
 
     def __init__(self, module: nn.Module, plan: Plan, label: str) -> None:
         self.plan = plan
@@ -98,28 +131,40 @@ class _Surgery:
         self.parts = match(plan, self.tensors)
         self.names = {id(entry.tensor): entry.names[0] for entry in self.tensors}
         self.module = module
+        self._smaller: list[tuple[Tensor, Tensor, Tensor | None]] = []
         _check_whole(self.tensors, label)
         with _attributes_restored(module):
             update_attributes(module, module, self.parts)
 
     @torch.no_grad()
-    def carry_out(self) -> None:
-        update_attributes(self.module, self.module, self.parts)
-        remember(self.module, self.module, self.tensors, self.parts)
+    def prepare(self) -> None:
+        """Make what stays of the tensors and of their gradients; changes nothing."""
         for entry in self.tensors:
             part = self.parts[id(entry.tensor)]
             if part.keep:
-                _cut_in_place(entry.tensor, part)
+                grad = entry.tensor.grad if entry.tensor.is_leaf else None
+                # Other kinds of gradient (sparse, or the stand-in for one that is used up) are not kept.
+                plain = type(grad) is Tensor and grad.layout is torch.strided
+                kept = cut(grad, part) if plain and grad is not None else None
+                self._smaller.append((entry.tensor, cut(entry.tensor, part), kept))
+
+    def carry_out(self, undo: ExitStack) -> None:
+        """Change the module; ``undo`` is told what restores it."""
+        undo.callback(_restore_attributes, _attributes(self.module))
+        update_attributes(self.module, self.module, self.parts)
+        remember(self.module, self.module, self.tensors, self.parts)
+        for tensor, data, grad in self._smaller:
+            undo.callback(_assign, tensor, tensor.data, tensor.grad if tensor.is_leaf else None)
+            _assign(tensor, data, grad)
+            # Assigning data does not tell autograd that a saved tensor has changed.
+            increment_version(tensor)
 
 
 def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
     """The same surgery for a copy of the model, which may be wrapped."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{label}: got {type(module).__name__}, expected an nn.Module")
-    own = unwrap(module)
-    # AveragedModel and the wrappers for several processes call what is inside `module`.
-    inside = getattr(own, "module", None)
-    for candidate in (own, unwrap(inside) if isinstance(inside, nn.Module) else own):
+    for candidate in _candidates(module):
         tensors = registered(candidate)
         known = {name for entry in tensors for name in entry.names}
         if known.issuperset(live.plan.tensors):
@@ -131,8 +176,26 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
                 raise ValueError(f"{label}: not a copy of the model as it is: {error}") from None
     missing = sorted(live.plan.tensors.keys() - known)
     raise ValueError(
-        f"{label}: got a {type(own).__name__} without {shorten(missing)}, expected a copy of the model"
+        f"{label}: got a {type(unwrap(module)).__name__} without {shorten(missing)}, expected a copy of the "
+        f"model"
     )
+
+
+def inside(module: nn.Module, names: Iterable[str]) -> nn.Module:
+    """The copy of the model that ``module`` is or wraps: it has tensors of all these names."""
+    wanted = set(names)
+    return next(
+        candidate
+        for candidate in _candidates(module)
+        if wanted.issubset(name for entry in registered(candidate) for name in entry.names)
+    )
+
+
+def _candidates(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    own = unwrap(module)
+    # AveragedModel and the wrappers for several processes call what is inside `module`.
+    within = getattr(own, "module", None)
+    return own, unwrap(within) if isinstance(within, nn.Module) else own
 
 
 def _check_whole(tensors: Sequence[Registered], label: str) -> None:
@@ -143,33 +206,43 @@ def _check_whole(tensors: Sequence[Registered], label: str) -> None:
     )
 
 
+_Attributes = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _attributes(module: nn.Module) -> _Attributes:
+    return [(part, type(part), dict(part.__dict__)) for part in module.modules()]
+
+
+def _restore_attributes(before: _Attributes) -> None:
+    for part, kind, values in before:
+        part.__class__ = kind
+        for name in part.__dict__.keys() - values.keys():
+            del part.__dict__[name]
+        part.__dict__.update(values)
+
+
 @contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """The attributes and classes of all modules as they were, when the block is left in any way."""
-    before = [(part, type(part), dict(part.__dict__)) for part in module.modules()]
+    before = _attributes(module)
     try:
         yield
     finally:
-        for part, kind, values in before:
-            part.__class__ = kind
-            part.__dict__.update(values)
+        _restore_attributes(before)
 
 
-def _cut_in_place(tensor: Tensor, part: TensorPlan) -> None:
-    grad = tensor.grad if tensor.is_leaf else None
-    smaller = cut(tensor, part)
-    tensor.grad = None
+def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Give ``tensor``, which stays the same object, data and a gradient of another size."""
+    if tensor.is_leaf:
+        tensor.grad = None
     if tensor.requires_grad:
         # A node that accumulates gradients lives as long as a hook or an old graph holds on to it,
         # and expects the shape it was made for. Assigning another dtype makes torch forget it.
         other = torch.float32 if tensor.dtype is torch.float64 else torch.float64
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = smaller
-    # Assigning data does not tell autograd that a saved tensor has changed.
-    increment_version(tensor)
-    # Other kinds of gradient (sparse, or the stand-in for one that is used up) are not worth keeping.
-    if type(grad) is Tensor and grad.layout is torch.strided:
-        tensor.grad = cut(grad, part)
+    tensor.data = data
+    if grad is not None:
+        tensor.grad = grad
 
 
 def _forget_compiled() -> None:

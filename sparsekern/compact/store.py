@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekern._files import replacing, target
+from sparsekern._files import check_name, opened, parse_json, replacing, target
+from sparsekern._schema import TEXT, Entries, Fields, Items, Row, Whole
 from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
@@ -26,15 +28,50 @@ from sparsekern.compact.surgery import (
     plan_of,
     registered,
     remember,
+    shapes_of,
 )
 
 FORMAT = "sparsekern.model"
 VERSION = "1"
 
 _KEYS = ("format", "version", "class", "plan", "tied", "sha256")
+# Not in every file.
+_MADE_BY = "made_by"
 
 
-def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
+_LONGEST_HEADER = 100_000_000
+
+_TENSOR = Fields({"dtype": TEXT, "shape": Items(Whole(0)), "data_offsets": Row([Whole(0), Whole(0)])})
+HEADER = Fields({}, {"__metadata__": Entries(TEXT, TEXT)}, others=_TENSOR)
+"""What a file of safetensors begins with."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file that ``save`` wrote, read and found undamaged.
+
+    Attributes:
+        path: where it was read.
+        metadata: its texts, by the keys of the format.
+        values: its tensors by name, on the CPU.
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+    values: Mapping[str, Tensor]
+
+    @property
+    def made_by(self) -> Any:
+        """What ``save`` was told of the maker, as plain data that nobody has checked; None without."""
+        try:
+            return parse_json(self.metadata.get(_MADE_BY, "null"))
+        except ValueError:
+            raise ValueError(f"path: {self.path!r} names its maker in no JSON") from None
+
+
+def save(
+    module: nn.Module, path: str | os.PathLike[str], *, made_by: Mapping[str, Any] | None = None
+) -> None:
     """Writes the parameters, persistent buffers and plan of ``module`` to ``path``.
 
     The file is safetensors: any reader of that format gets the tensors under their names in the
@@ -45,7 +82,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     be written, ``ValueError`` for what the format cannot hold.
     """
     module = unwrap(module)
-    destination = target(path)
+    target(path)  # before the work of gathering
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
     tensors = _on_host(entries)
@@ -56,15 +93,15 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "plan": plan_of(module).to_json(),
         "tied": json.dumps({alias: e.names[0] for e in entries for alias in e.names[1:]}),
     }
+    if made_by is not None:
+        metadata[_MADE_BY] = _plain(made_by)
     metadata["sha256"] = _digest(metadata, tensors)
     try:
-        with replacing(destination) as temporary:
-            save_file(tensors, temporary, metadata)
+        with replacing(path) as temporary:
+            _write(tensors, temporary, metadata)
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
         raise ValueError(f"module: {shorten(names)} is {error}, which safetensors cannot hold") from None
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"path: cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -78,28 +115,51 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     be read, ``ValueError`` naming ``path`` if the file is damaged, was not written by ``save``, was
     changed since, or holds another network.
     """
+    check_name(path)
     module = unwrap(module)
+    return fill(module, read(path))
+
+
+def fill(module: nn.Module, stored: Stored) -> nn.Module:
+    """What ``load`` gives for a file that was read already."""
     tensors = registered(module)
-    metadata, values = _read(Path(path))
-    where = f"path: {os.fspath(path)!r}"
+    metadata, values = stored.metadata, stored.values
+    where, held = f"path: {stored.path!r}", f"holds a {metadata['class'][:60]}"
     try:
-        plan = Plan.from_json(metadata["plan"])
+        done = plan_of(module)
+        shapes = shapes_of(tensors) | {name: part.shape for name, part in done.tensors.items()}
+        plan = Plan.from_json(metadata["plan"], shapes)
         # A module that was cut by this very plan needs no more than the values.
-        parts = match(Plan({}) if plan_of(module) == plan else plan, tensors)
-        values = _by_name(values, json.loads(metadata["tied"]))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{where} does not fit {type(module).__name__}, it holds a {metadata['class']}: {error}"
-        ) from None
+        parts = match(Plan({}) if done == plan else plan, tensors)
+        tied = parse_json(metadata["tied"])
+        Entries(TEXT, TEXT).check(tied, "tied")
+        values = _by_name(values, tied)
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit {type(module).__name__}, it {held}: {error}") from None
     problems = list(_mismatches(tensors, parts, values))
     if problems:
         raise ValueError(
-            f"{where} holds a {metadata['class']}, expected the tensors of this "
-            f"{type(module).__name__}: {shorten(problems)}"
+            f"{where} {held}, expected the tensors of this {type(module).__name__}: {shorten(problems)}"
         )
     loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
     remember(module, loaded, tensors, parts)
     return loaded
+
+
+def _plain(made_by: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(made_by), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"made_by: got what is no plain data ({error}), expected what JSON can hold"
+        ) from None
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
@@ -131,7 +191,8 @@ def _on_host(entries: Iterable[Registered]) -> dict[str, Tensor]:
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over everything that the file says: metadata, names, types, shapes and values."""
     digest = hashlib.sha256()
-    head = [[key, metadata[key]] for key in _KEYS if key != "sha256"]
+    keys = [key for key in (*_KEYS, _MADE_BY) if key in metadata and key != "sha256"]
+    head = [[key, metadata[key]] for key in keys]
     names = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
     digest.update(json.dumps([head, names]).encode())
     for name in sorted(tensors):
@@ -143,7 +204,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read(path: str | os.PathLike[str]) -> Stored:
+    """The content of a file; raises what ``load`` raises for files that cannot be read or are damaged."""
+    path = Path(path)
     _check_complete(path)
     where = f"path: {os.fspath(path)!r}"
     try:
@@ -153,33 +216,38 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             if metadata.get("format") != FORMAT or any(key not in metadata for key in _KEYS):
                 raise ValueError(f"{where} was not written by sparsekern, no plan is in it")
             if metadata["version"] != VERSION:
-                raise ValueError(f"{where} has format version {metadata['version']}, expected {VERSION}")
+                raise ValueError(f"{where} has format version {metadata['version'][:20]}, expected {VERSION}")
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
+    except ValueError:
+        raise
+    except OSError as error:
+        raise OSError(f"path: cannot read {os.fspath(path)!r}: {error}") from error
+    except Exception as error:
+        # SafetensorError, and whatever torch makes of types and shapes that it does not have.
+        raise ValueError(f"{where} is damaged: {error}") from error
     if _digest(metadata, values) != metadata["sha256"]:
         raise ValueError(f"{where} was changed after it was saved, its checksum does not match")
-    return metadata, values
+    return Stored(os.fspath(path), metadata, values)
 
 
 def _check_complete(path: Path) -> None:
     """Whether the file is as long as its header says, told apart from what is no such file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # No header is longer than this; other files begin with any eight bytes.
-            start = file.read(min(length, 100_000_000))
-    except OSError as error:
-        raise type(error)(error.errno, f"path: cannot read {os.fspath(path)!r}: {error.strerror}") from None
     where = f"path: {os.fspath(path)!r}"
-    if size < 8 or not start.startswith(b"{") or length > 100_000_000:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        # No header is longer than this; other files begin with any eight bytes.
+        start = file.read(min(length, size, _LONGEST_HEADER))
+    if size < 8 or not start.startswith(b"{") or length > _LONGEST_HEADER:
         raise ValueError(f"{where} is not a safetensors file ({size} bytes)")
+    if len(start) < length:
+        raise ValueError(f"{where} is truncated: {size} bytes, expected {8 + length} or more")
     try:
-        header = json.loads(start) if len(start) == length else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise ValueError(f"{where} is not a safetensors file, its header is damaged") from None
+        header = parse_json(start)
+        HEADER.check(header, "header")
+    except ValueError as error:
+        raise ValueError(f"{where} is not a safetensors file, its header is damaged: {error}") from None
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise ValueError(f"{where} is truncated: {size} bytes, expected {expected}")

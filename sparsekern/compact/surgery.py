@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekern._sharding import copy_module, is_sharded, settle, unwrap, whole
 from sparsekern.compact._attributes import update_attributes
-from sparsekern.compact.plan import Plan, TensorPlan, shorten
+from sparsekern.compact._load_hooks import forget_listeners
+from sparsekern.compact.plan import Plan, TensorPlan, check_shapes, shorten
 
 # Text, not an object: a pickled compact module then opens without this package.
 _PLAN_ATTRIBUTE = "_sparsekern_plan"
@@ -63,7 +64,7 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan:
     """``plan``, or what is left of it where it is for the size that the model had before it was cut."""
-    shapes = {name: tuple(entry.tensor.shape) for entry in tensors for name in entry.names}
+    shapes = shapes_of(tensors)
     if all(shapes.get(name, part.shape) == part.shape for name, part in plan.tensors.items()):
         return plan
     try:
@@ -101,21 +102,19 @@ def registered(model: nn.Module) -> list[Registered]:
     return [Registered(t, tuple(names[key]), kept) for key, (t, kept) in found.items()]
 
 
+def shapes_of(tensors: list[Registered]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by all of its names."""
+    return {name: tuple(entry.tensor.shape) for entry in tensors for name in entry.names}
+
+
 def match(plan: Plan, tensors: list[Registered]) -> dict[int, TensorPlan]:
     """By ``id`` of each tensor, what stays of it. ``ValueError`` if the plan is not for them."""
-    missing = plan.tensors.keys() - {name for entry in tensors for name in entry.names}
-    if missing:
-        raise ValueError(f"plan: made for another model, this one has no tensor {shorten(sorted(missing))}")
+    check_shapes({name: part.shape for name, part in plan.tensors.items()}, shapes_of(tensors))
     parts = {}
     for entry in tensors:
         named = [(name, plan.tensors[name]) for name in entry.names if name in plan.tensors]
         shape = tuple(entry.tensor.shape)
         for name, part in named:
-            if part.shape != shape:
-                raise ValueError(
-                    f"plan: made for another model, tensor {name!r} has shape {list(shape)}, "
-                    f"expected {list(part.shape)}"
-                )
             if part != named[0][1]:
                 raise ValueError(f"plan: {named[0][0]!r} and {name!r} are tied but differ")
         parts[id(entry.tensor)] = named[0][1] if named else TensorPlan(shape)
@@ -179,10 +178,6 @@ def build(
     with torch.no_grad():
         for entry in tensors:
             memo[id(entry.tensor)] = _as(entry.tensor, make(entry))
-        # Deep copies of results of autograd are refused by torch; these hold a stale result
-        # (a feature map kept for inspection) that the next forward overwrites.
-        for value in _computed_attributes(model):
-            memo[id(value)] = value.detach().clone()
         try:
             small = copy_module(model, dict(memo))
         except Exception as error:
@@ -190,6 +185,7 @@ def build(
         for entry in tensors:
             _copy_attributes(entry.tensor, memo[id(entry.tensor)])
     _check_copy(small, tensors, memo)
+    forget_listeners(small)
     update_attributes(model, small, parts)
     return small
 
@@ -221,13 +217,6 @@ def _copy_attributes(tensor: Tensor, new: Tensor) -> None:
     for name, value in ({} if is_sharded(tensor) else tensor.__dict__).items():
         if name not in new.__dict__ and not isinstance(value, Tensor):
             setattr(new, name, copy.copy(value))
-
-
-def _computed_attributes(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                yield value
 
 
 def _check_model(model: object) -> None:

@@ -19,3 +19,7 @@ __all__ = [
     "register_rule",
     "trace",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

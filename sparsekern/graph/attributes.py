@@ -7,7 +7,7 @@ place of its attributes: the mark is still there when the number arrives in a re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .capture import Source
+from .capture import Capture, Source
 from .interpret import Tracked
+from .layers import own_numbers
 from .numbering import Numbering
 from .records import Records, Shaped
 from .slots import Slots
@@ -42,13 +43,14 @@ class _Reshape(NamedTuple):
 
 
 def follow(
-    source: Source, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
+    captured: Capture, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
 ) -> None:
     """Note on the tensors which attributes count their channels, as ``Tracked.sizes``."""
+    source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
     if not shaped:
         return
-    for reshape in _reshapes(source):
+    for reshape in _reshapes(source, [graph.training for graph in captured.graphs]):
         for found in shaped:
             if (found.before, found.after) != (reshape.before, reshape.after):
                 continue
@@ -71,10 +73,8 @@ def _counted(model: nn.Module, shaped: Shaped, numbering: Numbering) -> bool:
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, int]]:
-    """Attributes that may count channels; torch's own layers and ours are brought in line by kind."""
-    if type(module).__module__.startswith(("torch.nn.", "sparsekern.modules.")):
-        return []
-    return [(name, value) for name, value in vars(module).items() if type(value) is int and value > 1]
+    """Attributes that may count channels."""
+    return [(name, value) for name, value in own_numbers(module).items() if value > 1]
 
 
 def _note(
@@ -123,10 +123,10 @@ class _Recorder(TorchFunctionMode):
             self.found.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
 
 
-def _reshapes(source: Source) -> list[_Reshape]:
+def _reshapes(source: Source, modes: Iterable[bool]) -> list[_Reshape]:
     recorder = _Recorder()
     with _marked(source.clone), recorder:
-        for training in (False, True):
+        for training in modes:
             source.run(training)
     return recorder.found
 

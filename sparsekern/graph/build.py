@@ -15,22 +15,27 @@ from .operations import Operation
 from .records import Producer, Records
 from .slots import Slots
 
+_NO_CHANNELS = "no layer makes or reads channels along it"
 
-def build(tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering) -> ChannelGraph:
+
+def build(
+    tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering, untraced: str = ""
+) -> ChannelGraph:
     """The public graph, names instead of numbers."""
     groups = _groups(tensors, numbering, records, slots)
     costs, operations = _costs(tensors, numbering, records)
     named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
-    notes = _notes(tensors, numbering, slots, records)
+    notes = _notes(tensors, numbering, slots)
     return ChannelGraph(
         groups=groups,
         group_of=numbering.group_of,
         tensors=named,
         gates=_gates(tensors, numbering, records, slots),
-        frozen=_frozen(tensors, notes, records, slots),
+        frozen=_frozen(tensors, notes, records, slots) + _left_alone(tensors, named, notes, records, slots),
         costs=costs,
         notes=notes,
         operations=operations,
+        untraced=untraced,
     )
 
 
@@ -197,26 +202,18 @@ def _costs(
     return builder.build(numbering.group_of), operations
 
 
-def _notes(
-    tensors: Sequence[Tracked],
-    numbering: Numbering,
-    slots: Slots,
-    records: Records,
-) -> dict[str, tuple[Note, ...]]:
-    """Why indices of rows and of contracted dimensions stay."""
-    wanted = {*records.row_marks, *records.consumers}
+def _notes(tensors: Sequence[Tracked], numbering: Numbering, slots: Slots) -> dict[str, tuple[Note, ...]]:
+    """Why indices stay, of every dimension that is not of size 1, most frequent reasons first."""
     notes = {}
-    for index, tensor in enumerate(tensors):
+    for tensor in tensors:
         own = []
         for dim, ids in enumerate(tensor.ids):
-            if ids is None or (dim != tensor.row_dim and (index, dim) not in wanted):
-                continue
-            given = numbering.reasons[ids[numbering.channel_of[ids] < 0]]
-            numbers, counts = np.unique(given[given >= 0], return_counts=True)
+            given = numbering.reasons[[] if ids is None else ids[numbering.channel_of[ids] < 0]]
+            numbers, counts = np.unique(given, return_counts=True)
             for k in np.argsort(-counts, kind="stable"):
-                own.append(Note(dim, int(counts[k]), slots.reasons[numbers[k]]))
-        if own:
-            notes[tensor.entry.names[0]] = tuple(own)
+                reason = slots.reasons[numbers[k]] if numbers[k] >= 0 else _NO_CHANNELS
+                own.append(Note(dim, int(counts[k]), reason))
+        notes[tensor.entry.names[0]] = tuple(own)
     return notes
 
 
@@ -236,4 +233,24 @@ def _frozen(
             stay = sum(note.count for note in of_rows)
             part = "" if stay == size else f" ({stay} of {size} rows)"
             table.append((name, f"{of_rows[0].reason}{part}"))
+    return tuple(table)
+
+
+def _left_alone(
+    tensors: Sequence[Tracked],
+    named: Mapping[str, TensorSlots],
+    notes: Mapping[str, Sequence[Note]],
+    records: Records,
+    slots: Slots,
+) -> tuple[tuple[str, str], ...]:
+    """The other parameters that no channel runs through, each with the reason of its largest dimension."""
+    makers = {tensors[index].entry.names[0] for index, _ in _makers(records, slots)}
+    table = []
+    for tensor in tensors:
+        name = tensor.entry.names[0]
+        if not tensor.entry.parameter or name in makers or name in named:
+            continue
+        of_rows = [note for note in notes[name] if note.dim == tensor.row_dim]
+        told = of_rows or [note for note in notes[name] if note.reason != _NO_CHANNELS] or notes[name]
+        table.append((name, told[0].reason if told else "has a single element in every dimension"))
     return tuple(table)

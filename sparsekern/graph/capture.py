@@ -6,9 +6,10 @@ import gc
 import logging
 import random
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial, wraps
 from io import StringIO
 from typing import Any
 
@@ -25,7 +26,9 @@ from torch.utils import _pytree as pytree
 from sparsekern._sharding import check_not_flattened, copy_module, fake, settle, unwrap
 from sparsekern.modules import MultiheadAttention
 
+from .courses import Answers, Site, followed, fork, line_of
 from .hooks import detach_hooks, without_global_hooks
+from .kept import Keeping
 from .unused import drop_unused
 
 INPUT = "tied to an input of the network"
@@ -48,21 +51,27 @@ class Registered:
 class Captured:
     """One traced graph. ``sources`` says, for each placeholder by name, the number of the
     registered tensor it stands for, or why it is none; ``constants`` holds the tensors of those
-    that the program made."""
+    that the program made. ``kept`` says where modules keep the last outputs of the graph, which
+    the model does not return."""
 
     module: torch.fx.GraphModule
     sources: Mapping[str, int | str]
     constants: Mapping[str, Any]
     training: bool
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What tracing yields: the model's tensors, tied ones once, and one graph per mode."""
+    """What tracing yields: the model's tensors, tied ones once, and one graph per mode.
+
+    untraced: why there is none of training mode; empty where there is one.
+    """
 
     tensors: tuple[Registered, ...]
     graphs: tuple[Captured, ...]
     source: Source
+    untraced: str = ""
 
 
 class Source:
@@ -74,10 +83,13 @@ class Source:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # A shape environment lets programs through that read numbers off tensors.
+        self._answers = Answers()
+        self._given: dict[bool, dict[Site, bool]] = {False: {}, True: {}}
+        self._settled: set[bool] = set()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         with undisturbed():
             self.clone = _fake_copy(model, self.mode)
-            self._given = pytree.tree_map_only(
+            self._example = pytree.tree_map_only(
                 Tensor, lambda t: self.mode.from_tensor(t, static_shapes=True), (args, dict(kwargs))
             )
         self.tensors, self.held = _registered(self.clone)
@@ -87,9 +99,15 @@ class Source:
 
     def export(self, training: bool) -> Captured:
         """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
-        with undisturbed():
-            program = self._program(training)
-            drop_unused(program.graph_module)
+        with undisturbed(), self._answers.used(), self._returning_kept() as kept:
+            program = self._followed(training, lambda: self._program(training))
+            if training not in self._settled and (self._answers.asked or self._answers.numbered):
+                site = fork(
+                    self._answers, self._given[training], lambda: self._program(training).graph_module
+                )
+                if site is not None:
+                    raise Undecided(self._undecided(training, site))
+            self._settled.add(training)
         sources: dict[str, int | str] = {}
         constants: dict[str, Any] = {}
         for spec in program.graph_signature.input_specs:
@@ -103,50 +121,98 @@ class Source:
             else:
                 sources[name] = CONSTANT
                 constants[name] = program.constants.get(spec.target)
-        return Captured(program.graph_module, sources, constants, training)
+        return Captured(program.graph_module, sources, constants, training, tuple(kept))
 
     def run(self, training: bool) -> Any:
         """What the copy returns, in the mode and on the inputs of ``export``."""
         self.clone.train(training)
         args, kwargs = self._inputs(training)
-        with undisturbed(), self.mode, torch.no_grad():
-            return self.clone(*args, **kwargs)
+        keeping = Keeping(self.clone)
+        try:
+            with undisturbed(), self._answers.used(), self.mode, torch.no_grad():
+                return self._followed(training, lambda: self.clone(*args, **kwargs))
+        finally:
+            keeping.restore()
+
+    def _followed(self, training: bool, attempt: Callable[[], Any]) -> Any:
+        return followed(self._answers, self._given[training], training in self._settled, attempt)
+
+    @contextmanager
+    def _returning_kept(self) -> Iterator[list[str]]:
+        """The copy returns a pair: what it returns else, and the tensors that it keeps on its modules.
+
+        Gives a list of where they were kept. What the modules held before is put back.
+        """
+        keeping, forward, own = Keeping(self.clone), self.clone.forward, vars(self.clone).get("forward")
+        kept: list[str] = []
+
+        @wraps(forward)
+        def returning(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+            output, new = forward(*args, **kwargs), keeping.new()
+            # While the tracer still looks: it takes an attribute that changed for a mistake.
+            keeping.restore()
+            kept[:] = [where for where, _ in new]
+            return output, tuple(tensor for _, tensor in new)
+
+        self.clone.forward = returning
+        try:
+            yield kept
+        finally:
+            del self.clone.forward
+            if own is not None:
+                self.clone.forward = own
+            keeping.restore()
 
     def _inputs(self, training: bool) -> tuple[Any, Any]:
         if training and self._doubled:
             with self.mode:
-                return _doubled(*self._given)
-        args, kwargs = self._given
+                return _doubled(*self._example)
+        args, kwargs = self._example
         return args, kwargs
 
     def _program(self, training: bool) -> ExportedProgram:
         self.clone.train(training)
         try:
-            return torch.export.export(self.clone, *self._inputs(training), strict=False)
+            program = torch.export.export(self.clone, *self._inputs(training), strict=False)
         except Exception as error:
-            if training and not self._doubled and _single(*self._given):
+            if training and not self._doubled and _single(*self._example):
                 # A batch norm behind a global pool cannot train on a batch of one.
                 self._doubled = True
                 with suppress(ValueError):
                     return self._program(training)
                 self._doubled = False
             raise self.rejected(training, error) from error
+        drop_unused(program.graph_module)
+        return program
 
     def rejected(self, training: bool, error: Exception) -> ValueError:
         """What to raise when the copy does not run at its full size."""
-        mode = f"{'training' if training else 'evaluation'} mode"
-        name = type(self.clone).__name__
         if isinstance(error, GuardOnDataDependentSymNode):
-            return ValueError(
-                f"model: in {mode} {name}.forward decides by the values in tensors, expected one whose "
-                f"course follows from shapes; it raised {first_line(error)}"
-            )
-        args, kwargs = self._given
+            site = self._answers.stuck or line_of(error)
+            return Undecided(f"{self._undecided(training, site)}; it raised {first_line(error)}")
+        args, kwargs = self._example
         given = ", ".join([_describe(a) for a in args] + [f"{n}={_describe(a)}" for n, a in kwargs.items()])
+        site = line_of(error)
+        at = f" at {site}" if site else ""
         return ValueError(
-            f"example_inputs: got ({given}), expected what {name}.forward accepts in {mode}; "
-            f"it raised {first_line(error)}"
+            f"example_inputs: got ({given}), expected what {type(self.clone).__name__}.forward accepts in "
+            f"{_named(training)}; it raised {first_line(error)}{at}"
         )
+
+    def _undecided(self, training: bool, site: Site | None) -> str:
+        at = f" at {site}" if site else ""
+        return (
+            f"model: in {_named(training)} {type(self.clone).__name__}.forward decides by the values in "
+            f"tensors{at}, expected one whose course follows from shapes"
+        )
+
+
+class Undecided(ValueError):
+    """The course of a program depends on the values in tensors."""
+
+
+def _named(training: bool) -> str:
+    return f"{'training' if training else 'evaluation'} mode"
 
 
 def inner_module(model: object) -> nn.Module:
@@ -173,11 +239,33 @@ def arguments(example_inputs: object) -> tuple[Any, ...]:
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
     """Trace ``model`` in both modes on fake tensors; ``model`` itself is never run or changed.
 
-    Raises ``ValueError`` naming ``model`` where it cannot be copied or has uninitialised
-    parameters, and naming ``example_inputs`` where its forward rejects them.
+    Where training mode raises, and evaluation mode reads every parameter, the graph of evaluation mode
+    has to do: what training mode alone computes has no channels of its own.
+
+    Raises ``ValueError`` naming ``model`` where it cannot be copied, has uninitialised parameters or
+    decides by the values in tensors, and naming ``example_inputs`` where its forward rejects them.
     """
     source = Source(model, args, kwargs)
-    return Capture(source.tensors, (source.export(False), source.export(True)), source)
+    evaluation = source.export(False)
+    try:
+        return Capture(source.tensors, (evaluation, source.export(True)), source)
+    except Undecided:
+        raise
+    except ValueError as error:
+        unread = _unread(source, evaluation)
+        if unread:
+            raise ValueError(
+                f"{error}; training mode alone may read {len(unread)} parameters ({', '.join(unread[:3])}), "
+                "so that evaluation mode does not tell which channels go together"
+            ) from error
+        return Capture(source.tensors, (evaluation,), source, str(error))
+
+
+def _unread(source: Source, graph: Captured) -> list[str]:
+    """The parameters that no op of ``graph`` reads."""
+    placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder" and node.users]
+    read = {graph.sources.get(node.name) for node in placeholders}
+    return [t.names[0] for number, t in enumerate(source.tensors) if t.parameter and number not in read]
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -190,13 +278,8 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             )
         if id(tensor) not in memo:
             memo[id(tensor)] = fake(tensor, mode)
-    for module in model.modules():
-        for value in vars(module).values():
-            # Results of autograd kept as attributes (weight_norm does) refuse to be copied.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     try:
-        clone = copy_module(model, memo)
+        clone = copy_module(model, memo, partial(mode.from_tensor, static_shapes=True))
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied for tracing: {type(error).__name__}: {error}"
@@ -281,6 +364,8 @@ def undisturbed() -> Iterator[None]:
             warnings.catch_warnings(),
             # The tracer prints what it has of the graph when it fails.
             redirect_stderr(StringIO()),
+            # What the model prints would be of tensors without data.
+            redirect_stdout(StringIO()),
         ):
             warnings.simplefilter("ignore")
             random.seed(0)

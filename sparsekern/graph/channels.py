@@ -88,8 +88,11 @@ class ChannelGraph:
         of its first producer. group_of: int64 [C], the group of every channel.
     tensors: every parameter and buffer that carries a channel, by name.
     gates: the rows that set the channels' scales.
-    frozen: (parameter, reason) for weights whose rows cannot, or not all, be removed.
+    frozen: (parameter, reason) for weights whose rows cannot, or not all, be removed, then for all other
+        parameters that no channel runs through.
+    notes: for every tensor, why indices along its dimensions stay.
     operations: what a pass in evaluation mode runs, in order; sizes are extents of ``costs``.
+    untraced: why training mode was not traced; empty where it was.
     """
 
     groups: tuple[Group, ...]
@@ -100,6 +103,7 @@ class ChannelGraph:
     costs: CostModel
     notes: dict[str, tuple[Note, ...]]
     operations: tuple[Operation, ...]
+    untraced: str = ""
 
     @property
     def num_channels(self) -> int:
@@ -155,6 +159,7 @@ class ChannelGraph:
             costs=self.costs.fixed(gone),
             notes=notes,
             operations=self.operations,
+            untraced=self.untraced,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
@@ -214,7 +219,7 @@ class ChannelGraph:
             lines += [f"{name}, dim {dim}: not exact: {reason}" for reason in reasons if reason]
         for note in self.notes.get(name, ()):
             lines.append(f"{name}, dim {note.dim}: {note.count} stay: {note.reason}")
-        return lines or [f"{name}: no channel runs through it"]
+        return lines or [f"{name}: stays: has a single element in every dimension"]
 
     def __str__(self) -> str:
         from .table import describe

@@ -34,13 +34,13 @@ class Tracked:
     row_dim: int | None = None
     sizes: tuple[tuple[str, int, int], ...] = ()
 
-    def value(self, settled: bool, storage: int) -> Value:
+    def value(self, number: int, settled: bool, storage: int) -> Value:
         """Before row dimensions are known every slice of a parameter counts as zero."""
         zero: list[Flags] = []
         for dim, ids in enumerate(self.ids):
             masked = self.entry.parameter and (not settled or dim == self.row_dim)
             zero.append(None if ids is None else np.full(len(ids), masked))
-        why = "tied to a tensor that nothing prunes"
+        why = f"tied to {self.entry.names[0]}, which stays"
         return Value(
             self.entry.shape,
             self.ids,
@@ -50,6 +50,7 @@ class Tracked:
             cleared=f"adding {self.entry.names[0]}",
             storage=storage,
             static=True,
+            made_of=frozenset({number}),
         )
 
 
@@ -81,16 +82,23 @@ class Interpreter:
             if isinstance(source, str):
                 shape, itemsize = shapes(node)[0] if shapes(node) else ((), 1)
                 return untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
+            if node.users:
+                self.records.read.add(source)
             if source not in known:
-                known[source] = self.tensors[source].value(self.settled, self._next())
+                known[source] = self.tensors[source].value(source, self.settled, self._next())
             return known[source]
 
         values = [placeholder(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
-        for value in pytree.tree_leaves(self._walk(graph.module, values, not graph.training)):
-            if isinstance(value, Value):
+        outputs = pytree.tree_leaves(self._walk(graph.module, values, not graph.training))
+        reasons = ["reaches an output of the network"] * (len(outputs) - len(graph.kept))
+        reasons += [f"is kept as {where}, where a loss may read it" for where in graph.kept]
+        for number, (value, reason) in enumerate(zip(outputs, reasons, strict=True)):
+            # A weight that is made anew in every forward is kept for the layer itself.
+            remade = number >= len(outputs) - len(graph.kept) and isinstance(value, Value) and value.static
+            if isinstance(value, Value) and not remade:
                 for ids in value.ids:
                     if ids is not None:
-                        self.slots.freeze(ids, "reaches an output of the network")
+                        self.slots.freeze(ids, reason)
 
     def _next(self) -> int:
         self._storage += 1
@@ -180,6 +188,9 @@ class Interpreter:
             for value in call.values():
                 for number in value.pure:
                     self.records.producers[number].mixed = True
+        if not all(value.static for value in call.values()):
+            made = (value.made_of for value in call.values() if value.static)
+            self.records.families.update(family for family in made if len(family) > 1)
         if in_place or call.rule.view or not (call.counted and self.settled):
             return
         for value in result if isinstance(result, tuple) else (result,):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ Sizes = dict[str, int | tuple[int, ...]]
 
 # Of a reparametrised weight (torch.nn.utils.prune, weight_norm) the module holds these instead.
 _WEIGHT_NAMES = ("weight", "weight_orig", "weight_v")
+_SUFFIXES = ("_orig", "_v", "_g", "_mask")
 
 
 class Part(Protocol):
@@ -163,6 +164,16 @@ def _heads(layer: _Layer) -> int:
     return int(whole.sum())
 
 
+# By class of torch, the tensors that its sizes follow; what a subclass adds goes by its own slots.
+_TENSORS: tuple[tuple[type[nn.Module], frozenset[str]], ...] = (
+    (nn.modules.batchnorm._NormBase, frozenset({"weight", "bias", "running_mean", "running_var"})),
+    (
+        nn.MultiheadAttention,
+        frozenset({"in_proj_weight", "in_proj_bias", *(f"{name}_proj_weight" for name in "qkv")}),
+    ),
+)
+_WEIGHT_AND_BIAS = frozenset({"weight", "bias"})
+
 _WEIGHTED: tuple[tuple[type[nn.Module], Callable[[_Layer, Part], Sizes]], ...] = (
     (nn.modules.conv._ConvNd, _conv),
     (nn.Linear, _linear),
@@ -179,28 +190,64 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
 )
 
 
-def counts(model: nn.Module, parts: Iterable[Part]) -> Iterator[tuple[nn.Module, str, int]]:
+def own_numbers(module: nn.Module) -> dict[str, int]:
+    """The numbers of a user's own module that may count channels, by attribute.
+
+    Torch's own layers and ours are brought in line by kind. What every module has, what is private to
+    Python, and what a property or another descriptor stands in front of, is never a count.
+    """
+    if type(module).__module__.startswith(("torch.nn.", "sparsekern.modules.")):
+        return {}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) is int and value > 0 and name not in _OF_EVERY_MODULE and not _is_guarded(module, name)
+    }
+
+
+def _is_guarded(module: nn.Module, name: str) -> bool:
+    return name.startswith("__") or hasattr(getattr(type(module), name, None), "__set__")
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
+
+
+def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str, int]]:
     """Module, attribute and new value of the user's own numbers that count what stays.
 
-    Raises ``ValueError`` where ``model`` has no such number.
+    Raises ``ValueError`` where ``model`` has no such number, or one that is not the size of what is cut.
     """
+    found: dict[str, tuple[nn.Module, str, int]] = {}
     for part in parts:
         for path, (dim, per) in part.sizes.items():
             if dim not in part.keep:
                 continue
             owner, _, attribute = path.rpartition(".")
-            module = model.get_submodule(owner)
-            if not isinstance(vars(module).get(attribute), int):
-                raise ValueError(f"plan: made for another model, {path!r} is no number in this one")
-            yield module, attribute, part.new_shape[dim] // per
+            try:
+                module = model.get_submodule(owner)
+            except AttributeError:
+                raise ValueError(f"plan: made for another model, {path!r} is no number in this one") from None
+            value = own_numbers(module).get(attribute)
+            if value is None or value * per != part.shape[dim]:
+                raise ValueError(
+                    f"plan: made for another model, {path!r} is no number in this one that counts the "
+                    f"{part.shape[dim]} indices of a dimension by {per}"
+                )
+            new = module, attribute, part.new_shape[dim] // per
+            if found.setdefault(path, new) != new:
+                raise ValueError(
+                    f"plan: {path!r} becomes {found[path][2]} by one tensor, {new[2]} by another"
+                )
+    return list(found.values())
 
 
 def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
-    """``out_channels`` and the like as they have to be for what stays of the module's own tensors.
+    """``out_channels`` and the like as they have to be for what stays of the layer's tensors.
 
-    ``parts`` gives, by ``id`` of a tensor, what stays of it; others stay whole. Empty where
-    nothing of the module's tensors goes, and for a user's own class. Raises ``ValueError`` for a
-    class of torch whose sizes are not understood, and for parts that do not fit each other.
+    Those are the ones that torch's class defines: a subclass may hold others of any size. ``parts``
+    gives, by ``id`` of a tensor, what stays of it; others stay whole. Empty where nothing of the
+    layer's tensors goes, and for a user's own class. Raises ``ValueError`` for a class of torch
+    whose sizes are not understood, and for parts that do not fit each other.
     """
     own = _own_parts(module, parts)
     if not any(part.keep for part in own.values()):
@@ -215,7 +262,7 @@ def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
     for kind, featured in _FEATURED:
         if isinstance(module, kind):
             return featured(layer)
-    if any(_is_opaque(kind) for kind in type(module).__mro__):
+    if any(_is_opaque(kind) and _makes_tensors(kind) for kind in type(module).__mro__):
         raise ValueError(_unknown(name, module, own))
     return {}
 
@@ -239,8 +286,25 @@ def _own_parts(module: nn.Module, parts: Mapping[int, Part]) -> dict[str, Part]:
         for name, chain in chains.items():
             # Evaluating it could change its state (spectral norm), so the largest tensor that it
             # is computed from stands for it: of weight norm's magnitude and direction the latter.
-            own[name] = max(chain._parameters.values(), key=Tensor.numel)
+            own[name] = max((*chain._parameters.values(), *chain._buffers.values()), key=Tensor.numel)
+    own = {name: tensor for name, tensor in own.items() if _is_of_layer(module, name)}
     return {name: parts[id(t)] if id(t) in parts else Kept(tuple(t.shape)) for name, t in own.items()}
+
+
+def _is_of_layer(module: nn.Module, name: str) -> bool:
+    """Whether torch's class defines the tensor ``name``; true of all for classes without a known set."""
+    known = [names for kind, names in _TENSORS if isinstance(module, kind)]
+    if not known and not isinstance(module, tuple(kind for kind, _ in (*_WEIGHTED, *_FEATURED))):
+        return True
+    names = known[0] if known else _WEIGHT_AND_BIAS
+    return name in names or any(name.removesuffix(end) in names for end in _SUFFIXES)
+
+
+def _makes_tensors(kind: type) -> bool:
+    """Whether the class of torch registers tensors itself, as ``nn.ReLU`` does not."""
+    code = getattr(vars(kind).get("__init__"), "__code__", None)
+    makers = {"Parameter", "register_parameter", "register_buffer"}
+    return code is not None and not makers.isdisjoint(code.co_names)
 
 
 def _is_opaque(kind: type) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .capture import Capture, Captured, first_line
+from .courses import steps
 from .interpret import Tracked, shapes
 from .numbering import Numbering
 from .records import Records
@@ -63,7 +64,7 @@ class _Recheck:
         self, captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
     ) -> None:
         self._captured, self._numbering, self._records = captured, numbering, records
-        self._steps = {graph.training: list(_steps(graph.module)) for graph in captured.graphs}
+        self._steps = {graph.training: list(steps(graph.module)) for graph in captured.graphs}
         self._trials = Trials(captured.source, _layout(tensors, numbering))
 
     def found(self) -> dict[int, str]:
@@ -144,7 +145,7 @@ class _Recheck:
         found: list[_Difference] = []
         odd: set[fx.Node] = set()
         constants = _changed_constants(whole, small)
-        pairs = zip_longest(self._steps[whole.training], _steps(small.module))
+        pairs = zip_longest(self._steps[whole.training], steps(small.module))
         for step, (before, now) in enumerate(pairs):
             if before is None or now is None or _skeleton(before) != _skeleton(now):
                 found.append(_Difference(step, "the program runs other ops where it is smaller"))
@@ -178,15 +179,6 @@ def _layout(tensors: Sequence[Tracked], numbering: Numbering) -> Layout:
     shapes_of = {number: tensors[number].entry.shape for number in channels}
     sizes = {n: {path: (dim, per) for path, dim, per in tensors[n].sizes} for n in channels}
     return Layout(shapes_of, channels, numbering.group_of, sizes)
-
-
-def _steps(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """The ops in the order in which they run, those of inner regions after the op that enters."""
-    for node in module.graph.nodes:
-        if node.op in ("call_function", "output"):
-            yield node
-        elif node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule):
-            yield from _steps(getattr(module, str(node.target)))
 
 
 def _skeleton(node: fx.Node) -> tuple[Any, ...]:

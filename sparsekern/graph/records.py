@@ -61,6 +61,10 @@ class Records:
         self.producers: list[Producer] = []
         self.row_marks: dict[tuple[int, int], None] = {}
         self.consumers: dict[tuple[int, int], None] = {}
+        # Tensors (by number) that a weight is computed from, such as a matrix and two of low rank.
+        self.families: set[frozenset[int]] = set()
+        # Numbers of the parameters and buffers that an op reads.
+        self.read: set[int] = set()
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []

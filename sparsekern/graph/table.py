@@ -40,6 +40,8 @@ def describe(graph: ChannelGraph) -> str:
     lines += _table(head, rows) if rows else []
     if inexact:
         lines += ["", "not exact: removing some channels changes the others", *inexact]
+    if graph.untraced:
+        lines += ["", f"training mode was not traced: {graph.untraced}"]
     if graph.frozen:
         lines += ["", "not pruned because"]
         lines += _reasons(graph)

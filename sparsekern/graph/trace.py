@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,8 +37,9 @@ def trace(
 
     The model is traced in evaluation and in training mode on fake tensors of the shapes, dtypes
     and devices of ``example_inputs`` (a tensor, or a sequence of positional arguments); it is
-    never run and stays as it is. A channel is found only if removing it is exact: once its rows
-    are zero, the smaller network gives the same outputs.
+    never run and stays as it is. Where training mode cannot be traced and evaluation mode reads all
+    parameters, the latter alone is, with a UserWarning. A channel is found only if removing it
+    is exact: once its rows are zero, the smaller network gives the same outputs.
 
     protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
         parameters, modules, or parameters.
@@ -58,18 +59,24 @@ def trace(
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True, exact=exact)
     numbering = number(tensors, slots, records)
-    follow(captured.source, tensors, slots, numbering, records)
+    follow(captured, tensors, slots, numbering, records)
     if wrong := faults(captured, tensors, numbering, records):
         for fault in wrong:
             slots.freeze(fault.ids, fault.reason)
         numbering = number(tensors, slots, records)
-    graph = build(tensors, slots, records, numbering)
-    _warn_of_inexact(graph)
+    graph = build(tensors, slots, records, numbering, captured.untraced)
+    _warn(graph)
     return graph
 
 
-def _warn_of_inexact(graph: ChannelGraph) -> None:
-    """Name the groups that are not removed exactly, each with the first reason."""
+def _warn(graph: ChannelGraph) -> None:
+    """Say that training mode was not seen; name the groups that are not removed exactly, with a reason."""
+    if graph.untraced:
+        warnings.warn(
+            f"model: only evaluation mode was traced ({graph.untraced}); it reads every "
+            "parameter, so channels are found; train the compact network for a step before you rely on it",
+            stacklevel=4,
+        )
     named = "; ".join(f"{group.name} ({group.inexact})" for group in graph.groups if group.inexact)
     if named:
         # Above this: trace, and the context that it runs in.
@@ -86,6 +93,8 @@ def _first_round(captured: Capture, protected: set[str], exact: bool, readings: 
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
     records = _interpret(captured, tensors, slots, settled=False, exact=exact, readings=readings)
+    for index in set(range(len(tensors))) - records.read:
+        _freeze(tensors[index], slots, "the forward does not read it")
     return Round(tensors, slots, records)
 
 
@@ -138,12 +147,35 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
             if ids is not None and (reasons[ids] < 0).any() and (d in marked or (sizes[roots[ids]] > 1).any())
         ]
         candidates = [d for d in free if d in marked] if marked else free
+        if len(candidates) > 1 and not marked:
+            candidates = _by_family(index, candidates, tensors, roots, records)
         if len(candidates) == 1:
             tensor.row_dim = candidates[0]
         elif marked and not candidates:
             tensor.row_dim = marked[0]
         elif len(candidates) > 1 and marked:
             _freeze(tensor, slots, f"{tensor.entry.names[0]} makes channels along two dimensions")
+
+
+def _by_family(
+    index: int, dims: Sequence[int], tensors: Sequence[Tracked], roots: np.ndarray, records: Records
+) -> list[int]:
+    """Those of ``dims`` of a tensor that are rows in the weights that it is a part of.
+
+    Where none is (the inner factor of a product), those that are no columns of them either.
+    """
+    family = frozenset[int]().union(*(f for f in records.families if index in f))
+
+    def along(marks: Iterable[tuple[int, int]]) -> np.ndarray:
+        ids = [tensors[i].ids[d] for i, d in marks if i in family]
+        return roots[np.concatenate([np.empty(0, np.int64), *(i for i in ids if i is not None)])]
+
+    def tied(dim: int, others: np.ndarray) -> bool:
+        ids = tensors[index].ids[dim]
+        return ids is not None and bool(np.isin(roots[ids], others).any())
+
+    rows, columns = along(records.row_marks), along(records.consumers)
+    return [d for d in dims if tied(d, rows)] or [d for d in dims if not tied(d, columns)]
 
 
 def _protected(

@@ -23,6 +23,7 @@ class Value:
     pure: producers of which this value is a rescaling-equivariant image (moves, pools, relu).
     storage: values with equal numbers may share memory; an in-place op touches all of them.
     static: computed from parameters, buffers and constants alone, as weights are.
+    made_of: numbers of the parameters and buffers that a static value was computed from.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Value:
     pure: frozenset[int] = field(default_factory=frozenset)
     storage: int = -1
     static: bool = False
+    made_of: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def ndim(self) -> int:

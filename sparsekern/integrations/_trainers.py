@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsekern._files import load_plain
+from sparsekern._schema import TEXT, Anything, Entries
 from sparsekern.prune import Pruner
 
 
@@ -88,7 +90,7 @@ def progress(pruner: Pruner) -> dict[str, float]:
     """The numbers that are worth a curve, from :meth:`sparsekern.Pruner.metrics`."""
     metrics = pruner.metrics()
     named = {f"pruning/{name}": float(metrics[name]) for name in ("macs_share", "params_share", "condemned")}
-    return named | {"pruning/channels": float(sum(metrics["kept"]))}
+    return named | {"pruning/channels": float(metrics["kept"])}
 
 
 def to_text(state: dict[str, Any]) -> str:
@@ -99,5 +101,17 @@ def to_text(state: dict[str, Any]) -> str:
 
 
 def from_text(text: str) -> dict[str, Any]:
-    """What :func:`to_text` was given, on the CPU."""
-    return torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
+    """What :func:`to_text` was given, on the CPU.
+
+    Raises:
+        ValueError: the text is damaged or something else.
+    """
+    try:
+        found = load_plain(io.BytesIO(base64.b64decode(text, validate=True)))
+        Entries(TEXT, Anything()).check(found, "its content")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"state: got a text that is damaged ({error}), expected that of a callback"
+        ) from None
+    own: dict[str, Any] = found
+    return own

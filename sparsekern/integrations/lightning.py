@@ -9,11 +9,27 @@ from torch import Tensor
 from sparsekern.compact import Plan, plan_of, shrink
 from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
+from sparsekern.recipes._torchvision import blame, warn_of_mismatch  # has to come before lightning
 
+# isort: split
+
+warn_of_mismatch()
 try:
-    import lightning.pytorch as pl
-except ImportError:
-    import pytorch_lightning as pl  # type: ignore[no-redef]
+    try:
+        import lightning.pytorch as pl
+    except ImportError:
+        import pytorch_lightning as pl  # type: ignore[no-redef]
+except Exception as error:
+    reason = blame(error)
+    if reason is None:
+        raise
+    raise ImportError(reason, name="torchvision") from error
+
+__all__ = ["PruningCallback"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class PruningCallback(Pruning, pl.Callback):

@@ -9,9 +9,16 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
+from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune import Pruner
 
 _KEY = "sparsekern.pruner"
+
+__all__ = ["PruningCallback"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class PruningCallback(Pruning, TrainerCallback):
@@ -52,7 +59,7 @@ class PruningCallback(Pruning, TrainerCallback):
         weights, saved = self._held.take(), state.stateful_callbacks.get(_KEY)
         check_both(weights, saved, "resume_from_checkpoint")
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        optimizer = unwrap_optimizer(optimizer).optimizer  # accelerate wraps it
         restored = optimizer.state_dict()
         optimizer.state.clear()
         inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(args.device), self._inputs)

@@ -2,3 +2,12 @@
 
 from sparsekern.latency.measure import measure as measure
 from sparsekern.latency.model import LatencyModel as LatencyModel
+
+__all__ = [
+    "LatencyModel",
+    "measure",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekern._files import replacing
+from sparsekern._files import check_name, opened, parse_json, replacing
 from sparsekern._machine import cpu_name
+from sparsekern._schema import TEXT, Entries, Real
 
 FORMAT = "sparsekern.latency"
 VERSION = 1
@@ -22,8 +23,29 @@ VERSION = 1
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
+# Of a hundred thousand timings; a file of this package is much shorter.
+_LARGEST = 32 << 20
+
+_TIME = Real(low=0)
+
+
 def directory(given: str | os.PathLike[str] | None = None) -> Path:
-    """Where timings are kept: ``given``, else ``$SPARSEKERN_CACHE``, else the user's cache directory."""
+    """Where timings are kept: ``given``, else ``$SPARSEKERN_CACHE``, else the user's cache directory.
+
+    A user without a home has a directory of the system for temporary files.
+
+    Raises:
+        TypeError, ValueError: ``given`` is no name of a directory.
+    """
+    if given is not None:
+        check_name(given, "cache")
+    try:
+        return _directory(given)
+    except RuntimeError:  # neither $HOME nor an entry in the system's list of users
+        return Path(tempfile.gettempdir()) / f"sparsekern-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+
+
+def _directory(given: str | os.PathLike[str] | None) -> Path:
     if given is not None:
         return Path(given)
     if chosen := os.environ.get("SPARSEKERN_CACHE"):
@@ -54,6 +76,8 @@ def settings(device: torch.device) -> dict[str, Any]:
 class Cache:
     """Seconds by what was timed, read from a file and written back to it.
 
+    A file that cannot be read or written costs time and nothing else: there is one warning that names it.
+
     Attributes:
         path: the file, ``latency-<digest of the settings>.json``.
         seconds: by key; new entries are kept in memory until :meth:`save`.
@@ -63,37 +87,41 @@ class Cache:
         self._settings = settings(device)
         digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()[:12]
         self.path = where / f"latency-{digest}.json"
+        self._warned = False
         self.seconds = self._load()
 
     def save(self) -> None:
-        """Write everything, with what other processes have added to the file meanwhile.
-
-        Raises:
-            OSError: the directory or file cannot be written; an old file is as it was then.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write everything, with what other processes have added to the file meanwhile."""
         document = {
             "format": FORMAT,
             "version": VERSION,
             "settings": self._settings,
             "seconds": self._load() | self.seconds,
         }
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(document, indent=0, sort_keys=True) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path, "cache") as temporary:
+                temporary.write_text(json.dumps(document, indent=0, sort_keys=True) + "\n")
+        except (OSError, ValueError) as error:
+            self._warn(f"cannot be written ({error}); the next run measures again")
 
     def _load(self) -> dict[str, float]:
         try:
-            text = self.path.read_text()
+            with opened(self.path, "cache") as file:
+                text = file.read(_LARGEST + 1)
+            if len(text) > _LARGEST:
+                raise ValueError(f"it is longer than {_LARGEST} bytes")
+            return _seconds(parse_json(text))
         except FileNotFoundError:
             return {}
-        try:
-            return _seconds(json.loads(text))
-        except ValueError as error:
-            warnings.warn(
-                f"{self.path}: not a file of latencies ({error}); everything is measured anew",
-                stacklevel=3,
-            )
+        except (OSError, ValueError) as error:
+            self._warn(f"not a file of latencies ({error}); everything is measured anew")
             return {}
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"cache: {self.path}: {what}", stacklevel=4)
 
 
 def _seconds(document: Any) -> dict[str, float]:
@@ -103,10 +131,5 @@ def _seconds(document: Any) -> dict[str, float]:
     if document.get("version") != VERSION:
         raise ValueError(f"its version is {document.get('version')!r}, expected {VERSION}")
     seconds = document.get("seconds")
-    if not isinstance(seconds, dict) or not all(_is_time(value) for value in seconds.values()):
-        raise ValueError("its entries are not all seconds")
-    return seconds
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and value >= 0
+    Entries(TEXT, _TIME).check(seconds, "seconds")
+    return dict(seconds or {})

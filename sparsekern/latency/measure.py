@@ -62,8 +62,7 @@ def measure(
             (over 16 on a CPU and 8 on a GPU, which those compute together, where it is 1).
         cache: a directory; default ``$SPARSEKERN_CACHE``, else the user's cache directory.
 
-    Raises:
-        OSError: the file of timings cannot be written.
+    Timings that cannot be read or written cost time alone: there is a warning that names the file.
     """
     model = unwrap(model)
     device = next(model.parameters()).device

@@ -5,3 +5,15 @@ from sparsekern.modules import NormAct2d as NormAct2d
 from sparsekern.nn.fuse import Fusion as Fusion
 from sparsekern.nn.fuse import fuse as fuse
 from sparsekern.nn.fuse import unfuse as unfuse
+
+__all__ = [
+    "Fusion",
+    "MultiheadAttention",
+    "NormAct2d",
+    "fuse",
+    "unfuse",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,6 +16,8 @@ from sparsekern.optim.in_backward import InBackward as InBackward
 from sparsekern.optim.in_backward import UsedGradient as UsedGradient
 from sparsekern.optim.in_backward import in_backward as in_backward
 from sparsekern.optim.sgd import SGD as SGD
+from sparsekern.optim.unwrap import Unwrapped as Unwrapped
+from sparsekern.optim.unwrap import unwrap_optimizer as unwrap_optimizer
 
 
 def attach(optimizer: Optimizer, table: RowTable) -> Attachment | RowHooks:
@@ -34,8 +36,23 @@ def attach(optimizer: Optimizer, table: RowTable) -> Attachment | RowHooks:
     Raises:
         TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
         ValueError: none of the table's parameters is in it.
-        RuntimeError: it has a table already.
+        RuntimeError: it has a table with one of these parameters already.
     """
     if isinstance(optimizer, RowOptimizer):
         return optimizer.attach(table)
     return attach_hooks(optimizer, table)
+
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "InBackward",
+    "UsedGradient",
+    "in_backward",
+    "unwrap_optimizer",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

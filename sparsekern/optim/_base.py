@@ -1,4 +1,4 @@
-"""What the optimizers share: lists kept between steps, the step itself, and the table of rows."""
+"""What the optimizers share: lists kept between steps, the step itself, and tables of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparsekern._ops import channel_moments_
-from sparsekern._rows import RowTable
+from sparsekern._rows import RowTable, RowView
 from sparsekern._sharding import is_sharded, local, wrapped_like
 from sparsekern.optim._kept import Kept
 from sparsekern.optim._lists import (
@@ -30,7 +30,7 @@ _attachments = itertools.count(1)
 
 
 class RowOptimizer(Optimizer):
-    """Base of the optimizers that make a step and the work of a table of rows in one pass.
+    """Base of the optimizers that make a step and the work of tables of rows in one pass.
 
     A subclass names its state, makes it, and calls its operation: :meth:`_state_names`,
     :meth:`_new_state`, :meth:`_update`.
@@ -52,10 +52,10 @@ class RowOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Start without lists and without a table."""
+        """Start without lists and without tables."""
         self._kept: Kept | None = None
         self._sharded = False
-        self._table: RowTable | None = None
+        self._tables: tuple[RowTable, ...] = ()
         # Another one for every attachment: a compiled step has the positions of rows as constants,
         # and torch.compile never stops guarding strings by value.
         self._attachment = ""
@@ -63,7 +63,7 @@ class RowOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._kept = None
-        if not hasattr(self, "_table"):
+        if not hasattr(self, "_tables"):
             self._forget()
         for group in self.param_groups:
             self._sharded |= any(map(is_sharded, group["params"]))
@@ -90,16 +90,24 @@ class RowOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; state dicts of the optimizer of the same name in ``torch.optim`` fit.
 
-        With a table attached, masked rows and their state are zero again afterwards.
+        With tables attached, masked rows and their state are zero again afterwards.
         """
         super().load_state_dict(state_dict)
-        self._zero_masked()
+        for table in self._tables:
+            self._zero_masked(table)
+
+    @property
+    def tables(self) -> tuple[RowTable, ...]:
+        """What is attached, in order."""
+        return self._tables
 
     def attach(self, table: RowTable) -> Attachment:
         """Do the work of ``table`` in every step from now on: statistics, penalty, decline, masks.
 
-        Masked rows and their state are set to zero. The table stays out of ``state_dict``, pickles
-        and deep copies of the optimizer: a copy has none, and steps as ``torch.optim`` would.
+        Several tables of different parameters can be attached: a list of parameters that one native
+        call takes has rows of one table. Masked rows and their state are set to zero. Tables stay out of
+        ``state_dict``, pickles and deep copies of the optimizer: a copy has none, and steps as
+        ``torch.optim`` would.
 
         Args:
             table: rows of parameters of this optimizer; rows of other parameters stay as they are.
@@ -108,27 +116,25 @@ class RowOptimizer(Optimizer):
             A handle whose ``remove()`` detaches this table.
 
         Raises:
-            RuntimeError: a table is attached already.
+            RuntimeError: a table with one of its parameters is attached already.
             ValueError: none of the table's parameters is in this optimizer.
         """
-        if self._table is not None:
-            raise RuntimeError("table: one is attached already, expected none (detach it before)")
-        check_table(self, table)
-        self._table = table
-        self._kept = None
-        self._attachment = f"table {next(_attachments)}"
-        self._zero_masked()
+        check_table(self, table, self._tables)
+        self._set_tables((*self._tables, table))
+        self._zero_masked(table)
         return Attachment(self, table)
 
     def detach(self) -> None:
-        """Step as ``torch.optim`` would from now on. Without a table nothing happens."""
-        self._table = None
-        self._kept = None
-        self._attachment = ""
+        """Step as ``torch.optim`` would from now on. Without tables nothing happens."""
+        self._set_tables(())
 
-    def _zero_masked(self) -> None:
-        if self._table is not None:
-            self._table.zero_masked(state_tensors(self))
+    def _set_tables(self, tables: tuple[RowTable, ...]) -> None:
+        self._tables = tables
+        self._kept = None
+        self._attachment = f"tables {next(_attachments)}" if tables else ""
+
+    def _zero_masked(self, table: RowTable) -> None:
+        table.zero_masked(state_tensors(self.state))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -169,8 +175,8 @@ class RowOptimizer(Optimizer):
             device = tensors.params[0].device
             scale, inf = _on(grad_scale, device), _on(found_inf, device)
             self._update(self.param_groups[tensors.group], tensors, grads, scale, inf)
-        if self._table is not None:
-            channel_moments_(self._table)
+        for table in self._tables:
+            channel_moments_(table)
         return loss
 
     def step_parameter(self, index: int, param: Tensor) -> None:
@@ -189,7 +195,8 @@ class RowOptimizer(Optimizer):
         state = {name: self._state_of(param, name) for name in self._state_names(group)}
         first = any(value is None for value in state.values())
         kept = {} if first else {name: [local(value)] for name, value in state.items() if value is not None}
-        rows = None if self._table is None else self._table.rows_of([param])
+        table = next((table for table in self._tables if id(param) in table.index), None)
+        rows = None if table is None else table.rows_of([param])
         tensors = TensorList(index, first, [local(param)], [0], kept, rows, [param])
         self._update(group, tensors, [local(param.grad)], None, None)
 
@@ -236,12 +243,13 @@ class RowOptimizer(Optimizer):
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buckets: list[int] = []
+        numbers: list[int] = []
         starts: list[int] = []
         dims: list[int] = []
         columns: dict[str, list[Any]] = {name: [] for name in self._state_names(group)}
-        self._init_group(group, params, grads, buckets, starts, dims, *columns.values())
-        table = self._table if self._attachment else None
-        lists = split(index, params, buckets, columns, table, starts, dims, offset=offset)
+        self._init_group(group, params, grads, buckets, numbers, starts, dims, *columns.values())
+        tables = self._tables if self._attachment else ()
+        lists = split(index, params, buckets, columns, tables, numbers, starts, dims, offset=offset)
         if not torch.compiler.is_compiling():
             owners = [param for param in group["params"] if param.grad is not None]
             for tensors in lists:
@@ -254,6 +262,7 @@ class RowOptimizer(Optimizer):
         params: list[Tensor],
         grads: list[Tensor],
         buckets: list[int],
+        numbers: list[int],
         starts: list[int],
         dims: list[int],
         *columns: list[Any],
@@ -265,13 +274,14 @@ class RowOptimizer(Optimizer):
 
         Args:
             buckets: per parameter the number of the list that it goes to.
+            numbers: per parameter the index of its table; 0 where none has its rows.
             starts, dims: per parameter where its rows are, as in ``Rows``.
             columns: per name of :meth:`_state_names` the state, None where the step is to make it.
         """
         names = self._state_names(group)
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         check_group(type(self).__name__, index, group)
-        numbers: dict[Any, int] = {}
+        bucket_of: dict[Any, int] = {}
         seen: dict[int, int] = {}
         for param in group["params"]:
             if param.grad is None:
@@ -279,15 +289,23 @@ class RowOptimizer(Optimizer):
             state = [self._state_of(param, name) for name in names]
             # A parameter that the group has twice is stepped twice, as in torch: in two calls.
             turn = seen[id(param)] = seen.get(id(param), -1) + 1
-            kind = (param.device, param.dtype, turn, any(value is None for value in state))
-            view = None if self._table is None else self._table.index.get(id(param))
+            number, view = self._view_of(param)
+            kind = (param.device, param.dtype, turn, any(value is None for value in state), number)
             params.append(local(param))
             grads.append(local(param.grad))
-            buckets.append(numbers.setdefault(kind, len(numbers)))
+            buckets.append(bucket_of.setdefault(kind, len(bucket_of)))
+            numbers.append(number)
             starts.append(-1 if view is None else view.start)
             dims.append(0 if view is None else view.dim)
             for column, value in zip(columns, state, strict=True):
                 column.append(value if value is None else local(value))
+
+    def _view_of(self, param: Tensor) -> tuple[int, RowView | None]:
+        """The index of the table that has rows of ``param``, and these; 0 and None where none has."""
+        for number, table in enumerate(self._tables):
+            if (view := table.index.get(id(param))) is not None:
+                return number, view
+        return 0, None
 
     def _store(self, tensors: TensorList, name: str, values: Sequence[Tensor]) -> None:
         """Keep what a step has made as the state ``name`` of the list's parameters."""
@@ -332,8 +350,9 @@ class Attachment:
 
     def remove(self) -> None:
         """Detach this table, unless it was already."""
-        if self._optimizer._table is self._table:
-            self._optimizer.detach()
+        left = tuple(table for table in self._optimizer.tables if table is not self._table)
+        if len(left) < len(self._optimizer.tables):
+            self._optimizer._set_tables(left)
 
     def replace(self, table: RowTable) -> None:
         """Go on with another table, of parameters that have changed their shape since."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,8 @@ def split(
     params: Sequence[Tensor],
     buckets: Sequence[int],
     columns: dict[str, list[Any]],
-    table: RowTable | None,
+    tables: Sequence[RowTable],
+    numbers: Sequence[int],
     starts: Sequence[int],
     dims: Sequence[int],
     *,
@@ -59,13 +60,16 @@ def split(
     """Part ``params`` by ``buckets``, numbers that count up from 0 in the order of first use.
 
     Written for torch.compile to trace: it looks at no tensor.
+
+    Args:
+        numbers: per parameter the index of its table in ``tables``; one for all of a bucket.
     """
     lists: list[TensorList] = []
     for i, bucket in enumerate(buckets):
         if bucket == len(lists):
             first = any(column[i] is None for column in columns.values())
             kept: dict[str, list[Tensor]] = {} if first else {name: [] for name in columns}
-            rows = None if table is None else Rows(table, [], [])
+            rows = Rows(tables[numbers[i]], [], []) if tables else None
             lists.append(TensorList(group, first, [], [], kept, rows))
         tensors = lists[bucket]
         tensors.params.append(params[i])
@@ -127,12 +131,19 @@ def check_wrapped(optimizer: str, index: int, group: dict[str, Any]) -> None:
             )
 
 
-def check_table(optimizer: Optimizer, table: RowTable) -> None:
-    """The table has something to do with the optimizer.
+def check_table(optimizer: Optimizer, table: RowTable, attached: Iterable[RowTable]) -> None:
+    """The table has something to do with the optimizer, and with no parameter of the tables ``attached``.
 
     Raises:
-        ValueError: none of its parameters is in it.
+        RuntimeError: one of those has rows of the same parameter.
+        ValueError: none of its parameters is in the optimizer.
     """
+    shared = {key for other in attached for key in other.index} & set(table.index)
+    if shared:
+        raise RuntimeError(
+            f"table: one is attached already that has rows of {len(shared)} of these {len(table.views)} "
+            f"parameters, expected rows of other parameters; remove that one's handle before"
+        )
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     if table.views and own.isdisjoint(table.index):
         raise ValueError(
@@ -141,11 +152,15 @@ def check_table(optimizer: Optimizer, table: RowTable) -> None:
         )
 
 
-def state_tensors(optimizer: Optimizer) -> Callable[[Tensor], list[Tensor]]:
-    """What gives the state tensors of a parameter, for ``RowTable.zero_masked``."""
+def state_tensors(*states: Mapping[Any, Mapping[str, Any]]) -> Callable[[Tensor], list[Tensor]]:
+    """What gives the state tensors of a parameter, for ``RowTable.zero_masked``.
+
+    Args:
+        states: that of an optimizer, and of what is wrapped around it.
+    """
 
     def of(param: Tensor) -> list[Tensor]:
-        values = optimizer.state.get(param, {}).values()
+        values = [value for state in states for value in state.get(param, {}).values()]
         return [value for value in values if isinstance(value, Tensor)]
 
     return of

@@ -18,7 +18,7 @@ from sparsekern.optim._lists import check_table, rate, state_tensors
 
 StepArguments = tuple[tuple[Any, ...], dict[str, Any]] | None
 
-_hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_hooked: weakref.WeakKeyDictionary[Optimizer, list[RowHooks]] = weakref.WeakKeyDictionary()
 
 
 def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
@@ -28,7 +28,9 @@ def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
     (the first call counts), unscaled if GradScaler leaves that to the optimizer. Afterwards rows are
     shrunk by ``1 - lr * penalty``, decline, and masked ones are set to zero again; ``lr`` is that of
     the parameter's group, or 1 where groups have none. Parameters without a gradient are left alone.
-    Masked rows and their state are set to zero now and after ``load_state_dict``.
+    Masked rows and their state are set to zero now, after ``load_state_dict``, and before a closure is called
+    again within one step, so that a line search looks at the masked model. Several tables of different
+    parameters can be attached.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.
@@ -40,21 +42,23 @@ def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
     Raises:
         TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
         ValueError: none of the table's parameters is in it.
-        RuntimeError: it has hooks of a table already.
+        RuntimeError: it has hooks of a table with one of these parameters already.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    check_table(optimizer, table)
-    if optimizer in _hooked:
-        raise RuntimeError("table: one is attached already, expected none (remove it before)")
+    check_table(optimizer, table, [hooks.table for hooks in _hooked.get(optimizer, ())])
     return RowHooks(optimizer, table)
 
 
 class RowHooks:
-    """Hooks that carry a table around an optimizer's steps, to be undone by :meth:`remove`."""
+    """Hooks that carry a table around an optimizer's steps, to be undone by :meth:`remove`.
+
+    Attributes:
+        table: what the next step works with.
+    """
 
     def __init__(self, optimizer: Optimizer, table: RowTable) -> None:
-        self._table = table
+        self.table = table
         # What the step under way goes over; empty when it changes nothing (found_inf).
         self._taken: list[tuple[dict[str, Any], list[Tensor], Rows]] = []
         self._handles = [
@@ -63,7 +67,7 @@ class RowHooks:
             optimizer.register_load_state_dict_post_hook(self._zero_masked),
         ]
         self._optimizer = weakref.ref(optimizer)
-        _hooked.add(optimizer)
+        _hooked.setdefault(optimizer, []).append(self)
         self._zero_masked(optimizer)
 
     def remove(self) -> None:
@@ -71,19 +75,19 @@ class RowHooks:
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
-        if optimizer is not None:
-            _hooked.discard(optimizer)
+        if optimizer is not None and self in _hooked.get(optimizer, ()):
+            _hooked[optimizer].remove(self)
 
     def replace(self, table: RowTable) -> None:
         """Go on with another table, of parameters that have changed their shape since.
 
         The hooks stay where they are: this is also called from within a step's hooks.
         """
-        self._table = table
+        self.table = table
         self._taken = []
 
     def _zero_masked(self, optimizer: Optimizer) -> None:
-        self._table.zero_masked(state_tensors(optimizer))
+        self.table.zero_masked(state_tensors(optimizer.state))
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments:
         self._taken = []
@@ -92,7 +96,7 @@ class RowHooks:
             if not self._taken:
                 self._take(optimizer)
 
-        return with_gradients(args, kwargs, take)
+        return with_gradients(args, kwargs, take, self._mask_taken)
 
     @torch.no_grad()
     def _take(self, optimizer: Optimizer) -> None:
@@ -101,7 +105,7 @@ class RowHooks:
             return
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         taken = [
-            (group, params, self._table.rows_of(params))
+            (group, params, self.table.rows_of(params))
             for group in optimizer.param_groups
             for params in self._lists(group)
         ]
@@ -111,11 +115,21 @@ class RowHooks:
                 row_statistics_(list(map(local, params)), grads, rows=rows)
         self._taken = taken
 
+    @torch.no_grad()
+    def _mask_taken(self) -> None:
+        """Set masked rows to zero between two calls of a step's closure, and change nothing else.
+
+        An optimizer that moves parameters between them (a line search) does not know which rows are masked.
+        """
+        if any(self.table.masked):
+            for _, params, rows in self._taken:
+                row_mask_(list(map(local, params)), lr=0.0, rows=rows)
+
     def _lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """Tracked parameters of a group that have a gradient, parted by dtype."""
         lists: dict[torch.dtype, list[Tensor]] = {}
         for param in group["params"]:
-            if param.grad is not None and id(param) in self._table.index:
+            if param.grad is not None and id(param) in self.table.index:
                 lists.setdefault(param.dtype, []).append(param)
         return list(lists.values())
 
@@ -125,13 +139,19 @@ class RowHooks:
             lr = rate(group.get("lr", 1.0), params[0].device)
             row_mask_(list(map(local, params)), lr=lr, rows=rows)
         self._taken = []
-        channel_moments_(self._table)
+        channel_moments_(self.table)
 
 
-def with_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[], None]) -> StepArguments:
+def with_gradients(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    act: Callable[[], None],
+    before: Callable[[], None] | None = None,
+) -> StepArguments:
     """For hooks before a step with these arguments: ``act`` once the gradients of the step are there.
 
-    That is now, or where the step is given a closure, each time that it has called it.
+    That is now, or where the step is given a closure, each time that it has called it. ``before`` is done
+    before each of these calls.
 
     Returns:
         The arguments to go on with, None for the same.
@@ -143,6 +163,8 @@ def with_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[
 
     @functools.wraps(closure)
     def followed() -> Any:
+        if before is not None:
+            before()
         loss = closure()
         act()
         return loss

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsekern.optim._base import RowOptimizer
+from sparsekern.optim.unwrap import unwrap_optimizer
 
 _working: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -30,8 +31,8 @@ def in_backward(optimizer: RowOptimizer) -> InBackward:
     updated already.
 
     Args:
-        optimizer: one of :mod:`sparsekern.optim`. Parameters that are added to it later are stepped
-            by ``step()``.
+        optimizer: one of :mod:`sparsekern.optim`, also inside of a wrapper. Parameters that are added to
+            it later are stepped by ``step()``.
 
     Returns:
         A handle whose ``remove()`` leaves all work to ``step()`` again.
@@ -41,6 +42,7 @@ def in_backward(optimizer: RowOptimizer) -> InBackward:
         RuntimeError: the optimizer works in the backward pass already, or several processes train
             together: their gradients are averaged only after this.
     """
+    optimizer = unwrap_optimizer(optimizer).optimizer  # type: ignore[assignment]
     if not isinstance(optimizer, RowOptimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected one of sparsekern.optim")
     if optimizer in _working:
@@ -117,3 +119,8 @@ class UsedGradient(Tensor):
             f"before the next step() or zero_grad(): gradient accumulation, clipping by a global norm and "
             f"GradScaler do not work with in_backward"
         )
+
+
+def works_in_backward(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's parameters are updated in the backward pass, and have no gradient in a step."""
+    return optimizer in _working

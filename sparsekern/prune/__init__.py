@@ -5,3 +5,15 @@ from sparsekern.prune import criteria as criteria
 from sparsekern.prune.once import prune_once as prune_once
 from sparsekern.prune.pruner import Pruner as Pruner
 from sparsekern.prune.recalibrate import recalibrate as recalibrate
+
+__all__ = [
+    "Pruner",
+    "allocate",
+    "criteria",
+    "prune_once",
+    "recalibrate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

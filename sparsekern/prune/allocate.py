@@ -18,6 +18,19 @@ import numpy as np
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.exchange import exchange
 
+__all__ = [
+    "Allocator",
+    "Flat",
+    "Global",
+    "Pricing",
+    "Problem",
+    "Uniform",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Pricing(Protocol):
     """A cost of kept channels that is not one of the graph's own, in a unit of its own."""
@@ -212,6 +225,14 @@ class Global(Allocator):
         for start, stop in _runs(group_of_block):
             monotone[start:stop] = np.maximum.accumulate(monotone[start:stop][::-1])[::-1]
         return candidates[np.lexsort((-candidates, monotone))]
+
+
+WITHOUT_DATA = Global(balance=0.75)
+"""For saliencies that no gradient has entered: a norm of weights is not in units of the loss.
+
+Divided by what a channel costs it leaves the first layers, whose channels cost most, at the reserved width
+and cuts nothing else; norms that are taken relative to their group do the same. So more width is reserved.
+"""
 
 
 @dataclass(frozen=True)

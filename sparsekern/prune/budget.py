@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.allocate import Problem, smallest
 
-UNITS = ("macs", "params", "latency")
+Unit = Literal["macs", "params", "latency"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 def check_keep(keep: object) -> float:
@@ -22,18 +24,20 @@ def check_keep(keep: object) -> float:
     return float(keep)
 
 
-def check_unit(of: object) -> str:
+def check_unit(of: object) -> Unit:
     """``of`` if it names a cost, else a ValueError."""
-    if of not in UNITS:
-        raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
-    return str(of)
+    for unit in UNITS:
+        if of == unit:
+            return unit
+    raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
 
 
-def resolve_round_to(round_to: int | str | None, model: nn.Module, shrink: bool) -> int:
-    """``"auto"`` as a number of channels; None is ``"auto"`` with ``shrink``, else 1.
+def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool) -> tuple[int, ...]:
+    """The multiples to try, best first: a number alone; None is ``"auto"`` with ``shrink``, else 1.
 
-    16 on a CPU, where oneDNN computes in blocks of 16 channels; on a GPU 8 for half precision, the width
-    that tensor cores need, else 1.
+    ``"auto"`` begins at 16 on a CPU, where oneDNN computes in blocks of 16 channels, and on a GPU at 8 for
+    half precision, the width that tensor cores need, else at 1. Smaller ones follow for networks that are too
+    narrow for it.
 
     Raises:
         ValueError: neither ``"auto"`` nor a whole number of at least 1.
@@ -43,11 +47,13 @@ def resolve_round_to(round_to: int | str | None, model: nn.Module, shrink: bool)
     if round_to == "auto":
         first = next(model.parameters())
         if first.device.type == "cpu":
-            return 16
-        return 8 if first.dtype in (torch.float16, torch.bfloat16) else 1
+            best = 16
+        else:
+            best = 8 if first.dtype in (torch.float16, torch.bfloat16) else 1
+        return tuple(multiple for multiple in (16, 8, 4, 1) if multiple <= best)
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to: got {round_to!r}, expected a whole number >= 1 or 'auto'")
-    return round_to
+    return (round_to,)
 
 
 def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -> np.ndarray:
@@ -75,6 +81,21 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
         for group in graph.groups
     ]
     return np.minimum(floors, [len(group.channels) for group in graph.groups]).astype(np.int64)
+
+
+def first_feasible(choices: Sequence[int], problem_of: Callable[[int], Problem], keep: float) -> Problem:
+    """The problem with the first of these ``round_to`` whose smallest network is within ``keep``.
+
+    Raises:
+        ValueError: there is none, see :func:`check_feasible`.
+    """
+    for multiple in choices[:-1]:
+        problem = problem_of(multiple)
+        if problem.cost(smallest(problem)) <= keep * problem.whole:
+            return problem
+    problem = problem_of(choices[-1])
+    check_feasible(problem, keep)
+    return problem
 
 
 def check_feasible(problem: Problem, keep: float) -> None:

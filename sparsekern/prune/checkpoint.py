@@ -6,20 +6,33 @@ import io
 import os
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from sparsekern._files import read_plain, replacing, target
+from sparsekern._files import read_plain, replacing, save_plain, target
+from sparsekern.prune.content import (
+    CHECKPOINT,
+    FORMAT,
+    METADATA,
+    OPTIMIZER,
+    VERSION,
+    numpy_state,
+    optimizer_rule,
+    python_state,
+    tensors_rule,
+)
 
-FORMAT = "sparsekern.checkpoint"
-VERSION = 1
+_PLAIN = (bool, int, float, str, type(None))
 
-_ENTRIES = ("classes", "model", "optimizer", "pruner", "also", "random", "activations", "extra")
+Shapes = Mapping[int, tuple[int, ...]]
+"""By ``id`` of a tensor, the shape that it will have."""
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -27,20 +40,25 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: ``path`` cannot be written.
-        ValueError: something of ``extra`` could not be read back without running code.
+        ValueError: something could not be read back without running code; nothing has been written then.
     """
-    destination = target(path)
-    for name, value in content["extra"].items():
+    target(path)
+    # Schedulers leave numbers of NumPy in an optimizer's groups, which are read as code.
+    plain = dict(content)
+    for name in ("optimizer", "extra"):
+        plain[name] = pytree.tree_map_only(np.generic, lambda number: number.item(), plain[name])
+    for name, value in plain["extra"].items():
         _check_plain(name, value)
-    try:
-        with replacing(destination) as temporary:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
-    except OSError as error:
-        raise OSError(f"path: cannot write {os.fspath(path)!r}: {error}") from error
+    for name in ("optimizer", "also", "model"):
+        leaves = pytree.tree_leaves(plain[name])
+        if not all(isinstance(leaf, Tensor) or type(leaf) in _PLAIN for leaf in leaves):
+            _check_plain(name, plain[name])
+    with replacing(path) as temporary:
+        save_plain({"format": FORMAT, "version": VERSION, **plain}, temporary)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The entries of a checkpoint.
+    """The entries of a checkpoint, each of the form that every checkpoint has.
 
     Raises:
         OSError: ``path`` cannot be read.
@@ -52,9 +70,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{where} was not written by Pruner.save_checkpoint")
     if content.get("version") != VERSION:
         raise ValueError(f"{where} has format version {content.get('version')!r}, expected {VERSION}")
-    missing = [name for name in _ENTRIES if name not in content]
-    if missing:
-        raise ValueError(f"{where} has no entry {missing[0]!r}, expected a checkpoint of this version")
+    try:
+        CHECKPOINT.check(content, "checkpoint")
+        for state in (content["model"], *content["also"]):
+            METADATA.check(getattr(state, "_metadata", {}), "checkpoint['model']._metadata")
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged or was changed: {error}") from None
     return content
 
 
@@ -68,40 +89,77 @@ def check(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     also: Sequence[nn.Module],
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
 ) -> None:
-    """Everything of a checkpoint fits; ``shapes`` are those that the model's tensors will have.
+    """Everything of a checkpoint fits; ``shapes`` are those that tensors of ``model`` and ``also`` will have.
 
     Raises:
         ValueError: something does not.
     """
     for kind, name in classes(model, optimizer).items():
-        if content["classes"].get(kind) != name:
-            raise ValueError(f"checkpoint: its {kind} is {content['classes'].get(kind)}, expected {name}")
-    _check_tensors(content["model"], model, shapes)
-    theirs = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    if theirs != ours:
-        raise ValueError(f"checkpoint: of an optimizer with groups of {theirs} parameters, expected {ours}")
+        if content["classes"][kind] != name:
+            raise ValueError(f"checkpoint: its {kind} is {content['classes'][kind]}, expected {name}")
+    check_training(content["model"], content["optimizer"], model, optimizer, shapes)
     if len(content["also"]) != len(also):
         raise ValueError(
             f"checkpoint: with {len(content['also'])} copies of the model, expected {len(also)} as given to "
             f"the Pruner as also="
         )
+    for index, (module, own) in enumerate(zip(also, content["also"], strict=True)):
+        tensors_rule(module, shapes).check(own, f"checkpoint['also'][{index}]")
+    for rank, state in enumerate(content["random"]):
+        for own, device in zip(state["cuda"], _devices(model), strict=False):
+            _check_generator(own, device, f"checkpoint['random'][{rank}]['cuda']")
 
 
-def _check_tensors(state: Mapping[str, Any], model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_training(
+    weights: Mapping[str, Any],
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    shapes: Shapes,
+) -> None:
+    """``weights`` and ``state`` are state dicts that ``model`` and ``optimizer`` can load, at ``shapes``.
+
+    Raises:
+        ValueError: they are not; names the entry.
+    """
     expected = model.state_dict(keep_vars=True)
-    differing = sorted(state.keys() ^ expected.keys())
+    differing = sorted(weights.keys() ^ expected.keys())
     if differing:
         raise ValueError(f"checkpoint: of another network, {differing[0]!r} is in one of the two only")
-    for name, value in state.items():
-        shape = shapes.get(name)
-        if shape is not None and tuple(value.shape) != shape:
-            raise ValueError(
-                f"checkpoint: of another network, {name!r} has shape {list(value.shape)}, "
-                f"expected {list(shape)}"
-            )
+    try:
+        tensors_rule(model, shapes).check(weights, "checkpoint['model']")
+    except ValueError as error:
+        raise ValueError(f"{error}; the checkpoint is of another network or was changed") from None
+    OPTIMIZER.check(state, "checkpoint['optimizer']")
+    optimizer_rule(optimizer, state, shapes).check(state, "checkpoint['optimizer']")
+
+
+def _check_generator(state: Tensor, device: torch.device, name: str) -> None:
+    try:
+        torch.Generator(device).set_state(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: got {list(state.shape)}, expected the state of a generator: {error}"
+        ) from None
+
+
+def in_own_memory(state: Any) -> Any:
+    """``state`` with tensors that share memory with none of the others.
+
+    An optimizer keeps the tensors that it loads, and writes to them. ``torch.save`` keeps views as views.
+    """
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        alone = address not in seen and storage.nbytes() == tensor.numel() * tensor.element_size()
+        seen.add(address)
+        return tensor if alone or not tensor.numel() else tensor.clone()
+
+    return pytree.tree_map_only(Tensor, own, state)
 
 
 def random_state(model: nn.Module) -> dict[str, Any]:
@@ -121,10 +179,25 @@ def set_random_state(state: Mapping[str, Any], model: nn.Module) -> None:
     torch.set_rng_state(state["torch"])
     for own, device in zip(state["cuda"], _devices(model), strict=False):
         torch.cuda.set_rng_state(own, device)
-    key = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(numpy_state(state["numpy"]))
+    random.setstate(python_state(state["python"]))
+
+
+def restored_by(undo: ExitStack, modules: Iterable[nn.Module], optimizer: Optimizer) -> None:
+    """Tell ``undo`` what restores the weights, the optimizer's state and the generators as they are now.
+
+    ``modules`` are the model and copies of it, the first one is the model.
+    """
+    kept = tuple(modules)
+    undo.callback(set_random_state, random_state(kept[0]), kept[0])
+    # Loading gives an optimizer another state and other groups; those from before are not written to.
+    undo.callback(optimizer.__setstate__, {"state": optimizer.state, "param_groups": optimizer.param_groups})
+    for module in kept:
+        undo.callback(module.load_state_dict, _copied(module.state_dict()))
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: pytree.tree_map_only(Tensor, Tensor.clone, value) for name, value in state.items()}
 
 
 def _check_plain(name: str, value: Any) -> None:

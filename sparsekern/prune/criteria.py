@@ -15,6 +15,22 @@ import torch
 
 from sparsekern.prune.statistics import Statistics, effective_filters
 
+__all__ = [
+    "Criterion",
+    "GradientCount",
+    "Magnitude",
+    "Partners",
+    "Random",
+    "Redundancy",
+    "Shuffled",
+    "Taylor",
+    "default",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Criterion(ABC):
     """A saliency for every channel; subclasses say what it is made of."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sparsekern.prune.allocate import Allocator, Problem
+from sparsekern.prune.budget import check_feasible, first_feasible
 from sparsekern.prune.criteria import Criterion, Partners, saliency
 from sparsekern.prune.masking import Masks
 from sparsekern.prune.network import Network
@@ -38,12 +41,12 @@ class Choice:
             folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
         return self.condemned, self.penalised, self.penalty, *folds
 
-    def carry_out(self, masks: Masks) -> None:
-        """Fold, condemn and penalise."""
+    def carry_out(self, masks: Masks, undo: ExitStack | None = None) -> None:
+        """Fold, condemn and penalise; ``undo`` is told what restores the weights."""
         condemned = self.condemned
         if self.partners is not None:
-            folded = masks.fold(condemned, self.partners)
-            masks.mask(folded)
+            folded = masks.fold(condemned, self.partners, undo)
+            masks.mask(folded, undo)
             condemned = condemned & ~folded
         masks.condemn(condemned, self.event.decline)
         masks.penalise(self.penalised, self.penalty)
@@ -83,6 +86,38 @@ class Policy:
             pricing,
         )
 
+    def rounded(
+        self, network: Network, choices: Sequence[int], keep: float, time: Callable[[int], None]
+    ) -> Policy:
+        """The same with the first of ``choices`` for ``round_to`` that ``keep`` can be met with.
+
+        ``time`` finds the latency of the network for one of them, where that is the cost.
+
+        Raises:
+            ValueError: there is none, see :func:`sparsekern.prune.budget.check_feasible`.
+        """
+        everything = np.ones(network.graph.num_channels, bool)
+
+        def problem_of(multiple: int) -> Problem:
+            if self.of == "latency":
+                time(multiple)
+            own = replace(self, round_to=multiple)
+            return own.problem(network, np.zeros(len(everything)), everything, keep)
+
+        return replace(self, round_to=first_feasible(choices, problem_of, keep).round_to)
+
+    def widths(self, network: Network, share: float, of: str | None = None) -> np.ndarray:
+        """The channels (bool ``[C]``) that would stay if the budget were ``share`` from now on.
+
+        Raises:
+            ValueError: floors and frozen layers do not allow that.
+        """
+        live = network.masks.unmasked
+        statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
+        problem = self.problem(network, self.saliency(statistics), statistics.live, share, of)
+        check_feasible(problem, share)
+        return self.allocate(problem)
+
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
         """The least salient channels that have to go, and the next in line. Changes nothing."""
         live = network.masks.live
@@ -100,10 +135,10 @@ class Policy:
         if not self.penalty or following is None:
             return np.zeros_like(kept), 0.0
         then = self.allocate(self.problem(network, saliency, kept, following.share))
-        group = network.optimizer.param_groups[0]
+        group = _group_of(network)
         momentum = float(group.get("momentum", 0.0))
         # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
-        rate = float(group["lr"]) * event.decline / (1 - momentum)
+        rate = float(group.get("lr", 1.0)) * event.decline / (1 - momentum)
         return kept & ~then, self.penalty / rate if rate > 0 else 0.0
 
     def saliency(self, statistics: Statistics) -> np.ndarray:
@@ -113,3 +148,10 @@ class Policy:
             ValueError: it gives something else.
         """
         return saliency(self.select, statistics)
+
+
+def _group_of(network: Network) -> dict[str, Any]:
+    """The first group of the optimizer with rows of this network; others may train other models."""
+    groups: list[dict[str, Any]] = network.optimizer.param_groups
+    index = network.rows.table.index
+    return next((g for g in groups if any(id(param) in index for param in g["params"])), groups[0])

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from sparsekern.compact import Plan
+from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.compact.plan import make_plan
 from sparsekern.graph.cost import Cost
 from sparsekern.prune.allocate import Uniform
@@ -191,7 +192,8 @@ def _fast_forward(
             choice = policy.choose(own, event, schedule.after(event.step))
             choice.carry_out(own.masks)
             own.masks.mask(~own.masks.live & own.masks.unmasked)
-            own.shrink()
+            with all_or_nothing() as undo:
+                own.shrink(undo)
             sizes.append(_size(own))
     return sizes, perf_counter() - begin
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparsekern._rows import LIVE as LIVE_ROW
-from sparsekern._sharding import rewritten, zero_entries
+from sparsekern._sharding import local, rewritten
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.activations import Activations
 from sparsekern.prune.criteria import Partners
+from sparsekern.prune.places import Kind, clear, places, tensors_of, unclean
 from sparsekern.prune.statistics import ChannelRows
 
 LIVE, CONDEMNED, MASKED = range(3)
@@ -32,14 +35,22 @@ class Masks:
         parameters: Mapping[str, nn.Parameter],
         optimizer_state: Callable[[nn.Parameter], Iterable[Tensor]],
         activations: Activations | None = None,
+        model: nn.Module | None = None,
+        copies: Sequence[nn.Module] = (),
     ) -> None:
+        """All channels live.
+
+        ``model`` is only needed for what looks at buffers; ``copies`` of it are masked alike.
+        """
         self.state = np.full(graph.num_channels, LIVE, np.int8)
         self._graph = graph
         self._rows = rows
         self._parameters = parameters
         self._optimizer_state = optimizer_state
         self._activations = activations
-        self._columns = {column: None for group in graph.groups for column in group.consumers}
+        self._places = places(graph)
+        self._model = model
+        self._copies = tuple(copies)
 
     @property
     def live(self) -> np.ndarray:
@@ -51,6 +62,27 @@ class Masks:
         """bool ``[C]``; what the network still computes with."""
         return self.state != MASKED
 
+    def restored_by(self, undo: ExitStack) -> None:
+        """Tell ``undo`` what restores the states of channels and rows; weights are told as they change."""
+        table, state, elements = self._rows.table, self.state.copy(), self._rows.table.elements.clone()
+        arrays = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in table.state_dict().items()
+        }
+        activations = self._activations
+        counted = None if activations is None else (activations.state_dict(), activations.mask.clone())
+
+        @torch.no_grad()
+        def restore() -> None:
+            self.state[:] = state
+            table.load_state_dict(arrays)
+            table.elements.copy_(elements)
+            if activations is not None and counted is not None:
+                activations.load_state_dict(counted[0])
+                activations.mask.copy_(counted[1])
+
+        undo.callback(restore)
+
     def condemn(self, chosen: np.ndarray, decline: int) -> None:
         """Let the gates of the channels ``chosen`` (bool ``[C]``) fall to zero over ``decline`` steps."""
         self.state[chosen] = CONDEMNED
@@ -58,7 +90,7 @@ class Masks:
         self._rows.table.countdown.masked_fill_(gates, decline)
         self._rows.table.refresh()
 
-    def mask(self, chosen: np.ndarray) -> None:
+    def mask(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
         """Set every row of the channels ``chosen`` to zero, with its optimizer state, for good."""
         if not chosen.any():
             # Zeroing walks the whole model and its state: an event often has nothing to mask.
@@ -67,30 +99,57 @@ class Masks:
         table = self._rows.table
         table.countdown.masked_fill_(self._rows.select(chosen), 0)
         table.refresh()
-        self.zero()
+        self.zero(undo=undo)
 
-    @torch.no_grad()
-    def zero(self) -> None:
+    def zero(self, only: Set[int] | None = None, undo: ExitStack | None = None) -> None:
         """Zero all masked rows, and the columns that read them, with their optimizer state.
 
         Also wanted after weights were loaded that do not know of the masks. The columns change no output,
         but they would count in a filter's norm, and send gradients to masked gates that count in a clipped
-        norm of all gradients. Their own gradients are zero, so they stay as they are.
+        norm of all gradients. Their own gradients are zero, so they stay as they are. Rows of channels that
+        have faded out and wait to be masked are zeroed, too.
+
+        Args:
+            only: ``id`` of the tensors that are looked at, all if None.
+            undo: is told what restores them.
         """
-        self._rows.table.zero_masked(self._optimizer_state)
-        for rows in self._rows.untrained:
-            self._fill(rows.param, rows.dim, rows.channels)
-        for name, dim in self._columns:
-            param = self._parameters[name]
-            channels = self._graph.tensors[name].channels[dim]
-            assert channels is not None
-            self._fill(param, dim, channels)
-            for state in self._optimizer_state(param):
-                if state.shape == param.shape:
-                    self._fill(state, dim, channels)
+        masked = self.state == MASKED
+        ended = (self._rows.table.countdown == 0).cpu().numpy()
+        held = [self._tensors(), *map(tensors_of, self._copies)]
+        for place, tensors in itertools.product(self._places, held):
+            tensor = tensors.get(place.name)
+            if tensor is None or (only is not None and id(tensor) not in only):
+                continue
+            span = self._rows.span(place.name) if place.kind is Kind.ROW else None
+            entries = place.of(masked) if span is None else np.flatnonzero(ended[span])
+            if not len(entries):
+                continue
+            clear(tensor, place, entries, undo)
+            for state in self._optimizer_state(tensor) if isinstance(tensor, nn.Parameter) else ():
+                if state.shape == tensor.shape:
+                    clear(state, place, entries, undo)
         self._count_elements()
         if self._activations is not None:
-            self._activations.set_masked(self.state == MASKED)
+            self._activations.set_masked(masked)
+
+    def unclean(self) -> np.ndarray:
+        """int64 ``[C]``; how many of each masked channel's entries would change what the network computes.
+
+        Those are rows that are not zero, and NaN or infinity in the columns that read them or in their
+        running statistics. Of a sharded model those that this process holds.
+        """
+        masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
+        if not masked.any():
+            return count
+        for tensors in (self._tensors(), *map(tensors_of, self._copies)):
+            found = [(place, place.of(masked)) for place in self._places if place.name in tensors]
+            for (place, _), bad in zip(found, unclean(tensors, found), strict=True):
+                np.add.at(count, place.channels[bad], 1)
+        return count
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        buffers = {} if self._model is None else dict(self._model.named_buffers(remove_duplicate=False))
+        return {**self._parameters, **buffers}
 
     def _count_elements(self) -> None:
         """Rows count by what is left of them: a network without the masked channels would decide alike."""
@@ -111,11 +170,6 @@ class Masks:
             return np.zeros(0, np.int64)
         return np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
 
-    def _fill(self, tensor: Tensor, dim: int, channels: np.ndarray) -> None:
-        gone = self._gone(channels)
-        if len(gone):
-            zero_entries(tensor, dim, gone)
-
     def declined(self) -> np.ndarray:
         """bool ``[C]``; condemned channels whose gates have arrived at zero."""
         left = self.countdowns()
@@ -124,10 +178,11 @@ class Masks:
     def countdowns(self) -> np.ndarray:
         """Steps that the gates of each condemned channel still need, int64 ``[C]``; 0 for all others.
 
-        They can need more than the schedule said: steps that a gradient scaler skipped do not count.
+        They can need more than the schedule said: steps that a gradient scaler skipped do not count. Gates
+        that the user has frozen since are not waited for.
         """
         countdown = self._rows.table.countdown.cpu().numpy()
-        gates = self._rows.is_gate & (self._rows.channel_of >= 0)
+        gates = self._rows.is_gate & (self._rows.channel_of >= 0) & self._rows.moving()
         left = np.zeros(len(self.state), np.int64)
         np.maximum.at(left, self._rows.channel_of[gates], np.maximum(countdown[gates], 0))
         return np.where(self.state == CONDEMNED, left, 0)
@@ -147,7 +202,7 @@ class Masks:
         table.penalty.masked_fill_(self._rows.select(chosen, gates_only=True), penalty)
 
     @torch.no_grad()
-    def fold(self, condemned: np.ndarray, partners: Partners) -> np.ndarray:
+    def fold(self, condemned: np.ndarray, partners: Partners, undo: ExitStack | None = None) -> np.ndarray:
         """Add the columns of redundant channels to those of their partners.
 
         Only where that is sound: the group has a single producer with at most one normalisation behind it,
@@ -168,6 +223,9 @@ class Masks:
                 continue
             for name, dim in group.consumers:
                 channels = self._graph.tensors[name].channels[dim]
+                if undo is not None:
+                    held = local(self._parameters[name])
+                    undo.callback(torch.no_grad()(held.copy_), held.clone())
                 with rewritten(self._parameters[name]) as weight:
                     _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
         return folded

@@ -7,13 +7,11 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsekern import latency
 from sparsekern._ops import channel_moments_, row_statistics_
@@ -22,24 +20,24 @@ from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.prune import criteria
 from sparsekern.prune.activations import Activations
-from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.prune.allocate import WITHOUT_DATA, Allocator, Problem
 from sparsekern.prune.budget import (
-    check_feasible,
+    Unit,
     check_keep,
     check_unit,
+    first_feasible,
     resolve_floors,
-    resolve_round_to,
+    round_to_choices,
 )
+from sparsekern.prune.calibration import Calibration, ForwardLoss, Loss
 from sparsekern.prune.masking import Masks
-from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
-from sparsekern.prune.recalibrate import recalibrate as recalibrate_norms
-from sparsekern.prune.recalibrate import run
+from sparsekern.prune.names import resolve_allocate, resolve_select
+from sparsekern.prune.preparation import check_counted, prunable_graph
+from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.statistics import ChannelRows, gather, weigh
 
 # So close to 1 that the exponential means over some batches are plain means within a few percent.
 DECAY = 0.999
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 class Pruned(NamedTuple):
@@ -55,11 +53,12 @@ def prune_once(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     keep: float,
-    of: str = "macs",
-    select: criteria.Criterion | None = None,
-    allocate: Allocator | None = None,
+    of: Unit = "macs",
+    select: criteria.Criterion | str | None = None,
+    allocate: Allocator | str | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    forward_loss: ForwardLoss | None = None,
     batches: int = 32,
     round_to: int | str = 1,
     min_channels: int | Mapping[str, int] = 1,
@@ -80,13 +79,19 @@ def prune_once(
     Args:
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
-            ``allocate``, ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
-        select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`, which needs
-            gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration`` nor ``loss``.
+            ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
+        select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
+            which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
+            nor a loss.
+        allocate: as for :class:`sparsekern.Pruner`; where ``select`` needs no gradients the default keeps
+            every group at 3/4 of an even cut at least, ``Global(balance=0.75)``.
         calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
             them. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments. Where
             no gradients are needed, an element may also be such inputs by themselves, but for a pair.
         loss: ``loss(outputs, targets)`` gives the scalar to differentiate, as ``nn.CrossEntropyLoss()`` does.
+        forward_loss: in place of ``loss``, for elements of ``calibration`` of any other form, such as dicts
+            with images and labels: ``forward_loss(model, batch)`` runs ``model`` and gives the scalar.
+            Tensors of the batch are on the model's device.
         batches: at most so many elements of ``calibration`` are used.
         fold: add the columns of a removed duplicate to those of the channel that resembles it, where
             ``select`` looks for duplicates. ``compact(model, plan)`` leaves that out.
@@ -96,13 +101,14 @@ def prune_once(
         The network, in the classes and the mode of ``model``, and its plan.
 
     Raises:
-        ValueError: an argument is out of range or missing, as above.
+        TypeError: ``loss`` or ``forward_loss`` is no function.
+        ValueError: an argument is out of range or missing, as above, or both of these are given.
     """
     share, of = check_keep(keep), check_unit(of)
-    check_options(select, allocate, 0.0, "ignore")
-    select, allocate = select or criteria.default(), allocate or Global()
-    given = _Batches(calibration, batches)
-    _check_calibration(select, given, loss)
+    select = resolve_select(select)
+    allocate = resolve_allocate(allocate, None if select.needs_gradients else WITHOUT_DATA)
+    given = Calibration(calibration, batches, loss, forward_loss)
+    _check_calibration(select, given)
     model = unwrap(model)
     with _same_random_state():
         task = task_of(
@@ -123,7 +129,7 @@ def prune_once(
         activations = Activations(work, task.graph, counting=select.needs_activations, decay=DECAY)
         check_counted(select, activations)
         activations.attach()
-        _gather_rows(work, rows.table, activations, given if select.needs_gradients else None, loss)
+        _gather_rows(work, rows.table, activations, given if select.needs_gradients else None)
         activations.detach()
         parameters = dict(work.named_parameters(remove_duplicate=False))
         statistics = gather(rows, task.graph, task.live, parameters, activations)
@@ -135,7 +141,7 @@ def prune_once(
         plan = make_plan(task.graph, kept)
         network = compact(_restored(work, model), plan)
         if recalibrate and given and _has_norms(network):
-            recalibrate_norms(network, (inputs for inputs, _ in given.on(network)))
+            remeasure(network, given.passes(network))
     return Pruned(network, plan)
 
 
@@ -157,81 +163,57 @@ def task_of(
     Raises:
         ValueError: as :func:`prune_once`.
     """
-    multiple = resolve_round_to(round_to, model, shrink=False)
+    choices = round_to_choices(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for p in parameters.values()}
     graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
     floors = resolve_floors(min_channels, graph)
-    pricing = None
-    if of == "latency":
-        pricing = latency.measure(
-            model, graph, example_inputs, example_kwargs=example_kwargs, round_to=multiple, cache=cache
-        )
     live = np.ones(graph.num_channels, bool)
-    whole = Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
-    task = replace(whole, budget=keep * whole.whole)
-    check_feasible(task, keep)
-    return task
+
+    def problem_of(multiple: int) -> Problem:
+        pricing = None
+        if of == "latency":
+            pricing = latency.measure(
+                model, graph, example_inputs, example_kwargs=example_kwargs, round_to=multiple, cache=cache
+            )
+        return Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
+
+    whole = first_feasible(choices, problem_of, keep)
+    return replace(whole, budget=keep * whole.whole)
 
 
-class _Batches:
-    """The first elements of ``calibration``, as often as wanted, as pairs of inputs and targets."""
-
-    def __init__(self, calibration: Iterable[Any] | None, most: int) -> None:
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            raise ValueError(f"batches: got {most!r}, expected a whole number >= 1")
-        self._most, self._given = most, calibration is not None
-        self._source: Iterable[Any] = () if calibration is None else calibration
-        if isinstance(calibration, Iterator):
-            # It can be gone through only once.
-            self._source = list(islice(calibration, most))
-
-    def __bool__(self) -> bool:
-        return self._given
-
-    def on(self, model: nn.Module) -> Iterator[tuple[Any, Any]]:
-        """The pairs, on the device of the model. Raises ValueError if there are none."""
-        device = next(model.parameters()).device
-        empty = True
-        for batch in islice(self._source, self._most):
-            empty = False
-            pair = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-            if isinstance(pair[0], list):  # a DataLoader makes lists of tuples
-                pair = tuple(pair[0]), pair[1]
-            yield pytree.tree_map_only(Tensor, lambda t: t.to(device), pair)
-        if empty:
-            raise ValueError("calibration: got no batch, expected at least one")
-
-
-def _check_calibration(select: criteria.Criterion, given: _Batches, loss: Loss | None) -> None:
+def _check_calibration(select: criteria.Criterion, given: Calibration) -> None:
     if not select.needs_gradients:
         return
-    for name, value in (("calibration", given or None), ("loss", loss)):
-        if value is None:
-            raise ValueError(
-                f"{name}: got None, expected {'batches' if name == 'calibration' else 'a function'} to take "
-                f"gradients from, as select={select!r} ranks channels by them; criteria.Magnitude() does not"
-            )
+    missing = None
+    if not given:
+        missing = "calibration: got None, expected batches"
+    elif given.loss is None and given.forward_loss is None:
+        missing = "loss: got None, expected a function (or forward_loss, for batches of any form)"
+    if missing is not None:
+        raise ValueError(
+            f"{missing} to take gradients from, as select={select!r} ranks channels by them; "
+            f"criteria.Magnitude() does not"
+        )
 
 
 def _gather_rows(
     work: nn.Module,
     table: RowTable,
     activations: Activations,
-    given: _Batches | None,
-    loss: Loss | None,
+    given: Calibration | None,
 ) -> None:
     """Fill the table: from gradients over the batches, or from the weights alone without any."""
-    if given is None or loss is None:
+    if given is None:
         weigh(table)
         return
-    for number, (inputs, targets) in enumerate(given.on(work)):
+    for number, loss_of in enumerate(given.losses(work)):
         if number == 0 and activations.counting:
             # Their thresholds come from the pass before, as those of the rows below.
-            _differentiate(work, inputs, targets, loss, number)
+            _differentiate(loss_of, number)
             work.zero_grad(set_to_none=True)
             activations.forget()
-        _differentiate(work, inputs, targets, loss, number)
+        _differentiate(loss_of, number)
         params = [view.param for view in table.views if view.param.grad is not None]
         if number == 0:
             # Thresholds come from the step before: the first batch is there twice, and counts once.
@@ -242,9 +224,9 @@ def _gather_rows(
         work.zero_grad(set_to_none=True)
 
 
-def _differentiate(work: nn.Module, inputs: Any, targets: Any, loss: Loss, number: int) -> None:
+def _differentiate(loss_of: Callable[[], Tensor], number: int) -> None:
     with torch.enable_grad():
-        value = loss(run(work, inputs), targets)
+        value = loss_of()
     _check_loss(value, number)
     value.backward()
 

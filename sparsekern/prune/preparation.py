@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from sparsekern.graph import ChannelGraph, dry_run, trace
 from sparsekern.prune import criteria
 from sparsekern.prune.activations import Activations
-from sparsekern.prune.allocate import Allocator
 
 NONFINITE = ("ignore", "raise")
 
+_IDLE = (
+    "its weights and gates are not trained, so nothing is known of its channels (when the Pruner is "
+    "made, the optimizer has to hold them, and they have to require a gradient)"
+)
 
-def check_options(select: object, allocate: object, penalty: object, nonfinite: object) -> None:
+
+def check_options(penalty: object, nonfinite: object) -> None:
     """Raise a ValueError for the first of these arguments of a Pruner that is not sound."""
-    if select is not None and not isinstance(select, criteria.Criterion):
-        raise ValueError(f"select: got {select!r}, expected a sparsekern.criteria.Criterion")
-    if allocate is not None and not isinstance(allocate, Allocator):
-        raise ValueError(f"allocate: got {allocate!r}, expected a sparsekern.allocate.Allocator")
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
     if nonfinite not in NONFINITE:
@@ -59,10 +59,13 @@ def prunable_graph(
     idle = [
         group.name
         for group in graph.groups
-        if not any(id(parameters[name]) in trained for name in _gate_names(graph, group.channels))
+        if not any(
+            id(parameters[name]) in trained
+            for name in (*_gate_names(graph, group.channels), *group.producers)
+        )
     ]
     if idle:
-        graph = graph.freeze(idle, "its gates are not trained, so nothing is known of its channels")
+        graph = graph.freeze(idle, _IDLE)
         # The trace has tried out what it found; with these groups whole it is another network.
         graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
     if not graph.num_channels:

@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.compact import Plan, compact
-from sparsekern.compact.verify import leaves
+from sparsekern.compact.verify import as_arguments, leaves
 from sparsekern.graph.hooks import drop_hooks
+from sparsekern.prune.calibration import ForwardLoss, check_losses, moved
 
 Loss = Callable[[nn.Module], Tensor]
 """The loss of a model on some inputs, with a graph to go backward through."""
@@ -35,6 +36,39 @@ def mean_square(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loss:
     return loss
 
 
+def loss_to_time(
+    measure: Any,
+    forward_loss: ForwardLoss | None,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    model: nn.Module,
+) -> Loss | None:
+    """The loss that ``measure`` of :meth:`sparsekern.Pruner.forecast` means, None for no timing.
+
+    Args:
+        example: positional and keyword arguments of ``model``, for ``True``.
+
+    Raises:
+        TypeError: ``forward_loss`` is no function.
+        ValueError: it comes without a batch.
+    """
+    check_losses(None, forward_loss)
+    is_function = callable(measure) and not isinstance(measure, Tensor)
+    if forward_loss is not None:
+        if measure is None or isinstance(measure, bool) or is_function:
+            raise ValueError(
+                f"measure: got {measure!r} with forward_loss, expected the batch that forward_loss takes"
+            )
+        batch = moved(measure, next(model.parameters()).device)
+        return lambda trial: forward_loss(trial, batch)
+    if measure is None or measure is False:
+        return None
+    if is_function:
+        return cast(Loss, measure)
+    if isinstance(measure, Mapping):
+        return mean_square((), dict(measure))
+    return mean_square(*(example if measure is True else as_arguments(measure)))
+
+
 class Trial:
     """A copy of a model that makes training steps, cut to a plan, without hooks and ``torch.compile``.
 
@@ -50,7 +84,7 @@ class Trial:
         self.model = compact(model, plan).train()
         drop_hooks(self.model)
         replaced = dict(zip(map(id, model.parameters()), self.model.parameters(), strict=True))
-        self.optimizer = _copy_of(optimizer, replaced)
+        self.optimizer = copy_of(optimizer, replaced)
         self._loss = loss
 
     def step(self) -> None:
@@ -115,7 +149,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tiny = {id(p): nn.Parameter(torch.zeros((2,) * p.dim(), dtype=p.dtype, device=p.device)) for p in params}
-    probe = _copy_of(optimizer, tiny)
+    probe = copy_of(optimizer, tiny)
     for own in tiny.values():
         own.grad = torch.zeros_like(own)
     try:
@@ -131,8 +165,16 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def _copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer as it is before its first step, of other parameters, without hooks."""
+def copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer as it is before its first step, of other parameters, without hooks.
+
+    Args:
+        optimizer: stays as it is.
+        replaced: the other parameters, by ``id`` of those that they stand for.
+
+    Raises:
+        TypeError: it holds a module, of which only the training has the right one.
+    """
     own = type(optimizer).__new__(type(optimizer))
     groups = [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
@@ -142,4 +184,12 @@ def _copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Paramet
     own.__setstate__(
         {"defaults": copy.deepcopy(optimizer.defaults), "state": defaultdict(dict), "param_groups": groups}
     )
+    # What a class adds to torch's own attributes, such as LBFGS its list of parameters.
+    known: dict[int, Any] = {id(optimizer): own, id(optimizer.state): own.state} | dict(replaced)
+    for name, value in vars(optimizer).items():
+        if hasattr(own, name) or callable(value):
+            continue
+        if isinstance(value, nn.Module):
+            raise TypeError(f"optimizer: {type(optimizer).__name__} holds a module in {name!r}")
+        setattr(own, name, copy.deepcopy(value, known))
     return own

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern._sharding import local, unwrap
+from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, check_cuttable, compact, make_plan
+from sparsekern.compact._atomic import all_or_nothing, uninterrupted
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.verify import as_arguments
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune import criteria
-from sparsekern.prune.allocate import Allocator, Global, Problem
+from sparsekern.optim import unwrap_optimizer
+from sparsekern.prune import criteria, progress
+from sparsekern.prune.allocate import Allocator
 from sparsekern.prune.budget import (
-    check_feasible,
+    Unit,
     check_keep,
     check_unit,
     resolve_floors,
-    resolve_round_to,
+    round_to_choices,
 )
+from sparsekern.prune.calibration import ForwardLoss
 from sparsekern.prune.decision import Policy
+from sparsekern.prune.events import Events, unfinished
 from sparsekern.prune.finite import GradientCheck
 from sparsekern.prune.forecast import Forecast, forecast
-from sparsekern.prune.masking import CONDEMNED, Masks
+from sparsekern.prune.masking import Masks
+from sparsekern.prune.names import resolve_allocate, resolve_select
 from sparsekern.prune.network import Network
+from sparsekern.prune.optimizer_check import StateCheck, check_state
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
-from sparsekern.prune.probe import Loss, mean_square
+from sparsekern.prune.probe import loss_to_time
 from sparsekern.prune.ranks import Ranks
 from sparsekern.prune.resume import Resumable
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.statistics import ChannelRows, gather, trained_by
+from sparsekern.prune.statistics import ChannelRows, trained_by
+from sparsekern.prune.watch import Watch, abandoned
 
 
 class Pruner(Resumable):
@@ -49,7 +56,8 @@ class Pruner(Resumable):
     Args:
         model: the model to prune, where it is trained; also the result of ``torch.compile`` or
             ``DistributedDataParallel``, or sharded by ``fully_shard``. All processes make a Pruner.
-        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own.
+        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own, and
+            also inside of what accelerate, Lightning, a Lookahead and such wrap around it.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
             is used with; MACs are those of one forward pass on them.
         example_kwargs: keyword arguments of ``model`` that go with them.
@@ -57,13 +65,14 @@ class Pruner(Resumable):
         of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
             with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
         steps: optimizer steps of the whole training.
-        select: the criterion that ranks channels; default :func:`sparsekern.criteria.default`.
-        allocate: decides the widths of the groups; default :class:`sparsekern.allocate.Global`.
+        select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
+            as ``"taylor"`` or ``"taylor * gradient-count"``.
+        allocate: decides the widths of the groups, default :class:`sparsekern.allocate.Global`; or its name.
         warmup: share of ``steps`` before the first channel is condemned.
         finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
         events: how many times channels are condemned between the two.
         round_to: group widths are multiples of this, or unchanged; ``"auto"``, the default with ``shrink``,
-            chooses for the device; else the default is 1.
+            chooses for the device, and less where ``keep`` cannot be met with that; else the default is 1.
         min_channels: channels that every group keeps, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
         exact: False allows channels, too, whose removal changes what the others compute, see
@@ -74,11 +83,13 @@ class Pruner(Resumable):
             to the optimizer; ``"raise"`` checks all gradients before each step, those of its closure if it
             has one (a pass over them and, on a GPU, a synchronisation), and raises a FloatingPointError while
             nothing has changed.
-        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`: from then on a
+        shrink: cut masked channels out of the live model at every event, with the optimizer's state, which
+            has to have each parameter's shape (or see ``state_cutter``), see :meth:`shrink`: from then on a
             step costs what the smaller network costs. What is condemned at one event leaves at the next, so
             the training costs the area under a staircase of ``events`` steps, see
             :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
-        also: copies of the model that are cut alike, such as ``torch.optim.swa_utils.AveragedModel``.
+        also: copies of the model that are masked and cut alike, such as an ``AveragedModel`` of
+            ``torch.optim.swa_utils``.
         state_cutter: for an optimizer that keeps state of another shape than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
         cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
@@ -86,11 +97,13 @@ class Pruner(Resumable):
             those of ``DistributedDataParallel``, else the default group where there is one.
 
     Raises:
+        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
             frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
             are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
             then.
-        RuntimeError: the processes differ in their arguments or models, here or at a later decision.
+        RuntimeError: the optimizer's steps drive a Pruner of some of the parameters already, or the processes
+            differ in their arguments or models, here or at a later decision.
     """
 
     def __init__(
@@ -101,10 +114,10 @@ class Pruner(Resumable):
         *,
         example_kwargs: Mapping[str, Any] | None = None,
         keep: float,
-        of: str = "macs",
+        of: Unit = "macs",
         steps: int,
-        select: criteria.Criterion | None = None,
-        allocate: Allocator | None = None,
+        select: criteria.Criterion | str | None = None,
+        allocate: Allocator | str | None = None,
         warmup: float = 0.1,
         finish: float = 0.6,
         events: int = 10,
@@ -123,31 +136,37 @@ class Pruner(Resumable):
         begin = perf_counter()
         self._keep = check_keep(keep)
         of = check_unit(of)
-        check_options(select, allocate, penalty, nonfinite)
+        select, allocate = resolve_select(select), resolve_allocate(allocate)
+        check_options(penalty, nonfinite)
         self._schedule = Schedule.cubic(
             steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
         )
         given, model = model, unwrap(model)
         if shrink:
             check_cuttable(model)
-        self._optimizer = optimizer
+        self._optimizer = optimizer = (unwrapped := unwrap_optimizer(optimizer)).optimizer
+        orphans = abandoned(optimizer, model)
+        if checks_state := shrink and state_cutter is None:
+            check_state(unwrapped)
         self._steps = steps
+        self._timing = {"warmup": warmup, "finish": finish, "events": events}
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
         self._policy = Policy(
-            select or criteria.default(),
-            allocate or Global(),
+            select,
+            allocate,
             of,
             resolve_floors(min_channels, graph),
-            resolve_round_to(round_to, model, self._shrinks),
+            1,  # until it is known what the network is wide enough for
             float(penalty),
         )
+        choices = round_to_choices(round_to, model, self._shrinks)
         # A mean over about one interval between events: each decision rests on what came since the last one.
         interval = max(10, self._schedule.events[0].decline)
         self._network = Network(
             model,
-            optimizer,
+            unwrapped,
             graph,
             decay=1 - 1 / interval,
             counting=self._policy.select.needs_activations,
@@ -156,24 +175,31 @@ class Pruner(Resumable):
         )
         check_counted(self._policy.select, self._network.activations)
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
-        if of == "latency":
-            self._network.time(self._example, self._policy.round_to, cache, self._ranks)
-        everything = np.ones(graph.num_channels, bool)
-        check_feasible(self._problem(np.zeros(len(everything)), everything, self._keep), self._keep)
+        time = functools.partial(self._network.time, self._example, cache=cache, ranks=self._ranks)
+        self._policy = self._policy.rounded(self._network, choices, self._keep, time)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)
-        self._hooks: list[Any] = []
+        self._events = Events(self._network, self._policy, self._schedule, self._ranks, shrinks=self._shrinks)
+        self._warned: tuple[Any, ...] = ()
+        self._watch = Watch(self, self._network, self._events)
+        hooks = self._watch.hooks
+        for watch in orphans:
+            watch.detach()
         if nonfinite == "raise":
             # Before the statistics look at the gradients, and outside of a trace.
             check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
-            self._hooks.append(optimizer.register_step_pre_hook(check_gradients))
+            hooks.append(optimizer.register_step_pre_hook(check_gradients))
+        # Before anything looks at the gradients of a step: what an earlier step has left undone.
+        catch_up = torch.compiler.disable(self._events.before_step)
+        hooks.append(optimizer.register_step_pre_hook(catch_up))
         self._network.attach()
-        self._step = 0
-        self._nonfinite_seen = 0
-        self._next = self._next_step()
-        # A compiled step must not trace what happens at events.
-        self._hooks.append(optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)))
+        if checks_state:
+            hooks.append(StateCheck(unwrapped))
+        hooks.append(optimizer.register_step_post_hook(self._watch))
         self._seconds = perf_counter() - begin
+
+    def __repr__(self) -> str:
+        return progress.described(self._network, self._events, self._keep, self._policy.of, self._steps)
 
     @property
     def graph(self) -> ChannelGraph:
@@ -191,9 +217,9 @@ class Pruner(Resumable):
     @property
     def finished(self) -> bool:
         """Whether the budget is met and nothing is condemned any more."""
-        return self._step >= self._schedule.finish and not (self._masks.state == CONDEMNED).any()
+        return self._events.finished
 
-    def plan(self, keep: float | None = None, *, of: str | None = None) -> Plan:
+    def plan(self, keep: float | None = None, *, of: Unit | None = None) -> Plan:
         """What stays of the model, relative to the size that it had when the Pruner was made.
 
         Args:
@@ -207,29 +233,38 @@ class Pruner(Resumable):
         Raises:
             ValueError: ``keep`` is out of range or below what floors and frozen layers allow, or ``of`` is
                 not a cost that is known, or comes without ``keep``.
+            RuntimeError: weights were written into masked rows, see :meth:`remask`.
+
+        Warns:
+            UserWarning: without ``keep``, as for :meth:`compact`.
         """
         if of is not None:
             check_unit(of)
+        self._network.check_masked()
         if keep is None:
             if of is not None:
                 raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
+            self._warn_of_unfinished()
             return self._network.plan(self._masks.unmasked)
         share = check_keep(keep)
         self._rows.table.settle()
-        network = self._network
-        statistics = gather(
-            self._rows, self.graph, self._masks.unmasked, network.parameters, network.activations
-        )
-        problem = self._problem(self._policy.saliency(statistics), statistics.live, share, of)
-        check_feasible(problem, share)
-        return self._network.plan(self._policy.allocate(problem))
+        return self._network.plan(self._policy.widths(self._network, share, of))
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels, computing exactly what the masked model computes.
 
         Channels that are only condemned are still there: see :attr:`finished`. Of a sharded model all
         processes have to call this; it is gathered one tensor at a time, and each gets an ordinary module.
+
+        Raises:
+            RuntimeError: weights were written into masked rows, see :meth:`remask`, or a parameter of the
+                model is another object than the one that the optimizer holds.
+
+        Warns:
+            UserWarning: the budget is not met yet; with the share reached, and why.
         """
+        self._network.check_masked(self._ranks if self._network.sharded else None)
+        self._warn_of_unfinished()
         return compact(self._network.model, make_plan(self.graph, self._masks.unmasked))
 
     def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
@@ -251,15 +286,39 @@ class Pruner(Resumable):
 
         Raises:
             TypeError, ValueError: the optimizer has state whose cut is not known, or an entry of ``also`` is
-                no copy of the model; nothing has changed then.
+                no copy of the model.
+            RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed then,
+                or after whatever else is raised; Ctrl-C waits until everything is smaller.
         """
-        return self._network.shrink(also)
+        with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
+            self._network.check_masked()
+            cut = self._network.shrink(undo, also, ready)
+            done()
+        return cut
+
+    def remask(self) -> int:
+        """Zero again what belongs to masked channels: rows, the columns that read them, optimizer state.
+
+        ``load_state_dict`` of the model, of modules in it and of the optimizer does this by itself. It is for
+        weights that were written in another way after their channels had been masked (``parameter.data``,
+        ``nn.init``, an average that is copied back), which would make the masked network another one than the
+        compact one: until then :meth:`compact`, :meth:`plan`, :meth:`shrink`, :meth:`save_checkpoint` and the
+        optimizer's next step with a decision raise a RuntimeError.
+
+        Returns:
+            How many rows were not zero.
+
+        Raises:
+            RuntimeError: a parameter of the model is another object than the one that the optimizer holds.
+        """
+        return self._network.remask()
 
     def forecast(
         self,
         *,
         ranks: int = 1,
-        measure: bool | Tensor | tuple[Any, ...] | Callable[[nn.Module], Tensor] = False,
+        measure: Any = False,
+        forward_loss: ForwardLoss | None = None,
     ) -> Forecast:
         """What the training will cost, stage by stage: to be asked before it begins.
 
@@ -270,23 +329,24 @@ class Pruner(Resumable):
         Args:
             ranks: processes that average their gradients.
             measure: time training steps on this machine, on copies of the model at a few sizes, and the
-                decisions: True on the example inputs, or on a batch given here, with the mean square of the
-                outputs for a loss; or a function that gives the training's own loss of the copy it is called
-                with, on a batch of its choice. What ``torch.compile`` has made is made anew afterwards.
+                decisions: True on the example inputs, or on inputs given here (a tensor, a tuple of
+                positional or a dict of keyword arguments), with the mean square of the outputs for a loss;
+                or a function that gives the training's own loss of the copy it is called with, on a batch of
+                its choice. What ``torch.compile`` has made is made anew afterwards.
+            forward_loss: ``forward_loss(model, batch)`` gives the loss of a copy on the batch ``measure``,
+                which is of any form then.
 
         Raises:
-            ValueError: ``ranks`` is no number of at least 1, or no step can be made on these inputs.
+            TypeError: ``forward_loss`` is no function.
+            ValueError: ``ranks`` is no number of at least 1, no step can be made on these inputs, or
+                ``forward_loss`` comes without a batch.
             RuntimeError: channels have been cut out of the model already.
         """
         if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
             raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
         if self.graph.num_channels != self._rows.total:
             raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
-        loss: Loss | None = None
-        if callable(measure) and not isinstance(measure, Tensor):
-            loss = measure
-        elif measure is not False:
-            loss = mean_square(*(self._example if measure is True else as_arguments(measure)))
+        loss = loss_to_time(measure, forward_loss, self._example, self._network.model)
         return forecast(
             self._network,
             self._policy,
@@ -306,99 +366,35 @@ class Pruner(Resumable):
         Returns:
             How many channels were saved.
         """
-        self._rows.table.settle()
-        return int(self._masks.pardon().sum())
+        with uninterrupted():
+            self._rows.table.settle()
+            return int(self._masks.pardon().sum())
 
     def detach(self) -> None:
         """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
-        self._network.detach()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._watch.detach()
 
-    def metrics(self) -> dict[str, Any]:
-        """Where the pruning stands, for logs; all values are plain numbers, strings and lists.
+    def metrics(self) -> dict[str, int | float]:
+        """Where the pruning stands, for loggers: a flat dict of numbers.
 
         ``step``; ``macs``, ``params`` of the network without its masked channels and ``macs_share``,
-        ``params_share`` of the dense one; per group ``group_names``, ``kept`` and ``channels`` (at first);
-        ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out of the
-        statistics; ``finished``.
+        ``params_share`` of the dense one; ``kept``, ``channels``: how many are not masked, and how many there
+        were at first; ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out
+        of the statistics; ``finished``: 0 or 1. Widths of layers are in :meth:`widths`.
         """
-        self._rows.table.settle()
-        unmasked = self._masks.unmasked
-        cost = self.graph.cost(unmasked)
-        return {
-            "step": self._step,
-            "macs": int(cost.macs),
-            "params": int(cost.params),
-            "macs_share": cost.macs / max(self._network.whole.macs, 1),
-            "params_share": cost.params / max(self._network.whole.params, 1),
-            "group_names": [group.name for group in self.graph.groups],
-            "kept": [int(unmasked[group.channels].sum()) for group in self.graph.groups],
-            "channels": self._network.widths.tolist(),
-            "condemned": int((self._masks.state == CONDEMNED).sum()),
-            "nonfinite": int(self._rows.table.nonfinite),
-            "finished": self.finished,
-        }
+        return progress.metrics(self._network, self._events)
 
-    def _problem(
-        self, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
-    ) -> Problem:
-        return self._policy.problem(self._network, saliency, live, share, of)
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """How wide each group is: ``{name: (channels that are not masked, channels at first)}``.
 
-    def _after_step(self, *_: Any) -> None:
-        if self._idle_step():
-            return
-        self._step += 1
-        if self._step == self._next:
-            self._decide()
+        A name that several groups have is followed by ``#2`` and so on from the second one on.
+        """
+        return progress.widths(self._network)
 
-    def _idle_step(self) -> bool:
-        """Whether it was the step by which ``torch.distributed.checkpoint`` gets an optimizer's state."""
-        groups = self._optimizer.param_groups
-        rates = [group.get("lr") for group in groups]
-        # One on a device is not read: that step's is not there.
-        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
-            return False
-        grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-        return not self._ranks.any(any(bool(local(grad).any()) for grad in grads))
-
-    def _decide(self) -> None:
-        self._rows.table.settle()
-        self._network.activations.average(self._ranks)
-        event = self._schedule.at(self._step)
-        with self._ranks.agreeing(f"pruning after step {self._step}") as check:
-            declined = self._masks.declined()
-            choice = None
-            if event is not None:
-                choice = self._policy.choose(self._network, event, self._schedule.after(event.step))
-            check(self._step, declined, *(choice.parts() if choice is not None else ()))
-        self._masks.mask(declined)
-        if choice is not None:
-            choice.carry_out(self._masks)
-        if self._shrinks:
-            # After everything that reads the statistics, and once: every cut costs a recompilation.
-            self._network.shrink()
-        self._next = self._next_step()
-        self._warn_of_nonfinite()
-
-    def _next_step(self) -> int | None:
-        """The step after which there is something to do next, or None."""
-        event = self._schedule.after(self._step)
-        if event is not None:
-            return event.step
-        if self._step < self._schedule.finish:
-            return self._schedule.finish
-        # Steps that a gradient scaler skipped leave declines unfinished: come back when they can have ended.
-        left = int(self._masks.countdowns().max(initial=0))
-        return self._step + left if left else None
-
-    def _warn_of_nonfinite(self) -> None:
-        count = int(self._rows.table.nonfinite)
-        if count > self._nonfinite_seen:
-            warnings.warn(
-                f"{count - self._nonfinite_seen} rows of gradients with NaN or infinity were left out of the "
-                f"pruning statistics; nonfinite='raise' stops at the first one",
-                stacklevel=2,
-            )
-            self._nonfinite_seen = count
+    def _warn_of_unfinished(self) -> None:
+        """Once for every state, when what is made of the model now is not what was asked for."""
+        text = unfinished(self._network, self._policy.of, self._keep, self._events, self._steps)
+        state = self._events.step, self._masks.state.tobytes()
+        if text and state != self._warned:
+            self._warned = state
+            warnings.warn(text, UserWarning, stacklevel=3)

@@ -39,7 +39,9 @@ class Ranks:
         self._device = device if needs_device else torch.device("cpu")
 
     @contextmanager
-    def agreeing(self, what: str) -> Iterator[Callable[..., None]]:
+    def agreeing(
+        self, what: str, told: Any = None, explain: Callable[[list[Any]], str] | None = None
+    ) -> Iterator[Callable[..., None]]:
         """Gives a function that compares what it is called with (arrays, plain values) between the processes.
 
         It is to be called once, before anything is changed. A process that raises before it gets there
@@ -47,6 +49,8 @@ class Ranks:
 
         Args:
             what: is being compared, for the message.
+            told: where processes differ, they tell each other this.
+            explain: makes of what each of them has told the cause, for the message; empty for none.
 
         Raises:
             RuntimeError: on all processes, when they differ or one has failed; names their ranks.
@@ -56,7 +60,7 @@ class Ranks:
         def check(*parts: Any) -> None:
             nonlocal checked
             checked = True
-            self._compare(what, self._exchange(_digest(parts)))
+            self._compare(what, self._exchange(_digest(parts)), told, explain)
 
         try:
             yield check
@@ -64,6 +68,22 @@ class Ranks:
             if not checked:
                 self._exchange(None)
             raise
+
+    @contextmanager
+    def changing(self, what: str) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        """Gives two functions: called before the first change and after the last one, both by all processes.
+
+        Each of them raises where another process has failed before it got there, so that a change that is
+        undone where the block fails is undone everywhere.
+
+        Args:
+            what: is being done, for the message.
+
+        Raises:
+            RuntimeError: another process has failed; names its rank.
+        """
+        with self.agreeing(what) as done, self.agreeing(what) as ready:
+            yield ready, done
 
     def first(self, values: np.ndarray) -> np.ndarray:
         """What ``values`` (float64, of equal shapes) are in the first of the processes."""
@@ -113,7 +133,13 @@ class Ranks:
         dist.all_gather(every, mine, group=self._group)
         return [tuple(words.tolist()) for words in every]
 
-    def _compare(self, what: str, every: list[tuple[int, ...]]) -> None:
+    def _compare(
+        self,
+        what: str,
+        every: list[tuple[int, ...]],
+        told: Any,
+        explain: Callable[[list[Any]], str] | None,
+    ) -> None:
         if len(set(every)) == 1:
             return
         failed = [rank for rank, words in enumerate(every) if words[-1] == _FAILED]
@@ -122,9 +148,12 @@ class Ranks:
         # Of equally frequent ones that of the lowest rank counts as the common one.
         common = Counter(every).most_common(1)[0][0]
         others = [rank for rank, words in enumerate(every) if words != common]
+        # All processes have seen that they differ, so all of them get here.
+        cause = "" if explain is None else explain(self.gather(told))
         raise RuntimeError(
             f"{what}: {_named(others)} of {self.size} differ from rank {every.index(common)}, expected the "
             f"same everywhere: equal arguments and models, and gradients averaged over all ranks"
+            + (f"; {cause}" if cause else "")
         )
 
 

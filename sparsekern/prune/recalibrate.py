@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-
-def run(model: nn.Module, inputs: Any) -> Any:
-    """What the model gives for a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+from sparsekern.prune.calibration import ForwardLoss, check_losses, run_batch
 
 
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward_loss: ForwardLoss | None = None) -> int:
     """Replace the running statistics of every batch norm by their plain mean over ``batches``.
 
     Only batch norms are switched to training mode, so dropout stays off; modes and momenta are restored.
 
     Args:
         model: changed in place.
-        batches: inputs of the model: a tensor, a tuple of positional or a dict of keyword arguments, each.
+        batches: inputs of the model: a tensor, a tuple of positional or a dict of keyword arguments, each;
+            or whatever ``forward_loss`` takes. They have to be on the model's device.
+        forward_loss: ``forward_loss(model, batch)`` runs the model on a batch; its result is not used.
 
     Returns:
         How many batches were used.
 
     Raises:
-        ValueError: ``batches`` is empty; nothing has been changed then.
+        TypeError: ``forward_loss`` is no function.
+        ValueError: ``batches`` is empty, or the model does not take one. Nothing has been changed then, or
+            after whatever else is raised.
     """
-    iterator = iter(batches)
+    check_losses(None, forward_loss)
+    if forward_loss is None:
+        passes = ((lambda b=batch: run_batch(model, b, "batches")) for batch in batches)
+    else:
+        passes = ((lambda b=batch: forward_loss(model, b)) for batch in batches)
+    used = remeasure(model, passes)
+    if not used:
+        raise ValueError("batches: got none, expected at least one batch of inputs")
+    return used
+
+
+@torch.no_grad()
+def remeasure(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> int:
+    """The same for functions that each run the model on a batch; none leave everything as it is."""
+    iterator = iter(passes)
     first = next(iterator, None)
     if first is None:
-        raise ValueError("batches: got none, expected at least one batch of inputs")
+        return 0
     modes = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     used = 0
     try:
         model.eval()
@@ -48,11 +62,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             # A momentum of None makes torch keep the cumulative mean.
             norm.momentum = None
             norm.train()
-        batch = first
-        while batch is not None:
-            run(model, batch)
+        for go_through in itertools.chain((first,), iterator):
+            go_through()
             used += 1
-            batch = next(iterator, None)
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,27 @@ class Schedule:
             last,
         )
 
+    def to_plain(self) -> dict[str, Any]:
+        """The schedule as plain values, for a state."""
+        return {
+            "events": [[event.step, event.share, event.decline] for event in self.events],
+            "finish": self.finish,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Schedule:
+        """The schedule that :meth:`to_plain` described.
+
+        Raises:
+            ValueError: ``plain`` is something else.
+        """
+        if not _is_plain(plain):
+            raise ValueError(
+                f"state['schedule']: got {str(plain)[:80]!r}, expected events [step, share, decline] in "
+                f"order of step, and the step of the finish"
+            )
+        return cls(tuple(Event(*entry) for entry in plain["events"]), plain["finish"])
+
     def at(self, step: int) -> Event | None:
         """The event right after optimizer step ``step``, if there is one."""
         return next((event for event in self.events if event.step == step), None)
@@ -79,6 +102,20 @@ class Schedule:
     def after(self, step: int) -> Event | None:
         """The first event later than ``step``."""
         return next((event for event in self.events if event.step > step), None)
+
+
+def _is_plain(plain: Any) -> bool:
+    """Whether ``plain`` describes a schedule."""
+    if not isinstance(plain, Mapping) or not isinstance(plain.get("events"), list) or not plain["events"]:
+        return False
+    for entry in plain["events"]:
+        if not isinstance(entry, list) or [type(value) for value in entry] not in ([int, float, int],):
+            return False
+        step, share, decline = entry
+        if step < 1 or not 0 <= share <= 1 or decline < 1:
+            return False
+    steps = [entry[0] for entry in plain["events"]]
+    return steps == sorted(set(steps)) and type(plain.get("finish")) is int and plain["finish"] > steps[-1]
 
 
 def _check(steps: int, warmup: float, finish: float, events: int) -> None:

@@ -33,6 +33,8 @@ from sparsekern._sharding import Part, is_sharded, local, part_of
 # What of a row is added up: the four sums, how many parts were counted, and the countdown.
 _COLUMNS = 6
 _PARTS, _COUNTDOWN = 4, 5
+# Behind them: processes for which it was a step of training, steps that changed something, rows not finite.
+_SCALARS = 3
 
 
 def row_table(
@@ -53,6 +55,20 @@ def attach(optimizer: Optimizer, table: RowTable) -> optim.Attachment | optim.Ro
     return Handle(optimizer, table) if isinstance(table, ShardedTable) else optim.attach(optimizer, table)
 
 
+def changes_nothing(optimizer: Optimizer) -> bool:
+    """Whether the learning rates are 0, and the gradients that this process has, too.
+
+    That is a step by which ``torch.distributed.checkpoint`` makes an optimizer's state. A rate on a device is
+    not read: there is none in such a step.
+    """
+    groups = optimizer.param_groups
+    rates = [group.get("lr") for group in groups]
+    if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+        return False
+    grads = (param.grad for group in groups for param in group["params"] if param.grad is not None)
+    return not any(bool(local(grad).any()) for grad in grads)
+
+
 class Handle:
     """Attachment of a sharded table, to be undone by :meth:`remove`."""
 
@@ -65,7 +81,9 @@ class Handle:
         except Exception:
             self._before.remove()
             raise
-        self._after = optimizer.register_step_post_hook(lambda *_: self._table.after_step())
+        self._after = optimizer.register_step_post_hook(
+            lambda optimizer, *_: self._table.after_step(not changes_nothing(optimizer))
+        )
 
     def replace(self, table: RowTable) -> None:
         """Go on with another table of the same optimizer."""
@@ -154,7 +172,8 @@ class ShardedTable(RowTable):
         offsets = np.array([view.start for view in self.views] + [len(self.countdown)])
         self._offsets = torch.from_numpy(offsets).to(device)
         self._lengths = torch.diff(self._offsets)
-        self._sum = torch.zeros(len(self.countdown) * _COLUMNS + 2, device=device)
+        self._sum = torch.zeros(len(self.countdown) * _COLUMNS + _SCALARS, device=device)
+        self._trained = torch.ones((), device=device)
         self._work: Any = None
         self.refresh()
 
@@ -196,8 +215,8 @@ class ShardedTable(RowTable):
         self.local.updates.zero_()
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Start to add up what the processes have seen in the step."""
+    def after_step(self, trained: bool) -> None:
+        """Start to add up what the processes have seen in the step; ``trained`` is for :meth:`trained`."""
         here = self.local
         counted = (here.activity >= 0) * self._counts
         columns = torch.empty(len(counted), _COLUMNS, device=counted.device)
@@ -206,11 +225,17 @@ class ShardedTable(RowTable):
         columns[:, _PARTS] = counted
         columns[:, _COUNTDOWN] = here.countdown * self._leads
         self._sum.zero_()
-        self._sum[:-2].view(-1, _COLUMNS).index_copy_(0, self._rows, columns)
+        self._sum[:-_SCALARS].view(-1, _COLUMNS).index_copy_(0, self._rows, columns)
+        self._sum[-3] = float(trained)
         self._sum[-2] = here.updates
         self._sum[-1] = here.nonfinite
         here.nonfinite.zero_()
         self._work = dist.all_reduce(self._sum, group=self._group, async_op=True)
+
+    def trained(self) -> bool:
+        """Whether the latest step was one of training in any of the processes; waits for them."""
+        self.settle()
+        return bool(self._trained)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -219,7 +244,8 @@ class ShardedTable(RowTable):
             return
         self._work.wait()
         self._work = None
-        total = self._sum[:-2].view(-1, _COLUMNS)
+        total = self._sum[:-_SCALARS].view(-1, _COLUMNS)
+        self._trained.copy_(self._sum[-3] > 0)
         alive = self.countdown != 0
         counted = alive & (total[:, _PARTS] == self._expected)
         sums = total[:, :_PARTS]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern._rows import WEIGHT_SQ, RowTable
+from sparsekern._rows import GRAD_SQ, WEIGHT_SQ, RowTable
 from sparsekern._sharding import whole
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.prune.activations import Activations
@@ -18,17 +18,9 @@ from sparsekern.prune.sharded import row_table
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
-    """``id`` of every parameter that the optimizer holds."""
-    return {id(param) for group in optimizer.param_groups for param in group["params"]}
-
-
-@dataclass(frozen=True, eq=False)
-class UntrainedRows:
-    """Rows of a parameter that no optimizer updates: zeroed with their channel, never counted."""
-
-    param: nn.Parameter
-    dim: int
-    channels: np.ndarray
+    """``id`` of every parameter that the optimizer holds and that requires a gradient."""
+    held = (param for group in optimizer.param_groups for param in group["params"])
+    return {id(param) for param in held if param.requires_grad}
 
 
 class ChannelRows:
@@ -37,9 +29,10 @@ class ChannelRows:
     Attributes:
         table: the flat per-row arrays of every parameter with channels that ``trained`` holds.
         channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned.
-        is_gate: bool ``[R]``.
+        is_gate: bool ``[R]``. Where none of a channel's gates is trained (a batch norm whose affine is
+            frozen), its trained filters stand in for them.
+        stands_in: bool ``[C]``; the channels of which this is so.
         is_producer: bool ``[R]``; the row is a filter: an output channel of a weight that makes the channel.
-        untrained: rows with channels of parameters that are not trained.
         numbers: int64 ``[C]``; what number each channel had before any was cut out of the model.
         total: how many channels there were then.
     """
@@ -49,7 +42,6 @@ class ChannelRows:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
-        self.untrained: list[UntrainedRows] = []
         self._trained = trained
         self._spans: dict[str, slice] = {}
         start = 0
@@ -61,7 +53,7 @@ class ChannelRows:
                 continue
             param = parameters[name]
             if id(param) not in trained:
-                self.untrained.append(UntrainedRows(param, slots.row_dim, of_rows))
+                # Zeroed with their channel, never counted.
                 continue
             self._spans[name] = slice(start, start + len(of_rows))
             tracked.append((param, slots.row_dim))
@@ -71,7 +63,7 @@ class ChannelRows:
         self.num_channels = self.total = graph.num_channels
         self.numbers = np.arange(self.total)
         self.is_producer = self._mark_producers(graph)
-        offsets, rows = self._gate_rows(graph)
+        offsets, rows, self.stands_in = self._gate_rows(graph)
         self.is_gate = np.zeros(start, bool)
         self.is_gate[rows] = True
         self.table = row_table(tracked, (offsets, rows), decay=decay)
@@ -98,17 +90,36 @@ class ChannelRows:
                     marks[rows] |= np.isin(self.channel_of[rows], group.channels)
         return marks
 
-    def _gate_rows(self, graph: ChannelGraph) -> tuple[np.ndarray, np.ndarray]:
-        """The graph's gates as rows of the flat arrays; those of untrained parameters fall out."""
+    def _gate_rows(self, graph: ChannelGraph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The graph's gates as rows of the flat arrays, and for which channels filters stand in.
+
+        Gates of untrained parameters fall out.
+        """
         gates = graph.gates
         starts = np.array([self._spans[n].start if n in self._spans else -1 for n in gates.names], np.int64)
         channel = np.repeat(np.arange(graph.num_channels), np.diff(gates.offsets))
         first = starts[gates.tensors] if len(gates.tensors) else np.zeros(0, np.int64)
         held = first >= 0
-        rows = (first + gates.rows)[held]
+        rows, channel = (first + gates.rows)[held], channel[held]
+        without = np.bincount(channel, minlength=graph.num_channels) == 0
+        filters = np.flatnonzero(self.is_producer & (self.channel_of >= 0) & without[self.channel_of])
+        rows = np.concatenate([rows, filters])
+        channel = np.concatenate([channel, self.channel_of[filters]])
+        rows = rows[np.argsort(channel, kind="stable")]
         offsets = np.zeros(graph.num_channels + 1, np.int64)
-        np.cumsum(np.bincount(channel[held], minlength=graph.num_channels), out=offsets[1:])
-        return offsets, rows
+        np.cumsum(np.bincount(channel, minlength=graph.num_channels), out=offsets[1:])
+        return offsets, rows, without
+
+    def moving(self) -> np.ndarray:
+        """bool ``[R]``; rows of parameters that require a gradient now: no others decline in a step."""
+        moves = np.zeros(len(self.channel_of), bool)
+        for view in self.table.views:
+            moves[view.slice] = view.param.requires_grad
+        return moves
+
+    def span(self, name: str) -> slice | None:
+        """Where the rows of a parameter lie in the flat arrays, None for one that is not trained."""
+        return self._spans.get(name)
 
     def select(self, chosen: np.ndarray, *, gates_only: bool = False) -> Tensor:
         """Bool ``[R]`` on the table's device: the rows of the channels chosen by the bool array ``[C]``."""
@@ -200,18 +211,34 @@ def gather(
     weight_sq = table.sums[:, WEIGHT_SQ].double().cpu().numpy()
     dot_sq = table.channel_dot_sq.double().cpu().numpy() * unbias
     share = rows.mean_over_producers(activity)
+    taylor = np.sqrt(dot_sq)
+    if rows.stands_in.any():
+        taylor = np.where(rows.stands_in, np.maximum(taylor, _of_directions(rows)), taylor)
     counted = None if activations is None else activations.shares(graph.num_channels)
     return Statistics(
         graph=graph,
         live=live.copy(),
         activity=share,
-        taylor=np.sqrt(dot_sq),
+        taylor=taylor,
         magnitude=np.sqrt(rows.mean_over_producers(weight_sq)),
         parameters=parameters,
         numbers=rows.numbers,
         total=rows.total,
         activation_counts=None if counted is None else np.where(np.isnan(counted), share, counted),
     )
+
+
+def _of_directions(rows: ChannelRows) -> np.ndarray:
+    """``||gradient|| * ||filter|| / sqrt(elements)`` of each channel in the last step, float64 ``[C]``.
+
+    A normalisation divides a filter's scale out, so that ``gradient . filter`` is 0 whatever the filter is
+    worth. This is the root mean square of that product if the gradient had any direction: in the units of a
+    Taylor term, so that such channels compare with others.
+    """
+    sums, elements = rows.table.sums.double().cpu().numpy(), rows.table.elements.cpu().numpy()
+    filters = np.flatnonzero(rows.is_producer & (rows.channel_of >= 0))
+    squares = sums[filters, GRAD_SQ] * sums[filters, WEIGHT_SQ] / elements[filters]
+    return np.sqrt(np.bincount(rows.channel_of[filters], weights=squares, minlength=rows.num_channels))
 
 
 def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:

@@ -5,10 +5,16 @@ torchmetrics imports torchvision wherever that is installed, for image metrics t
 
 from __future__ import annotations
 
-import sparsekern.recipes._torchvision  # noqa: F401  # has to come before torchmetrics
+from sparsekern.recipes._torchvision import blame  # has to come before torchmetrics
 
 # isort: split
 
-from torchmetrics.classification import MulticlassConfusionMatrix as MulticlassConfusionMatrix
+try:
+    from torchmetrics.classification import MulticlassConfusionMatrix as MulticlassConfusionMatrix
+except Exception as error:
+    reason = blame(error)
+    if reason is None:
+        raise
+    raise ImportError(reason, name="torchvision") from error
 
 __all__ = ["MulticlassConfusionMatrix"]

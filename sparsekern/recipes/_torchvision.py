@@ -1,12 +1,15 @@
 """Importing torchvision where its operators do not fit the torch beside it.
 
 A torchvision that was built for another torch (the CPU build beside a CUDA one, say) fails to import for
-want of two schemas; with these it succeeds, and its networks need none of its operators. To be imported
+want of two schemas. With these it succeeds, and its networks need none of its operators. To be imported
 before torchvision is, directly or by another package; does nothing where torchvision is not installed.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -16,11 +19,58 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _library: torch.library.Library | None = None  # a schema lives as long as its library object
+_error: Exception | None = None  # why torchvision alone does not import
 
 if find_spec("torchvision") is not None:
     try:
         import torchvision  # noqa: F401
-    except RuntimeError:
-        _library = torch.library.Library("torchvision", "FRAGMENT")
-        for _schema in _SCHEMAS:
-            _library.define(_schema)
+    except Exception as error:  # binaries that do not fit fail in many ways
+        _error = error
+        if isinstance(error, RuntimeError):
+            _library = torch.library.Library("torchvision", "FRAGMENT")
+            for _schema in _SCHEMAS:
+                _library.define(_schema)
+
+
+def mismatch() -> str | None:
+    """What is wrong with a torchvision that does not fit torch, and the way out; None if it fits."""
+    if _error is None:
+        return None
+    reason = " ".join(str(_error).split()) or type(_error).__name__
+    return (
+        f"torchvision: got {_version('torchvision')} beside torch {_version('torch')}, expected the build "
+        f"that belongs to this torch ({reason}); install both in one command from the same index, or "
+        "uninstall torchvision if nothing else needs it"
+    )
+
+
+def warn_of_mismatch(stacklevel: int = 2) -> None:
+    """Warns where what is imported next uses a torchvision whose operators do not work."""
+    text = mismatch()
+    if text is not None:
+        warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+def used_by(package: str) -> bool:
+    """Whether a module of an imported top-level package has torchvision, or something of it, in its names."""
+    own = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
+    values = [value for module in own for value in list(getattr(module, "__dict__", {}).values())]
+    origins = (getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values)
+    return package == "torchvision" or any(str(origin).startswith("torchvision") for origin in origins)
+
+
+def blame(error: BaseException) -> str | None:
+    """`mismatch()` if that is what an error of an import comes from, else None."""
+    seen: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(seen) < 20:
+        seen.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__ or cause.__context__
+    return mismatch() if any("torchvision" in text for text in seen) else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

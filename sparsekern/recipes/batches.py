@@ -28,7 +28,7 @@ class Batches:
     """Random crops in random orientation, contrast and brightness, every image once an epoch.
 
     Args:
-        split: the images; all at least `crop` pixels in both directions.
+        split: the images; all at least `crop` pixels in both directions, see `Split.padded`.
         batch: images a step; an epoch's last batch is filled up from the next epoch.
         crop: height and width of a batch, in pixels.
         seed: of order and augmentation.

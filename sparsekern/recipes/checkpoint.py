@@ -2,55 +2,105 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._files import read_plain, replacing
+from .._files import has_checksums, read_plain, replacing, save_plain
+from .._schema import NOTHING, PLAIN, TEXT, Anything, Either, Entries, Fields, Items, Kind, Whole
+from ..prune.content import GENERATORS, OPTIMIZER, STATE
 from .errors import InputError
 
 FORMAT = "sparsekern checkpoint 1"
+
+# Losses and scores of a run that has failed are not finite.
+_NUMBER = Either((Kind(float), Whole()))
+
+RUN = Fields(
+    {
+        "settings": Entries(TEXT, PLAIN),
+        "shapes": Entries(TEXT, Items(Whole(0))),
+        "data": Items(Whole(0)),
+        "step": Whole(0),
+        "model": Entries(TEXT, Anything()),
+        "optimizer": OPTIMIZER,
+        "scheduler": Entries(TEXT, Anything()),
+        "scaler": Entries(TEXT, Either((Kind(float), Whole(0)))),
+        "pruner": Either((NOTHING, STATE)),
+        "random": GENERATORS.required["torch"],
+        "history": Entries(TEXT, Items(Either((_NUMBER, Items(_NUMBER))))),
+    },
+    {"remembered": Entries(TEXT, PLAIN)},
+    others=Anything(),
+)
+"""State of a `Trainer`, of any network."""
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Writes `state` (tensors and plain data); a process killed meanwhile leaves the old file."""
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "state": dict(state)}, temporary)
+        save_plain({"format": FORMAT, "state": dict(state)}, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what `save_checkpoint` wrote.
 
     Raises:
-        InputError: the file is missing, truncated, or something else.
+        InputError: the file is missing, truncated, changed, or something else.
     """
     content = _load(path, "--resume", "a checkpoint.pt of a run")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"--resume: {path} is no checkpoint of a run; expected a checkpoint.pt")
-    state = content["state"]
-    assert isinstance(state, dict)
+    state = content.get("state")
+    if not isinstance(state, dict) or content.keys() != {"format", "state"}:
+        raise InputError(f"--resume: {path} is damaged or was changed; expected a checkpoint.pt of a run")
     return state
 
 
 def load_backbone(path: Path) -> dict[str, Tensor]:
     """Reads a state dict, as `torch.save` writes it.
 
+    Files in the format that torch wrote before 1.6 hold no checksums. Those that torch.hub has given part of
+    their SHA-256 as a name (`-8738ca79.pth`) are compared with that; for others there is a warning.
+
     Raises:
-        InputError: the file is missing, truncated, or something else.
+        InputError: the file is missing, truncated, changed, or something else.
     """
-    content = _load(path, "--backbone", "a state dict of torchvision's")
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    content = _load(path, "--backbone", "a state dict of torchvision's", legacy=True)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise InputError(f"--backbone: {path} is no state dict; expected one of torchvision's")
+    if not has_checksums(path) and not _has_its_name(path):
+        warnings.warn(
+            f"--backbone: {path} is in the format that torch wrote before 1.6, expected one with checksums; "
+            f"damage to its values goes unnoticed until it is written anew with torch.save",
+            stacklevel=2,
+        )
     return content
 
 
-def _load(path: Path, argument: str, expected: str) -> Any:
+def _has_its_name(path: Path) -> bool:
+    """Whether the SHA-256 of the file begins with what its name ends in."""
+    found = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+    if found is None:
+        return False
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest().startswith(found[1])
+
+
+def _load(path: Path, argument: str, expected: str, *, legacy: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"{argument}: {path} is no file; expected {expected}")
     try:
-        return read_plain(path)
+        return read_plain(path, legacy=legacy)
     except (OSError, ValueError) as error:
         raise InputError(f"{argument}: {path} cannot be read ({error}); expected {expected}") from error

@@ -1,29 +1,25 @@
-"""Images and masks in memory, and the folder layout they are read from.
-
-Layout: `DIR/{train,test}/{images,masks}/NAME.png`; masks are 8-bit class indices, 0 = background.
-"""
+"""Images and masks in memory, ready for a training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-
-from .errors import InputError
-
-LAYOUT = "DIR/{train,test}/{images,masks}/NAME.png"
-IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P")
-MASK_MODES = ("L", "P", "1")
 
 # ImageNet's, so that weights that were trained on it fit.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+# The label of pixels that count for nothing: of the user's void value, and of padding.
+VOID = 255
+
+# The strongest reduction of resolution among the models; smaller images have no pixel left there.
+COARSEST = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Split:
     Attributes:
         names: N file names, sorted.
         pixels: uint8 `[P, 3]`, the RGB pixels of all images, row by row.
-        labels: uint8 `[P]`, the class of each.
+        labels: uint8 `[P]`, the class of each, or `VOID`.
         offsets, heights, widths: int64 `[N]`, where an image starts in the above, and its size.
     """
 
@@ -52,20 +48,28 @@ class Split:
         masks: Sequence[NDArray[np.uint8]],
     ) -> Split:
         """Packs images uint8 `[H, W, 3]` and masks uint8 `[H, W]`, N of each."""
-        heights = np.array([mask.shape[0] for mask in masks], dtype=np.int64)
-        widths = np.array([mask.shape[1] for mask in masks], dtype=np.int64)
-        sizes = heights * widths
-        return cls(
-            tuple(names),
-            np.concatenate([image.reshape(-1, 3) for image in images]),
-            np.concatenate([mask.reshape(-1) for mask in masks]),
-            np.cumsum(sizes) - sizes,
-            heights,
-            widths,
-        )
+        split = cls.empty(names, [mask.shape[0] for mask in masks], [mask.shape[1] for mask in masks])
+        for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            split.image(index)[:] = image
+            split.mask(index)[:] = mask
+        return split
+
+    @classmethod
+    def empty(cls, names: Sequence[str], heights: Sequence[int], widths: Sequence[int]) -> Split:
+        """Room for N images of these sizes, in pixels, to be written through `image` and `mask`."""
+        tall, wide = np.array(heights, dtype=np.int64), np.array(widths, dtype=np.int64)
+        sizes = tall * wide
+        total = int(sizes.sum())
+        pixels, labels = np.empty((total, 3), np.uint8), np.empty(total, np.uint8)
+        return cls(tuple(names), pixels, labels, np.cumsum(sizes) - sizes, tall, wide)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def has_void(self) -> bool:
+        """Whether a pixel counts for nothing."""
+        return bool((self.labels == VOID).any())
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Image `index`, uint8 `[H, W, 3]`, a view."""
@@ -79,106 +83,72 @@ class Split:
         start = self.offsets[index]
         return self.labels[start : start + height * width].reshape(height, width)
 
-    def check_fits(self, crop: int, split: str) -> None:
-        """Refuses a training crop that some image cannot fill.
+    def pixel_counts(self, classes: int) -> NDArray[np.int64]:
+        """Pixels of each class, int64 `[classes]`."""
+        return np.bincount(self.labels, minlength=VOID + 1)[:classes]
 
-        Raises:
-            InputError: an image is lower or narrower than `crop` pixels; names it.
+    def smaller_than(self, edge: int) -> int:
+        """How many images are lower or narrower than `edge` pixels."""
+        return int((np.minimum(self.heights, self.widths) < edge).sum())
+
+    def padded(self, edge: int) -> Split:
+        """The images with at least `edge` pixels a side; itself where all have that.
+
+        What is added, below and to the right, has ImageNet's mean colour and the label `VOID`.
         """
-        small = np.flatnonzero(np.minimum(self.heights, self.widths) < crop)
-        if small.size:
-            index = int(small[0])
-            raise InputError(
-                f"--crop is {crop}, but {split}/images/{self.names[index]} is "
-                f"{self.widths[index]}x{self.heights[index]} pixels; expected every image to be at "
-                f"least as large as the crop ({small.size} of {len(self)} are not)"
-            )
+        if not self.smaller_than(edge):
+            return self
+        heights, widths = np.maximum(self.heights, edge), np.maximum(self.widths, edge)
+        larger = Split.empty(self.names, heights.tolist(), widths.tolist())
+        larger.pixels[:] = np.round(np.multiply(MEAN, 255)).astype(np.uint8)
+        larger.labels[:] = VOID
+        for index in range(len(self)):
+            height, width = self.heights[index], self.widths[index]
+            larger.image(index)[:height, :width] = self.image(index)
+            larger.mask(index)[:height, :width] = self.mask(index)
+        return larger
 
 
-def normalise(pixels: NDArray[np.uint8]) -> Tensor:
-    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, scaled by ImageNet's mean and std."""
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-    mean = torch.tensor(MEAN).mul(255).view(1, 3, 1, 1)
-    std = torch.tensor(STD).mul(255).view(1, 3, 1, 1)
-    return x.sub_(mean).div_(std)
+@dataclass(frozen=True)
+class Data:
+    """The images of a run.
 
-
-def load_folder(root: Path, classes: int) -> tuple[Split, Split]:
-    """Reads the train and test split of a folder of the layout above.
-
-    Args:
-        root: the folder, `DIR` in the layout.
-        classes: number of classes, background included; masks must be below it.
-
-    Raises:
-        InputError: a folder is missing or empty; an image has no mask or the reverse; a file is not
-            a readable PNG of 8 bits; an image and its mask differ in size; a mask has a value of
-            `classes` or above. The message names the path.
+    Attributes:
+        train: to train on. val: scored during the training, or None. test: scored at the end, once.
+        names: of the classes, background first; () for numbers.
+        notes: what of the data was decided for the user, one sentence each.
+        bits: significant bits of grey images of 16 bits, if there are any.
     """
-    root = Path(root)
-    folders = {
-        (split, kind): root / split / kind for split in ("train", "test") for kind in ("images", "masks")
-    }
-    for folder in folders.values():
-        if not folder.is_dir():
-            raise InputError(f"--data: {folder} is not a folder; expected the layout {LAYOUT}")
-    return _load_split(root / "train", classes), _load_split(root / "test", classes)
 
+    train: Split
+    val: Split | None
+    test: Split
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    bits: int | None = None
 
-def _load_split(folder: Path, classes: int) -> Split:
-    names = _paired_names(folder / "images", folder / "masks")
-    images, masks = [], []
-    for name in names:
-        image = _read(folder / "images" / name, IMAGE_MODES, "RGB")
-        mask = _read(folder / "masks" / name, MASK_MODES, None)
-        if image.shape[:2] != mask.shape:
-            raise InputError(
-                f"--data: {folder / 'images' / name} is {image.shape[1]}x{image.shape[0]} pixels, "
-                f"its mask {mask.shape[1]}x{mask.shape[0]}; expected equal sizes"
-            )
-        largest = int(mask.max())
-        if largest >= classes:
-            raise InputError(
-                f"--data: {folder / 'masks' / name} has the value {largest}, but --classes is "
-                f"{classes}; expected class indices 0 to {classes - 1}"
-            )
-        images.append(image)
-        masks.append(mask)
-    return Split.from_arrays(names, images, masks)
+    @property
+    def bytes(self) -> int:
+        """Memory that the images and labels take."""
+        splits = {id(split): split for split in (self.train, self.val, self.test) if split is not None}
+        return sum(split.pixels.nbytes + split.labels.nbytes for split in splits.values())
 
-
-def _paired_names(images: Path, masks: Path) -> list[str]:
-    names = {folder: _png_names(folder) for folder in (images, masks)}
-    for here, there in ((images, masks), (masks, images)):
-        alone = sorted(names[here] - names[there])
-        if alone:
-            raise InputError(
-                f"--data: {here / alone[0]} has no counterpart; expected {there / alone[0]} "
-                f"({len(alone)} of {len(names[here])} files of {here} have none)"
-            )
-    if not names[images]:
-        raise InputError(f"--data: {images} is empty; expected the layout {LAYOUT}")
-    return sorted(names[images])
-
-
-def _png_names(folder: Path) -> set[str]:
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    foreign = sorted(name for name in names if not name.endswith(".png"))
-    if foreign:
-        raise InputError(f"--data: {folder / foreign[0]} is misnamed; expected NAME.png")
-    return names
-
-
-def _read(path: Path, modes: tuple[str, ...], convert: str | None) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode in modes:
-                array = np.asarray(image.convert(convert) if convert else image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(f"--data: {path} cannot be read as an image ({error})") from error
-    if mode not in modes:
-        raise InputError(
-            f"--data: {path} has the pixel format {mode}; expected {' or '.join(modes)} (8 bits)"
+    def summary(self, place: Any) -> str:
+        """Counts and memory, in one sentence."""
+        val = 0 if self.val is None else len(self.val)
+        return (
+            f"{len(self.train)} training, {val} validation and {len(self.test)} test images in {place}, "
+            f"{self.bytes / 1e6:.1f} MB in memory"
         )
-    return np.ascontiguousarray(array, dtype=np.uint8)
+
+    def class_names(self, classes: int) -> tuple[str, ...]:
+        """A name for each class."""
+        return self.names or ("background", *(f"class {index}" for index in range(1, classes)))
+
+
+def normalise(pixels: NDArray[np.uint8], mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, scaled by mean and std, ImageNet's by default."""
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
+    shift = torch.tensor(mean).mul(255).view(1, 3, 1, 1)
+    scale = torch.tensor(std).mul(255).view(1, 3, 1, 1)
+    return x.sub_(shift).div_(scale)

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from .errors import InputError
 
+MODEL, CHECKPOINT, RUN = "model.safetensors", "checkpoint.pt", "run.json"
 
-def writable_directory(path: Path, argument: str) -> Path:
-    """Creates directory `path` and proves that files can be written there.
+
+def check_writable(path: Path, argument: str) -> None:
+    """Proves that files can be written in directory `path`; one that is not there is not left behind.
 
     Raises:
         InputError: it cannot be created or written; names `argument`.
     """
+    made: list[Path] = []
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed([path, *path.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -23,4 +29,32 @@ def writable_directory(path: Path, argument: str) -> Path:
         raise InputError(
             f"{argument} {path} cannot be written ({reason}); expected a directory to write to"
         ) from error
-    return path
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def check_free(path: Path, argument: str) -> None:
+    """Refuses a directory that holds a run, which another run would overwrite.
+
+    Raises:
+        InputError: it does; says how to keep or replace it.
+    """
+    if any((path / name).exists() for name in (RUN, MODEL)):
+        state = "finished"
+    elif (path / CHECKPOINT).exists():
+        state = "stopped"
+    else:
+        return
+    raise InputError(
+        f"{argument}: got {path}, which holds a {state} run; expected another directory, "
+        f"--resume {path} to go on with it, or --overwrite to replace it"
+    )
+
+
+def begin_results(path: Path, overwrite: bool) -> None:
+    """Makes directory `path` for the results of a run; with `overwrite` those of another one go."""
+    path.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in (RUN, MODEL, CHECKPOINT):
+            (path / name).unlink(missing_ok=True)

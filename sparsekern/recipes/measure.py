@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Mapping
 from time import perf_counter
@@ -10,6 +9,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekern._copying import copied
 
 # A timing shorter than this is mostly that of the clock and the scheduler.
 SHORTEST = 0.02
@@ -22,7 +23,7 @@ def parameters(model: nn.Module) -> int:
 
 def macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for `example`; computes nothing."""
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copied(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(example.to("meta"))
     return counter.get_total_flops() // 2

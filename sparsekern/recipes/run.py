@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import signal
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,18 +17,23 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import _info
+from sparsekern._copying import copied
 
 from .._files import replacing
-from .checkpoint import load_checkpoint, save_checkpoint
-from .data import Split, normalise
-from .errors import InputError
-from .files import writable_directory
+from .checkpoint import save_checkpoint
+from .data import COARSEST, Data, normalise
+from .errors import InputError, Stopped
+from .files import CHECKPOINT, MODEL, RUN, begin_results, check_free, check_writable
+from .interrupt import deferred
 from .measure import latency, macs, parameters
-from .metrics import evaluate
+from .metrics import count_confusion, scores, scores_by_class
+from .networks import Padded
+from .resume import Saved, remember
 from .settings import Settings, build_model
 from .train import History, Step, Trainer
 
-MODEL, CHECKPOINT, RUN = "model.safetensors", "checkpoint.pt", "run.json"
+# Longest time without a checkpoint: so much work is lost at most where a process is killed.
+CHECKPOINT_SECONDS = 120.0
 
 # Largest difference of masked and compact output in float64, over the output's scale.
 TOLERANCE = 1e-12
@@ -51,75 +57,164 @@ class Result:
 
 def execute(
     settings: Settings,
-    train: Split,
-    test: Split,
+    data: Data,
     out: Path,
     *,
     arguments: Mapping[str, Any],
     backbone: Mapping[str, Tensor] | None = None,
-    resume: Path | None = None,
-    checkpoint_every: int = 0,
+    resume: Saved | None = None,
+    checkpoint_every: int | None = None,
+    overwrite: bool = False,
     stop_after: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Result | None:
     """Trains as `settings` say and writes run.json, model.safetensors and checkpoint.pt to `out`.
 
+    A signal to stop (Ctrl-C) is answered after the step that it came in, with a checkpoint. A process that
+    is killed loses what came after its latest checkpoint.
+
     Args:
-        settings, train, test, backbone: see `Trainer`.
-        out: directory of the results, made if it is not there.
-        arguments: what the user gave, for run.json.
-        resume: checkpoint to go on from.
-        checkpoint_every: steps between two checkpoints; 0 for one at the end only.
+        settings, backbone: see `Trainer`.
+        data: the images; `val` is scored during the training, `test` at its end.
+        out: directory of the results, made when there is something to write.
+        arguments: what the user gave, for run.json; a resumed run takes some of them over.
+        resume: the run to go on with. More steps than it had extend it, see `Trainer.load_state_dict`.
+        checkpoint_every: steps between two checkpoints; 0 for one at the end only; None for one at every
+            evaluation, and at least one in `CHECKPOINT_SECONDS`.
+        overwrite: replace another run in `out`.
         stop_after: stop when so many steps are done and leave only the checkpoint.
         on_step: called after every step.
 
     Returns:
-        None if the run was stopped before its end.
+        None if the run was stopped by `stop_after`.
 
     Raises:
-        InputError: something in the arguments cannot be used; nothing was trained or written.
+        InputError: something in the arguments cannot be used, or `out` holds another run; nothing was
+            trained or written.
+        Stopped: a signal came; the checkpoint is written, if there was a step.
         RuntimeError: the compact network does not compute what the masked one does.
     """
-    writable_directory(out, "--out")
-    for name, value in (("checkpoint-every", checkpoint_every), ("stop-after", stop_after or 0)):
-        if value < 0:
-            raise InputError(f"--{name}: got {value}, expected 0 or more")
-    state = None if resume is None else load_checkpoint(resume)
-    trainer = Trainer(settings, train, test, backbone=backbone)
-    if state is not None:
-        trainer.load_state_dict(state)
+    check_counts(checkpoint_every, stop_after)
+    same = check_out(out, resume, overwrite)
+    trainer = Trainer(settings, data.train, data.val, backbone=backbone)
+    if resume is not None:
+        trainer.load_state_dict(resume.state)
+    checkpoints = _Checkpoints(trainer, out, remember(arguments), checkpoint_every, overwrite and not same)
 
     def after(step: Step) -> None:
         if on_step is not None:
             on_step(step)
-        if checkpoint_every and step.step % checkpoint_every == 0:
-            save_checkpoint(out / CHECKPOINT, trainer.state_dict())
+        checkpoints.after(step)
 
-    trainer.run(stop_after, after)
-    save_checkpoint(out / CHECKPOINT, trainer.state_dict())
+    with deferred() as request:
+        trainer.run(stop_after, after, request)
+        if trainer.step:
+            checkpoints.save()
+        if request.number is not None:
+            raise _stopped(trainer, out, request.number)
     if not trainer.finished:
         return None
-    result = _conclude(trainer, out)
-    _write_json(out / RUN, arguments, result)
+    try:
+        result = _conclude(trainer, data, out)
+        _write_json(out / RUN, arguments, result)
+    except KeyboardInterrupt:
+        raise _stopped(trainer, out, signal.SIGINT) from None
     return result
 
 
-def _conclude(trainer: Trainer, out: Path) -> Result:
-    settings, full = trainer.settings, trainer.model
+def check_counts(checkpoint_every: int | None, stop_after: int | None) -> None:
+    """Refuses negative numbers of steps.
+
+    Raises:
+        InputError: there is one; names the argument.
+    """
+    for name, value in (("checkpoint-every", checkpoint_every), ("stop-after", stop_after)):
+        if value is not None and value < 0:
+            raise InputError(f"--{name}: got {value}, expected 0 or more")
+
+
+def check_out(out: Path, resume: Saved | None, overwrite: bool) -> bool:
+    """Refuses a directory that cannot be written, or that holds another run; makes none.
+
+    Returns:
+        Whether it is the directory of the run to go on with.
+
+    Raises:
+        InputError: see above.
+    """
+    same = resume is not None and out.exists() and resume.folder.samefile(out)
+    if not (same or overwrite):
+        check_free(out, "--out")
+    check_writable(out, "--out")
+    return same
+
+
+def _stopped(trainer: Trainer, out: Path, number: int) -> Stopped:
+    way = f"go on with --resume {out}" if trainer.step else "nothing was written"
+    return Stopped(f"stopped after step {trainer.step} of {trainer.settings.steps}; {way}", code=128 + number)
+
+
+@dataclass
+class _Checkpoints:
+    """Takes checkpoints of a run when they are due."""
+
+    trainer: Trainer
+    out: Path
+    remembered: Mapping[str, Any]
+    every: int | None
+    overwrite: bool
+    begun: bool = False
+    saved_at: float = field(default_factory=perf_counter)
+
+    def after(self, step: Step) -> None:
+        """Takes one after `step` if it is due; the last step's comes after the training."""
+        if step.step < self.trainer.settings.steps and self._due(step):
+            self.save()
+
+    def _due(self, step: Step) -> bool:
+        if self.every is not None:
+            return self.every > 0 and step.step % self.every == 0
+        return step.evaluated or perf_counter() - self.saved_at >= CHECKPOINT_SECONDS
+
+    def save(self) -> None:
+        if not self.begun:
+            begin_results(self.out, self.overwrite)
+            self.begun = True
+        save_checkpoint(
+            self.out / CHECKPOINT, self.trainer.state_dict() | {"remembered": dict(self.remembered)}
+        )
+        self.saved_at = perf_counter()
+
+
+def _conclude(trainer: Trainer, data: Data, out: Path) -> Result:
+    settings, pruner = trainer.settings, trainer.pruner
+    image = normalise(data.test.padded(COARSEST).image(0)[None]).contiguous(memory_format=torch.channels_last)
+    figures = {}
+    small = trainer.model if pruner is None else pruner.compact()
+    if pruner is not None:
+        figures = _compaction(small, trainer)
+    small = _on_cpu(small)
     if settings.shrink:
         # Only its size and speed are asked for, which are not those of the live network any more.
         full = build_model(settings).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    image = normalise(trainer.test.image(0)[None]).contiguous(memory_format=torch.channels_last)
-    small, figures = trainer.model, {}
-    if trainer.pruner is not None:
-        small = trainer.pruner.compact()
-        figures = _compaction(small, trainer)
+    else:
+        full = small if pruner is None else _on_cpu(trainer.model)
     path = out / MODEL
-    sparsekern.save(small, path)
-    _check_stored(small, path, settings, image)
+    sparsekern.save(small, path, made_by=settings.network(data.bits).to_json(sparsekern.__version__))
+    _check_stored(small, path)
     figures |= _figures(trainer.history, full, small, image, path)
-    scores = evaluate(small, trainer.test, settings.classes)
-    figures |= {"dice": scores.dice, "miou": scores.miou}
+    # Padded as `sparsekern predict` pads, so that these are the scores of what it writes.
+    confusion = count_confusion(Padded(small, settings.network().stride), data.test, settings.classes)
+    assert confusion is not None
+    found = scores(confusion)
+    classes = scores_by_class(confusion, data.class_names(settings.classes))
+    figures |= {"dice": found.dice, "miou": found.miou, "classes": classes}
+    figures["images"] = {
+        "train": len(data.train),
+        "val": 0 if data.val is None else len(data.val),
+        "test": len(data.test),
+        "bits": data.bits,
+    }
     return Result(settings, trainer.history, small.eval(), figures)
 
 
@@ -127,19 +222,19 @@ def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
     """Widths of a pruned network, and proof that it computes what the trained one does."""
     assert trainer.pruner is not None
     # In float64 the two differ by rounding at most, so that the tolerance can be strict.
-    masked, compact = (copy.deepcopy(model).double() for model in (trainer.model, small))
+    masked, compact = (copied(model).double() for model in (trainer.model, small))
     difference = sparsekern.verify(masked, compact, trainer.example.double())
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"the compact network differs from the masked one by {difference:.1e} of the output's "
             f"scale in float64, expected at most {TOLERANCE:.0e}; please report this"
         )
-    metrics = trainer.pruner.metrics()
+    widths = trainer.pruner.widths()
     return {
         "difference": difference,
-        "groups": metrics["group_names"],
-        "channels": metrics["channels"],
-        "kept": metrics["kept"],
+        "groups": list(widths),
+        "channels": [channels for _, channels in widths.values()],
+        "kept": [kept for kept, _ in widths.values()],
         "training_macs_share": _training_macs_share(trainer),
     }
 
@@ -151,9 +246,15 @@ def _training_macs_share(trainer: Trainer) -> float:
     return statistics.fmean(share for _, share, _ in trainer.history.cost)
 
 
-def _check_stored(small: nn.Module, path: Path, settings: Settings, image: Tensor) -> None:
-    """The file, loaded into a fresh full-size network, must give the very network that was saved."""
-    loaded = sparsekern.load(build_model(settings), path).state_dict()
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it where it is on another device: files and figures are those of a CPU."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return model if on_cpu else copied(model).cpu()
+
+
+def _check_stored(small: nn.Module, path: Path) -> None:
+    """The file alone must give the very network that was saved."""
+    loaded = sparsekern.load(path).state_dict()
     for name, value in small.state_dict().items():
         if not torch.equal(value, loaded[name]):
             raise RuntimeError(f"{path} does not hold {name} as it was saved; please report this")
@@ -198,6 +299,7 @@ def _write_json(path: Path, arguments: Mapping[str, Any], result: Result) -> Non
     content = {
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()},
         "settings": result.settings.to_json(),
+        "remembered": remember(arguments),
         "versions": _info.versions(),
         "machine": _info.machine(),
         "figures": result.figures,

@@ -2,136 +2,177 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sparsekern
-from sparsekern import allocate, criteria
-from sparsekern.prune.budget import UNITS
+from sparsekern import criteria
+from sparsekern.prune.budget import UNITS, check_keep, check_unit
+from sparsekern.prune.names import ALLOCATORS, resolve_select
+from sparsekern.prune.schedule import Schedule
+from sparsekern.recipes.data import MEAN, STD
+from sparsekern.recipes.devices import AMP
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.metrics import class_weights
+from sparsekern.recipes.networks import MODELS as MODELS
+from sparsekern.recipes.networks import NetworkSpec, Reading
 
-from .errors import InputError
-from .metrics import output_channels
-from .models import UNet, lraspp_mobilenetv3
-from .models.mobilenetv3 import Variant
-from .models.unet import Decoder
 
-VARIANTS: Mapping[str, Variant] = {"mobilenetv3": "large", "mobilenetv3-small": "small"}
-MODELS = ("unet", *VARIANTS)
-CRITERIA: Mapping[str, Callable[[], criteria.Criterion]] = {
-    "joint": criteria.default,
-    "gradient-count": criteria.GradientCount,
-    "magnitude": criteria.Magnitude,
-    "random": criteria.Random,
-    "redundancy": criteria.Redundancy,
-    "shuffled": lambda: criteria.Shuffled(criteria.default()),
-    "taylor": criteria.Taylor,
-}
-ALLOCATORS: Mapping[str, Callable[[], allocate.Allocator]] = {
-    "flat": allocate.Flat,
-    "global": allocate.Global,
-    "uniform": allocate.Uniform,
-}
+def _option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A field of `Settings` that is an option of the command line, too.
 
-# The strongest reduction of resolution among the models; smaller images have no pixel left there.
-COARSEST = 32
+    Args:
+        default: of both.
+        help: what it is; the text of the command line and the documentation of the field.
+        parse: makes the value from a text, where its type alone does not tell how.
+    """
+    return field(default=default, metadata={"help": help, "parse": parse})
+
+
+def _number_or_text(text: str) -> int | str:
+    """Numbers as numbers; what else is allowed, the checks know."""
+    return int(text) if text.isdecimal() else text
 
 
 @dataclass(frozen=True)
 class Settings:
     """Arguments of a run; on one machine, equal settings and data give equal networks, bit for bit.
 
-    Attributes:
-        model: one of `MODELS`.
-        width: channels of the UNet at full resolution (default 32), or the factor on the channels of
-            MobileNetV3 (default 1).
-        depth, decoder: of the UNet.
-        classes: of the masks, background included.
-        keep: share of the cost that stays; None trains without pruning.
-        of: the cost, `"macs"`, `"params"` or `"latency"`.
-        select: which channels go; names of `CRITERIA` joined by `*` and `+`.
-        allocate: how wide layers stay; a name of `ALLOCATORS`.
-        round_to: channel counts become multiples of it; `"auto"` takes what suits the device, None is
-            `"auto"` with `shrink`, else 1.
-        min_channels: every layer keeps so many.
-        begin, finish, events: channels go at so many events from the share `begin` of the steps on, and the
-            budget is met at the share `finish` of them.
-        shrink: the network gets smaller while it is trained, not only at the end.
-        steps, batch, crop: optimizer steps, images a step, their height and width in pixels.
-        lr, weight_decay, warmup: of AdamW; the rate rises over the share `warmup` of the steps, then
-            falls along a cosine to zero.
-        seed: of weights, order and augmentation.
-        evaluations: how often the test split is scored, the end included.
+    Every field is an option of `sparsekern train`, with the help that stands behind it. Those that are
+    arguments of :class:`sparsekern.Pruner` have its names and defaults.
 
     Raises:
         InputError: a value is out of range; names the argument.
     """
 
-    model: str = "unet"
-    width: float | None = None
-    depth: int = 4
-    decoder: Decoder = "transposed"
-    classes: int = 2
-    keep: float | None = 0.2
-    of: str = "macs"
-    select: str = "joint"
-    allocate: str = "global"
-    round_to: int | str | None = None
-    min_channels: int = 1
-    begin: float = 0.1
-    finish: float = 0.6
-    events: int = 10
-    shrink: bool = False
-    steps: int = 1000
-    batch: int = 8
-    crop: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    warmup: float = 0.05
-    seed: int = 0
-    evaluations: int = 5
+    model: str = _option("unet", "unet, mobilenetv3, mobilenetv3-small")
+    width: float | None = _option(None, "UNet: first channels (32); MobileNetV3: factor (1).")
+    depth: int = _option(4, "UNet: number of poolings.")
+    decoder: str = _option("transposed", "UNet: transposed, bilinear")
+    classes: int = _option(2, "Classes of the masks with the background; default 2.")
+    keep: float | None = _option(0.2, "Share of the cost that stays, in (0, 1]; default 0.2.")
+    of: str = _option("macs", "The cost: macs, params, latency")
+    select: str = _option(
+        "joint",
+        "Which channels go: joint, taylor, gradient-count, magnitude, redundancy, random, shuffled; combined "
+        "by * and +.",
+    )
+    allocate: str = _option("global", "How wide layers stay: global, uniform, flat")
+    round_to: int | str | None = _option(
+        None,
+        "Channel counts become multiples of it; a number or auto; default 1, with --shrink auto.",
+        _number_or_text,
+    )
+    min_channels: int = _option(1, "Every layer keeps so many.")
+    warmup: float = _option(0.1, "Share of the steps before the first channel goes.")
+    finish: float = _option(0.6, "Share of the steps by which the budget is met.")
+    events: int = _option(10, "How many times channels go.")
+    shrink: bool = _option(False, "Make the network smaller during the training, which gets cheaper by it.")
+    steps: int = _option(1000, "Optimizer steps.")
+    batch: int = _option(8, "Images a step.")
+    crop: int = _option(128, "Pixels an edge that a step sees of an image.")
+    lr: float = _option(1e-3, "Highest learning rate.")
+    weight_decay: float = _option(1e-2, "Of AdamW.")
+    lr_warmup: float = _option(
+        0.05, "Share of the steps in which lr rises; it falls along a cosine from there to zero."
+    )
+    seed: int = _option(0, "Of weights, order and augmentation.")
+    evaluations: int = _option(5, "How often the validation images are scored.")
+    ignore: int | str = _option(
+        "auto",
+        "Mask value that counts for nothing (void); auto: 255 beside more than 2 classes; none.",
+        _number_or_text,
+    )
+    class_weights: str | None = _option(None, "On the cross entropy: balanced, or a number a class, 1,2.5,2.")
+    validation: float = _option(
+        0.1, "Share of the training images that is scored meanwhile, without val/; 0 for none."
+    )
+    device: str = _option("cpu", "Where to train: cpu, cuda, cuda:1, mps")
+    amp: str = _option("none", "Mixed precision of the training: none, bf16, fp16 (with a GradScaler).")
 
     def __post_init__(self) -> None:
-        _one_of("model", self.model, MODELS)
-        _one_of("decoder", self.decoder, ("transposed", "bilinear"))
         _one_of("of", self.of, UNITS)
         _one_of("allocate", self.allocate, tuple(ALLOCATORS))
+        _one_of("amp", self.amp, tuple(AMP))
         parse_select(self.select)
-        for name, least in (("depth", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
-            _at_least(name, getattr(self, name), least)
-        _at_least("classes", self.classes, 2)
-        _at_least("crop", self.crop, COARSEST)
-        _at_least("min-channels", self.min_channels, 1)
-        _at_least("evaluations", self.evaluations, 1)
-        if self.classes > 256:
-            raise InputError(f"--classes: got {self.classes}, expected at most 256 (8-bit masks)")
-        if not self.lr > 0:
-            raise InputError(f"--lr: got {self.lr}, expected a positive number")
-        if not self.weight_decay >= 0:
-            raise InputError(f"--weight-decay: got {self.weight_decay}, expected 0 or more")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup: got {self.warmup}, expected a share in [0, 1)")
-        if self.width is not None and not self.width > 0:
-            raise InputError(f"--width: got {self.width}, expected a positive number")
-        if self.model == "unet" and self.width is not None and self.width != int(self.width):
-            raise InputError(f"--width: got {self.width}, expected a whole number for the UNet")
+        self.network()
+        for name in ("steps", "batch", "min_channels", "events", "evaluations"):
+            _at_least(name, getattr(self, name), 1)
+        _number("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
+        _number("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
+        _number("lr_warmup", self.lr_warmup, 0 <= self.lr_warmup < 1, "a share in [0, 1)")
+        _number("warmup", self.warmup, 0 <= self.warmup < 1, "a share in [0, 1)")
+        expected = f"a share above --warmup ({self.warmup}), at most 1"
+        _number("finish", self.finish, self.warmup < self.finish <= 1, expected)
+        round_to = self.round_to
+        fits = round_to in (None, "auto") or (isinstance(round_to, int) and round_to >= 1)
+        _number("round_to", round_to, fits, "a whole number, at least 1, or auto")
+        class_weights(self.class_weights, np.ones(self.classes, np.int64))
+        if self.keep is not None:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        """What a Pruner of these settings would refuse without a look at the network."""
+        try:
+            keep = check_keep(self.keep)
+            schedule = {name: getattr(self, name) for name in ("steps", "warmup", "finish", "events")}
+            Schedule.cubic(keep=keep, **schedule)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+    def network(self, bits: int | None = None) -> NetworkSpec:
+        """The network that is trained; `bits` are those of `Data`."""
+        reading = Reading(bits, self.ignore, self.validation, self.seed, self.crop)
+        return NetworkSpec(self.model, self.width, self.depth, self.decoder, self.classes, MEAN, STD, reading)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain data."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Settings:
+        """What `to_json` gave, here or in an earlier version; what it lacks has its default.
+
+        Earlier versions had fewer fields and two other names.
+
+        Raises:
+            InputError: it has settings that are not known, or one is out of range.
+        """
+        values = dict(data)
+        if "begin" in values:
+            values["lr_warmup"], values["warmup"] = values.get("warmup", 0.05), values.pop("begin")
+        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise InputError(
+                f"--resume: the run has the setting {unknown[0]!r}, which this version does not know; "
+                f"expected a run of this version"
+            )
+        return cls(**values)
+
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError(f"--{name}: got {value!r}, expected one of {', '.join(choices)}")
+        raise InputError(f"--{_spelled(name)}: got {value!r}, expected one of {', '.join(choices)}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"--{name}: got {value}, expected at least {least}")
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"--{_spelled(name)}: got {value!r}, expected a whole number, at least {least}")
+
+
+def _number(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"--{_spelled(name)}: got {value!r}, expected {expected}")
+
+
+def _spelled(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def parse_select(text: str) -> criteria.Criterion:
@@ -140,17 +181,10 @@ def parse_select(text: str) -> criteria.Criterion:
     Raises:
         InputError: an unknown name.
     """
-    total: criteria.Criterion | None = None
-    for term in text.split("+"):
-        product: criteria.Criterion | None = None
-        for name in (name.strip() for name in term.split("*")):
-            if name not in CRITERIA:
-                raise InputError(f"--select: got {text!r}, expected {', '.join(CRITERIA)}, joined by * and +")
-            product = CRITERIA[name]() if product is None else product * CRITERIA[name]()
-        assert product is not None
-        total = product if total is None else total + product
-    assert total is not None
-    return total
+    try:
+        return resolve_select(text)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
 def build_model(settings: Settings, backbone: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -164,26 +198,7 @@ def build_model(settings: Settings, backbone: Mapping[str, Tensor] | None = None
         InputError: `backbone` does not belong to the network.
     """
     torch.manual_seed(settings.seed)
-    channels = output_channels(settings.classes)
-    if settings.model == "unet":
-        if backbone is not None:
-            raise InputError("--backbone is for mobilenetv3; expected none with --model unet")
-        width = int(settings.width or 32)
-        return UNet(3, channels, width=width, depth=settings.depth, decoder=settings.decoder)
-    variant = VARIANTS[settings.model]
-    try:
-        return lraspp_mobilenetv3(
-            variant,
-            classes=channels,
-            multiplier=settings.width or 1.0,
-            backbone_weights=backbone,
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(
-            f"--backbone does not fit --model {settings.model} ({reason}); expected the state dict of "
-            f"torchvision's mobilenet_v3_{variant}"
-        ) from error
+    return settings.network().build(backbone)
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -209,13 +224,13 @@ def build_pruner(
         optimizer,
         example,
         keep=settings.keep,
-        of=settings.of,
+        of=check_unit(settings.of),
         steps=settings.steps,
         select=parse_select(settings.select),
         allocate=ALLOCATORS[settings.allocate](),
         round_to=settings.round_to,
         min_channels=settings.min_channels,
-        warmup=settings.begin,
+        warmup=settings.warmup,
         finish=settings.finish,
         events=settings.events,
         shrink=settings.shrink,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,14 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._schema import Anything, Fields, Items, Kind, OneOf, Whole, like
+from ..prune.checkpoint import check_training, in_own_memory
+from ..prune.content import STATE
+from ..prune.resume import check_run
 from .batches import Batches
+from .checkpoint import RUN
 from .data import Split
+from .devices import autocast, find_device, grad_scaler
 from .errors import InputError
-from .metrics import Scores, SegmentationLoss, evaluate
-from .settings import COARSEST, Settings, build_model, build_optimizer, build_pruner
+from .metrics import Scores, SegmentationLoss, class_weights, count_confusion, scores
+from .resume import check_settings
+from .settings import Settings, build_model, build_optimizer, build_pruner
 
 # How many points of a run's cost over time are kept.
 COST_POINTS = 100
+# Steps on a GPU after which their losses are read.
+READ_EVERY = 20
 
 
 @dataclass
@@ -30,7 +40,7 @@ class History:
     Attributes:
         loss: of every step.
         seconds, optimizer_seconds: wall time of every step, and of `optimizer.step()` in it.
-        scores: `[step, dice, miou]` of every evaluation of the test split.
+        scores: `[step, dice, miou]` of every evaluation of the validation split.
         cost: `[step, share of MACs, share of parameters]` that are not masked, of a pruned run.
     """
 
@@ -46,14 +56,16 @@ class Step:
     """What a progress callback is told after every step.
 
     Attributes:
-        step: steps done. loss: of this step. macs_share: not masked yet, 1 for a dense run.
-        scores: of the last evaluation, None before the first.
+        step: steps done. loss: of this step, on a GPU of one a little earlier.
+        macs_share: not masked yet, 1 for a dense run.
+        scores: of the last evaluation, None before the first. evaluated: it came after this step.
     """
 
     step: int
     loss: float
     macs_share: float
     scores: Scores | None
+    evaluated: bool = False
 
 
 def learning_rate(step: int, *, steps: int, warmup: float) -> float:
@@ -69,17 +81,19 @@ class Trainer:
 
     Args:
         settings: what to train, and how.
-        train, test: the images.
+        train: the images to train on; those smaller than the crop are padded with void.
+        val: the images that are scored meanwhile; None for no scores.
         backbone: weights for the backbone of MobileNetV3.
 
     Attributes:
         model: the network; masked while it is pruned, and smaller from then on with `settings.shrink`.
         pruner: None for a dense run.
+        device: where all of it is.
         example: float32 `[1, 3, crop, crop]`, the first training image, cut to the crop.
         step: steps done. history: what happened in them.
 
     Raises:
-        InputError: an image is too small for the crop or the network, or `backbone` does not fit.
+        InputError: `backbone` does not fit.
         ValueError: the budget cannot be met (from `Pruner`).
     """
 
@@ -87,80 +101,125 @@ class Trainer:
         self,
         settings: Settings,
         train: Split,
-        test: Split,
+        val: Split | None = None,
         *,
         backbone: Mapping[str, Tensor] | None = None,
     ) -> None:
-        train.check_fits(settings.crop, "train")
-        test.check_fits(COARSEST, "test")
+        self.device = find_device(settings.device)
         self.settings = settings
-        self.test = test
-        self.batches = Batches(train, settings.batch, settings.crop, settings.seed)
-        self.example = self.batches(0)[0][:1]
+        self.val = val
+        self.batches = Batches(train.padded(settings.crop), settings.batch, settings.crop, settings.seed)
+        self.criterion = SegmentationLoss(
+            class_weights(settings.class_weights, train.pixel_counts(settings.classes)),
+            void=self.batches.split.has_void,
+        ).to(self.device)
+        self.example = self.batches(0)[0][:1].to(self.device)
         self.model = build_model(settings, backbone)
         self._shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         # oneDNN convolves this layout a quarter faster than the default one.
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.scaler = grad_scaler(self.device, settings.amp)
         self.optimizer = build_optimizer(self.model, settings)
         self.pruner = build_pruner(self.model, self.optimizer, self.example, settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            partial(learning_rate, steps=settings.steps, warmup=settings.warmup),
+            partial(learning_rate, steps=settings.steps, warmup=settings.lr_warmup),
         )
         self.step = 0
         self.history = History()
-        self._data = [_checksum(split) for split in (train, test)]
+        self._losses: list[Tensor] = []
+        self._read_every = 1 if self.device.type == "cpu" else READ_EVERY
+        self._data = [None if split is None else _checksum(split) for split in (train, val)]
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.settings.steps
 
-    def run(self, stop: int | None = None, on_step: Callable[[Step], None] | None = None) -> None:
-        """Trains until `stop` steps are done, by default all of them.
+    def run(
+        self,
+        stop: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Trains until `stop` steps are done, by default all of them, or a step after `asked()` is true.
 
         `on_step` is called after every step, when a checkpoint may be taken.
         """
         stop = self.settings.steps if stop is None else min(stop, self.settings.steps)
-        criterion, optimizer, history = SegmentationLoss(), self.optimizer, self.history
+        if self.step:
+            # A run that was stopped in an evaluation takes it before it goes on.
+            self._observe(asked)
         self.model.train()
         begin = perf_counter()
         for x, y in self.batches.steps(self.step, stop):
-            loss = criterion(self.model(x.to(memory_format=torch.channels_last)), y)
-            loss.backward()
-            before = perf_counter()
-            optimizer.step()
-            after = perf_counter()
-            optimizer.zero_grad()
-            self.scheduler.step()
+            loss, seconds = self._update(x, y)
             self.step += 1
-            history.loss.append(loss.item())
-            history.optimizer_seconds.append(after - before)
-            history.seconds.append(perf_counter() - begin)
-            self._observe()
+            self._losses.append(loss)
+            if len(self._losses) >= self._read_every or self.step == stop:
+                self._read_losses()
+            self.history.optimizer_seconds.append(seconds)
+            self.history.seconds.append(perf_counter() - begin)
+            self._observe(asked)
             if on_step is not None:
                 on_step(self._report())
+            if asked():
+                break
             begin = perf_counter()
 
-    def _observe(self) -> None:
-        """Cost and scores, where they are due; their time is not that of a step."""
-        steps = self.settings.steps
-        if self.pruner is not None and _due(self.step, steps, COST_POINTS):
+    def _read_losses(self) -> None:
+        """Brings the losses to the CPU, which waits for all that a GPU still has to do."""
+        if self._losses:
+            self.history.loss += torch.stack(self._losses).tolist()
+            self._losses.clear()
+
+    def _update(self, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        """One step on a batch; its loss, and the wall time that the optimizer took."""
+        x = x.to(self.device, memory_format=torch.channels_last)
+        with autocast(self.device, self.settings.amp):
+            logits = self.model(x)
+        # In float32: sums over all pixels of a batch leave the range of float16.
+        loss = self.criterion(logits.float(), y.to(self.device))
+        self.scaler.scale(loss).backward()
+        before = perf_counter()
+        self.scaler.step(self.optimizer)
+        seconds = perf_counter() - before
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings():
+            # The scaler may skip the first steps; the rate goes by the number of batches all the same.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
+            self.scheduler.step()
+        return loss.detach(), seconds
+
+    def _observe(self, asked: Callable[[], bool]) -> None:
+        """Cost and scores, where they are due and not there yet; their time is not that of a step."""
+        steps, history = self.settings.steps, self.history
+        if self.pruner is not None and self._lacks(history.cost) and _due(self.step, steps, COST_POINTS):
             metrics = self.pruner.metrics()
             cost = [self.step, metrics["macs_share"], metrics["params_share"]]
-            self.history.cost.append([float(value) for value in cost])
+            history.cost.append([float(value) for value in cost])
+        if self.val is None or not self._lacks(history.scores):
+            return
         if _due(self.step, steps, self.settings.evaluations):
-            scores = evaluate(self.model, self.test, self.settings.classes)
-            self.history.scores.append([float(self.step), *scores])
+            confusion = count_confusion(self.model, self.val, self.settings.classes, asked=asked)
+            if confusion is not None:
+                history.scores.append([float(self.step), *scores(confusion)])
+
+    def _lacks(self, rows: list[list[float]]) -> bool:
+        return not rows or rows[-1][0] < self.step
 
     def _report(self) -> Step:
         history = self.history
         share = history.cost[-1][1] if history.cost else 1.0
-        scores = Scores(*history.scores[-1][1:]) if history.scores else None
-        return Step(self.step, history.loss[-1], share, scores)
+        latest = Scores(*history.scores[-1][1:]) if history.scores else None
+        loss = history.loss[-1] if history.loss else math.nan
+        evaluated = not self._lacks(history.scores)
+        return Step(self.step, loss, share, latest, evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run depends on from here, as tensors and plain data."""
+        self._read_losses()
         return {
             "settings": self.settings.to_json(),
             "shapes": self._shapes,
@@ -169,6 +228,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "random": torch.get_rng_state(),
             "history": asdict(self.history),
@@ -176,6 +236,9 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the run of `state` was.
+
+        This run may have more steps than that of `state`. The rate then follows the longer schedule from
+        here on; what becomes of the pruning, `Pruner.load_state_dict` tells.
 
         Raises:
             InputError: `state` is of other settings, another network or other data; nothing has
@@ -186,23 +249,32 @@ class Trainer:
             # First, as it brings the other two to the size that they had.
             self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(in_own_memory(state["optimizer"]))
         self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if state["settings"]["steps"] != self.settings.steps:
+            self._set_rate(state["step"])
         torch.set_rng_state(state["random"])
         self.step = state["step"]
+        self._losses.clear()
         self.history = History(**state["history"])
 
+    def _set_rate(self, step: int) -> None:
+        """The rate of `step` on this run's schedule: the one loaded was on a shorter schedule."""
+        factor = learning_rate(step, steps=self.settings.steps, warmup=self.settings.lr_warmup)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * factor
+
     def _check(self, state: Mapping[str, Any]) -> None:
-        missing = sorted(self.state_dict().keys() - state.keys())
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
         if missing:
             raise InputError(f"--resume: the checkpoint lacks {missing[0]!r}; expected one of a run")
-        mine, theirs = self.settings.to_json(), state["settings"]
-        for name in mine:
-            if mine[name] != theirs.get(name):
-                raise InputError(
-                    f"--resume: the checkpoint is of a run with --{name.replace('_', '-')} "
-                    f"{theirs.get(name)}, this one has {mine[name]}; expected equal arguments"
-                )
+        try:
+            RUN.check(state, "state")
+        except ValueError as error:
+            raise InputError(f"--resume: {error}; the checkpoint is damaged or was changed") from None
+        check_settings(self.settings, Settings.from_json(state["settings"]))
         shapes = self._shapes
         for name in sorted(shapes.keys() | state["shapes"].keys()):
             here, there = shapes.get(name), state["shapes"].get(name)
@@ -213,6 +285,34 @@ class Trainer:
                 )
         if state["data"] != self._data:
             raise InputError("--resume: the checkpoint is of other images; expected the same --data")
+        try:
+            self._check_parts(state, own)
+        except ValueError as error:
+            raise InputError(f"--resume: {error}; the checkpoint is damaged or was changed") from None
+
+    def _check_parts(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """What the parts of a run hold is what they can load.
+
+        Raises:
+            ValueError: it is not; nothing has been changed.
+        """
+        done = OneOf((state["step"],))
+        parts = {name: Anything() for name in own}
+        Fields(parts, {"remembered": Anything()}).check(state, "state")
+        Whole(0, self.settings.steps).check(state["step"], "state['step']")
+        history = {name: Items(Anything()) for name in own["history"]}
+        per_step = {name: Items(Kind(float), length=state["step"]) for name in ("loss", "seconds")}
+        Fields({**history, **per_step}).check(state["history"], "state['history']")
+        scheduler = {name: like(value) for name, value in own["scheduler"].items()}
+        Fields({**scheduler, "last_epoch": done}).check(state["scheduler"], "state['scheduler']")
+        scaler = {name: like(value) for name, value in own["scaler"].items()}
+        Fields(scaler).check(state["scaler"], "state['scaler']")
+        if self.pruner is not None:
+            STATE.check(state["pruner"], "state['pruner']")
+            check_run(self.pruner, state["pruner"], state["model"], state["optimizer"])
+        else:
+            OneOf((None,)).check(state["pruner"], "state['pruner']")
+            check_training(state["model"], state["optimizer"], self.model, self.optimizer, {})
 
 
 def _due(step: int, steps: int, times: int) -> bool:

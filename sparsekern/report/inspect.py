@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune.allocate import Global
+from sparsekern.prune.allocate import WITHOUT_DATA
 from sparsekern.prune.budget import check_keep, check_unit
 from sparsekern.prune.criteria import Magnitude
 from sparsekern.prune.once import task_of
 from sparsekern.prune.statistics import of_weights
+from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mismatch
 
 
 def find_model(target: str) -> nn.Module:
@@ -40,7 +41,10 @@ def find_model(target: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(f"target: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+        reason = blame(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"target: cannot import {module_name!r}: {reason}") from error
+    if mismatch() is not None and used_by(module_name.partition(".")[0]):
+        warn_of_mismatch()
     try:
         factory = operator.attrgetter(path)(module)
     except AttributeError as error:
@@ -52,9 +56,8 @@ def find_model(target: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise ValueError(
-            f"target: {target} called without arguments raised {type(error).__name__}: {error}"
-        ) from error
+        reason = blame(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"target: {target} called without arguments raised {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"target: {target} gave {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -88,4 +91,4 @@ def plan_by_weights(
     """
     task = task_of(model, inputs, keep=check_keep(keep), of=check_unit(of), round_to=round_to)
     saliency = Magnitude()(of_weights(model, task.graph))
-    return task.graph, Global()(replace(task, saliency=saliency))
+    return task.graph, WITHOUT_DATA(replace(task, saliency=saliency))

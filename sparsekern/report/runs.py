@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 
 from .._files import replacing
 
@@ -128,6 +129,19 @@ def run_table(result: Result) -> Table:
     return comparison(title, {"full size": figures["full"], "compact": figures})
 
 
+def class_table(result: Result) -> Table:
+    """Dice and IoU of each class on the test images; a dash for a class that does not occur there."""
+    table = Table(title="classes of the test images", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("pixels", "Dice", "IoU"):
+        table.add_column(name, justify="right")
+    total = max(1, sum(row["pixels"] for row in result.figures["classes"]))
+    for row in result.figures["classes"]:
+        shares = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("dice", "iou")]
+        table.add_row(Text(row["name"]), f"{row['pixels'] / total:.2%}", *shares)
+    return table
+
+
 def curves(path: Path, runs: Mapping[str, Result]) -> None:
     """Writes loss, Dice and cost over the steps of one or two runs, and channels kept per layer."""
     with matplotlib.rc_context(STYLE):
@@ -144,9 +158,10 @@ def curves(path: Path, runs: Mapping[str, Result]) -> None:
         for axes in (loss, dice, cost):
             axes.set_xlim(0, max(len(result.history.loss) for result in runs.values()))
         loss.legend()
-        dice.legend(loc="lower right")
+        if dice.get_legend_handles_labels()[0]:
+            dice.legend(loc="lower right")
         _decorate(loss, "Training loss", "cross entropy + 1 - Dice", log=True)
-        _decorate(dice, "Foreground Dice of the test images", "Dice")
+        _decorate(dice, "Foreground Dice of the validation images", "Dice")
         _decorate(cost, "Cost over time: MACs of the channels not masked", "% of dense")
         low, high = dice.get_ylim()
         dice.set_ylim(max(0.0, low), min(1.0, max(high, low + 0.1)))
@@ -186,6 +201,8 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _dice(axes: Axes, name: str, result: Result, colour: str) -> None:
+    if not result.history.scores:
+        return
     step, dice, _ = np.asarray(result.history.scores).T
     label = f"{name}: {dice[-1]:.4f} at the end"
     axes.plot(step, dice, color=colour, marker="o", markersize=5, label=label, clip_on=False)

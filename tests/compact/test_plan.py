@@ -202,3 +202,11 @@ def test_what_is_left_of_a_plan_after_another() -> None:
         first.after(both)
     with pytest.raises(ValueError, match="done: tensor 'a': done: removed indices"):
         Plan({}).after(first)
+
+
+def test_the_text_of_a_plan_does_not_tell_in_how_many_cuts_it_was_made():
+    keep = {1: np.array([0]), 0: np.array([0, 2])}
+    plan = Plan({"b": TensorPlan((3, 2), keep), "a": TensorPlan((3,), {0: np.array([1])})})
+    turned = Plan(dict(reversed(plan.tensors.items())))
+    assert list(turned.tensors) != list(plan.tensors)
+    assert turned.to_json() == plan.to_json()

@@ -75,7 +75,7 @@ def _mixed() -> list[Any]:
             inner.head.weight.grad.to_local().copy_(kept)
         optimizer.step()
         optimizer.zero_grad()
-    return [seen, pruner.metrics()["kept"], whole(inner.up.bias), [whole(p) for p in inner.parameters()]]
+    return [seen, pruner.widths(), whole(inner.up.bias), [whole(p) for p in inner.parameters()]]
 
 
 def _mixed_alone() -> list[Any]:
@@ -87,7 +87,7 @@ def _mixed_alone() -> list[Any]:
         inner(batch(step)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [pruner.metrics()["kept"], inner.up.bias.detach(), [p.detach() for p in inner.parameters()]]
+    return [pruner.widths(), inner.up.bias.detach(), [p.detach() for p in inner.parameters()]]
 
 
 def test_frozen_parameters_other_cuts_and_a_gradient_that_is_not_finite_on_one_rank() -> None:

@@ -144,7 +144,7 @@ def _refused(what: str) -> list[str]:
         sparsekern.Pruner(model, optimizer, batch(0)[:1], **ARGUMENTS, **SHRINK)
     except ValueError as error:
         messages.append(str(error))
-    assert optimizer._table is None
+    assert not optimizer.tables
     pruner = sparsekern.Pruner(model, optimizer, batch(0)[:1], **ARGUMENTS)
     for step in range(STEPS):
         loss_of(model, batch(step)).backward()

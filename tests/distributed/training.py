@@ -97,7 +97,7 @@ class Run:
     def result(self) -> Result:
         compact = self.pruner.compact()
         return Result(
-            kept=self.pruner.metrics()["kept"],
+            kept=[kept for kept, _ in self.pruner.widths().values()],
             condemned=self.pruner.metrics()["condemned"],
             channels=self.pruner.state_dict()["channels"],
             params=[whole(param) for param in self.inner.parameters()],

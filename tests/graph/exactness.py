@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsekern._copying import copied
 from sparsekern.compact import compact, make_plan
 from sparsekern.graph import ChannelGraph, trace
 
@@ -54,7 +54,7 @@ def choose(graph: ChannelGraph, seed: int, share: float = 0.5) -> np.ndarray:
 
 def mask(model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> nn.Module:
     """A copy with the rows of all channels that are not kept at zero."""
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     tensors = dict(masked.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, slots in graph.tensors.items():

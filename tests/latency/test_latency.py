@@ -255,12 +255,6 @@ def test_where_files_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert directory() == tmp_path / "c" / "sparsekern"
 
 
-def test_a_directory_that_cannot_be_written_is_an_error(law: list[int], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        measured(Plain(), tmp_path / "file")
-
-
 def test_real_times_order_networks_and_leave_the_model_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Plain(width=64).train()

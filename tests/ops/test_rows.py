@@ -132,8 +132,8 @@ def test_state_dict_goes_through_a_file_into_another_table() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda state: state.pop("activity"), KeyError, "activity"),
-        (lambda state: state.pop("decay"), KeyError, "decay"),
+        (lambda state: state.pop("activity"), ValueError, "activity"),
+        (lambda state: state.pop("decay"), ValueError, "decay"),
         (lambda state: state.update(sums=torch.zeros(13, 3)), ValueError, r"sums.*\[13, 3\]"),
         (lambda state: state.update(penalty=torch.zeros(13).double()), ValueError, "float64"),
         (

@@ -69,6 +69,12 @@ def table_of(params: Iterable[Tensor]) -> RowTable:
     return RowTable(rows, [[r] for r in range(total)], decay=0.5)
 
 
+def attached_table(optimizer: optim.RowOptimizer) -> RowTable | None:
+    """The one table of an optimizer under test, if it has one."""
+    assert len(optimizer.tables) <= 1
+    return optimizer.tables[0] if optimizer.tables else None
+
+
 def unique(params: Iterable[Tensor]) -> list[Any]:
     return list({id(p): p for p in params}.values())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from optim.cases import Under, assert_same, network, snapshot, train
+from optim.cases import Under, assert_same, attached_table, network, snapshot, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -43,7 +43,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(under: Under) ->
     """Distributed checkpoint makes a step with lr 0 and gradients 0 then."""
     model = network()
     ours = under(model.parameters(), weight_decay=0.1)
-    table = ours._table
+    table = attached_table(ours)
     if table is not None:
         table.penalty.fill_(0.5)
         table.countdown[::2] = 4

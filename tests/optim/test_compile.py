@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from optim.cases import Case, Under, assert_same, copies, grade, parameters, snapshot, table_of
+from optim.cases import (
+    Case,
+    Under,
+    assert_same,
+    attached_table,
+    copies,
+    grade,
+    parameters,
+    snapshot,
+    table_of,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
@@ -30,7 +40,7 @@ def test_a_compiled_step_is_the_same_step(under: Under, lr: float | torch.Tensor
         grade(params, seed, others)
         step()
         eager.step()
-        assert_same(snapshot(compiled, compiled._table), snapshot(eager, eager._table))
+        assert_same(snapshot(compiled, attached_table(compiled)), snapshot(eager, attached_table(eager)))
     # The first step of SGD with momentum makes its state.
     assert 1 <= counter.frame_count <= 2
 
@@ -55,5 +65,5 @@ def test_a_compiled_step_notices_tables(case: Case) -> None:
             pair[1].step()
         for optimizer, table in zip(pair, tables, strict=True):
             assert bool(chosen) == bool(table.updates)
-            assert optimizer._table is (table if chosen else None)
+            assert attached_table(optimizer) is (table if chosen else None)
         assert_same(snapshot(pair[0], tables[0]), snapshot(pair[1], tables[1]))

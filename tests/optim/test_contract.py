@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Case, Under, assert_near, assert_same, copies, grade, parameters, snapshot
+from optim.cases import (
+    Case,
+    Under,
+    assert_near,
+    assert_same,
+    attached_table,
+    copies,
+    grade,
+    parameters,
+    snapshot,
+)
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
@@ -168,7 +178,7 @@ def test_pickles_and_deep_copies_go_on_alike_without_a_table(under: Under) -> No
         grade(params, 1, [p for group in twin.param_groups for p in group["params"]])
         twin.step()
         assert twin._step_supports_amp_scaling
-        assert twin._table is None
+        assert attached_table(twin) is None
     ours.step()
     for twin in twins:
         assert_same(snapshot(twin), snapshot(ours))
@@ -264,7 +274,7 @@ def test_schedulers_drive_it(under: Under) -> None:
 def test_parameters_without_gradient_are_left_alone(under: Under) -> None:
     params = parameters()
     ours = under(params, weight_decay=0.1)
-    table = ours._table
+    table = attached_table(ours)
     before = copies(params)
     grade(params, 0)
     for param in params[::2]:

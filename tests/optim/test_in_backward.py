@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Under, assert_same, network, snapshot
+from optim.cases import Under, assert_same, attached_table, network, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -20,7 +20,7 @@ def pair(under: Under, **options: Any) -> tuple[list[nn.Module], list[optim.RowO
     models = [network(), network()]
     optimizers = [under(model.parameters(), **options) for model in models]
     optim.in_backward(optimizers[1])
-    return models, optimizers, [optimizer._table for optimizer in optimizers]
+    return models, optimizers, [attached_table(optimizer) for optimizer in optimizers]
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
@@ -51,8 +51,8 @@ def test_masks_declines_and_penalties_too(under: Under) -> None:
         table.countdown[:3] = torch.tensor([0, 3, 1], dtype=torch.int32)
         table.penalty[4:6] = 0.5
         table.refresh()
-    for optimizer in optimizers:
-        optimizer._zero_masked()
+    for optimizer, table in zip(optimizers, tables, strict=True):
+        optimizer._zero_masked(table)
     for step in range(5):
         for model, optimizer in zip(models, optimizers, strict=True):
             loss_of(model, step).backward()

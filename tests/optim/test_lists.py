@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Case, Under, assert_near, copies, grade, parameters
+from optim.cases import Case, Under, assert_near, attached_table, copies, grade, parameters
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -264,6 +264,6 @@ def test_a_model_cast_after_its_first_step_is_refused_until_its_state_is(under: 
             with pytest.raises((RuntimeError, ValueError), match="bfloat16"):
                 ours.step()
             ours.state.clear()
-        if ours._table is not None:
+        if attached_table(ours) is not None:
             ours.detach()
         ours.step()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Under, assert_near, assert_same, copies, grade, parameters, snapshot
+from optim.cases import Under, assert_near, assert_same, attached_table, copies, grade, parameters, snapshot
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -67,7 +67,7 @@ def test_a_skipped_step_changes_nothing(under: Under, inf_in_first_step: bool) -
         grade(params, seed, twin_params)
         ours.step()
         twin.step()
-    assert_same(snapshot(ours, ours._table), snapshot(twin, twin._table))
+    assert_same(snapshot(ours, attached_table(ours)), snapshot(twin, attached_table(twin)))
 
 
 def test_found_inf_may_be_summed_over_devices(under: Under) -> None:

@@ -54,7 +54,7 @@ def masked_values(optimizer: optim.RowOptimizer, table: RowTable) -> Tensor:
     masked = table.countdown == 0
     parts = [torch.zeros(0)]
     for view in table.views:
-        values = [view.param, *optim.state_tensors(optimizer)(view.param)]
+        values = [view.param, *optim.state_tensors(optimizer.state)(view.param)]
         fitting = [value for value in values if value.shape == view.param.shape]
         parts += [rows_of(v, table, view.param, masked).reshape(-1) for v in fitting]
     return torch.cat(parts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Under, assert_near, assert_same, copies, grade, parameters, snapshot
+from optim.cases import Under, assert_near, assert_same, attached_table, copies, grade, parameters, snapshot
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -38,10 +38,10 @@ def test_what_cannot_be_stepped_is_refused_before_anything_changes(
     for seed in range(2):
         grade(params, seed)
         bad.grad = grad
-        before = snapshot(ours, ours._table)
+        before = snapshot(ours, attached_table(ours))
         with pytest.raises(RuntimeError, match=f"parameter 0 of group 1 has .*{message}"):
             ours.step()
-        assert_same(snapshot(ours, ours._table), before)
+        assert_same(snapshot(ours, attached_table(ours)), before)
         bad.grad = None
         ours.step()
 

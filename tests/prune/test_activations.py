@@ -210,7 +210,7 @@ def test_activations_of_a_network_without_fused_norms_are_refused() -> None:
     state = counted.state_dict()
     short = {name: values[:-1] for name, values in state["activations"].items()}
     for wrong in (state | {"activations": short}, state | {"activations": None}):
-        with pytest.raises(ValueError, match=r"state\['activations'\]\['threshold'\]: got .*, expected"):
+        with pytest.raises(ValueError, match=r"state\['activations'\](\['threshold'\])?: got .*, expected"):
             counted.load_state_dict(wrong)
     # What nobody counts by is no part of the state: fused or not makes no difference.
     pruned(fused(), None).load_state_dict(pruned(model, None).state_dict())

@@ -42,7 +42,7 @@ def test_keep_below_the_floors_names_the_smallest_possible() -> None:
     [
         ({"of": "seconds"}, "^of: got 'seconds'"),
         ({"steps": 0}, "^steps: got 0"),
-        ({"select": "taylor"}, "^select: got 'taylor'"),
+        ({"select": "nowhere"}, "^select: got 'nowhere', expected joint, gradient-count"),
         ({"allocate": 3}, "^allocate: got 3"),
         ({"penalty": -1}, "^penalty: got -1"),
         ({"nonfinite": "panic"}, "^nonfinite: got 'panic'"),
@@ -192,3 +192,20 @@ def test_complex_parameters_are_refused_by_the_step() -> None:
         optimizer.step()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_auto_rounding_falls_back_where_the_network_is_narrow() -> None:
+    """Widths of 16, 32 and 16: multiples of 16 leave too much, and smaller ones do not."""
+    chosen = {keep: build(keep=keep, shrink=True)._policy.round_to for keep in (0.6, 0.3, 0.12, 0.02)}
+    assert chosen == {0.6: 16, 0.3: 8, 0.12: 4, 0.02: 1}
+    assert build(keep=0.3, round_to="auto")._policy.round_to == 8
+    with pytest.raises(ValueError, match=r"^keep: got 0.3 of macs, expected at least .*round_to=16"):
+        build(keep=0.3, shrink=True, round_to=16)
+    with pytest.raises(ValueError, match=r"^keep: got 1e-06 .*round_to=1\b"):
+        build(keep=1e-6, shrink=True)
+    model = Plain().eval()
+    once = sparsekern.prune_once(
+        model, batch(0), keep=0.3, select=sparsekern.criteria.Magnitude(), round_to="auto"
+    )
+    widths = [m.out_channels for m in once.network.modules() if isinstance(m, nn.Conv2d)]
+    assert all(width % 8 == 0 for width in widths) and widths != [16, 32, 16]

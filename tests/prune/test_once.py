@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import subprocess
 import sys
@@ -351,3 +352,25 @@ def test_a_plan_of_what_is_not_known_is_refused(options: dict[str, Any], message
     )
     with pytest.raises(ValueError, match=message):
         pruner.plan(**options)
+
+
+@pytest.mark.parametrize(
+    "select", ["magnitude", criteria.Random(), criteria.Redundancy(of=criteria.Magnitude())]
+)
+def test_without_data_no_layer_is_starved(select: Any) -> None:
+    """Channels at full resolution cost most of all; norms of weights do not tell what they are worth."""
+    model = nn.Sequential()
+    widths = [3, 16, 32, 64, 64]
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        model.append(nn.Conv2d(inputs, outputs, 3, stride=1 + (i > 0), padding=1)).append(nn.ReLU())
+    model.append(nn.Flatten()).append(nn.Linear(64 * 16, 5))
+    x = torch.zeros(1, 3, 32, 32)
+    for keep in (0.5, 0.25):
+        network, _ = prune_once(model, x, keep=keep, select=select)
+        left = [module.out_channels for module in network if isinstance(module, nn.Conv2d)]
+        floors = [0.75 * keep**0.5 * width - 1 for width in widths[1:]]
+        assert all(width >= floor for width, floor in zip(left, floors, strict=True))
+    if isinstance(select, criteria.Random):
+        return
+    starved, _ = prune_once(model, x, keep=0.5, select=select, allocate="global")
+    assert starved[0].out_channels < 0.75 * 0.5**0.5 * 16 - 1, "which an explicit choice still does"

@@ -304,3 +304,14 @@ def test_recalibration_takes_the_mean_over_the_batches() -> None:
     assert model.stem[1].momentum == 0.1
     with pytest.raises(ValueError, match="batches: got none"):
         sparsekern.recalibrate(model, [])
+
+
+def test_metrics_are_flat_numbers_and_widths_are_apart() -> None:
+    pruner = pruned(Plain(), adamw)
+    metrics, widths = pruner.metrics(), pruner.widths()
+    assert all(type(value) in (int, float) for value in metrics.values())
+    assert list(widths) == [group.name for group in pruner.graph.groups]
+    assert metrics["kept"] == sum(kept for kept, _ in widths.values()) < metrics["channels"]
+    convolutions = [m.out_channels for m in pruner.compact().modules() if isinstance(m, nn.Conv2d)]
+    assert [kept for kept, _ in widths.values()] == convolutions
+    assert [whole for _, whole in widths.values()] == [16, 32, 16]

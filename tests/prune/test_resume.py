@@ -88,7 +88,8 @@ def test_the_state_of_another_network_is_refused_and_changes_nothing() -> None:
     ("change", "message"),
     [
         ({"keep": 0.4}, "saved with keep=0.4, expected 0.3"),
-        ({"steps": 30}, "saved with events="),
+        ({"events": 5}, "saved with events=5, expected 4"),
+        ({"finish": 0.7}, "saved with finish=0.7, expected 0.6"),
         ({"select": sparsekern.criteria.Taylor()}, "saved with select="),
     ],
 )
@@ -102,5 +103,5 @@ def test_the_state_of_other_settings_is_refused(change: dict, message: str) -> N
 
 def test_a_state_of_another_version_is_refused() -> None:
     _, _, pruner = parts()
-    with pytest.raises(ValueError, match="got version 9, expected 2"):
+    with pytest.raises(ValueError, match="got version 9, expected 3"):
         pruner.load_state_dict(pruner.state_dict() | {"version": 9})

@@ -190,7 +190,7 @@ def test_budgets_floors_and_balance_are_those_of_the_whole_network() -> None:
                 shrink=shrink, allocate=allocate, select=sparsekern.criteria.Random(3), min_channels=3
             )
             losses(model, optimizer, range(STEPS))
-            kept.append((pruner.plan(), pruner.metrics()))
+            kept.append((pruner.plan(), pruner.metrics(), pruner.widths()))
         assert kept[0] == kept[1]
 
 
@@ -199,8 +199,10 @@ def test_everything_about_the_pruner_goes_on_working(tmp_path: Path) -> None:
     at_event = pruner._schedule.events[1].step
     losses(model, optimizer, range(at_event + 1))
     metrics = pruner.metrics()
-    assert metrics["channels"] == [16, 32, 16]
-    assert [len(group.channels) for group in pruner.graph.groups] == metrics["kept"] != metrics["channels"]
+    kept, channels = zip(*pruner.widths().values(), strict=True)
+    assert channels == (16, 32, 16) and metrics["channels"] == 64
+    assert [len(group.channels) for group in pruner.graph.groups] == list(kept) != list(channels)
+    assert sum(kept) == metrics["kept"]
     assert metrics["condemned"] > 0
     assert "channels in 3 groups" in str(pruner.graph)
     assert pruner.abort() == metrics["condemned"]

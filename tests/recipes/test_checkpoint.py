@@ -11,7 +11,7 @@ import torch
 from sparsekern._files import replacing
 from sparsekern.recipes.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from sparsekern.recipes.errors import InputError
-from sparsekern.recipes.files import writable_directory
+from sparsekern.recipes.files import check_writable
 
 STATE = {"weights": torch.arange(1000.0), "step": 3, "names": ["a", None, 0.5, True]}
 
@@ -95,10 +95,15 @@ def test_kill_9_while_saving_leaves_the_old_checkpoint_whole(path):
     assert load_checkpoint(path)["step"] == 3
 
 
-def test_an_output_directory_is_made_or_refused(tmp_path):
-    assert writable_directory(tmp_path / "a" / "b", "--out").is_dir()
+def test_an_output_directory_can_be_made_or_is_refused_and_none_stays_behind(tmp_path):
+    check_writable(tmp_path / "a" / "b", "--out")
+    check_writable(tmp_path, "--out")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"--out .*cannot be written .*expected"):
+        check_writable(tmp_path / "a" / ("b" * 300), "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=r"--out .*file.* cannot be written .*expected"):
-            writable_directory(path, "--out")
+            check_writable(path, "--out")
     assert (tmp_path / "file").read_text() == "x"

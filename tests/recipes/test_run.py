@@ -9,14 +9,17 @@ from recipes.folders import assert_same_network
 
 import sparsekern
 from sparsekern.recipes import run as module
+from sparsekern.recipes.data import Data
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.metrics import evaluate
+from sparsekern.recipes.resume import open_run
 from sparsekern.recipes.run import execute
 from sparsekern.recipes.settings import Settings, build_model
 from sparsekern.recipes.synthetic import generate
 
 SETTINGS = Settings(width=4, depth=2, keep=0.4, steps=16, batch=2, crop=32, evaluations=1)
-TRAIN, TEST = generate(4, 40, seed=1), generate(2, 40, seed=2)
+TEST = generate(2, 40, seed=2)
+DATA = Data(generate(4, 40, seed=1), generate(2, 40, seed=3), TEST)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(out):
-    return execute(SETTINGS, TRAIN, TEST, out, arguments={"data": out, "keep": 0.4})
+    return execute(SETTINGS, DATA, out, arguments={"data": out, "keep": 0.4})
 
 
 def test_a_run_leaves_its_four_results_and_no_other_file(result, out):
@@ -55,21 +58,26 @@ def test_the_stored_network_is_small_and_scores_what_run_json_says(result, out):
     assert figures["file_bytes"] < figures["full"]["file_bytes"]
     assert figures["difference"] <= module.TOLERANCE
     assert evaluate(loaded, TEST, 2) == (figures["dice"], figures["miou"])
-    # The compact network scores what the masked one did at the last step.
-    assert result.history.scores[-1][1] == pytest.approx(figures["dice"], abs=1e-3)
+    # The images that are scored during the training are not those of the final figures.
+    assert result.history.scores[-1][1] == pytest.approx(evaluate(loaded, DATA.val, 2).dice, abs=1e-3)
+    assert result.history.scores[-1][1] != pytest.approx(figures["dice"], abs=1e-6)
+    foreground = figures["classes"][1]
+    assert foreground["dice"] == figures["dice"] and foreground["pixels"] == int((TEST.labels == 1).sum())
+    assert figures["images"] == {"train": 4, "val": 2, "test": 2, "bits": None}
     assert len(figures["kept"]) == len(figures["channels"]) == len(figures["groups"])
 
 
 def test_a_dense_run_stores_the_full_network(tmp_path):
-    result = execute(replace(SETTINGS, keep=None), TRAIN, TEST, tmp_path, arguments={})
+    result = execute(replace(SETTINGS, keep=None), DATA, tmp_path, arguments={})
     assert result.figures["parameters"] == result.figures["full"]["parameters"]
     assert "kept" not in result.figures
     sparsekern.load(build_model(SETTINGS), tmp_path / "model.safetensors")
 
 
 def test_stopped_and_resumed_gives_the_same_file_as_one_run(result, out, tmp_path):
-    for stop, resume in ((7, None), (None, tmp_path / "checkpoint.pt")):
-        again = execute(SETTINGS, TRAIN, TEST, tmp_path, arguments={}, resume=resume, stop_after=stop)
+    for stop in (7, None):
+        saved = None if stop else open_run(tmp_path)
+        again = execute(SETTINGS, DATA, tmp_path, arguments={}, resume=saved, stop_after=stop)
         assert (again is None) is (stop is not None)
         if again is None:
             assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -84,8 +92,7 @@ def test_checkpoints_are_taken_when_due(tmp_path):
 
     execute(
         replace(SETTINGS, keep=None, steps=5),
-        TRAIN,
-        TEST,
+        DATA,
         tmp_path,
         arguments={},
         checkpoint_every=2,
@@ -97,7 +104,7 @@ def test_checkpoints_are_taken_when_due(tmp_path):
 def test_a_compact_network_that_differs_is_an_error_and_not_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(sparsekern, "verify", lambda *arguments: 1e-3)
     with pytest.raises(RuntimeError, match=r"differs from the masked one by 1\.0e-03"):
-        execute(SETTINGS, TRAIN, TEST, tmp_path, arguments={})
+        execute(SETTINGS, DATA, tmp_path, arguments={})
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "run.json").exists()
 
@@ -106,5 +113,5 @@ def test_a_compact_network_that_differs_is_an_error_and_not_stored(tmp_path, mon
 def test_negative_numbers_are_refused_before_training(tmp_path, argument):
     name = argument.replace("_", "-")
     with pytest.raises(InputError, match=f"--{name}: got -1, expected 0 or more"):
-        execute(SETTINGS, TRAIN, TEST, tmp_path, arguments={}, **{argument: -1})
+        execute(SETTINGS, DATA, tmp_path, arguments={}, **{argument: -1})
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,11 @@ BAD = {
     "lr": 0.0,
     "weight_decay": -1.0,
     "warmup": 1.0,
+    "lr_warmup": 1.0,
     "width": -2.0,
+    "ignore": "some",
+    "class_weights": "1,2,3",
+    "validation": 1.0,
 }
 
 
@@ -39,11 +43,11 @@ def test_a_bad_value_is_refused_by_name_with_what_was_expected(name, value):
     assert message.startswith(f"--{name.replace('_', '-')}: got {value!r}, expected"), message
 
 
-def test_a_unet_has_a_whole_width_and_masks_at_most_256_classes():
+def test_a_unet_has_a_whole_width_and_masks_at_most_255_classes():
     with pytest.raises(InputError, match="whole number"):
         Settings(width=1.5)
-    with pytest.raises(InputError, match="at most 256"):
-        Settings(classes=257)
+    with pytest.raises(InputError, match="at most 255"):
+        Settings(classes=256)
 
 
 def test_criteria_combine_as_they_are_written():

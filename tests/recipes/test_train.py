@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -113,7 +114,7 @@ OTHERS = {
     "dense": (DENSE, "--keep"),
     "another seed": (replace(PRUNED, seed=7), "--seed"),
     "shrunk": (SHRUNK, "--round-to"),
-    "another length": (replace(PRUNED, steps=STEPS + 1), "--steps"),
+    "fewer steps": (replace(PRUNED, steps=STEPS - 1), "--steps"),
 }
 
 
@@ -146,8 +147,31 @@ def test_other_images_or_shapes_are_refused(stopped):
         run.load_state_dict({key: v for key, v in stopped.items() if key != "random"})
 
 
-def test_images_must_fill_the_crop_and_the_network():
-    with pytest.raises(InputError, match="--crop is 48"):
-        trainer(replace(PRUNED, crop=48))
-    with pytest.raises(InputError, match="test/images/0000.png is 24x24"):
-        Trainer(PRUNED, TRAIN, generate(1, 24, seed=0))
+def test_images_that_do_not_fill_the_crop_or_the_network_are_padded():
+    run = Trainer(replace(PRUNED, crop=48, steps=4), TRAIN, generate(1, 24, seed=0))
+    run.run()
+    assert run.finished and run.example.shape == (1, 3, 48, 48)
+    assert all(math.isfinite(loss) for loss in run.history.loss)
+
+
+def test_a_pruned_run_is_extended(stopped):
+    longer = replace(PRUNED, steps=40)
+    run = trainer(longer)
+    run.load_state_dict(stopped)
+    rate = longer.lr * learning_rate(4, steps=40, warmup=longer.lr_warmup)
+    assert run.step == 4 and run.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    run.run()
+    assert run.finished and run.pruner.finished and len(run.history.loss) == 40
+    assert run.pruner.metrics()["macs_share"] <= 0.4
+
+
+def test_a_finished_run_trains_on_at_the_rate_of_the_longer_schedule():
+    run = trainer(DENSE)
+    end, times = end_of(DENSE), [0.0] * STEPS
+    run.load_state_dict(end | {"history": end["history"] | {"seconds": times, "optimizer_seconds": times}})
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    longer = trainer(replace(DENSE, steps=30))
+    longer.load_state_dict(run.state_dict())
+    assert longer.optimizer.param_groups[0]["lr"] > 0.1 * DENSE.lr
+    longer.run(STEPS + 1)
+    assert any(not torch.equal(value, before[name]) for name, value in longer.model.named_parameters())

@@ -120,7 +120,8 @@ def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: R
 
 def _call(plan: Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
     table = None if rows is None else rows.table
-    addresses = plan.addresses.read(lists, () if table is None else row_arrays(table))
+    scaled = options.get("grad_scale") is not None
+    addresses = plan.addresses.read(op, lists, () if table is None else row_arrays(table), scaled)
     if addresses is None:
         return False
     device, dtype = plan.addresses.device, plan.addresses.dtype

@@ -7,7 +7,7 @@ names; an in-place overload (``relu_``) uses the rule of the plain name unless i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,11 @@ def dense(ids: Ids, size: int) -> np.ndarray:
 def flags(zero: Flags, size: int) -> np.ndarray:
     """The zero flags of a dimension as an array, all false where nothing is tracked."""
     return np.zeros(size, bool) if zero is None else zero
+
+
+def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
+    """Why rows stay of which only the weight, or only the bias, is tracked."""
+    return (weight.why if rows is None else bias.why) or "tied to a fixed bias"
 
 
 @dataclass
@@ -122,22 +127,29 @@ class Call:
         origins: frozenset[int] | None = None,
         pure: frozenset[int] | None = None,
         cleared: str = "",
+        why: str = "",
     ) -> Value:
-        """The ``index``-th output. Origins, purity and memory follow the operands if not given."""
+        """The ``index``-th output. What is not given follows from the operands.
+
+        ``why``: the reason why the channels that an untracked weight makes stay.
+        """
         shape, itemsize = self.outputs[index]
         operands = list(self.values())
         carries = any(z is not None and z.any() for z in zero)
         if origins is None:
             origins = _joined(v.origins for v in operands) if carries else frozenset()
         # What a producer makes is new; what is frozen here stays because of this op.
-        why = self.froze or ("" if pure else next((v.why for v in operands if v.why), ""))
+        why = why or self.froze or ("" if pure else next((v.why for v in operands if v.why), ""))
         if pure is None:
             pure = _joined(v.pure for v in operands) if self.rule.pure else frozenset()
         cleared = cleared or next((v.cleared for v in operands if v.cleared), "")
         shares = self.rule.view and operands
         storage = operands[0].storage if shares else self.new_storage()
         static = bool(operands) and all(v.static for v in operands)
-        return Value(shape, tuple(ids), tuple(zero), itemsize, why, cleared, origins, pure, storage, static)
+        made_of = _joined(v.made_of for v in operands) if static else frozenset()
+        return Value(
+            shape, tuple(ids), tuple(zero), itemsize, why, cleared, origins, pure, storage, static, made_of
+        )
 
     def unify(self, left: Ids, right: Ids, size: int, reason: str) -> None:
         """Tie two dimensions of ``size`` index by index; untracked ones freeze the other."""
@@ -222,5 +234,5 @@ class Call:
         return value.shape[dim] if ids is None else ids
 
 
-def _joined(sets: Iterator[frozenset[int]]) -> frozenset[int]:
+def _joined(sets: Iterable[frozenset[int]]) -> frozenset[int]:
     return frozenset().union(*sets)

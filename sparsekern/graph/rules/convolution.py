@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ..values import Flags, Ids, Value
-from .base import Call, Result, dense, flags, register_rule
+from .base import Call, Result, dense, fixed_bias, flags, register_rule
 
 
 def _tie(call: Call, ids: Ids, groups: int, across: bool) -> None:
@@ -37,7 +37,8 @@ def _outputs(
     out_zero: list[Flags] = [None] * len(shape)
     out_ids[channel], out_zero[channel] = ids, zero
     made = call.produce(kind, rows, bias)
-    return call.make(out_ids, out_zero, origins=made, pure=made)
+    why = call["weight"].why if rows is None else ""
+    return call.make(out_ids, out_zero, origins=made, pure=made, why=why)
 
 
 def _row_zero(rows: Ids, row_zero: Flags, bias: Value | None, size: int) -> Flags:
@@ -65,7 +66,7 @@ def _depthwise(call: Call, weight_dim: int) -> Value:
     spread_zero = row_zero if weight_dim == 0 else np.repeat(row_zero, multiplier)
     call.unify(source, spread, size, reason)
     if bias is not None:
-        call.unify(source, bias.ids[0], size, bias.why or reason)
+        call.unify(source, bias.ids[0], size, reason if bias.ids[0] is not None else bias.why)
     for producer in x.origins:
         call.records.producers[producer].consumed = True
     zero = _row_zero(spread, spread_zero, bias, size)
@@ -91,7 +92,7 @@ def convolution(call: Call) -> Result:
     size, rows = shape[channel], weight.ids[0]
     _contract_groups(call, x, channel, weight, 1, groups)
     if bias is not None:
-        call.unify(rows, bias.ids[0], size, bias.why or weight.why or "tied to a fixed bias")
+        call.unify(rows, bias.ids[0], size, fixed_bias(rows, weight, bias))
     _tie(call, rows, groups, across=True)
     zero = _row_zero(rows, weight.zero[0], bias, size)
     bias_ids = None if bias is None else bias.ids[0]
@@ -133,7 +134,9 @@ def transposed_convolution(call: Call) -> Result:
     if groups > 1 and weight.ids[0] is not None:
         _tie(call, weight.ids[0], groups, across=True)
     if bias is not None:
-        call.unify(rows, bias.ids[0], size, bias.why or weight.why or "tied to a fixed bias")
+        single = f"{call.label} makes a single channel in each of its groups"
+        reason = single if weight.shape[1] == 1 else fixed_bias(rows, weight, bias)
+        call.unify(rows, bias.ids[0], size, reason)
     zero = _row_zero(rows, row_zero, bias, size)
     bias_ids = None if bias is None else bias.ids[0]
     return _outputs(call, x, channel, rows, zero, "dense", columns, bias_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Flags
-from .base import Call, Result, flags, register_rule
+from .base import Call, Result, fixed_bias, flags, register_rule
 
 
 @register_rule("linear")
@@ -21,7 +21,7 @@ def linear(call: Call) -> Result:
     call.contract(x, x.ndim - 1, weight, 1)
     rows, size = weight.ids[0], weight.shape[0]
     if bias is not None:
-        call.unify(rows, bias.ids[0], size, bias.why or weight.why or "tied to a fixed bias")
+        call.unify(rows, bias.ids[0], size, fixed_bias(rows, weight, bias))
     zero: Flags = None
     if rows is not None:
         zero = flags(weight.zero[0], size)
@@ -33,7 +33,8 @@ def linear(call: Call) -> Result:
         for i, z in zip(leading, x.zero, strict=False)
     ]
     origins = made | (x.origins if bias is None else frozenset())
-    return call.make([*leading, rows], [*kept, zero], origins=origins, pure=made)
+    why = weight.why if rows is None else ""
+    return call.make([*leading, rows], [*kept, zero], origins=origins, pure=made, why=why)
 
 
 @register_rule("embedding")

@@ -42,8 +42,9 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     out_ids: list[Ids] = list(x.ids)
     out_zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in out_ids]
     out_ids[1], out_zero[1] = ids, zero
+    cleared = f"{call.label}, which has no affine" if weight is None else call.label
     kept = zero is None or zero.all()
-    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared="" if kept else call.label)
+    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared="" if kept else cleared)
 
 
 @register_rule("batch_norm", norm=True)

@@ -91,6 +91,9 @@ class UNet(nn.Module):
             UpBlock(2 * channels, channels, decoder) for channels in reversed(widths[:-1])
         )
         self.head = nn.Conv2d(width, classes, 1)
+        self._initialise()
+
+    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

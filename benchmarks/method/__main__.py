@@ -1,0 +1,121 @@
+"""Trainings that tell what pruning is worth, and tables of what they came to.
+
+    python -m benchmarks.method --data DIR    # runs what is not there yet; takes hours, can be stopped
+    python -m benchmarks.method --latency     # times the networks of what has been run; on a quiet machine
+    python -m benchmarks.method --report      # writes method.md from the two files
+
+Every training is one line of ``benchmarks/results/method.jsonl``. Arms, sets, networks and the order of the
+queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the arm's criterion,
+allocator and the training are the same as now.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.environment import environment
+from benchmarks.method import lines, tables
+from benchmarks.method.arms import ARMS
+from benchmarks.method.latency import measure
+from benchmarks.method.runs import MODELS, STAGES, Study, queue
+from benchmarks.method.sets import find_sets
+from sparsekern._files import replacing
+
+RESULTS = Path(__file__).parents[1] / "results" / "method.jsonl"
+console = Console(stderr=True, highlight=False)
+
+
+def main(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of dsb2018, {train,test}/{images,masks}; else generated sets alone."),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="The lines; the report lies beside them.")] = RESULTS,
+    report: Annotated[bool, typer.Option("--report", help="Write the tables; train nothing.")] = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Time the networks; train nothing.")] = False,
+    model: Annotated[str, typer.Option(help="unet, mobilenetv3; all stages of the queue if not given.")] = "",
+    sets: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
+    arms: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
+    keep: Annotated[float | None, typer.Option(help="Only this share of the MACs.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many.")] = 6,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many trainings.")] = None,
+) -> None:
+    """Run the queue, or report what has been run."""
+    if report:
+        try:
+            text = tables.report(lines.read(results), _times(results))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        with replacing(results.with_suffix(".md")) as temporary:
+            temporary.write_text(text)
+        return
+    torch.set_num_threads(1)
+    if latency:
+        record = {"environment": environment(), "times": measure(lines.read(results))}
+        with replacing(_times_of(results)) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        return
+    found = find_sets(data)
+    chosen = _chosen("--sets", sets, list(found))
+    names = _chosen("--arms", arms, list(ARMS))
+    stages = [
+        replace(stage, arms=[arm for arm in stage.arms if arm in names])
+        for stage in STAGES
+        if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
+    ]
+    study, left, failed = Study(results, found, environment()), limit, 0
+    for run in queue(chosen, stages, range(seeds)):
+        if left == 0:
+            break
+        if study.done(run) is not None:
+            continue
+        begin = time.perf_counter()
+        left = None if left is None else left - 1
+        try:
+            record = study.execute(run)
+        except Exception:
+            # One training that fails must not end a queue of hours.
+            failed += 1
+            console.print(f"{run} failed:\n{traceback.format_exc()}", markup=False)
+            continue
+        console.print(
+            f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm}: Dice {record['dice']:.4f}, "
+            f"averaged {record['averaged_dice']:.4f}, {time.perf_counter() - begin:.0f} s"
+        )
+    if failed:
+        console.print(f"{failed} trainings failed; the same command tries them again")
+        raise typer.Exit(1)
+
+
+def _times_of(results: Path) -> Path:
+    return results.with_name(f"{results.stem}-latency.json")
+
+
+def _times(results: Path) -> dict[str, Any] | None:
+    """What `--latency` has written beside `results`, if it has."""
+    path = _times_of(results)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _chosen(name: str, text: str, known: list[str]) -> list[str]:
+    chosen = text.split(",") if text else known
+    for one in chosen:
+        if one not in known:
+            raise typer.BadParameter(f"{name}: got {one!r}, expected some of {', '.join(known)}")
+    return chosen
+
+
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

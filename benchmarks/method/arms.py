@@ -1,0 +1,101 @@
+"""The arms of the study: ways to come to a network of a given cost."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparsekern import Pruner, allocate, criteria
+from sparsekern.prune.allocate import Allocator, Global
+from sparsekern.prune.criteria import Criterion, GradientCount, Redundancy, Shuffled, Taylor
+
+# Arguments of the Pruner that no arm sets.
+SCHEDULE = ("warmup", "finish", "events", "penalty", "exact")
+
+Widths = Literal["dense", "uniform", "flat", "default", "multiplier"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way.
+
+    Attributes:
+        about: what it does, for the report.
+        select: the criterion of a pruned training by its seed; None where nothing is pruned.
+        allocate: the allocator of a pruned training.
+        fused: norms compute their activations (`sparsekern.nn.fuse`).
+        widths: of a network that is not pruned. `"uniform"`: every layer is scaled alike, `"flat"`: all
+            layers are equally wide, both at the MACs of the budget. `"default"`: what the default of the same
+            seed ends with. `"multiplier"`: the network's own factor on its widths.
+        multiplier: that factor.
+        time_of: another arm; so many steps that the training takes as long as that arm's.
+    """
+
+    about: str
+    select: Callable[[int], Criterion] | None = None
+    allocate: Allocator = field(default_factory=Global)
+    fused: bool = False
+    widths: Widths = "dense"
+    multiplier: float = 1.0
+    time_of: str | None = None
+
+    @property
+    def pruned(self) -> bool:
+        return self.select is not None
+
+    @property
+    def sized(self) -> bool:
+        """Whether the result depends on the budget."""
+        return self.pruned or self.widths in ("uniform", "flat", "default") or self.time_of is not None
+
+    def recipe(self) -> str:
+        """What decides the result beside set, budget and seed: a stored run counts only if it is the same."""
+        if self.select is None:
+            # What the default ends with changes with the default.
+            follows = "default" in (self.widths, self.time_of)
+            own = f"widths={self.widths} multiplier={self.multiplier:g} time_of={self.time_of}"
+            return f"{own} of {ARMS['default'].recipe()}" if follows else own
+        given = inspect.signature(Pruner).parameters
+        schedule = " ".join(f"{name}={given[name].default!r}" for name in SCHEDULE)
+        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}"
+
+
+def _default(seed: int) -> Criterion:
+    return criteria.default()
+
+
+ARMS: dict[str, Arm] = {
+    "dense": Arm("the full network, never pruned"),
+    "narrow": Arm("all widths scaled alike to the same MACs, from scratch", widths="uniform"),
+    "flat": Arm("all layers equally wide at the same MACs, from scratch", widths="flat"),
+    "fresh": Arm("the widths that the default ends with, new weights, same steps", widths="default"),
+    "default": Arm("sparsekern as it comes", _default),
+    "balance": Arm("default with `Global(balance=0.75)`", _default, Global(balance=0.75)),
+    "shuffled": Arm(
+        "default, but chance deals the saliencies out within each layer",
+        lambda seed: Shuffled(criteria.default(), seed),
+    ),
+    "random": Arm(
+        "chance ranks the channels, every layer cut by the same share",
+        criteria.Random,
+        allocate.Uniform(),
+    ),
+    "uniform": Arm("default, every layer cut by the same share", _default, allocate.Uniform()),
+    "taylor": Arm("Taylor alone", lambda seed: Taylor()),
+    "count": Arm("gradient count alone", lambda seed: GradientCount()),
+    "magnitude": Arm("filter norm alone", lambda seed: criteria.Magnitude()),
+    "redundancy": Arm("redundancy alone", lambda seed: Redundancy()),
+    "activation": Arm(
+        "default, counting at the activations (`nn.fuse`)",
+        lambda seed: Redundancy(of=Taylor() * GradientCount(level="activation")),
+        fused=True,
+    ),
+    "narrow-time": Arm("narrow, as long as the default trains", widths="uniform", time_of="default"),
+    "narrow-long": Arm("narrow, as long as the dense network trains", widths="uniform", time_of="dense"),
+    "dense-time": Arm("dense, as long as the default trains", time_of="default"),
+    "x0.75": Arm("width multiplier 0.75, from scratch", widths="multiplier", multiplier=0.75),
+    "x0.5": Arm("width multiplier 0.5, from scratch", widths="multiplier", multiplier=0.5),
+    "x0.35": Arm("width multiplier 0.35, from scratch", widths="multiplier", multiplier=0.35),
+}

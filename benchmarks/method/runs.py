@@ -1,0 +1,159 @@
+"""Which trainings there are, in which order, and how each becomes a line of results."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.method import lines
+from benchmarks.method.arms import ARMS
+from benchmarks.method.sets import LR_WARMUP, MOBILENET, UNET, Set
+from benchmarks.method.training import figures, train
+from sparsekern.recipes.settings import Settings
+
+MODELS: Mapping[str, Settings] = {"unet": UNET, "mobilenetv3": MOBILENET}
+SEEDS = range(6)
+
+# The arms that a claim rests on; then those that tell what each part is worth; then the rest.
+CLAIMS = ("dense", "narrow", "default", "balance", "fresh", "shuffled", "random")
+PARTS = ("taylor", "count", "magnitude", "activation", "redundancy", "uniform", "flat")
+TIMED = ("narrow-time", "narrow-long", "dense-time")
+CURVE = ("narrow", "default", "balance", "fresh", "shuffled", "random", "taylor")
+MULTIPLIERS = ("dense", "default", "x0.75", "x0.5", "x0.35", "balance")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Trainings of one network at one budget: all sets and arms of a seed come before the next seed.
+
+    Attributes:
+        model: of `MODELS`. keep: share of the MACs. arms: of `ARMS`.
+        sets: of the sets there are, those that are used; None for all.
+    """
+
+    model: str
+    keep: float
+    arms: Sequence[str]
+    sets: Sequence[str] | None = None
+
+
+STAGES = (
+    Stage("unet", 0.1, CLAIMS + PARTS[:5]),
+    Stage("unet", 0.2, CURVE),
+    Stage("unet", 0.1, PARTS[5:] + TIMED),
+    Stage("unet", 0.05, CURVE[:5]),
+    Stage("unet", 0.5, CURVE[:5]),
+    # Its output has an eighth of the resolution, in which vessels and membranes are not to be seen.
+    Stage("mobilenetv3", 0.5, MULTIPLIERS, ("dsb2018", "scenes")),
+    Stage("unet", 0.2, PARTS[1:] + TIMED),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, by names."""
+
+    model: str
+    keep: float
+    seed: int
+    arm: str
+    set: str
+
+    def key(self, settings: Settings) -> dict[str, Any]:
+        """What a stored line has to say to count as this training."""
+        arm = ARMS[self.arm]
+        return {
+            "model": self.model,
+            # A network that no budget touches is trained once.
+            "keep": self.keep if arm.sized else None,
+            "seed": self.seed,
+            "arm": self.arm,
+            "set": self.set,
+            "recipe": arm.recipe(),
+            "training": {
+                name: getattr(settings, name)
+                for name in ("width", "depth", "steps", "batch", "crop", "lr", "weight_decay")
+            }
+            | {"warmup": LR_WARMUP},
+        }
+
+
+def queue(
+    sets: Sequence[str], stages: Sequence[Stage] = STAGES, seeds: Sequence[int] = SEEDS
+) -> Iterator[Run]:
+    """All trainings, the most telling first."""
+    for stage in stages:
+        for seed in seeds:
+            for arm in stage.arms:
+                for name in sets if stage.sets is None else [one for one in sets if one in stage.sets]:
+                    yield Run(stage.model, stage.keep, seed, arm, name)
+
+
+def find(records: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The last line that has all of `key`."""
+    return next((record for record in reversed(records) if key.items() <= record.items()), None)
+
+
+class Study:
+    """Runs what is not yet in a file of results, and adds it.
+
+    Args:
+        path: the file.
+        sets: the images by name.
+        environment: machine, versions and commit, written to each line.
+    """
+
+    def __init__(self, path: Path, sets: Mapping[str, Set], environment: Mapping[str, Any]) -> None:
+        self.path, self.sets, self.environment = path, sets, environment
+        self.records = lines.read(path)
+
+    def settings(self, run: Run) -> Settings:
+        return self.sets[run.set].settings(MODELS[run.model])
+
+    def done(self, run: Run) -> Mapping[str, Any] | None:
+        return find(self.records, run.key(self.settings(run)))
+
+    def execute(self, run: Run) -> dict[str, Any]:
+        """Train, score, and add the line."""
+        settings, arm, data = self.settings(run), ARMS[run.arm], self.sets[run.set]
+        default = None
+        if arm.widths == "default":
+            default = self.execute_if_new(Run(run.model, run.keep, run.seed, "default", run.set))["widths"]
+        steps = settings.steps if arm.time_of is None else self._steps_of_equal_time(run)
+        load = os.getloadavg()[0]
+        outcome = train(arm, data, settings, run.keep, run.seed, steps=steps, default=default)
+        record = (
+            run.key(settings)
+            | {"steps": steps}
+            | figures(outcome, data, settings)
+            | {"load": [round(load, 2), round(os.getloadavg()[0], 2)]}
+            | dict(self.environment)
+        )
+        lines.append(self.path, record)
+        self.records.append(record)
+        return record
+
+    def execute_if_new(self, run: Run) -> Mapping[str, Any]:
+        return self.done(run) or self.execute(run)
+
+    def _steps_of_equal_time(self, run: Run) -> int:
+        """Steps of an arm that take as long as the training of the arm it is timed by.
+
+        By processor time of the loop, medians over the seeds that are there: on one machine, with one thread,
+        other programs change it less than wall time.
+        """
+        arm = ARMS[run.arm]
+        assert arm.time_of is not None
+        plain = {"uniform": "narrow", "dense": "dense"}[arm.widths]
+        for name in (arm.time_of, plain):
+            self.execute_if_new(Run(run.model, run.keep, run.seed, name, run.set))
+        theirs, own = (self._processor_seconds(run, name) for name in (arm.time_of, plain))
+        return max(1, round(self.settings(run).steps * theirs / own))
+
+    def _processor_seconds(self, run: Run, arm: str) -> float:
+        found = (self.done(Run(run.model, run.keep, seed, arm, run.set)) for seed in SEEDS)
+        return statistics.median(record["processor_seconds"] for record in found if record is not None)

@@ -1,0 +1,242 @@
+"""The report of the study, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.method.arms import ARMS
+from benchmarks.method.sets import FOLDER, GENERATED
+from benchmarks.method.statistics import Difference, describe
+
+SETS = (FOLDER, *GENERATED)
+Record = Mapping[str, Any]
+
+# What the other arms are compared with, where it is there.
+BASELINES = ("dense", "narrow", "x0.5", "x0.75")
+
+
+class Table:
+    """Lines of one network at one budget, by arm, set and seed.
+
+    Lines of an older recipe or training are left out: the last recipe of the file counts for an arm, and the
+    last training for all.
+    """
+
+    def __init__(self, records: Sequence[Record], model: str, keep: float) -> None:
+        self.model, self.keep = model, keep
+        own = [r for r in records if r["model"] == model and r["keep"] in (None, keep)]
+        training = [r for r in records if r["model"] == model][-1]["training"]
+        recipe = {r["arm"]: r["recipe"] for r in own}
+        self.lines = {
+            (r["arm"], r["set"], r["seed"]): r
+            for r in own
+            if r["training"] == training and r["recipe"] == recipe[r["arm"]]
+        }
+        self.arms = [arm for arm in ARMS if any(arm == key[0] for key in self.lines)]
+        self.sets = [name for name in SETS if any(name == key[1] for key in self.lines)]
+
+    def values(self, arm: str, name: str, what: str) -> dict[int, float]:
+        """A figure by seed."""
+        return {
+            seed: line[what] for (a, s, seed), line in sorted(self.lines.items()) if (a, s) == (arm, name)
+        }
+
+    def paired(self, arm: str, base: str, name: str, what: str = "dice") -> dict[int, float]:
+        """`arm` minus `base` by seed, of the seeds that both have."""
+        own, other = (self.values(one, name, what) for one in (arm, base))
+        return {seed: own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())}
+
+    def over_sets(self, differences: Sequence[Mapping[int, float]]) -> list[float]:
+        """One number a seed: the mean over the sets, of the seeds that all sets have."""
+        if not differences:
+            return []
+        seeds = sorted(set.intersection(*(set(one) for one in differences)))
+        return [statistics.fmean(one[seed] for one in differences) for seed in seeds]
+
+
+def report(records: Sequence[Record], times: Mapping[str, Any] | None = None) -> str:
+    """All tables of `records`, and of `times` of their networks.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not records:
+        raise ValueError("results: got no complete line, expected some; run the study first")
+    parts = [_head(records)]
+    pairs = sorted({(r["model"], r["keep"]) for r in records if r["keep"] is not None}, key=_order)
+    tables = [Table(records, *pair) for pair in pairs]
+    for table in tables:
+        parts.append(f"## {table.model}, keep={table.keep:g} of the MACs")
+        parts.append(_scores(table, "dice", "Dice"))
+        parts.append(_claims(table))
+        parts += [_differences(table, base) for base in BASELINES if base in table.arms]
+        parts.append(_averaged(table))
+        parts.append(_costs(table, times["times"] if times else []))
+    unets = [table for table in tables if table.model == "unet"]
+    if len(unets) > 1:
+        parts.append(_curve(unets))
+    if times:
+        parts.append(_timed(times["environment"]))
+    parts.append(_legend(records))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _order(pair: tuple[str, float]) -> tuple[bool, float]:
+    return pair[0] != "unet", -pair[1]
+
+
+def _head(records: Sequence[Record]) -> str:
+    places = sorted(
+        {f"{r['machine']}, torch {r['torch']}, {r['threads']} thread, commit {r['commit']}" for r in records}
+    )
+    trainings = {r["model"]: r["training"] for r in records}
+    lines = [
+        "# The method: what pruning is worth",
+        "",
+        "Commands: `python -m benchmarks.method --data DIR`, then `--report`. Dice is the mean over the "
+        "foreground classes, over all pixels of the held-out images together; void pixels do not count.",
+        "Seeds are paired: all arms have the same first weights (where they have the same layers), order and "
+        "augmentation. An entry `+0.010 [+0.002, +0.018] p=0.03` is a mean difference, its 95 % percentile "
+        "bootstrap interval over seeds, and the exact two-sided sign-flip probability. With six seeds the "
+        "interval is rather too short, and the least possible probability is 0.03; neither is corrected for "
+        "the number of comparisons. `all` is the mean over the sets, one number a seed.",
+        "",
+        *(f"* {model}: {_training(training)}" for model, training in sorted(trainings.items())),
+        *(f"* {place}" for place in places),
+    ]
+    return "\n".join(lines)
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    return (
+        f"width {training['width']:g}, {training['steps']} steps of {training['batch']} crops of "
+        f"{training['crop']}x{training['crop']} pixels, AdamW, lr {training['lr']:g}, weight decay "
+        f"{training['weight_decay']:g}"
+    )
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _scores(table: Table, what: str, title: str) -> str:
+    rows = []
+    for arm in table.arms:
+        cells, means = [], []
+        for name in table.sets:
+            found = list(table.values(arm, name, what).values())
+            cells.append(f"{statistics.fmean(found):.4f} ({len(found)})" if found else "")
+            means += [statistics.fmean(found)] if found else []
+        whole = f"{statistics.fmean(means):.4f}" if len(means) == len(table.sets) else ""
+        rows.append([arm, *cells, whole])
+    return _grid([f"{title} (seeds)", *table.sets, "all"], rows)
+
+
+def _claims(table: Table) -> str:
+    """The default minus each other arm."""
+    rows = [_row(table, other, "default", other) for other in table.arms if other != "default"]
+    return _grid(["default minus", *table.sets, "all"], rows) if "default" in table.arms else ""
+
+
+def _differences(table: Table, base: str) -> str:
+    """Each arm minus `base`."""
+    rows = [_row(table, arm, arm, base) for arm in table.arms if arm != base]
+    return _grid([f"minus {base}", *table.sets, "all"], rows)
+
+
+def _row(table: Table, title: str, arm: str, base: str) -> list[str]:
+    found = [table.paired(arm, base, name) for name in table.sets]
+    return [title, *(_cell(list(one.values())) for one in found), _cell(table.over_sets(found))]
+
+
+def _cell(differences: Sequence[float]) -> str:
+    if not differences:
+        return ""
+    if len(differences) == 1:
+        return f"{differences[0]:+.4f} (1 seed)"
+    return _written(describe(differences))
+
+
+def _written(found: Difference) -> str:
+    seeds = "" if found.count == 6 else f" ({found.count} seeds)"
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] p={found.p:.2f}{seeds}"
+
+
+def _averaged(table: Table) -> str:
+    """What averaged weights score beside the last ones."""
+    rows = []
+    for arm in table.arms:
+        found = []
+        for name in table.sets:
+            last, mean = (table.values(arm, name, what) for what in ("dice", "averaged_dice"))
+            found.append({seed: mean[seed] - last[seed] for seed in last})
+        rows.append([arm, *(_cell(list(one.values())) for one in found), _cell(table.over_sets(found))])
+    return _grid(["averaged weights minus last", *table.sets, "all"], rows)
+
+
+def _costs(table: Table, times: Sequence[Record]) -> str:
+    """Means over seeds and sets; shares are of the dense network or training on the same set and seed."""
+    rows = []
+    for arm in table.arms:
+        own = {key[1:]: line for key, line in table.lines.items() if key[0] == arm}
+        line = [arm]
+        for what in ("parameters", "macs", "activation_bytes", "processor_seconds", "steps"):
+            line.append(_share(table, own, lambda record, what=what: float(record[what])))
+        rows.append([*line, _latency(table, arm, times)])
+    head = [
+        "share of dense",
+        "parameters",
+        "MACs",
+        "activation bytes",
+        "processor time of training",
+        "steps",
+        "latency",
+    ]
+    return _grid(head, rows)
+
+
+def _share(table: Table, own: Mapping[Any, Record], value: Callable[[Record], float]) -> str:
+    pairs = [(line, table.lines.get(("dense", *key))) for key, line in own.items()]
+    shares = [value(line) / value(dense) for line, dense in pairs if dense is not None]
+    return f"{statistics.fmean(shares):.1%}" if shares else ""
+
+
+def _latency(table: Table, arm: str, times: Sequence[Record]) -> str:
+    own = [one for one in times if (one["model"], one["keep"]) == (table.model, table.keep)]
+    seconds = {(one["arm"], one["set"]): one["latency"] for one in own}
+    shares = [
+        seconds[arm, name] / seconds["dense", name]
+        for name in table.sets
+        if (arm, name) in seconds and ("dense", name) in seconds
+    ]
+    return f"{statistics.fmean(shares):.1%}" if shares else ""
+
+
+def _curve(tables: Sequence[Table]) -> str:
+    """Differences to dense over the budget."""
+    arms = [arm for arm in ARMS if sum(arm in table.arms for table in tables) > 1 and arm != "dense"]
+    rows = []
+    for arm in arms:
+        cells = []
+        for table in tables:
+            found = [table.paired(arm, "dense", name) for name in table.sets]
+            cells.append(_cell(table.over_sets(found)))
+        rows.append([arm, *cells])
+    head = ["minus dense, mean over sets", *(f"keep={table.keep:g}" for table in tables)]
+    return "## unet over the budget\n\n" + _grid(head, rows)
+
+
+def _timed(environment: Record) -> str:
+    return (
+        f"Latency: one image, {environment['machine']}, torch {environment['torch']}, "
+        f"{environment['threads']} thread, commit {environment['commit']}, networks of one seed, in turns. "
+        "Processor time is that of trainings beside which other programs ran."
+    )
+
+
+def _legend(records: Sequence[Record]) -> str:
+    arms = [arm for arm in ARMS if any(r["arm"] == arm for r in records)]
+    return "\n".join(["## Arms", "", *(f"* `{arm}`: {ARMS[arm].about}" for arm in arms)])

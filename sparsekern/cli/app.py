@@ -1,0 +1,103 @@
+"""The application that the commands are added to, and what they share."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+import sparsekern
+from sparsekern.recipes.errors import Stopped
+
+app = typer.Typer(
+    name="sparsekern",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# Texts hold paths and shapes, whose brackets are no markup.
+console = Console(highlight=False, markup=False)
+
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 for torch's choice.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings alone.")]
+Out = Annotated[Path, typer.Option(help="Directory of the results.")]
+ClassesFile = Annotated[
+    Path | None, typer.Option(help="Names (values, colours) of the classes; .txt, .csv or .json.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command; returns the exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = app(args=list(arguments), prog_name="sparsekern", standalone_mode=False)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("stopped", 130)
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}\n")
+        return stop.code
+    except Exception as error:
+        # Whatever the parser of typer raises, under its own or click's name.
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Channel pruning while training."""
+    if version:
+        sys.stdout.write(f"sparsekern {sparsekern.__version__}\n")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"warning: {' '.join(message.split())}\n")
+
+
+def set_threads(threads: int) -> None:
+    """Sets the CPU threads of torch; 0 leaves them.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if threads < 0:
+        raise ValueError(f"--threads: got {threads}, expected 0 or more")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether `console` prints nothing."""
+    console.quiet = quiet
+
+
+def number_or_text(text: str) -> int | str:
+    """Numbers as numbers; what else is allowed, the pruner knows."""
+    return int(text) if text.isdecimal() else text
+
+
+def _fail(message: str, code: int = 2) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code

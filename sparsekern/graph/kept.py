@@ -1,0 +1,166 @@
+"""Tensors that a forward leaves on its modules: features for a loss, a hidden state, a cache.
+
+They are found wherever plain Python holds them: in attributes, lists, dicts, sets, dataclasses and
+other objects of the user's, nested, and shared between modules or by a class.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Iterator, Mapping, MutableMapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+# What every module holds for torch; the parameters and buffers among it are traced as such.
+_OF_TORCH = frozenset(vars(nn.Module()))
+_CONTAINERS = (Mapping, list, tuple, set, deque, SimpleNamespace)
+
+
+class Kept(NamedTuple):
+    """A tensor that a forward left behind. where: such as ``encoder.features['deep'][0]``."""
+
+    where: str
+    tensor: Tensor
+
+
+class _Holder(NamedTuple):
+    """An object that holds others, and what it held, by key."""
+
+    where: str
+    thing: Any
+    held: dict[Any, Any]
+
+
+class Keeping:
+    """What the modules of ``model`` hold when this is made, to compare with and to put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._packages = {_package(type(module)) for module in model.modules()} - {"torch"}
+        self._holders = list(self._all(model))
+        tensors = [v for holder in self._holders for v in holder.held.values() if isinstance(v, Tensor)]
+        # The tensors themselves are held, too: no other one may get their id meanwhile.
+        self._known = {id(tensor): tensor for tensor in (*tensors, *model.parameters(), *model.buffers())}
+
+    def new(self) -> list[Kept]:
+        """The tensors that were put on the modules since, each once."""
+        found: dict[int, Kept] = {}
+        for where, thing, held in self._holders:
+            for key, value in _held(thing).items():
+                if value is not held.get(key):
+                    for kept in self._tensors(_inside(where, thing, key), value, set()):
+                        found.setdefault(id(kept.tensor), kept)
+        return list(found.values())
+
+    def restore(self) -> None:
+        """Put back what holds tensors or other objects; counters go on counting."""
+        for _, thing, held in self._holders:
+            now = _held(thing)
+            changed = [key for key in {**now, **held} if self._replaced(held.get(key), now.get(key))]
+            if changed:
+                _put_back(thing, held, changed)
+
+    def _replaced(self, old: Any, new: Any) -> bool:
+        return old is not new and (self._may_hold(old) or self._may_hold(new))
+
+    def _all(self, model: nn.Module) -> Iterator[_Holder]:
+        """The modules, and all that may hold tensors for them, each object once."""
+        left: deque[tuple[str, Any]] = deque(model.named_modules())
+        left += self._of_classes(model)
+        seen: set[int] = set()
+        while left:
+            where, thing = left.popleft()
+            if id(thing) in seen or isinstance(thing, Tensor):
+                continue
+            seen.add(id(thing))
+            held = _held(thing)
+            yield _Holder(where, thing, held)
+            left += [(_inside(where, thing, k), value) for k, value in held.items() if self._may_hold(value)]
+
+    def _of_classes(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
+        for kind in {kind: None for module in model.modules() for kind in type(module).__mro__}:
+            if self._is_users(kind):
+                for name, value in vars(kind).items():
+                    if not name.startswith("__") and isinstance(value, _CONTAINERS):
+                        yield f"{kind.__name__}.{name}", value
+
+    def _tensors(self, where: str, value: Any, seen: set[int]) -> Iterator[Kept]:
+        if isinstance(value, Tensor):
+            if id(value) not in self._known:
+                yield Kept(where, value)
+        elif self._may_hold(value) and id(value) not in seen:
+            seen.add(id(value))
+            for key, item in _held(value).items():
+                yield from self._tensors(_inside(where, value, key), item, seen)
+
+    def _may_hold(self, thing: Any) -> bool:
+        """Whether it is a tensor or may hold one. Modules are among the holders for themselves."""
+        if isinstance(thing, (Tensor, *_CONTAINERS)):
+            return True
+        return not isinstance(thing, (nn.Module, type)) and self._is_users(type(thing))
+
+    def _is_users(self, kind: type) -> bool:
+        """Whether to search its objects: a logger or a trainer leads to all of the program."""
+        return _package(kind) in self._packages or not _is_installed(kind.__module__)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return module != "__main__"
+    return file.startswith(tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
+
+
+def _held(thing: Any) -> dict[Any, Any]:
+    if isinstance(thing, nn.Module):
+        return {name: value for name, value in vars(thing).items() if name not in _OF_TORCH}
+    if isinstance(thing, Mapping):
+        return dict(thing)
+    if isinstance(thing, (list, tuple, deque)):
+        return dict(enumerate(thing))
+    if isinstance(thing, set):
+        return {id(item): item for item in thing}
+    found = {}
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name != "__dict__" and hasattr(thing, name):
+                found[name] = getattr(thing, name)
+    return found | getattr(thing, "__dict__", {})
+
+
+def _put_back(thing: Any, held: Mapping[Any, Any], changed: list[Any]) -> None:
+    if isinstance(thing, set):
+        thing.clear()
+        thing.update(held.values())
+    elif isinstance(thing, (list, deque)):
+        thing.clear()
+        thing.extend(held.values())
+    elif isinstance(thing, MutableMapping):
+        # Whole, so that the keys keep their order.
+        thing.clear()
+        thing.update(held)
+    elif not isinstance(thing, (tuple, Mapping)):
+        for name in changed:
+            # Not through the class, which may be a frozen dataclass.
+            if name in held:
+                object.__setattr__(thing, name, held[name])
+            else:
+                object.__delattr__(thing, name)
+
+
+def _inside(where: str, thing: Any, key: Any) -> str:
+    if isinstance(thing, (Mapping, list, tuple, deque)):
+        return f"{where}[{key!r}]"
+    if isinstance(thing, set):
+        return where
+    return f"{where}.{key}" if where else str(key)

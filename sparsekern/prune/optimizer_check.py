@@ -1,0 +1,142 @@
+"""Before a training that shrinks: can the optimizer's state be cut as its parameters are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from sparsekern.compact.optimizer_state import follows_shape
+from sparsekern.optim import RowOptimizer, Unwrapped
+from sparsekern.prune.probe import copy_of
+
+# Sizes of the first dimension of stand-ins; further dimensions are one larger each, so that no two are alike.
+_SIZES = (3, 5)
+_ADVICE = "expected state of each parameter's own shape; shrink=False, or a state_cutter that cuts it"
+
+
+def check_state(unwrapped: Unwrapped) -> None:
+    """The optimizer's state follows its parameters, one by one.
+
+    State that is there already is looked at. What the optimizer will make is found by two steps of copies
+    with small parameters; a copy that cannot step tells nothing, see :class:`StateCheck`.
+
+    Raises:
+        ValueError: it does not: names the optimizer, and what it keeps.
+    """
+    optimizer = unwrapped.optimizer
+    if unwrapped.parts:
+        raise ValueError(
+            f"shrink: got True with {_named(optimizer)}, which deals its parameters out to "
+            f"{len(unwrapped.parts)} further optimizers, expected shrink=False, or one that steps them itself"
+        )
+    if isinstance(optimizer, RowOptimizer):
+        return
+    _check(optimizer, unwrapped)
+    grown = []
+    for size in _SIZES:
+        probe = _stepped(optimizer, size)
+        if probe is None:
+            return
+        _check(optimizer, Unwrapped(probe, (probe,), ()))
+        grown.append({name: shapes for name, shapes in _held_shapes(probe)})
+    for name in grown[0]:
+        if grown[0][name] != grown[1].get(name):
+            raise ValueError(
+                f"optimizer: {_named(optimizer)} keeps tensors that grow with its parameters in {name!r}, "
+                f"{_ADVICE}"
+            )
+
+
+class StateCheck:
+    """A hook after an optimizer's steps: looks at the state that the first of them has made.
+
+    For optimizers that no copy can be made of, and those whose state depends on the size of a parameter.
+    """
+
+    def __init__(self, unwrapped: Unwrapped) -> None:
+        self._unwrapped = unwrapped
+        # A hook cannot remove itself while hooks are being called.
+        self._done = False
+        self._handle: RemovableHandle = unwrapped.optimizer.register_step_post_hook(
+            torch.compiler.disable(self._look)
+        )
+
+    def remove(self) -> None:
+        """Look no more."""
+        self._handle.remove()
+
+    def _look(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._done and any(self._unwrapped.states):
+            _check(optimizer, self._unwrapped)
+            self._done = True
+
+
+def _check(optimizer: Optimizer, unwrapped: Unwrapped) -> None:
+    """Raise a ValueError that names ``optimizer`` for state in ``unwrapped`` that follows no parameter."""
+    for param, values in (item for state in unwrapped.states for item in state.items()):
+        if not isinstance(param, Tensor) or not isinstance(values, dict):
+            continue
+        for name, value in values.items():
+            if not follows_shape(value, param):
+                raise ValueError(
+                    f"optimizer: {_named(optimizer)} keeps {name!r} of a parameter {list(param.shape)} as "
+                    f"{_kind(value)}, {_ADVICE}"
+                )
+
+
+def _stepped(optimizer: Optimizer, size: int) -> Optimizer | None:
+    """A copy with small parameters after two steps, None where that cannot be had."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    small = {
+        id(p): Parameter(
+            torch.zeros([size + dim for dim in range(p.dim())], dtype=p.dtype, device=p.device),
+            requires_grad=p.requires_grad,
+        )
+        for p in params
+    }
+    devices = sorted({p.device for p in params if p.device.type == "cuda"}, key=str)
+    try:
+        with torch.random.fork_rng(devices):
+            probe = copy_of(optimizer, small)
+            for _ in range(2):
+                for param in small.values():
+                    param.grad = torch.ones_like(param) if param.requires_grad else None
+                _step(probe)
+    except Exception:  # whatever a user's optimizer raises without its model and its data
+        return None
+    return probe
+
+
+def _step(optimizer: Optimizer) -> None:
+    if "closure" in inspect.signature(type(optimizer).step).parameters:
+        optimizer.step(closure=lambda: torch.ones(()))  # type: ignore[arg-type, return-value]
+    else:
+        optimizer.step()
+
+
+def _held_shapes(optimizer: Optimizer) -> Iterator[tuple[str, Sequence[torch.Size]]]:
+    """Shapes of the tensors in each attribute and group, beside parameters and state."""
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    held = {name: v for name, v in vars(optimizer).items() if name not in ("state", "param_groups")}
+    held |= {key: v for group in optimizer.param_groups for key, v in group.items() if key != "params"}
+    for name, value in held.items():
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        yield name, [leaf.shape for leaf in leaves if id(leaf) not in own]
+
+
+def _named(optimizer: Optimizer) -> str:
+    return type(optimizer).__name__
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

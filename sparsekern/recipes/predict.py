@@ -1,0 +1,213 @@
+"""Masks of images by a stored network, as files."""
+
+from __future__ import annotations
+
+import colorsys
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from sparsekern._files import replacing
+from sparsekern.compact.store import read
+from sparsekern.recipes.classes import ClassTable
+from sparsekern.recipes.data import MEAN, STD, Data, Split, normalise
+from sparsekern.recipes.devices import find_device
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.files import check_writable
+from sparsekern.recipes.images import EXTENSIONS, read_image
+from sparsekern.recipes.metrics import Scores, evaluate, predict
+from sparsekern.recipes.networks import Padded
+from sparsekern.recipes.settings import Settings
+from sparsekern.recipes.stored import read_spec, rebuild
+from sparsekern.recipes.synthetic import load
+
+NOT_DEEP = (
+    "has grey images of 16 bits, expected images of 8 bits, as the network was trained on; convert them to 8 "
+    "bits first"
+)
+# How much of an overlay is the colour of a class.
+OPACITY = 0.45
+
+
+class Segmenter:
+    """A stored network of the recipes, ready for images of any size.
+
+    Args:
+        path: a `model.safetensors` of a training.
+        device: where to compute.
+
+    Attributes:
+        spec: which network it is, and how its input and output are to be read.
+        network: in evaluation mode, for normalised images `[N, 3, H, W]` of any size.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or does not say which network of the recipes it holds.
+        InputError: the device is not there.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.device = find_device(device)
+        stored = read(path)
+        self.spec = read_spec(stored)
+        self.network = Padded(rebuild(stored), self.spec.stride).to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The class of each pixel, uint8 `[H, W]`, of an RGB image, uint8 `[H, W, 3]`."""
+        x = normalise(image[None], self.spec.mean, self.spec.std).to(self.device)
+        return predict(self.network(x))[0].to(torch.uint8).cpu().numpy()
+
+    def read(self, path: Path) -> NDArray[np.uint8]:
+        """An image file as the network is to see it, RGB uint8 `[H, W, 3]`.
+
+        Raises:
+            InputError: it cannot be read, or is of 16 bits and the network has seen none of that kind.
+        """
+        image = read_image(path, "IMAGES", self.spec.reading.bits)
+        if image.dtype != np.uint8:
+            raise InputError(f"IMAGES: {path} {NOT_DEEP}")
+        # Pillow's arrays are not writable, which torch warns of.
+        return image.astype(np.uint8)
+
+    def load(self, root: Path, table: ClassTable | None = None) -> Data:
+        """Images with masks, read and dealt as those of the training were.
+
+        Args:
+            root: a folder, a CSV list, or `synthetic:KIND`.
+            table: see `synthetic.load`.
+
+        Raises:
+            InputError: see `synthetic.load` and `read`.
+        """
+        reading = self.spec.reading
+        settings = Settings(
+            classes=self.spec.classes,
+            ignore=reading.ignore,
+            validation=reading.validation,
+            seed=reading.seed,
+            crop=reading.crop,
+        )
+        data = load(root, settings, table, reading.bits)
+        if data.bits != reading.bits and data.bits is not None:
+            raise InputError(f"--data: {root} {NOT_DEEP}")
+        return data
+
+    def evaluate(self, split: Split) -> Scores:
+        """Scores on images with masks.
+
+        Raises:
+            InputError: the network was trained on images normalised otherwise than this version does.
+        """
+        if (self.spec.mean, self.spec.std) != (MEAN, STD):
+            raise InputError(
+                f"MODEL: got one for images of mean {self.spec.mean} and std {self.spec.std}, expected "
+                f"{MEAN} and {STD}, as this version scores them"
+            )
+        return evaluate(self.network, split, self.spec.classes)
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The image files that files, directories and patterns such as `scans/*.tif` name, each once, in order.
+
+    Raises:
+        InputError: an argument names no image.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_file():
+            paths = [path]
+        elif path.is_dir():
+            paths = _images_in(path)
+        else:
+            paths = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+            paths = [name for name in paths if name.is_file()]
+        if not paths:
+            raise InputError(
+                f"IMAGES: got {argument!r}, expected an image, a directory of images "
+                f"({', '.join(EXTENSIONS)}), or a pattern that some file matches"
+            )
+        found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def write_masks(
+    segmenter: Segmenter, images: Sequence[Path], out: Path, *, overlay: bool = False
+) -> Iterator[Path]:
+    """Writes `NAME.png` in `out` for every image `NAME.*`, of the same height and width.
+
+    Masks are 8-bit: 0 and 255 for a network of two classes, else class indices. Nothing is written, and no
+    image is read, unless every result has a name of its own. This is an iterator: it works while it is read.
+
+    Args:
+        segmenter: the network.
+        images: files of images.
+        out: the directory, made if it is not there.
+        overlay: also write `NAME_overlay.png`, the image with its classes in colour.
+
+    Yields:
+        The path of each mask that was written.
+
+    Raises:
+        InputError: two images would have the same result, a result would replace an image, `out` cannot be
+            written, or an image cannot be read.
+    """
+    results = _result_names(images, out, overlay)
+    check_writable(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    factor = 255 if segmenter.spec.classes == 2 else 1
+    for path, (mask_path, overlay_path) in zip(images, results, strict=True):
+        image = segmenter.read(path)
+        classes = segmenter(image)
+        _write_png(classes * np.uint8(factor), mask_path)
+        if overlay:
+            _write_png(coloured(image, classes), overlay_path)
+        yield mask_path
+
+
+def coloured(image: NDArray[np.uint8], classes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image uint8 `[H, W, 3]` with each class but the background in a colour of its own."""
+    # Steps of the golden ratio around the colour circle keep the colours of few classes far apart.
+    hues = (np.arange(256) * 0.618034) % 1.0
+    palette = np.array([colorsys.hsv_to_rgb(hue, 0.9, 1.0) for hue in hues]) * 255
+    mixed = (1 - OPACITY) * image + OPACITY * palette[classes]
+    return np.where(classes[..., None] > 0, mixed.round().astype(np.uint8), image)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _result_names(images: Sequence[Path], out: Path, overlay: bool) -> list[tuple[Path, Path]]:
+    results = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.png") for path in images]
+    sources = {os.path.realpath(path): path for path in images}
+    taken: dict[Path, Path] = {}
+    for path, names in zip(images, results, strict=True):
+        for name in names if overlay else names[:1]:
+            if name in taken:
+                raise InputError(
+                    f"IMAGES: got {taken[name]} and {path}, which would both be written to {name}; expected "
+                    "names that differ, or one command for each"
+                )
+            if os.path.realpath(name) in sources:
+                raise InputError(
+                    f"--out: got {out}, where {name} would replace an image, expected another directory"
+                )
+            taken[name] = path
+    return results
+
+
+def _write_png(pixels: NDArray[np.uint8], path: Path) -> None:
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

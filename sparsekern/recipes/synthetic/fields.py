@@ -1,0 +1,68 @@
+"""Random fields and filters that the generators share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsekern.recipes.data import Split
+
+CHUNK = 16  # images rendered at once; bounds the memory
+SMALLEST = 16  # pixels along an edge
+
+Render = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def uniform(random: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    """Uniform numbers in `[low, high)`, float32 of `shape`."""
+    return low + (high - low) * torch.rand(shape, generator=random)
+
+
+def clouds(random: torch.Generator, count: int, size: int, cells: int) -> Tensor:
+    """Smooth random fields in [0, 1], `[N, 1, S, S]`, with `cells` bumps along an edge."""
+    coarse = torch.rand(count, 1, cells + 1, cells + 1, generator=random)
+    return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True).clamp(0, 1)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of `[N, 1, S, S]`, `sigma` in pixels. Pixels of the edge repeat outwards."""
+    reach = min(max(1, math.ceil(2.5 * sigma)), x.shape[-1] - 1)
+    line = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (line / max(sigma, 0.1)).square())
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    x = F.conv2d(F.pad(x, (reach, reach, 0, 0), mode="replicate"), kernel)
+    return F.conv2d(F.pad(x, (0, 0, reach, reach), mode="replicate"), kernel.transpose(2, 3))
+
+
+def grid(size: int) -> tuple[Tensor, Tensor]:
+    """Centres of the pixels: y `[S, 1]` and x `[1, S]`, in pixels."""
+    line = torch.arange(size, dtype=torch.float32) + 0.5
+    return line.view(-1, 1), line.view(1, -1)
+
+
+def generated(render: Render, count: int, size: int, seed: int) -> Split:
+    """`count` images that `render` draws, with their masks.
+
+    Args:
+        render: `(count, size, random)` to images float32 `[N, 3, S, S]` in [0, 1] and classes `[N, S, S]`.
+        count: number of images.
+        size: their height and width in pixels.
+        seed: of all that is random in them.
+
+    Raises:
+        ValueError: `count` is below 1, or `size` below 16 pixels.
+    """
+    for name, value, least in (("count", count, 1), ("size", size, SMALLEST)):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+    random = torch.Generator().manual_seed(seed)
+    parts = [render(min(CHUNK, count - start), size, random) for start in range(0, count, CHUNK)]
+    images = torch.cat([image.clamp(0, 1).mul(255).round().to(torch.uint8) for image, _ in parts])
+    pixels = images.movedim(1, -1).contiguous().numpy()
+    labels = torch.cat([mask.to(torch.uint8) for _, mask in parts]).numpy()
+    return Split.from_arrays([f"{i:04d}.png" for i in range(count)], list(pixels), list(labels))

@@ -1,0 +1,97 @@
+"""The tables of the study, from lines whose means and differences are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.method.tables import Table, report
+
+TRAINING = {
+    "width": 16,
+    "depth": 4,
+    "steps": 400,
+    "batch": 4,
+    "crop": 64,
+    "lr": 2e-3,
+    "weight_decay": 0.01,
+    "warmup": 0.05,
+}
+PLACE = {"machine": "here", "torch": "2", "threads": 1, "commit": "abc"}
+
+
+def line(arm, name, seed, dice, keep=0.1, recipe="now", training=TRAINING):
+    return PLACE | {
+        "model": "unet",
+        "keep": None if arm == "dense" else keep,
+        "arm": arm,
+        "set": name,
+        "seed": seed,
+        "recipe": recipe,
+        "training": training,
+        "dice": dice,
+        "averaged_dice": dice + 0.01,
+        "parameters": 100 if arm == "dense" else 10,
+        "macs": 1000 if arm == "dense" else 100,
+        "activation_bytes": 500,
+        "processor_seconds": 8.0 if arm == "dense" else 2.0,
+        "steps": 400,
+    }
+
+
+@pytest.fixture
+def lines():
+    """Six seeds on two sets; over narrow, default is 0.02 (vessels) and 0.04 (scenes) better, dense 0.05."""
+    found = []
+    for seed in range(6):
+        for name, gain in (("vessels", 0.02), ("scenes", 0.04)):
+            base = 0.5 + 0.01 * seed
+            found += [
+                line("narrow", name, seed, base),
+                line("default", name, seed, base + gain),
+                line("dense", name, seed, base + 0.05),
+            ]
+    return found
+
+
+def test_differences_are_paired_by_seed(lines):
+    table = Table(lines, "unet", 0.1)
+    assert table.paired("default", "narrow", "vessels") == pytest.approx(dict.fromkeys(range(6), 0.02))
+    whole = [table.paired("default", "narrow", name) for name in table.sets]
+    assert table.over_sets(whole) == pytest.approx([0.03] * 6)
+    assert "| default | +0.0200 [+0.0200, +0.0200] p=0.03 | +0.0400 " in report(lines)
+    assert "| +0.0300 [+0.0300, +0.0300] p=0.03 |" in report(lines)
+    # The default minus dense, and dense minus narrow.
+    assert "| dense | -0.0300 [-0.0300, -0.0300] p=0.03 | -0.0100 " in report(lines)
+    assert "| dense | +0.0500 [+0.0500, +0.0500] p=0.03 | +0.0500 " in report(lines)
+
+
+def test_only_seeds_that_both_arms_have_count(lines):
+    fewer = [r for r in lines if not (r["arm"] == "narrow" and r["set"] == "vessels" and r["seed"] in (1, 4))]
+    table = Table(fewer, "unet", 0.1)
+    assert sorted(table.paired("default", "narrow", "vessels")) == [0, 2, 3, 5]
+    assert len(table.over_sets([table.paired("default", "narrow", name) for name in table.sets])) == 4
+    assert "p=0.12 (4 seeds)" in report(fewer)
+
+
+def test_lines_of_an_older_default_or_training_are_left_out(lines):
+    older = [line("default", "vessels", seed, 0.1, recipe="before") for seed in range(6)]
+    other = [line("dense", "vessels", 0, 0.1, training=TRAINING | {"steps": 9})]
+    assert report([*older, *other, *lines]) == report(lines)
+
+
+def test_costs_are_shares_of_the_dense_training(lines):
+    times = [
+        {"model": "unet", "keep": 0.1, "arm": arm, "set": name, "latency": seconds}
+        for name in ("vessels", "scenes")
+        for arm, seconds in (("dense", 4.0), ("default", 1.0))
+    ]
+    text = report(lines, {"environment": PLACE, "times": times})
+    assert "| default | 10.0% | 10.0% | 100.0% | 25.0% | 100.0% | 25.0% |" in text
+    assert "| narrow | 10.0% | 10.0% | 100.0% | 25.0% | 100.0% |  |" in text
+
+
+def test_the_curve_has_every_budget(lines):
+    more = [line(r["arm"], r["set"], r["seed"], r["dice"], keep=0.2) for r in lines if r["arm"] == "narrow"]
+    text = report([*lines, *more])
+    assert "| minus dense, mean over sets | keep=0.2 | keep=0.1 |" in text
+    assert "## unet, keep=0.2 of the MACs" in text
