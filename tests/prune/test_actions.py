@@ -163,8 +163,11 @@ class Actions(RuleBasedStateMachine):
     def load_earlier(self, which: int, what: str) -> None:
         state = self.saved[which % len(self.saved)]
         objects = {"model": self.model, "optimizer": self.optimizer, "pruner": self.pruner}
+        shapes = {name: value.shape for name, value in self.model.state_dict().items()}
+        same = shapes == {name: value.shape for name, value in state["model"].items()}
         for name in ("pruner", "model", "optimizer"):
-            if what in (name, "everything"):
+            # State of a larger model torch takes, and the next step refuses it.
+            if what in (name, "everything") and (same or name != "optimizer"):
                 # Of a model that was larger or has other groups it does not fit.
                 with contextlib.suppress(ValueError, RuntimeError, KeyError):
                     objects[name].load_state_dict(copy.deepcopy(state[name]))
