@@ -78,7 +78,6 @@ class Actions(RuleBasedStateMachine):
         self.batches = 0
         self.saved: list[dict[str, Any]] = []
         self.folder = tempfile.TemporaryDirectory()
-        # Most of what can go wrong does where channels are masked.
         for _ in range(steps):
             self._backward()
             self._step()
@@ -222,8 +221,6 @@ class Actions(RuleBasedStateMachine):
                     param.lerp_(other[name], 0.5)
         self.check()
 
-    # Moves.
-
     @rule(
         how=st.sampled_from(["half and back", "float and back", "channels last", "contiguous", "same device"])
     )
@@ -238,8 +235,6 @@ class Actions(RuleBasedStateMachine):
             memory = torch.channels_last if how == "channels last" else torch.contiguous_format
             self.model.to(memory_format=memory)
         self.check(loaded=True)
-
-    # What is trained.
 
     @rule(at=layers, trained=st.booleans())
     def freeze(self, at: int, trained: bool) -> None:
@@ -262,9 +257,8 @@ class Actions(RuleBasedStateMachine):
     @rule(really=st.sampled_from([True, False, False]))
     def shrink(self, really: bool) -> None:
         """Rare: afterwards nothing is masked."""
-        if not really and not self.shrinks:
-            return
-        self._looks(self.pruner.shrink)
+        if really or self.shrinks:
+            self._looks(self.pruner.shrink)
         self.check()
 
     @rule(keep=st.sampled_from([None, 0.5, 0.9]))
