@@ -7,6 +7,7 @@ from typing import overload
 
 from torch import nn
 
+from sparsekern._files import check_name
 from sparsekern._sharding import unwrap
 from sparsekern.compact.store import Stored, fill, read
 from sparsekern.recipes.stored import read_spec, rebuild
@@ -37,14 +38,15 @@ def load(module: nn.Module | Path, path: Path | None = None) -> nn.Module:
         path: the file, after a module.
 
     Raises:
-        TypeError: ``module`` is neither a module nor a path, or there is a path too many or too few.
+        TypeError: ``module`` is neither a module nor a path, ``path`` is no name of a file, or there is a
+            path too many or too few.
         OSError: the file cannot be read; names ``path``.
         ValueError: the file is damaged, was not written by :func:`sparsekern.save`, was changed since, or
             holds another network than ``module``; names ``path`` and the factory that the file names.
     """
     if isinstance(module, nn.Module):
-        if path is None:
-            raise TypeError("path: got none after a module, expected load(module, path)")
+        check_name(path)
+        assert path is not None
         return _fill(unwrap(module), read(path))
     if not isinstance(module, (str, os.PathLike)):
         raise TypeError(

@@ -54,11 +54,13 @@ __global__ void __launch_bounds__(kThreads) store_sums(const NormCall __grid_con
   const int64_t channel = channel_of_warp();
   if (channel >= norm.channels) return;
   GradSums all = {};
-  if (!is_masked(norm, channel)) all = merge_pieces<GradSums>(call, channel);
+  const bool masked = is_masked(norm, channel);
+  if (!masked) all = merge_pieces<GradSums>(call, channel);
   if (threadIdx.x % kWarp != 0) return;
   for (int i = 0; i < kParts; ++i) folded_sums_of(call, channel)[i] = all.values[i];
   const double rstd = 1 / sqrt(number_of<C>(norm.var, channel, 1) + norm.eps);
-  static_cast<C*>(norm.grad_weight)[channel] = static_cast<C>(all.values[1] * rstd);
+  // The variance of a masked channel may be anything.
+  static_cast<C*>(norm.grad_weight)[channel] = masked ? C(0) : static_cast<C>(all.values[1] * rstd);
   static_cast<C*>(norm.grad_bias)[channel] = static_cast<C>(all.values[0]);
 }
 

@@ -102,7 +102,9 @@ def merge_sums(
         if which == 0:
             tl.store(grad_bias + channel, found.to(COMPUTE), mask=there)
         if which == 1:
-            tl.store(grad_weight + channel, (found * rstd).to(COMPUTE), mask=there)
+            # The variance of a masked channel may be anything.
+            of_weight = tl.where(live_of(mask, channel, there), found * rstd, 0)
+            tl.store(grad_weight + channel, of_weight.to(COMPUTE), mask=there)
 
 
 @triton.jit
