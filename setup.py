@@ -260,8 +260,8 @@ def urls(address: str) -> dict[str, str]:
     }
 
 
-NATIVE = Extension("sparsekern._C", sources=[])
-CUDA = Extension("sparsekern._cuda_kernels", sources=[], optional=True)
+NATIVE = Extension("sparsekern.kernels.native._C", sources=[])
+CUDA = Extension("sparsekern.kernels.native._cuda_kernels", sources=[], optional=True)
 extensions = []
 reason = why_pure()
 if reason is None:

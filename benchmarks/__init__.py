@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from sparsekern import _info
+from sparsekern import info
 
 
 def require_core() -> None:
     """Ends the process with one sentence where the package has no compiled core."""
-    reason = _info.missing_core()
+    reason = info.missing_core()
     if reason is not None:
         raise SystemExit(f"error: benchmarks need the compiled core; {reason}")
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from sparsekern._files import replacing
+from sparsekern.files.atomic import replacing
 from sparsekern.recipes.load import load_data
 from sparsekern.recipes.run import execute
 from sparsekern.recipes.settings import Settings

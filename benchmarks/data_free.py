@@ -15,9 +15,9 @@ from torch import nn
 from torchvision import models
 
 import sparsekern.recipes._torchvision  # noqa: F401  # has to come before torchvision
-from sparsekern.prune import allocate, criteria
+from sparsekern.prune.decide import allocate, criteria
 from sparsekern.prune.once import task_of
-from sparsekern.prune.statistics import of_weights
+from sparsekern.prune.state.statistics import of_weights
 from sparsekern.recipes.models import UNet
 
 ALLOCATORS = {

@@ -18,9 +18,9 @@ from benchmarks.networks import NETWORKS, example, randomise
 from sparsekern import compact, trace, verify
 from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune.allocate import Problem, Uniform
-from sparsekern.prune.masking import Masks
-from sparsekern.prune.statistics import ChannelRows
+from sparsekern.prune.decide.allocate import Problem, Uniform
+from sparsekern.prune.state.masking import Masks
+from sparsekern.prune.state.statistics import ChannelRows
 
 KEEPS = (0.5, 0.2, 0.05)
 CASES = (

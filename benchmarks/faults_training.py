@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import sparsekern
-from sparsekern._sharding import unwrap
+from sparsekern.distributed.tensors import unwrap
 from sparsekern.recipes.models.unet import UNet
 
 SIZE, BATCH, DROPOUT = 32, 4, 0.1

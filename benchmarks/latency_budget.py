@@ -28,8 +28,8 @@ from benchmarks.networks import NETWORKS
 from sparsekern import compact, criteria, latency, trace
 from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune.allocate import Global, Problem
-from sparsekern.prune.statistics import of_weights
+from sparsekern.prune.decide.allocate import Global, Problem
+from sparsekern.prune.state.statistics import of_weights
 
 RESULTS = Path(__file__).parent / "results"
 CASES = ("mobilenetv3-seg", "unet-8m")

@@ -1,11 +1,11 @@
 """Every op on every backend against the reference, as one table: ``python -m benchmarks.parity``.
 
-The problems are those of ``tests/ops``: odd shapes, rows along any dimension, gaps between elements, poison
+The problems are those of ``tests/kernels``: odd shapes, rows along any dimension, gaps between elements, poison
 around them, NaN in masked rows and channels. Each backend, and each instruction set of the CPU, runs them in
 a process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++ compiler,
 the Triton kernels in triton's interpreter (some of the problems, as a step takes a second there). A cell
 counts the problems, and says of steps in how many all results are the reference's bits; in the others they
-are within the tolerances of :mod:`sparsekern.backends.tolerance` and of ``tests/ops/norm_cases.py``, or the
+are within the tolerances of :mod:`sparsekern.kernels.backends.tolerance` and of ``tests/kernels/norm_cases.py``, or the
 cell says WRONG and the exit code is 1. A quarter of an hour on two cores, most of it for the emulation and
 the interpreter.
 """
@@ -32,15 +32,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from sparsekern import _ops, backends
-from sparsekern.backends import reference
-from sparsekern.backends.reference_norm import ACTIVATIONS
+from sparsekern.kernels import backends
+from sparsekern.kernels import ops as _ops
+from sparsekern.kernels.backends import reference
+from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from ops import norm_cases
-from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
-from ops.tolerance import assert_equal_step
+from kernels import norm_cases
+from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
+from kernels.tolerance import assert_equal_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -145,7 +146,7 @@ def interpreted() -> dict[str, Any]:
     """The Triton backend on CPU tensors."""
     from triton_interpreter import mend
 
-    from sparsekern.backends import triton
+    from sparsekern.kernels.backends import triton
 
     mend()
     return examine(_straight_to(triton), triton, INTERPRETED, norm_cases.SHAPES[1:2])
@@ -153,7 +154,7 @@ def interpreted() -> dict[str, Any]:
 
 def _isas() -> list[str]:
     """Instruction sets of this machine, from the error that names them."""
-    code = "from sparsekern import _native; _native.load()"
+    code = "from sparsekern.kernels import native as _native; _native.load()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=_environment("none")
     )

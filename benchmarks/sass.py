@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import commit
-from sparsekern import _cuda
-from sparsekern.backends.reference_norm import ACTIVATIONS
+from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
+from sparsekern.kernels.native import cuda_library
 
 TOOLS = ("cuobjdump", "nvdisasm")
 DTYPES = {"f": "float32", "d": "float64", "8BFloat16": "bfloat16", "7Float16": "float16"}
@@ -130,9 +130,9 @@ def kernels(library: Path) -> list[Kernel]:
 
 def main() -> None:
     """Print the table; exit with 1 when a kernel spills or one over tensors has no wide accesses."""
-    library = _cuda.load()
+    library = cuda_library.load()
     if library is None:
-        sys.exit(str(_cuda.reason))
+        sys.exit(str(cuda_library.reason))
     columns = ("registers", "stack", "local accesses", "128-bit loads", "128-bit stores", "instructions")
     table = Table("architecture", "kernel", *columns)
     faults = []

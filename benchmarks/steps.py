@@ -20,11 +20,11 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.networks import NETWORKS
-from sparsekern._files import replacing
 from sparsekern.bench import networks
 from sparsekern.bench.cases import Case
-from sparsekern.bench.contest import OURS
+from sparsekern.bench.comparison import OURS
 from sparsekern.bench.suite import Report, Suite
+from sparsekern.files.atomic import replacing
 
 LISTS = ("resnet18", "mobilenet_v3_large", "unet-31m", "unet-2m")
 STEPS = {"AdamW": "adamw-step", "SGD, momentum": "sgd-step"}

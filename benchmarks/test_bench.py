@@ -8,12 +8,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from sparsekern import backends
 from sparsekern.bench.cases import CASES, Case
 from sparsekern.bench.check import forced
-from sparsekern.bench.contest import Contest
-from sparsekern.bench.contests import build, sides
+from sparsekern.bench.comparison import Contest
+from sparsekern.bench.comparisons import build, sides
 from sparsekern.bench.environment import environment, kept_memory
+from sparsekern.kernels import backends
 
 HERE = [case for case in CASES if backends.why_not(case.backend, case.device) is None]
 

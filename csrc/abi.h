@@ -41,7 +41,7 @@ struct Pieces {
   int64_t count, offset;
 };
 
-// The flat arrays of a RowTable (sparsekern/_rows.py says what they hold): type, name, and elements for each row, 0
+// The flat arrays of a RowTable (sparsekern/kernels/rows.py says what they hold): type, name, and elements for each row, 0
 // where there is one for the whole table. The names and their order stand here and in Python; the module exports these,
 // and a test compares them.
 // clang-format off

@@ -118,7 +118,7 @@ class Reader {
     return false;
   }
 
-  // Channels last or else contiguous, as layout_of in sparsekern/backends/_norm_layout.py has it.
+  // Channels last or else contiguous, as layout_of in sparsekern/kernels/backends/norm_layout.py has it.
   bool find_order() {
     const int64_t count = count_elements(x_);
     if (x_.ndim < 2 || count == 0) return false;

@@ -1,4 +1,4 @@
-// What the process hands over once (sparsekern/_native.py), and tensors read by it: where they lie, and as what.
+// What the process hands over once (sparsekern/kernels/native/__init__.py), and tensors read by it: where they lie, and as what.
 #pragma once
 
 #include <Python.h>

@@ -1,5 +1,6 @@
 """Channel pruning while training, fused into the optimizer step."""
 
+from sparsekern import fusion as fusion
 from sparsekern import latency as latency
 from sparsekern import nn as nn
 from sparsekern import optim as optim
@@ -9,10 +10,10 @@ from sparsekern.compact import save as save
 from sparsekern.compact import verify as verify
 from sparsekern.graph import trace as trace
 from sparsekern.prune import Pruner as Pruner
-from sparsekern.prune import allocate as allocate
-from sparsekern.prune import criteria as criteria
 from sparsekern.prune import prune_once as prune_once
 from sparsekern.prune import recalibrate as recalibrate
+from sparsekern.prune.decide import allocate as allocate
+from sparsekern.prune.decide import criteria as criteria
 
 __version__ = "0.1.0"
 

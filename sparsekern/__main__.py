@@ -23,7 +23,7 @@ def main() -> int:
         if missing not in EXTRAS or not isinstance(error, ModuleNotFoundError):
             raise
         if sys.argv[1:] == ["info"]:  # the first thing in a bug report, so it needs no extras
-            from sparsekern import _info
+            from sparsekern import info as _info
 
             for name, value in _info.lines(_info.collect()):
                 sys.stdout.write(f"{name:20} {value}\n")

@@ -7,9 +7,9 @@ from typing import overload
 
 from torch import nn
 
-from sparsekern._files import check_name
-from sparsekern._sharding import unwrap
 from sparsekern.compact.store import Stored, fill, read
+from sparsekern.distributed.tensors import unwrap
+from sparsekern.files.atomic import check_name
 from sparsekern.recipes.stored import read_spec, rebuild
 
 Path = str | os.PathLike[str]

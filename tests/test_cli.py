@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from recipes.folders import assert_same_network, write_data
 
-from sparsekern import _info, _native
+from sparsekern import info as _info
 from sparsekern.cli import run
+from sparsekern.kernels import native
 
 SMALL = [
     "--width",
@@ -168,8 +169,8 @@ def test_info_as_json_is_what_was_collected(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(json.dumps(_info.collect()))
     assert {backend["name"] for backend in found["backends"]} >= {"reference", "cpu"}
-    if _native.load() is not None:
-        assert found["machine"]["isa"] == _native.isa()
+    if native.load() is not None:
+        assert found["machine"]["isa"] == native.isa()
 
 
 MAIN = "import sys; from sparsekern.__main__ import main; sys.exit(main())"

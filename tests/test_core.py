@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern import _info, _native
+from sparsekern import info as _info
+from sparsekern.kernels import native as _native
 
 ROOT = Path(__file__).parents[1]
 WITHOUT = "import runpy, sys; sys.modules['sparsekern._C'] = None; "

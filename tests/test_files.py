@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import sparsekern
-from sparsekern import _files
-from sparsekern._files import load_plain, opened, parse_json, read_plain, replacing, save_plain, target
-from sparsekern.integrations._trainers import from_text, to_text
+from sparsekern.files import atomic
+from sparsekern.files.atomic import load_plain, opened, parse_json, read_plain, replacing, save_plain, target
+from sparsekern.integrations.trainers import from_text, to_text
 from sparsekern.recipes.checkpoint import load_backbone, save_checkpoint
 
 
@@ -175,7 +175,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(
 
 
 def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_files, "_flush", full)
+    monkeypatch.setattr(atomic, "_flush", full)
     with pytest.raises(OSError, match="path: cannot write .*a.txt': No space left") as caught:
         write(tmp_path / "a.txt")
     assert caught.value.errno == errno.ENOSPC

@@ -19,8 +19,8 @@ MODULES = [
     "sparsekern.nn",
     "sparsekern.optim",
     "sparsekern.prune",
-    "sparsekern.prune.allocate",
-    "sparsekern.prune.criteria",
+    "sparsekern.prune.decide.allocate",
+    "sparsekern.prune.decide.criteria",
 ]
 
 

@@ -28,7 +28,7 @@ from benchmarks.method.arms import ARMS
 from benchmarks.method.latency import measure
 from benchmarks.method.runs import MODELS, STAGES, Study, queue
 from benchmarks.method.sets import find_sets
-from sparsekern._files import replacing
+from sparsekern.files.atomic import replacing
 
 RESULTS = Path(__file__).parents[1] / "results" / "method.jsonl"
 console = Console(stderr=True, highlight=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sparsekern import Pruner, allocate, criteria
-from sparsekern.prune.allocate import Allocator, Global
-from sparsekern.prune.criteria import Criterion, GradientCount, Redundancy, Shuffled, Taylor
+from sparsekern.prune.decide.allocate import Allocator, Global
+from sparsekern.prune.decide.criteria import Criterion, GradientCount, Redundancy, Shuffled, Taylor
 
 # Arguments of the Pruner that no arm sets.
 SCHEDULE = ("warmup", "finish", "events", "penalty", "exact")
@@ -25,7 +25,7 @@ class Arm:
         about: what it does, for the report.
         select: the criterion of a pruned training by its seed; None where nothing is pruned.
         allocate: the allocator of a pruned training.
-        fused: norms compute their activations (`sparsekern.nn.fuse`).
+        fused: norms compute their activations (`sparsekern.fusion.fuse`).
         widths: of a network that is not pruned. `"uniform"`: every layer is scaled alike, `"flat"`: all
             layers are equally wide, both at the MACs of the budget. `"default"`: what the default of the same
             seed ends with. `"multiplier"`: the network's own factor on its widths.

@@ -136,7 +136,7 @@ def train(
     model, own = network(arm, settings, keep, seed, default)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if arm.fused:
-        sparsekern.nn.fuse(model, example(settings))
+        sparsekern.fusion.fuse(model, example(settings))
     model.train()
     rate, decay = settings.lr, settings.weight_decay
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED), use_buffers=True)

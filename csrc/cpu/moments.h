@@ -5,7 +5,7 @@
 
 namespace sparsekern {
 
-// The arrays of a RowTable that make up its channels (sparsekern/_rows.py).
+// The arrays of a RowTable that make up its channels (sparsekern/kernels/rows.py).
 struct ChannelArrays {
   int64_t channels, gates, rows;
   const int64_t* gate_offsets;  // [channels + 1]

@@ -8,7 +8,7 @@
 
 namespace sparsekern {
 
-// Data and vectors as in sparsekern/backends/reference_norm.py. Element (o, c, i) of the data is at
+// Data and vectors as in sparsekern/kernels/backends/reference/norm_act.py. Element (o, c, i) of the data is at
 // (o * channels + c) * inner + i. Vectors have one number per channel, of the compute type unless said otherwise; null
 // where there is none.
 struct NormCall {

@@ -1,4 +1,4 @@
-// The contract between Python (sparsekern/_cuda.py mirrors it) and the CUDA library: a stateless one with a C
+// The contract between Python (sparsekern/kernels/native/cuda_library.py mirrors it) and the CUDA library: a stateless one with a C
 // interface. Memory of every kind is Python's; nothing here allocates, waits for the device or reads from it.
 #pragma once
 

@@ -1,5 +1,5 @@
 // What follows a normalisation, and its gradient, in the order of operations of the reference
-// (sparsekern/backends/reference_norm.py). Comparisons are such that NaN stays NaN.
+// (sparsekern/kernels/backends/reference/norm_act.py). Comparisons are such that NaN stays NaN.
 #pragma once
 
 #include "numbers.cuh"

@@ -11,10 +11,10 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from sparsekern import _ops
-from sparsekern._rows import Rows
-from sparsekern.backends import reference
 from sparsekern.bench.problem import Problem
+from sparsekern.kernels import ops as _ops
+from sparsekern.kernels.backends import reference
+from sparsekern.kernels.rows import Rows
 
 Run = Callable[[], Any]
 Call = Callable[[Problem], Run]

@@ -14,11 +14,11 @@ class Case:
     """One comparison with torch.
 
     Attributes:
-        op: a key of :data:`sparsekern.bench.contests.OPS`: an op of ``sparsekern._ops`` by its name, a
+        op: a key of :data:`sparsekern.bench.comparisons.OPS`: an op of ``sparsekern.kernels.ops`` by its name, a
             whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
         tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`, for ``norm_act*``
             of ``LAYERS`` in :mod:`sparsekern.bench.norm`.
-        backend: of :mod:`sparsekern.backends`.
+        backend: of :mod:`sparsekern.kernels.backends`.
         dtype: of parameters, gradients and state.
         masked: share of the channels that are masked, in [0, 1]; None without a table of rows.
         quick: whether it is one of the short selection.

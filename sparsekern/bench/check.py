@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sparsekern import backends
-from sparsekern._rows import COUNT, DOT, GRAD_SQ, WEIGHT_SQ, RowTable
-from sparsekern.backends.tolerance import (
+from sparsekern.bench.problem import Problem
+from sparsekern.kernels import backends
+from sparsekern.kernels.backends.tolerance import (
     BLEND_ROUNDINGS,
     EPS,
     SUM_ROUNDINGS,
     THRESHOLD_ROUNDINGS,
     UPDATE_ULPS,
 )
-from sparsekern.bench.problem import Problem
+from sparsekern.kernels.rows import COUNT, DOT, GRAD_SQ, WEIGHT_SQ, RowTable
 
 
 @contextmanager

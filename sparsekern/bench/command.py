@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sparsekern._files import replacing
 from sparsekern.bench import compare, show
 from sparsekern.bench.cases import Case, select
 from sparsekern.bench.suite import WRONG, Report, Suite
+from sparsekern.files.atomic import replacing
 
 # How often tensors are placed anew, and how many rounds are timed with each.
 PLACEMENTS, ROUNDS = 4, 4

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekern._files import parse_json
-from sparsekern.bench.contest import OURS
+from sparsekern.bench.comparison import OURS
 from sparsekern.bench.suite import FORMAT, TIMED
+from sparsekern.files.atomic import parse_json
 
 # What a case may differ by in another process with the same code. On a busy machine one in twenty differs by
 # more (see benchmarks/results/bench-repeat.txt).

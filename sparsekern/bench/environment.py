@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import sparsekern
-from sparsekern import _info
+from sparsekern import info
 
 # Options of glibc's mallopt with its own defaults (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -44,7 +44,7 @@ def kept_memory() -> Iterator[str]:
 
 def environment() -> dict[str, Any]:
     """Machine, versions, threads and commit, as plain data."""
-    machine, versions = _info.machine(), _info.versions()
+    machine, versions = info.machine(), info.versions()
     return {
         "machine": machine["cpu"],
         "isa": machine["isa"],

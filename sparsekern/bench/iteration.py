@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from sparsekern import optim
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import difference, differing, forced
-from sparsekern.bench.contest import OURS, Contest
+from sparsekern.bench.comparison import OURS, Contest
 from sparsekern.bench.networks import NETWORKS
 from sparsekern.bench.problem import Problem
-from sparsekern.nn import fuse
+from sparsekern.fusion import fuse
 from sparsekern.prune import Pruner
-from sparsekern.prune.criteria import GradientCount, Taylor
+from sparsekern.prune.decide.criteria import GradientCount, Taylor
 
 # Gradients of two implementations of a network, as a share of the largest of their tensor.
 GRADIENTS = 1e-3

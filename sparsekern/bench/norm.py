@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsekern._counts import ChannelCounts
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import differing
-from sparsekern.bench.contest import OURS, Contest
-from sparsekern.modules import NormAct2d
+from sparsekern.bench.comparison import OURS, Contest
+from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.nn import NormAct2d
 
 EAGER = "torch eager"
 

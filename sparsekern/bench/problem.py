@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern import optim
-from sparsekern._rows import RowTable
 from sparsekern.bench.cases import Case
 from sparsekern.bench.networks import NETWORKS, SHAPES, graph
-from sparsekern.prune.masking import Masks
-from sparsekern.prune.statistics import ChannelRows
+from sparsekern.kernels.rows import RowTable
+from sparsekern.prune.state.masking import Masks
+from sparsekern.prune.state.statistics import ChannelRows
 
 MakeOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
 

@@ -10,9 +10,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsekern._files import replacing
-from sparsekern.bench.contest import OURS
+from sparsekern.bench.comparison import OURS
 from sparsekern.bench.suite import Report, Result
+from sparsekern.files.atomic import replacing
 from sparsekern.report.runs import BLUE, GREY, MISSED, ORANGE, SKY, STYLE
 
 _COLOURS = {OURS: BLUE, "torch fused": ORANGE, "torch foreach": GREY, "reference": SKY}

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsekern.bench.compare import Change
-from sparsekern.bench.contest import OURS
+from sparsekern.bench.comparison import OURS
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG, Report, Result
 
 WIDTH = 160

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsekern import backends
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import forced
-from sparsekern.bench.contest import OURS, Contest
-from sparsekern.bench.contests import build
+from sparsekern.bench.comparison import OURS, Contest
+from sparsekern.bench.comparisons import build
 from sparsekern.bench.environment import environment, kept_memory
 from sparsekern.bench.stream import ACCESSES, ELEMENTS, Stream
 from sparsekern.bench.timing import SHORTEST, Spread, interleaved, ratios
+from sparsekern.kernels import backends
 
 FORMAT = 1
 TIMED, WRONG, ABSENT = "timed", "wrong", "absent"

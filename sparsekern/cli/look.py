@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparsekern import _info
+from sparsekern import info as _info
 from sparsekern.cli.app import Threads, app, console, number_or_text, set_threads
 
 
@@ -49,8 +49,8 @@ def inspect(
 ) -> None:
     """Show what of a network can be pruned: its groups, what they cost, and a plan by their weights."""
     from sparsekern.graph import trace
-    from sparsekern.prune.criteria import Magnitude
-    from sparsekern.prune.statistics import of_weights
+    from sparsekern.prune.decide.criteria import Magnitude
+    from sparsekern.prune.state.statistics import of_weights
     from sparsekern.report import picture, tables
     from sparsekern.report.inspect import find_model, make_input, plan_by_weights
 

@@ -23,7 +23,6 @@ from sparsekern.cli.app import (
 from sparsekern.cli.config import Config
 from sparsekern.cli.options import check_epochs, given, settings_of, steps_of, with_settings
 from sparsekern.cli.progress import progress
-from sparsekern.demo import demonstrate
 from sparsekern.recipes.checkpoint import load_backbone
 from sparsekern.recipes.classes import ClassTable
 from sparsekern.recipes.devices import find_device
@@ -32,6 +31,7 @@ from sparsekern.recipes.run import Result, check_counts, check_out, execute
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.synthetic import find, load, named, table_of
 from sparsekern.report import runs as report
+from sparsekern.report.demo import demonstrate
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --out.")]
 

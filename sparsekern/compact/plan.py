@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsekern._files import parse_json
-from sparsekern._schema import describe
+from sparsekern.files.atomic import parse_json
+from sparsekern.files.schema import describe
 
 if TYPE_CHECKING:
     from sparsekern.graph import ChannelGraph

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from sparsekern._sharding import check_plain, unwrap
-from sparsekern.compact._atomic import all_or_nothing
-from sparsekern.compact._attributes import update_attributes
+from sparsekern.compact.attributes import update_attributes
 from sparsekern.compact.optimizer_state import StateCutter, prepare_state
-from sparsekern.compact.parallel import Rebuilding, check_rebuildable, wrappers_of
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import Registered, cut, match, registered, remember
+from sparsekern.compact.transaction import all_or_nothing
+from sparsekern.distributed.data_parallel import Rebuilding, check_rebuildable, wrappers_of
+from sparsekern.distributed.tensors import check_plain, unwrap
 from sparsekern.optim import Unwrapped
 
 

@@ -15,9 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekern._files import check_name, opened, parse_json, replacing, target
-from sparsekern._schema import TEXT, Entries, Fields, Items, Row, Whole
-from sparsekern._sharding import unwrap
 from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
     Registered,
@@ -30,6 +27,9 @@ from sparsekern.compact.surgery import (
     remember,
     shapes_of,
 )
+from sparsekern.distributed.tensors import unwrap
+from sparsekern.files.atomic import check_name, opened, parse_json, replacing, target
+from sparsekern.files.schema import TEXT, Entries, Fields, Items, Row, Whole
 
 FORMAT = "sparsekern.model"
 VERSION = "1"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sparsekern._sharding import copy_module, is_sharded, settle, unwrap, whole
-from sparsekern.compact._attributes import update_attributes
-from sparsekern.compact._load_hooks import forget_listeners
+from sparsekern.compact.attributes import update_attributes
+from sparsekern.compact.load_hooks import forget_listeners
 from sparsekern.compact.plan import Plan, TensorPlan, check_shapes, shorten
+from sparsekern.distributed.tensors import copy_module, is_sharded, settle, unwrap, whole
 
 # Text, not an object: a pickled compact module then opens without this package.
 _PLAN_ATTRIBUTE = "_sparsekern_plan"

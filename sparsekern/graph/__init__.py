@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
-from .cost import Cost
-from .dry_run import dry_run
-from .rules import register_rule
-from .trace import trace
+from sparsekern.graph.channels import ChannelGraph, Gates, Group, Note, TensorSlots
+from sparsekern.graph.cost import Cost
+from sparsekern.graph.propagate.rules import register_rule
+from sparsekern.graph.prove.dry_run import dry_run
+from sparsekern.graph.trace import trace
 
 __all__ = [
     "ChannelGraph",

@@ -7,13 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from .channels import ChannelGraph, Gates, Group, Note, TensorSlots
-from .cost import CostBuilder, CostModel
-from .interpret import Tracked
-from .numbering import Numbering, row_ids
-from .operations import Operation
-from .records import Producer, Records
-from .slots import Slots
+from sparsekern.graph.channels import ChannelGraph, Gates, Group, Note, TensorSlots
+from sparsekern.graph.cost import CostBuilder, CostModel
+from sparsekern.graph.propagate.interpret import Tracked
+from sparsekern.graph.propagate.numbering import Numbering, row_ids
+from sparsekern.graph.propagate.operations import Operation
+from sparsekern.graph.propagate.records import Producer, Records
+from sparsekern.graph.propagate.slots import Slots
 
 _NO_CHANNELS = "no layer makes or reads channels along it"
 

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .cost import MEASURES, Cost, CostModel
-from .operations import Operation
+from sparsekern.graph.cost import MEASURES, Cost, CostModel
+from sparsekern.graph.propagate.operations import Operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +222,7 @@ class ChannelGraph:
         return lines or [f"{name}: stays: has a single element in every dimension"]
 
     def __str__(self) -> str:
-        from .table import describe
+        from sparsekern.graph.table import describe
 
         return describe(self)
 

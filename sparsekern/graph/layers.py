@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsekern.modules import MultiheadAttention
+from sparsekern.nn import MultiheadAttention
 
 Sizes = dict[str, int | tuple[int, ...]]
 
@@ -196,7 +196,7 @@ def own_numbers(module: nn.Module) -> dict[str, int]:
     Torch's own layers and ours are brought in line by kind. What every module has, what is private to
     Python, and what a property or another descriptor stands in front of, is never a count.
     """
-    if type(module).__module__.startswith(("torch.nn.", "sparsekern.modules.")):
+    if type(module).__module__.startswith(("torch.nn.", "sparsekern.nn.")):
         return {}
     return {
         name: value

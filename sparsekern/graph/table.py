@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .channels import ChannelGraph, Group
+    from sparsekern.graph.channels import ChannelGraph, Group
 
 _MOST_REASONS = 12
 

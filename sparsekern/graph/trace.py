@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from .attributes import follow
-from .build import build
-from .capture import Capture, Registered, arguments, capture, inner_module, lightly
-from .channels import ChannelGraph
-from .interpret import Interpreter, Tracked
-from .numbering import number
-from .readings import Round, best_reading
-from .recheck import faults
-from .records import Records
-from .slots import Slots
+from sparsekern.graph.build import build
+from sparsekern.graph.capture.export import Capture, Registered, arguments, capture, inner_module, lightly
+from sparsekern.graph.channels import ChannelGraph
+from sparsekern.graph.propagate.attributes import follow
+from sparsekern.graph.propagate.interpret import Interpreter, Tracked
+from sparsekern.graph.propagate.numbering import number
+from sparsekern.graph.propagate.records import Records
+from sparsekern.graph.propagate.slots import Slots
+from sparsekern.graph.propagate.split_interpretations import Round, best_reading
+from sparsekern.graph.prove.recheck import faults
 
 _PROTECTED = "protected by the user"
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsekern.compact import Plan, plan_of, shrink
-from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
+from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
 from sparsekern.recipes._torchvision import blame, warn_of_mismatch  # has to come before lightning
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from sparsekern.integrations._trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
+from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
 from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune import Pruner
 

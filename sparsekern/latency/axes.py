@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsekern.graph import ChannelGraph
-from sparsekern.graph.operations import Operation
+from sparsekern.graph.propagate.operations import Operation
 
 # Widths at which an op is timed along one axis.
 POINTS = 5

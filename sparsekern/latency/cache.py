@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from sparsekern._files import check_name, opened, parse_json, replacing
-from sparsekern._machine import cpu_name
-from sparsekern._schema import TEXT, Entries, Real
+from sparsekern.files.atomic import check_name, opened, parse_json, replacing
+from sparsekern.files.schema import TEXT, Entries, Real
+from sparsekern.kernels.native.machine import cpu_name
 
 FORMAT = "sparsekern.latency"
 VERSION = 1

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.graph.operations import Constant, Operand, Operation
+from sparsekern.graph.propagate.operations import Constant, Operand, Operation
 
 # What a wrong number of channels raises, whoever looks first.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)

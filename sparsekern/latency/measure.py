@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern._sharding import unwrap
 from sparsekern.compact.verify import as_arguments
+from sparsekern.distributed.tensors import unwrap
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
 from sparsekern.latency.cache import Cache, directory

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.graph.operations import Operand, Operation
+from sparsekern.graph.propagate.operations import Operand, Operation
 from sparsekern.latency.calls import FAILURES, Call
 from sparsekern.latency.timing import Stopwatch
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsekern.compact import compact, make_plan
 from sparsekern.graph import ChannelGraph
-from sparsekern.graph.operations import Operation
+from sparsekern.graph.propagate.operations import Operation
 from sparsekern.latency.cache import Cache
 from sparsekern.latency.calls import Call
 from sparsekern.latency.model import LatencyModel

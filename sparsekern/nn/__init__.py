@@ -1,19 +1,22 @@
-"""What a model can be made of, and the fusion of what it is made of."""
+"""Modules that stand in for torch's."""
 
-from sparsekern.modules import MultiheadAttention as MultiheadAttention
-from sparsekern.modules import NormAct2d as NormAct2d
-from sparsekern.nn.fuse import Fusion as Fusion
-from sparsekern.nn.fuse import fuse as fuse
-from sparsekern.nn.fuse import unfuse as unfuse
+from __future__ import annotations
 
-__all__ = [
-    "Fusion",
-    "MultiheadAttention",
-    "NormAct2d",
-    "fuse",
-    "unfuse",
-]
+import importlib
+import warnings
+from typing import Any
+
+from sparsekern.nn.attention import MultiheadAttention as MultiheadAttention
+from sparsekern.nn.norm_act import FusedActivation as FusedActivation
+from sparsekern.nn.norm_act import NormAct2d as NormAct2d
 
 
-def __dir__() -> list[str]:
-    return __all__
+def __getattr__(name: str) -> Any:
+    if name in ("Fusion", "fuse", "unfuse"):
+        warnings.warn(
+            f"sparsekern.nn.{name} has moved to sparsekern.fusion.{name}; the old name goes in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module("sparsekern.fusion"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

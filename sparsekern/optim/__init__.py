@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from sparsekern._rows import RowTable
-from sparsekern.optim._base import Attachment as Attachment
-from sparsekern.optim._base import RowOptimizer
-from sparsekern.optim._lists import state_tensors as state_tensors
+from sparsekern.kernels.rows import RowTable
 from sparsekern.optim.adam import Adam as Adam
 from sparsekern.optim.adam import AdamW as AdamW
+from sparsekern.optim.base import Attachment as Attachment
+from sparsekern.optim.base import RowOptimizer
 from sparsekern.optim.hooks import RowHooks as RowHooks
 from sparsekern.optim.hooks import attach_hooks
 from sparsekern.optim.in_backward import InBackward as InBackward
 from sparsekern.optim.in_backward import UsedGradient as UsedGradient
 from sparsekern.optim.in_backward import in_backward as in_backward
+from sparsekern.optim.lists import state_tensors as state_tensors
 from sparsekern.optim.sgd import SGD as SGD
 from sparsekern.optim.unwrap import Unwrapped as Unwrapped
 from sparsekern.optim.unwrap import unwrap_optimizer as unwrap_optimizer

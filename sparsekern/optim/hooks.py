@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsekern._ops import channel_moments_, row_mask_, row_statistics_
-from sparsekern._rows import Rows, RowTable
-from sparsekern._sharding import local
-from sparsekern.optim._lists import check_table, rate, state_tensors
+from sparsekern.distributed.tensors import local
+from sparsekern.kernels.ops import channel_moments_, row_mask_, row_statistics_
+from sparsekern.kernels.rows import Rows, RowTable
+from sparsekern.optim.lists import check_table, rate, state_tensors
 
 StepArguments = tuple[tuple[Any, ...], dict[str, Any]] | None
 

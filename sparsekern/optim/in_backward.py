@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsekern.optim._base import RowOptimizer
+from sparsekern.optim.base import RowOptimizer
 from sparsekern.optim.unwrap import unwrap_optimizer
 
 _working: weakref.WeakSet[Optimizer] = weakref.WeakSet()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparsekern._ops import sgd_step_
-from sparsekern.optim._base import RowOptimizer
-from sparsekern.optim._lists import TensorList, rate
+from sparsekern.kernels.ops import sgd_step_
+from sparsekern.optim.base import RowOptimizer
+from sparsekern.optim.lists import TensorList, rate
 
 _BUFFER = "momentum_buffer"
 

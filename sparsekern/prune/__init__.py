@@ -1,7 +1,7 @@
 """Pruning: from statistics to masks."""
 
-from sparsekern.prune import allocate as allocate
-from sparsekern.prune import criteria as criteria
+from sparsekern.prune.decide import allocate as allocate
+from sparsekern.prune.decide import criteria as criteria
 from sparsekern.prune.once import prune_once as prune_once
 from sparsekern.prune.pruner import Pruner as Pruner
 from sparsekern.prune.recalibrate import recalibrate as recalibrate

@@ -11,14 +11,14 @@ import numpy as np
 from torch import nn
 
 from sparsekern.compact import Plan
-from sparsekern.compact._atomic import all_or_nothing
 from sparsekern.compact.plan import make_plan
+from sparsekern.compact.transaction import all_or_nothing
 from sparsekern.graph.cost import Cost
-from sparsekern.prune.allocate import Uniform
-from sparsekern.prune.decision import Policy
-from sparsekern.prune.network import Network
+from sparsekern.prune.decide.allocate import Uniform
+from sparsekern.prune.decide.policy import Policy
 from sparsekern.prune.probe import Loss, Trial, state_bytes, time_steps, trying
 from sparsekern.prune.schedule import Schedule
+from sparsekern.prune.state.network import Network
 
 # Sizes at which steps are timed; what lies between is interpolated.
 _POINTS = 4

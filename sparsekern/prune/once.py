@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import latency
-from sparsekern._ops import channel_moments_, row_statistics_
-from sparsekern._rows import RowTable
-from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, compact, make_plan
-from sparsekern.prune import criteria
-from sparsekern.prune.activations import Activations
-from sparsekern.prune.allocate import WITHOUT_DATA, Allocator, Problem
-from sparsekern.prune.budget import (
+from sparsekern.distributed.tensors import unwrap
+from sparsekern.kernels.ops import channel_moments_, row_statistics_
+from sparsekern.kernels.rows import RowTable
+from sparsekern.prune.calibration import Calibration, ForwardLoss, Loss
+from sparsekern.prune.decide import criteria
+from sparsekern.prune.decide.allocate import WITHOUT_DATA, Allocator, Problem
+from sparsekern.prune.decide.budget import (
     Unit,
     check_keep,
     check_unit,
@@ -29,12 +29,12 @@ from sparsekern.prune.budget import (
     resolve_floors,
     round_to_choices,
 )
-from sparsekern.prune.calibration import Calibration, ForwardLoss, Loss
-from sparsekern.prune.masking import Masks
-from sparsekern.prune.names import resolve_allocate, resolve_select
+from sparsekern.prune.decide.names import resolve_allocate, resolve_select
 from sparsekern.prune.preparation import check_counted, prunable_graph
 from sparsekern.prune.recalibrate import remeasure
-from sparsekern.prune.statistics import ChannelRows, gather, weigh
+from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.masking import Masks
+from sparsekern.prune.state.statistics import ChannelRows, gather, weigh
 
 # So close to 1 that the exponential means over some batches are plain means within a few percent.
 DECAY = 0.999

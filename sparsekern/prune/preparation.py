@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph, dry_run, trace
-from sparsekern.prune import criteria
-from sparsekern.prune.activations import Activations
+from sparsekern.prune.decide import criteria
+from sparsekern.prune.state.activations import Activations
 
 NONFINITE = ("ignore", "raise")
 
@@ -33,7 +33,7 @@ def check_counted(select: criteria.Criterion, activations: Activations) -> None:
     if select.needs_activations and not len(activations):
         raise ValueError(
             f"select: got {select!r} for a model without a NormAct2d that has channels to prune, expected "
-            f"sparsekern.nn.fuse(model, example_inputs) before, or level='weight'"
+            f"sparsekern.fusion.fuse(model, example_inputs) before, or level='weight'"
         )
 
 
@@ -47,7 +47,7 @@ def prunable_graph(
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and those that a dry run found wanting.
 
-    ``trained`` is that of :func:`sparsekern.prune.statistics.trained_by`.
+    ``trained`` is that of :func:`sparsekern.prune.state.statistics.trained_by`.
 
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no

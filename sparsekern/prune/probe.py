@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekern.compact import Plan, compact
 from sparsekern.compact.verify import as_arguments, leaves
-from sparsekern.graph.hooks import drop_hooks
+from sparsekern.graph.capture.hooks import drop_hooks
 from sparsekern.prune.calibration import ForwardLoss, check_losses, moved
 
 Loss = Callable[[nn.Module], Tensor]

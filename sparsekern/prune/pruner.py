@@ -12,38 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern._sharding import unwrap
 from sparsekern.compact import Plan, check_cuttable, compact, make_plan
-from sparsekern.compact._atomic import all_or_nothing, uninterrupted
 from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.transaction import all_or_nothing, uninterrupted
 from sparsekern.compact.verify import as_arguments
+from sparsekern.distributed.ranks import Ranks
+from sparsekern.distributed.tensors import unwrap
 from sparsekern.graph import ChannelGraph
 from sparsekern.optim import unwrap_optimizer
-from sparsekern.prune import criteria, progress
-from sparsekern.prune.allocate import Allocator
-from sparsekern.prune.budget import (
-    Unit,
-    check_keep,
-    check_unit,
-    resolve_floors,
-    round_to_choices,
-)
 from sparsekern.prune.calibration import ForwardLoss
-from sparsekern.prune.decision import Policy
-from sparsekern.prune.events import Events, unfinished
-from sparsekern.prune.finite import GradientCheck
+from sparsekern.prune.decide import criteria
+from sparsekern.prune.decide.allocate import Allocator
+from sparsekern.prune.decide.budget import Unit, check_keep, check_unit, resolve_floors, round_to_choices
+from sparsekern.prune.decide.names import resolve_allocate, resolve_select
+from sparsekern.prune.decide.policy import Policy
 from sparsekern.prune.forecast import Forecast, forecast
-from sparsekern.prune.masking import Masks
-from sparsekern.prune.names import resolve_allocate, resolve_select
-from sparsekern.prune.network import Network
 from sparsekern.prune.optimizer_check import StateCheck, check_state
 from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
 from sparsekern.prune.probe import loss_to_time
-from sparsekern.prune.ranks import Ranks
-from sparsekern.prune.resume import Resumable
+from sparsekern.prune.run import progress
+from sparsekern.prune.run.events import Events, unfinished
+from sparsekern.prune.run.watch import Watch, abandoned
+from sparsekern.prune.save.resume import Resumable
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.statistics import ChannelRows, trained_by
-from sparsekern.prune.watch import Watch, abandoned
+from sparsekern.prune.state.finite import GradientCheck
+from sparsekern.prune.state.masking import Masks
+from sparsekern.prune.state.network import Network
+from sparsekern.prune.state.statistics import ChannelRows, trained_by
 
 
 class Pruner(Resumable):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .data import STD, Split, normalise
+from sparsekern.recipes.data import STD, Split, normalise
 
 # Strongest change of contrast (a factor) and of brightness (a share of the full range).
 CONTRAST = 0.2

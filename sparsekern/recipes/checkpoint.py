@@ -11,10 +11,21 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import has_checksums, read_plain, replacing, save_plain
-from .._schema import NOTHING, PLAIN, TEXT, Anything, Either, Entries, Fields, Items, Kind, Whole
-from ..prune.content import GENERATORS, OPTIMIZER, STATE
-from .errors import InputError
+from sparsekern.files.atomic import has_checksums, read_plain, replacing, save_plain
+from sparsekern.files.schema import (
+    NOTHING,
+    PLAIN,
+    TEXT,
+    Anything,
+    Either,
+    Entries,
+    Fields,
+    Items,
+    Kind,
+    Whole,
+)
+from sparsekern.prune.state.content import GENERATORS, OPTIMIZER, STATE
+from sparsekern.recipes.errors import InputError
 
 FORMAT = "sparsekern checkpoint 1"
 

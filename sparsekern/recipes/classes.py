@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import VOID
-from .errors import InputError
+from sparsekern.recipes.data import VOID
+from sparsekern.recipes.errors import InputError
 
 FILES = ("classes.csv", "classes.json", "classes.txt", "class_dict.csv")
 VOID_NAMES = ("void", "ignore", "unlabeled", "unlabelled")

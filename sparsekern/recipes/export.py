@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import sparsekern
-from sparsekern._files import replacing, target
+from sparsekern.files.atomic import replacing, target
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.predict import Segmenter
 

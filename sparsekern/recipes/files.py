@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from .errors import InputError
+from sparsekern.recipes.errors import InputError
 
 MODEL, CHECKPOINT, RUN = "model.safetensors", "checkpoint.pt", "run.json"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError, listing
-from .images import EXTENSIONS
+from sparsekern.recipes.errors import InputError, listing
+from sparsekern.recipes.images import EXTENSIONS
 
 LAYOUT = (
     "DIR/{train,val,test}/{images,masks}/NAME.png, DIR/{images,masks}/NAME.png, or a CSV list with the "

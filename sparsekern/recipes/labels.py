@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .classes import ClassTable
-from .data import VOID
-from .errors import InputError, listing
-from .images import Raw
+from sparsekern.recipes.classes import ClassTable
+from sparsekern.recipes.data import VOID
+from sparsekern.recipes.errors import InputError, listing
+from sparsekern.recipes.images import Raw
 
 GREY = 0x010101  # a grey value times this is its colour
 CODES = 256  # a code takes a byte

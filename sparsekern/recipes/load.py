@@ -12,13 +12,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .classes import ClassTable, find_table, load_table
-from .data import Data, Split
-from .errors import InputError, listing
-from .folder import Pair, deal, find_pairs
-from .images import Raw, image_size, read_image, read_mask, scaled
-from .labels import Coder
-from .settings import Settings
+from sparsekern.recipes.classes import ClassTable, find_table, load_table
+from sparsekern.recipes.data import Data, Split
+from sparsekern.recipes.errors import InputError, listing
+from sparsekern.recipes.folder import Pair, deal, find_pairs
+from sparsekern.recipes.images import Raw, image_size, read_image, read_mask, scaled
+from sparsekern.recipes.labels import Coder
+from sparsekern.recipes.settings import Settings
 
 READERS = 8  # threads; Pillow decodes without the interpreter's lock
 BYTES = 4  # of a pixel in memory: RGB and its class

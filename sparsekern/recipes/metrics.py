@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._torchmetrics import MulticlassConfusionMatrix
-from .data import COARSEST, VOID, Split, normalise
-from .errors import InputError
-from .networks import Padded
-from .networks import output_channels as output_channels
+from sparsekern.recipes._torchmetrics import MulticlassConfusionMatrix
+from sparsekern.recipes.data import COARSEST, VOID, Split, normalise
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.networks import Padded
+from sparsekern.recipes.networks import output_channels as output_channels
 
 
 class Scores(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparsekern._files import replacing
 from sparsekern.compact.store import read
+from sparsekern.files.atomic import replacing
 from sparsekern.recipes.classes import ClassTable
 from sparsekern.recipes.data import MEAN, STD, Data, Split, normalise
 from sparsekern.recipes.devices import find_device

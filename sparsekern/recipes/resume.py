@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_checkpoint
-from .errors import InputError
-from .files import CHECKPOINT, RUN
-from .settings import Settings
-from .synthetic import PREFIX
+from sparsekern.recipes.checkpoint import load_checkpoint
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.files import CHECKPOINT, RUN
+from sparsekern.recipes.settings import Settings
+from sparsekern.recipes.synthetic import PREFIX
 
 # Arguments of a run beside its settings that a resumed one takes over.
 REMEMBERED = ("data", "classes_file", "backbone", "threads", "checkpoint_every")

@@ -16,21 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern
-from sparsekern import _info
+from sparsekern import info
 from sparsekern._copying import copied
-
-from .._files import replacing
-from .checkpoint import save_checkpoint
-from .data import COARSEST, Data, normalise
-from .errors import InputError, Stopped
-from .files import CHECKPOINT, MODEL, RUN, begin_results, check_free, check_writable
-from .interrupt import deferred
-from .measure import latency, macs, parameters
-from .metrics import count_confusion, scores, scores_by_class
-from .networks import Padded
-from .resume import Saved, remember
-from .settings import Settings, build_model
-from .train import History, Step, Trainer
+from sparsekern.files.atomic import replacing
+from sparsekern.recipes.checkpoint import save_checkpoint
+from sparsekern.recipes.data import COARSEST, Data, normalise
+from sparsekern.recipes.errors import InputError, Stopped
+from sparsekern.recipes.files import CHECKPOINT, MODEL, RUN, begin_results, check_free, check_writable
+from sparsekern.recipes.interrupt import deferred
+from sparsekern.recipes.measure import latency, macs, parameters
+from sparsekern.recipes.metrics import count_confusion, scores, scores_by_class
+from sparsekern.recipes.networks import Padded
+from sparsekern.recipes.resume import Saved, remember
+from sparsekern.recipes.settings import Settings, build_model
+from sparsekern.recipes.train import History, Step, Trainer
 
 # Longest time without a checkpoint: so much work is lost at most where a process is killed.
 CHECKPOINT_SECONDS = 120.0
@@ -300,8 +299,8 @@ def _write_json(path: Path, arguments: Mapping[str, Any], result: Result) -> Non
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()},
         "settings": result.settings.to_json(),
         "remembered": remember(arguments),
-        "versions": _info.versions(),
-        "machine": _info.machine(),
+        "versions": info.versions(),
+        "machine": info.machine(),
         "figures": result.figures,
         "history": vars(result.history),
     }

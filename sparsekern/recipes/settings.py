@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import criteria
-from sparsekern.prune.budget import UNITS, check_keep, check_unit
-from sparsekern.prune.names import ALLOCATORS, resolve_select
+from sparsekern.prune.decide.budget import UNITS, check_keep, check_unit
+from sparsekern.prune.decide.names import ALLOCATORS, resolve_select
 from sparsekern.prune.schedule import Schedule
 from sparsekern.recipes.data import MEAN, STD
 from sparsekern.recipes.devices import AMP

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._schema import Anything, Fields, Items, Kind, OneOf, Whole, like
-from ..prune.checkpoint import check_training, in_own_memory
-from ..prune.content import STATE
-from ..prune.resume import check_run
-from .batches import Batches
-from .checkpoint import RUN
-from .data import Split
-from .devices import autocast, find_device, grad_scaler
-from .errors import InputError
-from .metrics import Scores, SegmentationLoss, class_weights, count_confusion, scores
-from .resume import check_settings
-from .settings import Settings, build_model, build_optimizer, build_pruner
+from sparsekern.files.schema import Anything, Fields, Items, Kind, OneOf, Whole, like
+from sparsekern.prune.save.checkpoint import check_training, in_own_memory
+from sparsekern.prune.save.resume import check_run
+from sparsekern.prune.state.content import STATE
+from sparsekern.recipes.batches import Batches
+from sparsekern.recipes.checkpoint import RUN
+from sparsekern.recipes.data import Split
+from sparsekern.recipes.devices import autocast, find_device, grad_scaler
+from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.metrics import Scores, SegmentationLoss, class_weights, count_confusion, scores
+from sparsekern.recipes.resume import check_settings
+from sparsekern.recipes.settings import Settings, build_model, build_optimizer, build_pruner
 
 # How many points of a run's cost over time are kept.
 COST_POINTS = 100

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune.allocate import WITHOUT_DATA
-from sparsekern.prune.budget import check_keep, check_unit
-from sparsekern.prune.criteria import Magnitude
+from sparsekern.prune.decide.allocate import WITHOUT_DATA
+from sparsekern.prune.decide.budget import check_keep, check_unit
+from sparsekern.prune.decide.criteria import Magnitude
 from sparsekern.prune.once import task_of
-from sparsekern.prune.statistics import of_weights
+from sparsekern.prune.state.statistics import of_weights
 from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mismatch
 
 

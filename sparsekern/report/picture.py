@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from sparsekern._files import replacing
+from sparsekern.files.atomic import replacing
 from sparsekern.graph import ChannelGraph
 
 # Colours are Okabe and Ito's, which people with any colour vision can tell apart.

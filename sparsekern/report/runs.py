@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from .._files import replacing
+from sparsekern.files.atomic import replacing
 
 if TYPE_CHECKING:
-    from ..recipes.run import Result
+    from sparsekern.recipes.run import Result
 
 BLUE, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#56B4E9", "#9A9A9A"
 RUN_COLOURS = (ORANGE, BLUE)  # the first run of a comparison, the second

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsekern.bench import networks, norm
 from sparsekern.bench.cases import CASES, DEVICES, select
-from sparsekern.bench.contests import OPS
+from sparsekern.bench.comparisons import OPS
 
 
 def test_every_case_names_what_there_is() -> None:

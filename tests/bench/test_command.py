@@ -15,8 +15,8 @@ from PIL import Image
 
 import sparsekern
 from sparsekern import cli
-from sparsekern.backends import cpu
 from sparsekern.bench import cases, command, compare
+from sparsekern.kernels.backends import cpu
 
 
 @pytest.fixture

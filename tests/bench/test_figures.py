@@ -8,8 +8,8 @@ from bench.small import case, suite
 
 from sparsekern.bench import timing
 from sparsekern.bench.calls import ROW_BYTES
-from sparsekern.bench.contest import OURS
-from sparsekern.bench.contests import build
+from sparsekern.bench.comparison import OURS
+from sparsekern.bench.comparisons import build
 from sparsekern.bench.problem import Problem
 from sparsekern.bench.stream import Stream
 from sparsekern.bench.suite import TIMED

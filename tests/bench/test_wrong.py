@@ -11,14 +11,14 @@ import torch
 from bench.small import DTYPES, case, suite
 from torch import Tensor
 
-from sparsekern import _ops
-from sparsekern._rows import DOT, Rows
-from sparsekern.backends import cpu, reference
 from sparsekern.bench import check, iteration
 from sparsekern.bench.cases import Case
-from sparsekern.bench.contests import OPS, build, sides
+from sparsekern.bench.comparisons import OPS, build, sides
 from sparsekern.bench.problem import Problem
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG
+from sparsekern.kernels import ops as _ops
+from sparsekern.kernels.backends import cpu, reference
+from sparsekern.kernels.rows import DOT, Rows
 from sparsekern.optim import AdamW
 
 NORMS = ("norm_act", "norm_act_backward")

@@ -14,12 +14,12 @@ import pytest
 import torch
 from cuda.emulated import COMPILER, build, installed
 
-from sparsekern import _cuda
+from sparsekern.kernels.native import cuda_library
 
 collect_ignore: list[str] = []
 if not torch.cuda.is_available():
     collect_ignore += ["test_device.py", "test_norm_device.py"]
-if torch.cuda.is_available() or _cuda.load() is None:
+if torch.cuda.is_available() or cuda_library.load() is None:
     collect_ignore.append("test_without_gpu.py")
 if COMPILER is None:
     collect_ignore += ["test_emulated.py", "test_emulation.py", "test_norm_act.py"]

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
-from sparsekern import _cuda
-from sparsekern.backends import cuda, cuda_norm
-from sparsekern.backends._lists import Plans
+from sparsekern.kernels.backends import cuda
+from sparsekern.kernels.backends.cuda import norm_act as cuda_norm
+from sparsekern.kernels.backends.lists import Plans
+from sparsekern.kernels.native import cuda_library
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -36,7 +37,7 @@ def build(folder: Path) -> ctypes.CDLL:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             _compile(folder, path)
-    return _cuda.bind(path)
+    return cuda_library.bind(path)
 
 
 def _compile(folder: Path, path: Path) -> None:
@@ -60,12 +61,12 @@ def _compile(folder: Path, path: Path) -> None:
 def installed(library: ctypes.CDLL) -> Iterator[ModuleType]:
     """The backend module, working on CPU tensors with that library meanwhile."""
     library.emulation_order(0)
-    target = _cuda.Target(library, "cpu", 1)
+    target = cuda_library.Target(library, "cpu", 1)
     with (
         patch.object(cuda, "_target", target),
         patch.object(cuda_norm, "_target", target),
         patch.object(cuda, "_plans", Plans()),
-        patch.object(_cuda, "stream", lambda device: 0),
-        patch.object(_cuda, "capturing", lambda: False),
+        patch.object(cuda_library, "stream", lambda device: 0),
+        patch.object(cuda_library, "capturing", lambda: False),
     ):
         yield cuda

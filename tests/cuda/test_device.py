@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import DTYPES, LAYOUTS, OPS, Op, Problem, problem
-from ops.tolerance import assert_equal_step
+from kernels.cases import DTYPES, LAYOUTS, OPS, Op, Problem, problem
+from kernels.tolerance import assert_equal_step
 from torch import Tensor, nn
 
 import sparsekern
-from sparsekern import _cuda, backends
-from sparsekern._rows import RowTable
-from sparsekern.backends import reference
+from sparsekern.kernels import backends
+from sparsekern.kernels.backends import reference
+from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.rows import RowTable
 
 DEVICE = torch.device("cuda:0")
 
@@ -97,7 +98,7 @@ class _Training:
 
 def _launches() -> int:
     """Of CUDA kernels so far."""
-    library = _cuda.load()
+    library = cuda_library.load()
     return 0 if library is None else library.sparsekern_cuda_launches()
 
 

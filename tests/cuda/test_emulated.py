@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from ops import cases
-from ops.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, channel_arrays, problem
-from ops.tolerance import assert_equal_step
+from kernels import cases
+from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, channel_arrays, problem
+from kernels.tolerance import assert_equal_step
 
 import sparsekern
-from sparsekern import _cuda, _native, _ops
-from sparsekern._rows import RowTable
-from sparsekern.backends import reference
-from sparsekern.backends._addresses import Addresses
+from sparsekern.kernels import native
+from sparsekern.kernels import ops as _ops
+from sparsekern.kernels.backends import reference
+from sparsekern.kernels.backends.addresses import Addresses
+from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.rows import RowTable
 
 # Each of the ways that a tensor is cut: rows of a warp, of the block, in pieces; tiles of columns in pieces
 # of outer and of inner indices, of several rows and of one; lengths that no power of two divides.
@@ -191,7 +193,7 @@ def test_addresses_read_in_python(emulated: Any, monkeypatch: pytest.MonkeyPatch
     direct = problem(torch.float32, "channels_last", "some masked, some declining")
     around = direct.clone()
     _call(emulated, op, direct)
-    monkeypatch.setattr(_native, "exchanges", False)
+    monkeypatch.setattr(native, "exchanges", False)
     _call(emulated, op, around)
     for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
         assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))
@@ -222,8 +224,8 @@ def test_scratch_of_a_captured_graph_is_kept(emulated: Any, monkeypatch: pytest.
     _call(emulated, op, want)
     assert plan.scratch is scratch
     monkeypatch.setattr(emulated, "_captured", [])
-    monkeypatch.setattr(_cuda, "capturing", lambda: True)
-    monkeypatch.setattr(_cuda, "stream", lambda device: 5)
+    monkeypatch.setattr(cuda_library, "capturing", lambda: True)
+    monkeypatch.setattr(cuda_library, "stream", lambda device: 5)
     for _ in range(2):
         _call(emulated, op, want)
     assert plan.scratch is not scratch

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops.norm_cases import problem
-from ops.norm_elementwise import (
+from kernels.norm_cases import problem
+from kernels.norm_elementwise import (
     assert_backward,
     assert_far_from_zero,
     assert_forward,
@@ -17,9 +17,9 @@ from ops.norm_elementwise import (
 )
 from torch import Tensor
 
-from sparsekern import _cuda
-from sparsekern.backends import cuda_norm
-from sparsekern.backends.reference_norm import ACTIVATIONS
+from sparsekern.kernels.backends.cuda import norm_act as cuda_norm
+from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
+from sparsekern.kernels.native import cuda_library
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous_format", "channels_last", "permuted", "not aligned")
@@ -134,7 +134,7 @@ def test_launches(emulated: Any, training: bool, forward: int) -> None:
 def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fill = cuda_norm._call
 
-    def without_mean(x: Tensor, *arguments: Any, **options: Any) -> _cuda.Norm:
+    def without_mean(x: Tensor, *arguments: Any, **options: Any) -> cuda_library.Norm:
         call = fill(x, *arguments, **options)
         call.mean = None
         return call

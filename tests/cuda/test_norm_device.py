@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from ops.norm_cases import FORMATS, problem
-from ops.norm_elementwise import assert_backward, assert_forward
+from kernels.norm_cases import FORMATS, problem
+from kernels.norm_elementwise import assert_backward, assert_forward
 from torch import Tensor, nn
 
-from sparsekern import _cuda
-from sparsekern._counts import ChannelCounts
-from sparsekern.backends import cuda
-from sparsekern.backends.reference_norm import ACTIVATIONS
+from sparsekern.kernels.backends import cuda
+from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
+from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.native import cuda_library
 from sparsekern.nn import NormAct2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ class _OnDevice:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_parity(activation: str, dtype: torch.dtype, memory: str) -> None:
-    assert _cuda.why_not() is None, _cuda.why_not()
+    assert cuda_library.why_not() is None, cuda_library.why_not()
     for shape, residual in (((3, 9, 5, 3), True), ((37, 40, 17, 9), False)):
         given = problem(
             shape, dtype, memory, activation, residual=residual, masked=0.3 * residual, training=residual

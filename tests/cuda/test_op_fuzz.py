@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import pytest
-from ops.op_fuzz import drawn, problems
+from kernels.op_fuzz import drawn, problems
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

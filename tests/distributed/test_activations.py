@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import sparsekern
 from benchmarks.processes import run
 from sparsekern import criteria
-from sparsekern.nn import NormAct2d, fuse
+from sparsekern.fusion import fuse
+from sparsekern.nn import NormAct2d
 
 COUNT = criteria.GradientCount(level="activation")
 

@@ -17,7 +17,7 @@ from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel
 from sparsekern.latency.axes import lay_axes
 from sparsekern.latency.measure import _calls, _table
-from sparsekern.prune import network as pruned_network
+from sparsekern.prune.state import network as pruned_network
 
 
 def _own_clock(

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern
 from benchmarks.processes import run
-from sparsekern._sharding import local
-from sparsekern.prune.masking import MASKED
+from sparsekern.distributed.tensors import local
+from sparsekern.prune.state.masking import MASKED
 
 ARGUMENTS: dict[str, Any] = {"round_to": 1}
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern import Pruner, compact, optim, prune_once, trace
 from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune.criteria import Magnitude
+from sparsekern.prune.decide.criteria import Magnitude
 
 
 class Normalised(nn.Module):

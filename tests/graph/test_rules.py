@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.compact import Plan, compact, load, make_plan, plan_of, save, verify
 from sparsekern.graph import trace
-from sparsekern.graph.interpret import _rule
+from sparsekern.graph.propagate.interpret import _rule
 
 # Overloads that image networks run, beside those whose freezing is told by their own structure.
 FOLLOWED = """

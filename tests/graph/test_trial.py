@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from sparsekern.graph.trial import Layout, Outcome, search
+from sparsekern.graph.prove.trial import Layout, Outcome, search
 
 GROUPS = range(12)
 

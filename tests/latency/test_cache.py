@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern import _files
+from sparsekern.files import atomic
 from sparsekern.latency.cache import Cache, directory
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_a_full_disk_is_left_with_a_warning(tmp_path: Path, monkeypatch: pytest.
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_files, "_flush", full)
+    monkeypatch.setattr(atomic, "_flush", full)
     cache.seconds["b"] = 2.0
     with pytest.warns(UserWarning, match=r"cannot be written \(cache: .*No space left"):
         cache.save()

@@ -28,7 +28,7 @@ from sparsekern.latency import timing, whole
 from sparsekern.latency.cache import Cache, directory
 from sparsekern.latency.calls import Call
 from sparsekern.latency.replay import Replay
-from sparsekern.prune.allocate import Global, Problem
+from sparsekern.prune.decide.allocate import Global, Problem
 
 
 class Grouped(nn.Module):

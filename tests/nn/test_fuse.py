@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchvision_models import models
 
 from sparsekern.compact import compact, make_plan, shrink, verify
+from sparsekern.fusion import fuse, unfuse
 from sparsekern.graph import trace
-from sparsekern.nn import MultiheadAttention, NormAct2d, fuse, unfuse
+from sparsekern.nn import MultiheadAttention, NormAct2d
 from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -192,4 +193,4 @@ def test_names_of_the_package() -> None:
 
     expected: list[Any] = [MultiheadAttention, NormAct2d, fuse, unfuse]
     assert [sparsekern.nn.MultiheadAttention, sparsekern.nn.NormAct2d] == expected[:2]
-    assert [sparsekern.nn.fuse, sparsekern.nn.unfuse] == expected[2:]
+    assert [sparsekern.fusion.fuse, sparsekern.fusion.unfuse] == expected[2:]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsekern._counts import ChannelCounts
+from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.nn import NormAct2d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -12,8 +12,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparsekern import optim
-from sparsekern._checks import DTYPES
-from sparsekern._rows import RowTable
+from sparsekern.kernels.checks import DTYPES
+from sparsekern.kernels.rows import RowTable
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from optim.cases import CASES, Case, Under
 
-from sparsekern import backends
+from sparsekern.kernels import backends
 
 # Not triton: interpreted, a step takes a second.
 BACKENDS = [name for name, works, _ in backends.available() if works and name != "triton"]

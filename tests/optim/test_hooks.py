@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sparsekern import optim
-from sparsekern._rows import LIVE
+from sparsekern.kernels.rows import LIVE
 
 Make = Callable[[list[Parameter]], Optimizer]
 

@@ -13,9 +13,9 @@ from optim.cases import Case, Under, assert_near, attached_table, copies, grade,
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern import _native
-from sparsekern.optim import _kept, adam, sgd
-from sparsekern.optim._kept import PythonSources
+from sparsekern.kernels import native as _native
+from sparsekern.optim import adam, kept, sgd
+from sparsekern.optim.kept import PythonSources
 
 
 @pytest.fixture(params=["native", "python"], autouse=True)
@@ -23,7 +23,7 @@ def sources(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Which of the two watches what lists were made from."""
     module = _native.load()
     if request.param == "python":
-        monkeypatch.setattr(_kept._native, "load", lambda: None)
+        monkeypatch.setattr(kept._native, "load", lambda: None)
     elif module is None or not _native.exchanges:
         pytest.skip("there are no native sources")
     return str(request.param)

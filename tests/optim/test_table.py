@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekern import optim
-from sparsekern._rows import LIVE, RowTable
+from sparsekern.kernels.rows import LIVE, RowTable
 
 LATER = ("activity", "threshold", "channel_dot", "channel_dot_sq", "updates", "countdown")
 

@@ -37,7 +37,7 @@ from sparsekern import Pruner
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune import preparation
 from sparsekern.prune import pruner as pruner_module
-from sparsekern.prune.masking import MASKED
+from sparsekern.prune.state.masking import MASKED
 
 SEQUENCES = int(os.environ.get("SPARSEKERN_SEQUENCES", "0"))
 STEPS = 8

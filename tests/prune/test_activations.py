@@ -12,8 +12,9 @@ from torch import nn
 
 import sparsekern
 from sparsekern import Pruner, criteria, prune_once
-from sparsekern.nn import NormAct2d, fuse
-from sparsekern.prune.statistics import Statistics, gather
+from sparsekern.fusion import fuse
+from sparsekern.nn import NormAct2d
+from sparsekern.prune.state.statistics import Statistics, gather
 
 STEPS = 24
 COUNT = criteria.GradientCount(level="activation")
@@ -199,10 +200,10 @@ def test_prune_once_by_activations() -> None:
 def test_activations_of_a_network_without_fused_norms_are_refused() -> None:
     torch.manual_seed(0)
     model = Plain().double()
-    with pytest.raises(ValueError, match=r"select: got .* without a NormAct2d .* sparsekern.nn.fuse"):
+    with pytest.raises(ValueError, match=r"select: got .* without a NormAct2d .* sparsekern.fusion.fuse"):
         pruned(model)
     data, loss = [(batch(0, dtype=torch.float64), torch.zeros(4, 4).double())], nn.MSELoss()
-    with pytest.raises(ValueError, match="sparsekern.nn.fuse"):
+    with pytest.raises(ValueError, match="sparsekern.fusion.fuse"):
         prune_once(model, batch(0, dtype=torch.float64), keep=0.5, select=COUNT, calibration=data, loss=loss)
     with pytest.raises(ValueError, match="level: got 'layer', expected 'weight' or 'activation'"):
         criteria.GradientCount(level="layer")

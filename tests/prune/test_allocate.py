@@ -5,7 +5,7 @@ import pytest
 from prune.networks import Plain, Residual, batch
 
 from sparsekern.graph import ChannelGraph, trace
-from sparsekern.prune.allocate import Allocator, Flat, Global, Problem, Uniform, smallest
+from sparsekern.prune.decide.allocate import Allocator, Flat, Global, Problem, Uniform, smallest
 
 ALLOCATORS = [Global(), Uniform(), Flat()]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import Pruner
-from sparsekern.prune.statistics import Statistics
+from sparsekern.prune.state.statistics import Statistics
 
 
 def build(model: nn.Module | None = None, **changes: object) -> Pruner:

@@ -7,7 +7,7 @@ from prune.networks import Plain, batch
 
 from sparsekern import criteria
 from sparsekern.graph import ChannelGraph, trace
-from sparsekern.prune.statistics import Statistics
+from sparsekern.prune.state.statistics import Statistics
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from prune.test_checkpoint import parts
 from prune.test_tampered import everything
 from torch import Tensor
 
-from sparsekern.prune import checkpoint
+from sparsekern.prune.save import checkpoint
 
 # More with SPARSEKERN_FLIPS=10000.
 FLIPS = int(os.environ.get("SPARSEKERN_FLIPS", "200"))

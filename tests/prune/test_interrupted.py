@@ -22,7 +22,7 @@ from torch import nn
 import sparsekern
 from sparsekern import Pruner
 from sparsekern.compact import plan_of
-from sparsekern.prune.masking import MASKED
+from sparsekern.prune.state.masking import MASKED
 
 STEPS = 14
 LINES = int(os.environ.get("SPARSEKERN_INTERRUPTIONS", "2"))
@@ -57,7 +57,7 @@ def parts(shrink: bool, select: sparsekern.criteria.Criterion | None = None, **o
         # Duplicates, which are folded.
         for position in (0, 2):
             model.stem[0].weight[position + 1] = model.stem[0].weight[position]
-    sparsekern.nn.fuse(model, batch(0, dtype=DOUBLE))
+    sparsekern.fusion.fuse(model, batch(0, dtype=DOUBLE))
     optimizer = sparsekern.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     defaults: dict = {"keep": 0.3, "steps": STEPS, "events": 3, "shrink": shrink, "round_to": 1}
     pruner = Pruner(model, optimizer, batch(0, dtype=DOUBLE), select=select, **(defaults | options))

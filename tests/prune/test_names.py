@@ -10,8 +10,8 @@ from prune.networks import Plain, batch, train
 
 import sparsekern
 from sparsekern import Pruner, allocate, criteria, prune_once
-from sparsekern.prune.budget import Unit
-from sparsekern.prune.names import ALLOCATORS, CRITERIA, resolve_allocate, resolve_select
+from sparsekern.prune.decide.budget import Unit
+from sparsekern.prune.decide.names import ALLOCATORS, CRITERIA, resolve_allocate, resolve_select
 
 
 @pytest.mark.parametrize(

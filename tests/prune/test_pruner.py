@@ -13,7 +13,7 @@ from torch import nn
 
 import sparsekern
 from sparsekern import Pruner
-from sparsekern.prune.masking import MASKED
+from sparsekern.prune.state.masking import MASKED
 
 STEPS = 30
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsekern
 from sparsekern import Pruner
-from sparsekern.prune.statistics import Statistics, gather
+from sparsekern.prune.state.statistics import Statistics, gather
 
 STEPS = 12
 

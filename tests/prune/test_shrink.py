@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import sparsekern
 from sparsekern import Pruner
 from sparsekern.compact import plan_of
-from sparsekern.prune.masking import MASKED
-from sparsekern.prune.network import CUT
+from sparsekern.prune.state.masking import MASKED
+from sparsekern.prune.state.network import CUT
 
 STEPS = 40
 

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from sparsekern import Pruner
-from sparsekern.prune import checkpoint
+from sparsekern.prune.save import checkpoint
 
 Run = tuple[nn.Module, Optimizer, Pruner]
 Change = Callable[[Any], None]

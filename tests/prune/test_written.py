@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import sparsekern
 from sparsekern import Pruner
-from sparsekern.prune.masking import CONDEMNED, MASKED
+from sparsekern.prune.state.masking import CONDEMNED, MASKED
 
 STEPS = 20
 DOUBLE = torch.float64

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sparsekern._files import replacing
+from sparsekern.files.atomic import replacing
 from sparsekern.recipes.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.files import check_writable

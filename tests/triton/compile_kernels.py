@@ -15,18 +15,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsekern.backends._lists import ADAM, MASK, SGD, STATISTICS
-from sparsekern.backends.triton import (
+from sparsekern.kernels.backends.lists import ADAM, MASK, SGD, STATISTICS
+from sparsekern.kernels.backends.triton import (
     finish_kernels,
     norm_act,
     norm_backward_kernels,
     norm_forward_kernels,
     step_kernels,
-    steps,
 )
-from sparsekern.backends.triton._launch import OPTIONS, STORAGE, compute_type
-from sparsekern.backends.triton.norm_elements import SILU
-from sparsekern.backends.triton.table import OPTIONS as FLAGS
+from sparsekern.kernels.backends.triton import step as steps
+from sparsekern.kernels.backends.triton.launch import OPTIONS, STORAGE, compute_type
+from sparsekern.kernels.backends.triton.norm_elements import SILU
+from sparsekern.kernels.backends.triton.table import OPTIONS as FLAGS
 
 TARGET = GPUTarget("cuda", 90, 32)
 

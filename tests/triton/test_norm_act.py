@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from ops.norm_cases import problem
-from ops.norm_elementwise import (
+from kernels.norm_cases import problem
+from kernels.norm_elementwise import (
     assert_backward,
     assert_far_from_zero,
     assert_forward,
@@ -16,10 +16,10 @@ from ops.norm_elementwise import (
     laid_out,
 )
 
-from sparsekern.backends import reference_norm
-from sparsekern.backends.reference_norm import ACTIVATIONS
-from sparsekern.backends.triton import norm_act
-from sparsekern.backends.triton.norm_elements import RELU, SILU
+from sparsekern.kernels.backends.reference import norm_act as reference_norm
+from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
+from sparsekern.kernels.backends.triton import norm_act
+from sparsekern.kernels.backends.triton.norm_elements import RELU, SILU
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous_format", "channels_last")

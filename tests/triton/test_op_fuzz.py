@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from ops.op_fuzz import drawn, problems
+from kernels.op_fuzz import drawn, problems
 
-from sparsekern.backends import triton
+from sparsekern.kernels.backends import triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

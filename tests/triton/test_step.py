@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from ops import cases
-from ops.cases import OPS, Op, Problem, channel_arrays, problem
-from ops.tolerance import assert_equal_step
+from kernels import cases
+from kernels.cases import OPS, Op, Problem, channel_arrays, problem
+from kernels.tolerance import assert_equal_step
 
 import sparsekern
-from sparsekern import _native, backends
-from sparsekern._rows import RowTable
-from sparsekern.backends import reference, triton
-from sparsekern.backends._lists import Plans
-from sparsekern.backends.triton import _plan, steps
-from sparsekern.backends.triton.step_kernels import VARIANTS
-from sparsekern.backends.triton.table import NUMBERS
+from sparsekern.kernels import backends, native
+from sparsekern.kernels.backends import reference, triton
+from sparsekern.kernels.backends.lists import Plans
+from sparsekern.kernels.backends.triton import plan as _plan
+from sparsekern.kernels.backends.triton import step as steps
+from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
+from sparsekern.kernels.backends.triton.table import NUMBERS
+from sparsekern.kernels.rows import RowTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -213,7 +214,7 @@ def test_addresses_read_in_python(plans: Plans, monkeypatch: pytest.MonkeyPatch)
     direct = _problem(layout="channels_last")
     around = direct.clone()
     OPS["adamw amsgrad"].call(triton.adam_step_, direct)
-    monkeypatch.setattr(_native, "exchanges", False)
+    monkeypatch.setattr(native, "exchanges", False)
     OPS["adamw amsgrad"].call(triton.adam_step_, around)
     for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
         assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mobilenetv3 import MobileNetV3Features, Variant
+from sparsekern.recipes.models.mobilenetv3 import MobileNetV3Features, Variant
 
 
 class LRASPPHead(nn.Module):

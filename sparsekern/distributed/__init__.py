@@ -1,0 +1,1 @@
+"""Several processes: sharded tensors, agreement between ranks, and rebuilding DistributedDataParallel."""

@@ -1,0 +1,254 @@
+"""Batch norms and the activations behind them, found in the traced graph and made one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from sparsekern.distributed.tensors import unwrap
+from sparsekern.graph.capture.export import arguments, capture, inner_module, lightly
+from sparsekern.nn import FusedActivation, NormAct2d
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+}
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One normalisation that became a :class:`~sparsekern.nn.NormAct2d`.
+
+    Attributes:
+        norm: its name.
+        kind: the activation, ``"identity"`` where it took over none.
+        activations: names of the modules that it took over.
+        reason: why it took over none.
+    """
+
+    norm: str
+    kind: str
+    activations: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {', '.join(self.activations)}" if self.activations else self.reason
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What :func:`fuse` did to a model; ``str`` of it is a table.
+
+    Attributes:
+        model: the model.
+        fused: its batch norms, in the model's order.
+    """
+
+    model: nn.Module
+    fused: tuple[Fused, ...]
+
+    def undo(self) -> None:
+        """Make all of them torch's modules again, see :func:`unfuse`."""
+        unfuse(self.model)
+
+    def __str__(self) -> str:
+        width = max((len(one.norm) for one in self.fused), default=0)
+        pairs = [one for one in self.fused if one.activations]
+        alone = [one for one in self.fused if not one.activations]
+        lines = [f"{len(pairs)} of {len(self.fused)} batch norms compute their activation"]
+        lines += [f"  {one.norm.ljust(width)}  {one}" for one in pairs]
+        if alone:
+            lines += ["", "by themselves"]
+            lines += [f"  {one.norm.ljust(width)}  {one}" for one in alone]
+        return "\n".join(lines)
+
+
+@lightly()
+def fuse(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Fusion:
+    """Let batch norms compute the activations behind them, in place.
+
+    The model is traced in evaluation and in training mode, without being run. Where every call of a
+    ``BatchNorm2d`` is followed by the same activation and by nothing else, and that activation is a module
+    (``ReLU``, ``ReLU6``, ``Hardswish``, ``SiLU``) which is called nowhere else, the norm becomes a
+    :class:`~sparsekern.nn.NormAct2d` and the activation passes on what it gets. Other norms become one
+    without an activation. The modules stay the same objects with the same parameters, so that optimizers,
+    checkpoints and names go on to hold; outputs and gradients are torch's to rounding. Subclasses, such as
+    ``SyncBatchNorm``, stay what they are.
+
+    Args:
+        model: where it is trained; also the result of ``torch.compile`` or data parallelism.
+        example_inputs: a tensor or a sequence of the positional arguments of ``model``.
+        example_kwargs: keyword arguments that go with them.
+
+    Returns:
+        What was fused with what, or why with nothing. :meth:`Fusion.undo` takes it back.
+
+    Raises:
+        ValueError: ``model`` cannot be traced or does not accept the inputs; nothing has changed then.
+    """
+    model = inner_module(model)
+    captured = capture(model, arguments(example_inputs), example_kwargs or {})
+    calls = _Calls(model)
+    for graph in captured.graphs:
+        calls.read(graph.module.graph)
+    fused = _decide(calls)
+    for one in fused:
+        norm = calls.modules[one.norm]
+        assert isinstance(norm, nn.BatchNorm2d)
+        NormAct2d.adopt(norm, one.kind)
+    for name in {name for one in fused for name in one.activations}:
+        FusedActivation.adopt(calls.modules[name])
+    return Fusion(model, fused)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Make torch's modules again of what :func:`fuse` changed, in ``model`` or a copy of it.
+
+    What has happened to their parameters since stays. A :class:`~sparsekern.nn.NormAct2d` that was made as
+    one stays one.
+
+    Raises:
+        ValueError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    for module in unwrap(model).modules():
+        if isinstance(module, FusedActivation):
+            FusedActivation.release(module)
+        elif isinstance(module, NormAct2d):
+            NormAct2d.release(module)
+
+
+class _Calls:
+    """Which modules are called where, by the first name of each.
+
+    Attributes:
+        modules: those of the model by name, each once.
+        norms: by name, the nodes of batch norms that its calls made.
+        activations: by name, all nodes that calls of this activation made.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        first = {id(module): name for name, module in self.modules.items()}
+        every = model.named_modules(remove_duplicate=False)
+        self._name = {name: first[id(module)] for name, module in every}
+        self.norms: dict[str, list[Node]] = {}
+        self.activations: dict[str, list[Node]] = {}
+
+    def read(self, graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            name = self.owner(node)
+            if name is None:
+                continue
+            module = self.modules[name]
+            if isinstance(module, nn.BatchNorm2d) and str(node.target).startswith("aten.batch_norm"):
+                self.norms.setdefault(name, []).append(node)
+            elif _kind(module) is not None:
+                self.activations.setdefault(name, []).append(node)
+
+    def owner(self, node: Node) -> str | None:
+        """The name of the innermost module that computes the node."""
+        stack = node.meta.get("nn_module_stack")
+        if node.op != "call_function" or not stack:
+            return None
+        return self._name.get(list(stack.values())[-1][0])
+
+
+def _decide(calls: _Calls) -> tuple[Fused, ...]:
+    """What each norm takes over."""
+    followed: dict[str, set[str]] = {}
+    alone: dict[str, str] = {}
+    norms = [name for name, module in calls.modules.items() if type(module) is nn.BatchNorm2d]
+    for name in norms:
+        try:
+            followed[name] = _activations_of(name, calls)
+        except _Reason as why:
+            alone[name] = str(why)
+    # A norm that stays alone keeps its activations from the other norms before them.
+    while (stuck := next(_blocked(followed, calls), None)) is not None:
+        followed.pop(stuck[0])
+        alone[stuck[0]] = stuck[1]
+
+    def fused(name: str) -> Fused:
+        if name in alone:
+            return Fused(name, "identity", reason=alone[name])
+        kind = _kind(calls.modules[min(followed[name])])
+        assert kind is not None
+        return Fused(name, kind, tuple(sorted(followed[name])))
+
+    return tuple(fused(name) for name in norms)
+
+
+class _Reason(Exception):
+    """Why a norm takes over no activation."""
+
+
+def _activations_of(name: str, calls: _Calls) -> set[str]:
+    """The activations that follow the calls of a norm.
+
+    Raises:
+        _Reason: one is followed by something else.
+    """
+    if _hooked(calls.modules[name]):
+        raise _Reason("it has hooks, which would see what comes out of the activation")
+    nodes = calls.norms.get(name)
+    if not nodes:
+        raise _Reason("it is not called")
+    found: set[str] = set()
+    for node in nodes:
+        readers = list(node.users)
+        if len(readers) != 1:
+            raise _Reason(f"{len(readers)} operations read what it gives, expected an activation alone")
+        owner = calls.owner(readers[0])
+        if owner is None or owner not in calls.activations:
+            raise _Reason(f"{_target(readers[0])} follows it, expected an activation that is a module")
+        if _hooked(calls.modules[owner]):
+            raise _Reason(f"its activation {owner} has hooks, which would see another input")
+        found.add(owner)
+    if len({_kind(calls.modules[owner]) for owner in found}) > 1:
+        raise _Reason("its calls are followed by different activations")
+    return found
+
+
+def _blocked(followed: Mapping[str, set[str]], calls: _Calls) -> Iterator[tuple[str, str]]:
+    """Norms whose activation is also called behind something that is not fused."""
+    taken = {node for name in followed for node in calls.norms[name]}
+    for name, owners in followed.items():
+        for owner in sorted(owners):
+            if any(node.args[0] not in taken for node in calls.activations[owner]):
+                yield name, f"its activation {owner} is called elsewhere, too"
+
+
+def _kind(module: nn.Module) -> str | None:
+    """The name of an activation that a norm can take over, None for any other module."""
+    if type(module) is nn.Hardtanh:
+        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
+    return _ACTIVATIONS.get(type(module))
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def _target(node: Node) -> str:
+    return "the output of the model" if node.op == "output" else str(node.target).removesuffix(".default")

@@ -1,0 +1,1 @@
+"""From a program to slots: one rule per ATen op says which indices go together."""

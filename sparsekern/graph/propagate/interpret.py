@@ -1,0 +1,284 @@
+"""Running a traced graph over slots instead of numbers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sparsekern.graph.capture.export import CONSTANT, Captured, Registered
+from sparsekern.graph.capture.unused import macs
+from sparsekern.graph.propagate.operations import read
+from sparsekern.graph.propagate.records import Records, term
+from sparsekern.graph.propagate.rules import RULES, Call, Rule
+from sparsekern.graph.propagate.slots import Slots
+from sparsekern.graph.propagate.values import Flags, Ids, Value, untracked
+
+_Environment = dict[fx.Node, Any]
+
+
+@dataclass
+class Tracked:
+    """A registered tensor with its slots. row_dim: the dimension of its rows, once known.
+    sizes: attributes of the user's modules that count its indices, see ``TensorSlots``."""
+
+    entry: Registered
+    ids: tuple[Ids, ...]
+    row_dim: int | None = None
+    sizes: tuple[tuple[str, int, int], ...] = ()
+
+    def value(self, number: int, settled: bool, storage: int) -> Value:
+        """Before row dimensions are known every slice of a parameter counts as zero."""
+        zero: list[Flags] = []
+        for dim, ids in enumerate(self.ids):
+            masked = self.entry.parameter and (not settled or dim == self.row_dim)
+            zero.append(None if ids is None else np.full(len(ids), masked))
+        why = f"tied to {self.entry.names[0]}, which stays"
+        return Value(
+            self.entry.shape,
+            self.ids,
+            tuple(zero),
+            self.entry.itemsize,
+            why,
+            cleared=f"adding {self.entry.names[0]}",
+            storage=storage,
+            static=True,
+            made_of=frozenset({number}),
+        )
+
+
+@dataclass
+class Interpreter:
+    """Applies the rules to a graph, node by node.
+
+    Run once over all graphs to find which slots go together, then again, ``settled``, to find
+    what is zero and to record producers, consumers and costs. ``exact``: see ``Call``.
+    ``readings`` says by module which reading of ambiguous splits to take, the first one (0) where
+    it says nothing.
+    """
+
+    tensors: Sequence[Tracked]
+    slots: Slots
+    records: Records
+    settled: bool
+    exact: bool = True
+    readings: Mapping[str, int] = field(default_factory=dict)
+    _storage: int = field(default=0)
+    _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
+
+    def run(self, graph: Captured) -> None:
+        sources = graph.sources
+        known: dict[int, Value] = {}
+
+        def placeholder(node: fx.Node) -> Value:
+            source = sources.get(node.name, CONSTANT)
+            if isinstance(source, str):
+                shape, itemsize = shapes(node)[0] if shapes(node) else ((), 1)
+                return untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
+            if node.users:
+                self.records.read.add(source)
+            if source not in known:
+                known[source] = self.tensors[source].value(source, self.settled, self._next())
+            return known[source]
+
+        values = [placeholder(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
+        outputs = pytree.tree_leaves(self._walk(graph.module, values, not graph.training))
+        reasons = ["reaches an output of the network"] * (len(outputs) - len(graph.kept))
+        reasons += [f"is kept as {where}, where a loss may read it" for where in graph.kept]
+        for number, (value, reason) in enumerate(zip(outputs, reasons, strict=True)):
+            # A weight that is made anew in every forward is kept for the layer itself.
+            remade = number >= len(outputs) - len(graph.kept) and isinstance(value, Value) and value.static
+            if isinstance(value, Value) and not remade:
+                for ids in value.ids:
+                    if ids is not None:
+                        self.slots.freeze(ids, reason)
+
+    def _next(self) -> int:
+        self._storage += 1
+        return self._storage
+
+    def _walk(self, module: fx.GraphModule, inputs: Sequence[Any], counted: bool) -> Any:
+        """The values that ``module`` returns."""
+        env: _Environment = {}
+        given = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                env[node] = self._attribute(module, node)
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], env.__getitem__)
+            else:
+                env[node] = self._step(node, env, counted)
+            self._made(node, env)
+        return None
+
+    def _made(self, node: fx.Node, env: _Environment) -> None:
+        if self.settled:
+            self.records.values[node] = env[node]
+        values = env[node] if isinstance(env[node], (tuple, list)) else (env[node],)
+        for storage in {value.storage for value in values if isinstance(value, Value)}:
+            self._sharing.setdefault(storage, []).append((env, node))
+
+    def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
+        found = operator.attrgetter(str(node.target))(module)
+        if isinstance(found, Tensor):
+            return untracked(tuple(found.shape), found.element_size(), CONSTANT, self._next(), static=True)
+        return found
+
+    def _step(self, node: fx.Node, env: _Environment, counted: bool) -> Any:
+        args: Any = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], (tuple, list)) else args[0]
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self._higher_order(node, [*args, *kwargs.values()], counted)
+        schema = node.target._schema
+        call = self._call(node, _bind(node.target, args, kwargs), counted)
+        before = len(self.records.macs)
+        result = self._apply(call)
+        if call.gave_up and self.settled and counted and len(self.records.macs) == before:
+            # Nothing that enters an op without a rule is pruned.
+            call.count_macs(macs(node))
+        if self.settled and counted:
+            self.records.operations.append(read(node, env, call.module))
+        self._note(call, result, in_place=schema.is_mutable)
+        if schema.is_mutable and isinstance(result, Value) and isinstance(node.args[0], fx.Node):
+            return self._write(node.args[0], result, env)
+        return result
+
+    def _apply(self, call: Call) -> Any:
+        """The rule's result; what it does not expect is frozen rather than guessed at."""
+        if any(size < 0 for shape, _ in call.outputs for size in shape):
+            return call.give_up(f"{call.label} makes a tensor whose size depends on data")
+        try:
+            return call.rule.function(call)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return call.give_up(f"{call.label} is not followed ({type(error).__name__}: {error})")
+
+    def _call(self, node: fx.Node, args: dict[str, Any], counted: bool) -> Call:
+        name, overload, rule = _rule(node.target)
+        module = _module(node)
+        return Call(
+            name=name,
+            overload=overload,
+            module=module,
+            args=args,
+            outputs=shapes(node),
+            slots=self.slots,
+            records=self.records,
+            rule=rule,
+            settled=self.settled,
+            counted=counted,
+            exact=self.exact,
+            reading=self.readings.get(module, 0),
+            new_storage=self._next,
+        )
+
+    def _note(self, call: Call, result: Any, *, in_place: bool) -> None:
+        """What holds for all rules: who reads a producer's output, and what is allocated."""
+        if not call.rule.pure and not call.rule.norm:
+            for value in call.values():
+                for number in value.pure:
+                    self.records.producers[number].mixed = True
+        if not all(value.static for value in call.values()):
+            made = (value.made_of for value in call.values() if value.static)
+            self.records.families.update(family for family in made if len(family) > 1)
+        if in_place or call.rule.view or not (call.counted and self.settled):
+            return
+        for value in result if isinstance(result, tuple) else (result,):
+            if isinstance(value, Value) and not value.static:
+                factors = [
+                    size if ids is None else ids for size, ids in zip(value.shape, value.ids, strict=True)
+                ]
+                self.records.activations.append(term(value.itemsize, factors))
+
+    def _write(self, target: fx.Node, result: Value, env: _Environment) -> Value:
+        """An op in place: every value that may share the memory loses what is no longer true."""
+        before = env[target]
+        result = replace(result, storage=before.storage)
+        if any(_lost(a, b) for a, b in zip(before.zero, result.zero, strict=False)):
+            for around, node in self._sharing.get(before.storage, ()):
+                value = around[node]
+                if isinstance(value, (tuple, list)):
+                    around[node] = [_cleared(v, before.storage, result.cleared) for v in value]
+                else:
+                    around[node] = _cleared(value, before.storage, result.cleared)
+        env[target] = result
+        return result
+
+    def _higher_order(self, node: fx.Node, args: list[Any], counted: bool) -> Any:
+        """Regions under autocast or a gradient mode are entered; others are not followed."""
+        inner = [i for i, a in enumerate(args) if isinstance(a, fx.GraphModule)]
+        if str(node.target).startswith("wrap_with_") and len(inner) == 1:
+            return self._walk(args[inner[0]], args[inner[0] + 1 :], counted)
+        reason = f"{node.target} has no rule"
+        for value in pytree.tree_leaves(args):
+            if isinstance(value, Value):
+                for ids in value.ids:
+                    if ids is not None:
+                        self.slots.freeze(ids, reason)
+        return tuple(untracked(s, i, reason, self._next()) for s, i in shapes(node))
+
+
+def _cleared(value: Any, storage: int, op: str) -> Any:
+    shares = isinstance(value, Value) and value.storage == storage
+    return value.with_cleared_zeros(op) if shares else value
+
+
+def _lost(before: Flags, after: Flags) -> bool:
+    if before is None:
+        return False
+    return bool(before.any()) if after is None else bool((before & ~after).any())
+
+
+def _no_rule(call: Call) -> Any:
+    return call.give_up(f"{call.label} has no rule")
+
+
+def _rule(target: Any) -> tuple[str, str, Rule]:
+    """Name, overload and rule of an op; in-place variants go by the plain name's rule."""
+    name, overload = target._schema.name.removeprefix("aten::"), target._schema.overload_name
+    plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    for key in (f"{name}.{overload}", name, f"{plain}.{overload}", plain):
+        if key in RULES:
+            return name, overload, RULES[key]
+    return name, overload, Rule(_no_rule)
+
+
+@cache
+def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...]:
+    return tuple((a.name, a.has_default_value(), a.default_value) for a in target._schema.arguments)
+
+
+def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = {}
+    for index, (name, has_default, default) in enumerate(_signature(target)):
+        if index < len(args):
+            bound[name] = args[index]
+        elif name in kwargs:
+            bound[name] = kwargs[name]
+        elif has_default:
+            bound[name] = default
+    return bound
+
+
+def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and bytes per element of every tensor a node makes; -1 for a size not known."""
+    return [
+        (tuple(size if isinstance(size, int) else -1 for size in t.shape), t.element_size())
+        for t in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(t, Tensor)
+    ]
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""

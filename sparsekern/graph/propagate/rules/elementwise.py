@@ -1,0 +1,144 @@
+"""Elementwise ops of one tensor, by what they do to zero."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
+from sparsekern.graph.propagate.values import Value
+
+
+def same(call: Call) -> Value:
+    """The slots and zeros of the first operand."""
+    x = next(call.values())
+    return call.make(x.ids, x.zero)
+
+
+def cleared(call: Call) -> Value:
+    """The slots of the first operand, none of them known to be zero."""
+    x = next(call.values())
+    zero = [None if i is None else np.zeros(len(i), bool) for i in x.ids]
+    return call.make(x.ids, zero, cleared=call.label)
+
+
+KEEP_ZERO = """
+relu6 rrelu silu hardswish gelu tanh mish elu selu celu softshrink hardshrink neg abs sign square
+sqrt sin sinh tan asin atan asinh erf expm1 log1p floor ceil round trunc frac absolute negative
+"""
+IDENTITIES = "contiguous clone alias to _to_copy detach type_as lift_fresh_copy lift_fresh"
+CLEAR_ZERO = """
+sigmoid hardsigmoid exp exp2 cos cosh log_sigmoid softplus logical_not bitwise_not isnan isinf
+isfinite erfc acos
+"""
+
+register_rule(*KEEP_ZERO.split())(same)
+register_rule(*IDENTITIES.split(), pure=True, view=True)(same)
+# A dropout draws its mask per element or channel: a zero stays zero, a scale passes through.
+register_rule("dropout", "feature_dropout", pure=True, view=True)(same)
+register_rule("relu", "leaky_relu", pure=True)(same)
+register_rule(*CLEAR_ZERO.split())(cleared)
+
+
+def _bounded(call: Call, low: float | None, high: float | None) -> Value:
+    keeps = (low is None or low <= 0) and (high is None or high >= 0)
+    return same(call) if keeps else cleared(call)
+
+
+@register_rule("hardtanh")
+def hardtanh(call: Call) -> Result:
+    return _bounded(call, call["min_val"], call["max_val"])
+
+
+@register_rule("clamp", "clip", "clamp_min", "clamp_max")
+def clamp(call: Call) -> Result:
+    low, high = call.args.get("min"), call.args.get("max")
+    if isinstance(low, Value) or isinstance(high, Value):
+        return call.give_up(f"{call.label} has tensors as bounds")
+    return _bounded(call, low, high)
+
+
+@register_rule("threshold")
+def threshold(call: Call) -> Result:
+    keeps = call["threshold"] < 0 or call["value"] == 0
+    return same(call) if keeps else cleared(call)
+
+
+@register_rule("pow")
+def power(call: Call) -> Result:
+    exponent = call["exponent"]
+    if isinstance(exponent, Value) or exponent < 0:
+        return call.give_up(f"{call.label} of a zero may not be finite")
+    return same(call) if exponent > 0 else cleared(call)
+
+
+@register_rule("prelu")
+def prelu(call: Call) -> Result:
+    x, weight = call["self"], call["weight"]
+    if weight.ids and weight.ids[0] is not None and x.ndim > 1:
+        reason = x.why or f"{call.label} reads positions that stay"
+        call.unify(x.ids[1], weight.ids[0], weight.shape[0], reason)
+    elif x.ndim > 1 and weight.shape != (1,) and weight.ndim:
+        call.freeze(x.ids[1], weight.why or f"{call.label} has a fixed slope per channel")
+    return call.make(x.ids, x.zero, origins=x.origins)
+
+
+@register_rule("glu")
+def glu(call: Call) -> Result:
+    """First half times sigmoid of the second: position j of both halves is one channel."""
+    x, dim = call["self"], call["dim"] % call["self"].ndim
+    ids, zero = list(x.ids), list(x.zero)
+    if ids[dim] is not None:
+        half = len(ids[dim]) // 2
+        call.slots.union(ids[dim][:half], ids[dim][half:], f"{call.label} pairs its halves")
+        ids[dim], zero[dim] = ids[dim][:half], flags(zero[dim], 2 * half)[:half]
+    return call.make(ids, zero)
+
+
+@register_rule("bernoulli", "normal", "uniform", "exponential", "log_normal", "geometric", "cauchy")
+def drawn(call: Call) -> Result:
+    """Random numbers in the place, or with the probabilities, of the operand."""
+    return cleared(call)
+
+
+@register_rule("fill")
+def fill(call: Call) -> Result:
+    value = call["value"]
+    return zeros_like(call) if not isinstance(value, Value) and value == 0 else cleared(call)
+
+
+@register_rule("zeros_like", "zero")
+def zeros_like(call: Call) -> Result:
+    """As wide as its operand, whatever that becomes."""
+    x = next(call.values())
+    return call.make(
+        x.ids, [None if i is None else np.ones(len(i), bool) for i in x.ids], origins=frozenset()
+    )
+
+
+@register_rule("ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+def filled_like(call: Call) -> Result:
+    return cleared(call)
+
+
+@register_rule(
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "arange",
+    "scalar_tensor",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "linspace",
+    "eye",
+    "empty_strided",
+    "_assert_tensor_metadata",
+    "randint",
+)
+def fixed_size(call: Call) -> Result:
+    """A tensor of a size that the program names."""
+    return call.opaque("tied to a tensor of fixed size")

@@ -1,0 +1,138 @@
+"""Concatenation and its opposite: cat, stack, split, chunk, slice, select, index."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsekern.graph.propagate.rules.arithmetic import every
+from sparsekern.graph.propagate.rules.base import Call, Result, dense, flags, register_rule
+from sparsekern.graph.propagate.values import Flags, Ids, Value
+
+
+def _pass_others(call: Call, values: list[Value], skip: int) -> tuple[list[Ids], list[Flags]]:
+    """Unify all dimensions but ``skip``; a result is zero where all parts are."""
+    ids: list[Ids] = []
+    zero: list[Flags] = []
+    for dim in range(values[0].ndim):
+        tracked = [v.ids[dim] for v in values if v.ids[dim] is not None]
+        if dim == skip or not tracked:
+            ids.append(None)
+            zero.append(None)
+            continue
+        size = values[0].shape[dim]
+        why = next((v.why for v in values if v.ids[dim] is None and v.why), "")
+        for value in values:
+            reason = why or f"{call.label} joins it with positions that stay"
+            call.unify(tracked[0], value.ids[dim], size, reason)
+        ids.append(tracked[0])
+        zero.append(every([flags(v.zero[dim], size) for v in values]))
+    return ids, zero
+
+
+@register_rule("cat", "concat", "concatenate", pure=True)
+def cat(call: Call) -> Result:
+    # torch lets an empty vector take part in any concatenation.
+    values = [v for v in call["tensors"] if v.shape != (0,)]
+    if not values:
+        return call.opaque("")
+    dim = call["dim"] % values[0].ndim
+    ids, zero = _pass_others(call, values, dim)
+    if any(v.ids[dim] is not None for v in values):
+        ids[dim] = np.concatenate([dense(v.ids[dim], v.shape[dim]) for v in values])
+        # Positions that stay are never masked: their flag is of no consequence.
+        zero[dim] = np.concatenate([flags(v.zero[dim], v.shape[dim]) for v in values])
+    return call.make(ids, zero)
+
+
+@register_rule("stack", pure=True)
+def stack(call: Call) -> Result:
+    values = call["tensors"]
+    dim = call["dim"] % (values[0].ndim + 1)
+    ids, zero = _pass_others(call, values, -1)
+    ids.insert(dim, None)
+    zero.insert(dim, None)
+    return call.make(ids, zero)
+
+
+def _parts(call: Call, x: Value, dim: int) -> Result:
+    """Equal parts are tied position by position; unequal ones cannot be followed."""
+    sizes = [shape[dim] for shape, _ in call.outputs]
+    ids, zero = x.ids[dim], flags(x.zero[dim], x.shape[dim])
+    if ids is not None and len(set(sizes)) > 1:
+        call.freeze(ids, f"{call.label} cuts it into unequal parts")
+        ids = None
+    if ids is not None:
+        table = ids.reshape(len(sizes), -1)
+        first = np.broadcast_to(table[:1], table.shape)
+        call.slots.union(first.ravel(), ids, f"{call.label} cuts it into equal parts")
+    made, start = [], 0
+    for index, size in enumerate(sizes):
+        part_ids, part_zero = list(x.ids), list(x.zero)
+        part_ids[dim] = None if ids is None else ids[start : start + size]
+        part_zero[dim] = None if ids is None else zero[start : start + size]
+        made.append(call.make(part_ids, part_zero, index=index))
+        start += size
+    return tuple(made)
+
+
+@register_rule("chunk", pure=True, view=True)
+def chunk(call: Call) -> Result:
+    x = call["self"]
+    return _parts(call, x, call["dim"] % x.ndim)
+
+
+@register_rule("split", "split_with_sizes", "tensor_split", pure=True, view=True)
+def split(call: Call) -> Result:
+    x = call["self"]
+    if any(isinstance(argument, Value) for argument in list(call.args.values())[1:]):
+        return call.give_up(f"{call.label} cuts at positions computed from tensors")
+    return _parts(call, x, call["dim"] % x.ndim)
+
+
+@register_rule("slice", "narrow", pure=True, view=True)
+def slice_(call: Call) -> Result:
+    """Part of a dimension by number: what is cut from may not change."""
+    x = call["self"]
+    dim = call["dim"] % x.ndim
+    ids, zero = list(x.ids), list(x.zero)
+    whole = call.shape()[dim] == x.shape[dim] and call.args.get("step", 1) == 1
+    if not whole:
+        call.freeze(ids[dim], f"{call.label} cuts it by number")
+        ids[dim] = zero[dim] = None
+    return call.make(ids, zero)
+
+
+@register_rule("select", "unbind", pure=True, view=True)
+def select(call: Call) -> Result:
+    x = call["self"]
+    dim = call["dim"] % x.ndim
+    call.freeze(x.ids[dim], f"{call.label} takes it apart by number")
+    ids = [i for d, i in enumerate(x.ids) if d != dim]
+    zero = [z for d, z in enumerate(x.zero) if d != dim]
+    made = tuple(call.make(ids, zero, index=index) for index in range(len(call.outputs)))
+    return made if call.name == "unbind" else made[0]
+
+
+@register_rule("index_select")
+def index_select(call: Call) -> Result:
+    x = call["self"]
+    dim = call["dim"] % x.ndim
+    call.freeze(x.ids[dim], f"{call.label} picks it by number")
+    ids = [None if d == dim else i for d, i in enumerate(x.ids)]
+    zero = [None if d == dim else z for d, z in enumerate(x.zero)]
+    return call.make(ids, zero)
+
+
+@register_rule("index")
+def index(call: Call) -> Result:
+    """Indexing one dimension by a fixed tensor; other dimensions pass."""
+    x, indices = call["self"], call["indices"]
+    used = [d for d, item in enumerate(indices) if item is not None]
+    if len(used) != 1 or any(v.tracked for v in call.values() if v is not x):
+        return call.give_up(f"{call.label} picks by several or tracked indices")
+    dim = used[0]
+    call.freeze(x.ids[dim], f"{call.label} picks it by number")
+    extra: list[None] = [None] * (len(call.shape()) - x.ndim + 1)
+    ids = [*x.ids[:dim], *extra, *x.ids[dim + 1 :]]
+    zero = [*x.zero[:dim], *extra, *x.zero[dim + 1 :]]
+    return call.make(ids, zero)

@@ -1,0 +1,141 @@
+"""Normalisations: per channel they are exact, over channels they are not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
+from sparsekern.graph.propagate.values import Flags, Ids
+
+
+def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
+    """Tie the channels of the input with the operands of size [channels]; the result is zero
+    where the affine's rows are."""
+    x = call["input"]
+    if x.ndim < 2:
+        return call.give_up(f"{call.label} has no channel dimension")
+    size, ids = x.shape[1], x.ids[1]
+    known = [call[name] for name in operands if call[name] is not None]
+    if not all(other.static for other in known):
+        return call.give_up(f"{call.label} has an affine computed from activations")
+    for other in known:
+        reason = x.why or other.why or f"{call.label} reads positions that stay"
+        call.unify(ids, other.ids[0], size, reason)
+        ids = other.ids[0] if ids is None else ids
+    weight, bias = call["weight"], call["bias"]
+    zero: Flags = None
+    made: frozenset[int] = frozenset()
+    pure: frozenset[int] = frozenset()
+    if ids is not None:
+        # Without an affine a map of zeros stays zero unless it is shifted by a running mean.
+        stored = call.args.get("running_mean") is not None
+        zero = np.zeros(size, bool) if stored else flags(x.zero[1], size)
+        made = x.origins if zero.any() else frozenset()
+    if ids is not None and weight is not None:
+        zero = flags(weight.zero[0], size)
+        zero = zero if bias is None else zero & flags(bias.zero[0], size)
+        pure = call.produce("norm", weight.ids[0], None if bias is None else bias.ids[0])
+        made = x.origins | pure
+    for producer in x.pure:
+        call.records.producers[producer].norms.extend(pure)
+        call.records.producers[producer].mixed |= not pure
+    out_ids: list[Ids] = list(x.ids)
+    out_zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in out_ids]
+    out_ids[1], out_zero[1] = ids, zero
+    cleared = f"{call.label}, which has no affine" if weight is None else call.label
+    kept = zero is None or zero.all()
+    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared="" if kept else cleared)
+
+
+@register_rule("batch_norm", norm=True)
+def batch_norm(call: Call) -> Result:
+    _freeze_others(call)
+    return _per_channel(call, ("weight", "bias", "running_mean", "running_var"))
+
+
+@register_rule("instance_norm", norm=True)
+def instance_norm(call: Call) -> Result:
+    _freeze_others(call)
+    return _per_channel(call, ("weight", "bias", "running_mean", "running_var"))
+
+
+@register_rule("group_norm", norm=True)
+def group_norm(call: Call) -> Result:
+    """Exact for whole normalisation groups: the channels of each are tied."""
+    x, groups = call["input"], call["num_groups"]
+    _freeze_others(call)
+    if groups == 1:
+        reason = _over_channels(call)
+        if call.exact or call["weight"] is None:
+            return call.give_up(reason)
+        call.inexact(x.ids[1], reason)
+        return _per_channel(call, ("weight", "bias"))
+    if x.ids[1] is not None:
+        table = x.ids[1].reshape(groups, -1)
+        first = np.broadcast_to(table[:, :1], table.shape).ravel()
+        call.slots.union(first, x.ids[1], f"{call.label} has groups that go whole")
+    return _per_channel(call, ("weight", "bias"))
+
+
+def _freeze_others(call: Call) -> None:
+    x = call["input"]
+    for dim in range(x.ndim):
+        if dim != 1:
+            call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
+
+
+@register_rule("layer_norm", "rms_norm")
+def layer_norm(call: Call) -> Result:
+    """Exact only where the normalised dimensions hold no channels."""
+    x, weight, bias = call["input"], call["weight"], call.args.get("bias")
+    over = len(call["normalized_shape"])
+    if not call.exact and over == 1 and x.ids[-1] is not None:
+        return _over_last(call)
+    reason = _over_channels(call)
+    for dim in range(x.ndim - over, x.ndim):
+        call.freeze(x.ids[dim], reason)
+    for affine in (weight, bias):
+        for ids in affine.ids if affine is not None else ():
+            call.freeze(ids, reason)
+    ids = list(x.ids[: x.ndim - over]) + [None] * over
+    kept = bias is None
+    zero = [None if i is None else z & kept for i, z in zip(ids, x.zero, strict=True)]
+    return call.make(ids, zero, cleared="" if kept else call.label)
+
+
+def _over_channels(call: Call) -> str:
+    return f"{call.label} normalises over channels (removing some changes the others)"
+
+
+def _over_last(call: Call) -> Result:
+    """Channels that may go although they are normalised over: zero only where the affine is."""
+    x, affines = call["input"], [call["weight"], call.args.get("bias")]
+    known = [affine for affine in affines if affine is not None]
+    if not all(affine.static for affine in known):
+        return call.give_up(f"{call.label} has an affine computed from activations")
+    ids, size = x.ids[-1], x.shape[-1]
+    call.inexact(ids, _over_channels(call))
+    for affine in known:
+        call.unify(ids, affine.ids[0], size, affine.why or f"{call.label} reads positions that stay")
+    zero = [None if i is None else np.zeros(len(i), bool) for i in x.ids]
+    made: frozenset[int] = frozenset()
+    if known and affines[0] is not None:
+        zero[-1] = np.logical_and.reduce([flags(affine.zero[0], size) for affine in known])
+        made = call.produce("norm", known[0].ids[0], known[1].ids[0] if len(known) > 1 else None)
+    return call.make(x.ids, zero, origins=made, pure=made, cleared=call.label)
+
+
+@register_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+def softmax(call: Call) -> Result:
+    x = call["self"]
+    dim = call["dim"] % max(x.ndim, 1)
+    call.inexact(x.ids[dim], f"{call.label} normalises over channels")
+    ids = [None if d == dim and call.exact else i for d, i in enumerate(x.ids)]
+    zero = [None if i is None else np.zeros(len(i), bool) for i in ids]
+    return call.make(ids, zero, cleared=call.label)
+
+
+@register_rule("_weight_norm")
+def weight_norm(call: Call) -> Result:
+    """A row that is zero would be divided by its own norm."""
+    return call.give_up(f"{call.label} divides rows by their norm, which is 0 where they are masked")

@@ -1,0 +1,99 @@
+"""Reductions and scans: free over space, a contraction or a change of meaning over channels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsekern.graph.propagate.rules.base import Call, Result, register_rule
+from sparsekern.graph.propagate.values import Flags, Value
+
+
+def _dims(call: Call, x: Value) -> list[int]:
+    dims = call.args.get("dim")
+    if dims is None or dims == []:
+        return list(range(x.ndim))
+    listed = [dims] if isinstance(dims, int) else list(dims)
+    return [dim % max(x.ndim, 1) for dim in listed]
+
+
+def _reduced(call: Call, x: Value, dims: list[int], *, index: int = 0, clears: bool = False) -> Value:
+    keep = bool(call.args.get("keepdim", False))
+    ids = [None if d in dims else i for d, i in enumerate(x.ids) if keep or d not in dims]
+    zero: list[Flags] = [None if d in dims else z for d, z in enumerate(x.zero) if keep or d not in dims]
+    if not clears:
+        return call.make(ids, zero, index=index)
+    zero = [None if z is None else np.zeros_like(z) for z in zero]
+    return call.make(ids, zero, index=index, cleared=call.label)
+
+
+def _reduce(call: Call, *, clears: bool) -> Value:
+    x = next(call.values())
+    dims = _dims(call, x)
+    for dim in dims:
+        call.inexact(x.ids[dim], f"{call.label} reduces over channels")
+    return _reduced(call, x, dims, clears=clears)
+
+
+@register_rule(
+    "mean", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "prod", "max", "min", "any", "median"
+)
+def reduce_space(call: Call) -> Result:
+    """Zero over space stays zero; over channels the result depends on how many there are."""
+    return _reduce(call, clears=False)
+
+
+@register_rule("logsumexp", "argmax", "argmin", "all")
+def reduce_away(call: Call) -> Result:
+    """What comes of a map of zeros is not zero."""
+    return _reduce(call, clears=True)
+
+
+@register_rule("sum")
+def total(call: Call) -> Result:
+    """A sum over channels is exact when those that go are zero."""
+    x = next(call.values())
+    dims = _dims(call, x)
+    for dim in dims:
+        if x.ids[dim] is not None:
+            call.require_zero(x, dim)
+    return _reduced(call, x, dims)
+
+
+@register_rule("max.dim", "min.dim", "median.dim", "aminmax")
+def extreme(call: Call) -> Result:
+    """Values and where they stand; positions of a map of zeros are not zero."""
+    x = next(call.values())
+    dims = _dims(call, x)
+    for dim in dims:
+        call.inexact(x.ids[dim], f"{call.label} reduces over channels")
+    numbers = range(len(call.outputs))
+    return tuple(_reduced(call, x, dims, index=i, clears=i > 0 and call.name != "aminmax") for i in numbers)
+
+
+def _beside(call: Call, x: Value, dim: int, reason: str, *, index: int = 0, clears: bool = False) -> Value:
+    """``x`` with every dimension but ``dim`` as it was; what runs along ``dim`` stays."""
+    call.freeze(x.ids[dim], reason)
+    ids = [None if d == dim else i for d, i in enumerate(x.ids)]
+    zero = [None if d == dim or z is None else z & (not clears) for d, z in enumerate(x.zero)]
+    return call.make(ids, zero, index=index, cleared=call.label if clears else "")
+
+
+@register_rule("cumsum", "cumprod")
+def scan(call: Call) -> Result:
+    x = call["self"]
+    return _beside(call, x, call["dim"] % max(x.ndim, 1), f"{call.label} accumulates over channels")
+
+
+@register_rule("logcumsumexp", "argsort")
+def scan_away(call: Call) -> Result:
+    x = call["self"]
+    reason = f"{call.label} puts channels in an order"
+    return _beside(call, x, call["dim"] % max(x.ndim, 1), reason, clears=True)
+
+
+@register_rule("sort", "topk", "cummax", "cummin")
+def order(call: Call) -> Result:
+    """Values and where they stood."""
+    x = call["self"]
+    dim, reason = call["dim"] % max(x.ndim, 1), f"{call.label} puts channels in an order"
+    return tuple(_beside(call, x, dim, reason, index=i, clears=i > 0) for i in range(len(call.outputs)))

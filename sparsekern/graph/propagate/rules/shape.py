@@ -1,0 +1,298 @@
+"""Ops that move indices about: reshape algebra, permutations, shuffles, repeats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsekern.graph.propagate.records import Shaped
+from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
+from sparsekern.graph.propagate.values import Flags, Ids, Value
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """The smallest runs of dimensions with equal products; sizes of 1 are left out where they
+    stand between blocks."""
+    blocks, i, j = [], 0, 0
+    while i < len(before) and j < len(after):
+        if before[i] == 1 or after[j] == 1:
+            i, j = i + (before[i] == 1), j + (after[j] == 1)
+            continue
+        start, left, right = (i, j), before[i], after[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * before[i], i + 1
+            else:
+                right, j = right * after[j], j + 1
+        blocks.append((range(start[0], i), range(start[1], j)))
+    return blocks
+
+
+def _flat(x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and zero flags of a block read in memory order; None if two dimensions are tracked."""
+    tracked = [d for d in dims if x.ids[d] is not None]
+    if len(tracked) != 1:
+        return None
+    shape = [x.shape[d] for d in dims]
+    where = [1] * len(shape)
+    where[tracked[0] - dims.start] = -1
+    ids = x.ids[tracked[0]]
+    zero = flags(x.zero[tracked[0]], x.shape[tracked[0]])
+    assert ids is not None
+    spread = (np.broadcast_to(a.reshape(where), shape).ravel() for a in (ids, zero))
+    return next(spread), next(spread)
+
+
+def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
+    """``x`` in the shape of the output. ``sizes`` as the program gave them (-1: inferred); None
+    where they follow the operand whatever it becomes."""
+    shape = call.shape()
+    ids: list[Ids] = [None] * len(shape)
+    zero: list[Flags] = [None] * len(shape)
+    if 0 in shape:
+        return call.make(ids, zero)
+    inferred = list(sizes).index(-1) if sizes is not None and -1 in sizes else None
+    for old, new in _blocks(x.shape, shape):
+        if all(x.ids[d] is None for d in old):
+            continue
+        flat = _flat(x, old)
+        if flat is None:
+            for d in old:
+                call.freeze(x.ids[d], f"{call.label} merges two dimensions that hold channels")
+            continue
+        axes = [d for d in new if shape[d] > 1]
+        axis = _carrier(call, flat[0], [shape[d] for d in axes], axes, inferred)
+        table, truth = (a.reshape([shape[d] for d in axes]) for a in flat)
+        others = tuple(k for k in range(len(axes)) if k != axis)
+        ids[axes[axis]] = table[tuple(slice(None) if k == axis else 0 for k in range(table.ndim))]
+        zero[axes[axis]] = np.all(truth, axis=others)
+    if sizes is not None and call.settled:
+        call.records.shaped.append(Shaped(call.module, x.shape, shape, tuple(ids)))
+    return call.make(ids, zero)
+
+
+def _carrier(call: Call, flat: np.ndarray, shape: list[int], axes: list[int], inferred: int | None) -> int:
+    """Which of the axes that a dimension is split into carries its channels.
+
+    Where the slots differ along one axis only it is that one. Else the slots are tied along the
+    others: the axis whose size is inferred carries; of two axes with given sizes the second, as
+    in a channel shuffle, whose first is the number of groups; of more the last but one, as in a
+    split into queries, keys and values of heads. Another reading is tried where that one freezes.
+    """
+    table = call.slots.find(flat).reshape(shape)
+    varies = [k for k in range(len(shape)) if (table != np.take(table, [0], axis=k)).any()]
+    if len(varies) <= 1:
+        return varies[0] if varies else len(shape) - 1
+    last = len(shape) - 1
+    order = [last, last - 1] if len(shape) == 2 else [last - 1, last]
+    if inferred in axes:
+        first = axes.index(inferred)
+        order = [first, *(k for k in order if k != first)]
+    carrier = order[call.split(flat, len(order))]
+    chosen = tuple(slice(None) if k == carrier else slice(0, 1) for k in range(len(shape)))
+    raw = flat.reshape(shape)
+    tied = np.broadcast_to(raw[chosen], shape).ravel()
+    call.slots.union(tied, flat, f"{call.label} splits it into equal groups")
+    return carrier
+
+
+@register_rule("view", "reshape", "_unsafe_view", pure=True, view=True)
+def view(call: Call) -> Result:
+    sizes = call.args.get("size", call.args.get("shape"))
+    if sizes is None:
+        return call.give_up(f"{call.label} reinterprets the bytes")
+    return reshape(call, call["self"], sizes)
+
+
+@register_rule("flatten", pure=True, view=True)
+def flatten(call: Call) -> Result:
+    return reshape(call, call["self"], None)
+
+
+@register_rule("reshape_as", "view_as", pure=True, view=True)
+def reshape_as(call: Call) -> Result:
+    return reshape(call, call["self"], call.shape())
+
+
+@register_rule("unflatten", pure=True, view=True)
+def unflatten(call: Call) -> Result:
+    x = call["self"]
+    dim = call["dim"] % x.ndim
+    rest = x.shape[dim + 1 :]
+    return reshape(call, x, [*x.shape[:dim], *call["sizes"], *rest])
+
+
+def _reordered(call: Call, order: Sequence[int]) -> Value:
+    x = next(call.values())
+    return call.make([x.ids[d] for d in order], [x.zero[d] for d in order])
+
+
+@register_rule("permute", pure=True, view=True)
+def permute(call: Call) -> Result:
+    ndim = call["self"].ndim
+    return _reordered(call, [dim % ndim for dim in call["dims"]])
+
+
+@register_rule("transpose", "swapaxes", "swapdims", pure=True, view=True)
+def transpose(call: Call) -> Result:
+    ndim = call["self"].ndim
+    first, second = [a for a in call.args.values() if isinstance(a, int)][:2]
+    order = list(range(ndim))
+    if ndim:
+        order[first], order[second] = order[second], order[first]
+    return _reordered(call, order)
+
+
+@register_rule("t", "mT", "mH", "adjoint", pure=True, view=True)
+def matrix_transpose(call: Call) -> Result:
+    order = list(range(call["self"].ndim))
+    return _reordered(call, [*order[:-2], *reversed(order[-2:])])
+
+
+@register_rule("numpy_T", pure=True, view=True)
+def full_transpose(call: Call) -> Result:
+    return _reordered(call, list(reversed(range(call["self"].ndim))))
+
+
+@register_rule("movedim", "moveaxis", pure=True, view=True)
+def movedim(call: Call) -> Result:
+    ndim = call["self"].ndim
+    source, target = (
+        [a % ndim] if isinstance(a, int) else [d % ndim for d in a]
+        for a in (call["source"], call["destination"])
+    )
+    order = [d for d in range(ndim) if d not in source]
+    for place, dim in sorted(zip(target, source, strict=True)):
+        order.insert(place, dim)
+    return _reordered(call, order)
+
+
+@register_rule("unsqueeze", pure=True, view=True)
+def unsqueeze(call: Call) -> Result:
+    x = call["self"]
+    dim = call["dim"] % (x.ndim + 1)
+    ids, zero = list(x.ids), list(x.zero)
+    ids.insert(dim, None)
+    zero.insert(dim, None)
+    return call.make(ids, zero)
+
+
+@register_rule("squeeze", pure=True, view=True)
+def squeeze(call: Call) -> Result:
+    x, dims = call["self"], call.args.get("dim")
+    listed = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % x.ndim for d in listed if x.shape[d % x.ndim] == 1} if x.ndim else set()
+    kept = [d for d in range(x.ndim) if d not in gone]
+    if dims is None:
+        for ids in x.ids:
+            # One channel left would vanish with the dimension.
+            call.freeze(None if ids is None else ids[:2], f"{call.label} drops a dimension of size 1")
+    return _reordered(call, kept)
+
+
+@register_rule("expand", "expand_as", "broadcast_to", pure=True, view=True)
+def expand(call: Call) -> Result:
+    """A dimension of size 1 becomes positions of a fixed number."""
+    x = call["self"]
+    extra: list[None] = [None] * (len(call.shape()) - x.ndim)
+    return call.make([*extra, *x.ids], [*extra, *x.zero])
+
+
+@register_rule("repeat", "tile", pure=True)
+def repeat(call: Call) -> Result:
+    x = call["self"]
+    times = list(call["repeats" if call.name == "repeat" else "dims"])
+    ndim = len(call.shape())
+    times = [1] * (ndim - len(times)) + times
+    extra: list[None] = [None] * (ndim - x.ndim)
+    ids = [None if i is None else np.tile(i, n) for i, n in zip([*extra, *x.ids], times, strict=True)]
+    zero = [None if z is None else np.tile(z, n) for z, n in zip([*extra, *x.zero], times, strict=True)]
+    return call.make(ids, zero)
+
+
+@register_rule("repeat_interleave", pure=True)
+def repeat_interleave(call: Call) -> Result:
+    x, times, dim = call["self"], call["repeats"], call.args.get("dim")
+    if isinstance(times, Value) or dim is None:
+        return call.give_up(f"{call.label} repeats by a tensor or flattens")
+    dim %= x.ndim
+    ids, zero = list(x.ids), list(x.zero)
+    if ids[dim] is not None:
+        ids[dim] = np.repeat(ids[dim], times)
+        zero[dim] = np.repeat(flags(zero[dim], x.shape[dim]), times)
+    return call.make(ids, zero)
+
+
+@register_rule("flip", pure=True)
+def flip(call: Call) -> Result:
+    x = call["self"]
+    dims = {d % x.ndim for d in call["dims"]}
+    ids = [i if i is None or d not in dims else i[::-1] for d, i in enumerate(x.ids)]
+    zero = [z if z is None or d not in dims else z[::-1] for d, z in enumerate(x.zero)]
+    return call.make(ids, zero)
+
+
+@register_rule("roll", pure=True)
+def roll(call: Call) -> Result:
+    """A fixed shift moves other channels when some are gone."""
+    x = call["self"]
+    dims = {d % x.ndim for d in call["dims"]} or set(range(x.ndim))
+    for dim in dims:
+        call.freeze(x.ids[dim], f"{call.label} shifts it by a fixed number")
+    ids = [None if d in dims else i for d, i in enumerate(x.ids)]
+    zero = [None if d in dims else z for d, z in enumerate(x.zero)]
+    return call.make(ids, zero)
+
+
+@register_rule("channel_shuffle", "native_channel_shuffle", pure=True)
+def channel_shuffle(call: Call) -> Result:
+    """Position j of every group is one channel; the groups come out interleaved."""
+    x, groups = call["self"], call["groups"]
+    ids, zero = list(x.ids), list(x.zero)
+    if ids[1] is not None:
+        table = ids[1].reshape(groups, -1)
+        first = np.broadcast_to(table[:1], table.shape).ravel()
+        call.slots.union(first, ids[1], f"{call.label} has equal groups")
+        ids[1] = table.T.ravel()
+        zero[1] = flags(zero[1], x.shape[1]).reshape(groups, -1).T.ravel()
+    return call.make(ids, zero)
+
+
+@register_rule("pixel_shuffle", pure=True)
+def pixel_shuffle(call: Call) -> Result:
+    """Blocks of factor squared neighbouring channels become one."""
+    x, block = call["self"], call["upscale_factor"] ** 2
+    channel = x.ndim - 3
+    ids, zero = list(x.ids), list(x.zero)
+    _freeze_space(call, x, channel)
+    if ids[channel] is not None:
+        table = ids[channel].reshape(-1, block)
+        first = np.repeat(table[:, 0], block)
+        call.slots.union(first, ids[channel], f"{call.label} moves whole blocks")
+        wide = math.prod(table.shape[:1]) > 1
+        ids[channel] = table[:, 0] if wide else None
+        truth = flags(zero[channel], x.shape[channel]).reshape(-1, block).all(axis=1)
+        zero[channel] = truth if wide else None
+        if not wide:
+            call.freeze(table.ravel(), f"{call.label} makes a single channel of it")
+    return call.make(ids, zero)
+
+
+@register_rule("pixel_unshuffle", pure=True)
+def pixel_unshuffle(call: Call) -> Result:
+    x, block = call["self"], call["downscale_factor"] ** 2
+    channel = x.ndim - 3
+    ids, zero = list(x.ids), list(x.zero)
+    _freeze_space(call, x, channel)
+    if ids[channel] is not None:
+        ids[channel] = np.repeat(ids[channel], block)
+        zero[channel] = np.repeat(flags(zero[channel], x.shape[channel]), block)
+    return call.make(ids, zero)
+
+
+def _freeze_space(call: Call, x: Value, channel: int) -> None:
+    for dim in (channel + 1, channel + 2):
+        call.freeze(x.ids[dim], f"{call.label} reads it as space")

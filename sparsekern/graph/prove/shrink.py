@@ -1,0 +1,60 @@
+"""A smaller model for a while: the traced copy with parts of its tensors gone, without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.graph.capture.export import Source
+from sparsekern.graph.layers import Part, counts, sizes
+
+
+@contextmanager
+def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]]:
+    """The source's copy with smaller tensors, and with the sizes that layers keep beside them.
+
+    parts: what stays, by number of a tensor; others stay whole. Gives the number of every tensor
+    of the smaller copy by its ``id``. The copy is as before when the context ends. Raises
+    ValueError where the sizes of a layer cannot follow.
+    """
+    left = {id(source.held[n]): part for n, part in parts.items() if part.keep}
+    made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
+    restore: list[Callable[[], Any]] = []
+    try:
+        for name, module in source.clone.named_modules():
+            for attribute, size in sizes(name, module, left).items():
+                restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, size)
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for key, tensor in table.items():
+                    if id(tensor) in made:
+                        restore.append(partial(table.__setitem__, key, tensor))
+                        table[key] = made[id(tensor)]
+        for module, attribute, count in counts(source.clone, parts.values()):
+            restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, count)
+        yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
+    finally:
+        for undo in restore:
+            undo()
+
+
+def _smaller(source: Source, number: int, part: Part) -> Tensor:
+    """Laid out in memory in the same order of dimensions; made once, as it holds no data."""
+    key = number, part.new_shape
+    if key not in source.smaller:
+        tensor = source.held[number]
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+        shape = [part.new_shape[dim] for dim in order]
+        with source.mode:
+            small = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).permute(inverse)
+        parameter = isinstance(tensor, nn.Parameter)
+        source.smaller[key] = nn.Parameter(small, tensor.requires_grad) if parameter else small
+    return source.smaller[key]

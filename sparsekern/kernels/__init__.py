@@ -1,0 +1,1 @@
+"""Tensors and rows: the ops, their checks and their backends. Knows no model and no channel."""

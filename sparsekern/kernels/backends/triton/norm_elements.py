@@ -1,0 +1,127 @@
+"""What the kernels of a normalisation do with an element, a channel, and a partial sum."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# The arguments of kernels have no types that mypy knows.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparsekern.kernels.backends.reference import norm_act as reference_norm
+
+RELU, RELU6, HARDSWISH, SILU = (
+    tl.constexpr(reference_norm.ACTIVATIONS.index(name)) for name in ("relu", "relu6", "hardswish", "silu")
+)
+
+
+@triton.jit
+def vector(address, channel, there, missing, COMPUTE: tl.constexpr):
+    """Numbers of channels in float64; ``missing`` where there is no such vector."""
+    if address is None:
+        return tl.full(channel.shape, missing, tl.float64)
+    else:
+        return tl.load(address + channel, mask=there, other=0).to(tl.float64)
+
+
+@triton.jit
+def live_of(mask, channel, there):
+    """Which channels there are and are not masked."""
+    if mask is None:
+        return there
+    else:
+        return there & (tl.load(mask + channel, mask=there, other=1) == 0)
+
+
+@triton.jit
+def affine(weight, bias, mean, var, channel, there, EPS: tl.constexpr):
+    """gamma / sqrt(var + eps) and what is added, in float64 as in the reference."""
+    rstd = 1.0 / tl.sqrt(vector(var, channel, there, 1, tl.float64) + EPS)
+    scale = vector(weight, channel, there, 1, tl.float64) * rstd
+    moved = vector(mean, channel, there, 0, tl.float64) * scale
+    return scale, vector(bias, channel, there, 0, tl.float64) - moved
+
+
+@triton.jit
+def channels_here(channels, CHANNELS: tl.constexpr):
+    """The channels of this program, and whether there are so many."""
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    return channel, channel < channels
+
+
+@triton.jit
+def places(turn, turns, channel, channels, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Where the elements of a tile lie, and which of them there are in every channel."""
+    tile = tl.program_id(1).to(tl.int64) * turns + turn
+    across = tl.cdiv(inner, INNER)
+    place = tl.arange(0, OUTER * INNER)
+    o = tile // across * OUTER + place // INNER
+    i = tile % across * INNER + place % INNER
+    at = ((o * channels)[None, :] + channel[:, None]) * inner + i[None, :]
+    return at, ((o < outer) & (i < inner))[None, :]
+
+
+@triton.jit
+def _sigmoid(z):
+    grown = 1 + tl.exp(-z)
+    if z.dtype == tl.float32:
+        return tl.div_rn(tl.full(z.shape, 1, tl.float32), grown)
+    else:
+        return 1 / grown
+
+
+@triton.jit
+def _between_0_and_6(z):
+    return tl.where(z <= 0, 0, tl.where(z > 6, 6, z))
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == RELU:
+        return tl.where(z <= 0, 0, z)
+    elif ACTIVATION == RELU6:
+        return _between_0_and_6(z)
+    elif ACTIVATION == HARDSWISH:
+        return z * _between_0_and_6(z + 3) * (1 / 6)
+    elif ACTIVATION == SILU:
+        return z * _sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def gradient_of(grad, z, ACTIVATION: tl.constexpr):
+    """The gradient of z from that of what it is activated to."""
+    if ACTIVATION == RELU:
+        return tl.where(z <= 0, 0, grad)
+    elif ACTIVATION == RELU6:
+        return tl.where((z <= 0) | (z >= 6), 0, grad)
+    elif ACTIVATION == HARDSWISH:
+        return tl.where(z <= -3, 0, tl.where(z < 3, grad * (z * (1 / 3) + 0.5), grad))
+    elif ACTIVATION == SILU:
+        sigmoid = _sigmoid(z)
+        return grad * (sigmoid * (1 + z * (1 - sigmoid)))
+    else:
+        return grad
+
+
+@triton.jit
+def normal(x, residual, at, live, there, scale, shift, COMPUTE: tl.constexpr):
+    """x, and what enters the activation; of masked channels only the residual."""
+    value = tl.load(x + at, mask=live, other=0).to(COMPUTE)
+    z = tl.where(live, value * scale.to(COMPUTE)[:, None] + shift.to(COMPUTE)[:, None], 0)
+    if residual is not None:
+        z = z + tl.load(residual + at, mask=there, other=0).to(COMPUTE)
+    return value, z
+
+
+@triton.jit
+def store_part(parts, which: tl.constexpr, value, channel, channels, there):
+    at = (tl.program_id(1).to(tl.int64) + which * tl.num_programs(1)) * channels + channel
+    tl.store(parts + at, value, mask=there)
+
+
+@triton.jit
+def load_parts(parts, which: tl.constexpr, piece, pieces, channel, channels, there):
+    at = (piece.to(tl.int64) + which * pieces)[None, :] * channels + channel[:, None]
+    return tl.load(parts + at, mask=there[:, None] & (piece < pieces)[None, :], other=0)

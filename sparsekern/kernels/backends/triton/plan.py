@@ -1,0 +1,176 @@
+"""How a list of tensors is cut into chunks, and the table on the device that says where its tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from sparsekern.kernels import checks
+from sparsekern.kernels.backends.addresses import SLOTS, Addresses
+from sparsekern.kernels.backends.lists import STEPS, memory_shapes, where_rows_are
+from sparsekern.kernels.backends.triton.launch import DEVICE_TYPE, STORAGE
+from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
+from sparsekern.kernels.backends.triton.table import FIELDS, HEAD
+from sparsekern.kernels.native import cuda_library, pointers
+from sparsekern.kernels.rows import Rows
+
+_LONG, _MEDIUM, _SHORT, _BEHIND = 0, 2, 4, 5
+"""Variants for tensors with aligned accesses; where there may be others, the next one has none."""
+
+# Tiles of a chunk: enough that what a program costs does not show, few enough to share out small networks.
+_TURNS = 8
+
+# Elements of a piece of a long row, and of the longest row that is not cut.
+_PIECE, _WHOLE = 8 * 1024, 16 * 1024
+
+# Elements of which accesses of sixteen bytes are made up in every dtype.
+_ALIGNED = 16
+
+# What DLPack calls a CPU and a CUDA device, and the latter with ROCm.
+_DLPACK_TYPE = 1 if DEVICE_TYPE == "cpu" else 2 if torch.version.hip is None else 10
+
+# Memory that captured graphs read for as long as they are replayed, which nobody tells us.
+captured: list[tuple[Tensor, ...]] = []
+
+
+class Cut(NamedTuple):
+    """How a tensor is cut: steps of a chunk along outer indices, rows and inner elements."""
+
+    variant: int
+    outer_step: int
+    row_step: int
+    inner_step: int
+    pieces: int
+    chunks: int
+
+
+def cut_of(outer: int, rows: int, inner: int) -> Cut:
+    """It depends on the shape alone."""
+    if inner > 256:
+        variant = _LONG
+    elif inner > 32:
+        variant = _MEDIUM
+    else:
+        variant = _SHORT if outer == 1 else _BEHIND
+    outers, many, inners, _ = VARIANTS.value[variant]
+    inner_step = inner if inner <= _WHOLE else _PIECE
+    turns = max(1, _TURNS // triton.cdiv(inner_step, inners))
+    row_step = min(rows, many * turns) if outer == 1 else many
+    outer_step = 1 if outer == 1 else outers * turns
+    pieces = triton.cdiv(outer, outer_step) * triton.cdiv(inner, inner_step)
+    chunks = pieces * triton.cdiv(rows, row_step)
+    if variant in (_LONG, _MEDIUM) and inner % _ALIGNED != 0:
+        variant += 1
+    return Cut(variant, outer_step, row_step, inner_step, pieces, chunks)
+
+
+@dataclass(slots=True)
+class Plan:
+    """How a list is cut, what its tensors have to be, and what the device was told of them."""
+
+    addresses: Addresses
+    starts: list[int] | None
+    dims: list[int] | None
+    shapes: Tensor
+    owners: Tensor
+    variants: np.ndarray
+    partials: int
+    table: Tensor | None = None
+    scratch: Tensor | None = None
+    spare: Tensor | None = None
+    stream: int = -1
+    sent: tuple[bytes, bytes] | None = None
+
+    def table_on(self, stream: int, numbers: bytes, addresses: bytes) -> Tensor:
+        """The table that says so, for kernels that are launched next on ``stream``."""
+        device, content = self.addresses.device, (numbers, addresses)
+        if _is_capturing(device):
+            # What was pinned before is taken: memory may not be pinned now.
+            host, self.spare = self.spare, None
+            if host is None:
+                host = self._pinned()
+            table, scratch = self._new()
+            captured.append((host, table, scratch, self.shapes, self.owners))
+        else:
+            if self.table is None or self.scratch is None or self.stream != stream:
+                self.table, self.scratch = self._new()
+                self.stream, self.sent = stream, None
+            if self.sent == content:
+                return self.table
+            if self.spare is None:
+                self.spare = self._pinned()
+            # New memory each time, which torch does not give to others before it was read.
+            host, table, scratch = self._pinned(), self.table, self.scratch
+            self.sent = content
+        host.numpy()[:] = self._words(numbers, addresses, pointers.of_tensor(scratch))
+        table.copy_(host, non_blocking=True)
+        return table
+
+    def _words(self, numbers: bytes, addresses: bytes, scratch: int) -> np.ndarray:
+        """What is written of it in :mod:`~sparsekern.kernels.backends.triton.table`."""
+        of = np.frombuffer(addresses, np.int64)
+        of_lists, of_arrays = (
+            of[: -cuda_library.ROW_ARRAYS].reshape(SLOTS, -1),
+            of[-cuda_library.ROW_ARRAYS :],
+        )
+        unaligned = (of_lists[:STEPS] % 16 != 0).any(0)
+        variants = self.variants + (unaligned & np.isin(self.variants, (_LONG, _MEDIUM)))
+        head = [len(variants), scratch]
+        return np.concatenate([np.frombuffer(numbers, np.int64), head, of_arrays, of_lists.ravel(), variants])
+
+    def _new(self) -> tuple[Tensor, Tensor]:
+        device, tensors = self.addresses.device, len(self.variants)
+        words = HEAD.value + (SLOTS + 1) * tensors
+        table = torch.empty(words, dtype=torch.int64, device=device)
+        return table, torch.empty(max(1, self.partials) * 4, dtype=torch.float32, device=device)
+
+    def _pinned(self) -> Tensor:
+        words = HEAD.value + (SLOTS + 1) * len(self.variants)
+        return torch.empty(words, dtype=torch.int64, pin_memory=self.addresses.device.type == "cuda")
+
+
+def make_plan(params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
+    """A plan for all of ``params``; None when the kernels cannot walk one of them."""
+    checks.inside(rows, params)
+    starts, dims = where_rows_are(rows)
+    shapes = memory_shapes(params, starts, dims, walkable)
+    if shapes is None:
+        return None
+    device = params[0].device
+    entries = np.empty((len(shapes), FIELDS.value), np.int64)
+    variants = np.empty(len(shapes), np.int64)
+    chunks = np.empty(len(shapes), np.int64)
+    partials = first = 0
+    for i, (outer, height, inner, start) in enumerate(shapes):
+        cut = cut_of(outer, height, inner)
+        steps = cut.outer_step, cut.row_step, cut.inner_step, cut.pieces
+        entries[i] = outer, height, inner, start, *steps, partials, first
+        variants[i], chunks[i] = cut.variant, cut.chunks
+        first += cut.chunks
+        if start >= 0 and cut.pieces > 1:
+            partials += cut.pieces * height
+    ends = [start + height for _, height, _, start in shapes if start >= 0]
+    return Plan(
+        Addresses(params, max(ends, default=0), _DLPACK_TYPE),
+        starts,
+        dims,
+        torch.from_numpy(entries).to(device),
+        torch.from_numpy(np.repeat(np.arange(len(shapes), dtype=np.int32), chunks)).to(device),
+        variants,
+        partials,
+    )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and cuda_library.capturing()
+
+
+def walkable(param: Tensor) -> bool:
+    """Whether the kernels take tensors of its dtype on its device."""
+    return param.device.type == DEVICE_TYPE and param.dtype in STORAGE

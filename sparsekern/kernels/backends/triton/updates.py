@@ -1,0 +1,132 @@
+"""The updates of elements, in torch's order of operations, and what they need of their tensor."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# The arguments of kernels have no types that mypy knows.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparsekern.kernels.backends.triton.table import (
+    AMSGRAD,
+    BETA1,
+    BETA2,
+    DAMPENING,
+    EPS,
+    FIRST,
+    FROM_MEAN,
+    HAS_MOMENTUM,
+    IS_ADAM,
+    MOMENTUM,
+    NESTEROV,
+    STATE,
+    STEP_COUNT,
+    address,
+    number,
+)
+
+
+@triton.jit
+def divided(a, b):
+    """Correctly rounded, which the division of float32 is not."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def _square_root(a):
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
+
+
+@triton.jit
+def _power(base, exponent):
+    """``base`` to a whole number, by squaring."""
+    result = tl.full((), 1, tl.float64)
+    while exponent > 0:
+        result = tl.where(exponent & 1 == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def hyper_of(table, tensor, rate, OP: tl.constexpr, COMPUTE: tl.constexpr):
+    """What an update has for all elements of a tensor: for SGD the first three alone."""
+    if OP == IS_ADAM:
+        # The counter is advanced after this launch.
+        count = (tl.load(address(table, STEP_COUNT, tensor, tl.float32)) + 1).to(tl.int64)
+        beta1, beta2 = number(table, BETA1), number(table, BETA2)
+        step_size = rate / (1 - _power(beta1, count))
+        inverse_root = 1 / tl.sqrt(1 - _power(beta2, count))
+        share, fresh, eps = (1 - beta1).to(COMPUTE), (1 - beta2).to(COMPUTE), number(table, EPS).to(COMPUTE)
+        return step_size.to(COMPUTE), inverse_root.to(COMPUTE), share, beta2.to(COMPUTE), fresh, eps
+    else:
+        momentum = number(table, MOMENTUM).to(COMPUTE)
+        fresh = (1 - number(table, DAMPENING)).to(COMPUTE)
+        return rate.to(COMPUTE), momentum, fresh, fresh, fresh, fresh
+
+
+@triton.jit
+def sgd(
+    table,
+    tensor,
+    at,
+    inside,
+    clears,
+    w,
+    d,
+    hyper,
+    FLAGS: tl.constexpr,
+    STORAGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """New weights. The buffers are read and written."""
+    if HAS_MOMENTUM & FLAGS:
+        buffers = address(table, STATE, tensor, STORAGE, ALIGNED)
+        buffer = d
+        if not FIRST & FLAGS:
+            buffer = tl.load(buffers + at, mask=inside, other=0).to(d.dtype) * hyper[1] + d * hyper[2]
+        tl.store(buffers + at, tl.where(clears, 0, buffer).to(STORAGE), mask=inside)
+        d = d + buffer * hyper[1] if NESTEROV & FLAGS else buffer
+    return w - d * hyper[0]
+
+
+@triton.jit
+def adam(
+    table,
+    tensor,
+    at,
+    inside,
+    clears,
+    w,
+    d,
+    hyper,
+    FLAGS: tl.constexpr,
+    STORAGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """New weights. The states are read and written."""
+    step_size, inverse_root, share, beta2, fresh, eps = hyper
+    means = address(table, STATE, tensor, STORAGE, ALIGNED)
+    squares = address(table, STATE + 1, tensor, STORAGE, ALIGNED)
+    mean = tl.load(means + at, mask=inside, other=0).to(d.dtype)
+    square = tl.load(squares + at, mask=inside, other=0).to(d.dtype)
+    # The two formulas of torch.lerp.
+    mean = mean + share * (d - mean) if FROM_MEAN & FLAGS else d - (d - mean) * (1 - share)
+    square = square * beta2 + d * fresh * d
+    tl.store(means + at, tl.where(clears, 0, mean).to(STORAGE), mask=inside)
+    tl.store(squares + at, tl.where(clears, 0, square).to(STORAGE), mask=inside)
+    top = square
+    if AMSGRAD & FLAGS:
+        tops = address(table, STATE + 2, tensor, STORAGE, ALIGNED)
+        highest = tl.load(tops + at, mask=inside, other=0).to(d.dtype)
+        # NaN is the larger.
+        top = tl.where((square > highest) | (square != square), square, highest)
+        tl.store(tops + at, tl.where(clears, 0, top).to(STORAGE), mask=inside)
+    return w - divided(step_size * mean, _square_root(top) * inverse_root + eps)

@@ -1,0 +1,381 @@
+"""Checks of arguments, shared by every layer.
+
+Each raises one exception that names the argument, what came and what was expected. They change
+nothing and read no device value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sparsekern.kernels import memory as _memory
+from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable, check_gates
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What the backends take."""
+
+_INF = float("inf")
+
+
+def number(
+    name: str,
+    value: object,
+    low: float = -float("inf"),
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """``value`` as a float inside an interval, closed unless said otherwise.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is NaN or outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name}: got {value!r}, expected a number in {interval}")
+    return float(value)
+
+
+def lengths(params: Sequence[Tensor], lists: Mapping[str, Sequence[object]], rows: Rows | None) -> None:
+    """Every list has one entry for each parameter.
+
+    Args:
+        lists: by the name of the argument.
+        rows: of ``params``.
+
+    Raises:
+        ValueError: a list has another number of entries.
+    """
+    if rows is not None and rows.table is not None:
+        lists = {**lists, "rows.starts": rows.starts, "rows.dims": rows.dims}
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{name}: got {len(values)} entries, expected {len(params)} as params")
+
+
+def tensors(lists: Mapping[str, Sequence[Tensor]], rows: Rows | None, read: Sequence[str]) -> None:
+    """The tensors of one call fit each other and their rows, one by one, and each has its own memory.
+
+    Args:
+        lists: by the name of the argument: ``params``, at least one; what is like them; and ``steps``,
+            float32 counters of one element. Each as long as ``params``, or empty.
+        rows: of ``params``.
+        read: names of the lists that the call does not write to.
+
+    Raises:
+        TypeError: a dtype or layout that no backend takes.
+        ValueError: another number of tensors, or one that differs.
+    """
+    params = lists["params"]
+    parameters(params)
+    for name, values in lists.items():
+        if name == "steps":
+            counters(values, params)
+        elif name != "params" and values:
+            like(name, values, params)
+    inside(rows, params)
+    written = {name: values for name, values in lists.items() if name not in read}
+    others = {name: lists[name] for name in read}
+    if rows is not None and rows.table is not None:
+        for name in RowArrays._fields[:-2]:
+            side = others if name in ("penalty", "elements") else written
+            side[f"rows.table.{name}"] = [getattr(rows.table, name)]
+    _written(written, others)
+
+
+def _written(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
+    """Tensors by name of argument that a call writes to can be written, and share memory with no other.
+
+    Raises:
+        ValueError: one cannot, or does.
+    """
+    for name, values in written.items():
+        for i, value in enumerate(values):
+            own_memory(f"{name}[{i}]" if len(values) > 1 or "." not in name else name, value)
+    _memory.check_disjoint(written, read)
+
+
+def parameters(params: Sequence[Tensor]) -> None:
+    """At least one parameter, all dense, of one supported dtype, on one device.
+
+    Raises:
+        TypeError: a dtype or layout that no backend takes.
+        ValueError: several devices or dtypes.
+    """
+    dtype, device = params[0].dtype, params[0].device
+    _dense("params[0]", params[0])
+    if dtype not in DTYPES:
+        raise TypeError(f"params[0]: got {dtype} on {device}, expected float32, float64, bfloat16 or float16")
+    for i, param in enumerate(params):
+        if param.dtype is not dtype or param.device != device:
+            raise ValueError(
+                f"params[{i}]: got {_describe(param)}, expected {dtype} on {device} as params[0]"
+            )
+        _dense(f"params[{i}]", param)
+
+
+def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """``tensors`` match the parameters one by one in shape, dtype, device, and are dense.
+
+    Raises:
+        TypeError: a sparse tensor.
+        ValueError: another number of tensors, or one that differs.
+    """
+    lengths(params, {name: tensors}, None)
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        _dense(f"{name}[{i}]", tensor)
+        if _kind(tensor) != _kind(param):
+            raise ValueError(
+                f"{name}[{i}]: got {_describe(tensor)}, expected {_describe(param)} as params[{i}]"
+            )
+
+
+def own_memory(name: str, tensor: Tensor) -> None:
+    """A tensor that is written to can be: no element is there twice, as in an expanded one.
+
+    Raises:
+        ValueError: one is, or the tensor was made in inference mode and this is not.
+    """
+    if _memory.repeats(tensor):
+        raise ValueError(
+            f"{name}: got strides {list(tensor.stride())}, expected memory for each element (clone it)"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: got a tensor made in inference mode, expected one that may be written to (clone it)"
+        )
+
+
+def count(name: str, tensors: Sequence[Tensor], fields: Sequence[str]) -> None:
+    """There is one tensor for each of ``fields``.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(tensors) != len(fields):
+        raise ValueError(
+            f"{name}: got {len(tensors)} tensors, expected {len(fields)} or none ({', '.join(fields)})"
+        )
+
+
+def empty(name: str, tensors: Sequence[Tensor], unless: str) -> None:
+    """There are no such tensors, because an option says so.
+
+    Raises:
+        ValueError: there are.
+    """
+    if tensors:
+        raise ValueError(f"{name}: got {len(tensors)} entries, expected none unless {unless}")
+
+
+def scalar(name: str, value: object, device: torch.device) -> None:
+    """``value`` is None, a number, or a tensor of one floating element on ``device``.
+
+    Raises:
+        ValueError: it is another tensor.
+    """
+    if not isinstance(value, Tensor):
+        return
+    is_plain = value.layout is torch.strided and value.dtype in DTYPES and not value.is_neg()
+    if value.numel() != 1 or not is_plain or value.device != device:
+        raise ValueError(f"{name}: got {_describe(value)}, expected one floating-point element on {device}")
+    whole(name, value)
+
+
+def rate(lr: float | Tensor | None) -> None:
+    """A learning rate is finite, as far as that can be known without waiting for a device.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if lr is None:
+        return
+    if isinstance(lr, Tensor):
+        if lr.device.type != "cpu" or type(lr) is FakeTensor:
+            return
+        lr = float(lr)
+    if not -_INF < lr < _INF:
+        raise ValueError(f"lr: got {lr!r}, expected a finite number")
+
+
+def finite(**numbers: float) -> None:
+    """Raises ``ValueError`` for the first number that is not finite."""
+    for name, value in numbers.items():
+        if not -_INF < value < _INF:
+            raise ValueError(f"{name}: got {value!r}, expected a finite number")
+
+
+def adam(beta1: float, beta2: float, eps: float) -> None:
+    """The numbers of Adam: two decays in [0, 1), and an epsilon of 0 or more.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < _INF):
+        number("beta1", beta1, 0, 1, open_high=True)
+        number("beta2", beta2, 0, 1, open_high=True)
+        number("eps", eps, 0, _INF, open_high=True)
+
+
+def means(tau: float, decay: float) -> None:
+    """The numbers of running statistics: a factor above 0, and a decay in [0, 1).
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not 0 < tau < _INF:
+        number("tau", tau, 0, _INF, open_low=True, open_high=True)
+    if not 0 <= decay < 1:
+        number("decay", decay, 0, 1, open_high=True)
+
+
+def counters(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Step counters: one float32 element for each parameter, on its device or on the CPU.
+
+    Raises:
+        ValueError: another number of them, another size, dtype, layout or device.
+    """
+    if len(steps) != len(params):
+        raise ValueError(f"steps: got {len(steps)} entries, expected {len(params)} as params")
+    for i, (value, param) in enumerate(zip(steps, params, strict=True)):
+        _dense(f"steps[{i}]", value)
+        fits = value.numel() == 1 and value.dtype is torch.float32
+        if not fits or value.device not in (param.device, torch.device("cpu")):
+            raise ValueError(
+                f"steps[{i}]: got {_describe(value)}, expected one float32 element on "
+                f"{param.device} or the CPU"
+            )
+
+
+def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
+    """The rows of every tracked parameter lie inside their table, which is whole and on the same device.
+
+    Raises:
+        ValueError: they do not, or it is not.
+    """
+    if rows is None or rows.table is None:
+        return
+    total, device = rows.table.penalty.numel(), rows.table.penalty.device
+    if device != params[0].device:
+        raise ValueError(
+            f"rows.table: got arrays on {device}, expected them on {params[0].device} as params "
+            f"(make the table after the model was moved)"
+        )
+    _row_arrays(rows.table)
+    means(rows.table.tau, rows.table.decay)
+    lengths(params, {}, rows)
+    spans: list[tuple[int, int, int]] = []
+    for i, (param, start, dim) in enumerate(zip(params, rows.starts, rows.dims, strict=True)):
+        if start < 0:
+            continue
+        if not (0 <= dim < param.dim() and start + param.shape[dim] <= total):
+            raise ValueError(
+                f"rows: got start {start} and dimension {dim} for params[{i}] of shape "
+                f"{list(param.shape)}, expected rows inside the table's {total}"
+            )
+        spans.append((start, start + param.shape[dim], i))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"rows: got row {start} for params[{one}] and params[{other}], expected rows of their own"
+            )
+
+
+def _row_arrays(table: RowTable | RowArrays) -> None:
+    """The arrays of a table have their types and sizes, and no gaps.
+
+    Raises:
+        ValueError: one has not.
+    """
+    rows = table.penalty.numel()
+    shapes = {
+        "penalty": (torch.float32, (rows,)),
+        "elements": (torch.float32, (rows,)),
+        "countdown": (torch.int32, (rows,)),
+        "sums": (torch.float32, (rows, 4)),
+        "threshold": (torch.float32, (rows,)),
+        "activity": (torch.float32, (rows,)),
+        "nonfinite": (torch.int64, ()),
+        "pending": (torch.float32, ()),
+    }
+    _flat_arrays("rows.table", table, shapes, table.penalty.device)
+
+
+def channels(table: RowTable | ChannelArrays) -> None:
+    """The arrays of channels have their types and sizes, without gaps, on one device; gates are rows.
+
+    The gates are read on the CPU alone: a GPU would be waited for, and the constructor of RowTable has
+    compared them before they got there.
+
+    Raises:
+        ValueError: an array has not, or an offset or a row is outside.
+    """
+    rows, count = table.sums.numel() // 4, table.channel_dot.numel()
+    shapes = {
+        "gate_offsets": (torch.int64, (count + 1,)),
+        "gate_rows": (torch.int64, (table.gate_rows.numel(),)),
+        "sums": (torch.float32, (rows, 4)),
+        "channel_dot": (torch.float32, (count,)),
+        "channel_dot_sq": (torch.float32, (count,)),
+        "updates": (torch.float32, ()),
+        "pending": (torch.float32, ()),
+    }
+    _flat_arrays("table", table, shapes, table.sums.device)
+    arrays = {f"table.{name}": [getattr(table, name)] for name in shapes}
+    own = {name: array for name, array in arrays.items() if "gate" not in name}
+    _written(own, {name: array for name, array in arrays.items() if name not in own})
+    if table.gate_rows.device.type == "cpu" and not isinstance(table.gate_rows, FakeTensor):
+        check_gates(table.gate_offsets.numpy(), table.gate_rows.numpy(), rows)
+
+
+def _flat_arrays(
+    of: str,
+    table: RowTable | RowArrays | ChannelArrays,
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    device: torch.device,
+) -> None:
+    for name, (dtype, shape) in expected.items():
+        array = getattr(table, name)
+        is_plain = array.layout is torch.strided and array.is_contiguous() and array.shape == shape
+        if not is_plain or array.dtype is not dtype or array.device != device or array.is_neg():
+            raise ValueError(
+                f"{of}.{name}: got {_describe(array)}, expected contiguous {dtype} {list(shape)} on {device}"
+            )
+        whole(f"{of}.{name}", array)
+
+
+def whole(name: str, tensor: Tensor) -> None:
+    """Raises ``ValueError`` where a storage was made smaller behind its tensor."""
+    if not _memory.is_whole(tensor):
+        raise ValueError(
+            f"{name}: got a storage of {tensor.untyped_storage().nbytes()} bytes, expected one that holds "
+            f"{_describe(tensor)}"
+        )
+
+
+def _dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: got layout {kind}, expected a dense tensor")
+    whole(name, tensor)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _describe(tensor: Tensor) -> str:
+    layout = "" if tensor.layout is torch.strided else f" ({tensor.layout})"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"

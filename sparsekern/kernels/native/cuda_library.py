@@ -1,0 +1,235 @@
+"""The CUDA library: loading it, its structs, and what it needs to know of torch.
+
+It is a plain shared library with a C interface (``csrc/cuda/abi.h``), linked with its own runtime, so it
+loads where there is neither a driver nor a GPU, and serves every torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekern.kernels import native
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Dtype of csrc/abi.h by the one of torch."""
+
+DEVICE_TYPE = 2
+"""What DLPack calls a CUDA device."""
+
+REBUILD = "to build it again, run pip install . or (in a working tree) python setup.py build_ext --inplace"
+
+NEVER_RUN = "compiled and tested in emulation, never run on a GPU"
+
+
+class Shape(Structure):
+    _fields_ = [(name, c_int64) for name in ("outer", "rows", "inner", "start")]
+
+
+class Cut(Structure):
+    _fields_ = [
+        ("outer_step", c_int64),
+        ("inner_step", c_int64),
+        ("partial", c_int64),
+        ("row_step", c_int32),
+        ("pieces", c_int32),
+        ("chunks", c_int32),
+        ("lanes", c_int32),
+    ]
+
+
+class Hyper(Structure):
+    _fields_ = [
+        *(
+            (name, c_double)
+            for name in ("lr", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps")
+        ),
+        *((name, c_double) for name in ("grad_scale", "tau", "decay")),
+        *((name, c_int32) for name in ("nesterov", "first", "decoupled", "amsgrad", "maximize", "scaled")),
+    ]
+
+
+class Scalar(Structure):
+    _fields_ = [("address", c_void_p), ("value", c_double), ("dtype", c_int32)]
+
+
+class Call(Structure):
+    _fields_ = [
+        ("shapes", c_void_p),
+        ("cuts", c_void_p),
+        ("addresses", c_char_p),
+        ("partials", c_void_p),
+        ("stream", c_void_p),
+        ("hyper", Hyper),
+        ("lr", Scalar),
+        ("grad_scale", Scalar),
+        ("found_inf", Scalar),
+        ("tensors", c_int64),
+        ("op", c_int32),
+        ("dtype", c_int32),
+        ("device", c_int32),
+    ]
+
+
+class Moments(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("gate_offsets", "gate_rows", "sums", "dot", "dot_sq", "updates")),
+        *((name, c_void_p) for name in ("pending", "ticket", "stream")),
+        ("channels", c_int64),
+        ("rows", c_int64),
+        ("decay", c_double),
+        ("device", c_int32),
+    ]
+
+
+class Norm(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "residual", "grad", "out", "grad_residual", "weight", "bias")),
+        *((name, c_void_p) for name in ("running_mean", "running_var", "mean", "var", "mask")),
+        *((name, c_void_p) for name in ("grad_weight", "grad_bias", "scratch")),
+        *((name, c_void_p) for name in ("threshold", "activity", "updates", "stream")),
+        *((name, c_int64) for name in ("outer", "channels", "inner")),
+        *((name, c_double) for name in ("eps", "tau", "decay")),
+        *((name, c_int32) for name in ("activation", "training", "dtype", "device")),
+    ]
+
+
+ROW_ARRAYS = 8
+"""How many addresses RowArrays of csrc/abi.h has."""
+
+_STRUCTS = (Shape, Cut, Call, Moments)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The library, and the tensors that it works on."""
+
+    library: Any
+    device_type: str
+    dlpack_type: int
+
+
+reason: str | None = None
+"""Why :func:`load` gave None; None while it has not been called or when it gave a library."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None (and :data:`reason`) where the package runs without."""
+    global reason
+    files = [
+        Path(__file__).with_name(f"_cuda_kernels{suffix}")
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    ]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        reason = "the CUDA kernels were not built at installation (no nvcc, or SPARSEKERN_NO_CUDA=1)"
+        return None
+    try:
+        return bind(path)
+    except (OSError, RuntimeError) as error:
+        reason = str(error)
+        return None
+
+
+def bind(path: Path) -> ctypes.CDLL:
+    """The library in the file ``path``, its functions with their types.
+
+    Raises:
+        OSError: it cannot be loaded.
+        RuntimeError: it was built from another version of this package.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        return _typed(library)
+    except (AttributeError, RuntimeError) as error:
+        found = str(error).removeprefix(f"{path}: ")
+        raise RuntimeError(
+            f"{path}: got a library of another version ({found}), expected one built with this package; "
+            f"{REBUILD}"
+        ) from error
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """``library``, its functions with their types.
+
+    Raises:
+        AttributeError: one is missing.
+        RuntimeError: a struct has another size.
+    """
+    library.sparsekern_cuda_sizes.argtypes = [POINTER(c_int64)]
+    library.sparsekern_cuda_sizes.restype = None
+    library.sparsekern_cuda_cut.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(Cut)]
+    library.sparsekern_cuda_cut.restype = c_int64
+    library.sparsekern_cuda_step.argtypes = [POINTER(Call)]
+    library.sparsekern_cuda_moments.argtypes = [POINTER(Moments)]
+    library.sparsekern_cuda_norm_scratch.argtypes = [c_int64] * 4
+    library.sparsekern_cuda_norm_scratch.restype = c_int64
+    library.sparsekern_cuda_norm_forward.argtypes = [POINTER(Norm)]
+    library.sparsekern_cuda_norm_backward.argtypes = [POINTER(Norm)]
+    library.sparsekern_cuda_try.argtypes = [c_int32]
+    library.sparsekern_cuda_error.argtypes = [c_int32]
+    library.sparsekern_cuda_error.restype = c_char_p
+    library.sparsekern_cuda_launches.restype = c_int64
+    expected = [
+        *map(ctypes.sizeof, _STRUCTS),
+        ROW_ARRAYS * ctypes.sizeof(ctypes.c_void_p),
+        ctypes.sizeof(Norm),
+    ]
+    sizes = (c_int64 * len(expected))()
+    library.sparsekern_cuda_sizes(sizes)
+    if list(sizes) != expected:
+        raise RuntimeError(f"its structs have {list(sizes)} bytes, not {expected}")
+    return library
+
+
+def why_not() -> str | None:
+    """Why the CUDA kernels cannot run here; None when they can."""
+    if native.load() is None:
+        return str(native.reason)
+    library = load()
+    if library is None:
+        return str(reason)
+    problem = _problem(library)
+    return None if problem is None else f"{problem} ({NEVER_RUN})"
+
+
+def _problem(library: ctypes.CDLL) -> str | None:
+    """What of torch or this machine is in the way."""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    code = library.sparsekern_cuda_try(torch.cuda.current_device())
+    return None if code == 0 else error_text(library, code)
+
+
+def error_text(library: ctypes.CDLL, code: int) -> str:
+    """What a code of the library means."""
+    if code < 0:
+        return f"an address is missing (error {-code})"
+    return f"{library.sparsekern_cuda_error(code).decode()} (CUDA error {code})"
+
+
+def check(library: ctypes.CDLL, code: int, what: str) -> None:
+    """Raises ``RuntimeError`` for the code of a call over ``what`` that is not 0."""
+    if code != 0:
+        text = error_text(library, code)
+        raise RuntimeError(f"the CUDA kernels could not be launched for {what}: {text}")
+
+
+def stream(device: torch.device) -> int:
+    """The handle of torch's current stream on ``device``."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_current_stream_capturing()

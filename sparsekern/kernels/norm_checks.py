@@ -1,0 +1,233 @@
+"""Checks of the arguments of a normalisation with its activation.
+
+:func:`check` is on the way of every call and short where everything fits. :func:`check_memory` looks at which
+memory tensors share, wherever native code, which compares addresses, does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsekern.kernels import memory as _memory
+from sparsekern.kernels.backends.reference import norm_act as reference_norm
+from sparsekern.kernels.checks import DTYPES, count, means, number, own_memory, whole
+from sparsekern.kernels.counts import ChannelCounts
+
+_INF = float("inf")
+
+
+def check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: ChannelCounts | None,
+    activation: str,
+    training: bool,
+    eps: float,
+    momentum: float,
+) -> None:
+    """The arguments of a normalisation, as of ``norm_act``, fit each other.
+
+    Raises:
+        ValueError: one does not; names it.
+    """
+    check_activation(activation)
+    if not (0 <= eps < _INF and -_INF < momentum < _INF):
+        number("eps", eps, 0, _INF, open_high=True)
+        number("momentum", momentum, -_INF, _INF, open_low=True, open_high=True)
+    if x.layout is not torch.strided or x.dtype not in DTYPES or x.dim() < 2 or x.numel() == 0:
+        kind = "a nested tensor" if x.is_nested else f"{x.dtype} {list(x.shape)}{_layout(x)}"
+        raise ValueError(f"x: got {kind}, expected floating-point [N, C, ...] with elements")
+    if residual is not None and _kind(residual) != _kind(x):
+        raise ValueError(f"residual: got {_described(residual)}, expected {_described(x)} as x")
+    vectors = (weight, bias, running_mean, running_var)
+    shape, device = x.shape[1:2], x.device
+    for v in vectors:
+        if v is not None and (
+            v.shape != shape or v.device != device or v.dtype not in DTYPES or v.layout is not torch.strided
+        ):
+            _refuse(x, zip(("weight", "bias", "running_mean", "running_var"), vectors, strict=True))
+    if mask is not None:
+        _check_mask(mask, x)
+    if counts is not None:
+        check_counts(counts, x)
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"x: got {list(x.shape)}, expected more than 1 value per channel when training")
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean, running_var: got None, expected both where training is not set")
+    if training and momentum:
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean, running_var: got None, expected both where momentum is not 0")
+        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+            own_memory("running_mean", running_mean)
+            own_memory("running_var", running_var)
+
+
+def check_forward_op(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: Sequence[Tensor],
+    activation: str,
+    training: bool,
+    eps: float,
+    tau: float,
+    decay: float,
+) -> None:
+    """The arguments of the op ``norm_act``, which writes to none of them.
+
+    Raises:
+        ValueError: one does not fit; names it.
+    """
+    _given(x=x)
+    found = _counts_of(counts, tau, decay)
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
+    check(*operands, found, activation, training, eps, 0.0)
+    names = ("x", "residual", "weight", "bias", "running_mean", "running_var", "mask")
+    check_memory({}, dict(zip(names, operands, strict=True)) | named_counts(found))
+
+
+def check_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+    counts: Sequence[Tensor],
+    activation: str,
+    training: bool,
+    eps: float,
+    tau: float,
+    decay: float,
+) -> ChannelCounts | None:
+    """The arguments of the op ``norm_act_backward``; what it writes to, the counts, is returned.
+
+    Raises:
+        ValueError: one does not fit; names it.
+    """
+    _given(grad=grad, x=x, mean=mean, var=var)
+    found = _counts_of(counts, tau, decay)
+    check(x, residual, weight, bias, None, None, mask, found, activation, True, eps, 0.0)
+    if _kind(grad) != _kind(x):
+        raise ValueError(f"grad: got {_described(grad)}, expected {_described(x)} as x")
+    expected = (x.shape[1:2], reference_norm.compute_dtype(x), x.device, torch.strided)
+    for name, vector in (("mean", mean), ("var", var)):
+        if _kind(vector) != expected:
+            raise ValueError(
+                f"{name}: got {_described(vector)}, expected {expected[1]} [{x.shape[1]}] on {x.device}, as "
+                f"norm_act returned it"
+            )
+    operands = (grad, x, residual, weight, bias, mean, var, mask)
+    names = ("grad", "x", "residual", "weight", "bias", "mean", "var", "mask")
+    check_memory(named_counts(found), dict(zip(names, operands, strict=True)))
+    return found
+
+
+def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
+    """Tensors that fit by their shapes lie in whole storages, and what is written overlaps with nothing else.
+
+    Args:
+        written, read: by the name of the argument.
+
+    Raises:
+        ValueError: one does not; names it.
+    """
+    given = {name: [tensor] for name, tensor in written.items() if tensor is not None}
+    others = {name: [tensor] for name, tensor in read.items() if tensor is not None}
+    for name, (tensor,) in (given | others).items():
+        whole(name, tensor)
+    for name, (tensor,) in given.items():
+        own_memory(name, tensor)
+    _memory.check_disjoint(given, others)
+
+
+def named_counts(counts: ChannelCounts | None) -> dict[str, Tensor]:
+    """The arrays of the counts, as errors name them."""
+    if counts is None:
+        return {}
+    return {f"counts.{name}": getattr(counts, name) for name in ("threshold", "activity", "updates")}
+
+
+def _given(**tensors: Tensor | None) -> None:
+    """The dispatcher takes None for any tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"{name}: got None, expected a tensor")
+
+
+def _counts_of(arrays: Sequence[Tensor], tau: float, decay: float) -> ChannelCounts | None:
+    """The counts that an op is given as a list; None for an empty one."""
+    means(tau, decay)
+    if not arrays:
+        return None
+    count("counts", arrays, ("threshold", "activity", "updates"))
+    return ChannelCounts.of(arrays, tau, decay)
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if mask.shape != x.shape[1:2] or mask.device != x.device or mask.layout is not torch.strided:
+        _refuse(x, [("mask", mask)])
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"mask: got {mask.dtype}, expected torch.bool")
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device, torch.layout]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{_layout(tensor)}"
+
+
+def _layout(tensor: Tensor) -> str:
+    return "" if tensor.layout is torch.strided else f" ({tensor.layout})"
+
+
+def check_counts(counts: ChannelCounts, x: Tensor) -> None:
+    per_channel = (x.shape[1:2], torch.float32, x.device, torch.strided)
+    single = (torch.Size([1]), *per_channel[1:])
+    for name, expected in (("threshold", per_channel), ("activity", per_channel), ("updates", single)):
+        array = getattr(counts, name)
+        if _kind(array) != expected:
+            raise ValueError(
+                f"counts.{name}: got {_described(array)}, expected torch.float32 {list(expected[0])} on "
+                f"{x.device}"
+            )
+        if not array.is_contiguous():
+            own_memory(f"counts.{name}", array)
+
+
+def _refuse(x: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise a ValueError for the first of the vectors that has not one number for each channel of ``x``."""
+    for name, vector in vectors:
+        if vector is None:
+            continue
+        fits = vector.shape == x.shape[1:2] and vector.device == x.device
+        fits = fits and vector.layout is torch.strided
+        if not (fits and (vector.dtype in DTYPES or name == "mask")):
+            kind = "bool" if name == "mask" else "floating-point"
+            raise ValueError(
+                f"{name}: got {_described(vector)}, expected {kind} [{x.shape[1]}] on {x.device}, "
+                f"the channels of x"
+            )
+
+
+def check_activation(activation: str) -> None:
+    """Raises ``ValueError`` for one that does not exist."""
+    if activation not in reference_norm.ACTIVATIONS:
+        known = ", ".join(reference_norm.ACTIVATIONS)
+        raise ValueError(f"activation: got {activation!r}, expected one of {known}")

@@ -1,0 +1,267 @@
+"""The ops of batch normalisation with its activation: schemas, fakes and autograd, side by side.
+
+As in :mod:`sparsekern.kernels.ops`, what traces goes through ``torch.ops.sparsekern``, and eager mode straight to
+the backend: a pass through the dispatcher and back into Python takes longer than a small layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsekern.kernels.backends import choose
+from sparsekern.kernels.backends.reference import norm_act as reference_norm
+from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.norm_checks import (
+    check,
+    check_backward_op,
+    check_counts,
+    check_forward_op,
+    check_memory,
+    named_counts,
+)
+from sparsekern.kernels.ops import traced
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+
+_OPTIONS = "*, str activation, bool training, float eps, float tau, float decay"
+_AFFINE = "Tensor? weight, Tensor? bias"
+_LIBRARY.define(
+    f"norm_act(Tensor x, Tensor? residual, {_AFFINE}, Tensor? running_mean, Tensor? running_var, "
+    f"Tensor? mask, Tensor[] counts, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"norm_act_backward(Tensor grad, Tensor x, Tensor? residual, {_AFFINE}, Tensor mean, Tensor var, "
+    f"Tensor? mask, Tensor(a!)[] counts, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: ChannelCounts | None,
+    *,
+    activation: str,
+    training: bool,
+    eps: float,
+    momentum: float = 0.0,
+) -> Tensor:
+    """``y`` of :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`, differentiable once.
+
+    Args:
+        counts: updated by the backward pass when given.
+
+    The other arguments are those of the reference. Only ``x`` and ``residual`` are kept for the backward
+    pass, and vectors of a number per channel.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has changed then.
+    """
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
+    check(*operands, counts, activation, training, eps, momentum)
+    if not traced(x):
+        vectors, options = (running_mean, running_var, mask), (activation, training, eps)
+        y: Tensor = _NormAct.apply(*map(_resolved, operands[:4]), (*vectors, counts, *options, momentum))
+        return y
+    arrays, tau, decay = ([], 1.0, 0.0) if counts is None else (counts.arrays, counts.tau, counts.decay)
+    y, mean, var = torch.ops.sparsekern.norm_act.default(
+        *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
+    )
+    if training and momentum and running_mean is not None and running_var is not None:
+        # An op that has a gradient may not write to its arguments.
+        with torch.no_grad():
+            reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
+    return y
+
+
+def _resolved(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` with its elements as they are in memory, which those of a lazily negated one are not."""
+    return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
+
+
+class _NormAct(torch.autograd.Function):
+    """The op in eager mode. What has no gradient comes as one argument: each of them takes time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        others: tuple[Any, ...],
+    ) -> Tensor:
+        running_mean, running_var, mask, counts, activation, training, eps, momentum = others
+        backend = choose(x.device)
+        if momentum and training and not getattr(backend, "CHECKS_MEMORY", False):
+            written = {"running_mean": running_mean, "running_var": running_var}
+            check_memory(written, {"x": x, "residual": residual, "weight": weight, "bias": bias})
+        y: Tensor
+        y, mean, var = backend.norm_act_forward(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            mask,
+            activation=activation,
+            training=training,
+            eps=eps,
+            momentum=momentum,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
+        ctx.others = backend, counts, activation, training, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Without a graph of the gradients, the wrapper does nothing and takes time.
+        return _once(ctx, grad) if torch.is_grad_enabled() else _eager_gradients(ctx, grad)
+
+
+def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
+    backend, counts, activation, training, eps = ctx.others
+    if counts is not None:
+        # They may have been exchanged since the forward pass.
+        check_counts(counts, x)
+        if not getattr(backend, "CHECKS_MEMORY", False):
+            check_memory(
+                named_counts(counts), {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var}
+            )
+    grad_x, grad_residual, grad_weight, grad_bias = backend.norm_act_backward(
+        _resolved(grad),
+        x,
+        residual,
+        weight,
+        bias,
+        mean,
+        var,
+        mask,
+        activation=activation,
+        training=training,
+        eps=eps,
+        counts=counts,
+    )
+    return grad_x, grad_residual, _given(grad_weight, weight), _given(grad_bias, bias), None
+
+
+_once = once_differentiable(_eager_gradients)
+
+
+def _given(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter in its dtype, where there is one."""
+    if parameter is None:
+        return None
+    return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None,
+    counts: list[Tensor],
+    *,
+    activation: str,
+    training: bool,
+    eps: float,
+    tau: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (x, residual, weight, bias, running_mean, running_var, mask)
+    check_forward_op(*operands, counts, activation, training, eps, tau, decay)
+    found: tuple[Tensor, Tensor, Tensor] = choose(x.device).norm_act_forward(
+        *operands, activation=activation, training=training, eps=eps
+    )
+    return found
+
+
+def _forward_fake(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_forward_op(x, *operands, **options)
+    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
+    return torch.empty_like(x), vector, torch.empty_like(vector)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+    counts: list[Tensor],
+    *,
+    activation: str,
+    training: bool,
+    eps: float,
+    tau: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = (grad, x, residual, weight, bias, mean, var, mask)
+    found = check_backward_op(*operands, counts, activation, training, eps, tau, decay)
+    grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
+        *operands, activation=activation, training=training, eps=eps, counts=found
+    )
+    # An op has as many results every time.
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, residual: Tensor | None, *operands: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_backward_op(grad, x, residual, *operands, **options)
+    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
+    grad_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), grad_residual, vector, torch.empty_like(vector)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    x, residual, weight, bias, _, _, mask, counts = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
+    # Not among the saved ones: what the backward pass of another call writes must not invalidate this one.
+    ctx.counts = counts
+    ctx.options = keyword_only_inputs
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
+    grad_x, grad_residual, grad_weight, grad_bias = torch.ops.sparsekern.norm_act_backward.default(
+        grad, x, residual, weight, bias, mean, var, mask, ctx.counts, **ctx.options
+    )
+    return (
+        grad_x,
+        None if residual is None else grad_residual,
+        _given(grad_weight, weight),
+        _given(grad_bias, bias),
+        None,
+        None,
+        None,
+        [None] * len(ctx.counts),
+    )
+
+
+_LIBRARY.impl("norm_act", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("norm_act_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsekern::norm_act", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("sparsekern::norm_act_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsekern::norm_act", _gradients, setup_context=_save, lib=_LIBRARY)

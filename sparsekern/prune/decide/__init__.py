@@ -1,0 +1,1 @@
+"""What is decided: criteria, widths under a budget, and when."""

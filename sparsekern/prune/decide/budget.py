@@ -1,0 +1,119 @@
+"""Budgets, floors and rounding: what a user may ask for, and whether the graph can deliver it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsekern.graph import ChannelGraph
+from sparsekern.prune.decide.allocate import Problem, smallest
+
+Unit = Literal["macs", "params", "latency"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+
+def check_keep(keep: object) -> float:
+    """``keep`` as a float, or a ValueError that says what it should have been."""
+    if not isinstance(keep, (int, float)) or isinstance(keep, bool) or not 0 < keep <= 1:
+        raise ValueError(f"keep: got {keep!r}, expected the share of the cost that stays, in (0, 1]")
+    return float(keep)
+
+
+def check_unit(of: object) -> Unit:
+    """``of`` if it names a cost, else a ValueError."""
+    for unit in UNITS:
+        if of == unit:
+            return unit
+    raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
+
+
+def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool) -> tuple[int, ...]:
+    """The multiples to try, best first: a number alone; None is ``"auto"`` with ``shrink``, else 1.
+
+    ``"auto"`` begins at 16 on a CPU, where oneDNN computes in blocks of 16 channels, and on a GPU at 8 for
+    half precision, the width that tensor cores need, else at 1. Smaller ones follow for networks that are too
+    narrow for it.
+
+    Raises:
+        ValueError: neither ``"auto"`` nor a whole number of at least 1.
+    """
+    if round_to is None:
+        round_to = "auto" if shrink else 1
+    if round_to == "auto":
+        first = next(model.parameters())
+        if first.device.type == "cpu":
+            best = 16
+        else:
+            best = 8 if first.dtype in (torch.float16, torch.bfloat16) else 1
+        return tuple(multiple for multiple in (16, 8, 4, 1) if multiple <= best)
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise ValueError(f"round_to: got {round_to!r}, expected a whole number >= 1 or 'auto'")
+    return (round_to,)
+
+
+def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -> np.ndarray:
+    """Channels that each group keeps at least, int64 ``[groups]``.
+
+    Args:
+        min_channels: one number for all groups, or numbers by pattern (as in :mod:`fnmatch`) of a group's
+            name; the first pattern that matches counts, a group that none matches keeps at least 1.
+        graph: the groups.
+
+    Raises:
+        ValueError: a number below 1, or a pattern that matches no group.
+    """
+    rules = {"*": min_channels} if isinstance(min_channels, int) else dict(min_channels)
+    for pattern, number in rules.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"min_channels: got {number!r} for {pattern!r}, expected at least 1")
+        if not any(fnmatchcase(group.name, pattern) for group in graph.groups):
+            names = ", ".join(group.name for group in graph.groups[:5])
+            raise ValueError(
+                f"min_channels: {pattern!r} matches no group, expected a pattern of names like {names}"
+            )
+    floors = [
+        next((number for pattern, number in rules.items() if fnmatchcase(group.name, pattern)), 1)
+        for group in graph.groups
+    ]
+    return np.minimum(floors, [len(group.channels) for group in graph.groups]).astype(np.int64)
+
+
+def first_feasible(choices: Sequence[int], problem_of: Callable[[int], Problem], keep: float) -> Problem:
+    """The problem with the first of these ``round_to`` whose smallest network is within ``keep``.
+
+    Raises:
+        ValueError: there is none, see :func:`check_feasible`.
+    """
+    for multiple in choices[:-1]:
+        problem = problem_of(multiple)
+        if problem.cost(smallest(problem)) <= keep * problem.whole:
+            return problem
+    problem = problem_of(choices[-1])
+    check_feasible(problem, keep)
+    return problem
+
+
+def check_feasible(problem: Problem, keep: float) -> None:
+    """Raise a ValueError when even the smallest network within the floors costs more than ``keep`` allows."""
+    kept = smallest(problem)
+    reachable = problem.cost(kept) / problem.whole
+    if reachable <= keep:
+        return
+    # The group whose floor costs most: removing it altogether would save most.
+    price = problem.price(kept)
+    of_groups = [float(price[group.channels[kept[group.channels]]].sum()) for group in problem.graph.groups]
+    costliest = problem.graph.groups[int(np.argmax(of_groups))]
+    floor = int(kept[costliest.channels].sum())
+    # Rounded up, so that the value that is named can be asked for.
+    smallest_keep = np.ceil(reachable * 1e4) / 1e4
+    raise ValueError(
+        f"keep: got {keep!r} of {problem.of}, expected at least {smallest_keep:.4f}, the smallest that "
+        f"floors and frozen layers allow; the costliest floor is {costliest.name} with {floor} channels "
+        f"(min_channels and round_to={problem.round_to}), and {len(problem.graph.frozen)} entries are not "
+        f"prunable (see print(sparsekern.trace(model, example_inputs)))"
+    )

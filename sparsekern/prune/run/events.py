@@ -1,0 +1,189 @@
+"""What happens between the steps of a training: decisions, each made as a whole or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from sparsekern.compact.transaction import all_or_nothing, uninterrupted
+from sparsekern.distributed.ranks import Ranks
+from sparsekern.prune.decide.policy import Choice, Policy
+from sparsekern.prune.run.steps import Rates, SkippedSteps, differing_rates, idle
+from sparsekern.prune.schedule import Schedule
+from sparsekern.prune.state.masking import CONDEMNED
+from sparsekern.prune.state.network import Network
+
+
+class Events:
+    """Counts the steps of a training, and decides after those that its schedule names.
+
+    Attributes:
+        schedule: what is decided when.
+        step: how many steps there were, with those that GradScaler has skipped since the latest decision.
+        next: the step after which there is something to do next, or None.
+    """
+
+    def __init__(
+        self, network: Network, policy: Policy, schedule: Schedule, ranks: Ranks, *, shrinks: bool
+    ) -> None:
+        """Before the first step; ``shrinks`` cuts masked channels out of the live model."""
+        self._network, self._policy, self._ranks, self._shrinks = network, policy, ranks, shrinks
+        self.schedule = schedule
+        self.step = 0
+        self._skipped, self._rates = SkippedSteps(), Rates()
+        self._nonfinite_seen = 0
+        self.next = self._next_step()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is met and nothing is condemned any more."""
+        # Skipped steps have been taken off when the count arrives there: that was a decision.
+        return self.step >= self.schedule.finish and not (self._network.masks.state == CONDEMNED).any()
+
+    def done(self) -> int:
+        """How many steps there were, without those that GradScaler has skipped."""
+        return self.step - self._skipped.pending()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"step": self.done(), "next": self.next, "nonfinite_seen": self._nonfinite_seen}
+
+    def load_state_dict(self, state: Mapping[str, Any], schedule: Schedule, undo: ExitStack) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: with the ``schedule`` that it was saved under.
+            schedule: to go on with; another one where the training is extended.
+            undo: is told what restores the state from before.
+        """
+        undo.callback(vars(self).update, dict(vars(self)))
+        self.schedule = schedule
+        self.step = int(state["step"])
+        self._nonfinite_seen = int(state["nonfinite_seen"])
+        self._skipped, self._rates = SkippedSteps(), Rates()
+        same = schedule.to_plain() == state["schedule"]
+        self.next = state["next"] if same else self._next_of_new_schedule()
+
+    def before_step(self, *_: Any) -> None:
+        """Hook before an optimizer's step: makes up for a decision that has failed or was interrupted."""
+        if self.next is not None and self.step >= self.next:
+            self._decide(self.next)
+
+    def after_step(self, *_: Any) -> None:
+        """Hook after an optimizer's step."""
+        optimizer = self._network.optimizer
+        if idle(optimizer, self._network.rows.table, self._ranks):
+            return
+        self._skipped.note(optimizer)
+        self.step += 1
+        if self._ranks.size > 1:
+            self._rates.note(self.step, optimizer)
+        if self.next is not None and self.step >= self.next:
+            self._decide(self.next)
+
+    def _decide(self, due: int) -> None:
+        """What is due after step ``due``: all of it, or nothing of it, and the next step tries again."""
+        ranks, network = self._ranks, self._network
+        with uninterrupted(insisting=True):
+            self.step -= self._skipped.take(ranks)
+            if self.step < due:
+                return
+            network.rows.table.settle()
+            network.activations.average(ranks)
+            event = self.schedule.at(due)
+            rates = self._rates.parts()
+            with ranks.agreeing(f"pruning after step {due}", rates, differing_rates) as check:
+                network.check_masked()
+                declined = network.masks.declined()
+                choice = None
+                if event is not None:
+                    choice = self._policy.choose(network, event, self.schedule.after(due))
+                check(due, rates, declined, *(choice.parts() if choice is not None else ()))
+            with all_or_nothing() as undo, ranks.changing(f"masking after step {due}") as (ready, done):
+                self._carry_out(declined, choice, undo, ready)
+                done()
+        self._rates.forget()
+        self._warn_of_nonfinite()
+
+    def _carry_out(
+        self, declined: np.ndarray, choice: Choice | None, undo: ExitStack, ready: Callable[[], object]
+    ) -> None:
+        network = self._network
+        undo.callback(setattr, self, "next", self.next)
+        network.masks.restored_by(undo)
+        network.masks.mask(declined, undo)
+        if choice is not None:
+            choice.carry_out(network.masks, undo)
+        if self._shrinks:
+            # After everything that reads the statistics, and once: every cut costs a recompilation.
+            network.shrink(undo, ready=ready)
+        else:
+            ready()
+        self.next = self._next_step()
+
+    def _next_of_new_schedule(self) -> int | None:
+        """The next step with something to do, where the schedule has changed."""
+        masks = self._network.masks
+        # The penalties were for the old distance between events; the next event sets new ones.
+        masks.penalise(np.zeros(len(masks.state), bool), 0.0)
+        left = int(masks.countdowns().max(initial=0))
+        following = self._next_step()
+        return following if not left or following is None else min(following, self.step + left)
+
+    def _next_step(self) -> int | None:
+        event = self.schedule.after(self.step)
+        if event is not None:
+            return event.step
+        if self.step < self.schedule.finish:
+            return self.schedule.finish
+        # Parameters without a gradient leave declines unfinished: come back when they can have ended.
+        left = int(self._network.masks.countdowns().max(initial=0))
+        return self.step + left if left else None
+
+    def _warn_of_nonfinite(self) -> None:
+        count = int(self._network.rows.table.nonfinite)
+        if count > self._nonfinite_seen:
+            new, self._nonfinite_seen = count - self._nonfinite_seen, count
+            warnings.warn(
+                f"{new} rows of gradients with NaN or infinity were left out of the pruning statistics; "
+                f"nonfinite='raise' stops at the first one",
+                stacklevel=2,
+            )
+
+
+def unfinished(network: Network, of: str, keep: float, events: Events, steps: int) -> str:
+    """Why the network is not what was asked for, as a message; empty where it is.
+
+    Args:
+        of, keep: the cost, and the share of it that was asked for.
+        steps: optimizer steps of the whole training.
+    """
+    state = network.masks.state
+    fading = state == CONDEMNED
+    latency, whole = network.priced(of)
+    unmasked = network.masks.unmasked
+    cost = float(getattr(network.graph.cost(unmasked), of)) if latency is None else latency.cost(unmasked)
+    share = cost / max(whole, 1e-30)
+    if not fading.any() and share <= keep * (1 + 1e-9):
+        return ""
+    done, finish = events.done(), events.schedule.finish
+    if not done:
+        reason = (
+            f"the {type(network.optimizer).__name__} given to the Pruner has not made a step: another "
+            f"optimizer steps, or optimizer.step() was never called"
+        )
+    elif done < finish:
+        reason = f"{done} of {steps} steps are done, and the budget is met at step {finish}"
+    elif fading.any():
+        left = int(np.max(network.masks.countdowns(), initial=0))
+        reason = f"{int(fading.sum())} channels still fade out, for {left} more steps"
+    else:
+        reason = "decisions were undone by abort()"
+    return (
+        f"pruner: got {share:.1%} of the dense {of}, expected at most {keep:.1%}: {reason}; "
+        f"go on until pruner.finished"
+    )

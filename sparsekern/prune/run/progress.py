@@ -1,0 +1,50 @@
+"""Where a pruning stands, in numbers and in a line."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from sparsekern.prune.run.events import Events
+from sparsekern.prune.state.masking import CONDEMNED
+from sparsekern.prune.state.network import Network
+
+
+def metrics(network: Network, events: Events) -> dict[str, int | float]:
+    """See :meth:`sparsekern.Pruner.metrics`."""
+    network.rows.table.settle()
+    masks, whole = network.masks, network.whole
+    cost = network.graph.cost(masks.unmasked)
+    return {
+        "step": events.done(),
+        "macs": int(cost.macs),
+        "params": int(cost.params),
+        "macs_share": cost.macs / max(whole.macs, 1),
+        "params_share": cost.params / max(whole.params, 1),
+        "kept": int(masks.unmasked.sum()),
+        "channels": network.rows.total,
+        "condemned": int((masks.state == CONDEMNED).sum()),
+        "nonfinite": int(network.rows.table.nonfinite),
+        "finished": int(events.finished),
+    }
+
+
+def widths(network: Network) -> dict[str, tuple[int, int]]:
+    """See :meth:`sparsekern.Pruner.widths`."""
+    network.rows.table.settle()
+    unmasked, found = network.masks.unmasked, dict[str, tuple[int, int]]()
+    seen: Counter[str] = Counter()
+    for group, width in zip(network.graph.groups, network.widths.tolist(), strict=True):
+        seen[group.name] += 1
+        name = group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}"
+        found[name] = int(unmasked[group.channels].sum()), width
+    return found
+
+
+def described(network: Network, events: Events, keep: float, of: str, steps: int) -> str:
+    """A Pruner's ``repr``: what is pruned to what, and how far it has come."""
+    share = network.share(of, network.masks.unmasked)
+    return (
+        f"Pruner({type(network.model).__name__}, {type(network.optimizer).__name__}, keep={keep:g}, "
+        f"of={of!r}, step {events.done()} of {steps}: {share:.1%} of {of} left, "
+        f"{'finished' if events.finished else 'not finished'})"
+    )

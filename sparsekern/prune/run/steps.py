@@ -1,0 +1,102 @@
+"""Which optimizer steps count for a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsekern.distributed.ranks import Ranks
+from sparsekern.kernels.rows import RowTable
+from sparsekern.optim.in_backward import works_in_backward
+from sparsekern.prune.state.sharded import ShardedTable, changes_nothing
+
+
+class SkippedSteps:
+    """Counts the steps that GradScaler has skipped, without a synchronisation in any of them.
+
+    An optimizer that unscales by itself (ours, torch's fused ones) is called by GradScaler in every step, and
+    leaves everything as it is where ``found_inf`` is set. Others are not called at all in such a step.
+    """
+
+    def __init__(self) -> None:
+        self._count: Tensor | None = None
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Add the step that is under way, if it is skipped."""
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            skipped = (found.detach() != 0).long().sum()
+            self._count = skipped if self._count is None else self._count + skipped
+
+    def pending(self) -> int:
+        """How many there were since :meth:`take`; synchronises where there is a GradScaler."""
+        return 0 if self._count is None else int(self._count)
+
+    def take(self, ranks: Ranks) -> int:
+        """The same, and starts anew. All processes have to call this.
+
+        Raises:
+            RuntimeError: the processes have skipped different numbers of steps.
+        """
+        if self._count is None:
+            return 0
+        count = self.pending()
+        with ranks.agreeing("the steps that GradScaler has skipped") as check:
+            check(count)
+        self._count = None
+        return count
+
+
+def idle(optimizer: Optimizer, table: RowTable, ranks: Ranks) -> bool:
+    """Whether a step has changed nothing, as far as that can be told without a synchronisation.
+
+    That is a step without any gradient, or the one by which ``torch.distributed.checkpoint`` makes an
+    optimizer's state: with a learning rate of 0 and gradients of 0. Processes that differ in their rates all
+    come to the same: gradients are averaged before the step, and of sharded ones each process knows only its
+    part, so the sums that follow every step tell what the others have. No process waits here for one that
+    has not made this step.
+    """
+    if changes_nothing(optimizer):
+        return not table.trained() if isinstance(table, ShardedTable) else True
+    # The first gradient ends the search. Other processes may have some where this one has none.
+    given = (param.grad is not None for group in optimizer.param_groups for param in group["params"])
+    return ranks.size == 1 and not works_in_backward(optimizer) and not any(given)
+
+
+class Rates:
+    """The learning rates of the steps since the latest decision, to be compared between processes."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, tuple[float | None, ...]]] = []
+
+    def note(self, step: int, optimizer: Optimizer) -> None:
+        """Add those of step ``step``, where they differ from the ones before; None for one on a device."""
+        rates = tuple(_number(group.get("lr")) for group in optimizer.param_groups)
+        if not self._seen or self._seen[-1][1] != rates:
+            self._seen.append((step, rates))
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._seen = self._seen[-1:]
+
+    def parts(self) -> list[tuple[int, tuple[float | None, ...]]]:
+        """All of them, as steps and what the rates were from there on."""
+        return list(self._seen)
+
+
+def differing_rates(every: Sequence[list[tuple[int, tuple[float | None, ...]]]]) -> str:
+    """Where the rates of processes differ first, given the :meth:`Rates.parts` of each; empty if nowhere."""
+    for step in sorted({step for parts in every for step, _ in parts}):
+        now = [next((rates for at, rates in reversed(parts) if at <= step), ()) for parts in every]
+        if len(set(now)) > 1:
+            named = ", ".join(f"rank {rank} has {list(rates)}" for rank, rates in enumerate(now))
+            return f"learning rates at step {step}: {named}"
+    return ""
+
+
+def _number(rate: object) -> float | None:
+    if isinstance(rate, Tensor):
+        return float(rate) if rate.device.type == "cpu" else None
+    return float(rate) if isinstance(rate, (int, float)) else None

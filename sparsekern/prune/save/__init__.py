@@ -1,0 +1,1 @@
+"""What is saved and loaded: checkpoints and state dicts of a Pruner."""

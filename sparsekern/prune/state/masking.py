@@ -1,0 +1,270 @@
+"""What happens to a channel: condemned, declined, masked, or folded into the one that stands in for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekern.distributed.tensors import local, rewritten
+from sparsekern.graph import ChannelGraph, Group
+from sparsekern.kernels.rows import LIVE as LIVE_ROW
+from sparsekern.prune.decide.criteria import Partners
+from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.places import Kind, clear, places, tensors_of, unclean
+from sparsekern.prune.state.statistics import ChannelRows
+
+LIVE, CONDEMNED, MASKED = range(3)
+
+
+class Masks:
+    """The state of every channel, and the rows and weights that follow from it.
+
+    Attributes:
+        state: int8 ``[C]``; ``LIVE``, ``CONDEMNED`` or ``MASKED``.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        rows: ChannelRows,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer_state: Callable[[nn.Parameter], Iterable[Tensor]],
+        activations: Activations | None = None,
+        model: nn.Module | None = None,
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
+        """All channels live.
+
+        ``model`` is only needed for what looks at buffers; ``copies`` of it are masked alike.
+        """
+        self.state = np.full(graph.num_channels, LIVE, np.int8)
+        self._graph = graph
+        self._rows = rows
+        self._parameters = parameters
+        self._optimizer_state = optimizer_state
+        self._activations = activations
+        self._places = places(graph)
+        self._model = model
+        self._copies = tuple(copies)
+
+    @property
+    def live(self) -> np.ndarray:
+        """bool ``[C]``; neither condemned nor masked."""
+        return self.state == LIVE
+
+    @property
+    def unmasked(self) -> np.ndarray:
+        """bool ``[C]``; what the network still computes with."""
+        return self.state != MASKED
+
+    def restored_by(self, undo: ExitStack) -> None:
+        """Tell ``undo`` what restores the states of channels and rows; weights are told as they change."""
+        table, state, elements = self._rows.table, self.state.copy(), self._rows.table.elements.clone()
+        arrays = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in table.state_dict().items()
+        }
+        activations = self._activations
+        counted = None if activations is None else (activations.state_dict(), activations.mask.clone())
+
+        @torch.no_grad()
+        def restore() -> None:
+            self.state[:] = state
+            table.load_state_dict(arrays)
+            table.elements.copy_(elements)
+            if activations is not None and counted is not None:
+                activations.load_state_dict(counted[0])
+                activations.mask.copy_(counted[1])
+
+        undo.callback(restore)
+
+    def condemn(self, chosen: np.ndarray, decline: int) -> None:
+        """Let the gates of the channels ``chosen`` (bool ``[C]``) fall to zero over ``decline`` steps."""
+        self.state[chosen] = CONDEMNED
+        gates = self._rows.select(chosen, gates_only=True)
+        self._rows.table.countdown.masked_fill_(gates, decline)
+        self._rows.table.refresh()
+
+    def mask(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
+        """Set every row of the channels ``chosen`` to zero, with its optimizer state, for good."""
+        if not chosen.any():
+            # Zeroing walks the whole model and its state: an event often has nothing to mask.
+            return
+        self.state[chosen] = MASKED
+        table = self._rows.table
+        table.countdown.masked_fill_(self._rows.select(chosen), 0)
+        table.refresh()
+        self.zero(undo=undo)
+
+    def zero(self, only: Set[int] | None = None, undo: ExitStack | None = None) -> None:
+        """Zero all masked rows, and the columns that read them, with their optimizer state.
+
+        Also wanted after weights were loaded that do not know of the masks. The columns change no output,
+        but they would count in a filter's norm, and send gradients to masked gates that count in a clipped
+        norm of all gradients. Their own gradients are zero, so they stay as they are. Rows of channels that
+        have faded out and wait to be masked are zeroed, too.
+
+        Args:
+            only: ``id`` of the tensors that are looked at, all if None.
+            undo: is told what restores them.
+        """
+        masked = self.state == MASKED
+        ended = (self._rows.table.countdown == 0).cpu().numpy()
+        held = [self._tensors(), *map(tensors_of, self._copies)]
+        for place, tensors in itertools.product(self._places, held):
+            tensor = tensors.get(place.name)
+            if tensor is None or (only is not None and id(tensor) not in only):
+                continue
+            span = self._rows.span(place.name) if place.kind is Kind.ROW else None
+            entries = place.of(masked) if span is None else np.flatnonzero(ended[span])
+            if not len(entries):
+                continue
+            clear(tensor, place, entries, undo)
+            for state in self._optimizer_state(tensor) if isinstance(tensor, nn.Parameter) else ():
+                if state.shape == tensor.shape:
+                    clear(state, place, entries, undo)
+        self._count_elements()
+        if self._activations is not None:
+            self._activations.set_masked(masked)
+
+    def unclean(self) -> np.ndarray:
+        """int64 ``[C]``; how many of each masked channel's entries would change what the network computes.
+
+        Those are rows that are not zero, and NaN or infinity in the columns that read them or in their
+        running statistics. Of a sharded model those that this process holds.
+        """
+        masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
+        if not masked.any():
+            return count
+        for tensors in (self._tensors(), *map(tensors_of, self._copies)):
+            found = [(place, place.of(masked)) for place in self._places if place.name in tensors]
+            for (place, _), bad in zip(found, unclean(tensors, found), strict=True):
+                np.add.at(count, place.channels[bad], 1)
+        return count
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        buffers = {} if self._model is None else dict(self._model.named_buffers(remove_duplicate=False))
+        return {**self._parameters, **buffers}
+
+    def _count_elements(self) -> None:
+        """Rows count by what is left of them: a network without the masked channels would decide alike."""
+        table = self._rows.table
+        for name, slots in self._graph.tensors.items():
+            view = table.index.get(id(self._parameters[name])) if name in self._parameters else None
+            if view is None:
+                continue
+            size = 1
+            for dim, length in enumerate(slots.shape):
+                if dim != view.dim:
+                    size *= length - len(self._gone(slots.channels[dim]))
+            table.elements[view.slice] = max(1, size)
+
+    def _gone(self, channels: np.ndarray | None) -> np.ndarray:
+        """The indices along a dimension, with the channels that it has, that are masked."""
+        if channels is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
+
+    def declined(self) -> np.ndarray:
+        """bool ``[C]``; condemned channels whose gates have arrived at zero."""
+        left = self.countdowns()
+        return (self.state == CONDEMNED) & (left == 0)
+
+    def countdowns(self) -> np.ndarray:
+        """Steps that the gates of each condemned channel still need, int64 ``[C]``; 0 for all others.
+
+        They can need more than the schedule said: steps that a gradient scaler skipped do not count. Gates
+        that the user has frozen since are not waited for.
+        """
+        countdown = self._rows.table.countdown.cpu().numpy()
+        gates = self._rows.is_gate & (self._rows.channel_of >= 0) & self._rows.moving()
+        left = np.zeros(len(self.state), np.int64)
+        np.maximum.at(left, self._rows.channel_of[gates], np.maximum(countdown[gates], 0))
+        return np.where(self.state == CONDEMNED, left, 0)
+
+    def pardon(self) -> np.ndarray:
+        """Make all condemned channels live again, from where they have declined to; bool ``[C]`` of those."""
+        pardoned = self.state == CONDEMNED
+        self.state[pardoned] = LIVE
+        self._rows.table.countdown.masked_fill_(self._rows.select(pardoned), LIVE_ROW)
+        self._rows.table.refresh()
+        return pardoned
+
+    def penalise(self, chosen: np.ndarray, penalty: float) -> None:
+        """Give the gates of the channels ``chosen`` an extra weight decay, and no other row any."""
+        table = self._rows.table
+        table.penalty.zero_()
+        table.penalty.masked_fill_(self._rows.select(chosen, gates_only=True), penalty)
+
+    @torch.no_grad()
+    def fold(self, condemned: np.ndarray, partners: Partners, undo: ExitStack | None = None) -> np.ndarray:
+        """Add the columns of redundant channels to those of their partners.
+
+        Only where that is sound: the group has a single producer with at most one normalisation behind it,
+        the partner stays, and stands in with a positive coefficient (a rectifier keeps no other).
+
+        Returns:
+            bool ``[C]``; the folded ones among ``condemned``, to be masked at once.
+        """
+        partner = partners.channel
+        folded = condemned & (partner >= 0) & (partners.coefficient > 0)
+        folded &= self.live[partner] & ~condemned[partner]
+        for group in self._graph.groups:
+            mine = group.channels[folded[group.channels]]
+            if not len(mine):
+                continue
+            if not _foldable(self._graph, group):
+                folded[mine] = False
+                continue
+            for name, dim in group.consumers:
+                channels = self._graph.tensors[name].channels[dim]
+                if undo is not None:
+                    held = local(self._parameters[name])
+                    undo.callback(torch.no_grad()(held.copy_), held.clone())
+                with rewritten(self._parameters[name]) as weight:
+                    _add_columns(weight, dim, channels, mine, partner[mine], partners.coefficient[mine])
+        return folded
+
+
+def _foldable(graph: ChannelGraph, group: Group) -> bool:
+    """One filter per channel and one scale: what a channel carries is then linear in that filter's output."""
+    consumers = dict(group.consumers)
+    others = [
+        graph.tensors[name]
+        for name, _ in group.members
+        if name not in consumers and name not in group.producers
+    ]
+    # gamma, beta and a bias before them at most; a depthwise filter or a second norm differs per channel.
+    parameters = [slots for slots in others if slots.kind == "parameter"]
+    one_scale = len(parameters) <= 3 and all(len(slots.shape) == 1 for slots in parameters)
+    return len(group.producers) == 1 and bool(consumers) and one_scale
+
+
+def _add_columns(
+    weight: Tensor,
+    dim: int,
+    channels: np.ndarray | None,
+    source: np.ndarray,
+    target: np.ndarray,
+    coefficient: np.ndarray,
+) -> None:
+    """``weight[target] += coefficient * weight[source]`` along ``dim``, for all columns of a channel."""
+    assert channels is not None
+    order = np.argsort(channels, kind="stable")
+    ordered = channels[order]
+    starts = np.searchsorted(ordered, source)
+    # A channel may have many columns (a flattened feature map); they correspond in order.
+    width = np.searchsorted(ordered, source, side="right") - starts
+    offsets = np.concatenate([np.arange(count) for count in width])
+    from_columns = order[np.repeat(starts, width) + offsets]
+    to_columns = order[np.repeat(np.searchsorted(ordered, target), width) + offsets]
+    shape = [1] * weight.dim()
+    shape[dim] = -1
+    scale = torch.from_numpy(np.repeat(coefficient, width)).to(weight).reshape(shape)
+    moved = weight.index_select(dim, torch.from_numpy(from_columns).to(weight.device)) * scale
+    weight.index_add_(dim, torch.from_numpy(to_columns).to(weight.device), moved)

@@ -1,0 +1,129 @@
+"""Where a model's tensors hold what belongs to a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekern.distributed.tensors import is_sharded, local, part_of
+from sparsekern.graph import ChannelGraph
+
+
+class Kind(Enum):
+    """What the entries of a place are to a masked channel."""
+
+    ROW = auto()
+    """They make its value: anything but zero changes what the masked network computes."""
+
+    COLUMN = auto()
+    """They are multiplied with its value, which is zero: only NaN and infinity change anything."""
+
+    BUFFER = auto()
+    """Running statistics of its value before a scale of zero: the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One dimension of one tensor that channels run through.
+
+    Attributes:
+        name: of the tensor, as in ``named_parameters()`` or ``named_buffers()``.
+        dim: the dimension.
+        channels: int64 ``[shape[dim]]``; -1 where an index belongs to none.
+    """
+
+    name: str
+    kind: Kind
+    dim: int
+    channels: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> np.ndarray:
+        """The indices, int64, of the channels ``chosen`` (bool ``[C]``)."""
+        return np.flatnonzero((self.channels >= 0) & chosen[self.channels])
+
+
+def places(graph: ChannelGraph) -> list[Place]:
+    """Everything that a masked channel leaves behind, in the order of the graph's tensors."""
+    columns = {column for group in graph.groups for column in group.consumers}
+    found = []
+    for name, slots in graph.tensors.items():
+        for dim, channels in enumerate(slots.channels):
+            if channels is None or not (channels >= 0).any():
+                continue
+            if slots.kind == "buffer":
+                found.append(Place(name, Kind.BUFFER, dim, channels))
+            elif dim == slots.row_dim:
+                found.append(Place(name, Kind.ROW, dim, channels))
+            elif (name, dim) in columns:
+                found.append(Place(name, Kind.COLUMN, dim, channels))
+    return found
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and buffers as they are now, by every name."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return buffers | dict(model.named_parameters(remove_duplicate=False))
+
+
+@torch.no_grad()
+def clear(tensor: Tensor, place: Place, entries: np.ndarray, undo: ExitStack | None = None) -> None:
+    """Make entries (int64) of a place what they are for a masked channel, each process in its part.
+
+    Args:
+        tensor: that of the place, or optimizer state of its shape.
+        place: of a buffer only NaN and infinity are replaced.
+        entries: indices along the place's dimension.
+        undo: is told what restores them.
+    """
+    mine, index, _ = _here(tensor, place.dim, entries)
+    if not len(index):
+        return
+    if undo is not None:
+        undo.callback(
+            torch.no_grad()(mine.index_copy_), place.dim, index, mine.index_select(place.dim, index)
+        )
+    if place.kind is Kind.BUFFER:
+        finite = mine.index_select(place.dim, index).nan_to_num_(0.0, 0.0, 0.0)
+        mine.index_copy_(place.dim, index, finite)
+    else:
+        mine.index_fill_(place.dim, index, 0)
+
+
+@torch.no_grad()
+def unclean(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.ndarray]]) -> list[np.ndarray]:
+    """Which of the entries of each place are not what they are for a masked channel, indices int64.
+
+    Synchronises with the device once. Of a sharded tensor only the part of this process is looked at.
+    """
+    flags, whose = [], []
+    for number, (place, entries) in enumerate(found):
+        mine, index, at = _here(tensors[place.name], place.dim, entries)
+        if not len(index) or not mine.is_floating_point():
+            continue
+        slices = mine.index_select(place.dim, index).movedim(place.dim, 0).reshape(len(index), -1)
+        wrong = slices != 0 if place.kind is Kind.ROW else ~torch.isfinite(slices)
+        flags.append(wrong.any(1))
+        whose.append((number, entries[at]))
+    bad = [np.zeros(0, np.int64) for _ in found]
+    if flags:
+        device = flags[0].device
+        every = torch.cat([flag.to(device) for flag in flags]).cpu().numpy()
+        stops = np.cumsum([len(flag) for flag in flags])[:-1]
+        for (number, entries), own in zip(whose, np.split(every, stops), strict=True):
+            bad[number] = entries[own]
+    return bad
+
+
+def _here(tensor: Tensor, dim: int, entries: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
+    """The part of this process, indices into it on its device, and which of the ``entries`` those are."""
+    mine, at = local(tensor), np.arange(len(entries))
+    if is_sharded(tensor) and (part := part_of(tensor)).dim == dim:
+        at = np.flatnonzero((entries >= part.start) & (entries < part.start + part.size))
+        entries = entries - part.start
+    return mine, torch.from_numpy(entries[at]).to(mine.device), at

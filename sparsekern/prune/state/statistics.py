@@ -1,0 +1,315 @@
+"""From the rows that kernels know to the channels that pruning decides about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekern.distributed.tensors import whole
+from sparsekern.graph import ChannelGraph, Group
+from sparsekern.kernels.rows import GRAD_SQ, WEIGHT_SQ, RowTable
+from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.sharded import row_table
+
+
+def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """``id`` of every parameter that the optimizer holds and that requires a gradient."""
+    held = (param for group in optimizer.param_groups for param in group["params"])
+    return {id(param) for param in held if param.requires_grad}
+
+
+class ChannelRows:
+    """Which rows make up which channel, both ways.
+
+    Attributes:
+        table: the flat per-row arrays of every parameter with channels that ``trained`` holds.
+        channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned.
+        is_gate: bool ``[R]``. Where none of a channel's gates is trained (a batch norm whose affine is
+            frozen), its trained filters stand in for them.
+        stands_in: bool ``[C]``; the channels of which this is so.
+        is_producer: bool ``[R]``; the row is a filter: an output channel of a weight that makes the channel.
+        numbers: int64 ``[C]``; what number each channel had before any was cut out of the model.
+        total: how many channels there were then.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, trained: set[int], *, decay: float) -> None:
+        """``trained`` is that of :func:`trained_by`; ``decay`` is that of the means."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tracked: list[tuple[nn.Parameter, int]] = []
+        channels: list[np.ndarray] = []
+        self._trained = trained
+        self._spans: dict[str, slice] = {}
+        start = 0
+        for name, slots in graph.tensors.items():
+            if slots.kind != "parameter" or slots.row_dim is None:
+                continue
+            of_rows = slots.channels[slots.row_dim]
+            if of_rows is None or not (of_rows >= 0).any():
+                continue
+            param = parameters[name]
+            if id(param) not in trained:
+                # Zeroed with their channel, never counted.
+                continue
+            self._spans[name] = slice(start, start + len(of_rows))
+            tracked.append((param, slots.row_dim))
+            channels.append(of_rows)
+            start += len(of_rows)
+        self.channel_of = np.concatenate(channels) if channels else np.zeros(0, np.int64)
+        self.num_channels = self.total = graph.num_channels
+        self.numbers = np.arange(self.total)
+        self.is_producer = self._mark_producers(graph)
+        offsets, rows, self.stands_in = self._gate_rows(graph)
+        self.is_gate = np.zeros(start, bool)
+        self.is_gate[rows] = True
+        self.table = row_table(tracked, (offsets, rows), decay=decay)
+
+    def restricted_state(self, kept: np.ndarray) -> dict[str, Any]:
+        """The table's state for a network that has only the channels ``kept`` (bool ``[C]``) left."""
+        return self.table.restricted(np.append(kept, True)[self.channel_of], kept)
+
+    def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> ChannelRows:
+        """The rows of ``model`` after it was cut to the channels ``kept``, with all that is known of them.
+
+        ``graph`` is that of the smaller network.
+        """
+        rows = ChannelRows(model, graph, self._trained, decay=self.table.decay)
+        rows.table.load_state_dict(self.restricted_state(kept))
+        rows.numbers, rows.total = self.numbers[kept], self.total
+        return rows
+
+    def _mark_producers(self, graph: ChannelGraph) -> np.ndarray:
+        marks = np.zeros(len(self.channel_of), bool)
+        for group in graph.groups:
+            for name in group.producers:
+                if (rows := self._spans.get(name)) is not None:
+                    marks[rows] |= np.isin(self.channel_of[rows], group.channels)
+        return marks
+
+    def _gate_rows(self, graph: ChannelGraph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The graph's gates as rows of the flat arrays, and for which channels filters stand in.
+
+        Gates of untrained parameters fall out.
+        """
+        gates = graph.gates
+        starts = np.array([self._spans[n].start if n in self._spans else -1 for n in gates.names], np.int64)
+        channel = np.repeat(np.arange(graph.num_channels), np.diff(gates.offsets))
+        first = starts[gates.tensors] if len(gates.tensors) else np.zeros(0, np.int64)
+        held = first >= 0
+        rows, channel = (first + gates.rows)[held], channel[held]
+        without = np.bincount(channel, minlength=graph.num_channels) == 0
+        filters = np.flatnonzero(self.is_producer & (self.channel_of >= 0) & without[self.channel_of])
+        rows = np.concatenate([rows, filters])
+        channel = np.concatenate([channel, self.channel_of[filters]])
+        rows = rows[np.argsort(channel, kind="stable")]
+        offsets = np.zeros(graph.num_channels + 1, np.int64)
+        np.cumsum(np.bincount(channel, minlength=graph.num_channels), out=offsets[1:])
+        return offsets, rows, without
+
+    def moving(self) -> np.ndarray:
+        """bool ``[R]``; rows of parameters that require a gradient now: no others decline in a step."""
+        moves = np.zeros(len(self.channel_of), bool)
+        for view in self.table.views:
+            moves[view.slice] = view.param.requires_grad
+        return moves
+
+    def span(self, name: str) -> slice | None:
+        """Where the rows of a parameter lie in the flat arrays, None for one that is not trained."""
+        return self._spans.get(name)
+
+    def select(self, chosen: np.ndarray, *, gates_only: bool = False) -> Tensor:
+        """Bool ``[R]`` on the table's device: the rows of the channels chosen by the bool array ``[C]``."""
+        rows = chosen[self.channel_of] & (self.channel_of >= 0)
+        if gates_only:
+            rows &= self.is_gate
+        return torch.from_numpy(rows).to(self.table.countdown.device)
+
+    def mean_over_producers(self, values: np.ndarray) -> np.ndarray:
+        """Mean of a per-row quantity ``[R]`` over each channel's filters, float64 ``[C]``.
+
+        A channel that no filter makes (a bare parameter) takes the mean over all of its rows.
+        """
+        filters = self.is_producer & (self.channel_of >= 0)
+        has_filter = np.zeros(self.num_channels, bool)
+        has_filter[self.channel_of[filters]] = True
+        counted = filters | ((self.channel_of >= 0) & ~has_filter[self.channel_of])
+        channel = self.channel_of[counted]
+        total = np.bincount(channel, weights=values[counted], minlength=self.num_channels)
+        rows = np.bincount(channel, minlength=self.num_channels)
+        return total / np.maximum(rows, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a criterion sees at an event: arrays over channels, float64 ``[C]`` unless said otherwise.
+
+    Attributes:
+        graph: the groups that the channels form.
+        live: bool ``[C]``; neither condemned nor masked.
+        activity: share of a filter's gradient elements above its threshold, mean over steps, in [0, 1].
+        taylor: root of the mean over steps of (gradient . weight)^2 over the channel's gates: the first-order
+            change of the loss when the channel is scaled to zero.
+        magnitude: l2 norm of the channel's filters (root mean square over several producers).
+        activation_counts: the same share of the gradients that reach the channel's activation, where fused
+            normalisations count them (:func:`sparsekern.fusion.fuse`); ``activity`` for channels without one, and
+            None where nothing is counted.
+        parameters: the model's parameters by name, for criteria that look at the filters themselves; DTensors
+            where the model is sharded.
+        numbers: int64 ``[C]``; what number each channel had in the network that nothing was removed from.
+        total: how many channels that network had; by default it is the network of ``graph``.
+    """
+
+    graph: ChannelGraph
+    live: np.ndarray
+    activity: np.ndarray
+    taylor: np.ndarray
+    magnitude: np.ndarray
+    parameters: Mapping[str, nn.Parameter]
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    total: int = 0
+    activation_counts: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not self.total:
+            object.__setattr__(self, "total", self.graph.num_channels)
+            object.__setattr__(self, "numbers", np.arange(self.total))
+
+    def per_group(self, reduce: Callable[[np.ndarray], float], values: np.ndarray) -> np.ndarray:
+        """``reduce`` over the live channels of each group, spread back over its channels."""
+        spread = np.zeros_like(values)
+        for group in self.graph.groups:
+            alive = values[group.channels][self.live[group.channels]]
+            spread[group.channels] = reduce(alive) if len(alive) else 0.0
+        return spread
+
+
+@torch.no_grad()
+def weigh(table: RowTable) -> None:
+    """Fill in what a step leaves in the table that is of the weights alone, without one."""
+    for view in table.views:
+        rows = view.param.movedim(view.dim, 0).reshape(view.rows, -1)
+        table.sums[view.slice, WEIGHT_SQ] = rows.double().square().sum(1).float()
+
+
+def gather(
+    rows: ChannelRows,
+    graph: ChannelGraph,
+    live: np.ndarray,
+    parameters: Mapping[str, nn.Parameter],
+    activations: Activations | None = None,
+) -> Statistics:
+    """Read the kernels' arrays (one synchronisation on a GPU) into :class:`Statistics`."""
+    table = rows.table
+    updates = float(table.updates)
+    # The means start at zero: without this the first event would see them too small.
+    unbias = 1.0 / max(1.0 - table.decay**updates, 1e-12) if updates else 0.0
+    activity = table.activity.double().cpu().numpy() * unbias
+    weight_sq = table.sums[:, WEIGHT_SQ].double().cpu().numpy()
+    dot_sq = table.channel_dot_sq.double().cpu().numpy() * unbias
+    share = rows.mean_over_producers(activity)
+    taylor = np.sqrt(dot_sq)
+    if rows.stands_in.any():
+        taylor = np.where(rows.stands_in, np.maximum(taylor, _of_directions(rows)), taylor)
+    counted = None if activations is None else activations.shares(graph.num_channels)
+    return Statistics(
+        graph=graph,
+        live=live.copy(),
+        activity=share,
+        taylor=taylor,
+        magnitude=np.sqrt(rows.mean_over_producers(weight_sq)),
+        parameters=parameters,
+        numbers=rows.numbers,
+        total=rows.total,
+        activation_counts=None if counted is None else np.where(np.isnan(counted), share, counted),
+    )
+
+
+def _of_directions(rows: ChannelRows) -> np.ndarray:
+    """``||gradient|| * ||filter|| / sqrt(elements)`` of each channel in the last step, float64 ``[C]``.
+
+    A normalisation divides a filter's scale out, so that ``gradient . filter`` is 0 whatever the filter is
+    worth. This is the root mean square of that product if the gradient had any direction: in the units of a
+    Taylor term, so that such channels compare with others.
+    """
+    sums, elements = rows.table.sums.double().cpu().numpy(), rows.table.elements.cpu().numpy()
+    filters = np.flatnonzero(rows.is_producer & (rows.channel_of >= 0))
+    squares = sums[filters, GRAD_SQ] * sums[filters, WEIGHT_SQ] / elements[filters]
+    return np.sqrt(np.bincount(rows.channel_of[filters], weights=squares, minlength=rows.num_channels))
+
+
+def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
+    """What the weights tell by themselves; ``activity`` and ``taylor`` are 0."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = ChannelRows(model, graph, {id(param) for param in parameters.values()}, decay=0.0)
+    weigh(rows.table)
+    return gather(rows, graph, np.ones(graph.num_channels, bool), parameters)
+
+
+@torch.no_grad()
+def effective_filters(group: Group, statistics: Statistics) -> Tensor:
+    """The group's filters as vectors whose inner products are the channels' inner products.
+
+    Behind a batch norm an output channel is ``gamma * n + beta`` with ``n`` of unit variance, and ``n`` of
+    two filters correlate as the filters do where the inputs are white; so ``[gamma * w / ||w||, beta]`` is
+    used, and ``[w, b]`` without a normalisation. Several producers are put side by side, each normalised.
+
+    Returns:
+        float32 ``[channels of the group, features]`` on the parameters' device, rows in the group's order.
+    """
+    gates = gate_vectors(group, statistics)
+    parts = []
+    for name in group.producers:
+        slots = statistics.graph.tensors[name]
+        assert slots.row_dim is not None
+        weight = whole(statistics.parameters[name]).float().movedim(slots.row_dim, 0).flatten(1)
+        rows = first_rows(slots.channels[slots.row_dim], group.channels)
+        weight = weight[torch.from_numpy(rows).to(weight.device)]
+        if len(group.producers) > 1 or gates.normalised:
+            weight = torch.nn.functional.normalize(weight, dim=1)
+        parts.append(weight)
+    if len(group.producers) == 1 and gates.scale is not None:
+        parts[0] = parts[0] * gates.scale[:, None]
+    if len(group.producers) == 1 and gates.shift is not None:
+        parts.append(gates.shift[:, None])
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class GateVectors:
+    """gamma and beta (or the bias) of a group's channels, float32 ``[channels]``, where it has them."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    normalised: bool
+
+
+def gate_vectors(group: Group, statistics: Statistics) -> GateVectors:
+    """Scale and shift of the group's channels, where it has one producer and at most one normalisation."""
+    graph = statistics.graph
+    first = int(group.channels[0])
+    span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
+    names = [graph.gates.names[index] for index in graph.gates.tensors[span]]
+    vectors = [name for name in names if name not in group.producers]
+
+    def values(suffix: str) -> Tensor | None:
+        matching = [name for name in vectors if name.endswith(suffix)]
+        if len(matching) != 1:
+            return None
+        slots = graph.tensors[matching[0]]
+        param = whole(statistics.parameters[matching[0]]).float().flatten()
+        rows = first_rows(slots.channels[0], group.channels)
+        return param[torch.from_numpy(rows).to(param.device)]
+
+    scale = values("weight")
+    return GateVectors(scale, values("bias"), normalised=scale is not None)
+
+
+def first_rows(channels: np.ndarray | None, wanted: np.ndarray) -> np.ndarray:
+    """For each wanted channel, the first index at which ``channels`` holds it, int64."""
+    assert channels is not None
+    order = np.argsort(channels, kind="stable")
+    return order[np.searchsorted(channels[order], wanted)]

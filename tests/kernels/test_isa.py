@@ -1,0 +1,206 @@
+"""The instruction sets and any number of threads compute the same bits; the ways around native code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernels import cases
+
+from sparsekern.kernels import native as _native
+from sparsekern.kernels import ops as _ops
+from sparsekern.kernels.backends import cpu
+from sparsekern.kernels.native import pointers
+from sparsekern.kernels.rows import RowTable
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+# Run in a process each: an instruction set is chosen once, when the kernels are loaded.
+DIGEST = """
+import hashlib, sys, torch
+from kernels import cases
+from sparsekern.kernels import native as _native, ops as _ops
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    contiguous = [("contiguous", shapes) for shapes in (cases.SHAPES, cases.ROW_LENGTHS)]
+    for layout, shapes in *contiguous, ("channels_last", cases.SHAPES):
+        for row_state in cases.ROW_STATES:
+            unused = cases.problem(dtype, layout, row_state, shapes=shapes)
+            for op in cases.OPS.values():
+                problem = unused.clone()
+                op.call(getattr(_ops, op.name), problem)
+                for entry in problem.entries().values():
+                    digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
+print(_native.isa(), digest.hexdigest())
+"""
+
+
+# Weights, gradients and state run through every bfloat16 in orders of their own: NaN of all kinds, infinities
+# and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and columns.
+EVERY_BFLOAT16 = """
+import hashlib, torch
+from sparsekern.kernels import native as _native, ops as _ops
+from sparsekern.kernels.rows import Rows, RowTable
+digest = hashlib.sha256()
+bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+shapes = ((64, 1024), 0), ((64, 1021), 0), ((4096, 16), 0), ((16, 256, 4, 4), 1), ((64, 113, 3, 3), 1)
+for shape, dim in shapes:
+    size = torch.Size(shape).numel()
+    def some(seed):
+        order = torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))
+        return bits[order].repeat(2)[:size].view(shape).clone()
+    for declining in False, True:
+        w, d, m, v = map(some, range(4))
+        table = RowTable([(w, dim)], [torch.arange(w.shape[dim]).numpy()])
+        table.threshold.fill_(0.5)
+        if declining:
+            table.countdown[::3] = 4
+        rows = Rows(table, [0], [dim])
+        options = dict(lr=0.1, weight_decay=0.01, maximize=False, grad_scale=None, found_inf=None, rows=rows)
+        betas = dict(beta1=0.9, beta2=0.99, eps=1e-8, decoupled=True, amsgrad=False)
+        momentum = dict(momentum=0.9, dampening=0.0, nesterov=False, first=False)
+        _ops.adam_step_([w], [d], [m], [v], [], [torch.tensor(3.0)], **betas, **options)
+        _ops.sgd_step_([w], [d], [m], **momentum, **options)
+        for tensor in (w, m, v, table.sums, table.activity):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(_native.isa(), digest.hexdigest())
+"""
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": path} | variables
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+@functools.cache
+def isas() -> list[str]:
+    """Those that this machine runs, from the error that names them."""
+    error = run(
+        "from sparsekern.kernels import native as _native; _native.load()", SPARSEKERN_CPU_ISA="none"
+    ).stderr
+    return error.strip().rpartition(": ")[2].split(", ")
+
+
+@pytest.mark.parametrize("code", [DIGEST, EVERY_BFLOAT16], ids=["ops", "every_bfloat16"])
+def test_isas_agree_bit_for_bit(code: str) -> None:
+    digests = {}
+    for isa in isas():
+        result = run(code, SPARSEKERN_CPU_ISA=isa, SPARSEKERN_BACKEND="cpu")
+        assert result.returncode == 0, result.stderr
+        chosen, digest = result.stdout.split()
+        assert chosen == isa
+        digests[isa] = digest
+    assert "baseline" in digests
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_unknown_isa_is_refused() -> None:
+    result = run("from sparsekern.kernels import native as _native; _native.load()", SPARSEKERN_CPU_ISA="v9")
+    assert result.returncode != 0
+    assert "ValueError: SPARSEKERN_CPU_ISA: got 'v9', expected one that this machine runs" in result.stderr
+
+
+def test_native_code_can_be_turned_off() -> None:
+    code = "from sparsekern.kernels import native as _native; print(_native.load(), _native.isa(), _native.reason)"
+    result = run(code, SPARSEKERN_NO_NATIVE="1")
+    assert result.stdout.strip() == "None None SPARSEKERN_NO_NATIVE=1 is set"
+
+
+# Rows in several pieces, gathered over outer indices, and of one element.
+LARGE = [((70, 1200), 0), ((3, 70000), 0), ((600, 128, 2, 2), 1), ((200, 900), 1), ((40000,), 0)]
+
+
+def stepped(threads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    params = [torch.nn.Parameter(noise(shape)) for shape, _ in LARGE]
+    grads = [noise(shape) for shape, _ in LARGE]
+    means = [torch.zeros(shape) for shape, _ in LARGE]
+    squares = [torch.zeros(shape) for shape, _ in LARGE]
+    steps = [torch.tensor(0.0) for _ in LARGE]
+    table = RowTable(list(zip(params, (dim for _, dim in LARGE), strict=True)), [])
+    table.countdown[::3] = 0
+    table.zero_masked(lambda param: ())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            _ops.adam_step_(
+                params,
+                grads,
+                means,
+                squares,
+                [],
+                steps,
+                lr=1e-3,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                weight_decay=0.01,
+                decoupled=True,
+                amsgrad=False,
+                maximize=False,
+                rows=table.rows_of(params),
+            )
+    finally:
+        torch.set_num_threads(before)
+    return [*params, *means, *squares, table.sums, table.threshold, table.activity]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_do_not_change_a_bit(threads: int) -> None:
+    for one, many in zip(stepped(1), stepped(threads), strict=True):
+        assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("op", ["adamw", "sgd momentum", "statistics", "mask"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "all with holes"])
+def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, op: str) -> None:
+    direct = cases.problem(torch.float32, layout, "some masked, some declining")
+    around = direct.clone()
+    call = cases.OPS[op]
+    call.call(getattr(cpu, call.name), direct)
+    monkeypatch.setattr(_native, "exchanges", False)
+    call.call(getattr(cpu, call.name), around)
+    for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
+        assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))
+
+
+def test_addresses_are_refused_when_a_tensor_has_changed() -> None:
+    tensor = torch.zeros(3, 4)
+    layouts = [pointers.layout(tensor)]
+    assert pointers.of_lists([[tensor]], layouts, torch.float32, 5, CPU) == [[tensor.data_ptr()]]
+    for other in (tensor.t(), tensor.double(), torch.zeros(4, 3), torch.zeros(3, 4, device="meta")):
+        assert pointers.of_lists([[other]], layouts, torch.float32, 5, CPU) is None
+
+
+def test_storage_exchanged_behind_a_parameter() -> None:
+    """The plan is kept by identity; addresses and strides are not."""
+    param = torch.nn.Parameter(torch.ones(4, 3, 2, 2))
+    options = cases.SGD | {"lr": 0.5}
+    grad = torch.ones(4, 3, 2, 2)
+    cpu.sgd_step_([param], [grad], [], **options, rows=None)
+    old = param.data
+    for new in (torch.ones(4, 3, 2, 2), torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)):
+        param.data = new
+        cpu.sgd_step_([param], [grad], [], **options, rows=None)
+        assert torch.equal(param, torch.full_like(param, 0.5))
+        assert torch.equal(old, torch.full_like(old, 0.5))
+
+
+def test_writes_are_told_to_autograd() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    loss = (param * param).sum()
+    cpu.sgd_step_([param], [torch.ones(3)], [], **cases.SGD, rows=None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,0 +1,254 @@
+"""The reference itself: against the definitions element by element, and against torch's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from kernels import oracle
+from kernels.cases import ADAM, OPS, SGD, Op
+from torch import Tensor
+from torch.nn import Parameter
+
+from sparsekern.kernels.backends import reference
+from sparsekern.kernels.rows import LIVE, Rows, RowTable
+
+# Rows in every state; spoilt: whether the gradient of the row contains a NaN.
+COUNTDOWNS = [LIVE, 0, 1, LIVE, 2, 0, LIVE, 5]
+SPOILT = [False, True, False, True, False, False, False, False]
+SETTINGS = [name for name, op in OPS.items() if op.name in ("sgd_step_", "adam_step_")]
+
+
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with numbers for tensors, as written down (and not rounded to float32)."""
+    return {
+        name: round(value.item(), 6) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+    }
+
+
+def _lists(tensor: Tensor, dim: int) -> list[list[float]]:
+    return tensor.detach().movedim(dim, 0).flatten(1).tolist()
+
+
+class _Side:
+    """One tensor with rows and state, as tensors and as the oracle's rows."""
+
+    def __init__(self, dim: int, op: Op) -> None:
+        generator = torch.Generator().manual_seed(11)
+        shape = (8, 5, 2) if dim == 0 else (3, 8, 2)
+
+        def randn() -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.dim = dim
+        self.op = op
+        self.table = RowTable([(Parameter(randn()), dim)], [], tau=0.9, decay=0.75)
+        self.param = self.table.views[0].param
+        table = self.table
+        table.countdown.copy_(torch.tensor(COUNTDOWNS))
+        table.penalty.copy_(torch.tensor([0, 0, 0.25, 0.5, 0.125, 0, 0, 1]))
+        table.threshold.copy_(torch.tensor([0.5, 1, 0.25, 0.5, 1, float("inf"), 0, 0.75]))
+        table.activity.copy_(torch.arange(8) / 8)
+        self.grad = randn()
+        self.grad.movedim(dim, 0)[torch.tensor(SPOILT), 1] = float("nan")
+        self.step = torch.tensor(2.0)
+        names = [name for name in op.lists if name not in ("params", "grads", "steps", "")]
+        self.state = {name: randn().abs() for name in names}
+        table.zero_masked(lambda param: self.state.values())
+        states = {name: _lists(tensor, dim) for name, tensor in self.state.items()}
+        self.rows = [
+            oracle.Row(
+                w,
+                d,
+                {name: rows[r] for name, rows in states.items()},
+                *(array[r].item() for array in (table.penalty, table.countdown)),
+                *(array[r].item() for array in (table.threshold, table.activity)),
+            )
+            for r, (w, d) in enumerate(zip(_lists(self.param, dim), _lists(self.grad, dim), strict=True))
+        ]
+
+    def call(self) -> None:
+        lists = {"params": [self.param], "grads": [self.grad], "steps": [self.step], "": []}
+        lists |= {name: [tensor] for name, tensor in self.state.items()}
+        function = getattr(reference, self.op.name)
+        rows = self.table.rows_of([self.param])
+        function(*(lists[name] for name in self.op.lists), **self.op.options, rows=rows)
+
+    def assert_equal(self) -> None:
+        pairs = {
+            "param": (self.param.detach(), [row.w for row in self.rows]),
+            "grad": (self.grad, [row.d for row in self.rows]),
+        }
+        for name, tensor in self.state.items():
+            pairs[name] = (tensor, [row.state[name] for row in self.rows])
+        for name, (tensor, rows) in pairs.items():
+            got = torch.tensor(_lists(tensor, self.dim), dtype=torch.float64)
+            torch.testing.assert_close(
+                got,
+                torch.tensor(rows, dtype=torch.float64),
+                rtol=1e-12,
+                atol=1e-13,
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+        for name in ("countdown", "threshold", "activity", "sums"):
+            array = getattr(self.table, name)
+            want = torch.tensor([getattr(row, name) for row in self.rows], dtype=array.dtype)
+            torch.testing.assert_close(array, want, rtol=3e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_step_by_the_definitions(name: str, dim: int) -> None:
+    side = _Side(dim, OPS[name])
+    options = _values(side.op.options)
+    spoilt = 0
+    for made in (2, 3, 4):
+        if "tensor lr" in name:
+            # Float32 rounds the rate: give the oracle the same one.
+            options["lr"] = side.op.options["lr"].item()
+        side.call()
+        spoilt += oracle.step(side.rows, made, options, tau=0.9, decay=0.75)
+        side.assert_equal()
+        if side.op.options["grad_scale"] is None:
+            continue
+        side.grad.copy_(torch.ones_like(side.grad))
+        for row in side.rows:
+            row.d = [1.0] * len(row.d)
+    assert side.table.nonfinite.item() == spoilt
+    assert side.table.pending.item() == float("0" not in name and "inf" not in name)
+    assert side.step.item() == (2.0 if "inf" in name or "sgd" in name else 5.0)
+
+
+def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
+    """Around a foreign optimizer: the same statistics, then penalty and decline without its update."""
+    side = _Side(0, OPS["adamw"])
+    rows = side.table.rows_of([side.param])
+    before = side.param.detach().clone()
+    reference.row_statistics_([side.param], [side.grad], rows=rows)
+    assert torch.equal(side.param, before)
+    live = [row for row in side.rows if row.countdown != 0]
+    oracle.statistics(side.rows, live, [row.d for row in live], 0.9, 0.75)
+    side.assert_equal()
+    with torch.no_grad():
+        side.param[1] = 3.0
+    reference.row_mask_([side.param], lr=0.1, rows=rows)
+    for row in live:
+        row.w = [w * (1 - 0.1 * row.penalty) for w in row.w]
+        oracle.decline(row)
+    want = torch.tensor([row.w for row in side.rows], dtype=torch.float64)
+    torch.testing.assert_close(side.param.detach().flatten(1), want, rtol=1e-13, atol=0)
+    assert side.table.countdown.tolist() == [LIVE, 0, 0, LIVE, 1, 0, LIVE, 4]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_is_read_from_the_device(name: str) -> None:
+    """Meta tensors have no values: whatever would wait for a device's, raises here."""
+    op = OPS[name]
+    param = Parameter(torch.ones(4, 3, device="meta"))
+    table = RowTable.__new__(RowTable)
+    table._allocate(4, 2, param.device)
+    table.tau, table.decay = 1.0, 0.5
+    rows = Rows(table, [0], [0])
+    lists = {"": [], "params": [param], "steps": [torch.ones((), device="meta")]}
+    tensors = (lists.get(name, [torch.ones(4, 3, device="meta")]) for name in op.lists)
+    options = {
+        name: value.to("meta") if isinstance(value, Tensor) else value for name, value in op.options.items()
+    }
+    with pytest.raises(RuntimeError):
+        bool(table.updates)
+    getattr(reference, op.name)(*tensors, **options, rows=rows)
+    table.gate_offsets, table.gate_rows = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    reference.channel_moments_(table)
+
+
+# Against torch: the settings that it has, with what its kernels are called.
+SGD_SETTINGS = [
+    {},
+    {"weight_decay": 0.1, "maximize": True},
+    {"momentum": 0.9, "dampening": 0.25, "weight_decay": 0.01},
+    {"momentum": 0.9, "dampening": 0.25, "first": True},
+    {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(0.0)},
+    {"momentum": 0.9, "grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(1.0)},
+]
+ADAM_SETTINGS = [
+    {},
+    {"weight_decay": 0.1, "maximize": True},
+    {"weight_decay": 0.1, "decoupled": True},
+    {"amsgrad": True},
+    {"beta1": 0.25},
+    {"grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(0.0)},
+    {"grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(1.0), "decoupled": True},
+]
+# In units in the last place of the largest of an element's terms: its old and new value and the
+# gradient that goes into it (times the rate, for a parameter). Torch contracts multiplications and additions.
+ULPS = {torch.float32: 2, torch.float64: 2, torch.bfloat16: 1, torch.float16: 1}
+
+
+def _assert_ulps(got: Tensor, want: Tensor, *terms: Tensor) -> None:
+    size = torch.stack([term.double().abs() for term in (want, *terms)]).amax(0)
+    allowed = ULPS[got.dtype] * torch.finfo(got.dtype).eps * size
+    far = (got.double() - want.double()).abs() > allowed
+    assert not far.any(), f"{int(far.sum())} of {far.numel()} elements"
+
+
+def _draw(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], count: int) -> list[list[Tensor]]:
+    """Parameters, gradients, a mean of gradients, and means of their squares (not near 0)."""
+    generator = torch.Generator().manual_seed(5)
+    draws = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(count)]
+    draws[3:] = [[0.1 + t.square() for t in tensors] for tensors in draws[3:]]
+    return [[t.to(dtype) for t in tensors] for tensors in draws]
+
+
+def _clone(lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[t.clone() for t in tensors] for tensors in lists]
+
+
+def _assert_lists(
+    ours: list[list[Tensor]], torchs: list[list[Tensor]], before: list[list[Tensor]], lr: float
+) -> None:
+    for place, lists in enumerate(zip(ours, torchs, before, strict=True)):
+        for i, (mine, theirs, old) in enumerate(zip(*lists, strict=True)):
+            _assert_ulps(mine, theirs, old, before[1][i] * (1 if place else lr))
+
+
+@pytest.mark.parametrize("dtype", ULPS, ids=str)
+@pytest.mark.parametrize("setting", SGD_SETTINGS, ids=lambda setting: " ".join(setting) or "plain")
+def test_sgd_is_torchs(setting: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {**SGD, "lr": 0.05, **setting}
+    # For 16-bit tensors the vector loop of torch 2.13's fused SGD does not store the parameter and
+    # misreads the momentum; what is left over from a vector goes the right way.
+    wide = dtype in (torch.float32, torch.float64)
+    before = _draw(dtype, [(1003,), (64, 3, 3, 3), (1,)] if wide else [(7,)] * 100, 3)
+    ours, theirs = _clone(before), _clone(before)
+    for lists in (ours, theirs):
+        if options["momentum"] == 0:
+            lists[2] = []
+    reference.sgd_step_(*ours, **options, rows=None)
+    options["is_first_step"] = options.pop("first")
+    torch._fused_sgd_(*theirs, **options)
+    count = len(ours) - (options["momentum"] == 0)
+    _assert_lists(ours[:count], theirs[:count], before[:count], options["lr"])
+
+
+@pytest.mark.parametrize("dtype", ULPS, ids=str)
+@pytest.mark.parametrize("setting", ADAM_SETTINGS, ids=lambda setting: " ".join(setting) or "plain")
+def test_adam_is_torchs(setting: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {**ADAM, **setting}
+    before = _draw(dtype, [(1003,), (64, 3, 3, 3), (1,)], 5 if options["amsgrad"] else 4)
+    ours, theirs = _clone(before), _clone(before)
+    no_top = [] if options["amsgrad"] else [[]]
+    made = [0.0, 1.0, 20.0]
+    steps = [torch.tensor(step) for step in made]
+    reference.adam_step_(*ours, *no_top, steps, **options, rows=None)
+    rest = dict(options)
+    fused = torch._fused_adamw_ if rest.pop("decoupled") else torch._fused_adam_
+    # Torch counts before its kernel (and takes it back on found_inf).
+    fused(*theirs, *no_top, [torch.tensor(step + 1) for step in made], **rest)
+    skipped = options["found_inf"] is not None and options["found_inf"].item() == 1
+    assert [step.item() for step in steps] == [step + (not skipped) for step in made]
+    _assert_lists(ours, theirs, before, options["lr"])
