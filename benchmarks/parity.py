@@ -5,8 +5,8 @@ around them, NaN in masked rows and channels. Each backend, and each instruction
 a process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++ compiler,
 the Triton kernels in triton's interpreter (some of the problems, as a step takes a second there). A cell
 counts the problems, and says of steps in how many all results are the reference's bits; in the others they
-are within the tolerances of :mod:`sparsekern.kernels.backends.tolerance` and of ``tests/kernels/norm_cases.py``, or the
-cell says WRONG and the exit code is 1. A quarter of an hour on two cores, most of it for the emulation and
+are within the tolerances of :mod:`sparsekern.kernels.backends.tolerance` and of
+``tests/kernels/norm_cases.py``, or the cell says WRONG and the exit code is 1. A quarter of an hour on two cores, most of it for the emulation and
 the interpreter.
 """
 

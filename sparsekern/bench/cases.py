@@ -14,8 +14,8 @@ class Case:
     """One comparison with torch.
 
     Attributes:
-        op: a key of :data:`sparsekern.bench.comparisons.OPS`: an op of ``sparsekern.kernels.ops`` by its name, a
-            whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
+        op: a key of :data:`sparsekern.bench.comparisons.OPS`: an op of ``sparsekern.kernels.ops`` by name,
+            a whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
         tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`, for ``norm_act*``
             of ``LAYERS`` in :mod:`sparsekern.bench.norm`.
         backend: of :mod:`sparsekern.kernels.backends`.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sparsekern.graph.channels import ChannelGraph, Gates, Group, Note, TensorSlots
+from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.cost import Cost
+from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
 from sparsekern.graph.propagate.rules import register_rule
 from sparsekern.graph.prove.dry_run import dry_run
 from sparsekern.graph.trace import trace

@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from sparsekern.graph.channels import ChannelGraph, Gates, Group, Note, TensorSlots
+from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.cost import CostBuilder, CostModel
+from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
 from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering, row_ids
 from sparsekern.graph.propagate.operations import Operation

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from sparsekern.graph.channels import ChannelGraph, Group
+from sparsekern.graph.cost import Cost
+from sparsekern.graph.groups import Gates, Group
 
 _MOST_REASONS = 12
 
 
-def describe(graph: ChannelGraph) -> str:
+class Described(Protocol):
+    """What a text about a channel graph is made from."""
+
+    @property
+    def num_channels(self) -> int: ...
+    @property
+    def groups(self) -> tuple[Group, ...]: ...
+    @property
+    def gates(self) -> Gates: ...
+    @property
+    def frozen(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def untraced(self) -> str: ...
+    def cost(self, kept: np.ndarray) -> Cost: ...
+    def price(self, kept: np.ndarray, of: str) -> np.ndarray: ...
+
+
+def describe(graph: Described) -> str:
     """A table of groups, and one of what is not pruned and why."""
     kept = np.ones(graph.num_channels, bool)
     cost = graph.cost(kept)
@@ -48,7 +65,7 @@ def describe(graph: ChannelGraph) -> str:
     return "\n".join(lines)
 
 
-def _reasons(graph: ChannelGraph) -> list[str]:
+def _reasons(graph: Described) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in graph.frozen:
         # One line for all layers of a kind: the layer at fault is told by ``explain``.
@@ -59,7 +76,7 @@ def _reasons(graph: ChannelGraph) -> list[str]:
     return [*lines, f"  and {left} more"] if left else lines
 
 
-def _gate_names(graph: ChannelGraph, group: Group) -> tuple[str, ...]:
+def _gate_names(graph: Described, group: Group) -> tuple[str, ...]:
     first = int(group.channels[0])
     span = slice(graph.gates.offsets[first], graph.gates.offsets[first + 1])
     return tuple(graph.gates.names[i] for i in Counter(graph.gates.tensors[span].tolist()))

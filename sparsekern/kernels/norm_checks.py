@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.kernels import memory as _memory
-from sparsekern.kernels.backends.reference import norm_act as reference_norm
+from sparsekern.kernels.activations import ACTIVATIONS, compute_dtype
 from sparsekern.kernels.checks import DTYPES, count, means, number, own_memory, whole
 from sparsekern.kernels.counts import ChannelCounts
 
@@ -124,7 +124,7 @@ def check_backward_op(
     check(x, residual, weight, bias, None, None, mask, found, activation, True, eps, 0.0)
     if _kind(grad) != _kind(x):
         raise ValueError(f"grad: got {_described(grad)}, expected {_described(x)} as x")
-    expected = (x.shape[1:2], reference_norm.compute_dtype(x), x.device, torch.strided)
+    expected = (x.shape[1:2], compute_dtype(x), x.device, torch.strided)
     for name, vector in (("mean", mean), ("var", var)):
         if _kind(vector) != expected:
             raise ValueError(
@@ -228,6 +228,6 @@ def _refuse(x: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> None:
 
 def check_activation(activation: str) -> None:
     """Raises ``ValueError`` for one that does not exist."""
-    if activation not in reference_norm.ACTIVATIONS:
-        known = ", ".join(reference_norm.ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: got {activation!r}, expected one of {known}")

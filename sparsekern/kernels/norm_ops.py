@@ -1,7 +1,7 @@
 """The ops of batch normalisation with its activation: schemas, fakes and autograd, side by side.
 
-As in :mod:`sparsekern.kernels.ops`, what traces goes through ``torch.ops.sparsekern``, and eager mode straight to
-the backend: a pass through the dispatcher and back into Python takes longer than a small layer.
+As in :mod:`sparsekern.kernels.ops`, what traces goes through ``torch.ops.sparsekern``, and eager mode goes
+straight to the backend: a pass through the dispatcher and back into Python takes longer than a small layer.
 """
 
 from __future__ import annotations

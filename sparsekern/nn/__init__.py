@@ -14,7 +14,7 @@ from sparsekern.nn.norm_act import NormAct2d as NormAct2d
 def __getattr__(name: str) -> Any:
     if name in ("Fusion", "fuse", "unfuse"):
         warnings.warn(
-            f"sparsekern.nn.{name} has moved to sparsekern.fusion.{name}; the old name goes in the next release",
+            f"sparsekern.nn.{name} is now sparsekern.fusion.{name}; the next release drops the old name",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernels import cases
 
-from sparsekern.kernels import native as _native
+from sparsekern.kernels import native
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import cpu
 from sparsekern.kernels.native import pointers
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 DIGEST = """
 import hashlib, sys, torch
 from kernels import cases
-from sparsekern.kernels import native as _native, ops as _ops
+from sparsekern.kernels import native, ops as _ops
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     contiguous = [("contiguous", shapes) for shapes in (cases.SHAPES, cases.ROW_LENGTHS)]
@@ -37,7 +37,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
                 op.call(getattr(_ops, op.name), problem)
                 for entry in problem.entries().values():
                     digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
-print(_native.isa(), digest.hexdigest())
+print(native.isa(), digest.hexdigest())
 """
 
 
@@ -45,7 +45,7 @@ print(_native.isa(), digest.hexdigest())
 # and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and columns.
 EVERY_BFLOAT16 = """
 import hashlib, torch
-from sparsekern.kernels import native as _native, ops as _ops
+from sparsekern.kernels import native, ops as _ops
 from sparsekern.kernels.rows import Rows, RowTable
 digest = hashlib.sha256()
 bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -69,7 +69,7 @@ for shape, dim in shapes:
         _ops.sgd_step_([w], [d], [m], **momentum, **options)
         for tensor in (w, m, v, table.sums, table.activity):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-print(_native.isa(), digest.hexdigest())
+print(native.isa(), digest.hexdigest())
 """
 
 
@@ -82,9 +82,7 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @functools.cache
 def isas() -> list[str]:
     """Those that this machine runs, from the error that names them."""
-    error = run(
-        "from sparsekern.kernels import native as _native; _native.load()", SPARSEKERN_CPU_ISA="none"
-    ).stderr
+    error = run("from sparsekern.kernels import native; native.load()", SPARSEKERN_CPU_ISA="none").stderr
     return error.strip().rpartition(": ")[2].split(", ")
 
 
@@ -102,13 +100,13 @@ def test_isas_agree_bit_for_bit(code: str) -> None:
 
 
 def test_unknown_isa_is_refused() -> None:
-    result = run("from sparsekern.kernels import native as _native; _native.load()", SPARSEKERN_CPU_ISA="v9")
+    result = run("from sparsekern.kernels import native; native.load()", SPARSEKERN_CPU_ISA="v9")
     assert result.returncode != 0
     assert "ValueError: SPARSEKERN_CPU_ISA: got 'v9', expected one that this machine runs" in result.stderr
 
 
 def test_native_code_can_be_turned_off() -> None:
-    code = "from sparsekern.kernels import native as _native; print(_native.load(), _native.isa(), _native.reason)"
+    code = "from sparsekern.kernels import native; print(native.load(), native.isa(), native.reason)"
     result = run(code, SPARSEKERN_NO_NATIVE="1")
     assert result.stdout.strip() == "None None SPARSEKERN_NO_NATIVE=1 is set"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.statistics import Statistics, effective_filters
 
 __all__ = [
@@ -61,21 +62,6 @@ class Criterion(ABC):
     def partners(self, statistics: Statistics, saliency: np.ndarray) -> Partners | None:
         """Which channel can stand in for which, or None where the criterion does not look for that."""
         return None
-
-
-@dataclass(frozen=True, eq=False)
-class Partners:
-    """For every channel the more salient one that resembles it most.
-
-    Attributes:
-        channel: int64 ``[C]``, -1 where there is none.
-        cosine: float64 ``[C]``, cosine of the two effective filters.
-        coefficient: float64 ``[C]``; the channel is about ``coefficient`` times its partner.
-    """
-
-    channel: np.ndarray
-    cosine: np.ndarray
-    coefficient: np.ndarray
 
 
 @dataclass(frozen=True)

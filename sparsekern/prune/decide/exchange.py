@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from sparsekern.prune.decide.allocate import Blocks, Problem
+from sparsekern.prune.decide.problem import Blocks, Problem
 
 # Changes at most, and candidates for each of which the cost is computed.
 CHANGES = 48

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparsekern.distributed.tensors import local, rewritten
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.kernels.rows import LIVE as LIVE_ROW
-from sparsekern.prune.decide.criteria import Partners
 from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.places import Kind, clear, places, tensors_of, unclean
 from sparsekern.prune.state.statistics import ChannelRows
 

@@ -155,8 +155,8 @@ class Statistics:
             change of the loss when the channel is scaled to zero.
         magnitude: l2 norm of the channel's filters (root mean square over several producers).
         activation_counts: the same share of the gradients that reach the channel's activation, where fused
-            normalisations count them (:func:`sparsekern.fusion.fuse`); ``activity`` for channels without one, and
-            None where nothing is counted.
+            normalisations count them (:func:`sparsekern.fusion.fuse`); ``activity`` for channels without
+            one, and None where nothing is counted.
         parameters: the model's parameters by name, for criteria that look at the filters themselves; DTensors
             where the model is sharded.
         numbers: int64 ``[C]``; what number each channel had in the network that nothing was removed from.

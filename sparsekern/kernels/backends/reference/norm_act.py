@@ -19,10 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekern.kernels.activations import ACTIVATIONS as ACTIVATIONS
+from sparsekern.kernels.activations import compute_dtype as compute_dtype
 from sparsekern.kernels.counts import ChannelCounts
-
-ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "silu")
-"""What may follow the normalisation. All of them are 0 at 0."""
 
 
 def norm_act_forward(
@@ -163,11 +162,6 @@ def count(
     threshold = torch.where(norm_sq == 0, torch.inf, counts.tau * rms / norm_sq.sqrt())
     counts.threshold.copy_(torch.where(counted, threshold.float(), counts.threshold))
     counts.updates.add_(1)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In what type the kernels compute with ``x``."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _initial(

@@ -1,7 +1,7 @@
 """Normalisation with its activation in Triton; compiled and tested in its interpreter, never run on a GPU.
 
-The twin of :mod:`sparsekern.kernels.backends.cuda.norm_act`, in the same passes. Element (o, c, i) of x lies at
-``(o * channels + c) * inner + i``. A tile is ``CHANNELS`` times ``OUTER * INNER`` elements, the latter as
+The twin of :mod:`sparsekern.kernels.backends.cuda.norm_act`, in the same passes. Element (o, c, i) of x is
+at ``(o * channels + c) * inner + i``. A tile is ``CHANNELS`` times ``OUTER * INNER`` elements, the latter as
 one axis; a program takes some tiles of the same channels one after the other (``turns``) and leaves partial
 sums in float64, which a small launch merges in the order of the programs. How tensors are cut depends on
 shapes alone, and nothing is added atomically.

@@ -1,0 +1,112 @@
+"""What an allocator decides about: channels with their saliency, a budget, and blocks of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from sparsekern.graph import ChannelGraph
+
+
+class Pricing(Protocol):
+    """A cost of kept channels that is not one of the graph's own, in a unit of its own."""
+
+    def cost(self, kept: np.ndarray) -> float:
+        """Cost of the network with the channels ``kept``, bool ``[C]``."""
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What a channel's removal saves, float64 ``[C]``; 0 for those not kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What an allocator decides about.
+
+    Attributes:
+        graph: groups and their cost.
+        saliency: float64 ``[C]``.
+        live: bool ``[C]``; channels that may still be kept.
+        budget: the cost to come down to, in units of ``of``.
+        of: the cost: ``"macs"``, ``"params"`` or what ``pricing`` gives.
+        floors: int64 ``[groups]``; channels that stay at least.
+        round_to: block size.
+        whole: cost of the network that nothing was removed from, by default that of ``graph``.
+        widths: int64 ``[groups]``; channels that the groups had there, by default those of ``graph``.
+        pricing: costs that are not the graph's own.
+    """
+
+    graph: ChannelGraph
+    saliency: np.ndarray
+    live: np.ndarray
+    budget: float
+    of: str
+    floors: np.ndarray
+    round_to: int = 1
+    whole: float = 0
+    widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    pricing: Pricing | None = None
+
+    def __post_init__(self) -> None:
+        if not self.whole:
+            object.__setattr__(self, "whole", self.cost(np.ones(self.graph.num_channels, bool)))
+        if not len(self.widths):
+            object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
+
+    def cost(self, kept: np.ndarray) -> float:
+        """Cost of the network with the channels ``kept``, in units of ``of``."""
+        return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
+
+    def price(self, kept: np.ndarray) -> np.ndarray:
+        """What the removal of each channel saves, float64 ``[C]``; 0 for those not ``kept``."""
+        return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The live channels of a problem, cut into blocks.
+
+    Attributes:
+        channel: int64 ``[n]``; live channels, group by group, most salient first.
+        group: int64 ``[n]``; group of each.
+        block: int64 ``[n]``; block of each, numbered through, the most salient of a group first.
+        removable: bool ``[blocks]``; above the floor of its group.
+        rank: int64 ``[n]``; position within the group.
+    """
+
+    channel: np.ndarray
+    group: np.ndarray
+    rank: np.ndarray
+    block: np.ndarray
+    removable: np.ndarray
+
+    @classmethod
+    def cut(cls, problem: Problem) -> Blocks:
+        group_of = problem.graph.group_of
+        live = np.flatnonzero(problem.live)
+        # Ties go by id: of equally salient channels the first one stays.
+        channel = live[np.lexsort((live, -problem.saliency[live], group_of[live]))]
+        group = group_of[channel]
+        first = np.searchsorted(group, group, side="left")
+        rank = np.arange(len(channel)) - first
+        starts = rank % problem.round_to == 0
+        block = np.cumsum(starts) - 1
+        # A block that begins below the floor holds channels that have to stay.
+        removable = rank[starts] >= problem.floors[group[starts]]
+        return cls(channel, group, rank, block, removable)
+
+    @property
+    def first(self) -> np.ndarray:
+        """Position of each block's first channel, int64 ``[blocks]``."""
+        return np.searchsorted(self.block, np.arange(len(self.removable)))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over each block of a quantity given for all channels ``[C]``."""
+        return np.bincount(self.block, weights=values[self.channel], minlength=len(self.removable))
+
+    def kept(self, stays: np.ndarray, size: int) -> np.ndarray:
+        """bool ``[size]`` of the channels in the blocks that stay."""
+        kept = np.zeros(size, bool)
+        kept[self.channel[stays[self.block]]] = True
+        return kept

@@ -1,0 +1,22 @@
+"""Which channel stands in for another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Partners:
+    """For every channel the more salient one that resembles it most.
+
+    Attributes:
+        channel: int64 ``[C]``, -1 where there is none.
+        cosine: float64 ``[C]``, cosine of the two effective filters.
+        coefficient: float64 ``[C]``; the channel is about ``coefficient`` times its partner.
+    """
+
+    channel: np.ndarray
+    cosine: np.ndarray
+    coefficient: np.ndarray
