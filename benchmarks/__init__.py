@@ -1,4 +1,4 @@
-"""What measures time, and what it showed."""
+"""Benchmarks and long studies; their results are in ``results/``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require_core() -> None:
         raise SystemExit(f"error: benchmarks need the compiled core; {reason}")
 
 
-# With `python -m` this package is imported before the benchmark in it, and the program has no other name yet.
-# Tests import parts of it, too, and run without a core.
+# `python -m` imports this package before the benchmark in it; the name of the program is not known yet.
+# Tests also import parts of this package, and they run without a core.
 if sys.argv[:1] == ["-m"]:
     require_core()

@@ -1,4 +1,4 @@
-"""For pytest-benchmark, as `benchmarks/__init__.py` does it for `python -m`."""
+"""Checks the compiled core for pytest-benchmark, as `benchmarks/__init__.py` does for `python -m`."""
 
 from __future__ import annotations
 

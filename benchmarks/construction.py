@@ -20,7 +20,7 @@ CASES = ("unet-31m", "resnet50", "mobilenetv3-seg")
 
 
 def measure(name: str) -> tuple[float, float]:
-    """Seconds, and MiB that the process's peak grew by, of the construction in this process."""
+    """Construct in this process; returns the seconds and the growth of the process's peak memory in MiB."""
     import sparsekern
 
     model = NETWORKS[name]()

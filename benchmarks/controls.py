@@ -1,11 +1,11 @@
-"""What the choice of channels is worth: the same pruned training with other criteria, and with chance.
+"""The effect of the choice of channels: one pruned training with several criteria and with random choice.
 
     python -m benchmarks.controls --data DIR
 
-A UNet on a folder of images and masks, as in ``benchmarks.segmentation``, with the same budget, steps and
-seeds for every pair of a criterion and an allocator. ``random`` ranks channels by chance; ``shuffled`` leaves
-each layer as wide as ``joint`` makes it and leaves to chance which of its channels stay; ``uniform`` cuts
-every layer by the same share. Writes a table and the figures to ``benchmarks/results/``.
+It trains a UNet on a folder of images and masks, as ``benchmarks.segmentation`` does, with the same budget,
+steps and seeds for every pair of a criterion and an allocator. ``random`` ranks channels at random;
+``shuffled`` keeps the layer widths of ``joint`` and chooses the channels at random; ``uniform`` cuts every
+layer by the same share. It writes a table and the figures to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(
         model="unet", width=16, keep=keep, steps=steps, batch=8, crop=128, lr=1e-3, evaluations=1
     )
     images = load_data(data, replace(settings, validation=0))
-    # For curves alone: nothing is chosen by them.
+    # For the curves only; no choice depends on them.
     images = replace(images, val=images.test)
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):

@@ -1,7 +1,7 @@
-"""Which widths a plan by weights alone leaves: shares of the channels of each group that stay.
+"""Widths after pruning by weights alone: the share of each group's channels that stays.
 
-``python -m benchmarks.data_free [--keep 0.5]``; seconds, needs torchvision. Weights are the initial ones:
-norms of weights hardly differ between layers then, which shows what the allocator makes of costs alone.
+``python -m benchmarks.data_free [--keep 0.5]`` takes seconds and needs torchvision. Weights are the initial
+ones. Their norms hardly differ between layers, so the widths show how the allocator uses costs alone.
 """
 
 from __future__ import annotations

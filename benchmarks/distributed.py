@@ -1,8 +1,8 @@
 """Many processes, on this machine over gloo: ``python -m benchmarks.distributed``.
 
-Are the masks those of one process with the same global batch? What does a step cost more with a Pruner? How
-many bytes go round before and after a shrink? How much memory does compacting a sharded model take? Writes
-benchmarks/results/distributed.{txt,json}.
+It measures whether the masks equal those of one process with the same global batch, the extra time of a
+step with a Pruner, the bytes exchanged before and after a shrink, and the memory to compact a sharded
+model. It writes benchmarks/results/distributed.{txt,json}.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from sparsekern.recipes.models import UNet
 RESULTS = Path(__file__).parent / "results"
 STEPS, IMAGES, SIZE = 16, 8, 32
 ROUNDS, BLOCK = 16, 2
-PATIENCE = 600.0  # seconds after which processes that have not ended never will
+PATIENCE = 600.0  # time limit of the processes in seconds
 
 
 def network(width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A UNet whose batch norms keep to running statistics: those of a part of a batch are others."""
+    """A UNet whose batch norms use running statistics, because the statistics of a partial batch differ."""
     torch.manual_seed(0)
     model = UNet(3, 1, width=width).to(dtype)
     for module in model.modules():
@@ -71,7 +71,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 
 
 def masks(how: str) -> tuple[Tensor, list[Tensor], list[int]]:
-    """State of every channel, the parameters and the widths after a training in float64."""
+    """Train in float64; returns the state of every channel, the parameters and the widths."""
     inner = network(8, torch.float64)
     model = distribute(inner, how)
     optimizer = sparsekern.optim.AdamW(model.parameters(), lr=1e-3)
@@ -89,7 +89,7 @@ def masks(how: str) -> tuple[Tensor, list[Tensor], list[int]]:
 
 
 def compare_masks() -> list[dict[str, Any]]:
-    """Every way to distribute against one process."""
+    """Compare every way to distribute with one process."""
     channels, params, kept = masks("one process")
     rows = []
     for how in ("DDP", "FSDP2"):
@@ -110,7 +110,7 @@ def compare_masks() -> list[dict[str, Any]]:
 
 
 def overhead(how: str) -> dict[str, float]:
-    """Times of a step with a Pruner over one without, in turns; no event falls into it."""
+    """Time of a step with a Pruner over that without, measured in turns; no event occurs meanwhile."""
     sides = []
     for pruned in (False, True):
         model = distribute(network(16), how)
@@ -125,7 +125,7 @@ def overhead(how: str) -> dict[str, float]:
     wall: list[list[float]] = [[], []]
     cpu: list[list[float]] = [[], []]
     for number in range(ROUNDS):
-        # Whoever comes second finds the caches of the other: the sides change places.
+        # The second finds the caches of the first, so the two alternate.
         for side in (0, 1) if number % 2 else (1, 0):
             model, optimizer = sides[side]
             begin, begin_cpu = perf_counter(), process_time()
@@ -165,13 +165,13 @@ def bytes_per_step() -> list[int]:
 
 
 def counting(seen: list[int]) -> Callable[..., Any]:
-    """torch's own all-reduce as a communication hook that notes the bytes of each bucket."""
+    """A communication hook that runs torch's all-reduce and records the bytes of each bucket."""
 
     def hook(state: Any, bucket: Any) -> Any:
         seen.append(bucket.buffer().nbytes)
         return allreduce_hook(state, bucket)
 
-    # Annotations are text here, which torch does not take for the type that it asks for.
+    # Torch checks the annotated types, but annotations are strings in this file.
     hook.__annotations__.clear()
     return hook
 
@@ -183,7 +183,7 @@ def compaction() -> dict[str, float]:
     pruner = sparsekern.Pruner(model, optimizer, batch(0, torch.float32)[:1], keep=0.3, steps=1000)
     step(model, optimizer, batch(0, torch.float32)[:1])
     plan = pruner.plan(keep=0.3)
-    # Libraries that the first gathering loads are no part of it.
+    # The first gathering loads libraries, which must not count.
     next(model.parameters()).full_tensor()  # type: ignore[attr-defined]
     sizes = [param.nbytes for param in model.parameters()]
     Path("/proc/self/clear_refs").write_text("5")
@@ -198,7 +198,7 @@ def compaction() -> dict[str, float]:
 
 
 def _status(name: str) -> float:
-    """A size in MiB out of what Linux says about this process."""
+    """A size in MiB from Linux's status file of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 

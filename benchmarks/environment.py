@@ -1,4 +1,4 @@
-"""Where a measurement was made, as :mod:`sparsekern.bench.environment` says it."""
+"""The machine and versions of a measurement, from :mod:`sparsekern.bench.environment`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Masked against compact output in float64, for whole networks at several budgets.
 
 ``python -m benchmarks.exactness`` prints, per network and share of MACs, the largest difference over the
-largest output. Which channels of a layer go is left to chance, since exactness must not depend on it; all
-layers go down to the same share, so that a signal still reaches the output: its spread is printed too.
+largest output. The channels to remove are random, since exactness must not depend on the choice. All layers
+keep the same share, so that a signal still reaches the output; its spread is printed too.
 """
 
 from __future__ import annotations

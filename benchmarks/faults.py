@@ -1,10 +1,10 @@
 """Runs killed at random moments: ``python -m benchmarks.faults --kills 50``.
 
 A small training with shrinking and frequent checkpoints is killed with SIGKILL, started again, killed again,
-until it ends; then everything that it holds (parameters, buffers, state of optimizer, scheduler and Pruner,
-random numbers) is compared bit for bit with a run that nobody disturbed. Moments are uniform in the time that
-a whole run takes, start and end included; every fourth kill then waits for a save and strikes within it. With
-several processes, all of them die. A kill counts as survived when the run that it hit ended bit-identical.
+until it ends. Then its whole state (parameters, buffers, state of optimizer, scheduler and Pruner, random
+numbers) is compared bit for bit with an undisturbed run. Kill times are uniform over the duration of a whole
+run; every fourth kill also waits for a save and strikes within it. With several processes, all of them are
+killed. A kill counts as survived if its run ended bit-identical.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from benchmarks.environment import environment
 from benchmarks.faults_training import Job, Phase, Watch, train
 
 RESULTS = Path(__file__).parent / "results"
-PATIENCE = 300.0  # seconds after which a process that has not ended never will
-AIMED = 4  # every so manieth kill is aimed at a save
+PATIENCE = 300.0  # time limit of a process in seconds
+AIMED = 4  # one of so many kills is aimed at a save
 
 # Processes are forked from one that has imported torch: a start costs milliseconds, not seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -50,7 +50,7 @@ PRELOADED = [
 
 @dataclass
 class Outcome:
-    """What one campaign saw.
+    """The result of one campaign.
 
     Attributes:
         phases: kills by what the first process was doing.
@@ -98,19 +98,19 @@ class Start:
         return float(self._watches[0].save_seconds)
 
     def wait(self, seconds: float) -> None:
-        """Until all have ended, but not longer."""
+        """Wait until all have ended, at most until the time given."""
         end = time.monotonic() + seconds
         for process in self._processes:
             process.join(max(0.0, end - time.monotonic()))
 
     def wait_for_save(self, seconds: float) -> None:
-        """Until the first process is in a save, or all have ended, but not longer."""
+        """Wait until the first process saves or all have ended, at most until the time given."""
         end = time.monotonic() + seconds
         while self.phase != Phase.SAVE and self.alive and time.monotonic() < end:
             time.sleep(0.0002)
 
     def kill(self) -> Phase:
-        """SIGKILL to all; what the first one was doing."""
+        """Send SIGKILL to all; returns the phase of the first process."""
         for process in self._processes:
             process.kill()
         self.wait(PATIENCE)
@@ -124,7 +124,7 @@ class Start:
 
 
 class Campaign:
-    """Kills runs of one kind and compares what comes out of them."""
+    """Kills runs of one kind and compares their final states."""
 
     def __init__(self, folder: Path, processes: int, *, steps: int, every: int, seed: int) -> None:
         self._folder, self._steps, self._every, self._seed = folder, steps, every, seed
@@ -133,7 +133,7 @@ class Campaign:
         self.outcome = Outcome(processes)
 
     def run(self, kills: int, seconds: float) -> Outcome:
-        """Run after run until ``kills`` have struck or the time is over, and the last run has ended."""
+        """Make runs until ``kills`` have struck or the time is over, and the last run has ended."""
         begin = time.monotonic()
         reference = self._undisturbed("reference")
         if found := differences(reference, self._undisturbed("again")):
@@ -193,12 +193,12 @@ class Campaign:
 
 
 def ends(job: Job) -> list[Any]:
-    """What each process of a run held at its end."""
+    """The final state of each process of a run."""
     return [torch.load(job.end(rank), weights_only=True) for rank in range(job.processes)]
 
 
 def differences(left: Any, right: Any, place: str = "") -> list[str]:
-    """Where two states differ in as much as a bit, a type or a key."""
+    """The places where two states differ in a bit, a type or a key."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         same = left.dtype == right.dtype and left.shape == right.shape
         same = same and torch.equal(_bytes(left), _bytes(right))

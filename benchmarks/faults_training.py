@@ -26,7 +26,7 @@ SIZE, BATCH, DROPOUT = 32, 4, 0.1
 
 
 class Phase(IntEnum):
-    """What a process was doing when it died."""
+    """The activity of a process when it was killed."""
 
     START = 0
     TRAIN = 1
@@ -35,14 +35,14 @@ class Phase(IntEnum):
 
 
 class Watch(ctypes.Structure):
-    """What the processes of a run tell the one that kills them, in shared memory."""
+    """Progress of a run's processes in shared memory, read by the process that kills them."""
 
     _fields_ = (("phase", ctypes.c_int), ("step", ctypes.c_int), ("save_seconds", ctypes.c_double))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: where its files are, how long it is, and of how many processes."""
+    """A run: the place of its files, its length in steps and its number of processes."""
 
     folder: Path
     processes: int
@@ -55,12 +55,12 @@ class Job:
         return self.folder / "checkpoint.pt"
 
     def end(self, rank: int) -> Path:
-        """Everything that a process holds after the last step."""
+        """The whole state of a process after the last step."""
         return self.folder / f"end-{rank}.pt"
 
 
 def batch(index: int) -> tuple[Tensor, Tensor]:
-    """Noise, float32 ``[BATCH, 3, SIZE, SIZE]``, and where it is bright, ``[BATCH, 1, SIZE, SIZE]``."""
+    """Noise, float32 ``[BATCH, 3, SIZE, SIZE]``, and a mask of its bright pixels with 1 channel."""
     generator = torch.Generator().manual_seed(index)
     x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
     smooth = F.avg_pool2d(x.mean(1, keepdim=True), 5, stride=1, padding=2)
@@ -68,7 +68,7 @@ def batch(index: int) -> tuple[Tensor, Tensor]:
 
 
 def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirrored by chance, another brightness, dropout: from the generators of Python, NumPy and torch."""
+    """Random mirroring, brightness and dropout, from the generators of Python, NumPy and torch."""
     if random.random() < 0.5:
         x, y = x.flip(-1), y.flip(-1)
     return F.dropout(x + float(np.random.normal(0, 0.1)), DROPOUT), y
@@ -104,7 +104,7 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
         round_to=1,
         also=[average],
     )
-    # Every process has dropout of its own.
+    # Every process has its own dropout.
     torch.manual_seed(job.seed + 1 + rank)
     step = 0
     if job.checkpoint.exists():
@@ -128,8 +128,8 @@ def train(job: Job, rank: int, meeting: str, watch: Any) -> None:
             watch.save_seconds = perf_counter() - begin
             watch.phase = Phase.TRAIN
     if job.processes > 1:
-        # Until the next forward pass DistributedDataParallel leaves every process the batch norm statistics
-        # of its own last batch; then those of the first one count everywhere, and they are what is saved.
+        # Until the next forward pass of DistributedDataParallel each process has the batch norm statistics of
+        # its own last batch. That pass broadcasts those of the first process, and those are saved.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     parts = {

@@ -1,6 +1,6 @@
 """Random networks, traced, half pruned, compared and priced: ``python -m benchmarks.fuzz --count 2000``.
 
-Each is composed of a few structures of ``tests/graph/random_*.py``. Outcomes:
+Each is composed of a few structures of ``tests/graph/random_*.py``. The outcomes are:
 
 * exact: masked and compact networks agree in both modes, and cost what was predicted;
 * whole: the same, but nothing could be removed;

@@ -29,7 +29,7 @@ ROUNDS = 7
 
 
 @dataclass
-class Side:
+class Candidate:
     """One model in training."""
 
     model: nn.Module
@@ -38,12 +38,12 @@ class Side:
     seconds: list[float]
 
     @classmethod
-    def make(cls, name: str, size: int, *, inside: bool) -> Side:
+    def make(cls, name: str, size: int, *, inside: bool) -> Candidate:
         torch.manual_seed(0)
         model = NETWORKS[name]()
         optimizer = optim.AdamW(model.parameters(), lr=1e-3)
         example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        # A pruner that does not decide anything in the iterations that are looked at.
+        # A pruner without an event in the measured iterations.
         Pruner(model, optimizer, example, keep=0.5, steps=10_000)
         if inside:
             optim.in_backward(optimizer)
@@ -60,7 +60,7 @@ class Side:
         self.seconds.append(time.perf_counter() - start)
 
     def peak(self) -> int:
-        """Bytes above parameters, state and activations at the worst moment of an iteration."""
+        """Peak bytes of an iteration above parameters, state and activations."""
         with _profiled() as forward:
             output = self.model(self.example).square().mean()
         activations = _allocated(forward)[-1]
@@ -83,21 +83,23 @@ def _allocated(run: profile) -> list[int]:
 
 
 def measure(name: str, size: int) -> dict[str, float]:
-    sides = {inside: Side.make(name, size, inside=inside) for inside in (False, True)}
-    for side in sides.values():
-        side.iterate()
-        side.iterate()
+    candidates = {inside: Candidate.make(name, size, inside=inside) for inside in (False, True)}
+    for candidate in candidates.values():
+        candidate.iterate()
+        candidate.iterate()
     for _ in range(ROUNDS):
-        for side in sides.values():
-            side.timed()
-    peaks = {inside: side.peak() for inside, side in sides.items()}
+        for candidate in candidates.values():
+            candidate.timed()
+    peaks = {inside: candidate.peak() for inside, candidate in candidates.items()}
     return {
         "step_mib": peaks[False] / 2**20,
         "in_backward_mib": peaks[True] / 2**20,
         "memory_ratio": peaks[True] / peaks[False],
-        "step_ms": median(sides[False].seconds) * 1e3,
-        "in_backward_ms": median(sides[True].seconds) * 1e3,
-        "time_ratio": median(b / a for a, b in zip(sides[False].seconds, sides[True].seconds, strict=True)),
+        "step_ms": median(candidates[False].seconds) * 1e3,
+        "in_backward_ms": median(candidates[True].seconds) * 1e3,
+        "time_ratio": median(
+            b / a for a, b in zip(candidates[False].seconds, candidates[True].seconds, strict=True)
+        ),
     }
 
 

@@ -1,7 +1,7 @@
 """Latency of the compact network over the dense one: ``python -m benchmarks.latency``.
 
-A UNet is pruned in a short training on generated images, since widths and not weights decide what a forward
-pass takes; both networks then take turns on one image, in medians.
+A UNet is pruned in a short training on generated images, since the time of a forward pass depends on widths
+and not on weights. Both networks then take turns on one image; the table shows medians.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Budgets of time against budgets of multiply-adds: ``python -m benchmarks.latency_budget``.
 
 Each network is pruned to a share of its own latency, and to that share of the multiply-adds at which the
-table of latencies gives the same time. Dense and compact networks then take turns; printed are medians of
-the ratios to the dense one's time in the same round, and what share of the saliency is left. The weights are
-random, each filter scaled by a log-normal factor so that magnitudes (the saliency) spread as trained ones do:
-what is measured depends on widths alone.
+table of latencies gives the same time. Dense and compact networks then take turns. The output has the medians
+of the ratios to the dense network's time in the same round, and the share of the saliency that is left. The
+weights are random, since times depend on widths alone; a log-normal factor scales each filter, so that
+magnitudes (the saliency) spread as in a trained network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sparsekern.prune.state.statistics import of_weights
 RESULTS = Path(__file__).parent / "results"
 CASES = ("mobilenetv3-seg", "unet-8m")
 SPREAD = 0.5
-# Without a lower bound on widths, which would differ between the two budgets.
+# No lower bound on widths, because it would differ between the two budgets.
 ALLOCATE = Global(balance=0.0)
 
 
@@ -53,14 +53,14 @@ def network(name: str, size: int) -> tuple[nn.Module, Tensor]:
 
 
 def magnitudes(model: nn.Module, graph: ChannelGraph) -> np.ndarray:
-    """The norm of every channel's filters over the mean of its group, so that no layer counts for more."""
+    """The norm of every channel's filters over the mean of its group, so that all layers count alike."""
     found = of_weights(model, graph)
     saliency = criteria.Magnitude()(found)
     return saliency / found.per_group(lambda live: float(live.mean()), saliency)
 
 
 def same_time(problem: Problem, times: latency.LatencyModel, nanoseconds: float) -> np.ndarray:
-    """The channels that the largest budget of multiply-adds keeps that takes at most so long."""
+    """The channels kept by the largest budget of multiply-adds whose network takes at most the given time."""
     whole = problem.cost(problem.live)
     low, high = 0.0, 1.0
     for _ in range(16):
@@ -72,7 +72,7 @@ def same_time(problem: Problem, times: latency.LatencyModel, nanoseconds: float)
 
 @torch.inference_mode()
 def ratios(models: list[nn.Module], image: Tensor, rounds: int) -> tuple[float, list[float]]:
-    """Median milliseconds of the first, and of each the median ratio to the first in the same round."""
+    """Median milliseconds of the first network, and each network's median ratio to it in the same round."""
     for model in models:
         model(image)
     times: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""The networks that measurements are made on, by name."""
+"""The networks of the benchmarks, by name."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def example(name: str, size: int = 64, dtype: torch.dtype = torch.float32) -> Te
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Random statistics and affines in every norm, so that nothing hides in ones and zeros.
+    """Draw random statistics and affines of every norm, because ones and zeros would hide errors.
 
-    The same for whatever else starts at a constant: biases, scales of layers, position embeddings.
+    Other parameters that start at a constant are drawn, too: biases, scales of layers, position embeddings.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,13 +1,13 @@
 """Every op on every backend against the reference, as one table: ``python -m benchmarks.parity``.
 
-The problems are those of ``tests/kernels``: odd shapes, rows along any dimension, gaps between elements, poison
-around them, NaN in masked rows and channels. Each backend, and each instruction set of the CPU, runs them in
-a process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++ compiler,
-the Triton kernels in triton's interpreter (some of the problems, as a step takes a second there). A cell
-counts the problems, and says of steps in how many all results are the reference's bits; in the others they
-are within the tolerances of :mod:`sparsekern.kernels.backends.tolerance` and of
-``tests/kernels/norm_cases.py``, or the cell says WRONG and the exit code is 1. A quarter of an hour on two cores, most of it for the emulation and
-the interpreter.
+The problems are those of ``tests/kernels``: odd shapes, rows along any dimension, gaps between elements,
+poison around them, NaN in masked rows and channels. Each backend, and each instruction set of the CPU, runs
+them in a process of its own; the CUDA kernels run in the emulation of ``tests/cuda`` where there is a C++
+compiler, the Triton kernels in triton's interpreter (some of the problems, as a step takes a second there). A
+cell counts the problems, and for steps in how many of them all results are the reference's bits; in the
+others they are within the tolerances of :mod:`sparsekern.kernels.backends.tolerance` and of
+``tests/kernels/norm_cases.py``, or the cell says WRONG and the exit code is 1. It takes a quarter of an hour
+on two cores, most of it in the emulation and the interpreter.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Peak memory of training steps that go on from a checkpoint of a run, and what of it is accounted for.
+"""Peak memory of training steps that continue from a checkpoint of a run, and its known parts.
 
-What is measured is the high-water mark of the process's resident memory over some steps, reset after the
-checkpoint was loaded (a full-size model exists for a moment before it is cut), less what the process held
-when a narrow model had been trained for a step and was gone, with all the libraries that this takes: so
-parameters, gradients, optimizer state, activations, and the scratch memory of the convolutions. Linux only:
-it reads and resets ``VmHWM``.
+The peak is the high-water mark of the process's resident memory over some steps, reset after the checkpoint
+is loaded (a full-size model exists for a moment before it is cut). The baseline is subtracted: the memory of
+the process after a narrow model was trained for a step and freed, which has loaded all libraries. So the
+figure covers parameters, gradients, optimizer state, activations, and the scratch memory of the convolutions.
+Linux only: it reads and resets ``VmHWM``.
 
 Prints JSON, all in bytes: ``peak``; ``weights``, ``gradients``, ``state`` (the optimizer's) and ``pruner``
-(its arrays); ``saved``: what a forward pass keeps for the backward pass, beside the parameters.
+(its arrays); ``saved``: the tensors that a forward pass keeps for the backward pass, without the parameters.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(
 
 
 def parts(trainer: Trainer) -> dict[str, int]:
-    """Bytes of what a training holds, and of what its forward pass keeps for the backward pass."""
+    """Bytes of the tensors of a training, and of those that its forward pass keeps for the backward pass."""
     params = list(trainer.model.parameters())
     kept: list[Tensor] = []
 
@@ -83,7 +83,7 @@ def parts(trainer: Trainer) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the memory that lies behind the tensors, each piece once."""
+    """Bytes of the storages of the tensors, each storage counted once."""
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
@@ -98,7 +98,7 @@ def _train(trainer: Trainer, steps: int) -> None:
 
 
 def _release() -> None:
-    """Give freed memory back to the system, which the allocator would keep."""
+    """Return freed memory to the system; the allocator would keep it."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 

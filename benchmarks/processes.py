@@ -31,7 +31,7 @@ _context.set_forkserver_preload(
 
 
 def run(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:
-    """``function(*arguments)`` in ``ranks`` processes of one gloo group; what each returns, by rank.
+    """Run ``function(*arguments)`` in ``ranks`` processes of one gloo group; returns the results by rank.
 
     Each computes with one thread. Results go through a file: tensors, arrays and plain values. The first
     process that fails takes the others down with it, and so does the time limit ``timeout`` (seconds).
@@ -94,7 +94,7 @@ def _enter(
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=ranks,
-            # A process that waits for another one says so before all of them are ended.
+            # A process that waits for another one can report its error before all are ended.
             timeout=datetime.timedelta(seconds=timeout / 2),
         )
         torch.save(function(*arguments), _result(folder, rank))

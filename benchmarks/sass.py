@@ -1,4 +1,4 @@
-"""What the CUDA compiler made of the kernels: registers, spills, wide loads and stores.
+"""The machine code of the CUDA kernels: registers, spills, wide loads and stores.
 
 Reads the machine code of the installed library, so it needs no GPU, only ``cuobjdump`` and ``nvdisasm``: in
 the CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
@@ -64,7 +64,7 @@ class Kernel:
 
 
 def tools_path() -> str:
-    """``PATH`` with the folders in which the tools may lie."""
+    """``PATH`` with the folders that may contain the tools."""
     folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
@@ -87,7 +87,7 @@ def run(path: str, *arguments: str) -> list[str]:
 
 
 def readable(symbol: str) -> str:
-    """The name of a kernel: what it does and to which dtype."""
+    """A readable name of a kernel: its operation and its dtype."""
     found = re.match(
         r"_ZN10sparsekern4cuda(?:4step|9norm_pass)I(f|d|NS0_(?:8BFloat16|7Float16)E)NS0_\d+(\w+?)I(.*)",
         symbol,

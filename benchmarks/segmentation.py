@@ -65,7 +65,7 @@ def main(
         evaluations=12,
     )
     images = load_data(data, replace(settings, validation=0))
-    # For curves alone: nothing is chosen by them.
+    # For the curves only; no choice depends on them.
     images = replace(images, val=images.test)
     runs: list[dict[str, Any]] = []
     curves: list[tuple[str, Result]] = []

@@ -1,10 +1,10 @@
-"""A step with the work of a Pruner over torch's fused step without it, for the parameters of four networks.
+"""Time of a step with a Pruner's work over torch's fused step, for the parameters of four networks.
 
     python -m benchmarks.steps [--json FILE]
 
-``optimizer.step()`` as a whole, one thread, float32, with all channels and with half and four fifths of
-them masked at random. Ratios round by round, medians and quartiles of 44 interleaved rounds: 11 in each of
-four places in memory.
+It times ``optimizer.step()`` as a whole, one thread, float32, with all channels and with half and four fifths
+of them masked at random. The output has medians and quartiles of the ratios in 44 interleaved rounds, 11 in
+each of four memory locations.
 """
 
 from __future__ import annotations

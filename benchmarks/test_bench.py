@@ -10,8 +10,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from sparsekern.bench.cases import CASES, Case
 from sparsekern.bench.check import forced
-from sparsekern.bench.comparison import Contest
-from sparsekern.bench.comparisons import build, sides
+from sparsekern.bench.comparison import Comparison
+from sparsekern.bench.comparisons import build, candidates
 from sparsekern.bench.environment import environment, kept_memory
 from sparsekern.kernels import backends
 
@@ -28,21 +28,28 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
+def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
     case: Case = request.param
     with forced(case.backend):
         yield build(case)
 
 
 @pytest.mark.parametrize(
-    ("contest", "side"),
-    [pytest.param(case, side, id=f"{case}-{side}") for case in HERE for side in sides(case)],
-    indirect=["contest"],
+    ("comparison", "candidate"),
+    [
+        pytest.param(case, candidate, id=f"{case}-{candidate}")
+        for case in HERE
+        for candidate in candidates(case)
+    ],
+    indirect=["comparison"],
 )
 def test_bench(
-    benchmark: BenchmarkFixture, contest: Contest, side: str, request: pytest.FixtureRequest
+    benchmark: BenchmarkFixture, comparison: Comparison, candidate: str, request: pytest.FixtureRequest
 ) -> None:
-    assert contest.wrong() is None
+    assert comparison.validate() is None
     benchmark.group = request.node.callspec.id.rpartition("-")[0]
-    benchmark.extra_info |= environment() | {"elements": contest.elements, "bytes": contest.moved.get(side)}
-    benchmark(contest.sides[side])
+    benchmark.extra_info |= environment() | {
+        "elements": comparison.elements,
+        "bytes": comparison.moved.get(candidate),
+    }
+    benchmark(comparison.candidates[candidate])

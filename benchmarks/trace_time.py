@@ -1,9 +1,9 @@
-"""How long ``trace`` takes as networks get deeper: plain chains and residual networks, 50 to 5,000 layers.
+"""Time of ``trace`` over the depth of the network: plain chains and residual networks of 50 to 5,000 layers.
 
 ``python -m benchmarks.trace_time`` prints the times and the slope of a straight line through them on two
 logarithmic scales (1 is linear, 2 quadratic), and draws them. A layer is a convolution with batch norm and
-relu. Times are seconds of the process on one thread; the part that torch.export takes is told apart from
-what is made of its graphs.
+relu. Times are seconds of the process on one thread; the time of torch.export is listed apart from that of
+the analysis of its graphs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def exports_timed() -> Iterator[list[float]]:
 
 
 def measure(kind: str, depth: int) -> tuple[float, float]:
-    """Seconds of ``trace``, and those of them outside of torch.export."""
+    """Seconds of ``trace`` as a whole, and without torch.export."""
     model, x = network(kind, depth), torch.zeros(2, WIDTH, 8, 8)
     gc.collect()
     with exports_timed() as exports:
@@ -84,7 +84,7 @@ def measure(kind: str, depth: int) -> tuple[float, float]:
 
 
 def slope(depths: list[int], seconds: list[float]) -> float:
-    """Of the least-squares line through the logarithms."""
+    """The slope of the least-squares line through the logarithms."""
     return float(np.polyfit(np.log(depths), np.log(seconds), 1)[0])
 
 
@@ -112,7 +112,7 @@ def main(
     torch.set_num_threads(1)
     depths = [depth for depth in DEPTHS if depth <= most]
     times: dict[str, list[float]] = {}
-    measure("chain", depths[0])  # what torch imports and caches at first use is no part of it
+    measure("chain", depths[0])  # imports and caches of torch at first use must not count
     for kind in ("chain", "residual"):
         pairs = [measure(kind, depth) for depth in depths]
         times[kind] = [whole for whole, _ in pairs]

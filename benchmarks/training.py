@@ -1,10 +1,10 @@
-"""What a whole training costs: dense against pruned with ``shrink``, in wall time, memory and Dice.
+"""The cost of a whole training, dense and pruned with ``shrink``: wall time, memory and Dice.
 
 ``python -m benchmarks.training --data DIR --model unet --seeds 3 --steps 1000`` trains every seed twice with
 equal steps and threads: dense with ``torch.optim.AdamW(fused=True)``, and shrinking to ``keep`` of the MACs
 by ``finish`` of the steps. The two take turns, some steps each, in one process, so that a slower spell of the
-machine hits both. Counted is everything from the making of the model to the last score: tracing, events,
-cutting, loading of images. Peak memory is measured in a process of its own for each
+machine hits both. The time covers everything from the construction of the model to the last score: tracing,
+events, cutting, loading of images. Peak memory of each is measured in a separate process
 (``python -m benchmarks.peak_memory``).
 
 Writes ``benchmarks/results/training-NAME.json`` and ``.txt``.
@@ -97,7 +97,7 @@ def main(
 
 @dataclass
 class Timed:
-    """A training and the wall time that it took so far."""
+    """A training and its wall time so far."""
 
     trainer: Trainer
     seconds: float
@@ -135,11 +135,11 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
     shrunk = Timed.make(settings, train, test)
     pruner = shrunk.trainer.pruner
     assert pruner is not None
-    # Beside the training: not part of its time.
+    # Outside of the training's time.
     even = pruner.forecast().stages
     forecast = pruner.forecast(measure=training_loss(shrunk.trainer))
     for number, stop in enumerate(range(turn, settings.steps + turn, turn)):
-        # Who goes first changes, so that neither always follows the other's use of the caches.
+        # The order alternates, so that neither always finds the caches of the other.
         for timed in (dense, shrunk) if number % 2 else (shrunk, dense):
             timed.run(stop)
     metrics = pruner.metrics()
@@ -166,7 +166,7 @@ def compare(settings: Settings, train: Split, test: Split, data: Path, turn: int
 
 
 def training_loss(trainer: Trainer) -> Callable[[nn.Module], Tensor]:
-    """The loss of a model on one batch of the training after the other, making of the batch included."""
+    """Losses of a model on successive batches of the training, including the making of each batch."""
     criterion, numbers = SegmentationLoss(), itertools.count()
 
     def loss(model: nn.Module) -> Tensor:
@@ -177,7 +177,7 @@ def training_loss(trainer: Trainer) -> Callable[[nn.Module], Tensor]:
 
 
 def _memory(checkpoint: Path, data: Path) -> dict[str, int]:
-    """What :mod:`benchmarks.peak_memory` prints."""
+    """The output of :mod:`benchmarks.peak_memory`."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--data", str(data)]
     command += ["--checkpoint", str(checkpoint), "--threads", str(torch.get_num_threads())]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -227,7 +227,7 @@ def _line(run: dict[str, Any]) -> str:
 
 
 def _memory_lines(run: dict[str, Any]) -> list[str]:
-    """What the peak of a step consists of, dense and shrunk."""
+    """The parts of the peak memory of a step, dense and shrunk."""
     lines = [
         "memory of the first seed in MiB: weights, gradients, optimizer's state and the Pruner's arrays;",
         "what a forward pass keeps for the backward pass; the rest: gradients of activations, scratch memory",

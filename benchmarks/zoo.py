@@ -9,8 +9,8 @@ for the channels kept has to be that of the compact network: numbers in its para
 that ``torch.utils.flop_counter`` counts in convolutions and matrix products (mm, addmm, bmm, baddbmm;
 attention is run as two such products, since the counter does not know the fused kernel for CPUs).
 
-``exact``: every difference below 1e-12 of the largest output and every cost equal. ``whole``: exact, but no
-channel can go. Seconds are of the process on one thread.
+``exact``: every difference is below 1e-12 of the largest output, and every cost is equal. ``whole``: exact,
+but no channel can be removed. Seconds are of the process on one thread.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ CHOICES = ("random", "magnitude")
 
 @dataclass
 class Report:
-    """What is known of one network.
+    """The results of one network.
 
-    differences: of masked and compact outputs, by choice of channels and mode. moved: by how much
-    the masks change the output, in the same measure: what was removed did reach it.
+    Attributes:
+        differences: between masked and compact outputs, by choice of channels and mode.
+        moved: the change of the output by the masks, in the same measure; it shows that the removed channels
+            reached the output.
     """
 
     network: str
@@ -77,7 +79,7 @@ class Report:
 
 
 def without_chance(model: nn.Module) -> None:
-    """Every probability of dropping something to 0."""
+    """Set every probability of dropout and stochastic depth to 0."""
     for module in model.modules():
         for name in ("p", "drop_prob", "drop_rate", "dropout", "dropout_prob"):
             if isinstance(getattr(module, name, None), float):
@@ -85,7 +87,7 @@ def without_chance(model: nn.Module) -> None:
 
 
 def choose(model: nn.Module, graph: ChannelGraph, choice: str) -> np.ndarray:
-    """Half of every group, rounded up; bool [C]."""
+    """Choose half of every group, rounded up; bool ``[C]``."""
     scores = np.random.default_rng(0).random(graph.num_channels)
     if choice == "magnitude":
         scores = np.zeros(graph.num_channels)
@@ -109,7 +111,7 @@ def difference(masked: nn.Module, small: nn.Module, inputs: Tensor, training: bo
     runs = []
     for model in (masked, small):
         torch.manual_seed(0)
-        # Training mode moves running statistics: not those of the next comparison.
+        # Training mode changes running statistics; the next comparison must not see that.
         runs.append(list(leaves((copy.deepcopy(model) if training else model).train(training)(inputs))))
     worst = 0.0
     for (where, a), (other, b) in zip(*runs, strict=True):
@@ -122,14 +124,14 @@ def difference(masked: nn.Module, small: nn.Module, inputs: Tensor, training: bo
 def macs(model: nn.Module, inputs: Tensor) -> int:
     """Half the flops that torch counts in evaluation mode."""
     counter = FlopCounterMode(display=False)
-    # With a gradient wanted, nn.MultiheadAttention takes no shortcut past what is counted.
+    # With gradients enabled, nn.MultiheadAttention does not take the fast path, which is not counted.
     with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         model.eval()(inputs)
     return int(counter.get_total_flops()) // 2
 
 
 def examine(name: str) -> Report:
-    """Everything about one network."""
+    """Measure everything about one network."""
     report = Report(name)
     torch.manual_seed(0)
     model = NETWORKS[name].make().double().eval()

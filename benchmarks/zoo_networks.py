@@ -1,4 +1,4 @@
-"""Forty networks from four libraries: what channel pruning has to cope with."""
+"""Forty networks from four libraries that channel pruning has to support."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 
 
 class Injected(Exception):
-    """What is raised at a line."""
+    """The exception that is raised at a line."""
 
 
 def ctrl_c() -> None:

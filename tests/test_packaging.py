@@ -1,4 +1,4 @@
-"""What is published: the files of the sdist and its metadata, made by the build itself."""
+"""The published package: files and metadata of the sdist, made by the build itself."""
 
 from __future__ import annotations
 

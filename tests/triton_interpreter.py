@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as a GPU does and not to take most of its time for itself."""
+"""Patches of triton's interpreter: rounding as on a GPU, and less overhead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _cast = InterpreterBuilder.cast_impl
 
 
 def _cast_to_nearest(self: Any, source: TensorHandle, dtype: Any) -> TensorHandle:
-    """The interpreter cuts off what bfloat16 has no place for, which hides what was computed before."""
+    """Round to nearest; the interpreter truncates to bfloat16, which hides errors of the computation."""
     if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
         return _cast(self, source, dtype)
     values = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()

@@ -1,1 +1,1 @@
-"""What pruning is worth: the same trainings dense, pruned in several ways, and narrow from the start."""
+"""The value of pruning: the same trainings dense, pruned in several ways, and narrow from the start."""

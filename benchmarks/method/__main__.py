@@ -1,4 +1,4 @@
-"""Trainings that tell what pruning is worth, and tables of what they came to.
+"""Trainings that measure the value of pruning, and tables of their results.
 
     python -m benchmarks.method --data DIR    # runs what is not there yet; takes hours, can be stopped
     python -m benchmarks.method --latency     # times the networks of what has been run; on a quiet machine

@@ -11,7 +11,7 @@ from sparsekern import Pruner, allocate, criteria
 from sparsekern.prune.decide.allocate import Allocator, Global
 from sparsekern.prune.decide.criteria import Criterion, GradientCount, Redundancy, Shuffled, Taylor
 
-# Arguments of the Pruner that no arm sets.
+# Arguments of the Pruner that are the same for all arms.
 SCHEDULE = ("warmup", "finish", "events", "penalty", "exact")
 
 Widths = Literal["dense", "uniform", "flat", "default", "multiplier"]
@@ -51,9 +51,9 @@ class Arm:
         return self.pruned or self.widths in ("uniform", "flat", "default") or self.time_of is not None
 
     def recipe(self) -> str:
-        """What decides the result beside set, budget and seed: a stored run counts only if it is the same."""
+        """The settings, beside set, budget and seed, that must be equal for a stored run to count."""
         if self.select is None:
-            # What the default ends with changes with the default.
+            # The final widths of the default change with the default.
             follows = "default" in (self.widths, self.time_of)
             own = f"widths={self.widths} multiplier={self.multiplier:g} time_of={self.time_of}"
             return f"{own} of {ARMS['default'].recipe()}" if follows else own

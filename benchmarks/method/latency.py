@@ -1,4 +1,4 @@
-"""How long the networks of the study take: rebuilt from the widths in the lines, timed in turns."""
+"""Latency of the study's networks, rebuilt from the widths in the lines and timed in turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.method.widths import rebuilt
 from sparsekern.recipes.measure import latency
 from sparsekern.recipes.settings import Settings, build_model
 
-SIZE = 256  # pixels an edge of the image that is timed
+SIZE = 256  # edge of the timed image in pixels
 
 
 def measure(records: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:

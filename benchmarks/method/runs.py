@@ -1,4 +1,4 @@
-"""Which trainings there are, in which order, and how each becomes a line of results."""
+"""The trainings of the study, their order, and their lines of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsekern.recipes.settings import Settings
 MODELS: Mapping[str, Settings] = {"unet": UNET, "mobilenetv3": MOBILENET}
 SEEDS = range(6)
 
-# The arms that a claim rests on; then those that tell what each part is worth; then the rest.
+# First the arms for the main claim, then those that measure the value of each part, then the rest.
 CLAIMS = ("dense", "narrow", "default", "balance", "fresh", "shuffled", "random")
 PARTS = ("taylor", "count", "magnitude", "activation", "redundancy", "uniform", "flat")
 TIMED = ("narrow-time", "narrow-long", "dense-time")
@@ -47,7 +47,7 @@ STAGES = (
     Stage("unet", 0.1, PARTS[5:] + TIMED),
     Stage("unet", 0.05, CURVE[:5]),
     Stage("unet", 0.5, CURVE[:5]),
-    # Its output has an eighth of the resolution, in which vessels and membranes are not to be seen.
+    # Its output has an eighth of the resolution, too coarse for vessels and membranes.
     Stage("mobilenetv3", 0.5, MULTIPLIERS, ("dsb2018", "scenes")),
     Stage("unet", 0.2, PARTS[1:] + TIMED),
 )
@@ -64,7 +64,7 @@ class Run:
     set: str
 
     def key(self, settings: Settings) -> dict[str, Any]:
-        """What a stored line has to say to count as this training."""
+        """The values that a stored line must have to count as this training."""
         arm = ARMS[self.arm]
         return {
             "model": self.model,
@@ -99,7 +99,7 @@ def find(records: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mappin
 
 
 class Study:
-    """Runs what is not yet in a file of results, and adds it.
+    """Runs the trainings that are not yet in a file of results, and adds their lines.
 
     Args:
         path: the file.
@@ -141,7 +141,7 @@ class Study:
         return self.done(run) or self.execute(run)
 
     def _steps_of_equal_time(self, run: Run) -> int:
-        """Steps of an arm that take as long as the training of the arm it is timed by.
+        """The number of steps of an arm that takes as long as the training of its reference arm.
 
         By processor time of the loop, medians over the seeds that are there: on one machine, with one thread,
         other programs change it less than wall time.

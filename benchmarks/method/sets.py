@@ -1,4 +1,4 @@
-"""The images that the arms are compared on, and how long and on what crops a network trains on them."""
+"""The image sets of the comparison, with the steps and crops of the trainings on them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sparsekern.recipes.synthetic import KINDS, splits
 
 FOLDER = "dsb2018"
 GENERATED = ("vessels", "membranes", "scenes")
-SIZE = 96  # pixels an edge of the generated images
-TRAIN, TEST = 256, 64  # generated images
-TESTED = 33  # images of a folder that are scored; the cost of a dense network on large ones bounds it
+SIZE = 96  # edge of the generated images in pixels
+TRAIN, TEST = 256, 64  # number of generated images
+TESTED = 33  # scored images of a folder; the cost of a dense network on large images limits it
 
 LR_WARMUP = 0.05  # share of the steps in which the learning rate rises
 UNET = Settings(model="unet", width=16, steps=400, batch=4, crop=64, lr=2e-3)

@@ -1,4 +1,4 @@
-"""What paired differences tell: an interval by bootstrap, a probability by flipping signs."""
+"""Statistics of paired differences: a bootstrap interval, and a p-value by sign flips."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXACT = 6  # so many differences are resampled in all ways: 6^6 means
-DRAWS = 50_000  # resamples of more
-FLIPS = 20  # so many differences are flipped in all ways
+EXACT = 6  # up to this number of differences, all resamples are used: 6^6 means
+DRAWS = 50_000  # number of resamples of more differences
+FLIPS = 20  # largest number of differences whose signs are flipped
 
 
 @dataclass(frozen=True)

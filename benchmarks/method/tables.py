@@ -13,7 +13,7 @@ from benchmarks.method.statistics import Difference, describe
 SETS = (FOLDER, *GENERATED)
 Record = Mapping[str, Any]
 
-# What the other arms are compared with, where it is there.
+# The arms that others are compared with, if they were run.
 BASELINES = ("dense", "narrow", "x0.5", "x0.75")
 
 
@@ -166,7 +166,7 @@ def _written(found: Difference) -> str:
 
 
 def _averaged(table: Table) -> str:
-    """What averaged weights score beside the last ones."""
+    """Scores of averaged weights beside those of the last ones."""
     rows = []
     for arm in table.arms:
         found = []

@@ -26,12 +26,12 @@ from sparsekern.recipes.metrics import Scores, SegmentationLoss, predict, scores
 from sparsekern.recipes.settings import Settings, build_model
 from sparsekern.recipes.train import learning_rate
 
-AVERAGED = 0.98  # what a step leaves of the averaged weights
+AVERAGED = 0.98  # decay of the averaged weights per step
 
 
 @dataclass
 class Outcome:
-    """What a training came to.
+    """The result of a training.
 
     Attributes:
         model: the small network, in evaluation mode; averaged: the same with averaged weights.
@@ -98,7 +98,7 @@ def example(settings: Settings) -> Tensor:
 def network(
     arm: Arm, settings: Settings, keep: float, seed: int, default: Mapping[str, int] | None
 ) -> tuple[nn.Module, dict[str, int]]:
-    """What an arm trains, and its widths by group where it has the groups of the full network.
+    """The network that an arm trains, and its widths by group if it has the groups of the full network.
 
     `default`: the widths that the default arm of the same seed has ended with.
     """

@@ -48,7 +48,7 @@ def _matched(graph: ChannelGraph, keep: float, shape: np.ndarray) -> dict[str, i
         else:
             high = middle
     widths = _rounded_down(low * shape, full)
-    # The largest remainders first, as seats are given to parties.
+    # The largest remainders first (the largest remainder method).
     for group in np.argsort(widths - low * shape, kind="stable"):
         more = widths.copy()
         more[group] = min(more[group] + 1, full[group])
@@ -89,7 +89,7 @@ def rebuilt(model: nn.Module, graph: ChannelGraph, widths: Mapping[str, int], se
     for module in small.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    # Networks that draw some weights in another way do so after torch has.
+    # Networks with their own initialisation of some weights apply it after torch's.
     for module in small.modules():
         if hasattr(module, "_initialise"):
             module._initialise()

@@ -1,4 +1,4 @@
-"""The benchmark suite: one table of cases, what runs them beside torch, and what shows the figures.
+"""The benchmark suite: a table of cases, the runner that times them beside torch, and the reports.
 
 Imports optim, prune, recipes and report; nothing but the command line and ``benchmarks/`` imports it.
 """

@@ -1,4 +1,4 @@
-"""What is called on a problem, ours and torch's, and the bytes that such a call has to move."""
+"""The timed calls of sparsekern and torch, and the number of bytes that each call must move."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay
 SGD: dict[str, Any] = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "lr": 1e-3}
 _OFF: dict[str, Any] = {"maximize": False, "grad_scale": None, "found_inf": None}
 
-# Per row penalty, elements, countdown, threshold, activity are read, sums, threshold, activity written.
+# Bytes per row: penalty, elements, countdown, threshold and activity are read (4 bytes each); four sums,
+# threshold and activity are written.
 ROW_BYTES = 5 * 4 + 6 * 4
 
 
 def rows_of(problem: Problem) -> Rows | None:
-    """The rows of the problem's parameters, None without a table."""
+    """The rows of the problem's parameters; None without a row table."""
     return None if problem.table is None else problem.table.rows_of(problem.params)
 
 
@@ -42,48 +43,48 @@ def _sgd_lists(problem: Problem) -> tuple[Any, ...]:
 
 
 def adam_step(problem: Problem, ops: ModuleType = _ops) -> Run:
-    """Our op, as AdamW calls it; ``ops`` may be a backend."""
+    """The op ``adam_step_`` as AdamW calls it; ``ops`` may be a backend."""
     options: dict[str, Any] = {"decoupled": True, "amsgrad": False, "rows": rows_of(problem)}
     return functools.partial(ops.adam_step_, *_adam_lists(problem), **ADAM, **_OFF, **options)
 
 
 def torch_adam(problem: Problem, **choice: bool) -> Run:
-    """torch's functional AdamW, ``fused=True`` or ``foreach=True``."""
+    """torch's functional AdamW; ``choice`` is ``fused=True`` or ``foreach=True``."""
     options: dict[str, Any] = {"decoupled_weight_decay": True, "amsgrad": False, "capturable": False}
     options |= ADAM | _OFF | choice
     return torch.no_grad()(functools.partial(adam, *_adam_lists(problem), **options))
 
 
 def sgd_step(problem: Problem, ops: ModuleType = _ops) -> Run:
-    """Our op, as SGD with momentum calls it; ``ops`` may be a backend."""
+    """The op ``sgd_step_`` as SGD with momentum calls it; ``ops`` may be a backend."""
     options: dict[str, Any] = {"nesterov": False, "first": False, "rows": rows_of(problem)}
     return functools.partial(ops.sgd_step_, *_sgd_lists(problem), **SGD, **_OFF, **options)
 
 
 def torch_sgd(problem: Problem, **choice: bool) -> Run:
-    """torch's functional SGD with momentum, ``fused=True`` or ``foreach=True``."""
+    """torch's functional SGD with momentum; ``choice`` is ``fused=True`` or ``foreach=True``."""
     options: dict[str, Any] = {"nesterov": False} | SGD | _OFF | choice
     return torch.no_grad()(functools.partial(sgd, *_sgd_lists(problem), **options))
 
 
 def row_statistics(problem: Problem, ops: ModuleType = _ops) -> Run:
-    """The statistics alone; ``ops`` may be a backend."""
+    """The op ``row_statistics_``; ``ops`` may be a backend."""
     return functools.partial(ops.row_statistics_, problem.params, problem.grads, rows=rows_of(problem))
 
 
 def row_mask(problem: Problem, ops: ModuleType = _ops) -> Run:
-    """Penalty, decline and mask alone; ``ops`` may be a backend."""
+    """The op ``row_mask_``: penalty, fade-out and mask; ``ops`` may be a backend."""
     return functools.partial(ops.row_mask_, problem.params, lr=ADAM["lr"], rows=rows_of(problem))
 
 
 def channel_moments(problem: Problem, ops: ModuleType = _ops) -> Run:
-    """The fold of a step's dots into the means per channel; ``ops`` may be a backend."""
+    """The op ``channel_moments_``, which updates the means per channel; ``ops`` may be a backend."""
     table = problem.table
     assert table is not None
     reference.row_statistics_(problem.params, problem.grads, rows=table.rows_of(problem.params))
 
     def run() -> None:
-        # As a step leaves it; without it there is nothing to fold.
+        # A step sets `pending`; without it the op does nothing.
         table.pending.fill_(1)
         ops.channel_moments_(table)
 
@@ -91,12 +92,12 @@ def channel_moments(problem: Problem, ops: ModuleType = _ops) -> Run:
 
 
 def step(problem: Problem) -> Run:
-    """The whole step, with what Python does around the ops."""
+    """The whole ``optimizer.step()``, including its Python code."""
     return problem.optimizer.step
 
 
 def accesses(times: int) -> Callable[[Problem], int]:
-    """Bytes where every live element is read or written so many times, and each row's quantities are."""
+    """The bytes of a call with ``times`` accesses to each live element, plus the bytes of the row table."""
 
     def moved(problem: Problem) -> int:
         rows = 0 if problem.table is None else len(problem.table.penalty)
@@ -106,7 +107,7 @@ def accesses(times: int) -> Callable[[Problem], int]:
 
 
 def changed(problem: Problem) -> int:
-    """Bytes of ``row_mask_``: masked rows are written, penalised and declining ones read and written."""
+    """Bytes of ``row_mask_``: masked rows are written, penalised and fading rows are read and written."""
     table = problem.table
     assert table is not None
     moved = 8 * len(table.penalty)
@@ -119,6 +120,9 @@ def changed(problem: Problem) -> int:
 
 
 def folded(problem: Problem) -> int:
-    """Bytes of ``channel_moments_``: a gate's index and dot (read, cleared), a channel's offset and means."""
+    """Bytes of ``channel_moments_``.
+
+    A gate has an index and a dot, which is read and cleared. A channel has an offset and two means.
+    """
     assert problem.table is not None
     return 16 * len(problem.table.gate_rows) + 24 * len(problem.table.channel_dot)

@@ -1,4 +1,4 @@
-"""The table of what is measured: the one place that the command and the pytest suite take it from."""
+"""The table of benchmark cases, shared by the command and the pytest suite."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Case:
     """One comparison with torch.
 
     Attributes:
-        op: a key of :data:`sparsekern.bench.comparisons.OPS`: an op of ``sparsekern.kernels.ops`` by name,
-            a whole step of an optimizer (``*-step``), or a whole training iteration (``*-iteration``).
-        tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`, for ``norm_act*``
-            of ``LAYERS`` in :mod:`sparsekern.bench.norm`.
-        backend: of :mod:`sparsekern.kernels.backends`.
-        dtype: of parameters, gradients and state.
-        masked: share of the channels that are masked, in [0, 1]; None without a table of rows.
-        quick: whether it is one of the short selection.
+        op: a key of :data:`sparsekern.bench.comparisons.OPS`: an op of ``sparsekern.kernels.ops`` by name, a
+            whole optimizer step (``*-step``), or a whole training iteration (``*-iteration``).
+        tensors: a key of ``NETWORKS`` or ``SHAPES`` in :mod:`sparsekern.bench.networks`; for ``norm_act*`` a
+            key of ``LAYERS`` in :mod:`sparsekern.bench.norm`.
+        backend: name of a backend of :mod:`sparsekern.kernels.backends`.
+        dtype: dtype of parameters, gradients and state.
+        masked: share of the channels that are masked, in [0, 1]; None without a row table.
+        quick: whether ``--quick`` selects the case.
     """
 
     op: str
@@ -38,12 +38,12 @@ class Case:
 
     @property
     def device(self) -> str:
-        """Type of the device that the tensors lie on."""
+        """Device type of the tensors."""
         return DEVICES[self.backend]
 
 
 DEVICES = {"cpu": "cpu", "reference": "cpu", "cuda": "cuda", "triton": "cuda"}
-"""Where the tensors of a backend's cases lie."""
+"""Device type of the tensors, by backend."""
 
 LISTS = ("unet-2m", "unet-31m", "mobilenetv3-seg", "resnet50")
 QUICK = ("unet-2m", "mobilenetv3-seg")
@@ -51,7 +51,7 @@ SHORT_LAYERS = ("8x16x128x128",)
 
 
 def _ops(backend: str, *, quick: bool) -> list[Case]:
-    """The ops of the step by themselves, over lists that are ready for them."""
+    """Single ops of the step, over prepared lists of tensors."""
     cases = []
     for tensors in LISTS:
         short = quick and tensors in QUICK
@@ -71,7 +71,7 @@ def _ops(backend: str, *, quick: bool) -> list[Case]:
 
 
 def _steps(backend: str, *, quick: bool) -> list[Case]:
-    """``optimizer.step()``, with what Python does around the ops."""
+    """Whole calls of ``optimizer.step()``, including the Python code."""
     cases = [
         Case(f"{name}-step", "tiny-174", backend, masked=masked, quick=quick and masked is not None)
         for name in ("sgd", "adam", "adamw")
@@ -85,7 +85,7 @@ def _steps(backend: str, *, quick: bool) -> list[Case]:
 
 
 def _norms(backend: str, *, quick: bool) -> list[Case]:
-    """A normalisation with its activation."""
+    """Normalisations with their activation, forward and backward."""
     return [
         Case(op, layer + layout, backend, dtype, masked, quick and layout == "" and layer in SHORT_LAYERS)
         for op in ("norm_act", "norm_act_backward")
@@ -107,7 +107,7 @@ def _on_gpu(backend: str) -> list[Case]:
 
 CASES: tuple[Case, ...] = (
     *_ops("cpu", quick=True),
-    # What the specification costs, which is also what runs where nothing was compiled.
+    # The reference backend, which also runs where no compiled backend works.
     Case("adam_step_", "unet-2m", "reference"),
     Case("sgd_step_", "unet-2m", "reference"),
     *_steps("cpu", quick=True),
@@ -119,10 +119,10 @@ CASES: tuple[Case, ...] = (
 
 
 def select(pattern: str = "", *, quick: bool = False, cases: Sequence[Case] = CASES) -> list[Case]:
-    """The cases whose names the regular expression ``pattern`` is found in; with ``quick`` the short ones.
+    """The cases whose names match the regular expression ``pattern``; with ``quick`` only the quick ones.
 
     Raises:
-        ValueError: it is no regular expression, or finds none; names ``--filter``.
+        ValueError: ``pattern`` is not a regular expression or matches no case; the error names ``--filter``.
     """
     try:
         found = re.compile(pattern)

@@ -1,4 +1,4 @@
-"""Whether a backend did what the reference does, within the tolerances that all backends have."""
+"""Comparing the results of a backend with the reference, within the common tolerances of all backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsekern.kernels.rows import COUNT, DOT, GRAD_SQ, WEIGHT_SQ, RowTable
 
 @contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Every op takes this backend meanwhile."""
+    """Force all ops to use ``backend`` in the block."""
     before = os.environ.get("SPARSEKERN_BACKEND")
     os.environ["SPARSEKERN_BACKEND"] = backend
     backends.reset()
@@ -38,7 +38,7 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def difference(got: Problem, want: Problem) -> str | None:
-    """The first thing in which two problems differ after one step by different backends; None for none."""
+    """The first difference between two problems after one step by different backends; None if they agree."""
     for (name, mine), theirs in zip(got.tensors().items(), want.tensors().values(), strict=True):
         allowed = UPDATE_ULPS[mine.dtype] * torch.finfo(mine.dtype).eps
         if text := differing(name, mine, theirs, allowed * theirs.double().abs() if allowed else 0.0):
@@ -49,7 +49,7 @@ def difference(got: Problem, want: Problem) -> str | None:
 
 
 def differing(name: str, got: Tensor, want: Tensor, allowed: Tensor | float) -> str | None:
-    """Where two tensors are further apart than ``allowed``; None where they are not. NaN equals NaN."""
+    """A text on the elements that differ by more than ``allowed``; None if there are none. NaN equals NaN."""
     if torch.equal(got, want):
         return None
     got, want = got.double(), want.double()
@@ -63,7 +63,10 @@ def differing(name: str, got: Tensor, want: Tensor, allowed: Tensor | float) -> 
 
 
 def _table_difference(got: RowTable, want: RowTable) -> str | None:
-    """Bounds follow from the order of sums being free; what is no sum is equal."""
+    """The first difference between two row tables; None if they agree.
+
+    Sums may be added in any order, which gives their error bounds. All other values must be equal.
+    """
     sizes = torch.zeros_like(want.elements, dtype=torch.float64)
     for view in want.views:
         sizes[view.slice] = view.param.numel() / max(1, view.rows)
@@ -86,7 +89,7 @@ def _table_difference(got: RowTable, want: RowTable) -> str | None:
 
 
 def _moment_bounds(table: RowTable, size: Tensor, error: Tensor) -> dict[str, Tensor | float]:
-    """Of the means per channel: ``size`` bounds the dot of a row, ``error`` what it may be off."""
+    """Error bounds of the means per channel; ``size`` bounds the dot of a row, ``error`` bounds its error."""
     offsets = table.gate_offsets
     counts = offsets.diff()
 

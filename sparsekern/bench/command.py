@@ -1,4 +1,4 @@
-"""What ``sparsekern bench`` does with its arguments."""
+"""The implementation of ``sparsekern bench``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekern.bench.cases import Case, select
 from sparsekern.bench.suite import WRONG, Report, Suite
 from sparsekern.files.atomic import replacing
 
-# How often tensors are placed anew, and how many rounds are timed with each.
+# Numbers of memory placements of the tensors, and of timed rounds for each placement.
 PLACEMENTS, ROUNDS = 4, 4
 QUICK_PLACEMENTS, QUICK_ROUNDS = 3, 2
 
@@ -24,7 +24,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Those of the command, by their names there."""
+    """Arguments of the command, with the names of its options."""
 
     quick: bool = False
     json: str | None = None
@@ -36,18 +36,20 @@ class Arguments:
 
 
 def bench(arguments: Arguments, out: Console, progress_on: Console) -> int:
-    """Run the cases, print and write what was asked for.
+    """Run the cases, then print and write the requested results.
 
     Args:
-        out: where tables are printed; nowhere when the JSON goes to standard output.
-        progress_on: where the progress is shown.
+        arguments: arguments of the command.
+        out: console for the tables.
+        progress_on: console for the progress bar.
 
     Returns:
-        The exit code: 1 where a result was wrong, or where a case takes more than ``fail_above`` times as
-        long as in ``compare``, beyond noise; else 0.
+        The exit code: 1 if a result is wrong, or if a case takes more than ``fail_above`` times as long as in
+        ``compare``, beyond noise; else 0.
 
     Raises:
-        ValueError, OSError: an argument; nothing has been measured then.
+        ValueError: an argument is out of range; nothing is measured.
+        OSError: a file cannot be read or written.
     """
     cases = _checked(arguments)
     old = None if arguments.compare is None else compare.read(arguments.compare)
@@ -79,7 +81,12 @@ def _suite(arguments: Arguments) -> Suite:
 
 
 def _checked(arguments: Arguments) -> list[Case]:
-    """The cases, once everything that can be wrong with the arguments has been looked at."""
+    """Check all arguments and select the cases.
+
+    Raises:
+        ValueError: an argument is out of range.
+        OSError: an output file cannot be created.
+    """
     if arguments.rounds is not None and arguments.rounds < 1:
         raise ValueError(f"--rounds: got {arguments.rounds}, expected 1 or more")
     if arguments.fail_above is not None:

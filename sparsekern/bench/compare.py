@@ -1,4 +1,4 @@
-"""Reports as files, and what has changed since an earlier one."""
+"""Reading a report from a file and comparing two reports."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sparsekern.bench.comparison import OURS
 from sparsekern.bench.suite import FORMAT, TIMED
 from sparsekern.files.atomic import parse_json
 
-# What a case may differ by in another process with the same code. On a busy machine one in twenty differs by
-# more (see benchmarks/results/bench-repeat.txt).
+# Largest time ratio of one case between two runs of the same code that counts as noise. On a busy machine one
+# case in twenty exceeds it (see benchmarks/results/bench-repeat.txt).
 BETWEEN_RUNS = 1.1
 
 
@@ -21,13 +21,13 @@ class Change:
     """One case in two reports.
 
     Attributes:
-        name: of the case.
-        old, new: our median milliseconds then and now.
-        beside: the other side that both are divided by, ``""`` where there is none.
-        ratio: how much longer it takes now: new over old of our time over that of the other side, which the
-            speed of the machine cancels out of.
-        noisy: whether that is within the noise: what all but a tenth of the rounds on either side lie between
-            overlaps, or it is nearer to 1 than two runs of the same code are.
+        name: name of the case.
+        old, new: sparsekern's median time in the old and the new report, in milliseconds.
+        beside: the candidate that both times are divided by; ``""`` if the reports share none.
+        ratio: new over old relative time. A relative time is sparsekern's time over that of ``beside``, so
+            the speed of the machine cancels out.
+        noisy: whether the change is within the noise: the ranges from the 10th to the 90th percentile
+            overlap, or the ratio is as near to 1 as between two runs of the same code.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Change:
 
 
 def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[Change]:
-    """The cases that were timed in both reports, which :meth:`Report.plain` gives, in the new one's order."""
+    """The changes of the cases timed in both reports (:meth:`Report.plain`), in the new report's order."""
     before = {case["name"]: case for case in old["cases"] if case["status"] == TIMED}
     now = [case for case in new["cases"] if case["status"] == TIMED and case["name"] in before]
     return [_change(case, before[case["name"]]) for case in now]
 
 
 def elsewhere(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """In what the two reports' machines and settings differ: ``threads 2, now 1``."""
+    """The differences between the environments of two reports, such as ``threads 2, now 1``."""
     pairs = ((key, old["environment"].get(key), new["environment"].get(key)) for key in new["environment"])
     return [f"{key} {then}, now {now}" for key, then, now in pairs if then != now]
 
@@ -75,8 +75,8 @@ def read(path: Path) -> dict[str, Any]:
     """A report from a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no report of this format; names ``--compare``.
+        OSError: the file cannot be read.
+        ValueError: the file is not a report of this format; the error names ``--compare``.
     """
     expected = f"--compare: {path} is no report, expected a file that sparsekern bench --json has written"
     try:

@@ -1,4 +1,4 @@
-"""What a case becomes before it is timed."""
+"""A benchmark case, prepared for timing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ OURS = "sparsekern"
 
 
 @dataclass
-class Contest:
-    """A case, ready to be timed.
+class Comparison:
+    """A case whose candidates are ready to be timed.
 
     Attributes:
-        sides: what is called, by name; the first, :data:`OURS`, is compared with all others, above all with
-            the second.
-        moved: bytes that each side has to move at least; empty where memory is not the limit.
-        elements: of all parameters.
-        wrong: to be called once, before anything is timed: how the result of our side is wrong, None when it
-            is right.
+        candidates: the timed call of each candidate, by name. The first, :data:`OURS`, is compared with all
+            others; the second is its main competitor.
+        moved: the least bytes that each candidate must move; empty where memory is not the limit.
+        elements: number of elements of all parameters.
+        validate: describes the error in sparsekern's result; None if the result is right. It is called once,
+            before the timing.
     """
 
-    sides: dict[str, Run]
+    candidates: dict[str, Run]
     moved: dict[str, int]
     elements: int
-    wrong: Callable[[], str | None]
+    validate: Callable[[], str | None]

@@ -1,4 +1,4 @@
-"""From a case to what is timed: our call and torch's, and the proof that ours is right."""
+"""Building the comparison of a case: the calls of sparsekern and torch, and the check of the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsekern.bench import calls
 from sparsekern.bench.calls import Call
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import difference, forced
-from sparsekern.bench.comparison import OURS, Contest
+from sparsekern.bench.comparison import OURS, Comparison
 from sparsekern.bench.iteration import iteration
 from sparsekern.bench.norm import EAGER, norm_act
 from sparsekern.bench.problem import MakeOptimizer, Problem
@@ -22,8 +22,14 @@ from sparsekern.kernels.backends import reference
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a contest over a list of parameters: who keeps their state, and what is called."""
+class Candidate:
+    """A candidate in a comparison over a list of parameters.
+
+    Attributes:
+        make: makes the optimizer that keeps the state of the parameters.
+        call: gives the timed call for a problem.
+        rows: whether a row table is attached to the optimizer.
+    """
 
     make: MakeOptimizer
     call: Call
@@ -33,60 +39,67 @@ class Side:
 Moved = Callable[[Problem], int]
 
 
-def race(case: Case, ours: Side, others: dict[str, Side], moved: Moved) -> Contest:
-    """Every side gets a problem of its own; ours is right when the reference backend's result is the same."""
-    sides, bytes_moved = {}, {}
-    for name, side in {OURS: ours, **others}.items():
-        problem = Problem.of(case, side.make, rows=side.rows)
-        sides[name] = side.call(problem)
+def make_comparison(case: Case, ours: Candidate, others: dict[str, Candidate], moved: Moved) -> Comparison:
+    """Prepare a comparison whose candidates are timed in turns, each on its own copy of the problem.
+
+    Args:
+        case: the case.
+        ours: sparsekern's candidate. Its result is validated against the reference backend.
+        others: the other candidates, by name.
+        moved: the least bytes that a call on a problem must move.
+    """
+    runs, bytes_moved = {}, {}
+    for name, candidate in {OURS: ours, **others}.items():
+        problem = Problem.of(case, candidate.make, rows=candidate.rows)
+        runs[name] = candidate.call(problem)
         bytes_moved[name] = moved(problem)
         if name == OURS:
             mine = problem
 
-    def wrong() -> str | None:
+    def mismatch() -> str | None:
         twin = Problem.of(case, ours.make, rows=ours.rows)
-        sides[OURS]()
+        runs[OURS]()
         with forced("reference"):
             ours.call(twin)()
         return difference(mine, twin)
 
-    return Contest(sides, bytes_moved, sum(param.numel() for param in mine.params), wrong)
+    return Comparison(runs, bytes_moved, sum(param.numel() for param in mine.params), mismatch)
 
 
-def _op(case: Case, ours: Any, call: Call, theirs: Any, torch_call: Any, accesses: int) -> Contest:
-    """An op against torch's functional forms of it."""
+def _op(case: Case, ours: Any, call: Call, theirs: Any, torch_call: Any, accesses: int) -> Comparison:
+    """An op against torch's fused and foreach functions."""
     others = {
-        f"torch {name}": Side(
+        f"torch {name}": Candidate(
             functools.partial(theirs, **{name: True}),
-            # Both are said, because torch chooses where one is not.
+            # Both flags are given, because torch chooses by itself where one is missing.
             functools.partial(torch_call, fused=name == "fused", foreach=name == "foreach"),
             rows=False,
         )
         for name in ("fused", "foreach")
     }
-    return race(case, Side(ours, call), others, calls.accesses(accesses))
+    return make_comparison(case, Candidate(ours, call), others, calls.accesses(accesses))
 
 
-def _beside(case: Case, call: Any, moved: Moved) -> Contest:
-    """An op that torch has no counterpart of, against its plain-torch twin."""
-    others = {"reference": Side(optim.AdamW, functools.partial(call, ops=reference))}
-    return race(case, Side(optim.AdamW, call), others, moved)
+def _beside(case: Case, call: Any, moved: Moved) -> Comparison:
+    """An op without a counterpart in torch, against the reference backend in plain torch."""
+    others = {"reference": Candidate(optim.AdamW, functools.partial(call, ops=reference))}
+    return make_comparison(case, Candidate(optim.AdamW, call), others, moved)
 
 
-def _step(case: Case, ours: Any, theirs: Any, accesses: int) -> Contest:
-    """``optimizer.step()`` against those of torch's fused and foreach optimizers."""
+def _step(case: Case, ours: Any, theirs: Any, accesses: int) -> Comparison:
+    """``optimizer.step()`` against the steps of torch's fused and foreach optimizers."""
     others = {
-        f"torch {name}": Side(functools.partial(theirs, **{name: True}), calls.step, rows=False)
+        f"torch {name}": Candidate(functools.partial(theirs, **{name: True}), calls.step, rows=False)
         for name in ("fused", "foreach")
     }
-    return race(case, Side(ours, calls.step), others, calls.accesses(accesses))
+    return make_comparison(case, Candidate(ours, calls.step), others, calls.accesses(accesses))
 
 
-def _hooks(case: Case) -> Contest:
-    """torch's fused AdamW with hooks that carry the rows against the same without."""
+def _hooks(case: Case) -> Comparison:
+    """torch's fused AdamW with sparsekern's hooks and row table, against the same optimizer without them."""
     make = functools.partial(torch.optim.AdamW, fused=True)
-    others = {"torch fused": Side(make, calls.step, rows=False)}
-    return race(case, Side(make, calls.step), others, calls.accesses(7))
+    others = {"torch fused": Candidate(make, calls.step, rows=False)}
+    return make_comparison(case, Candidate(make, calls.step), others, calls.accesses(7))
 
 
 _torch_sgd = functools.partial(torch.optim.SGD, momentum=0.9)
@@ -95,16 +108,22 @@ _our_sgd = functools.partial(optim.SGD, momentum=0.9)
 
 @dataclass(frozen=True)
 class Op:
-    """How the cases of an op are built, and beside whom our side is timed."""
+    """The comparison of an op.
+
+    Attributes:
+        others: names of the candidates other than sparsekern.
+        build: builds the comparison of a case.
+    """
 
     others: tuple[str, ...]
-    build: Callable[[Case], Contest]
+    build: Callable[[Case], Comparison]
 
 
 _TORCH = ("torch fused", "torch foreach")
 _TWIN = ("reference",)
 
-# An element's accesses: parameter, gradient and state are read, parameter and state written.
+# The last argument is the number of accesses to an element: parameter, gradient and state are read, parameter
+# and state are written.
 OPS: dict[str, Op] = {
     "adam_step_": Op(
         _TORCH,
@@ -123,14 +142,14 @@ OPS: dict[str, Op] = {
     "adamw-iteration": Op(_TORCH, iteration),
     "fused-iteration": Op(_TORCH, functools.partial(iteration, fused=True)),
 }
-"""Every op by its name in a case. A fused op of another kind brings a function and an entry."""
+"""Every op by its name in a case. A new kind of op needs a function and an entry here."""
 
 
-def build(case: Case) -> Contest:
-    """The contest of a case. To be used while the case's backend is forced (:func:`check.forced`)."""
+def build(case: Case) -> Comparison:
+    """The comparison of a case; it must be built and used while :func:`check.forced` forces its backend."""
     return OPS[case.op].build(case)
 
 
-def sides(case: Case) -> tuple[str, ...]:
-    """The names of a case's sides, ours first."""
+def candidates(case: Case) -> tuple[str, ...]:
+    """The names of a case's candidates, sparsekern first."""
     return (OURS, *OPS[case.op].others)

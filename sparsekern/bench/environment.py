@@ -1,4 +1,4 @@
-"""Where a measurement was made, and under which memory settings: what every result says about itself."""
+"""The environment of a measurement: machine, versions, threads, commit and memory settings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
 
 @contextmanager
 def kept_memory() -> Iterator[str]:
-    """Memory that a tensor gives back is not returned to the system meanwhile, for whoever allocates.
+    """Keep freed memory in the process during the block, instead of returning it to the system.
 
-    Otherwise page faults of large tensors are half of what is measured. Yields what is in force: ``kept``,
-    or ``default`` where the C library is not glibc.
+    Otherwise page faults of large tensors take half of the measured time.
+
+    Yields:
+        The setting in force: ``kept``, or ``default`` where the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)
@@ -56,10 +58,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the tree that this package lies in, ``+`` when that has changes, else ``unknown``."""
+    """The commit of this package's repository, with ``+`` after it for local changes; else ``unknown``."""
     folder = Path(sparsekern.__file__).parent
     try:
-        # An installed package may lie in somebody else's repository.
+        # An installed package may lie inside the repository of another project.
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")
         head = _git(folder, "rev-parse", "--short", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")

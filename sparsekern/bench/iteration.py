@@ -1,4 +1,4 @@
-"""Whole training iterations: forward, backward and step under a Pruner, against torch without any pruning."""
+"""Whole training iterations (forward, backward, step) under a Pruner, against torch without pruning."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from sparsekern import optim
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import difference, differing, forced
-from sparsekern.bench.comparison import OURS, Contest
+from sparsekern.bench.comparison import OURS, Comparison
 from sparsekern.bench.networks import NETWORKS
 from sparsekern.bench.problem import Problem
 from sparsekern.fusion import fuse
 from sparsekern.prune import Pruner
 from sparsekern.prune.decide.criteria import GradientCount, Taylor
 
-# Gradients of two implementations of a network, as a share of the largest of their tensor.
+# Allowed difference between the gradients of two implementations, over the largest gradient of the tensor.
 GRADIENTS = 1e-3
 
 MakeOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
@@ -28,7 +28,7 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
 
 @dataclass
 class Training:
-    """A network in training; two of the same case begin with equal weights."""
+    """A network in training. All instances for one case begin with equal weights."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -36,8 +36,14 @@ class Training:
 
     @classmethod
     def of(cls, case: Case, make: MakeOptimizer, *, pruned: bool, fused: bool = False) -> Training:
-        """Of the case's network; ``pruned`` under a Pruner that decides nothing in these iterations, with
-        ``fused`` norms and activations that count for it."""
+        """A training of the case's network.
+
+        Args:
+            case: the case.
+            make: makes the optimizer.
+            pruned: whether a Pruner is attached. Its first event comes after the measured iterations.
+            fused: whether norms and activations are fused and count gradients for the Pruner.
+        """
         network = NETWORKS[case.tensors]
         device = torch.device(case.device)
         with torch.random.fork_rng(devices=[]):
@@ -54,28 +60,32 @@ class Training:
         return cls(model, optimizer, example)
 
     def backward(self) -> Tensor:
-        """Fresh gradients; returns the loss."""
+        """Compute new gradients and return the loss."""
         self.optimizer.zero_grad()
         loss = self.model(self.example).square().mean()
         loss.backward()
         return loss.detach()
 
     def iterate(self) -> None:
-        """One iteration."""
+        """Run one iteration."""
         self.backward()
         self.optimizer.step()
 
     def problem(self) -> Problem:
-        """What its step reads and writes."""
+        """The tensors that the optimizer step reads and writes."""
         tables = self.optimizer.tables if isinstance(self.optimizer, optim.RowOptimizer) else ()
         return Problem(list(self.model.parameters()), self.optimizer, tables[0] if tables else None)
 
 
-def iteration(case: Case, *, fused: bool = False) -> Contest:
-    """Our AdamW under a Pruner against torch's AdamW without, and with ``fused`` norms against torch's.
+def iteration(case: Case, *, fused: bool = False) -> Comparison:
+    """sparsekern's AdamW under a Pruner, against torch's AdamW without pruning.
 
-    Right is a result with eager torch's loss and gradients to rounding (``fused``: in float64), and
-    with the reference backend's step on the same gradients.
+    The result is right if loss and gradients equal those of eager torch to rounding (``fused``: in float64),
+    and the step equals the reference backend's step on the same gradients.
+
+    Args:
+        case: the case.
+        fused: whether sparsekern's candidate has fused norms and activations.
     """
     mine = Training.of(case, optim.AdamW, pruned=True, fused=fused)
     makers = {
@@ -84,38 +94,38 @@ def iteration(case: Case, *, fused: bool = False) -> Contest:
     }
     theirs = {name: Training.of(case, make, pruned=False) for name, make in makers.items()}
 
-    def wrong() -> str | None:
+    def mismatch() -> str | None:
         pair = mine, theirs["torch fused"]
         if fused:
-            # Another order of operations tips units over their kinks in float32: there is nothing to compare.
+            # In float32 another order of operations flips ReLUs near zero, so the comparison is in float64.
             wide = replace(case, dtype=torch.float64)
             pair = (
                 Training.of(wide, optim.AdamW, pruned=True, fused=True),
                 Training.of(wide, makers["torch fused"], pruned=False),
             )
             mine.backward()
-        return _wrong_gradients(*pair) or _wrong_step(case, mine, fused)
+        return _gradient_mismatch(*pair) or _step_mismatch(case, mine, fused)
 
-    sides = {OURS: mine.iterate} | {name: training.iterate for name, training in theirs.items()}
-    return Contest(sides, {}, sum(p.numel() for p in mine.model.parameters()), wrong)
+    candidates = {OURS: mine.iterate} | {name: training.iterate for name, training in theirs.items()}
+    return Comparison(candidates, {}, sum(p.numel() for p in mine.model.parameters()), mismatch)
 
 
-def _wrong_gradients(mine: Training, theirs: Training) -> str | None:
+def _gradient_mismatch(mine: Training, theirs: Training) -> str | None:
     losses = mine.backward(), theirs.backward()
     if text := differing("loss", *losses, GRADIENTS * losses[1].double().abs()):
         return text
     largest = max(p.grad.abs().max().item() for p in theirs.model.parameters() if p.grad is not None)
     for (name, param), other in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
         assert param.grad is not None and other.grad is not None
-        # Some are 0 but for rounding.
+        # Some gradients are zero except for rounding errors.
         allowed = GRADIENTS * other.grad.double().abs().max() + torch.finfo(param.dtype).eps * largest
         if text := differing(f"gradient of {name}", param.grad, other.grad, allowed):
             return text
     return None
 
 
-def _wrong_step(case: Case, mine: Training, fused: bool) -> str | None:
-    """With the gradients that ``mine`` has."""
+def _step_mismatch(case: Case, mine: Training, fused: bool) -> str | None:
+    """Compare the step of ``mine`` with the reference backend's step on the same gradients."""
     twin = Training.of(case, optim.AdamW, pruned=True, fused=fused)
     for param, other in zip(twin.model.parameters(), mine.model.parameters(), strict=True):
         assert other.grad is not None

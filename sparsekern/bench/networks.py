@@ -1,4 +1,4 @@
-"""The networks whose parameters and iterations are measured, and lists of tensors that are no network's."""
+"""The measured networks, and lists of tensors without a network."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sparsekern.recipes.models import UNet, lraspp_mobilenetv3
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and the batch that an iteration is made with.
+    """A network and the batch of its iterations.
 
     Attributes:
-        make: gives one, with random weights.
-        images: how many images of 3 channels.
-        edge: their height and width in pixels.
+        make: makes the network with random weights.
+        images: number of images of a batch, with 3 channels.
+        edge: height and width of the images in pixels.
     """
 
     make: Callable[[], nn.Module]
@@ -30,7 +30,7 @@ class Network:
     edge: int = 128
 
     def batch(self) -> Tensor:
-        """``[images, 3, edge, edge]`` of fixed noise, float32."""
+        """Fixed noise ``[images, 3, edge, edge]``, float32."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.images, 3, self.edge, self.edge, generator=generator)
 
@@ -43,15 +43,15 @@ NETWORKS: dict[str, Network] = {
 }
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
-    # One large tensor: no list to walk, nothing that fits a cache; its size is the stream's.
+    # One large tensor as long as an array of the stream: no list overhead, and larger than caches.
     "flat-17m": ((ELEMENTS,),),
-    # Hardly any elements: what a call costs beside its kernels.
+    # Tiny tensors: they show the overhead of a call beside its kernels.
     "tiny-174": ((4,),) * 174,
 }
 
 
 @functools.cache
 def graph(name: str) -> ChannelGraph:
-    """The channels of a network; traced once in a process."""
+    """The channel graph of a network, traced once per process."""
     network = NETWORKS[name]
     return trace(network.make(), network.batch())

@@ -1,4 +1,4 @@
-"""Batch normalisation with its activation: forward and backward passes of a layer, against eager torch."""
+"""Batch normalisation with activation: forward and backward passes of a layer, against eager torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import differing
-from sparsekern.bench.comparison import OURS, Contest
+from sparsekern.bench.comparison import OURS, Comparison
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.nn import NormAct2d
 
 EAGER = "torch eager"
 
-# Of the largest element: sums in another order, and in bfloat16 a rounding between norm and activation.
+# Allowed difference over the largest element: sums are added in another order, and half precision also rounds
+# between norm and activation.
 ROUNDINGS = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)
 class Data:
-    """The shape ``[N, C, H, W]`` that a layer gets, and how it lies."""
+    """Shape ``[N, C, H, W]`` and memory format of a layer's input."""
 
     shape: tuple[int, int, int, int]
     memory_format: torch.memory_format = torch.contiguous_format
@@ -38,7 +39,7 @@ LAYERS: dict[str, Data] = {
 
 
 class _Layer:
-    """A norm and what follows it, with data and the gradient of what it gives."""
+    """A norm and its activation, with an input and the gradient of the output."""
 
     def __init__(self, case: Case, norm: nn.BatchNorm2d, after: nn.Module) -> None:
         data, device = LAYERS[case.tensors], torch.device(case.device)
@@ -58,17 +59,21 @@ class _Layer:
         return y
 
     def backward(self) -> tuple[Tensor, ...]:
-        """Of one forward pass, whichever time it is."""
+        """The gradients of input, weight and bias. All calls share one forward pass."""
         if self._y is None:
             self._y = self.forward()
         wanted = (self.x, self.norm.weight, self.norm.bias)
         return torch.autograd.grad(self._y, wanted, self.grad, retain_graph=True)
 
 
-def norm_act(case: Case, *, backward: bool) -> Contest:
-    """``NormAct2d`` that counts gradients against torch's norm and ReLU that do not.
+def norm_act(case: Case, *, backward: bool) -> Comparison:
+    """``NormAct2d`` that counts gradients, against torch's norm and ReLU.
 
-    Right is what gives torch's outputs and gradients in float64, to rounding.
+    The result is right if outputs and gradients equal torch's in float64, to rounding.
+
+    Args:
+        case: the case.
+        backward: whether the backward pass is timed instead of the forward pass.
     """
     channels = LAYERS[case.tensors].shape[1]
     ours = NormAct2d(channels)
@@ -80,23 +85,26 @@ def norm_act(case: Case, *, backward: bool) -> Contest:
             for norm in (mine.norm, theirs.norm):
                 norm.weight[ours.mask] = 0
                 norm.bias[ours.mask] = 0
-    sides: dict[str, Callable[[], object]] = {}
+    candidates: dict[str, Callable[[], object]] = {}
     for name, layer in ((OURS, mine), (EAGER, theirs)):
-        sides[name] = layer.backward if backward else layer.forward
+        candidates[name] = layer.backward if backward else layer.forward
     size = mine.x.numel() * mine.x.element_size()
-    # Input and output once; backward the gradients of both, and the input.
-    moved = dict.fromkeys(sides, size * (3 if backward else 2))
-    return Contest(sides, moved, mine.x.numel(), functools.partial(_wrong, mine, theirs, ours.mask))
+    # Forward reads the input and writes the output; backward reads input and output gradient and writes the
+    # input gradient.
+    moved = dict.fromkeys(candidates, size * (3 if backward else 2))
+    return Comparison(
+        candidates, moved, mine.x.numel(), functools.partial(_mismatch, mine, theirs, ours.mask)
+    )
 
 
-def _wrong(mine: _Layer, theirs: _Layer, mask: Tensor | None) -> str | None:
+def _mismatch(mine: _Layer, theirs: _Layer, mask: Tensor | None) -> str | None:
     near = ROUNDINGS[mine.x.dtype]
-    # Channels-last, torch's own sums in float32 are further off than this.
+    # The reference runs in float64: torch's float32 sums in channels-last exceed this tolerance.
     theirs = copy.deepcopy(theirs)
     theirs.norm.double()
     theirs.x, theirs.grad = mine.x.detach().double().requires_grad_(), mine.grad.double()
     got, want = mine.backward(), theirs.backward()
-    # A masked channel's gamma and beta stay zero, so it has no gradient of them.
+    # Gamma and beta of a masked channel stay zero, so their gradients are zero.
     if mask is not None:
         want = (want[0], *(torch.where(mask, 0, grad) for grad in want[1:]))
     assert mine._y is not None and theirs._y is not None

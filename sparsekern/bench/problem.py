@@ -1,4 +1,4 @@
-"""Parameters in the middle of a training, with gradients, an optimizer and the rows of a Pruner."""
+"""Parameters in the middle of a training, with gradients, an optimizer and the row table of a Pruner."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sparsekern.prune.state.statistics import ChannelRows
 
 MakeOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
 
-# Steps before the one that is measured, and a size of gradients that trainings have.
+# Number of steps before the measured step, and a typical magnitude of gradients.
 STEPS, SCALE = 10.0, 1e-3
 
 
 @dataclass
 class Problem:
-    """What a step reads and writes; two of the same case and optimizer are equal in every element."""
+    """The tensors that a step reads and writes. Problems of one case and optimizer have equal elements."""
 
     params: list[nn.Parameter]
     optimizer: Optimizer
@@ -34,9 +34,14 @@ class Problem:
 
     @classmethod
     def of(cls, case: Case, make: MakeOptimizer, *, rows: bool = True) -> Problem:
-        """The problem of a case; without ``rows``, nothing attached and nothing masked.
+        """The problem of a case.
 
-        A tenth of the live channels is penalised and declines, so that the step has all of its work.
+        A tenth of the live channels is penalised and fades out, so that the step does all kinds of work.
+
+        Args:
+            case: the case.
+            make: makes the optimizer.
+            rows: whether a row table is attached and channels are masked.
         """
         device = torch.device(case.device)
         if case.tensors in NETWORKS:
@@ -61,7 +66,7 @@ class Problem:
         return cls(params, optimizer, table)
 
     def state(self, name: str) -> list[Tensor]:
-        """The optimizer's state of all parameters, by torch's name of it."""
+        """One state tensor of each parameter, by torch's name of the state."""
         return [self.optimizer.state[param][name] for param in self.params]
 
     @property
@@ -79,7 +84,7 @@ class Problem:
         return named
 
     def live_elements(self) -> int:
-        """Elements that are not in masked rows: those that a step has to move."""
+        """Number of elements outside masked rows, which a step must move."""
         total = sum(param.numel() for param in self.params)
         if self.table is None:
             return total
@@ -88,7 +93,7 @@ class Problem:
 
 
 def _fill(params: Sequence[nn.Parameter]) -> None:
-    """Weights and gradients, of random numbers that repeat: fresh ones for large networks take seconds."""
+    """Fill weights and gradients with repeating noise; new noise for large networks takes seconds."""
     weights, grads = _noise()
     start = 0
     for param in params:
@@ -103,21 +108,21 @@ _PERIOD = 1_000_003
 
 @functools.cache
 def _noise() -> tuple[Tensor, Tensor]:
-    """Of weights and of gradients, two periods each."""
+    """Noise for weights and gradients, two periods each."""
     generator = torch.Generator().manual_seed(0)
     weights, grads = torch.randn(2, _PERIOD, generator=generator)
     return (0.1 * weights).repeat(2), (SCALE * grads).repeat(2)
 
 
 def _stretch(noise: Tensor, start: int, size: int) -> Tensor:
-    """So many numbers from ``start`` on, around and around."""
+    """``size`` numbers of the repeating noise from ``start`` on."""
     if size > _PERIOD:
         noise = noise.repeat(1 + size // _PERIOD)
     return noise[start : start + size]
 
 
 def _advance(optimizer: Optimizer) -> None:
-    """Give every parameter the state of a training that has made some steps; cheaper than making them."""
+    """Give every parameter the optimizer state of a training after some steps, without making the steps."""
     adam = "betas" in optimizer.defaults
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -125,7 +130,7 @@ def _advance(optimizer: Optimizer) -> None:
             if not adam:
                 state["momentum_buffer"] = param.grad * 5
                 continue
-            # torch's own optimizers keep it on the CPU unless they are fused.
+            # torch's optimizers keep `step` on the CPU unless they are fused.
             on_device = isinstance(optimizer, optim.RowOptimizer) or optimizer.defaults["fused"]
             state["step"] = torch.tensor(STEPS, device=param.device if on_device else "cpu")
             state["exp_avg"] = param.grad * 0.5
@@ -133,7 +138,7 @@ def _advance(optimizer: Optimizer) -> None:
 
 
 def _prune(model: nn.Module, case: Case, optimizer: Optimizer) -> RowTable:
-    """Attach a table and mask, penalise and decline channels of ``model`` as a Pruner would."""
+    """Attach a row table, and mask, penalise and fade out channels of ``model`` as a Pruner does."""
     channels = graph(case.tensors)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = ChannelRows(model, channels, {id(p) for p in parameters.values()}, decay=0.99)
@@ -145,6 +150,6 @@ def _prune(model: nn.Module, case: Case, optimizer: Optimizer) -> RowTable:
     some = np.zeros_like(chosen)
     some[np.flatnonzero(~chosen)[::10]] = True
     masks.penalise(some, 0.01)
-    masks.condemn(some, 1_000_000)
+    masks.fade_out(some, 1_000_000)
     masks.mask(chosen)
     return rows.table

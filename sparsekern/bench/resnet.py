@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2016), stride in the 3x3 convolution: shapes and names are torchvision's."""
+"""ResNet-50 (He et al. 2016) with the stride in the 3x3 convolution; shapes and names equal torchvision's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Images ``[N, 3, H, W]`` to logits ``[N, classes]``; ``width`` is that of the first stage."""
+    """Images ``[N, 3, H, W]`` to logits ``[N, classes]``; ``width`` is the width of the first stage."""
 
     def __init__(self, classes: int = 1000, width: int = 64) -> None:
         super().__init__()

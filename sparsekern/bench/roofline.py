@@ -1,4 +1,4 @@
-"""A report as a picture: bytes a second by bytes a call, below the two roofs that this machine has."""
+"""Roofline plot of a report: bytes per second over bytes per call, below the two limits of the machine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ _MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write a PNG (or another format, by the suffix of ``path``): one point for each side of each case.
+    """Write a picture with one point for each candidate of each case.
 
-    The flat roof is the bandwidth of the stream, the slope the shortest call that was measured: a call that
-    moves little is as far from the flat roof as it is short.
+    The flat roof is the bandwidth of the stream. The slope is the rate of a call that takes as
+    long as the shortest measured call; it limits calls that move few bytes.
+
+    Args:
+        report: the results.
+        path: the file to write; its suffix gives the format.
 
     Raises:
-        ValueError: no case was timed that memory limits; nothing is written.
+        ValueError: no timed case is limited by memory; nothing is written.
     """
     found = [result for result in report.results if result.gb_per_s]
     if not found:
@@ -53,8 +57,8 @@ def _points(axes: Axes, found: Sequence[Result]) -> None:
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for result in found:
         dtype = str(result.case.dtype).removeprefix("torch.")
-        for side, rate in result.gb_per_s.items():
-            points.setdefault((_name(result, side), dtype), []).append((result.moved[side], rate))
+        for candidate, rate in result.gb_per_s.items():
+            points.setdefault((_name(result, candidate), dtype), []).append((result.moved[candidate], rate))
     for (name, dtype), pairs in sorted(points.items()):
         across, up = zip(*pairs, strict=True)
         colour, marker = _COLOURS.get(name, MISSED), _MARKERS.get(dtype, "D")
@@ -62,9 +66,9 @@ def _points(axes: Axes, found: Sequence[Result]) -> None:
         axes.scatter(across, up, s=24, c=colour, marker=marker, label=label, alpha=0.8, zorder=3)
 
 
-def _name(result: Result, side: str) -> str:
-    """A side's name in the legend: the specification is no kernel of ours."""
-    return "reference" if side == OURS and result.case.backend == "reference" else side
+def _name(result: Result, candidate: str) -> str:
+    """A candidate's name in the legend; sparsekern's reference backend is shown as the reference."""
+    return "reference" if candidate == OURS and result.case.backend == "reference" else candidate
 
 
 def _roofs(axes: Axes, report: Report, found: Sequence[Result]) -> None:

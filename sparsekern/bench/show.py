@@ -1,4 +1,4 @@
-"""A report as a person reads it: tables for the terminal."""
+"""Tables of a report for the terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparsekern.bench.comparison import OURS
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG, Report, Result
 
 WIDTH = 160
-"""Columns that the tables need."""
+"""Width of the tables in characters."""
 
 
 def results_table(report: Report) -> Table:
-    """One line for each case: time and its noise, traffic, and our time over that of the others."""
+    """One line for each case: time, noise, memory traffic, and sparsekern's time over the others' times."""
     table = Table(
         title="medians and quartiles; MB: to be moved at least; ours / it: our time over that of beside",
         title_justify="left",
@@ -46,7 +46,7 @@ def _figures(result: Result) -> list[str]:
 
 
 def notes(report: Report) -> list[str]:
-    """What stands below the table: wrong results, absent backends, the stream, where and how long."""
+    """The lines below the table: wrong results, absent backends, the stream, environment and duration."""
     lines = [f"WRONG, not timed: {r.case}: {r.reason}" for r in report.results if r.status == WRONG]
     absent: dict[str, list[Result]] = {}
     for result in report.results:
@@ -69,7 +69,7 @@ def notes(report: Report) -> list[str]:
 
 
 def changes_table(found: Sequence[Change]) -> Table:
-    """One line for each case that two reports have in common."""
+    """One line for each case that both reports contain."""
     table = Table(title="new over old, each divided by the other side of its own run", title_justify="left")
     table.add_column("case", overflow="fold")
     for name in ("old ms", "new ms", "divided by", "new / old", ""):

@@ -1,21 +1,21 @@
-"""The yardstick of memory traffic: torch's own passes with 4 reads and 3 writes in place, as AdamW has."""
+"""The memory bandwidth to compare with: torch passes with 4 reads and 3 writes in place, as in AdamW."""
 
 from __future__ import annotations
 
 import torch
 
-# Elements of each of 4 float32 arrays: 68 MB, more than caches hold. Not a power of two: arrays that lie
-# multiples of 4 KiB apart get into each other's way in a cache, at a fifth of the bandwidth.
+# Elements of each of 4 float32 arrays: 68 MB, larger than caches. The number is not a power of two, as arrays
+# at multiples of 4 KiB conflict in a cache and lose a fifth of the bandwidth.
 ELEMENTS = 17_000_000
-# Reads and writes of 4 bytes for each of them.
+# Number of reads and writes of each element, 4 bytes each.
 ACCESSES = 7
 
 
 class Stream:
-    """Four arrays much larger than caches, and passes over them: ``w += g``, ``m *= c``, ``v *= c``.
+    """Passes over four arrays much larger than caches: ``w += g``, ``m *= c``, ``v *= c``.
 
-    Together they read and write what AdamW does. Copying would show half: the line that is written is
-    fetched before, which in-place passes need not pay for.
+    Together they read and write as much as AdamW. A copy would show half of the bandwidth, because each cache
+    line is fetched before it is written; passes in place have read the line already.
     """
 
     def __init__(self, device: torch.device, elements: int = ELEMENTS) -> None:

@@ -1,8 +1,7 @@
-"""Running cases: each one is checked, then timed; a wrong one is reported as wrong and never timed.
+"""Running benchmark cases: each case is validated, then timed; a case with a wrong result is never timed.
 
-Where tensors happen to lie in memory changes what a pass over them takes by a tenth, for as long as they lie
-there. So the tensors of a case are allocated several times, at other places, and the noise that is shown
-covers that.
+The addresses of tensors change the time of a pass over them by up to 10 %. The tensors of a case are
+therefore allocated several times at different addresses, and the reported noise includes this effect.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 
 from sparsekern.bench.cases import Case
 from sparsekern.bench.check import forced
-from sparsekern.bench.comparison import OURS, Contest
+from sparsekern.bench.comparison import OURS, Comparison
 from sparsekern.bench.comparisons import build
 from sparsekern.bench.environment import environment, kept_memory
 from sparsekern.bench.stream import ACCESSES, ELEMENTS, Stream
@@ -32,18 +31,19 @@ _STREAM = "stream"
 
 @dataclass
 class Result:
-    """What became of a case; seconds and bytes are those of one call.
+    """The result of a case; seconds and bytes refer to one call.
 
     Attributes:
-        status: ``timed``, ``wrong`` (its result differs from the reference's; never timed) or ``absent`` (its
+        case: the case.
+        status: ``timed``, ``wrong`` (the result differs from the reference; never timed) or ``absent`` (the
             backend does not work here).
-        reason: what is wrong or why it is absent.
-        elements: of all parameters; 0 where the case is absent.
-        seconds: per side.
-        moved: bytes per side that have to be moved at least; empty where memory is not the limit.
-        gb_per_s: per side, ``1e-9 * moved / median seconds``.
-        share_of_stream: of our side, its bytes a second over those of the stream in the same rounds.
-        over: our seconds over another side's, in the same rounds.
+        reason: the error in the result, or the reason for the absence.
+        elements: number of elements of all parameters; 0 for an absent case.
+        seconds: seconds of each candidate.
+        moved: the least bytes that each candidate must move; empty where memory is not the limit.
+        gb_per_s: ``1e-9 * moved / median seconds`` of each candidate.
+        share_of_stream: sparsekern's bytes per second over those of the stream in the same rounds.
+        over: sparsekern's seconds over those of each other candidate in the same rounds.
     """
 
     case: Case
@@ -57,7 +57,7 @@ class Result:
     over: dict[str, Spread] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Plain data for JSON."""
         case = {
             "name": str(self.case),
             "op": self.case.op,
@@ -71,7 +71,15 @@ class Result:
 
 @dataclass
 class Report:
-    """All results of a run, where and how they were made."""
+    """All results of a run.
+
+    Attributes:
+        environment: machine, versions and settings, see :func:`environment`.
+        placements, rounds: see :class:`Suite`.
+        results: one result per case.
+        stream_gb_per_s: bandwidth of the stream, by device type.
+        seconds: duration of the run.
+    """
 
     environment: dict[str, Any]
     placements: int
@@ -81,7 +89,7 @@ class Report:
     seconds: float = 0.0
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Plain data for JSON."""
         streams = {device: asdict(spread) for device, spread in self.stream_gb_per_s.items()}
         return {
             "format": FORMAT,
@@ -95,14 +103,14 @@ class Report:
 
 
 class Suite:
-    """Runs cases one by one, with a stream of memory beside each.
+    """Runs cases one by one and times a memory stream beside each.
 
     Args:
-        placements: how often the tensors of a case are allocated anew; once, with as many rounds in all, if
-            memory is not the limit.
-        rounds: with each of them, in each of which every side of a case is timed once.
-        shortest: seconds that one measurement takes at least, by repeating the call.
-        elements: of each array of the stream.
+        placements: number of allocations of a case's tensors. A case that memory does not limit is allocated
+            once and timed in ``placements * rounds`` rounds.
+        rounds: timed rounds per allocation; each round times every candidate once.
+        shortest: least seconds of one measurement, reached by repeated calls.
+        elements: elements of each array of the stream.
     """
 
     def __init__(
@@ -116,9 +124,9 @@ class Suite:
         self._rates: dict[str, list[float]] = {}
 
     def run(self, cases: Sequence[Case], on_case: Callable[[Case], None] = lambda case: None) -> Report:
-        """The report on ``cases``; ``on_case`` is called before each."""
+        """Run ``cases`` and return the report; ``on_case`` is called before each case."""
         begin = perf_counter()
-        # What was imported is no garbage, and would be looked through after every case.
+        # Imported objects are never garbage; without the freeze each collection would scan them.
         gc.freeze()
         with kept_memory() as freed_memory:
             where = environment() | {"freed_memory": freed_memory}
@@ -133,42 +141,44 @@ class Suite:
         return report
 
     def result(self, case: Case) -> Result:
-        """Check a case, and time it if it is right."""
+        """Validate a case and time it if its result is right."""
         missing = backends.why_not(case.backend, case.device)
         if missing is not None:
             return Result(case, ABSENT, missing)
         with forced(case.backend):
-            contest = build(case)
-            reason = _wrong(contest)
+            comparison = build(case)
+            reason = _validate(comparison)
             if reason is not None:
-                return Result(case, WRONG, reason, contest.elements)
-            return self._timed(case, contest)
+                return Result(case, WRONG, reason, comparison.elements)
+            return self._timed(case, comparison)
 
-    def _timed(self, case: Case, contest: Contest) -> Result:
-        if not contest.moved:
-            return self._result(case, contest, self._race(case, contest, self._placements * self._rounds))
-        times = self._race(case, contest, self._rounds)
+    def _timed(self, case: Case, comparison: Comparison) -> Result:
+        if not comparison.moved:
+            return self._result(
+                case, comparison, self._time_in_turns(case, comparison, self._placements * self._rounds)
+            )
+        times = self._time_in_turns(case, comparison, self._rounds)
         for _ in range(self._placements - 1):
-            # What lies between makes the next tensors lie elsewhere.
+            # This block moves the next tensors to other addresses.
             between = torch.empty(int(self._random.integers(2**10, 2**20)))
-            contest = build(case)
-            for name, more in self._race(case, contest, self._rounds).items():
+            comparison = build(case)
+            for name, more in self._time_in_turns(case, comparison, self._rounds).items():
                 times[name] += more
             del between
-        return self._result(case, contest, times)
+        return self._result(case, comparison, times)
 
-    def _race(self, case: Case, contest: Contest, rounds: int) -> dict[str, list[float]]:
-        """Seconds by side, and of a stream beside them where memory is the limit."""
-        sides, device = dict(contest.sides), torch.device(case.device)
-        if contest.moved:
-            sides[_STREAM] = Stream(device, self._elements)
-        return interleaved(sides, rounds, device, shortest=self._shortest)
+    def _time_in_turns(self, case: Case, comparison: Comparison, rounds: int) -> dict[str, list[float]]:
+        """Seconds by candidate, and of a stream where memory is the limit."""
+        candidates, device = dict(comparison.candidates), torch.device(case.device)
+        if comparison.moved:
+            candidates[_STREAM] = Stream(device, self._elements)
+        return interleaved(candidates, rounds, device, shortest=self._shortest)
 
-    def _result(self, case: Case, contest: Contest, times: Mapping[str, list[float]]) -> Result:
-        moved = contest.moved
-        result = Result(case, TIMED, elements=contest.elements, moved=moved)
-        result.seconds = {name: Spread.of(times[name]) for name in contest.sides}
-        others = [name for name in contest.sides if name != OURS]
+    def _result(self, case: Case, comparison: Comparison, times: Mapping[str, list[float]]) -> Result:
+        moved = comparison.moved
+        result = Result(case, TIMED, elements=comparison.elements, moved=moved)
+        result.seconds = {name: Spread.of(times[name]) for name in comparison.candidates}
+        others = [name for name in comparison.candidates if name != OURS]
         result.over = {name: Spread.of(ratios(times[OURS], times[name])) for name in others}
         if moved:
             result.gb_per_s = {name: 1e-9 * moved[name] / result.seconds[name].median for name in moved}
@@ -179,9 +189,9 @@ class Suite:
         return result
 
 
-def _wrong(contest: Contest) -> str | None:
-    """How its result is wrong; an op that raises has none that is right."""
+def _validate(comparison: Comparison) -> str | None:
+    """The error in the result, or None; an exception also counts as an error."""
     try:
-        return contest.wrong()
+        return comparison.validate()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Timing several calls in turns, so that a slower spell of the machine hits all of them."""
+"""Timing several calls in turns, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-# Calls are repeated until they take this long: less is mostly the clock and the scheduler.
+# Least seconds of a measurement; calls are repeated, as clock and scheduler dominate shorter measurements.
 SHORTEST = 0.01
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, quartiles, and what all but a tenth on either side lies between."""
+    """Median, quartiles, 10th and 90th percentile."""
 
     median: float
     q1: float
@@ -27,28 +27,41 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of ``values``, at least one."""
         return cls(*map(float, np.quantile(values, (0.5, 0.25, 0.75, 0.1, 0.9))))
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, shortest: float = SHORTEST
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    *,
+    shortest: float = SHORTEST,
 ) -> dict[str, list[float]]:
-    """Seconds of a call of every side, round after round, each beginning with another side.
+    """Time every candidate once per round; each round begins with another candidate.
 
-    Warms up first: every side is called until it has taken ``shortest`` seconds, which also tells how many
-    calls make one measurement. Garbage is not collected meanwhile.
+    A warm-up calls each candidate until one measurement takes ``shortest`` seconds, which gives the number of
+    calls per measurement. Garbage collection is off during the timing.
+
+    Args:
+        candidates: the calls, by name.
+        rounds: number of rounds.
+        device: device of the calls; it is synchronised before each clock reading.
+        shortest: least seconds of one measurement.
+
+    Returns:
+        Seconds of one call in each round, by candidate.
     """
-    repeats = {name: _warm_up(run, device, shortest) for name, run in sides.items()}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
+    repeats = {name: _warm_up(run, device, shortest) for name, run in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for number in range(rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(_seconds(sides[name], repeats[name], device))
+                times[name].append(_seconds(candidates[name], repeats[name], device))
     finally:
         if collecting:
             gc.enable()
@@ -56,7 +69,7 @@ def interleaved(
 
 
 def ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Round by round."""
+    """The ratios ``mine / theirs`` of each round."""
     return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 

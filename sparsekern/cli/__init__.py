@@ -1,10 +1,10 @@
-"""The command line; bad input gives one line on stderr and exit code 2."""
+"""The command line. Bad input gives one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import sparsekern.cli.look  # adds its commands, as the two below do
+import sparsekern.cli.look  # adds its commands to the app, as the two imports below do
 from sparsekern.cli import app
 
 _missing: ImportError | None = None
@@ -12,15 +12,15 @@ try:
     import sparsekern.cli.train
     import sparsekern.cli.use  # noqa: F401
 except ImportError as error:
-    # The commands above need the extra `bench` at most.
+    # info, inspect and bench work without these modules.
     _missing = error
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command; returns the exit code.
+    """Run a command and return its exit code.
 
     Raises:
-        ImportError: the command needs a library that is not installed, or a torchvision that fits torch.
+        ImportError: the command needs a library that is not installed, or torchvision does not fit torch.
     """
     if _missing is not None and arguments[:1] not in (["info"], ["inspect"], ["bench"]):
         raise _missing

@@ -1,4 +1,4 @@
-"""The application that the commands are added to, and what they share."""
+"""The application of all commands, with their common options and helpers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-# Texts hold paths and shapes, whose brackets are no markup.
+# Markup is off, as texts contain paths and shapes with brackets.
 console = Console(highlight=False, markup=False)
 
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 for torch's choice.")]
@@ -34,7 +34,7 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command; returns the exit code."""
+    """Run a command and return its exit code."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: warn(str(message))
         return _run(arguments)
@@ -51,7 +51,7 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{stop}\n")
         return stop.code
     except Exception as error:
-        # Whatever the parser of typer raises, under its own or click's name.
+        # Usage errors of typer and of click have this method; their classes differ between versions.
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message())
@@ -72,15 +72,15 @@ def main(
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
+    """Print a warning as one line on stderr."""
     sys.stderr.write(f"warning: {' '.join(message.split())}\n")
 
 
 def set_threads(threads: int) -> None:
-    """Sets the CPU threads of torch; 0 leaves them.
+    """Set the number of CPU threads of torch; 0 leaves it unchanged.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: ``threads`` is negative.
     """
     if threads < 0:
         raise ValueError(f"--threads: got {threads}, expected 0 or more")
@@ -89,12 +89,12 @@ def set_threads(threads: int) -> None:
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether `console` prints nothing."""
+    """Turn the output of `console` off or on."""
     console.quiet = quiet
 
 
 def number_or_text(text: str) -> int | str:
-    """Numbers as numbers; what else is allowed, the pruner knows."""
+    """A whole number as int, any other text unchanged; the Pruner checks it."""
     return int(text) if text.isdecimal() else text
 
 

@@ -1,4 +1,4 @@
-"""Options of a command out of a file; those on the command line win."""
+"""Options of a command from a file; options on the command line override them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
 
 
 def _use(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes the values of the file the defaults of the command that it is given to."""
+    """Make the values of the file the defaults of the command."""
     if path is not None:
         known = {str(parameter.name) for parameter in context.command.params} - {"config"}
         context.default_map = read_config(path, known)
@@ -38,17 +38,18 @@ Config = Annotated[
 
 
 def read_config(path: Path, known: Set[str]) -> dict[str, Any]:
-    """The options in a file by their names in Python, for `default_map` of a command.
-
-    Values are texts, as on the command line, so that the command reads and refuses them alike; switches are
-    booleans, and null in JSON and YAML leaves an option out.
+    """Read options from a file, for the `default_map` of a command.
 
     Args:
-        path: a file of one table, whose keys are option names without the dashes in front of them.
+        path: a file with one table, whose keys are option names without the leading dashes.
         known: names of the options in Python.
 
+    Returns:
+        The options by their names in Python. Values are texts, so the command parses and checks them as on
+        the command line. Switches are booleans. An option with the value null (JSON, YAML) is left out.
+
     Raises:
-        InputError: the file cannot be read, or has an unknown or repeated key or a value that is no option's.
+        InputError: the file cannot be read, has an unknown or repeated key, or has a value of another type.
     """
     options: dict[str, Any] = {}
     for key, value in _table(path).items():

@@ -1,4 +1,4 @@
-"""Commands that look at an installation, a network, or the speed of the kernels: info, inspect, bench."""
+"""Commands that report on the installation, a network, or the speed of the kernels: info, inspect, bench."""
 
 from __future__ import annotations
 

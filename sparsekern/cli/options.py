@@ -1,4 +1,4 @@
-"""Options of `train` that are fields of `Settings`, and `Settings` from what the user gave."""
+"""Options of `train` for the fields of `Settings`, and `Settings` from the options of the user."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from sparsekern.recipes.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Where a value comes from; the higher one wins where two options exclude each other.
+# Rank of the source of a value; the higher rank wins where two options exclude each other.
 _RANKS = {"COMMANDLINE": 2, "ENVIRONMENT": 2, "PROMPT": 2, "DEFAULT_MAP": 1}
 
-# What the command line leaves open until it knows whether the training is a dense one, and whether a file
-# names the classes.
+# Options whose default depends on other options: on --dense, and on the number of classes in the data.
 _OPEN = ("keep", "classes")
 
 
 def with_settings(command: Command) -> Command:
-    """Gives a command that takes `**settings` an option for every field of `Settings`, with its default."""
+    """Give a command with `**` arguments an option for every field of `Settings`, with its default."""
     signature = inspect.signature(command, eval_str=True)
     kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    # typer takes options by name, whatever their order: that of the help.
+    # typer passes options by name, so their order only determines the order of the help.
     required = [p for p in kept if p.default is inspect.Parameter.empty]
     optional = [p for p in kept if p.default is not inspect.Parameter.empty]
     hints = get_type_hints(Settings)
@@ -39,7 +38,7 @@ def with_settings(command: Command) -> Command:
 
 
 def _option(entry: Field[Any], hint: Any) -> inspect.Parameter:
-    # What has a parser of its own comes as a text.
+    # A field with its own parser is passed as text.
     annotation = hint if entry.metadata["parse"] is None else str | None
     is_open = entry.name in _OPEN
     return inspect.Parameter(
@@ -53,27 +52,27 @@ def _option(entry: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def rank(context: typer.Context, name: str) -> int:
-    """2 for an option that was given on the command line, 1 for one of the config file, 0 for a default."""
+    """The source of an option: 2 for the command line, 1 for the config file, 0 for a default."""
     source = context.get_parameter_source(name)
     return 0 if source is None else _RANKS.get(source.name, 0)
 
 
 def given(context: typer.Context) -> set[str]:
-    """Names of the options that the user gave, on the command line or in the config file."""
+    """Names of the options on the command line or in the config file."""
     return {name for name in context.params if rank(context, name)}
 
 
 def settings_of(context: typer.Context, arguments: Mapping[str, Any]) -> Settings:
-    """The settings that the options of a command make.
+    """The settings from the options of a command.
 
-    `--epochs` leaves its `steps` to :func:`steps_of`, when the number of images is known.
+    `--epochs` is not applied here: :func:`steps_of` does it when the number of images is known.
 
     Args:
-        context: says where an option comes from.
-        arguments: the options; those that were not given may come from a run to go on with.
+        context: context of the command, with the source of each option.
+        arguments: the options; options that were not given may come from a resumed run.
 
     Raises:
-        InputError: an option is out of range, or two exclude each other.
+        InputError: an option is out of range, or two options exclude each other.
     """
     values = dict(arguments)
     values["warmup"] = _warmup(context, values)
@@ -93,10 +92,10 @@ def settings_of(context: typer.Context, arguments: Mapping[str, Any]) -> Setting
 
 
 def steps_of(context: typer.Context, settings: Settings, images: int) -> int:
-    """Optimizer steps: `--steps`, or as many as show `images` training images `--epochs` times.
+    """Number of optimizer steps: `--steps`, or the steps of `--epochs` passes over `images` training images.
 
     Raises:
-        InputError: both are given, or a number below 1.
+        InputError: both options are given.
     """
     epochs = context.params["epochs"]
     if not _wins(context, context.params, "epochs", "steps", epochs is not None):
@@ -105,7 +104,11 @@ def steps_of(context: typer.Context, settings: Settings, images: int) -> int:
 
 
 def check_epochs(context: typer.Context) -> None:
-    """What `steps_of` would refuse, before any data is read."""
+    """Check `--epochs` before any data is read.
+
+    Raises:
+        InputError: the number is below 1, or `--steps` is given in the same place.
+    """
     epochs = context.params["epochs"]
     if epochs is not None and epochs < 1:
         raise InputError(f"--epochs: got {epochs}, expected a whole number, at least 1")
@@ -113,10 +116,10 @@ def check_epochs(context: typer.Context) -> None:
 
 
 def _wins(context: typer.Context, values: Mapping[str, Any], name: str, other: str, wanted: Any) -> bool:
-    """Whether option `name`, which excludes `other`, is in force: the command line beats a config file.
+    """Whether option `name` is in force. It excludes `other`; the command line overrides a config file.
 
     Raises:
-        InputError: both are given in the same place.
+        InputError: both options are given in the same place.
     """
     mine, theirs = rank(context, name), rank(context, other)
     value = values[other]
@@ -129,7 +132,7 @@ def _wins(context: typer.Context, values: Mapping[str, Any], name: str, other: s
 
 
 def _warmup(context: typer.Context, values: Mapping[str, Any]) -> float:
-    """The Pruner's warmup under its present name, or under that of earlier versions."""
+    """The warmup of the Pruner, from `--warmup` or from its deprecated name `--begin`."""
     begin, warmup = values["begin"], values["warmup"]
     if begin is not None:
         if rank(context, "warmup"):

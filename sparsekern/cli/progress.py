@@ -1,4 +1,4 @@
-"""What is shown while a network is trained: a bar in a terminal, else a line every so often."""
+"""Progress of a training: a bar in a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from sparsekern.cli.app import console
 from sparsekern.recipes.metrics import Scores
 from sparsekern.recipes.train import Step
 
-# Lines of a whole training, beside those of evaluations, and the longest silence in seconds.
+# Number of lines of a training, not counting evaluations, and longest time without a line in seconds.
 LINES, SILENCE = 20, 30.0
 
 
 @contextmanager
 def progress(name: str, steps: int) -> Iterator[Callable[[Step], None]]:
-    """Shows the training `name` of `steps` steps by the callback that the block gets."""
+    """Show the progress of the training `name` with `steps` steps.
+
+    Yields:
+        The callback for each step.
+    """
     if console.is_terminal and not console.quiet:
         with _bar(name, steps) as on_step:
             yield on_step
@@ -47,7 +51,7 @@ def _bar(name: str, steps: int) -> Iterator[Callable[[Step], None]]:
 
 
 class _Lines:
-    """Prints a line where a share of the steps is done, a score is new, or nothing was printed for long."""
+    """Prints a line at each twentieth of the steps, at each new score, and after 30 s without a line."""
 
     def __init__(self, name: str, steps: int) -> None:
         self._name, self._steps = name, steps

@@ -1,4 +1,4 @@
-"""Commands that train: train, demo."""
+"""The commands that train networks: train, demo."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def train(
 
 
 def _is_finished(saved: Saved, settings: Settings, out: Path) -> bool:
-    """Whether a run has nothing left to do where it is; says so."""
+    """Whether a run is complete in its own directory `out`; prints a line if it is."""
     if not saved.concluded(settings.steps) or out != saved.folder:
         return False
     console.print(f"{out} is finished after {settings.steps} steps; more --steps extend it", soft_wrap=True)
@@ -138,7 +138,7 @@ def _is_finished(saved: Saved, settings: Settings, out: Path) -> bool:
 
 
 def _with_classes(arguments: Mapping[str, Any], data: Path) -> tuple[dict[str, Any], ClassTable | None]:
-    """The arguments with a number of classes: as given, else that of the data, else the default."""
+    """The arguments with a number of classes (as given, of the data, or the default), and the class table."""
     kind, table = find(str(data)), table_of(data, arguments["classes_file"])
     named_by = kind or table
     count = Settings.classes if named_by is None else len(named_by.names)

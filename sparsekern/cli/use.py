@@ -1,4 +1,4 @@
-"""Commands for what `sparsekern train` has written: predict, evaluate, export."""
+"""The commands that use a stored network: predict, evaluate, export."""
 
 from __future__ import annotations
 
@@ -101,5 +101,5 @@ def export(
 
 
 def _file(model: Path) -> Path:
-    """The model file of a training's directory, or the file itself."""
+    """The model file in the directory of a training, or `model` itself if it is a file."""
     return model / "model.safetensors" if model.is_dir() else model

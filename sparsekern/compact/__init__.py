@@ -1,4 +1,4 @@
-"""From a plan to a smaller network: carry it out, check it, keep it in a file."""
+"""Carrying out a pruning plan: cut the network, verify the result, save and load it."""
 
 from sparsekern.compact.plan import Plan as Plan
 from sparsekern.compact.plan import TensorPlan as TensorPlan

@@ -1,4 +1,4 @@
-"""Bringing the sizes that modules keep in line with their tensors after surgery."""
+"""Updating size attributes of modules, such as ``in_channels``, after their tensors were cut."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ from sparsekern.nn import MultiheadAttention, NormAct2d
 
 
 def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, TensorPlan]) -> None:
-    """Sets ``in_channels`` and the like on the modules of ``copy`` whose tensors were cut.
+    """Set ``in_channels`` and similar attributes on the modules of ``copy`` whose tensors were cut.
 
-    ``parts`` gives, by ``id`` of a tensor of ``model``, what stays of it. A class of torch
-    whose sizes are not understood raises ``ValueError``; a user's own class keeps its
-    attributes, but for those that the plan names.
+    A user's own class keeps its attributes, except for those that the plan names.
+
+    Args:
+        model: the model before the cut.
+        copy: the cut model with the same module structure; may be ``model`` itself.
+        parts: the part of each tensor of ``model`` that stays, by the tensor's ``id``.
+
+    Raises:
+        ValueError: the sizes of a torch class are not known.
     """
     for (name, before), (_, after) in zip(model.named_modules(), copy.named_modules(), strict=True):
         changed = sizes(name, before, parts)
         if changed and isinstance(after, nn.MultiheadAttention):
             MultiheadAttention.adopt(after)
         if isinstance(after, NormAct2d):
-            # Of the channels that were, and of the training that set them.
+            # Mask and counts refer to the channels before the cut; the training sets them anew.
             after.mask = after.counts = None
         for attribute, size in changed.items():
             setattr(after, attribute, size)
     for module, attribute, size in counts(copy, parts.values()):
         vars(module)[attribute] = size
     for encoder in copy.modules():
-        # Its nested tensors are for torch's own attention only.
+        # Nested tensors work only with torch's own attention.
         if isinstance(encoder, nn.TransformerEncoder) and any(
             isinstance(module, MultiheadAttention) for module in encoder.modules()
         ):

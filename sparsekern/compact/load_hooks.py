@@ -1,4 +1,4 @@
-"""Hooks around the ``load_state_dict`` of a live model, which its copies and pickles do not have."""
+"""Hooks around ``load_state_dict`` of a live model; copies and pickles of the model drop them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Listener(Protocol):
-    """Who wants to know of loads."""
+    """Receives a call before and after a module loads a state dict."""
 
     def before_load(self, module: nn.Module, metadata: dict[str, Any]) -> None:
         """Called before ``module`` loads; ``metadata`` is that of ``Module._load_from_state_dict``."""
 
     def after_load(self, module: nn.Module) -> None:
-        """Called after ``module`` and the modules in it have loaded."""
+        """Called after ``module`` and its submodules have loaded."""
 
 
 class _Hook:
-    """Holds its listener weakly. A copy of a hooked module has one without a listener."""
+    """A hook with a weak reference to its listener. Copying or pickling the hook drops the listener."""
 
     def __init__(self, listener: Listener | None = None) -> None:
         self._listener = (lambda: None) if listener is None else weakref.ref(listener)
@@ -48,10 +48,10 @@ class _After(_Hook):
 
 
 def listen(modules: Iterable[nn.Module], listener: Listener) -> list[RemovableHandle]:
-    """Tell ``listener`` of every load that reaches one of ``modules``, also as a part of another module.
+    """Call ``listener`` at every load of one of ``modules``, also when a parent module loads.
 
     Returns:
-        Handles whose ``remove()`` ends this. It ends, too, when nobody else holds the listener.
+        Handles whose ``remove()`` ends the calls. The calls also end when the listener is garbage-collected.
     """
     handles = []
     for module in modules:
@@ -61,7 +61,7 @@ def listen(modules: Iterable[nn.Module], listener: Listener) -> list[RemovableHa
 
 
 def forget_listeners(module: nn.Module) -> None:
-    """Take the hooks of :func:`listen` out of a copy."""
+    """Remove the hooks of :func:`listen` from a copy."""
     for part in module.modules():
         for hooks in (part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", hook), _Hook)]:

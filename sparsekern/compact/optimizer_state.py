@@ -1,4 +1,4 @@
-"""What an optimizer keeps per parameter, cut as the parameter is."""
+"""Cutting the optimizer state of a parameter in the same way as the parameter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from sparsekern.compact.surgery import cut
 from sparsekern.optim import Unwrapped, unwrap_optimizer
 
 StateCutter = Callable[[Tensor, str, Any, TensorPlan], Any]
-"""``(parameter, name, value, plan) -> smaller value`` for state whose shape says nothing about its
-parameter's. Called before anything is changed; has to leave its arguments as they are."""
+"""``(parameter, name, value, plan) -> smaller value`` for state whose shape does not match its parameter.
+It is called before anything changes and must not modify its arguments."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One value of ``optimizer.state[p]`` and what takes its place: other data in it, or another value."""
+    """One value of ``optimizer.state[p]`` and its replacement.
+
+    Attributes:
+        state: the dict ``optimizer.state[p]``.
+        name: the key of the value.
+        data: new data for the same tensor; None where ``value`` replaces the old value.
+        value: the new value where ``data`` is None.
+    """
 
     state: dict[str, Any]
     name: str
@@ -41,15 +48,18 @@ class _Entry:
 
 
 class PreparedState:
-    """What is left of an optimizer's state, already cut."""
+    """The cut optimizer state, ready to replace the present one."""
 
     def __init__(self, entries: list[_Entry]) -> None:
         self._entries = entries
 
     def carry_out(self, undo: ExitStack) -> None:
-        """Make the state smaller, in the same tensors where the cut is ours.
+        """Replace the state by the cut state.
 
-        ``undo`` is told what restores it.
+        Tensors that this module cut stay the same objects; values of a ``StateCutter`` are new objects.
+
+        Args:
+            undo: receives the callbacks that restore the state.
         """
         for entry in self._entries:
             entry.carry_out(undo)
@@ -60,7 +70,10 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
 
 
 def follows_shape(value: Any, param: Tensor) -> bool:
-    """Whether state of ``param`` can be cut as it is: no tensors, one of its shape, or a single number."""
+    """Whether state of ``param`` can be cut without a ``StateCutter``.
+
+    It can if it holds no tensor, a tensor that follows the parameter's shape, or a single number.
+    """
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
         return True
     return _part_of_state(value, TensorPlan(tuple(param.shape))) is not None
@@ -73,17 +86,21 @@ def prepare_state(
     names: Mapping[int, str],
     cutter: StateCutter | None,
 ) -> PreparedState:
-    """Everything of the optimizer's state that has to get smaller, cut. Changes nothing.
+    """Cut all optimizer state that follows a cut parameter, without changing the optimizer.
 
     Args:
-        optimizer: only state of its parameters is looked at, and what wrappers keep of them.
-        parts: by ``id`` of a parameter, what stays of it; others stay whole.
-        names: of the parameters, by ``id``.
-        cutter: for state of unknown shape.
+        optimizer: the optimizer, possibly wrapped; only state of its parameters is read, including the state
+            that wrappers keep.
+        parts: the part of each parameter that stays, by the parameter's ``id``; other parameters stay whole.
+        names: names of the parameters, by ``id``.
+        cutter: cuts state of unknown shape.
+
+    Returns:
+        The cut state.
 
     Raises:
-        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
-        ValueError: there is such state, and no cutter.
+        TypeError: ``optimizer`` is not an optimizer, see :func:`sparsekern.optim.unwrap_optimizer`.
+        ValueError: there is state of unknown shape and no cutter.
     """
     unwrapped = unwrap_optimizer(optimizer)
     entries: list[_Entry] = []
@@ -110,7 +127,11 @@ def prepare_state(
 
 
 def _check_own(unwrapped: Unwrapped, param: Tensor) -> None:
-    """Raise a ValueError for state of ``param``, which stays whole, that holds more than that parameter's."""
+    """Check the state of ``param``, a parameter that stays whole.
+
+    Raises:
+        ValueError: the state has more elements than the parameter, so it belongs to other parameters too.
+    """
     for values in (state[param] for state in unwrapped.states if param in state):
         for name, value in values.items():
             leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
@@ -119,7 +140,7 @@ def _check_own(unwrapped: Unwrapped, param: Tensor) -> None:
 
 
 def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
-    """What stays of a state tensor; None where its shape does not tell."""
+    """The part of a state tensor that stays; None where its shape does not follow the parameter's."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
     shape = tuple(value.shape)

@@ -1,8 +1,7 @@
-"""What stays of a model: a plan is plain data, independent of any module or device."""
+"""Pruning plans: the indices of each tensor that stay, as plain data without modules or devices."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsekern.compact.indices import Indices, Runs, check_indices, to_runs
 from sparsekern.files.atomic import parse_json
 from sparsekern.files.schema import describe
 
@@ -21,24 +21,26 @@ if TYPE_CHECKING:
 FORMAT = "sparsekern.plan"
 VERSION = 1
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
 
-# Where nothing bounds them: 128 MiB, ten times what the widest networks of today have.
+# The most indices of a plan read without known shapes: 128 MiB, ten times the need of the widest networks.
 _MOST_INDICES = 1 << 24
 
 _DIMENSION = re.compile(r"0|[1-9][0-9]?")
-_RUNS = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?(,[0-9]{1,18}(-[0-9]{1,18})?)*")
 
 
 @dataclass(frozen=True, eq=False)
 class TensorPlan:
     """The part of one tensor that stays.
 
-    ``shape`` is the tensor's shape before anything is removed. ``keep`` maps a dimension to the
-    indices kept along it: int64, strictly increasing, at least one. A dimension that stays whole
-    is not listed. ``sizes`` maps attributes of the user's modules that count the tensor's indices,
-    such as ``blocks.0.attn.num_heads``, to (dimension, indices per unit). Raises ``ValueError``
-    where these do not hold.
+    Attributes:
+        shape: the tensor's shape before anything is removed.
+        keep: the indices kept along each cut dimension: int64, strictly increasing, at least one. A dimension
+            that stays whole is not listed.
+        sizes: attributes of the user's modules that count the tensor's indices, such as
+            ``blocks.0.attn.num_heads``, mapped to (dimension, indices per unit).
+
+    Raises:
+        ValueError: an argument breaks these conditions.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +53,7 @@ class TensorPlan:
         for dim, indices in _check_mapping("keep", self.keep, "dimension -> indices").items():
             if not _is_whole(dim) or not 0 <= dim < len(shape):
                 raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
-            checked = _check_indices(indices, shape[dim], dim)
+            checked = check_indices(indices, shape[dim], dim)
             if len(checked) < shape[dim]:
                 keep[int(dim)] = checked
         object.__setattr__(self, "shape", shape)
@@ -64,7 +66,7 @@ class TensorPlan:
 
     @property
     def new_shape(self) -> tuple[int, ...]:
-        """The tensor's shape once the plan is carried out."""
+        """The tensor's shape after the plan is carried out."""
         kept = self.keep
         return tuple(len(kept[d]) if d in kept else size for d, size in enumerate(self.shape))
 
@@ -78,11 +80,11 @@ class TensorPlan:
         return TensorPlan(self.shape, keep, {**self.sizes, **later.sizes})
 
     def inside(self, prefix: str) -> TensorPlan:
-        """The same part, its sizes named from outside the submodule ``prefix``."""
+        """The same part with ``prefix`` in front of the attribute names in ``sizes``."""
         return replace(self, sizes={f"{prefix}.{path}": size for path, size in self.sizes.items()})
 
     def after(self, done: TensorPlan) -> TensorPlan:
-        """What of this plan is left to do once ``done`` was: ``done.then(result)`` equals this plan."""
+        """The rest of this plan after ``done`` was carried out: ``done.then(result)`` equals this plan."""
         if done.shape != self.shape:
             raise ValueError(f"done: made for shape {done.shape}, expected {self.shape}")
         keep = dict(self.keep)
@@ -106,10 +108,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which indices of which parameters and buffers stay, by name.
+    """The indices of parameters and buffers that stay, by tensor name.
 
-    A tensor that is not listed stays whole. Of tied tensors one name suffices. The plan of an
-    untouched model is ``Plan({})``.
+    Attributes:
+        tensors: the part of each tensor that stays. A tensor that is not listed stays whole. One name of a
+            tied tensor suffices. The plan of an uncut model is ``Plan({})``.
     """
 
     tensors: Mapping[str, TensorPlan]
@@ -128,10 +131,13 @@ class Plan:
         return not any(part.keep for part in self.tensors.values())
 
     def then(self, later: Plan) -> Plan:
-        """One plan for the original model that does what this and then ``later`` would do.
+        """One plan for the original model that equals this plan followed by ``later``.
 
-        ``later`` is relative to the model that this plan leaves. Raises ``ValueError`` where the
-        shapes of the two do not meet.
+        Args:
+            later: a plan for the model that this plan leaves.
+
+        Raises:
+            ValueError: the shapes in ``later`` differ from those that this plan leaves.
         """
         tensors = dict(self.tensors)
         for name, part in later.tensors.items():
@@ -142,9 +148,10 @@ class Plan:
         return Plan(tensors)
 
     def after(self, done: Plan) -> Plan:
-        """What of this plan is left to do for a model that ``done`` was carried out on already.
+        """The rest of this plan for a model on which ``done`` was carried out already.
 
-        Raises ``ValueError`` where ``done`` removed something that this plan keeps.
+        Raises:
+            ValueError: ``done`` removed indices that this plan keeps.
         """
         tensors = {}
         for name in {**self.tensors, **done.tensors}:
@@ -157,21 +164,21 @@ class Plan:
         return Plan(tensors)
 
     def inside(self, prefix: str) -> Plan:
-        """The same plan for the model as the submodule ``prefix`` of another one."""
+        """The same plan for another model that holds this model as its submodule ``prefix``."""
         if not prefix:
             return self
         return Plan({f"{prefix}.{name}": part.inside(prefix) for name, part in self.tensors.items()})
 
     def to_json(self) -> str:
-        """The plan as JSON text. Indices are written once per distinct set, as runs: ``0-3,7``.
+        """The plan as JSON text. Each distinct set of indices is written once, as runs: ``0-3,7``.
 
-        Equal plans give equal text: in how many cuts a network got its size does not show in its file.
+        Equal plans give equal text, independent of the number of cuts that led to them.
         """
         numbers: dict[str, int] = {}
         tensors: dict[str, dict[str, Any]] = {}
         for name, part in sorted(self.tensors.items()):
             keep = {
-                str(dim): numbers.setdefault(_to_runs(indices), len(numbers))
+                str(dim): numbers.setdefault(to_runs(indices), len(numbers))
                 for dim, indices in sorted(part.keep.items())
             }
             tensors[name] = {"shape": list(part.shape), "keep": keep}
@@ -189,15 +196,15 @@ class Plan:
     def from_json(cls, text: str | bytes, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Plan:
         """The plan that ``to_json`` wrote.
 
-        A short text can stand for very many indices, so none is made before it is known to fit.
+        A short text can stand for very many indices, so arrays are made only after the sizes are checked.
 
         Args:
             text: JSON.
-            shapes: of the tensors that the plan is for, by name, where they are known.
+            shapes: shapes of the tensors that the plan is for, by name; None where they are unknown.
 
         Raises:
-            ValueError: it is something else, or is for tensors of other names or shapes than ``shapes``.
-                Without ``shapes`` also if it stands for more than 2**24 indices.
+            ValueError: the text is not a plan, or names tensors or shapes that are not in ``shapes``. Without
+                ``shapes`` also a plan with more than 2**24 indices.
         """
         try:
             document = parse_json(text)
@@ -207,7 +214,7 @@ class Plan:
             raise ValueError(f"text: not a plan, expected an object with format {FORMAT!r}")
         if document.get("version") != VERSION:
             raise ValueError(f"text: plan of version {describe(document.get('version'))}, expected {VERSION}")
-        sets = [_Runs(runs) for runs in _expect(document, "indices", list)]
+        sets = [Runs(runs) for runs in _expect(document, "indices", list)]
         entries = _expect(document, "tensors", dict)
         claimed, tensors = {}, {}
         for name, entry in entries.items():
@@ -237,8 +244,12 @@ class Plan:
 def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) -> Plan:
     """The plan that keeps exactly the channels of ``graph`` marked in ``kept``.
 
-    ``kept`` is a bool array (or bool tensor on the CPU) ``[graph.num_channels]``. Raises
-    ``ValueError`` for another dtype or length, and for a group of which nothing is kept.
+    Args:
+        graph: the channels of the model.
+        kept: bool array ``[graph.num_channels]``, or a bool tensor on the CPU.
+
+    Raises:
+        ValueError: ``kept`` has another dtype or length, or keeps no channel of a group.
     """
     mask = np.asarray(kept)
     if mask.dtype != np.bool_ or mask.shape != (graph.num_channels,):
@@ -246,7 +257,7 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
     empty = [group.name for group in graph.groups if not mask[group.channels].any()]
     if empty:
         raise ValueError(f"kept: no channel is left of {shorten(empty)}, expected at least one per group")
-    stays_of = np.append(mask, True)  # the last entry answers for -1, the slots of no channel
+    stays_of = np.append(mask, True)  # the last entry stands for index -1: slots without a channel
     parts: dict[bytes, Indices] = {}
     tensors = {}
     for name, slots in graph.tensors.items():
@@ -256,76 +267,23 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
                 continue
             stays = stays_of[channels]
             if not stays.all():
-                # Few distinct sets occur, each in many tensors: one array serves all.
+                # Few distinct sets occur, each in many tensors, so tensors share one array.
                 keep[dim] = parts.setdefault(stays.tobytes(), np.flatnonzero(stays))
         sizes = {path: (dim, per) for path, dim, per in slots.sizes}
         tensors[name] = TensorPlan(tuple(slots.shape), keep, sizes)
     return Plan(tensors)
 
 
-def _check_indices(indices: object, size: int, dim: int) -> Indices:
-    array = np.asarray(indices)
-    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"keep: dimension {dim} has {array.dtype} {list(array.shape)}, "
-            "expected at least one integer index in one dimension"
-        )
-    if array[0] < 0 or array[-1] >= size or (array[1:] <= array[:-1]).any():
-        raise ValueError(f"keep: dimension {dim} expects increasing indices in [0, {size})")
-    if array.dtype == np.int64 and not array.flags.writeable:
-        return array
-    array = array.astype(np.int64)
-    array.setflags(write=False)
-    return array
-
-
-def _to_runs(indices: Indices) -> str:
-    breaks = np.flatnonzero(np.diff(indices) != 1)
-    firsts = indices[np.concatenate([[0], breaks + 1])].tolist()
-    lasts = indices[np.concatenate([breaks, [-1]])].tolist()
-    runs = zip(firsts, lasts, strict=True)
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
 @contextmanager
 def _of_tensor(name: str) -> Iterator[None]:
-    """Errors say which tensor they are about."""
+    """Put the tensor's name in front of a ``ValueError`` of the block."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"text: tensor {describe(name)}: {error}") from None
 
 
-class _Runs:
-    """Increasing indices as text, made into an array when a tensor is known to have them."""
-
-    def __init__(self, text: object) -> None:
-        if not isinstance(text, str) or not _RUNS.fullmatch(text):
-            raise ValueError(f"text: indices {describe(text)}, expected runs such as '0-3,7'")
-        bounds = [run.partition("-") for run in text.split(",")]
-        self._pairs = [(int(first), int(last or first)) for first, _, last in bounds]
-        flat = [-1, *(bound for pair in self._pairs for bound in pair)]
-        self._rises = all(
-            before <= after if number % 2 else before < after
-            for number, (before, after) in enumerate(itertools.pairwise(flat))
-        )
-        self.last = flat[-1]
-        self.count = sum(max(0, last - first + 1) for first, last in self._pairs)
-        self._array: Indices | None = None
-
-    def within(self, size: int, dim: int) -> Indices:
-        """The indices, once for all dimensions of at least this size."""
-        if not self._rises or self.last >= size:
-            raise ValueError(
-                f"keep: dimension {dim} expects at least one and increasing indices in [0, {size})"
-            )
-        if self._array is None:
-            parts = [np.arange(first, last + 1, dtype=np.int64) for first, last in self._pairs]
-            self._array = _check_indices(np.concatenate(parts), size, dim)
-        return self._array
-
-
-def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[_Runs]) -> TensorPlan:
+def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) -> TensorPlan:
     _check_sizes(shape)
     keep = {}
     for text, number in _expect(entry, "keep", dict).items():
@@ -348,14 +306,14 @@ def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[_Runs])
 
 
 def check_shapes(claimed: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The tensors that a plan names are those of a model.
+    """Check that the tensors of a plan exist in a model with the same shapes.
 
     Args:
-        claimed: shapes by name, of the plan.
-        shapes: of all tensors of the model.
+        claimed: shapes of the plan's tensors, by name.
+        shapes: shapes of all tensors of the model, by name.
 
     Raises:
-        ValueError: one is missing or has another shape.
+        ValueError: a tensor is missing or has another shape.
     """
     missing = claimed.keys() - shapes.keys()
     if missing:
@@ -405,6 +363,7 @@ def _expect(document: object, key: str, kind: type) -> Any:
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:
+    """The first ``most`` names as text, and the number of the others."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

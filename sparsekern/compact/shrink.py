@@ -1,4 +1,4 @@
-"""Carrying out a plan on the live model: the same objects, smaller, with their optimizer's state."""
+"""Cutting a live model in place, with its optimizer state and copies of the model."""
 
 from __future__ import annotations
 
@@ -31,33 +31,32 @@ def shrink(
 ) -> None:
     """Cut ``model`` in place to what ``plan`` keeps, with the optimizer's state and copies of the model.
 
-    Modules, parameters, buffers and state tensors stay the same objects and become smaller: whoever
-    holds them sees it. Gradients are cut alike; hooks, ``requires_grad``, memory formats and ties
-    stay; sizes such as ``out_channels`` follow; ``plan_of`` knows what is gone. Backward passes
-    through outputs from before are refused by autograd afterwards, as after any change in place.
-    What ``torch.compile`` has compiled in this process is compiled anew at its next call. Whatever raises
-    meanwhile leaves everything as it was, and Ctrl-C waits until everything is smaller.
+    Modules, parameters, buffers and state tensors stay the same objects and become smaller, so every
+    reference to them stays valid. Gradients are cut in the same way. Hooks, ``requires_grad``, memory formats
+    and ties stay. Sizes such as ``out_channels`` are updated. ``plan_of`` gives the removed indices. Autograd
+    refuses backward passes through earlier outputs, as after any change in place. ``torch.compile`` compiles
+    anew at its next call in this process. An exception during the cut leaves everything unchanged. Ctrl-C
+    takes effect after the cut.
 
-    Every ``DistributedDataParallel`` of this process that the model is inside of gets a new reducer, with
-    its options and its communication hook: all processes have to call this alike. Other hooks on the
-    gradient accumulators themselves do not follow.
+    Every ``DistributedDataParallel`` of this process that contains the model gets a new reducer with the same
+    options and communication hook, so all processes must make the same call. Other hooks on the gradient
+    accumulators are lost.
 
     Args:
-        model: also the result of ``torch.compile`` and ``DistributedDataParallel``.
-        plan: relative to the model as it is.
-        optimizer: of parameters of the model, also inside of a wrapper. State of a parameter's shape, or
-            with size 1 in place of some dimensions (Adafactor's), is cut as the parameter is; single numbers
-            stay.
-        also: modules of the same structure with tensors of their own, as they are or inside an
-            ``AveragedModel``.
-        state_cutter: gives the smaller state where the optimizer keeps some of another shape.
+        model: the model, possibly wrapped by ``torch.compile`` or ``DistributedDataParallel``.
+        plan: a plan for the model in its present size.
+        optimizer: the optimizer of the model's parameters, possibly wrapped. State of a parameter's shape, or
+            with size 1 in place of some dimensions (as in Adafactor), is cut as the parameter is; single
+            numbers stay.
+        also: modules of the same structure with their own tensors, bare or inside an ``AveragedModel``.
+        state_cutter: cuts optimizer state of any other shape.
 
     Raises:
-        TypeError: ``model``, ``plan`` or an entry of ``also`` is something else.
-        ValueError: the plan does not fit, a layer's sizes cannot be changed, tensors are sharded, an
-            entry of ``also`` is no copy, there is state whose cut is not known, or a
-            ``DistributedDataParallel`` has a communication hook or an option that knows of sizes. Nothing
-            has been changed in all these cases.
+        TypeError: ``model``, ``plan`` or an entry of ``also`` has the wrong type.
+        ValueError: the plan does not fit, a layer's sizes cannot be changed, tensors are sharded, an entry of
+            ``also`` is not a copy of the model, optimizer state of unknown shape exists, or a
+            ``DistributedDataParallel`` has a communication hook or an option that depends on sizes. Nothing
+            is changed in these cases.
     """
     with all_or_nothing() as undo:
         cut_all(model, plan, undo, optimizer=optimizer, also=also, state_cutter=state_cutter)
@@ -73,12 +72,17 @@ def cut_all(
     state_cutter: StateCutter | None = None,
     ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """As :func:`shrink`, as a part of a larger change.
+    """Cut as :func:`shrink` does, as a part of a larger transaction.
 
     Args:
-        undo: is told what restores everything.
-        ready: called when all that is new has been made, and before the first thing changes; several
-            processes agree there that each of them has got so far.
+        model: see :func:`shrink`.
+        plan: see :func:`shrink`.
+        undo: receives the callbacks that restore everything.
+        optimizer: see :func:`shrink`.
+        also: see :func:`shrink`.
+        state_cutter: see :func:`shrink`.
+        ready: called after all new tensors are made and before anything changes. In a distributed run the
+            processes agree there that each of them has prepared its cut.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
@@ -103,7 +107,11 @@ def cut_all(
 
 
 def check_cuttable(model: nn.Module) -> None:
-    """Raise what :func:`shrink` would for every plan: sharded tensors, or a wrapper that cannot follow."""
+    """Check the conditions of :func:`shrink` that hold for every plan.
+
+    Raises:
+        ValueError: a tensor is sharded, or a ``DistributedDataParallel`` wrapper cannot be rebuilt.
+    """
     inner = unwrap(model)
     _check_whole(registered(inner), "model")
     for wrapper in wrappers_of(inner):
@@ -111,10 +119,14 @@ def check_cuttable(model: nn.Module) -> None:
 
 
 def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> list[dict[int, TensorPlan]]:
-    """Raise what :func:`shrink` would if an entry of ``also`` is no copy of the tensors named in ``plan``.
+    """Check that every entry of ``also`` has copies of the tensors named in ``plan``.
 
     Returns:
-        For each copy, by ``id`` of its tensors, what ``plan`` leaves of them.
+        For each copy, the part of each tensor that ``plan`` keeps, by the tensor's ``id``.
+
+    Raises:
+        TypeError: an entry is not a module.
+        ValueError: an entry is not a copy of the model.
     """
     if not also:
         return []
@@ -123,7 +135,7 @@ def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> lis
 
 
 class _Surgery:
-    """A plan for one module: checked when it is made, then prepared, then carried out."""
+    """A plan for one module. The constructor checks it; ``prepare`` and ``carry_out`` follow in turn."""
 
     def __init__(self, module: nn.Module, plan: Plan, label: str) -> None:
         self.plan = plan
@@ -138,30 +150,30 @@ class _Surgery:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make what stays of the tensors and of their gradients; changes nothing."""
+        """Make the smaller tensors and gradients; the module stays unchanged."""
         for entry in self.tensors:
             part = self.parts[id(entry.tensor)]
             if part.keep:
                 grad = entry.tensor.grad if entry.tensor.is_leaf else None
-                # Other kinds of gradient (sparse, or the stand-in for one that is used up) are not kept.
+                # Gradients of other kinds (sparse ones, or the placeholder of a consumed one) are dropped.
                 plain = type(grad) is Tensor and grad.layout is torch.strided
                 kept = cut(grad, part) if plain and grad is not None else None
                 self._smaller.append((entry.tensor, cut(entry.tensor, part), kept))
 
     def carry_out(self, undo: ExitStack) -> None:
-        """Change the module; ``undo`` is told what restores it."""
+        """Cut the module; ``undo`` receives the callbacks that restore it."""
         undo.callback(_restore_attributes, _attributes(self.module))
         update_attributes(self.module, self.module, self.parts)
         remember(self.module, self.module, self.tensors, self.parts)
         for tensor, data, grad in self._smaller:
             undo.callback(_assign, tensor, tensor.data, tensor.grad if tensor.is_leaf else None)
             _assign(tensor, data, grad)
-            # Assigning data does not tell autograd that a saved tensor has changed.
+            # Autograd does not notice an assignment to `data`, so the version marks saved tensors as changed.
             increment_version(tensor)
 
 
 def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
-    """The same surgery for a copy of the model, which may be wrapped."""
+    """The same surgery for a copy of the model; the copy may be wrapped."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{label}: got {type(module).__name__}, expected an nn.Module")
     for candidate in _candidates(module):
@@ -182,7 +194,7 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
 
 
 def inside(module: nn.Module, names: Iterable[str]) -> nn.Module:
-    """The copy of the model that ``module`` is or wraps: it has tensors of all these names."""
+    """The module with tensors of all ``names``: ``module`` itself, or the module that it wraps."""
     wanted = set(names)
     return next(
         candidate
@@ -193,7 +205,7 @@ def inside(module: nn.Module, names: Iterable[str]) -> nn.Module:
 
 def _candidates(module: nn.Module) -> tuple[nn.Module, nn.Module]:
     own = unwrap(module)
-    # AveragedModel and the wrappers for several processes call what is inside `module`.
+    # AveragedModel and the distributed wrappers keep the inner model in the attribute `module`.
     within = getattr(own, "module", None)
     return own, unwrap(within) if isinstance(within, nn.Module) else own
 
@@ -223,7 +235,7 @@ def _restore_attributes(before: _Attributes) -> None:
 
 @contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """The attributes and classes of all modules as they were, when the block is left in any way."""
+    """Restore the attributes and classes of all modules at the end of the block, also after an exception."""
     before = _attributes(module)
     try:
         yield
@@ -232,12 +244,12 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
 
 
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Give ``tensor``, which stays the same object, data and a gradient of another size."""
+    """Give ``tensor`` data and a gradient of another size; it stays the same object."""
     if tensor.is_leaf:
         tensor.grad = None
     if tensor.requires_grad:
-        # A node that accumulates gradients lives as long as a hook or an old graph holds on to it,
-        # and expects the shape it was made for. Assigning another dtype makes torch forget it.
+        # A hook or an old graph keeps the tensor's gradient accumulator alive, and the accumulator expects
+        # the old shape. torch drops it when data of another dtype is assigned.
         other = torch.float32 if tensor.dtype is torch.float64 else torch.float64
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data
@@ -246,8 +258,10 @@ def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 
 
 def _forget_compiled() -> None:
-    """Drop what torch.compile made for other shapes: it would never fit again, but count as a recompile,
-    and after a few of them torch.compile gives up and runs eagerly."""
+    """Drop the code that torch.compile made for the old shapes.
+
+    Old code never fits again but counts towards the recompile limit, beyond which torch.compile runs eagerly.
+    """
     from torch._dynamo import reset_code_caches
 
     reset_code_caches()

@@ -1,4 +1,4 @@
-"""Model files: safetensors with the plan in the metadata, written as a whole or not at all."""
+"""Model files: safetensors with the plan in the metadata, written atomically."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FORMAT = "sparsekern.model"
 VERSION = "1"
 
 _KEYS = ("format", "version", "class", "plan", "tied", "sha256")
-# Not in every file.
+# This key is optional.
 _MADE_BY = "made_by"
 
 
@@ -43,17 +43,17 @@ _LONGEST_HEADER = 100_000_000
 
 _TENSOR = Fields({"dtype": TEXT, "shape": Items(Whole(0)), "data_offsets": Row([Whole(0), Whole(0)])})
 HEADER = Fields({}, {"__metadata__": Entries(TEXT, TEXT)}, others=_TENSOR)
-"""What a file of safetensors begins with."""
+"""Schema of the JSON header of a safetensors file."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A file that ``save`` wrote, read and found undamaged.
+    """The content of an undamaged file that ``save`` wrote.
 
     Attributes:
-        path: where it was read.
-        metadata: its texts, by the keys of the format.
-        values: its tensors by name, on the CPU.
+        path: path of the file.
+        metadata: texts by the keys of the format.
+        values: tensors by name, on the CPU.
     """
 
     path: str
@@ -62,7 +62,11 @@ class Stored:
 
     @property
     def made_by(self) -> Any:
-        """What ``save`` was told of the maker, as plain data that nobody has checked; None without."""
+        """The value of ``made_by`` at ``save``, as plain unchecked data; None if there was none.
+
+        Raises:
+            ValueError: the value is not JSON.
+        """
         try:
             return parse_json(self.metadata.get(_MADE_BY, "null"))
         except ValueError:
@@ -72,17 +76,24 @@ class Stored:
 def save(
     module: nn.Module, path: str | os.PathLike[str], *, made_by: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes the parameters, persistent buffers and plan of ``module`` to ``path``.
+    """Write the parameters, persistent buffers and plan of ``module`` to ``path``.
 
-    The file is safetensors: any reader of that format gets the tensors under their names in the
-    module, tied ones once. A dense module has an empty plan. The file appears under its name
-    only when it is complete and on the disk: an existing one stays whole until then.
+    The file is safetensors: any reader of that format gets the tensors under their names in the module, tied
+    ones once. A dense module has an empty plan. The file appears under its name only after it is complete and
+    on the disk; an existing file stays intact until then.
 
-    Raises ``TypeError`` if ``module`` is not a module, ``OSError`` naming ``path`` if it cannot
-    be written, ``ValueError`` for what the format cannot hold.
+    Args:
+        module: the module, possibly wrapped.
+        path: the file to write.
+        made_by: plain data about the origin of the module, see :attr:`Stored.made_by`.
+
+    Raises:
+        TypeError: ``module`` is not a module.
+        OSError: ``path`` cannot be written; the error names it.
+        ValueError: the format cannot hold a tensor, extra state or ``made_by``.
     """
     module = unwrap(module)
-    target(path)  # before the work of gathering
+    target(path)  # a bad path fails before the tensors are gathered
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
     tensors = _on_host(entries)
@@ -107,13 +118,21 @@ def save(
 def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """A copy of ``module``, cut by the plan of the file and filled with the file's values.
 
-    ``module`` is the full-size network as its factory makes it, on any device, ``meta`` included
-    (the copy is then on the CPU); it stays as it is. Values come back bit by bit in the dtype they
-    were saved in. No code from the file is run.
+    Values have the same bits and dtype as at ``save``. No code from the file is run.
 
-    Raises ``TypeError`` if ``module`` is not a module, ``OSError`` naming ``path`` if it cannot
-    be read, ``ValueError`` naming ``path`` if the file is damaged, was not written by ``save``, was
-    changed since, or holds another network.
+    Args:
+        module: the full-size network from its factory, on any device; it stays unchanged. The copy of a
+            module on ``meta`` is on the CPU.
+        path: a file that ``save`` wrote.
+
+    Returns:
+        The filled copy.
+
+    Raises:
+        TypeError: ``module`` is not a module.
+        OSError: ``path`` cannot be read; the error names it.
+        ValueError: the file is damaged, was not written by ``save``, was changed since, or holds another
+            network; the error names ``path``.
     """
     check_name(path)
     module = unwrap(module)
@@ -121,7 +140,7 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def fill(module: nn.Module, stored: Stored) -> nn.Module:
-    """What ``load`` gives for a file that was read already."""
+    """The result of ``load`` for a file that :func:`read` has read."""
     tensors = registered(module)
     metadata, values = stored.metadata, stored.values
     where, held = f"path: {stored.path!r}", f"holds a {metadata['class'][:60]}"
@@ -129,7 +148,7 @@ def fill(module: nn.Module, stored: Stored) -> nn.Module:
         done = plan_of(module)
         shapes = shapes_of(tensors) | {name: part.shape for name, part in done.tensors.items()}
         plan = Plan.from_json(metadata["plan"], shapes)
-        # A module that was cut by this very plan needs no more than the values.
+        # A module that was already cut by the same plan only needs the values.
         parts = match(Plan({}) if done == plan else plan, tensors)
         tied = parse_json(metadata["tied"])
         Entries(TEXT, TEXT).check(tied, "tied")
@@ -174,13 +193,13 @@ def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
 
 
 def _on_host(entries: Iterable[Registered]) -> dict[str, Tensor]:
-    """The tensors by their first names: on the CPU, contiguous, each in memory of its own."""
+    """The tensors by their first names: on the CPU, contiguous, each in its own memory."""
     tensors: dict[str, Tensor] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     for entry in entries:
         tensor = entry.tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
-        # Views of one storage (a buffer that is part of another) are written as tensors apart.
+        # Views of one storage (a buffer that is a part of another) are written as separate tensors.
         if id(storage) in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         storages[id(storage)] = storage
@@ -189,7 +208,7 @@ def _on_host(entries: Iterable[Registered]) -> dict[str, Tensor]:
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over everything that the file says: metadata, names, types, shapes and values."""
+    """SHA-256 over the whole content: metadata, names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     keys = [key for key in (*_KEYS, _MADE_BY) if key in metadata and key != "sha256"]
     head = [[key, metadata[key]] for key in keys]
@@ -205,12 +224,17 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
-    """The content of a file; raises what ``load`` raises for files that cannot be read or are damaged."""
+    """The content of a model file.
+
+    Raises:
+        OSError: ``path`` cannot be read.
+        ValueError: the file is damaged, was not written by :func:`save` or was changed since.
+    """
     path = Path(path)
     _check_complete(path)
     where = f"path: {os.fspath(path)!r}"
     try:
-        # One handle for both: another process may replace the file at any time.
+        # Metadata and tensors come from one handle, as another process may replace the file at any time.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or any(key not in metadata for key in _KEYS):
@@ -223,7 +247,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
     except OSError as error:
         raise OSError(f"path: cannot read {os.fspath(path)!r}: {error}") from error
     except Exception as error:
-        # SafetensorError, and whatever torch makes of types and shapes that it does not have.
+        # A SafetensorError, or any error that torch raises for unknown dtypes and invalid shapes.
         raise ValueError(f"{where} is damaged: {error}") from error
     if _digest(metadata, values) != metadata["sha256"]:
         raise ValueError(f"{where} was changed after it was saved, its checksum does not match")
@@ -231,12 +255,17 @@ def read(path: str | os.PathLike[str]) -> Stored:
 
 
 def _check_complete(path: Path) -> None:
-    """Whether the file is as long as its header says, told apart from what is no such file."""
+    """Check that the file has the length that its header states.
+
+    Raises:
+        OSError: ``path`` cannot be read.
+        ValueError: the file is truncated, or it is not a safetensors file.
+    """
     where = f"path: {os.fspath(path)!r}"
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        # No header is longer than this; other files begin with any eight bytes.
+        # The limit guards against files of other formats, whose first eight bytes are no length.
         start = file.read(min(length, size, _LONGEST_HEADER))
     if size < 8 or not start.startswith(b"{") or length > _LONGEST_HEADER:
         raise ValueError(f"{where} is not a safetensors file ({size} bytes)")
@@ -260,7 +289,7 @@ def _by_name(values: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str,
 def _mismatches(
     tensors: Iterable[Registered], parts: Mapping[int, TensorPlan], values: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """What of the file does not fit, one text per tensor."""
+    """The differences between file and module, one text per tensor."""
     persistent = [entry for entry in tensors if entry.persistent]
     for entry in persistent:
         found = {name: values[name] for name in entry.names if name in values}
@@ -283,7 +312,7 @@ def _kind(tensor: Tensor) -> tuple[bool, bool]:
 
 
 def _filled(entry: Registered, parts: Mapping[int, TensorPlan], values: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of the copy: from the file, or what the factory computed if it is not saved."""
+    """The tensor of the copy: from the file, or the cut buffer of the module if it is not persistent."""
     tensor = entry.tensor
     if not entry.persistent:
         if tensor.is_meta:
@@ -295,6 +324,6 @@ def _filled(entry: Registered, parts: Mapping[int, TensorPlan], values: Mapping[
     value: Any = next(values[name] for name in entry.names if name in values)
     order = memory_order(tensor)
     inverse = sorted(range(tensor.ndim), key=order.__getitem__)
-    # A copy, as the values read are a view of the file; laid out in memory as the module is.
+    # The value read is a view of the file, so it is copied, in the memory order of the module's tensor.
     own = value.permute(order).clone(memory_format=torch.contiguous_format)
     return own.to("cpu" if tensor.is_meta else tensor.device).permute(inverse)

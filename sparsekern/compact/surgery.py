@@ -1,4 +1,4 @@
-"""Carrying out a plan: a copy of the user's model whose tensors are smaller from the start."""
+"""Making a compact copy of a model, whose tensors are cut on their way into the copy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sparsekern.compact.load_hooks import forget_listeners
 from sparsekern.compact.plan import Plan, TensorPlan, check_shapes, shorten
 from sparsekern.distributed.tensors import copy_module, is_sharded, settle, unwrap, whole
 
-# Text, not an object: a pickled compact module then opens without this package.
+# The attribute holds JSON text, so a pickled compact module can be loaded without this package.
 _PLAN_ATTRIBUTE = "_sparsekern_plan"
 
-# A dimension of size 1 may have any stride, and torch tells the format of a tensor by it: cut many times or
-# once, a depthwise weight has to stay what it was.
+# torch derives the memory format from the strides, and a dimension of size 1 may have any stride. A depthwise
+# weight must keep its format after any number of cuts.
 _FORMATS = {
     4: (torch.contiguous_format, torch.channels_last),
     5: (torch.contiguous_format, torch.channels_last_3d),
@@ -29,7 +29,7 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class Registered:
-    """A parameter or buffer with every name under which the model holds it."""
+    """A parameter or buffer with every name that it has in the model."""
 
     tensor: Tensor
     names: tuple[str, ...]
@@ -37,20 +37,28 @@ class Registered:
 
 
 def compact(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of ``model`` that keeps only what ``plan`` keeps; ``model`` stays as it is.
+    """A smaller copy of ``model`` with the indices that ``plan`` keeps; ``model`` stays unchanged.
 
-    The copy has the same classes, hooks, attributes, modes, devices, dtypes, memory formats,
-    ties and ``requires_grad``, no gradients, and sizes such as ``out_channels`` in line with its
-    tensors. Tensors are cut on their way into the copy: the full model is never held twice. The
-    copy remembers the plan relative to the model that was never cut (see ``plan_of``), through
-    ``copy.deepcopy`` and pickle, so a compact model can be compacted again: by a plan that is
-    relative to it, or by one for the model that was never cut, which then says what is left in all.
-    Of the result of ``torch.compile`` and of DistributedDataParallel the module inside is copied. The
-    copy of a model sharded by ``fully_shard`` is an ordinary whole module on every process: all of
-    them have to call this, and gather one tensor at a time.
+    The copy has the same classes, hooks, attributes, modes, devices, dtypes, memory formats, ties and
+    ``requires_grad``. It has no gradients, and sizes such as ``out_channels`` match its tensors. Tensors are
+    cut on their way into the copy, so the full model is never held twice.
 
-    Raises ``TypeError`` if ``model`` is not a module or ``plan`` not a plan, ``ValueError`` if the
-    plan does not fit the model or a layer's sizes cannot be changed.
+    The copy remembers the plan relative to the original model (see ``plan_of``), also through
+    ``copy.deepcopy`` and pickle. A compact model can therefore be compacted again, either by a plan for its
+    present size or by a plan for the original model, which then names everything that stays.
+
+    Args:
+        model: the model. The inner module of ``torch.compile`` and ``DistributedDataParallel`` is copied. The
+            copy of a model sharded by ``fully_shard`` is an ordinary whole module on every process: all
+            processes must make this call, and they gather one tensor at a time.
+        plan: a plan for the present or the original size of the model.
+
+    Returns:
+        The compact model.
+
+    Raises:
+        TypeError: ``model`` is not a module or ``plan`` is not a plan.
+        ValueError: the plan does not fit the model, or a layer's sizes cannot be changed.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
@@ -63,18 +71,18 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan:
-    """``plan``, or what is left of it where it is for the size that the model had before it was cut."""
+    """``plan``, or its rest where it is for the original size of a model that was cut already."""
     shapes = shapes_of(tensors)
     if all(shapes.get(name, part.shape) == part.shape for name, part in plan.tensors.items()):
         return plan
     try:
         return plan.after(plan_of(model))
     except ValueError:
-        return plan  # for another model: its shapes say so best
+        return plan  # for another model: the shape check of `match` reports it best
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """What was removed from ``model``, or from modules inside it, since it was first made."""
+    """The plan of all cuts of ``model`` and its submodules since the model was created."""
     tensors: dict[str, TensorPlan] = {}
     for prefix, module in unwrap(model).named_modules():
         text = module.__dict__.get(_PLAN_ATTRIBUTE)
@@ -84,7 +92,12 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def registered(model: nn.Module) -> list[Registered]:
-    """The parameters and buffers of ``model``, tied ones once, in the order of registration."""
+    """The parameters and buffers of ``model`` in the order of registration; tied ones are listed once.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a module is scripted, or a tensor is lazy, quantized or not dense.
+    """
     _check_model(model)
     settle(model)
     names: dict[int, list[str]] = {}
@@ -103,12 +116,16 @@ def registered(model: nn.Module) -> list[Registered]:
 
 
 def shapes_of(tensors: list[Registered]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, by all of its names."""
+    """The shape of each tensor, listed under each of its names."""
     return {name: tuple(entry.tensor.shape) for entry in tensors for name in entry.names}
 
 
 def match(plan: Plan, tensors: list[Registered]) -> dict[int, TensorPlan]:
-    """By ``id`` of each tensor, what stays of it. ``ValueError`` if the plan is not for them."""
+    """The part of each tensor that stays, by the tensor's ``id``.
+
+    Raises:
+        ValueError: the plan names missing tensors or other shapes, or differs between tied names.
+    """
     check_shapes({name: part.shape for name, part in plan.tensors.items()}, shapes_of(tensors))
     parts = {}
     for entry in tensors:
@@ -122,32 +139,32 @@ def match(plan: Plan, tensors: list[Registered]) -> dict[int, TensorPlan]:
 
 
 def cut(tensor: Tensor, part: TensorPlan) -> Tensor:
-    """What stays of ``tensor``, in memory of its own laid out in the same order of dimensions."""
+    """The part of ``tensor`` that stays, in new memory with the same order of dimensions."""
     tensor = whole(tensor)
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         return like(tensor, part, tensor.new_empty_strided)
     order = memory_order(tensor)
     inverse = sorted(range(tensor.ndim), key=order.__getitem__)
     data = tensor.permute(order)
-    # The dimension that loses most goes first, so that the other one has least to copy.
+    # The dimension that loses the largest share is cut first, so that the next cut copies least.
     for dim in sorted(part.keep, key=lambda d: len(part.keep[d]) / part.shape[d]):
         indices = torch.from_numpy(part.keep[dim].copy()).to(tensor.device)
         data = data.index_select(inverse[dim], indices)
     if not part.keep:
         data = data.clone(memory_format=torch.contiguous_format)
-    # The same memory: only dimensions of size 1 may get another stride.
+    # The memory stays the same: only dimensions of size 1 may get another stride.
     return data.as_strided(part.new_shape, _strides(tensor, part))
 
 
 def like(tensor: Tensor, part: TensorPlan, empty_strided: Callable[..., Tensor]) -> Tensor:
-    """An uninitialised tensor with the shape and layout that ``cut`` would give."""
+    """An uninitialised tensor with the shape and strides of the result of ``cut``."""
     return empty_strided(
         part.new_shape, _strides(tensor, part), dtype=tensor.dtype, device=tensor.device, requires_grad=False
     )
 
 
 def _strides(tensor: Tensor, part: TensorPlan) -> tuple[int, ...]:
-    """Those of what stays of ``tensor`` when it lies in memory in the same order without gaps."""
+    """The strides of the cut tensor: the same order of dimensions in memory, without gaps."""
     for form in _FORMATS.get(tensor.ndim, ()):
         if torch.empty(tuple(tensor.shape), device="meta", memory_format=form).stride() == tensor.stride():
             return torch.empty(part.new_shape, device="meta", memory_format=form).stride()
@@ -172,7 +189,14 @@ def build(
 ) -> nn.Module:
     """A copy of ``model`` in which ``make`` provides the data of every parameter and buffer.
 
-    ``parts`` says what ``make`` keeps of them.
+    Args:
+        model: the model to copy.
+        tensors: its parameters and buffers.
+        parts: the part of each tensor that ``make`` keeps, by the tensor's ``id``.
+        make: gives the data of the copy of a tensor.
+
+    Raises:
+        ValueError: the model cannot be deep-copied as torch modules are, or sizes of a layer are not known.
     """
     memo: dict[int, Any] = {}
     with torch.no_grad():
@@ -196,7 +220,7 @@ def remember(
     tensors: list[Registered],
     parts: Mapping[int, TensorPlan],
 ) -> None:
-    """Notes on ``small`` what ``parts`` and earlier surgery removed from the model first made."""
+    """Store on ``small`` the plan relative to the original model: earlier cuts followed by ``parts``."""
     cuts = {e.names[0]: parts[id(e.tensor)] for e in tensors if parts[id(e.tensor)].keep}
     plan = plan_of(model).then(Plan(cuts))
     for module in small.modules():
@@ -206,7 +230,7 @@ def remember(
 
 
 def _as(tensor: Tensor, data: Tensor) -> Tensor:
-    """``data`` in the role of ``tensor``: parameter or buffer, with or without gradient."""
+    """``data`` as a parameter or buffer with the ``requires_grad`` of ``tensor``."""
     if isinstance(tensor, nn.Parameter):
         kind = nn.Parameter if is_sharded(tensor) or type(data) is not Tensor else type(tensor)
         return kind(data, tensor.requires_grad)

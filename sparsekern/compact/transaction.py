@@ -1,4 +1,4 @@
-"""Changes that are made as a whole or not at all, whatever interrupts them."""
+"""Transactions: a change is made completely or not at all, also when it is interrupted."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from types import FrameType
 
 @contextmanager
 def uninterrupted(*, insisting: bool = False) -> Iterator[None]:
-    """Ctrl-C takes effect when the block has ended.
+    """Delay Ctrl-C until the end of the block.
 
     Only the main thread handles signals, so other threads see no difference.
 
     Args:
-        insisting: a second Ctrl-C raises KeyboardInterrupt at once, for blocks that may run a user's code.
+        insisting: whether a second Ctrl-C raises KeyboardInterrupt at once; for blocks that may run a user's
+            code.
     """
     before = signal.getsignal(signal.SIGINT)
-    # A handler that was not set from Python could not be set again.
+    # Python cannot restore a handler that was not set from Python.
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield
         return
@@ -42,9 +43,13 @@ def uninterrupted(*, insisting: bool = False) -> Iterator[None]:
 
 @contextmanager
 def all_or_nothing() -> Iterator[ExitStack]:
-    """A stack for what undoes the block's changes: called, the last one first, where the block fails.
+    """Undo the changes of the block if it raises.
 
-    Whoever changes something registers beforehand what restores it. Ctrl-C waits until the block has ended.
+    Code in the block registers a callback on the stack before each change. The callbacks run in reverse order
+    if the block raises. Ctrl-C takes effect after the block.
+
+    Yields:
+        The stack of callbacks.
     """
     with uninterrupted(), ExitStack() as undo:
         yield undo

@@ -1,4 +1,4 @@
-"""Whether a compact model computes what the masked one does."""
+"""Checking that a compact model gives the same outputs as the masked model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A position inside an output, such as ``['out'][0]``, with what stands there.
+# A position inside an output, such as ``['out'][0]``, and the value at that position.
 Leaf = tuple[str, Any]
 
 
@@ -21,15 +21,23 @@ def verify(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> float:
-    """The largest difference between the outputs of the two, over the largest output.
+    """The largest relative difference between the outputs of two models.
 
-    ``example_inputs`` is a tensor or a tuple or list of positional arguments. Both models run in
-    evaluation mode without gradients; modes and random state are restored. Outputs may be
-    tensors, numbers, and dicts, lists, tuples and dataclasses of them, nested. Each output tensor
-    is measured on its own scale and the worst counts: 0 is bitwise equal, rounding is about the
-    dtype's epsilon; ``inf`` where only one of the two is finite.
+    Both models run in evaluation mode without gradients; modes and random state are restored. The difference
+    of each output tensor is divided by the tensor's largest magnitude, and the largest ratio counts.
 
-    Raises ``ValueError`` when the outputs differ in structure or shape, or hold something else.
+    Args:
+        model: the masked model. Its outputs may be tensors, numbers, and nested dicts, lists, tuples and
+            dataclasses of them.
+        small: the compact model.
+        example_inputs: a tensor, or a tuple or list of positional arguments.
+        example_kwargs: keyword arguments.
+
+    Returns:
+        0 for equal outputs, about the dtype's epsilon for rounding, ``inf`` where only one output is finite.
+
+    Raises:
+        ValueError: the outputs differ in structure or shape, are empty, or hold values of other types.
     """
     args, kwargs = as_arguments(example_inputs, example_kwargs)
     with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model, small)):
@@ -46,14 +54,14 @@ def verify(
 def as_arguments(
     example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a model from what a user passes as example."""
+    """Positional and keyword arguments of a model from the example inputs of a user."""
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), dict(example_kwargs or {})
     return (example_inputs,), dict(example_kwargs or {})
 
 
 def leaves(output: Any, where: str = "output") -> Iterator[Leaf]:
-    """What an output consists of, with the position of each piece, in a fixed order."""
+    """The leaves of a nested output with their positions, in a fixed order."""
     if isinstance(output, Mapping):
         for key in output:
             yield from leaves(output[key], f"{where}[{key!r}]")
@@ -69,7 +77,7 @@ def leaves(output: Any, where: str = "output") -> Iterator[Leaf]:
 
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module of ``model`` in training or evaluation mode, each back in its own after."""
+    """Set the mode of every module of ``model`` in the block and restore each module's own mode after it."""
     before = [(module, module.training) for module in model.modules()]
     try:
         model.train(training)
@@ -121,7 +129,7 @@ def _difference(a: Any, b: Any, where: str) -> float:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """On the CPU, in the widest type: differences of bfloat16 outputs would round."""
+    """The tensor on the CPU in float64 or complex128, as differences in bfloat16 would round."""
     tensor = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
     return tensor.cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
 

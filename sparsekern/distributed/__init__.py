@@ -1,1 +1,1 @@
-"""Several processes: sharded tensors, agreement between ranks, and rebuilding DistributedDataParallel."""
+"""Training in several processes: sharded tensors, agreement of ranks, rebuilding DistributedDataParallel."""

@@ -1,8 +1,8 @@
-"""DistributedDataParallel around a model whose tensors have become smaller.
+"""Rebuilding DistributedDataParallel after its model's tensors have become smaller.
 
-Its reducer holds on to the gradients' places in buckets, of sizes from when it was made. The module that
-wraps is the user's and stays; its reducer is made anew, in the way in which torch makes it for a wrapper that
-comes out of a pickle.
+The reducer stores each gradient's position in buckets, with the tensor sizes at its construction. The wrapper
+belongs to the user and stays the same object. Its reducer is built again, in the way in which torch builds it
+for an unpickled wrapper.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MODULE = "torch.nn.parallel.distributed"
 
 
 def wrappers_of(model: nn.Module) -> list[Any]:
-    """Every DistributedDataParallel of this process that ``model`` is, or is a part of.
+    """Every DistributedDataParallel of this process that contains ``model``.
 
-    They are found wherever they are kept: a wrapper that goes on with a reducer of old would silently
-    leave gradients as they are in each process.
+    The search covers all live objects: a wrapper that keeps an old reducer would silently leave the gradients
+    of each process unreduced.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
@@ -33,10 +33,10 @@ def wrappers_of(model: nn.Module) -> list[Any]:
 
 
 def check_rebuildable(wrapper: Any) -> None:
-    """The reducer of ``wrapper`` can be made anew for tensors of other sizes.
+    """Check that the reducer of ``wrapper`` can be built again for tensors of other sizes.
 
     Raises:
-        ValueError: it was made with an option, or has a communication hook, that knows of sizes.
+        ValueError: an option or a communication hook of the wrapper may depend on tensor sizes.
     """
     reasons = {
         "mixed_precision": wrapper.mixed_precision is not None,
@@ -62,8 +62,13 @@ def check_rebuildable(wrapper: Any) -> None:
 
 
 def rebuild(wrapper: Any, hooks: Sequence[tuple[Any, Any]]) -> None:
-    """A new reducer for the tensors as they are, with the same options and the communication ``hooks``."""
-    # The old one goes first: it keeps hooks on the parameters for as long as it lives.
+    """Build a new reducer for the present tensors.
+
+    Args:
+        wrapper: a DistributedDataParallel; its options stay the same.
+        hooks: communication hooks, each with its state.
+    """
+    # The old reducer is freed first, because it keeps hooks on the parameters while it exists.
     wrapper.logger = wrapper.reducer = None
     parameters, sparse = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
@@ -79,11 +84,15 @@ def rebuild(wrapper: Any, hooks: Sequence[tuple[Any, Any]]) -> None:
 
 
 class Rebuilding:
-    """New reducers for the wrappers of a model, also where something fails.
+    """New reducers for the wrappers of a model, after success and after failure.
 
-    Made before the tensors change, so that ``undo`` rebuilds the reducers after it has restored the tensors.
-    It does so in every process, wherever that had got to: a new reducer agrees on its buckets with those of
-    the other processes, which have to be new, too.
+    The caller creates this before the tensors change, so that ``undo`` first restores the tensors and then
+    rebuilds the reducers. Every process rebuilds, however far it got: the construction of a reducer
+    communicates with the new reducers of all other processes.
+
+    Args:
+        wrappers: the DistributedDataParallel modules.
+        undo: the stack that gets :meth:`carry_out` as a callback.
     """
 
     def __init__(self, wrappers: Sequence[Any], undo: ExitStack) -> None:
@@ -91,16 +100,18 @@ class Rebuilding:
         undo.callback(self.carry_out)
 
     def carry_out(self) -> None:
-        """The tensors have their sizes now."""
+        """Build the reducers; the tensors must have their final sizes."""
         for wrapper, hooks in self._hooks:
             rebuild(wrapper, hooks)
 
 
 def _builtin_hook(wrapper: Any) -> str:
-    # Where a hook is torch's own, only the logger knows.
+    """Name of the wrapper's built-in communication hook; empty for none."""
+    # Only the logger stores the name of a hook that is built into torch.
     name = str(wrapper.logger._get_ddp_logging_data().strs_map.get("comm_hook", ""))
     return name if name.startswith("Builtin") else ""
 
 
 def _name(hook: Any) -> str:
+    """Name of a communication hook, for messages."""
     return getattr(hook, "__qualname__", type(hook).__name__)

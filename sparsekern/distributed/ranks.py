@@ -1,4 +1,4 @@
-"""Processes that train the same network and have to prune it alike."""
+"""Agreement between processes that train the same network and must prune it in the same way."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# What is exchanged: a digest of 16 bytes and whether there is one.
+# int64 words of an exchanged message: a digest of 16 bytes, and a flag for failure.
 _WORDS = 3
 _FAILED = 1
 
 
 class Ranks:
-    """The processes of a group, for checks that all of them decide the same.
+    """The processes of a group, with checks that all of them decide the same.
 
     Args:
-        model: as it was handed to the Pruner; DistributedDataParallel brings its own group.
-        group: None for that of ``model``, else the default group if there is one, else this process alone.
-        device: of the parameters; where a group communicates on devices only, it is used.
+        model: the model that the Pruner was given; a DistributedDataParallel has its own group.
+        group: a process group. None selects the group of ``model``, else the default group, else this
+            process alone.
+        device: device of the parameters; used if the backend of the group does not communicate on the CPU.
+
+    Attributes:
+        size: number of processes.
+        rank: rank of this process in the group.
 
     Raises:
-        ValueError: ``group`` is no process group that this process belongs to.
+        ValueError: ``group`` is not a process group with this process.
     """
 
     def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
@@ -42,18 +47,18 @@ class Ranks:
     def agreeing(
         self, what: str, told: Any = None, explain: Callable[[list[Any]], str] | None = None
     ) -> Iterator[Callable[..., None]]:
-        """Gives a function that compares what it is called with (arrays, plain values) between the processes.
+        """Yield a function that compares its arguments (arrays, plain values) between the processes.
 
-        It is to be called once, before anything is changed. A process that raises before it gets there
-        lets the others know, so that none of them waits.
+        The block must call the function once, before any change. If a process raises before the call, it
+        notifies the others, so that none of them waits.
 
         Args:
-            what: is being compared, for the message.
-            told: where processes differ, they tell each other this.
-            explain: makes of what each of them has told the cause, for the message; empty for none.
+            what: name of the compared values, for the message.
+            told: value that the processes exchange if they differ.
+            explain: turns the exchanged values, by rank, into the cause for the message; empty for none.
 
         Raises:
-            RuntimeError: on all processes, when they differ or one has failed; names their ranks.
+            RuntimeError: on all processes, if they differ or one has failed; names their ranks.
         """
         checked = False
 
@@ -71,13 +76,13 @@ class Ranks:
 
     @contextmanager
     def changing(self, what: str) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-        """Gives two functions: called before the first change and after the last one, both by all processes.
+        """Yield two functions: all processes call one before the first change and one after the last change.
 
-        Each of them raises where another process has failed before it got there, so that a change that is
-        undone where the block fails is undone everywhere.
+        Each function raises if another process has failed before its call. A change that is undone when the
+        block fails is therefore undone in all processes.
 
         Args:
-            what: is being done, for the message.
+            what: name of the change, for the message.
 
         Raises:
             RuntimeError: another process has failed; names its rank.
@@ -86,7 +91,7 @@ class Ranks:
             yield ready, done
 
     def first(self, values: np.ndarray) -> np.ndarray:
-        """What ``values`` (float64, of equal shapes) are in the first of the processes."""
+        """The ``values`` (float64, of equal shapes) of the process with rank 0."""
         if self.size == 1:
             return values
         found = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
@@ -112,7 +117,7 @@ class Ranks:
         return bool(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each of the processes calls this with, by rank."""
+        """The ``value`` of each process, by rank."""
         if self.size == 1:
             return [value]
         every: list[Any] = [None] * self.size
@@ -120,7 +125,7 @@ class Ranks:
         return every
 
     def _exchange(self, digest: np.ndarray | None) -> list[tuple[int, ...]]:
-        """What each process has, by rank."""
+        """The message of each process, by rank; ``digest`` (int64 ``[2]``) is None after a failure."""
         own = np.zeros(_WORDS, np.int64)
         if digest is None:
             own[-1] = _FAILED
@@ -140,15 +145,20 @@ class Ranks:
         told: Any,
         explain: Callable[[list[Any]], str] | None,
     ) -> None:
+        """Check that all processes sent the same message.
+
+        Raises:
+            RuntimeError: messages differ, or a process has failed.
+        """
         if len(set(every)) == 1:
             return
         failed = [rank for rank, words in enumerate(every) if words[-1] == _FAILED]
         if failed:
             raise RuntimeError(f"{what}: {_named(failed)} failed, expected a result from all {self.size}")
-        # Of equally frequent ones that of the lowest rank counts as the common one.
+        # Among equally frequent messages, that of the lowest rank counts as the common one.
         common = Counter(every).most_common(1)[0][0]
         others = [rank for rank, words in enumerate(every) if words != common]
-        # All processes have seen that they differ, so all of them get here.
+        # All processes detect the difference, so all of them reach this collective call.
         cause = "" if explain is None else explain(self.gather(told))
         raise RuntimeError(
             f"{what}: {_named(others)} of {self.size} differ from rank {every.index(common)}, expected the "
@@ -158,17 +168,23 @@ class Ranks:
 
 
 def _named(ranks: list[int]) -> str:
+    """The ranks in words, for messages."""
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def _group_of(model: nn.Module, group: Any) -> Any:
+    """The process group for ``model``; None for this process alone.
+
+    Raises:
+        ValueError: ``group`` is neither None nor a process group.
+    """
     if group is not None:
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(
                 f"process_group: got {group!r}, expected a torch.distributed.ProcessGroup with this process"
             )
         return group
-    # torch.compile may be on either side.
+    # torch.compile may wrap DistributedDataParallel, or the reverse.
     for candidate in (model, getattr(model, "_orig_mod", None)):
         if isinstance(candidate, DistributedDataParallel):
             return candidate.process_group
@@ -176,7 +192,7 @@ def _group_of(model: nn.Module, group: Any) -> Any:
 
 
 def _digest(parts: tuple[Any, ...]) -> np.ndarray:
-    """int64 ``[2]``."""
+    """BLAKE2b digest of the parts, int64 ``[2]``."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, np.ndarray):

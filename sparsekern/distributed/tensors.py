@@ -1,7 +1,7 @@
-"""Tensors that are spread over processes (DTensor): their local part, the whole of them, and the way back.
+"""Tensors that are distributed over processes (DTensor): local parts, whole tensors, and conversion back.
 
-Plain tensors go through every function here unchanged. The module of DTensor is looked up and never
-imported: where nobody has imported it, no tensor is one.
+Every function here returns plain tensors unchanged. The module of DTensor is looked up and never imported:
+while it is not imported, no tensor is a DTensor.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _WRAPPER = "torch.nn.parallel.distributed"
 
 @dataclass(frozen=True)
 class Part:
-    """Where the local part of a tensor lies in the whole.
+    """Position of a tensor's local part in the whole tensor.
 
     Attributes:
-        dim: the dimension that is cut, or None where every process of ``group`` holds the whole.
+        dim: the sharded dimension, or None if every process of ``group`` holds the whole tensor.
         start: index of the first local entry along ``dim``.
         size: number of local entries along ``dim``; may be 0.
-        parts: number of processes that hold any.
-        group: the processes that the tensor is cut over.
+        parts: number of processes that hold at least one entry.
+        group: process group over which the tensor is sharded.
     """
 
     dim: int | None
@@ -49,16 +49,16 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of ``tensor``, sharing memory with it and no part of autograd."""
+    """The local part of ``tensor``; it shares memory with ``tensor`` and autograd does not record it."""
     if not is_sharded(tensor):
         return tensor
-    # Not to_local(): that makes a new object for a parameter, and lists are kept by identity.
+    # to_local() returns a new object for a parameter, but cached lists compare tensors by identity.
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return part
 
 
 def wrapped_like(part: Tensor, tensor: Tensor) -> Tensor:
-    """A local part in the form of ``tensor``: a DTensor placed in the same way, or ``part`` itself."""
+    """Convert a local part to the form of ``tensor``: a DTensor with its placement, or ``part`` itself."""
     if not is_sharded(tensor):
         return part
     made: Tensor = sys.modules[_TENSORS].DTensor.from_local(
@@ -73,7 +73,7 @@ def wrapped_like(part: Tensor, tensor: Tensor) -> Tensor:
 
 
 def same_placement(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both are plain, or both cut in the same way over the same processes."""
+    """Whether both tensors are plain, or both are DTensors with the same placements and mesh."""
     if not is_sharded(tensor) or not is_sharded(other):
         return is_sharded(tensor) == is_sharded(other)
     return bool(
@@ -84,7 +84,7 @@ def same_placement(tensor: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, detached; gathered from the processes that hold it, which all have to call this."""
+    """The whole ``tensor``, detached. It is gathered, so all processes that hold a part must call this."""
     if not is_sharded(tensor):
         return tensor.detach()
     full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
@@ -93,9 +93,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def rewritten(tensor: Tensor) -> Iterator[Tensor]:
-    """All of ``tensor`` to be changed in place; afterwards this process keeps its part of it.
+    """Yield the whole ``tensor`` for changes in place; on exit write this process's part back.
 
-    All processes that hold a part have to enter, and to make the same changes.
+    All processes that hold a part must enter and make the same changes.
     """
     if not is_sharded(tensor):
         yield tensor
@@ -108,11 +108,11 @@ def rewritten(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def part_of(tensor: Tensor) -> Part:
-    """Where the local part of a DTensor lies.
+    """The position of a DTensor's local part.
 
     Raises:
-        ValueError: it is cut along more than one dimension of its mesh, in an interleaved way, or is a
-            partial sum.
+        ValueError: the tensor is sharded along several dimensions of its mesh or in strides, or is a partial
+            sum.
     """
     module = sys.modules[_TENSORS]
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
@@ -122,19 +122,19 @@ def part_of(tensor: Tensor) -> Part:
     if len(cuts) > 1 or not plain:
         raise ValueError(f"model: a parameter is placed as {placements}, expected one Shard, else Replicate")
     if not cuts:
-        # All processes of the mesh hold the same; the group of its last dimension stands for them.
+        # All processes of the mesh hold the same values. The group of its last dimension represents them.
         return Part(None, 0, 0, 1, mesh.get_group(mesh.ndim - 1))
     axis = cuts[0]
     dim = placements[axis].dim
     size, ranks = tensor.shape[dim], mesh.size(axis)
-    # As torch.chunk cuts: equal parts rounded up, so that the last ones may be short or empty.
+    # Parts are as in torch.chunk: equal sizes rounded up, so that the last parts may be short or empty.
     chunk = -(-size // ranks)
     start = min(chunk * mesh.get_local_rank(axis), size)
     return Part(dim, start, min(chunk, size - start), -(-size // max(chunk, 1)), mesh.get_group(axis))
 
 
 def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """The whole of ``tensor`` without memory, as a tensor of ``mode``."""
+    """A fake tensor of ``mode`` with the shape, strides, dtype and device of the whole ``tensor``."""
     if not is_sharded(tensor):
         return mode.from_tensor(tensor, static_shapes=True)
     with mode:
@@ -145,14 +145,23 @@ def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 def check_plain(label: str, tensors: Iterable[tuple[str, Tensor]], why: str) -> None:
-    """Raise a ValueError for the first of the named tensors that wraps other ones; ``why`` ends its text."""
+    """Check that no tensor is a tensor wrapper.
+
+    Args:
+        label: the argument that holds the tensors, for the message.
+        tensors: names and tensors.
+        why: the reason, which ends the message.
+
+    Raises:
+        ValueError: a tensor is a wrapper; names the first one.
+    """
     for name, tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
             raise ValueError(f"{label}: {name!r} is a {type(tensor).__name__}, expected plain tensors: {why}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` and DistributedDataParallel return, in any order."""
+    """The module inside wrappers of ``torch.compile`` and DistributedDataParallel, in any order."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -165,10 +174,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_not_flattened(model: nn.Module) -> None:
-    """No module is a FullyShardedDataParallel (FSDP1), whose parameters are flattened into others.
+    """Check that no module is a FullyShardedDataParallel (FSDP1), which flattens its parameters.
 
     Raises:
-        ValueError: one is.
+        ValueError: a module is one.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules():
@@ -180,9 +189,9 @@ def check_not_flattened(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Make every module sharded by ``fully_shard`` show its sharded parameters.
+    """Reshard every module that ``fully_shard`` sharded, so that its parameters are the sharded ones.
 
-    After a forward pass without a backward pass the outermost ones still show gathered ones.
+    After a forward pass without a backward pass, the outermost modules still have gathered parameters.
     """
     for module in model.modules():
         if _is_fully_sharded(module):
@@ -192,11 +201,18 @@ def settle(model: nn.Module) -> None:
 def copy_module(
     model: nn.Module, memo: dict[int, Any], result: Callable[[Tensor], Tensor] | None = None
 ) -> nn.Module:
-    """``copied(model, memo, result)``; modules sharded by ``fully_shard`` become what they were before.
+    """Copy a model as ``copied`` does; the copy's modules lose what ``fully_shard`` added.
 
-    Those refuse to be copied, and what makes them sharded (their class, hooks, the processes they know)
-    means nothing for a copy that holds whole tensors. ``memo`` has to hold the copies of all parameters and
-    buffers.
+    Sharded modules refuse to be copied. Their class, hooks and process groups have no meaning in a copy that
+    holds whole tensors.
+
+    Args:
+        model: the model.
+        memo: copies by ``id`` of the original; must contain copies of all parameters and buffers.
+        result: passed on to ``copied``.
+
+    Returns:
+        The copy, with the modules' original classes.
     """
     modules = list(model.modules())
     sharded = [module for module in modules if _is_fully_sharded(module)]
@@ -222,7 +238,7 @@ def copy_module(
 
 
 class _Gone:
-    """Stands in a copy for what is to be taken out of it."""
+    """Placeholder in a copy for entries that are removed from it."""
 
 
 _GONE = _Gone()
@@ -230,21 +246,25 @@ _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` sharded the module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """The non-empty dicts of hooks of a module."""
     return [value for name, value in module.__dict__.items() if name.endswith("_hooks") and value]
 
 
 def _of_fsdp(hook: Any) -> bool:
-    # The hooks of state dicts are wrapped once more by torch.
+    """Whether ``fully_shard`` registered the hook."""
+    # torch wraps the hooks of state dicts in another object.
     function = getattr(hook, "hook", hook)
     return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def _forget_sharding(module: nn.Module) -> None:
+    """Remove hooks and attributes of ``fully_shard`` from a copied module."""
     for hooks in _hooks(module):
         for key in [key for key, hook in hooks.items() if hook is _GONE]:
             del hooks[key]

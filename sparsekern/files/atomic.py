@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and hold no code."""
+"""Reading and writing of files: writes are atomic, and reads run no code from the file."""
 
 from __future__ import annotations
 
@@ -18,32 +18,37 @@ import torch
 
 AnyPath = str | os.PathLike[str]
 
-# Writers choose their format by the suffix; a longer one names no format, but may not fit beside a prefix.
+# Longest suffix that a temporary file keeps, in bytes. Writers choose their format by the suffix, but no
+# format has a longer one, and a longer one might make the name of the temporary file too long.
 _LONGEST_SUFFIX = 16
 _CHUNK = 1 << 20
-_IS_DIRECTORY = 0x10  # of the attributes that MS-DOS has
+_IS_DIRECTORY = 0x10  # bit of the MS-DOS file attributes
 
 
 @contextmanager
 def replacing(path: AnyPath, argument: str = "path") -> Iterator[Path]:
-    """An empty file beside ``path`` that takes its place, flushed to disk, once the block has written it.
+    """Replace the file ``path`` atomically.
 
-    The file keeps the suffix of ``path``, because writers choose their format by it. If the block fails, the
-    file is removed; if the process dies in it, the old file stays as it was. A symbolic link stays, and the
-    file that it points to is replaced. The new file has the mode of the old one, its owner where the system
-    permits, else what the umask leaves. Other hard links to the old file keep the old content, and extended
-    attributes are not copied.
+    The context manager makes an empty temporary file beside ``path``. At the end of the block, that file
+    is flushed to disk and replaces ``path``. It has the suffix of ``path``, because writers choose their
+    format by it. If the block fails, the temporary file is removed. If the process dies in the block, the old
+    file does not change.
+
+    A symbolic link stays, and the file that it points to is replaced. The new file gets the mode of the old
+    file, and also its owner where the system permits it. Without an old file the umask decides the mode.
+    Other hard links to the old file keep the old content. Extended attributes are not copied.
 
     Args:
         path: the file to write.
-        argument: what messages call ``path``.
+        argument: name of ``path`` in messages.
 
     Yields:
-        The name to write to.
+        The path of the temporary file.
 
     Raises:
-        OSError: ``path`` cannot be written, or the disk is full; names ``path``. The old file is whole.
-        TypeError, ValueError: ``path`` is no name of a file.
+        OSError: ``path`` cannot be written, or the disk is full; the message names ``path``. The old file is
+            intact.
+        TypeError, ValueError: ``path`` is not a valid file name.
     """
     destination = target(path, argument)
     with _naming(path, "write", argument):
@@ -53,8 +58,9 @@ def replacing(path: AnyPath, argument: str = "path") -> Iterator[Path]:
         mode = stat.S_IMODE((old or temporary.stat()).st_mode)
         yield temporary
         if old is not None and not _give(temporary, old):
-            mode &= 0o777  # no bits that would run it as somebody else
-        # After the owner, whose change clears bits of the mode; and whatever mode the writer prefers.
+            mode &= 0o777  # no set-user-ID or set-group-ID bits for another owner
+        # The mode is set after the owner, because a change of owner clears mode bits, and after the writer,
+        # which may have changed the mode.
         temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, destination)
@@ -64,18 +70,22 @@ def replacing(path: AnyPath, argument: str = "path") -> Iterator[Path]:
         if isinstance(error, OSError):
             raise _named(error, path, "write", argument) from error
         raise
-    # The new name is on the disk only when the directory is; not every system can do that.
+    # The rename is on the disk only after the directory is flushed. Some systems cannot flush directories.
     with suppress(OSError):
         _flush(destination.parent)
 
 
 def target(path: AnyPath, argument: str = "path") -> Path:
-    """Where a file of that name is written: through symbolic links, so that the link stays.
+    """The file to write for ``path``, after symbolic links are resolved.
+
+    Args:
+        path: the name of a file that may not exist yet.
+        argument: name of ``path`` in messages.
 
     Raises:
-        OSError: it is a directory, a device or write-protected, its name is too long, its links go round in
-            a circle, or its directory does not exist; names ``path``.
-        TypeError, ValueError: ``path`` is no name of a file.
+        OSError: ``path`` is a directory, a device or write-protected, its name is too long, its symbolic
+            links form a loop, or its directory does not exist; the message names ``path``.
+        TypeError, ValueError: ``path`` is not a valid file name.
     """
     check_name(path, argument)
     name = os.fspath(path)
@@ -84,14 +94,14 @@ def target(path: AnyPath, argument: str = "path") -> Path:
         try:
             mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
-            # The name is free, or the last of its links points to one that is.
+            # No file exists under this name, or a symbolic link points to a missing file.
             if not found.parent.is_dir():
                 raise FileNotFoundError(f"{str(found.parent)!r} is not a directory") from None
             return found
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(f"{argument}: {name!r} is a directory, expected a file name")
         if not stat.S_ISREG(mode):
-            # Replacing a device or a pipe would take it away from the system.
+            # Replacing a device or a pipe would remove it from the system.
             raise OSError(f"{argument}: {name!r} is not a regular file")
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -100,15 +110,15 @@ def target(path: AnyPath, argument: str = "path") -> Path:
 
 @contextmanager
 def opened(path: AnyPath, argument: str = "path") -> Iterator[BinaryIO]:
-    """A regular file, open for reading bytes.
+    """Open a regular file for reading bytes.
 
     Raises:
-        OSError: the file cannot be read, or is a directory, device or pipe; names ``path``.
-        TypeError, ValueError: ``path`` is no name of a file.
+        OSError: the file cannot be read, or is a directory, device or pipe; the message names ``path``.
+        TypeError, ValueError: ``path`` is not a valid file name.
     """
     check_name(path, argument)
     with _naming(path, "read", argument):
-        # Opening a pipe would wait for its writer.
+        # The check comes before `open`, because opening a pipe waits for its writer.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise OSError(f"{argument}: {os.fspath(path)!r} is not a regular file")
@@ -118,11 +128,11 @@ def opened(path: AnyPath, argument: str = "path") -> Iterator[BinaryIO]:
 
 
 def check_name(path: object, argument: str = "path") -> None:
-    """``path`` can be the name of a file.
+    """Check that ``path`` is a valid file name.
 
     Raises:
-        TypeError: it is no ``str`` or ``os.PathLike`` of one.
-        ValueError: no file can have that name.
+        TypeError: ``path`` is neither a ``str`` nor an ``os.PathLike`` that gives one.
+        ValueError: no file can have this name.
     """
     name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
@@ -136,19 +146,22 @@ def check_name(path: object, argument: str = "path") -> None:
 
 
 def read_plain(path: AnyPath, argument: str = "path", *, legacy: bool = False) -> Any:
-    """What ``torch.save`` wrote, of tensors and plain values alone, on the CPU; no code from it is run.
+    """Read tensors and plain values that ``torch.save`` wrote. No code from the file is run.
 
-    Every checksum in the file is compared, which ``torch.load`` does not do. The format that torch wrote
-    before 1.6 has none.
+    This function compares all checksums in the file; ``torch.load`` does not. The format of torch before 1.6
+    has no checksums.
 
     Args:
         path: the file.
-        argument: what messages call ``path``.
-        legacy: also read the format that torch wrote before 1.6.
+        argument: name of ``path`` in messages.
+        legacy: also read the format of torch before 1.6.
+
+    Returns:
+        The content, with all tensors on the CPU.
 
     Raises:
-        OSError: the file cannot be read; names ``path``.
-        ValueError: it is truncated, changed or something else; names ``path``.
+        OSError: the file cannot be read; the message names ``path``.
+        ValueError: the file is truncated, damaged or of another format; the message names ``path``.
     """
     with opened(path, argument) as file:
         try:
@@ -158,10 +171,10 @@ def read_plain(path: AnyPath, argument: str = "path", *, legacy: bool = False) -
 
 
 def load_plain(file: BinaryIO, *, legacy: bool = False) -> Any:
-    """As :func:`read_plain`, from an open file.
+    """Read an open file as :func:`read_plain` does.
 
     Raises:
-        ValueError: it is truncated, changed or something else.
+        ValueError: the file is truncated, damaged or of another format.
     """
     if not (legacy and _is_legacy(file)):
         _check_archive(file)
@@ -169,18 +182,18 @@ def load_plain(file: BinaryIO, *, legacy: bool = False) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A hostile file makes the reader raise whatever it likes.
+        # A manipulated file can make the reader raise any exception.
         raise ValueError(_first_line(error)) from error
 
 
 def has_checksums(path: AnyPath) -> bool:
-    """Whether ``torch.save`` wrote the file in the format that has them, which it does since torch 1.6."""
+    """Whether the file has checksums, as those of ``torch.save`` have since torch 1.6."""
     with opened(path) as file:
         return not _is_legacy(file)
 
 
 def _is_legacy(file: BinaryIO) -> bool:
-    """Whether the file begins as a bare pickle does."""
+    """Whether the file is a bare pickle, the format of torch before 1.6."""
     file.seek(0)
     return file.read(1) == pickle.PROTO
 
@@ -189,14 +202,14 @@ def save_plain(content: Any, path: Path) -> None:
     """Write tensors and plain values with ``torch.save``.
 
     Raises:
-        OSError: the file cannot be written, with the system's reason where it can be found out.
+        OSError: the file cannot be written; has the system's reason where it is known.
     """
     try:
         torch.save(content, path)
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
-        # torch keeps the system's reason to itself: what fails once more tells it.
+        # torch hides the system's reason. A plain write fails for the same reason and reports it.
         with path.open("ab") as file:
             file.write(bytes(_CHUNK))
             file.flush()
@@ -205,10 +218,10 @@ def save_plain(content: Any, path: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text that this package wrote: no duplicate names, no NaN, of finite depth.
+    """Parse a JSON text. Duplicate names, NaN, infinity and very deep nesting are refused.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: ``text`` is no such JSON.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -230,10 +243,10 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """The file is an archive as ``torch.save`` writes it, and every checksum in it holds.
+    """Check that the file is an archive of ``torch.save`` and that all its checksums match.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the file is no such archive, or a checksum does not match.
     """
     try:
         file.seek(0)
@@ -241,8 +254,8 @@ def _check_archive(file: BinaryIO) -> None:
             raise ValueError("it is no archive of torch.save, or damaged")
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            # torch stores and never compresses: a file asks for no more memory than it is long.
-            # An entry that says it is a directory would be read as if it had no content.
+            # torch never compresses entries, so reading needs no more memory than the size of the file.
+            # An entry with the attributes of a directory would be read as empty.
             if not all(map(_is_stored, entries)):
                 raise ValueError("an entry of the archive is no plain stored one: it is damaged")
             if len({entry.filename for entry in entries}) != len(entries):
@@ -260,16 +273,20 @@ def _is_stored(entry: zipfile.ZipInfo) -> bool:
 
 
 def _make_beside(path: Path, *, private: bool) -> Path:
-    """A new empty file in the directory of ``path``, for nobody else to read if ``private``."""
+    """Make an empty file in the directory of ``path``; only its owner can read it if ``private``."""
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _LONGEST_SUFFIX else ""
-    # Short, whatever the name of `path` is: that may be as long as a name can be.
+    # The name is short, because the name of `path` may already have the maximum length.
     temporary = path.with_name(f".sparsekern-{secrets.token_hex(6)}.tmp{suffix}")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
     return temporary
 
 
 def _give(path: Path, old: os.stat_result) -> bool:
-    """Hand ``path`` to the owner and group of the file that it replaces; whether that was permitted."""
+    """Give ``path`` the owner and group of the file that it replaces.
+
+    Returns:
+        Whether the system permitted it.
+    """
     try:
         os.chown(path, old.st_uid, old.st_gid)
     except (OSError, AttributeError):  # not on Windows
@@ -279,7 +296,7 @@ def _give(path: Path, old: os.stat_result) -> bool:
 
 @contextmanager
 def _naming(path: AnyPath, verb: str, argument: str) -> Iterator[None]:
-    """Errors of the system name ``path``."""
+    """Make the messages of system errors in the block name ``path``."""
     try:
         yield
     except OSError as error:
@@ -287,7 +304,7 @@ def _naming(path: AnyPath, verb: str, argument: str) -> Iterator[None]:
 
 
 def _named(error: OSError, path: AnyPath, verb: str, argument: str) -> OSError:
-    """``error`` of the same kind, with a message that names ``path`` once."""
+    """An error of the same kind as ``error``, with a message that names ``path`` once."""
     message = str(error)
     if not message.startswith(f"{argument}: "):
         message = f"{argument}: cannot {verb} {os.fspath(path)!r}: {error.strerror or message}"

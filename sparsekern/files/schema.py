@@ -1,8 +1,8 @@
-"""The shape of plain content as data: what a value has to be, and an error that names the entry that is not.
+"""Rules for plain content, such as state dicts, with errors that name the wrong entry.
 
-A rule is an object with ``text``, what it expects in words, and ``check(value, name)``, which raises
-``ValueError`` for any other value: ``state['rows']['decay']: got 7, expected a number in [0, 1)``. Rules look
-only as deep as they say, so content that refers to itself is refused and never followed.
+A rule has a ``text``, which describes the expected value, and a method ``check(value, name)``. The method
+raises ``ValueError`` for any other value: ``state['rows']['decay']: got 7, expected a number in [0, 1)``.
+A rule checks a fixed depth, so checks of content that contains itself end.
 """
 
 from __future__ import annotations
@@ -18,28 +18,43 @@ from torch import Tensor
 
 
 class Rule(Protocol):
-    """What a value has to be."""
+    """A description of expected values.
+
+    Attributes:
+        text: the expected value in words, for messages.
+    """
 
     @property
     def text(self) -> str: ...
     def check(self, value: Any, name: str) -> None:
-        """Raise ``ValueError`` unless ``value``, which messages call ``name``, is as expected."""
+        """Check a value.
+
+        Args:
+            name: name of the value in messages.
+
+        Raises:
+            ValueError: ``value`` is not as expected.
+        """
 
 
 def refuse(value: Any, name: str, expected: str) -> NoReturn:
-    """Raise the ``ValueError`` for an entry that is not as expected."""
+    """Raise the error for a value that is not as expected.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(f"{name}: got {describe(value)}, expected {expected}")
 
 
 def describe(value: Any) -> str:
-    """A value in a few words, whatever it is."""
+    """A short description of any value, for messages."""
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f"{value.layout} "
         return f"a tensor {layout}{value.dtype} {list(value.shape)}"
     if isinstance(value, str | bytes):
         return repr(value[:60])
     if type(value) is int and value.bit_length() > 64:
-        return f"a number of {value.bit_length()} bits"  # Python refuses to write very long ones
+        return f"a number of {value.bit_length()} bits"  # Python refuses to print very long integers
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     size = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
@@ -48,7 +63,7 @@ def describe(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Whole:
-    """An int in ``[low, high]``, no bool."""
+    """An int in ``[low, high]``, not a bool. None is no limit."""
 
     low: int | None = None
     high: int | None = None
@@ -68,7 +83,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """A finite int or float, ``low <= value < below``, no bool; ``positive`` leaves out 0."""
+    """A finite int or float with ``low <= value < below``, not a bool; above 0 with ``positive``."""
 
     low: float = -math.inf
     below: float = math.inf
@@ -84,7 +99,7 @@ class Real:
 
     def check(self, value: Any, name: str) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Comparing finds NaN and infinity too, and ints that are too large for a float.
+        # The comparison also excludes NaN, infinity, and ints that are too large for a float.
         inside = number and abs(value) <= sys.float_info.max and self.low <= value < self.below
         if not inside or (self.positive and value <= 0):
             refuse(value, name, self.text)
@@ -92,7 +107,7 @@ class Real:
 
 @dataclass(frozen=True)
 class OneOf:
-    """A value of exactly the type and content of one of ``values``."""
+    """A value with the type and content of one of ``values``."""
 
     values: Sequence[Any]
 
@@ -107,7 +122,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Kind:
-    """A value of this very type (``dict``: a mapping)."""
+    """A value of exactly this type, no subclass. For ``dict``, any mapping."""
 
     type: type
 
@@ -132,14 +147,14 @@ class Anything:
 
 @dataclass(frozen=True)
 class Array:
-    """A dense tensor with memory; its values are read only when its shape is as expected.
+    """A dense tensor, neither quantized nor on the meta device. Its values are read only with ``shape`` set.
 
     Attributes:
-        shape: None for any shape.
-        dtype: None for any dtype.
-        low, high: of all elements; NaN is neither below nor above.
-        nan, infinite: whether an element may be that.
-        ndim: number of dimensions where ``shape`` is None.
+        shape: expected shape; None for any.
+        dtype: expected dtype; None for any.
+        low, high: limits of all elements. NaN passes both limits.
+        nan, infinite: whether elements may be NaN or infinite.
+        ndim: expected number of dimensions; None for any.
     """
 
     shape: tuple[int, ...] | None = None
@@ -183,11 +198,11 @@ class Array:
 
 @dataclass(frozen=True)
 class Fields:
-    """A mapping with these entries.
+    """A mapping with known entries.
 
     Attributes:
-        required, optional: rules by key.
-        others: rule of any other entry; None refuses them.
+        required, optional: rules, keyed by the keys of the entries.
+        others: rule for all other entries; None refuses other entries.
     """
 
     required: Mapping[Any, Rule]
@@ -213,7 +228,12 @@ class Fields:
 
 @dataclass(frozen=True)
 class Entries:
-    """A mapping of any number of entries, all alike."""
+    """A mapping with any number of entries.
+
+    Attributes:
+        keys: rule for each key.
+        values: rule for each value.
+    """
 
     keys: Rule
     values: Rule
@@ -232,7 +252,13 @@ class Entries:
 
 @dataclass(frozen=True)
 class Items:
-    """A list or tuple of ``length`` items (None: any number of at least ``least``), all alike."""
+    """A list or tuple whose items all follow one rule.
+
+    Attributes:
+        rule: rule for each item.
+        length: number of items; None for any number of at least ``least``.
+        least: minimum number of items.
+    """
 
     rule: Rule
     length: int | None = None
@@ -255,7 +281,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Row:
-    """A list or tuple with a rule for each of its items."""
+    """A list or tuple with one rule per item."""
 
     rules: Sequence[Rule]
 
@@ -272,7 +298,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Either:
-    """A value that one of the rules accepts."""
+    """A value that at least one of the rules accepts."""
 
     rules: Sequence[Rule]
 
@@ -292,7 +318,12 @@ class Either:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A value that ``use`` takes without an exception: for what a library checks best by itself."""
+    """A value that a function accepts. This rule is for values that a library checks itself.
+
+    Attributes:
+        use: called with the value; any exception means that the value is not accepted.
+        text: the expected value in words, for messages.
+    """
 
     use: Callable[[Any], object]
     text: str
@@ -309,11 +340,14 @@ FLAG = Kind(bool)
 TEXT = Kind(str)
 _LEAF: tuple[Rule, ...] = (Real(), FLAG, TEXT, NOTHING, Array(shape=()))
 PLAIN = Either((*_LEAF, Items(Either(_LEAF))))
-"""A number, flag, text, None or a list of them: what optimizers and schedulers keep in groups."""
+"""A number, flag, text, None or a list of these, as in the groups of optimizers and schedulers."""
 
 
 def like(value: Any) -> Rule:
-    """A rule for values of the same kind as ``value``, of any content."""
+    """A rule for values of the same kind as ``value``, with any content.
+
+    Numbers of all types are one kind. Tensors with several elements have to have the same shape.
+    """
     if isinstance(value, bool):
         return Either((FLAG, NOTHING))
     if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):

@@ -1,4 +1,4 @@
-"""Finding a normalisation with its activation in a traced model, and replacing the pair by one module."""
+"""Finding batch norms with their activations in a traced model, and replacing each pair by one module."""
 
 from sparsekern.fusion.replace import Fusion as Fusion
 from sparsekern.fusion.replace import fuse as fuse

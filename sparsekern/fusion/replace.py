@@ -1,4 +1,4 @@
-"""Batch norms and the activations behind them, found in the traced graph and made one."""
+"""Fusing batch norms with the activations that follow them in the traced graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sparsekern.distributed.tensors import unwrap
-from sparsekern.graph.capture.export import arguments, capture, inner_module, lightly
+from sparsekern.graph.capture.export import arguments, capture, inner_module
+from sparsekern.graph.capture.undisturbed import low_overhead_tracing
 from sparsekern.nn import FusedActivation, NormAct2d
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -31,13 +32,13 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class Fused:
-    """One normalisation that became a :class:`~sparsekern.nn.NormAct2d`.
+    """One batch norm that became a :class:`~sparsekern.nn.NormAct2d`.
 
     Attributes:
-        norm: its name.
-        kind: the activation, ``"identity"`` where it took over none.
-        activations: names of the modules that it took over.
-        reason: why it took over none.
+        norm: name of the batch norm.
+        kind: the fused activation, ``"identity"`` for none.
+        activations: names of the fused activation modules.
+        reason: why no activation is fused; empty if one is.
     """
 
     norm: str
@@ -51,18 +52,18 @@ class Fused:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What :func:`fuse` did to a model; ``str`` of it is a table.
+    """Result of :func:`fuse`; ``str`` of it is a table.
 
     Attributes:
         model: the model.
-        fused: its batch norms, in the model's order.
+        fused: its batch norms, in the order of the model's modules.
     """
 
     model: nn.Module
     fused: tuple[Fused, ...]
 
     def undo(self) -> None:
-        """Make all of them torch's modules again, see :func:`unfuse`."""
+        """Convert all fused modules back to torch's, see :func:`unfuse`."""
         unfuse(self.model)
 
     def __str__(self) -> str:
@@ -77,33 +78,35 @@ class Fusion:
         return "\n".join(lines)
 
 
-@lightly()
+@low_overhead_tracing()
 def fuse(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
     *,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> Fusion:
-    """Let batch norms compute the activations behind them, in place.
+    """Fuse batch norms with the activations that follow them, in place.
 
-    The model is traced in evaluation and in training mode, without being run. Where every call of a
-    ``BatchNorm2d`` is followed by the same activation and by nothing else, and that activation is a module
-    (``ReLU``, ``ReLU6``, ``Hardswish``, ``SiLU``) which is called nowhere else, the norm becomes a
-    :class:`~sparsekern.nn.NormAct2d` and the activation passes on what it gets. Other norms become one
-    without an activation. The modules stay the same objects with the same parameters, so that optimizers,
-    checkpoints and names go on to hold; outputs and gradients are torch's to rounding. Subclasses, such as
-    ``SyncBatchNorm``, stay what they are.
+    The model is traced in evaluation and in training mode, without being run. A ``BatchNorm2d`` becomes a
+    :class:`~sparsekern.nn.NormAct2d` that computes its activation under two conditions. The activation alone
+    reads the result of every call of the norm. The activation is a module (``ReLU``, ``ReLU6``,
+    ``Hardswish``, ``SiLU``) that follows only fused norms. The activation module then returns its input.
+    Other norms become a ``NormAct2d`` without an activation.
+
+    The modules stay the same objects with the same parameters, so that optimizers, checkpoints and names
+    stay valid. Outputs and gradients equal torch's up to rounding. Subclasses, such as ``SyncBatchNorm``,
+    stay unchanged.
 
     Args:
-        model: where it is trained; also the result of ``torch.compile`` or data parallelism.
+        model: the model on its training device; also the result of ``torch.compile`` or data parallelism.
         example_inputs: a tensor or a sequence of the positional arguments of ``model``.
-        example_kwargs: keyword arguments that go with them.
+        example_kwargs: keyword arguments of ``model``.
 
     Returns:
-        What was fused with what, or why with nothing. :meth:`Fusion.undo` takes it back.
+        The activation of each norm, or the reason for none. :meth:`Fusion.undo` reverts the change.
 
     Raises:
-        ValueError: ``model`` cannot be traced or does not accept the inputs; nothing has changed then.
+        ValueError: ``model`` cannot be traced or does not accept the inputs. Nothing is changed.
     """
     model = inner_module(model)
     captured = capture(model, arguments(example_inputs), example_kwargs or {})
@@ -121,13 +124,16 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> None:
-    """Make torch's modules again of what :func:`fuse` changed, in ``model`` or a copy of it.
+    """Convert the modules that :func:`fuse` changed back to torch's, in place.
 
-    What has happened to their parameters since stays. A :class:`~sparsekern.nn.NormAct2d` that was made as
-    one stays one.
+    Parameters keep their present values. A :class:`~sparsekern.nn.NormAct2d` that :func:`fuse` did not make
+    stays unchanged.
+
+    Args:
+        model: the fused model or a copy of it.
 
     Raises:
-        ValueError: ``model`` is no module.
+        ValueError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -139,12 +145,12 @@ def unfuse(model: nn.Module) -> None:
 
 
 class _Calls:
-    """Which modules are called where, by the first name of each.
+    """The calls of a model's modules, by the first name of each module.
 
     Attributes:
-        modules: those of the model by name, each once.
-        norms: by name, the nodes of batch norms that its calls made.
-        activations: by name, all nodes that calls of this activation made.
+        modules: all modules by name, each once.
+        norms: nodes of the batch norm op, by name of the batch norm.
+        activations: nodes of the activation, by name of the activation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,6 +162,7 @@ class _Calls:
         self.activations: dict[str, list[Node]] = {}
 
     def read(self, graph: torch.fx.Graph) -> None:
+        """Record the nodes of batch norms and activations in a traced graph."""
         for node in graph.nodes:
             name = self.owner(node)
             if name is None:
@@ -175,7 +182,7 @@ class _Calls:
 
 
 def _decide(calls: _Calls) -> tuple[Fused, ...]:
-    """What each norm takes over."""
+    """Decide for each norm whether its activations are fused."""
     followed: dict[str, set[str]] = {}
     alone: dict[str, str] = {}
     norms = [name for name, module in calls.modules.items() if type(module) is nn.BatchNorm2d]
@@ -184,7 +191,7 @@ def _decide(calls: _Calls) -> tuple[Fused, ...]:
             followed[name] = _activations_of(name, calls)
         except _Reason as why:
             alone[name] = str(why)
-    # A norm that stays alone keeps its activations from the other norms before them.
+    # The activations of an unfused norm cannot be fused into other norms that they follow.
     while (stuck := next(_blocked(followed, calls), None)) is not None:
         followed.pop(stuck[0])
         alone[stuck[0]] = stuck[1]
@@ -200,14 +207,14 @@ def _decide(calls: _Calls) -> tuple[Fused, ...]:
 
 
 class _Reason(Exception):
-    """Why a norm takes over no activation."""
+    """Why a norm has no fused activation."""
 
 
 def _activations_of(name: str, calls: _Calls) -> set[str]:
     """The activations that follow the calls of a norm.
 
     Raises:
-        _Reason: one is followed by something else.
+        _Reason: another operation follows a call, or the modules have hooks.
     """
     if _hooked(calls.modules[name]):
         raise _Reason("it has hooks, which would see what comes out of the activation")
@@ -231,7 +238,7 @@ def _activations_of(name: str, calls: _Calls) -> set[str]:
 
 
 def _blocked(followed: Mapping[str, set[str]], calls: _Calls) -> Iterator[tuple[str, str]]:
-    """Norms whose activation is also called behind something that is not fused."""
+    """Norms, with the reason, whose activation also follows an operation that is not fused."""
     taken = {node for name in followed for node in calls.norms[name]}
     for name, owners in followed.items():
         for owner in sorted(owners):
@@ -240,15 +247,17 @@ def _blocked(followed: Mapping[str, set[str]], calls: _Calls) -> Iterator[tuple[
 
 
 def _kind(module: nn.Module) -> str | None:
-    """The name of an activation that a norm can take over, None for any other module."""
+    """The name of an activation that can be fused, None for any other module."""
     if type(module) is nn.Hardtanh:
         return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
     return _ACTIVATIONS.get(type(module))
 
 
 def _hooked(module: nn.Module) -> bool:
+    """Whether the module has forward or backward hooks."""
     return any(getattr(module, name) for name in _HOOKS)
 
 
 def _target(node: Node) -> str:
+    """The operation of a node, for messages."""
     return "the output of the model" if node.op == "output" else str(node.target).removesuffix(".default")

@@ -1,4 +1,4 @@
-"""Which channels of a network can be removed, what they are made of and what they cost."""
+"""The channels of a network that can be removed, the rows and columns they consist of, and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From slots and records to channels, groups, gates and costs."""
+"""Building the channel graph from slots and records: channels, groups, gates and costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ _NO_CHANNELS = "no layer makes or reads channels along it"
 def build(
     tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering, untraced: str = ""
 ) -> ChannelGraph:
-    """The public graph, names instead of numbers."""
+    """Build the public graph, with names in place of numbers.
+
+    Args:
+        tensors: The registered tensors with their slots.
+        slots: All slots.
+        records: The records of the settled interpretation.
+        numbering: The numbers of channels and groups.
+        untraced: Why training mode was not traced; empty if it was.
+
+    Returns:
+        The channel graph.
+    """
     groups = _groups(tensors, numbering, records, slots)
     costs, operations = _costs(tensors, numbering, records)
     named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
@@ -87,7 +98,7 @@ def _groups(
 
 
 def _inexact(numbering: Numbering, records: Records) -> dict[int, str]:
-    """Groups that are not removed exactly, each with the first reason."""
+    """The groups whose removal is not exact, each with its first reason."""
     found: dict[int, str] = {}
     for ids, reason in records.inexact:
         channels = numbering.channel_of[ids[ids >= 0]]
@@ -99,7 +110,7 @@ def _inexact(numbering: Numbering, records: Records) -> dict[int, str]:
 def _by_group(
     pairs: Iterable[tuple[int, int]], inside_of: Mapping[tuple[int, int], Sequence[int]]
 ) -> dict[int, list[tuple[int, int]]]:
-    """The (tensor, dimension) pairs by the groups that run through them."""
+    """The (tensor, dimension) pairs that each group runs through, by group."""
     found: dict[int, list[tuple[int, int]]] = {}
     for pair in pairs:
         for group in inside_of.get(pair, ()):
@@ -108,7 +119,7 @@ def _by_group(
 
 
 def _makers(records: Records, slots: Slots) -> list[tuple[int, int]]:
-    """(tensor, dimension) of the weights that make channels, depthwise ones last, each once."""
+    """The distinct (tensor, dimension) pairs of weights that make channels, depthwise ones last."""
     found: dict[tuple[int, int], None] = {}
     for depthwise in (False, True):
         for producer in records.producers:
@@ -134,7 +145,7 @@ def _gates(tensors: Sequence[Tracked], numbering: Numbering, records: Records, s
     consumed = [p for p in records.producers if p.consumed]
     channels = [_gate_rows(p, records) for p in consumed]
     live, ids = _by_channel(channels, [_channels(p, numbering) for p in consumed], numbering)
-    # Channels of whose producers none is consumed still need something to decline.
+    # Channels whose producers are all unconsumed still need rows to fade out.
     everything = [np.concatenate([p.rows, p.bias]) for p in records.producers]
     if len(np.unique(live)) < len(numbering.group_of):
         own = [_channels(p, numbering) for p in records.producers]
@@ -159,7 +170,7 @@ def _channels(producer: Producer, numbering: Numbering) -> np.ndarray:
 
 
 def _gate_rows(producer: Producer, records: Records) -> np.ndarray:
-    """Raw ids of the rows that set the scale of what the producer makes."""
+    """Raw ids of the rows that set the scale of the producer's output."""
     if producer.norms and not producer.mixed:
         own = [_gate_rows(records.producers[n], records) for n in dict.fromkeys(producer.norms)]
         return np.concatenate(own)
@@ -169,7 +180,16 @@ def _gate_rows(producer: Producer, records: Records) -> np.ndarray:
 def _by_channel(
     rows: Sequence[np.ndarray], own: Sequence[np.ndarray | None], numbering: Numbering
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Channel and raw id of every row, where the channel is one of the producer's own."""
+    """Find the channels of rows.
+
+    Args:
+        rows: Raw ids of rows, one array for each producer.
+        own: The channels of each producer; None accepts any channel.
+        numbering: The numbers of channels.
+
+    Returns:
+        Channel and raw id of every row whose channel is one of its producer's.
+    """
     live, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for ids, channels in zip(rows, own, strict=True):
         channel = numbering.channel_of[ids]
@@ -184,7 +204,7 @@ def _by_channel(
 def _costs(
     tensors: Sequence[Tracked], numbering: Numbering, records: Records
 ) -> tuple[CostModel, tuple[Operation, ...]]:
-    """Costs, and the operations, whose sizes are extents of the same model."""
+    """The costs, and the operations. The sizes of operations are extents of the cost model."""
     builder = CostBuilder(len(numbering.group_of))
     for tensor in tensors:
         if tensor.entry.parameter:
@@ -204,7 +224,7 @@ def _costs(
 
 
 def _notes(tensors: Sequence[Tracked], numbering: Numbering, slots: Slots) -> dict[str, tuple[Note, ...]]:
-    """Why indices stay, of every dimension that is not of size 1, most frequent reasons first."""
+    """Why indices of every dimension larger than 1 stay, with the most frequent reasons first."""
     notes = {}
     for tensor in tensors:
         own = []
@@ -224,7 +244,7 @@ def _frozen(
     records: Records,
     slots: Slots,
 ) -> tuple[tuple[str, str], ...]:
-    """For every weight that makes channels, why rows of it stay (the most frequent reason)."""
+    """The most frequent reason why rows stay, for every weight that makes channels."""
     table = []
     for index, dim in _makers(records, slots):
         tensor = tensors[index]
@@ -244,7 +264,10 @@ def _left_alone(
     records: Records,
     slots: Slots,
 ) -> tuple[tuple[str, str], ...]:
-    """The other parameters that no channel runs through, each with the reason of its largest dimension."""
+    """The other parameters that no channel runs through, each with a reason.
+
+    The reason of the row dimension comes first, then any reason other than the lack of a layer.
+    """
     makers = {tensors[index].entry.names[0] for index, _ in _makers(records, slots)}
     table = []
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Which channels a network has: plain arrays, independent of any module."""
+"""The channels of a network as plain arrays, independent of any module."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from sparsekern.graph.table import describe
 class ChannelGraph:
     """The channels of a network, their groups and their cost; see ``sparsekern.trace``.
 
-    groups: ordered by first producer; channel ids of a group are contiguous and follow the rows
-        of its first producer. group_of: int64 [C], the group of every channel.
-    tensors: every parameter and buffer that carries a channel, by name.
-    gates: the rows that set the channels' scales.
-    frozen: (parameter, reason) for weights whose rows cannot, or not all, be removed, then for all other
-        parameters that no channel runs through.
-    notes: for every tensor, why indices along its dimensions stay.
-    operations: what a pass in evaluation mode runs, in order; sizes are extents of ``costs``.
-    untraced: why training mode was not traced; empty where it was.
+    Attributes:
+        groups: Groups in the order of their first producers. The channel ids of a group are contiguous
+            and follow the rows of its first producer.
+        group_of: The group of every channel, int64 [C].
+        tensors: Every parameter and buffer that carries a channel, by name.
+        gates: The rows that set the channels' scales.
+        frozen: (parameter, reason) pairs: first the weights of which some or all rows stay, then all
+            other parameters that no channel runs through.
+        costs: The cost as a function of the kept channels.
+        notes: For every tensor, why indices along its dimensions stay.
+        operations: The ops of a pass in evaluation mode, in order. Their sizes are extents of ``costs``.
+        untraced: Why training mode was not traced; empty if it was.
     """
 
     groups: tuple[Group, ...]
@@ -40,20 +43,35 @@ class ChannelGraph:
 
     @property
     def num_channels(self) -> int:
+        """The number of channels, C."""
         return len(self.group_of)
 
     def cost(self, kept: np.ndarray) -> Cost:
-        """The cost of the network with the channels ``kept``, bool [C].
+        """Compute the cost of the network with only some of its channels.
 
-        Raises ValueError if ``kept`` has another shape or dtype.
+        Args:
+            kept: Which channels are kept, bool [C].
+
+        Returns:
+            Parameters, multiply-adds and bytes of activations.
+
+        Raises:
+            ValueError: ``kept`` has another shape or dtype.
         """
         return self.costs.cost(self._checked(kept))
 
     def price(self, kept: np.ndarray, of: str) -> np.ndarray:
-        """What removing each channel of ``kept`` (bool [C]) alone would save, float64 [C].
+        """Compute the saving of removing each kept channel alone.
 
-        of: "params", "macs" or "activations" (bytes). Channels that are not kept get 0.
-        Raises ValueError for another measure, or if ``kept`` has another shape or dtype.
+        Args:
+            kept: Which channels are kept, bool [C].
+            of: The measure: "params", "macs" or "activations" (bytes).
+
+        Returns:
+            The saving of each channel, float64 [C]; 0 for channels that are not kept.
+
+        Raises:
+            ValueError: ``of`` is another measure, or ``kept`` has another shape or dtype.
         """
         if of not in MEASURES:
             raise ValueError(f"of: got {of!r}, expected one of {', '.join(MEASURES)}")
@@ -66,9 +84,17 @@ class ChannelGraph:
         return kept
 
     def freeze(self, names: Iterable[str | int | Group], reason: str) -> ChannelGraph:
-        """A graph without the named groups (names, ids or groups), channels renumbered.
+        """Make a graph without the named groups, whose channels then always stay.
 
-        Raises ValueError for a group that this graph does not have.
+        Args:
+            names: Names of groups, their ids, or the groups themselves.
+            reason: The reason to give for the frozen channels.
+
+        Returns:
+            The graph of the other groups, with groups and channels renumbered.
+
+        Raises:
+            ValueError: This graph does not have such a group.
         """
         numbers = {self._number(name) for name in names}
         if not numbers:
@@ -96,12 +122,17 @@ class ChannelGraph:
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
-        """The graph of the network compacted to the channels ``kept``, bool [C], without a new trace.
+        """Make the graph of the network compacted to some of its channels, without a new trace.
 
-        Channels are renumbered in their order, shapes and indices are those of the smaller
-        tensors; groups, their ids and the costs of any kept channels stay what they were.
+        Args:
+            kept: Which channels are kept, bool [C].
 
-        Raises ValueError if ``kept`` has another shape or dtype, or nothing of a group is kept.
+        Returns:
+            The graph with channels renumbered in their order and with the shapes and indices of the
+            smaller tensors. Groups, their ids and the costs of any kept channels do not change.
+
+        Raises:
+            ValueError: ``kept`` has another shape or dtype, or keeps no channel of a group.
         """
         kept = self._checked(kept)
         empty = [group.name for group in self.groups if not kept[group.channels].any()]
@@ -127,9 +158,16 @@ class ChannelGraph:
         )
 
     def explain(self, name: str) -> str:
-        """What can be removed from a parameter, buffer or module, and why the rest stays.
+        """Describe the channels in a parameter, buffer or module, and why the other indices stay.
 
-        Raises ValueError if nothing of that name was traced.
+        Args:
+            name: Name of a parameter, buffer or module; "" for the whole network.
+
+        Returns:
+            One line for each dimension and reason.
+
+        Raises:
+            ValueError: Nothing of that name was traced.
         """
         known = {alias: t.name for t in self.tensors.values() for alias in (t.name, *t.aliases)}
         names = {**{n: n for n in self.notes}, **known}
@@ -183,7 +221,7 @@ def _renumbered(tensors: dict[str, TensorSlots], new: np.ndarray) -> dict[str, T
 
 
 def _staying(channels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Which indices of a dimension stay (bool), those of no channel always."""
+    """Which indices of a dimension stay, bool. Indices that belong to no channel always stay."""
     stays: np.ndarray = np.append(kept, True)[channels]
     return stays
 

@@ -1,4 +1,4 @@
-"""What kept channels cost, in parameters, multiply-adds and bytes of activations."""
+"""The cost of the kept channels in parameters, multiply-adds and bytes of activations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ MEASURES = ("params", "macs", "activations")
 
 @dataclass(frozen=True)
 class Cost:
-    """params: numbers in all parameters. macs: multiply-adds of one evaluation-mode pass over the
-    example inputs in convolutions and matrix products (half of what
-    ``torch.utils.flop_counter`` counts as flops). activations: bytes of all tensors that this
-    pass makes, except by views and in-place ops."""
+    """The cost of a network.
+
+    Attributes:
+        params: Number of elements in all parameters.
+        macs: Multiply-adds in convolutions and matrix products of one evaluation-mode pass over the
+            example inputs: half of the flops that ``torch.utils.flop_counter`` counts.
+        activations: Bytes of all tensors that this pass makes, except by views and in-place ops.
+    """
 
     params: int
     macs: int
@@ -24,9 +28,17 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """A sum of ``scale`` times a product of extents. factors: int64 [T, K], numbers of extents
-    (the last one, of size 1, pads). The pairs say which atom is part of which term: atom [P],
-    term [P], and how much of each factor one channel of the atom is [P, K]."""
+    """A sum of T terms, each ``scale`` times a product of K extents.
+
+    The P pairs say which atom is part of which term.
+
+    Attributes:
+        scale: The scale of every term, int64 [T].
+        factors: Numbers of extents, int64 [T, K]. The last extent, of size 1, is the padding.
+        pair_atom: The atom of every pair, int64 [P].
+        pair_term: The term of every pair, int64 [P].
+        pair_share: Indices of each factor that one channel of the atom takes, int64 [P, K].
+    """
 
     scale: np.ndarray
     factors: np.ndarray
@@ -35,10 +47,19 @@ class Terms:
     pair_share: np.ndarray
 
     def total(self, sizes: np.ndarray) -> int:
+        """The value of the sum for extents of the given ``sizes``, int64 [E]."""
         return int((self.scale * sizes[self.factors].prod(axis=1)).sum())
 
     def savings(self, sizes: np.ndarray, atoms: int) -> np.ndarray:
-        """What one channel less of each atom saves, float64 [atoms]."""
+        """Compute the saving of removing one channel of each atom.
+
+        Args:
+            sizes: The size of every extent, int64 [E].
+            atoms: The number of atoms.
+
+        Returns:
+            The saving by atom, float64 [atoms].
+        """
         factors = sizes[self.factors[self.pair_term]]
         saved = factors.prod(axis=1) - (factors - self.pair_share).prod(axis=1)
         weights = (self.scale[self.pair_term] * saved).astype(np.float64)
@@ -47,8 +68,14 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """How many indices of an extent one channel of an atom is: a matrix, few of whose entries are
-    not zero. starts: int64 [E + 1], where the entries of an extent begin; atom, count: int64 [P]."""
+    """The number of indices of each extent that one channel of each atom takes, a sparse matrix [E, A].
+
+    Attributes:
+        starts: The first entry of every extent, int64 [E + 1].
+        atom: The atom of every entry, int64 [P].
+        count: The number of indices of every entry, int64 [P].
+        atoms: The number of atoms, A.
+    """
 
     starts: np.ndarray
     atom: np.ndarray
@@ -67,14 +94,21 @@ class Share:
         return sizes
 
     def entries(self, extents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the entries of all ``extents``, and to which of these each belongs."""
+        """Find the entries of some extents.
+
+        Args:
+            extents: Numbers of extents, int64 [N].
+
+        Returns:
+            Numbers of the entries, and for each the index into ``extents`` that it belongs to.
+        """
         lengths = self.starts[extents + 1] - self.starts[extents]
         owner = np.repeat(np.arange(len(extents)), lengths)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return self.starts[extents][owner] + within, owner
 
     def among(self, left: np.ndarray) -> Share:
-        """The same for the atoms ``left`` (increasing) alone, renumbered."""
+        """The same matrix with only the atoms ``left`` (increasing, int64), which are renumbered."""
         new = np.full(self.atoms, -1, np.int64)
         new[left] = np.arange(len(left))
         stays = new[self.atom] >= 0
@@ -87,8 +121,13 @@ class CostModel:
     """Costs as polynomials of extents, each extent a weighted count of kept channels.
 
     Channels that count alike in every extent form an atom, so that no sum runs over channels.
-    atom_of: int64 [C]. stays: int64 [E], indices that never go; the last extent is the constant
-    1. shares: how many indices of an extent one channel of an atom is. terms: by measure.
+
+    Attributes:
+        atom_of: The atom of every channel, int64 [C].
+        stays: The number of indices of every extent that always stay, int64 [E]. The last extent is
+            the constant 1.
+        shares: The number of indices of an extent that one channel of an atom takes.
+        terms: The polynomial of every measure in ``MEASURES``.
     """
 
     atom_of: np.ndarray
@@ -104,11 +143,20 @@ class CostModel:
         return dense
 
     def cost(self, kept: np.ndarray) -> Cost:
+        """The cost with the channels ``kept``, bool [C]."""
         sizes = self.sizes(kept)
         return Cost(*(self.terms[measure].total(sizes) for measure in MEASURES))
 
     def price(self, kept: np.ndarray, of: str) -> np.ndarray:
-        """What removing each kept channel alone saves, float64 [C]; 0 for those not kept."""
+        """Compute the saving of removing each kept channel alone.
+
+        Args:
+            kept: Which channels are kept, bool [C].
+            of: The measure, one of ``MEASURES``.
+
+        Returns:
+            The saving of each channel, float64 [C]; 0 for channels that are not kept.
+        """
         savings = self.terms[of].savings(self.sizes(kept), self.shares.atoms)
         return np.where(kept, savings[self.atom_of], 0.0)
 
@@ -119,7 +167,14 @@ class CostModel:
         return sizes
 
     def fixed(self, gone: np.ndarray) -> CostModel:
-        """The same costs when the channels ``gone`` (bool [C]) always stay."""
+        """Make the model of the same costs with fewer removable channels.
+
+        Args:
+            gone: Which channels leave the graph and always stay in the network, bool [C].
+
+        Returns:
+            The costs as a function of the other channels.
+        """
         counts = np.bincount(self.atom_of[gone], minlength=self.shares.atoms)
         left, atom_of = np.unique(self.atom_of[~gone], return_inverse=True)
         stays, shares = self.stays + self.shares.times(counts), self.shares.among(left)
@@ -132,7 +187,16 @@ class CostModel:
 
 
 def make_terms(scale: np.ndarray, factors: np.ndarray, shares: Share) -> Terms:
-    """Terms with the pairs of atoms and terms filled in."""
+    """Make terms and find their pairs of atoms and terms.
+
+    Args:
+        scale: See ``Terms``.
+        factors: See ``Terms``.
+        shares: The number of indices of an extent that one channel of an atom takes.
+
+    Returns:
+        The terms.
+    """
     entry, owner = shares.entries(factors.reshape(-1))
     term, factor = np.divmod(owner, factors.shape[1])
     pairs, inverse = np.unique(term * max(shares.atoms, 1) + shares.atom[entry], return_inverse=True)
@@ -143,7 +207,11 @@ def make_terms(scale: np.ndarray, factors: np.ndarray, shares: Share) -> Terms:
 
 
 class CostBuilder:
-    """Collects extents and terms over a given number of channels."""
+    """Collects extents and terms over a given number of channels.
+
+    Args:
+        num_channels: The number of channels, C.
+    """
 
     def __init__(self, num_channels: int) -> None:
         self._channels = num_channels
@@ -153,7 +221,13 @@ class CostBuilder:
         self._terms: dict[str, dict[tuple[int, ...], int]] = {m: {} for m in MEASURES}
 
     def add(self, measure: str, scale: int, factors: Sequence[np.ndarray]) -> None:
-        """One term; ``factors`` are channel id arrays, -1 for indices that stay."""
+        """Add one term.
+
+        Args:
+            measure: One of ``MEASURES``.
+            scale: The term's constant factor.
+            factors: Channel ids of the indices of each factor, int64, -1 for indices that stay.
+        """
         numbers = []
         for channels in factors:
             number = self.extent(channels)
@@ -166,7 +240,10 @@ class CostBuilder:
         terms[key] = terms.get(key, 0) + scale
 
     def extent(self, channels: np.ndarray) -> int | None:
-        """The number of the extent that counts these channels, None for a constant size."""
+        """The number of the extent that counts these channels (int64, -1: stays).
+
+        None if no index belongs to a channel, so that the size is constant.
+        """
         key = channels.tobytes()
         if key not in self._known:
             live = channels[channels >= 0]
@@ -179,7 +256,14 @@ class CostBuilder:
         return self._known[key]
 
     def build(self, group_of: np.ndarray) -> CostModel:
-        """The model, once all terms are in. Atoms never reach over groups."""
+        """Make the cost model from all terms added so far.
+
+        Args:
+            group_of: The group of every channel, int64 [C]. An atom lies inside one group.
+
+        Returns:
+            The cost model.
+        """
         atom_of = refine(group_of, self._members)
         atoms = int(atom_of.max()) + 1 if len(atom_of) else 0
         lengths, found = [], [(np.empty(0, np.int64), np.empty(0, np.int64))]
@@ -205,10 +289,16 @@ def _table(terms: dict[tuple[int, ...], int], one: int, shares: Share) -> Terms:
 
 
 def refine(labels: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Split the classes ``labels`` so that members of a class agree on every part.
+    """Split classes so that the members of a class agree on every part.
 
-    A part is (members, marks): two members agree on it if both are outside, or both inside with
-    equal marks. Returns int64 labels, numbered from 0 in the order of first appearance.
+    Two members agree on a part if both are outside, or if both are inside with equal marks.
+
+    Args:
+        labels: The class of every member, integers [N].
+        parts: (members, marks) pairs of integer arrays of equal length.
+
+    Returns:
+        The new classes, int64 [N], numbered from 0 in the order of first appearance.
     """
     labels = labels.astype(np.int64, copy=True)
     fresh = int(labels.max(initial=-1)) + 1
@@ -222,7 +312,7 @@ def refine(labels: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -
 
 
 def first_appearance(labels: np.ndarray) -> np.ndarray:
-    """The same classes, numbered from 0 in the order in which they first appear."""
+    """Renumber classes from 0 in the order in which they first appear, int64 [N]."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))

@@ -1,4 +1,4 @@
-"""What a channel graph is made of: groups of channels, their gates, and the dimensions they run through."""
+"""The parts of a channel graph: groups of channels, their gates, and the dimensions they run through."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import numpy as np
 class TensorSlots:
     """The channels of one parameter or buffer.
 
-    name: as in ``named_parameters()``; aliases: further names of the same (tied) tensor.
-    channels: per dimension an int64 array of channel ids, -1 where an index always stays; None
-        for a dimension that no channel runs through.
-    row_dim: the dimension whose slices are zeroed when a channel is masked; None for buffers and
-        for parameters that have no rows of their own.
-    sizes: attributes of the user's modules that count this tensor's indices, such as the number
-        of heads, as (path, dimension, indices per unit): ``blocks.0.attn.num_heads`` is
-        ``shape[dimension] // indices per unit``.
+    Attributes:
+        name: As in ``named_parameters()``.
+        aliases: Further names of the same (tied) tensor.
+        shape: Sizes of the tensor.
+        kind: "parameter" or "buffer".
+        channels: Per dimension an int64 array of channel ids, -1 where an index always stays; None
+            for a dimension that no channel runs through.
+        row_dim: The dimension whose slices are zeroed when a channel is masked; None for buffers and
+            for parameters that have no rows of their own.
+        sizes: Attributes of the user's modules that count this tensor's indices, such as the number
+            of heads, as (path, dimension, indices per unit): ``blocks.0.attn.num_heads`` equals
+            ``shape[dimension] // indices per unit``.
     """
 
     name: str
@@ -35,10 +39,15 @@ class TensorSlots:
 class Group:
     """Channels that run through the same dimensions of the same tensors: a width of the network.
 
-    name: module of the first producer. channels: their ids, contiguous. producers: names of the
-    weights whose rows they are, depthwise ones last. members: every (tensor, dimension) they run
-    through. consumers: the (tensor, dimension) pairs of weights that are contracted over them.
-    inexact: why removing some changes what the others compute (``exact=False``); empty where it does not.
+    Attributes:
+        id: The group's number, its index in ``ChannelGraph.groups``.
+        name: Module of the first producer.
+        channels: Channel ids, int64, contiguous.
+        producers: Names of the weights whose rows are these channels, depthwise ones last.
+        members: Every (tensor, dimension) that the channels run through.
+        consumers: The (tensor, dimension) pairs of weights that are contracted over the channels.
+        inexact: Why removing some channels changes what the others compute (``exact=False``); empty if
+            it does not.
     """
 
     id: int
@@ -53,12 +62,19 @@ class Group:
 class Gates(NamedTuple):
     """The rows that set each channel's scale, in compressed sparse rows.
 
-    Channel c has entries ``offsets[c]:offsets[c + 1]`` of ``tensors`` (index into ``names``) and
-    ``rows`` (index along the tensor's row dimension). Where every reader of a producer's output,
-    through ops that pass a scale on (moves, concatenation, pooling, relu), is a normalisation
-    with an affine, the gates are gamma and beta of those normalisations; else the producer's
-    weight and bias. Producers whose zeros reach no consumer, such as the last layer of a
-    squeeze-and-excitation block behind its sigmoid, have no gates.
+    Channel c has the entries ``offsets[c]:offsets[c + 1]`` of ``tensors`` and ``rows``.
+
+    The gates of a producer are gamma and beta of the normalisations that read its output, if every
+    reader is a normalisation with an affine. Ops that pass a scale on (moves, concatenation, pooling,
+    relu) may lie between. Otherwise the gates are the producer's weight and bias. A producer whose
+    zeros reach no consumer has no gates, such as the last layer of a squeeze-and-excitation block,
+    which a sigmoid follows.
+
+    Attributes:
+        offsets: int64 [C + 1].
+        tensors: Indices into ``names``, int64.
+        rows: Indices along the tensor's row dimension, int64.
+        names: Names of the parameters.
     """
 
     offsets: np.ndarray
@@ -69,7 +85,13 @@ class Gates(NamedTuple):
 
 @dataclass(frozen=True)
 class Note:
-    """``count`` indices of dimension ``dim`` of a tensor stay for ``reason``."""
+    """Why some indices of a dimension of a tensor stay.
+
+    Attributes:
+        dim: The dimension.
+        count: The number of its indices that stay for this reason.
+        reason: The reason.
+    """
 
     dim: int
     count: int

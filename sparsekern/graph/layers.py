@@ -1,4 +1,4 @@
-"""The sizes that torch's modules keep beside their tensors, for tensors of which only a part stays."""
+"""The size attributes of modules, such as ``out_channels``, after parts of their tensors are removed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from sparsekern.nn import MultiheadAttention
 
 Sizes = dict[str, int | tuple[int, ...]]
 
-# Of a reparametrised weight (torch.nn.utils.prune, weight_norm) the module holds these instead.
+# A module with a reparametrised weight (torch.nn.utils.prune, weight_norm) holds it under these names.
 _WEIGHT_NAMES = ("weight", "weight_orig", "weight_v")
 _SUFFIXES = ("_orig", "_v", "_g", "_mask")
 
 
 class Part(Protocol):
-    """What stays of a tensor: shape before, increasing indices kept by dimension, shape after."""
+    """The part of a tensor that stays.
+
+    Attributes:
+        shape: Sizes of the whole tensor.
+        keep: The increasing indices that stay, by dimension.
+        new_shape: Sizes of the part.
+        sizes: Attributes of the user's modules that count indices; see ``Kept``.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -34,8 +41,14 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """A plain ``Part``. A dimension that stays whole is not listed in ``keep``. sizes: attributes of
-    the user's modules that count indices of a dimension, with the indices that one unit is."""
+    """A plain ``Part``.
+
+    Attributes:
+        shape: Sizes of the whole tensor.
+        keep: The increasing indices that stay, by dimension. A dimension that stays whole is absent.
+        sizes: Attributes of the user's modules that count indices of a dimension, by path, as
+            (dimension, indices per unit).
+    """
 
     shape: tuple[int, ...]
     keep: Mapping[int, np.ndarray] = field(default_factory=dict)
@@ -48,7 +61,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A module with the part of each of its own tensors that stays."""
+    """A module and the parts of its own tensors that stay.
+
+    Attributes:
+        name: The module's path in the model.
+        module: The module.
+        parts: The part of every tensor, by the tensor's name in the module.
+    """
 
     name: str
     module: Any
@@ -61,11 +80,22 @@ class _Layer:
         return None
 
     def features(self) -> Part:
-        """The part of whichever one-dimensional tensor it has: they must agree."""
+        """The part of the tensor whose name sorts first. The tensors of a normalisation must agree."""
         return self.parts[min(self.parts)]
 
     def blocks(self, part: Part, count: int) -> int:
-        """How many of ``count`` equal blocks of dimension 0 are left; all must stay equal."""
+        """Count the blocks of dimension 0 that are left.
+
+        Args:
+            part: A part of one of the module's tensors.
+            count: The number of equal blocks in the whole tensor.
+
+        Returns:
+            The number of blocks of which any index stays.
+
+        Raises:
+            ValueError: The blocks that are left differ in size.
+        """
         if 0 not in part.keep:
             return count
         owner = part.keep[0] // (part.shape[0] // count)
@@ -79,7 +109,11 @@ class _Layer:
         return len(left)
 
     def require(self, size: int) -> None:
-        """Every one-dimensional tensor of the module has ``size`` elements, or ``ValueError``."""
+        """Check that every one-dimensional tensor of the module keeps ``size`` elements.
+
+        Raises:
+            ValueError: A tensor keeps another number.
+        """
         for name, part in self.parts.items():
             if len(part.shape) == 1 and part.new_shape != (size,):
                 raise ValueError(
@@ -90,8 +124,8 @@ class _Layer:
 
 def _conv(layer: _Layer, weight: Part) -> Sizes:
     module = layer.module
-    # Dimension 0 runs through the groups, dimension 1 counts positions inside one. Whole groups
-    # may go (depthwise), else all of them lose the same number.
+    # Dimension 0 runs over all groups; dimension 1 counts positions inside one group. A part removes
+    # whole groups (depthwise) or the same number of channels from every group.
     groups = layer.blocks(weight, module.groups)
     first, second = weight.new_shape[0], weight.new_shape[1] * groups
     into, out = (first, second) if module.transposed else (second, first)
@@ -150,7 +184,11 @@ def _attention(layer: _Layer) -> Sizes:
 
 
 def _heads(layer: _Layer) -> int:
-    """How many are left: the same of queries, keys and values, and all of each."""
+    """The number of heads that are left.
+
+    Raises:
+        ValueError: Queries, keys and values keep different heads, or a part of a head.
+    """
     module = layer.module
     inner = module.num_heads * module.head_dim
     left = []
@@ -164,7 +202,7 @@ def _heads(layer: _Layer) -> int:
     return int(whole.sum())
 
 
-# By class of torch, the tensors that its sizes follow; what a subclass adds goes by its own slots.
+# By class of torch, the tensors that determine its sizes. Tensors that a subclass adds are not checked.
 _TENSORS: tuple[tuple[type[nn.Module], frozenset[str]], ...] = (
     (nn.modules.batchnorm._NormBase, frozenset({"weight", "bias", "running_mean", "running_var"})),
     (
@@ -191,10 +229,17 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
 
 
 def own_numbers(module: nn.Module) -> dict[str, int]:
-    """The numbers of a user's own module that may count channels, by attribute.
+    """Find the integer attributes of a user's module that may count channels.
 
-    Torch's own layers and ours are brought in line by kind. What every module has, what is private to
-    Python, and what a property or another descriptor stands in front of, is never a count.
+    The layers of torch and of sparsekern have none: ``sizes`` handles them by class. Attributes that
+    every module has, names that start with ``__``, and attributes behind a property or another data
+    descriptor are never counts.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The positive integers in the module's ``__dict__``, by attribute name.
     """
     if type(module).__module__.startswith(("torch.nn.", "sparsekern.nn.")):
         return {}
@@ -213,9 +258,18 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
 
 
 def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str, int]]:
-    """Module, attribute and new value of the user's own numbers that count what stays.
+    """Find the new values of the attributes of the user's modules that count channels.
 
-    Raises ``ValueError`` where ``model`` has no such number, or one that is not the size of what is cut.
+    Args:
+        model: The model that holds the attributes.
+        parts: Parts of its tensors.
+
+    Returns:
+        (module, attribute, new value) of every attribute that changes.
+
+    Raises:
+        ValueError: ``model`` lacks such an attribute, its value does not match the size of the whole
+            tensor, or two tensors ask for different values.
     """
     found: dict[str, tuple[nn.Module, str, int]] = {}
     for part in parts:
@@ -242,12 +296,21 @@ def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str
 
 
 def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
-    """``out_channels`` and the like as they have to be for what stays of the layer's tensors.
+    """Find the new size attributes of a layer, such as ``out_channels``.
 
-    Those are the ones that torch's class defines: a subclass may hold others of any size. ``parts``
-    gives, by ``id`` of a tensor, what stays of it; others stay whole. Empty where nothing of the
-    layer's tensors goes, and for a user's own class. Raises ``ValueError`` for a class of torch
-    whose sizes are not understood, and for parts that do not fit each other.
+    Only the tensors that torch's class defines count: a subclass may hold others of any size.
+
+    Args:
+        name: The layer's path in the model, for messages.
+        module: The layer.
+        parts: The part of a tensor that stays, by ``id`` of the tensor. Other tensors stay whole.
+
+    Returns:
+        New values by attribute. Empty if the layer's tensors stay whole or the class is a user's own.
+
+    Raises:
+        ValueError: The sizes of this class of torch cannot be changed, or the parts do not fit each
+            other.
     """
     own = _own_parts(module, parts)
     if not any(part.keep for part in own.values()):
@@ -284,15 +347,15 @@ def _own_parts(module: nn.Module, parts: Mapping[int, Part]) -> dict[str, Part]:
     if parametrize.is_parametrized(module):
         chains: Any = module.parametrizations
         for name, chain in chains.items():
-            # Evaluating it could change its state (spectral norm), so the largest tensor that it
-            # is computed from stands for it: of weight norm's magnitude and direction the latter.
+            # Evaluating the weight could change its state (spectral norm). So the largest tensor that
+            # it is computed from represents it: for weight norm the direction, not the magnitude.
             own[name] = max((*chain._parameters.values(), *chain._buffers.values()), key=Tensor.numel)
     own = {name: tensor for name, tensor in own.items() if _is_of_layer(module, name)}
     return {name: parts[id(t)] if id(t) in parts else Kept(tuple(t.shape)) for name, t in own.items()}
 
 
 def _is_of_layer(module: nn.Module, name: str) -> bool:
-    """Whether torch's class defines the tensor ``name``; true of all for classes without a known set."""
+    """Whether torch's class defines the tensor ``name``. True for every tensor of an unlisted class."""
     known = [names for kind, names in _TENSORS if isinstance(module, kind)]
     if not known and not isinstance(module, tuple(kind for kind, _ in (*_WEIGHTED, *_FEATURED))):
         return True
@@ -301,14 +364,14 @@ def _is_of_layer(module: nn.Module, name: str) -> bool:
 
 
 def _makes_tensors(kind: type) -> bool:
-    """Whether the class of torch registers tensors itself, as ``nn.ReLU`` does not."""
+    """Whether ``__init__`` of the class registers tensors. ``nn.ReLU`` registers none."""
     code = getattr(vars(kind).get("__init__"), "__code__", None)
     makers = {"Parameter", "register_parameter", "register_buffer"}
     return code is not None and not makers.isdisjoint(code.co_names)
 
 
 def _is_opaque(kind: type) -> bool:
-    """Whether ``kind`` is one of torch's layers: none of those above, by the time it is asked."""
+    """Whether ``kind`` is a layer of torch. The caller has ruled out the classes listed above."""
     package = kind.__module__
     return (
         package.startswith("torch.nn.modules.")

@@ -15,7 +15,7 @@ _MOST_REASONS = 12
 
 
 class Described(Protocol):
-    """What a text about a channel graph is made from."""
+    """The members of a channel graph that its description reads; see ``ChannelGraph``."""
 
     @property
     def num_channels(self) -> int: ...
@@ -32,7 +32,14 @@ class Described(Protocol):
 
 
 def describe(graph: Described) -> str:
-    """A table of groups, and one of what is not pruned and why."""
+    """Describe a channel graph as text.
+
+    Args:
+        graph: The channel graph.
+
+    Returns:
+        A line of totals, a table of groups, and the reasons why the other weights are not pruned.
+    """
     kept = np.ones(graph.num_channels, bool)
     cost = graph.cost(kept)
     prices = [graph.price(kept, of) for of in ("params", "macs")]
@@ -68,7 +75,7 @@ def describe(graph: Described) -> str:
 def _reasons(graph: Described) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in graph.frozen:
-        # One line for all layers of a kind: the layer at fault is told by ``explain``.
+        # One line covers all layers with the same kind of reason; ``explain`` names the layer at fault.
         by_reason.setdefault(re.sub(r" in [\w.]+", "", reason, count=1), []).append(name)
     shown = list(by_reason.items())[:_MOST_REASONS]
     lines = [f"  {reason}: {_shortened(tuple(names))}" for reason, names in shown]

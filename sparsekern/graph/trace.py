@@ -1,4 +1,4 @@
-"""From a module and example inputs to its channel graph."""
+"""Tracing: builds the channel graph of a module from example inputs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ import numpy as np
 from torch import Tensor, nn
 
 from sparsekern.graph.build import build
-from sparsekern.graph.capture.export import Capture, Registered, arguments, capture, inner_module, lightly
+from sparsekern.graph.capture.export import Capture, arguments, capture, inner_module
+from sparsekern.graph.capture.program import Registered
+from sparsekern.graph.capture.undisturbed import low_overhead_tracing
 from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.propagate.attributes import follow
 from sparsekern.graph.propagate.interpret import Interpreter, Tracked
 from sparsekern.graph.propagate.numbering import number
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.slots import Slots
-from sparsekern.graph.propagate.split_interpretations import Round, best_reading
+from sparsekern.graph.propagate.split_interpretations import Round, best_interpretation
 from sparsekern.graph.prove.recheck import faults
 
 _PROTECTED = "protected by the user"
 
 
-@lightly()
+@low_overhead_tracing()
 def trace(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
@@ -35,26 +37,37 @@ def trace(
 ) -> ChannelGraph:
     """Find the channels of ``model`` that can be removed without changing what the others compute.
 
-    The model is traced in evaluation and in training mode on fake tensors of the shapes, dtypes
-    and devices of ``example_inputs`` (a tensor, or a sequence of positional arguments); it is
-    never run and stays as it is. Where training mode cannot be traced and evaluation mode reads all
-    parameters, the latter alone is, with a UserWarning. A channel is found only if removing it
-    is exact: once its rows are zero, the smaller network gives the same outputs.
+    The model is traced in evaluation and in training mode on fake tensors. It is never run and does
+    not change. By default every channel of the graph is exact: once its rows are zero, the smaller
+    network gives the same outputs.
 
-    protect: what must keep its shape: names or patterns (as in ``fnmatch``) of modules or
-        parameters, modules, or parameters.
-    exact: False allows channels, too, whose removal changes what the others compute, because they are
-        normalised or reduced over together or are not zero where they are summed. One UserWarning names
-        their groups: the compact network is then not the masked one, and has to be trained on.
+    Args:
+        model: The network.
+        example_inputs: A tensor, or a sequence of positional arguments of the forward. Only shapes,
+            dtypes and devices matter.
+        example_kwargs: Keyword arguments of the forward.
+        protect: Modules and parameters that must keep their shapes, given as objects or as names or
+            patterns (as in ``fnmatch``).
+        exact: False also allows channels whose removal changes what the others compute: channels that
+            are normalised or reduced over together, or are not zero where they are summed. The compact
+            network then differs from the masked one and needs further training.
 
-    Raises ValueError if ``model`` cannot be copied or is a FullyShardedDataParallel, if its forward
-    does not accept ``example_inputs``, or if ``protect`` names something that the model does not have.
+    Returns:
+        The channel graph.
+
+    Raises:
+        ValueError: ``model`` cannot be copied or is a FullyShardedDataParallel, its forward rejects
+            ``example_inputs``, it decides by the values in tensors, or ``protect`` matches nothing.
+
+    Warns:
+        UserWarning: Training mode cannot be traced and evaluation mode alone reads every parameter, or
+            ``exact=False`` found groups whose removal is not exact.
     """
     model, args = inner_module(model), arguments(example_inputs)
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
-    tensors, slots, assumed = best_reading(
-        lambda readings: _first_round(captured, protected, exact, readings)
+    tensors, slots, assumed = best_interpretation(
+        lambda interpretations: _first_round(captured, protected, exact, interpretations)
     )
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True, exact=exact)
@@ -70,7 +83,7 @@ def trace(
 
 
 def _warn(graph: ChannelGraph) -> None:
-    """Say that training mode was not seen; name the groups that are not removed exactly, with a reason."""
+    """Warn if training mode was not traced, and of groups whose removal is not exact, with reasons."""
     if graph.untraced:
         warnings.warn(
             f"model: only evaluation mode was traced ({graph.untraced}); it reads every "
@@ -79,27 +92,38 @@ def _warn(graph: ChannelGraph) -> None:
         )
     named = "; ".join(f"{group.name} ({group.inexact})" for group in graph.groups if group.inexact)
     if named:
-        # Above this: trace, and the context that it runs in.
+        # Frames above this one: ``trace`` and the context manager that wraps it.
         warnings.warn(
             f"exact=False: removing channels changes what the others compute: {named}", stacklevel=4
         )
 
 
-def _first_round(captured: Capture, protected: set[str], exact: bool, readings: Mapping[str, int]) -> Round:
-    """Which slots go together, on fresh slots."""
+def _first_round(
+    captured: Capture, protected: set[str], exact: bool, interpretations: Mapping[str, int]
+) -> Round:
+    """Allocate new slots and find which of them go together.
+
+    Args:
+        captured: The traced model.
+        protected: Names of tensors that keep their shapes.
+        exact: See ``trace``.
+        interpretations: See ``Interpreter``.
+    """
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
     for tensor in tensors:
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
-    records = _interpret(captured, tensors, slots, settled=False, exact=exact, readings=readings)
+    records = _interpret(
+        captured, tensors, slots, settled=False, exact=exact, interpretations=interpretations
+    )
     for index in set(range(len(tensors))) - records.read:
         _freeze(tensors[index], slots, "the forward does not read it")
     return Round(tensors, slots, records)
 
 
 def _tracked(index: int, entry: Registered, slots: Slots) -> Tracked:
-    """Fresh slots for every dimension; a dimension of size 1 can neither shrink nor couple."""
+    """Allocate slots for every dimension. A dimension of size 1 has none: it cannot shrink or couple."""
     ids = tuple(
         slots.allocate((index, dim), size) if size > 1 else None for dim, size in enumerate(entry.shape)
     )
@@ -119,21 +143,21 @@ def _interpret(
     *,
     settled: bool,
     exact: bool,
-    readings: Mapping[str, int] | None = None,
+    interpretations: Mapping[str, int] | None = None,
 ) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
-    interpreter = Interpreter(tensors, slots, records, settled, exact, readings or {})
+    interpreter = Interpreter(tensors, slots, records, settled, exact, interpretations or {})
     for graph in captured.graphs:
         interpreter.run(graph)
     return records
 
 
 def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> None:
-    """Decide which dimension of every parameter is zeroed with a masked channel.
+    """Decide along which dimension of every parameter a masked channel is zeroed.
 
-    It is the one along which a layer makes channels from it. Other parameters (a scale per
-    channel) have rows where exactly one of their dimensions goes with other tensors.
+    This is the dimension along which a layer makes channels from the parameter. Any other parameter
+    (such as a scale per channel) has rows if exactly one of its dimensions is tied to other tensors.
     """
     roots, reasons = slots.classes()
     sizes = np.bincount(roots, minlength=len(roots))
@@ -160,9 +184,18 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
 def _by_family(
     index: int, dims: Sequence[int], tensors: Sequence[Tracked], roots: np.ndarray, records: Records
 ) -> list[int]:
-    """Those of ``dims`` of a tensor that are rows in the weights that it is a part of.
+    """Choose row dimensions of a tensor that is one factor of a weight, such as of a low-rank product.
 
-    Where none is (the inner factor of a product), those that are no columns of them either.
+    Args:
+        index: The tensor's number.
+        dims: Its candidate dimensions.
+        tensors: All registered tensors.
+        roots: The class of every slot, int64 [slots].
+        records: The families of tensors, rows and columns.
+
+    Returns:
+        The dimensions tied to rows of the weight. If there are none (the inner factor of a product),
+        the dimensions not tied to its columns.
     """
     family = frozenset[int]().union(*(f for f in records.families if index in f))
 

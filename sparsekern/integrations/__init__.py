@@ -1,1 +1,1 @@
-"""Callbacks for the trainers that people use; each file needs the package that it is named after."""
+"""Callbacks for trainers of other packages; each file needs the package that it is named after."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsekern.compact import Plan, plan_of, shrink
 from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
-from sparsekern.recipes._torchvision import blame, warn_of_mismatch  # has to come before lightning
+from sparsekern.recipes._torchvision import blame, warn_of_mismatch  # must be imported before lightning
 
 # isort: split
 
@@ -35,15 +35,17 @@ def __dir__() -> list[str]:
 class PruningCallback(Pruning, pl.Callback):
     """Prunes a ``LightningModule`` while ``Trainer.fit`` trains it; every checkpoint can be resumed from.
 
-    Automatic and manual optimization, ``accumulate_grad_batches`` and all precisions work as they are. Curves
+    Automatic and manual optimization, ``accumulate_grad_batches`` and all precisions are supported. Curves
     ``pruning/{macs_share,params_share,condemned,channels}`` are logged with ``self.log``. One callback serves
-    one ``fit``; to resume, ``fit(..., ckpt_path=...)`` with a fresh module and callback, made alike.
+    one ``fit``. To resume, call ``fit(..., ckpt_path=...)`` with a new module and callback that were created
+    with the same arguments.
 
     Args:
         example_inputs: see :class:`sparsekern.Pruner`; default the module's ``example_input_array``.
-        module: name of the submodule to prune, with ``forward`` of ``example_inputs``; default all of it.
+        module: name of the submodule to prune, whose ``forward`` takes ``example_inputs``; default the whole
+            module.
         steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
-        options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
+        options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class PruningCallback(Pruning, pl.Callback):
         self._held = HeldWeights(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the Pruner: the optimizers exist, their states are not restored yet."""
+        """Make the Pruner: the optimizers exist, and their states are not restored yet."""
         weights = self._take()
         check_both(weights, self._restored, "ckpt_path")
         self._whole = pl_module
@@ -89,7 +91,7 @@ class PruningCallback(Pruning, pl.Callback):
             pl_module.log_dict(progress(self.pruner))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Without a training there is no Pruner: cut the module to the sizes in the checkpoint."""
+        """Cut the module to the sizes in the checkpoint, as there is no Pruner without a training."""
         if (weights := self._take()) is not None:
             if self._restored is not None:
                 removed = Plan.from_json(self._restored["removed"])
@@ -103,11 +105,11 @@ class PruningCallback(Pruning, pl.Callback):
         return None if held is None else held.take()
 
     def state_dict(self) -> dict[str, Any]:
-        """The Pruner's, and what has been cut out of the module; it goes into every checkpoint."""
+        """The state of the Pruner and the plan of all cuts of the module, for every checkpoint."""
         if self.pruner is None:
             return {}
         return {"pruner": self.pruner.state_dict(), "removed": plan_of(self._whole).to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the module is brought to its sizes."""
+        """Keep the state until the module is cut to the sizes in it."""
         self._restored = state_dict

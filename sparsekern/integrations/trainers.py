@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers share."""
+"""The shared parts of the callbacks of all trainers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsekern.prune import Pruner
 
 
 class Pruning:
-    """What a callback offers beside the hooks of its trainer.
+    """The interface of a callback beside the hooks of its trainer.
 
     Attributes:
-        pruner: made when the training starts, None before.
+        pruner: the Pruner of the training; None before the training starts.
     """
 
     pruner: Pruner | None = None
@@ -39,8 +39,8 @@ class Pruning:
 class HeldWeights:
     """Weights that a trainer loads before a Pruner can cut the model to their sizes.
 
-    Trainers restore the model first, make its optimizer then, and tell their callbacks last. So the first
-    ``load_state_dict`` of the model only reaches this object, and the model loads its own weights instead.
+    A trainer restores the model first, then makes its optimizer, and calls its callbacks last. This object
+    therefore takes the weights of the first ``load_state_dict``, and the model loads its own weights instead.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,34 +49,34 @@ class HeldWeights:
         self._hook = model.register_load_state_dict_pre_hook(self._hold)
 
     def _hold(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        # With a prefix the model is loaded as a part of another one, which no trainer does.
+        # A prefix means that a parent module loads, which no trainer does.
         if not prefix:
             self._weights = dict(state_dict)
             state_dict.clear()
             state_dict.update(module.state_dict())
 
     def take(self) -> dict[str, Tensor] | None:
-        """The weights, None if none came; the model loads for itself from now on."""
+        """The held weights, or None without a load; later loads reach the model itself."""
         self._hook.remove()
         weights, self._weights = self._weights, None
         return weights
 
 
 def check_both(weights: object | None, state: object | None, argument: str) -> None:
-    """Refuse a checkpoint of a run without pruning: the schedule would begin where that run had got to.
+    """Refuse a checkpoint of a run without pruning, as the pruning schedule would begin in its middle.
 
     Raises:
-        ValueError: there are weights without a Pruner's state; names ``argument``.
+        ValueError: there are weights without a Pruner's state; the error names ``argument``.
     """
     if weights is not None and state is None:
         raise ValueError(f"{argument}: got a checkpoint of a run without the callback, expected one with it")
 
 
 def optimizer_of(module: nn.Module, optimizers: Sequence[Optimizer]) -> Optimizer:
-    """The one that holds the most of the module's parameters.
+    """The optimizer that holds the most parameters of the module.
 
     Raises:
-        ValueError: there is none.
+        ValueError: ``optimizers`` is empty.
     """
     if not optimizers:
         raise ValueError("optimizer: the trainer has none, expected one that trains the model")
@@ -87,21 +87,21 @@ def optimizer_of(module: nn.Module, optimizers: Sequence[Optimizer]) -> Optimize
 
 
 def progress(pruner: Pruner) -> dict[str, float]:
-    """The numbers that are worth a curve, from :meth:`sparsekern.Pruner.metrics`."""
+    """The values to log as curves, from :meth:`sparsekern.Pruner.metrics`."""
     metrics = pruner.metrics()
     named = {f"pruning/{name}": float(metrics[name]) for name in ("macs_share", "params_share", "condemned")}
     return named | {"pruning/channels": float(metrics["kept"])}
 
 
 def to_text(state: dict[str, Any]) -> str:
-    """Tensors and plain values as base64, for trainers that keep the state of callbacks as JSON."""
+    """Tensors and plain values as base64 text, for trainers that store the state of callbacks as JSON."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def from_text(text: str) -> dict[str, Any]:
-    """What :func:`to_text` was given, on the CPU.
+    """The inverse of :func:`to_text`; tensors are on the CPU.
 
     Raises:
         ValueError: the text is damaged or something else.

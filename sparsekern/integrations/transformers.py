@@ -27,14 +27,14 @@ class PruningCallback(Pruning, TrainerCallback):
     Works with the Trainer's own optimizers and with one of :mod:`sparsekern.optim` in
     ``Trainer(optimizers=(optimizer, None))``, with gradient accumulation and mixed precision. Curves
     ``pruning/{macs_share,params_share,condemned,channels}`` are added to the logs. One callback serves one
-    ``train``; to resume, give a fresh model and callback, made alike, to a fresh Trainer. The Pruner keeps
-    its state in ``trainer_state.json``, the one file of a checkpoint that callbacks are handed. ``config``
-    keeps the full sizes: save what :meth:`compact` gives with :func:`sparsekern.save`.
+    ``train``. To resume, give a new Trainer a new model and callback created with the same arguments. The
+    Pruner's state is stored in ``trainer_state.json``, the only file of a checkpoint that callbacks can write
+    to. ``config`` keeps the full sizes: save the result of :meth:`compact` with :func:`sparsekern.save`.
 
     Args:
         example_inputs: see :class:`sparsekern.Pruner`.
-        steps: optimizer steps of the training; default ``max_steps`` as the Trainer has worked it out.
-        options: ``keep`` and what else :class:`sparsekern.Pruner` takes.
+        steps: optimizer steps of the training; default ``max_steps`` of the Trainer's state.
+        options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PruningCallback(Pruning, TrainerCallback):
         self._held = HeldWeights(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the Pruner; a checkpoint's optimizer state is here already, its weights are held."""
+        """Make the Pruner; a checkpoint's optimizer state is loaded already, its weights are held back."""
         if self.pruner is not None or self._held is None:
             raise RuntimeError("callback: expected a new one for each train(), in Trainer(callbacks=...)")
         weights, saved = self._held.take(), state.stateful_callbacks.get(_KEY)
@@ -71,7 +71,7 @@ class PruningCallback(Pruning, TrainerCallback):
         optimizer.load_state_dict(restored)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the Pruner's state where the Trainer saves it."""
+        """Put the Pruner's state into the Trainer's state before a save."""
         if control.should_save and self.pruner is not None:
             state.stateful_callbacks[_KEY] = to_text(self.pruner.state_dict())
 

@@ -1,1 +1,1 @@
-"""Tensors and rows: the ops, their checks and their backends. Knows no model and no channel."""
+"""The ops over tensors and rows, their checks and their backends. This package knows no model."""

@@ -1,4 +1,4 @@
-"""The activations behind a normalisation, and the type that it computes in."""
+"""Activations that may follow a normalisation, and the compute type of the kernels."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "silu")
-"""What may follow the normalisation. All of them are 0 at 0."""
+"""Names of the activations. Each of them maps 0 to 0."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """In what type the kernels compute with ``x``."""
+    """Dtype in which the kernels compute: float64 for float64 ``x``, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
-"""Checks of arguments, shared by every layer.
+"""Checks of arguments, for all packages.
 
-Each raises one exception that names the argument, what came and what was expected. They change
-nothing and read no device value.
+Each check raises one exception with the name of the argument, the actual value and the expected value. Checks
+change nothing and read no value from a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsekern.kernels import memory as _memory
 from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable, check_gates
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""What the backends take."""
+"""Dtypes of parameters that the backends take."""
 
 _INF = float("inf")
 
@@ -31,11 +31,16 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """``value`` as a float inside an interval, closed unless said otherwise.
+    """Check that ``value`` is a number in an interval, and return it as a float.
+
+    Args:
+        name: name of the argument, for messages.
+        low, high: ends of the interval.
+        open_low, open_high: whether the interval excludes that end.
 
     Raises:
-        TypeError: it is no real number.
-        ValueError: it is NaN or outside.
+        TypeError: ``value`` is no int or float.
+        ValueError: ``value`` is NaN or outside of the interval.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
@@ -48,11 +53,11 @@ def number(
 
 
 def lengths(params: Sequence[Tensor], lists: Mapping[str, Sequence[object]], rows: Rows | None) -> None:
-    """Every list has one entry for each parameter.
+    """Check that each list has one entry per parameter.
 
     Args:
-        lists: by the name of the argument.
-        rows: of ``params``.
+        lists: the lists, keyed by the name of the argument.
+        rows: the rows of ``params``.
 
     Raises:
         ValueError: a list has another number of entries.
@@ -65,17 +70,17 @@ def lengths(params: Sequence[Tensor], lists: Mapping[str, Sequence[object]], row
 
 
 def tensors(lists: Mapping[str, Sequence[Tensor]], rows: Rows | None, read: Sequence[str]) -> None:
-    """The tensors of one call fit each other and their rows, one by one, and each has its own memory.
+    """Check that the tensors of one call match each other and their rows, and have their own memory.
 
     Args:
-        lists: by the name of the argument: ``params``, at least one; what is like them; and ``steps``,
-            float32 counters of one element. Each as long as ``params``, or empty.
-        rows: of ``params``.
-        read: names of the lists that the call does not write to.
+        lists: the lists, keyed by the name of the argument. ``params`` has at least one tensor. ``steps`` has
+            float32 counters of one element; all other lists match ``params``. A list may be empty.
+        rows: the rows of ``params``.
+        read: names of the lists that the call only reads.
 
     Raises:
-        TypeError: a dtype or layout that no backend takes.
-        ValueError: another number of tensors, or one that differs.
+        TypeError: a tensor has a dtype or layout that no backend takes.
+        ValueError: a list has another length, a tensor does not match, or written memory is shared.
     """
     params = lists["params"]
     parameters(params)
@@ -95,10 +100,13 @@ def tensors(lists: Mapping[str, Sequence[Tensor]], rows: Rows | None, read: Sequ
 
 
 def _written(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
-    """Tensors by name of argument that a call writes to can be written, and share memory with no other.
+    """Check that the written tensors can be written and share memory with no other tensor.
+
+    Args:
+        written, read: tensors that the call writes or only reads, keyed by the name of the argument.
 
     Raises:
-        ValueError: one cannot, or does.
+        ValueError: a written tensor cannot be written, or shares memory.
     """
     for name, values in written.items():
         for i, value in enumerate(values):
@@ -107,11 +115,11 @@ def _written(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequenc
 
 
 def parameters(params: Sequence[Tensor]) -> None:
-    """At least one parameter, all dense, of one supported dtype, on one device.
+    """Check that the parameters (at least one) are dense and have one supported dtype and one device.
 
     Raises:
-        TypeError: a dtype or layout that no backend takes.
-        ValueError: several devices or dtypes.
+        TypeError: a parameter has a dtype or layout that no backend takes.
+        ValueError: the parameters have several devices or dtypes, or a storage is too small.
     """
     dtype, device = params[0].dtype, params[0].device
     _dense("params[0]", params[0])
@@ -126,11 +134,11 @@ def parameters(params: Sequence[Tensor]) -> None:
 
 
 def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """``tensors`` match the parameters one by one in shape, dtype, device, and are dense.
+    """Check that tensor ``i`` is dense and has the shape, dtype and device of parameter ``i``.
 
     Raises:
-        TypeError: a sparse tensor.
-        ValueError: another number of tensors, or one that differs.
+        TypeError: a tensor is not dense.
+        ValueError: the number of tensors differs, or a tensor does not match.
     """
     lengths(params, {name: tensors}, None)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
@@ -142,10 +150,10 @@ def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None
 
 
 def own_memory(name: str, tensor: Tensor) -> None:
-    """A tensor that is written to can be: no element is there twice, as in an expanded one.
+    """Check that ``tensor`` can be written: each element has its own memory.
 
     Raises:
-        ValueError: one is, or the tensor was made in inference mode and this is not.
+        ValueError: elements share memory (expanded tensor), or a tensor of inference mode is used outside.
     """
     if _memory.repeats(tensor):
         raise ValueError(
@@ -158,10 +166,10 @@ def own_memory(name: str, tensor: Tensor) -> None:
 
 
 def count(name: str, tensors: Sequence[Tensor], fields: Sequence[str]) -> None:
-    """There is one tensor for each of ``fields``.
+    """Check that there is one tensor per field.
 
     Raises:
-        ValueError: there are more or fewer.
+        ValueError: the number of tensors differs.
     """
     if len(tensors) != len(fields):
         raise ValueError(
@@ -170,20 +178,23 @@ def count(name: str, tensors: Sequence[Tensor], fields: Sequence[str]) -> None:
 
 
 def empty(name: str, tensors: Sequence[Tensor], unless: str) -> None:
-    """There are no such tensors, because an option says so.
+    """Check that a list is empty, because an option makes it unused.
+
+    Args:
+        unless: the condition under which the list is used, for messages.
 
     Raises:
-        ValueError: there are.
+        ValueError: the list is not empty.
     """
     if tensors:
         raise ValueError(f"{name}: got {len(tensors)} entries, expected none unless {unless}")
 
 
 def scalar(name: str, value: object, device: torch.device) -> None:
-    """``value`` is None, a number, or a tensor of one floating element on ``device``.
+    """Check a scalar. A tensor needs one floating-point element and has to be on ``device``.
 
     Raises:
-        ValueError: it is another tensor.
+        ValueError: ``value`` is another tensor.
     """
     if not isinstance(value, Tensor):
         return
@@ -194,10 +205,10 @@ def scalar(name: str, value: object, device: torch.device) -> None:
 
 
 def rate(lr: float | Tensor | None) -> None:
-    """A learning rate is finite, as far as that can be known without waiting for a device.
+    """Check that a learning rate is finite. A tensor on a GPU is not read, because the host would wait.
 
     Raises:
-        ValueError: it is not.
+        ValueError: ``lr`` is not finite.
     """
     if lr is None:
         return
@@ -210,17 +221,17 @@ def rate(lr: float | Tensor | None) -> None:
 
 
 def finite(**numbers: float) -> None:
-    """Raises ``ValueError`` for the first number that is not finite."""
+    """Raise ``ValueError`` for the first number that is not finite."""
     for name, value in numbers.items():
         if not -_INF < value < _INF:
             raise ValueError(f"{name}: got {value!r}, expected a finite number")
 
 
 def adam(beta1: float, beta2: float, eps: float) -> None:
-    """The numbers of Adam: two decays in [0, 1), and an epsilon of 0 or more.
+    """Check that both betas of Adam are in [0, 1) and ``eps`` is finite and at least 0.
 
     Raises:
-        ValueError: one is not.
+        TypeError, ValueError: a number is not in its interval.
     """
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < _INF):
         number("beta1", beta1, 0, 1, open_high=True)
@@ -229,10 +240,10 @@ def adam(beta1: float, beta2: float, eps: float) -> None:
 
 
 def means(tau: float, decay: float) -> None:
-    """The numbers of running statistics: a factor above 0, and a decay in [0, 1).
+    """Check that ``tau`` is finite and above 0, and ``decay`` is in [0, 1).
 
     Raises:
-        ValueError: one is not.
+        TypeError, ValueError: a number is not in its interval.
     """
     if not 0 < tau < _INF:
         number("tau", tau, 0, _INF, open_low=True, open_high=True)
@@ -241,10 +252,11 @@ def means(tau: float, decay: float) -> None:
 
 
 def counters(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """Step counters: one float32 element for each parameter, on its device or on the CPU.
+    """Check the step counters: one float32 element per parameter, on its device or on the CPU.
 
     Raises:
-        ValueError: another number of them, another size, dtype, layout or device.
+        TypeError: a counter is not dense.
+        ValueError: the number of counters, or the size, dtype or device of a counter differs.
     """
     if len(steps) != len(params):
         raise ValueError(f"steps: got {len(steps)} entries, expected {len(params)} as params")
@@ -259,10 +271,12 @@ def counters(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 
 def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
-    """The rows of every tracked parameter lie inside their table, which is whole and on the same device.
+    """Check that the rows of each tracked parameter are inside of the table and belong to it alone.
+
+    The table has to be valid and on the device of the parameters.
 
     Raises:
-        ValueError: they do not, or it is not.
+        ValueError: rows are outside of the table or belong to two parameters, or the table is not valid.
     """
     if rows is None or rows.table is None:
         return
@@ -294,10 +308,10 @@ def inside(rows: Rows | None, params: Sequence[Tensor]) -> None:
 
 
 def _row_arrays(table: RowTable | RowArrays) -> None:
-    """The arrays of a table have their types and sizes, and no gaps.
+    """Check the dtypes and shapes of the arrays of a table, and that they are contiguous.
 
     Raises:
-        ValueError: one has not.
+        ValueError: an array differs.
     """
     rows = table.penalty.numel()
     shapes = {
@@ -314,13 +328,12 @@ def _row_arrays(table: RowTable | RowArrays) -> None:
 
 
 def channels(table: RowTable | ChannelArrays) -> None:
-    """The arrays of channels have their types and sizes, without gaps, on one device; gates are rows.
+    """Check the arrays of ``channel_moments_``: dtypes, shapes, device, and the values of the gates.
 
-    The gates are read on the CPU alone: a GPU would be waited for, and the constructor of RowTable has
-    compared them before they got there.
+    Gates on a GPU are not read, because the host would wait. The constructor of RowTable has checked them.
 
     Raises:
-        ValueError: an array has not, or an offset or a row is outside.
+        ValueError: an array differs, arrays share memory, or an offset or a gate row is out of range.
     """
     rows, count = table.sums.numel() // 4, table.channel_dot.numel()
     shapes = {
@@ -346,6 +359,7 @@ def _flat_arrays(
     expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     device: torch.device,
 ) -> None:
+    """Check that each array is contiguous, whole, and of the expected dtype, shape and device."""
     for name, (dtype, shape) in expected.items():
         array = getattr(table, name)
         is_plain = array.layout is torch.strided and array.is_contiguous() and array.shape == shape
@@ -357,7 +371,7 @@ def _flat_arrays(
 
 
 def whole(name: str, tensor: Tensor) -> None:
-    """Raises ``ValueError`` where a storage was made smaller behind its tensor."""
+    """Raise ``ValueError`` when the storage of ``tensor`` is too small for its elements."""
     if not _memory.is_whole(tensor):
         raise ValueError(
             f"{name}: got a storage of {tensor.untyped_storage().nbytes()} bytes, expected one that holds "
@@ -366,6 +380,7 @@ def whole(name: str, tensor: Tensor) -> None:
 
 
 def _dense(name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is dense and its storage is whole."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name}: got layout {kind}, expected a dense tensor")

@@ -1,4 +1,4 @@
-"""Statistics of the gradients that reach the channels of an activation."""
+"""Statistics of the gradients of an activation, per channel."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 @dataclass(eq=False, slots=True)
 class ChannelCounts:
-    """What the backward pass of a normalisation with ``C`` channels keeps of its gradients.
+    """Statistics of the gradients in the backward pass of a normalisation with ``C`` channels.
 
-    Its gradients are those of what enters the activation. Written by each backward pass; one with
-    gradients that are not finite leaves the channels where they occur out.
+    The gradients are those of the input of the activation. Each backward pass updates the statistics. A
+    channel with non-finite gradients is left out of that update.
 
     Attributes:
-        threshold: float32 ``[C]``; what ``|gradient|`` has to exceed in the next pass to be counted.
-            It is ``tau`` times the root mean square over the live channels of ``|gradient| * norm``,
-            divided by the channel's ``norm = sqrt(gamma^2 + beta^2)``: rescaling a channel and what
-            reads it the other way round changes no count.
+        threshold: float32 ``[C]``; the next pass counts the elements whose ``|gradient|`` exceeds it.
+            It is ``tau * rms / norm``. ``norm = sqrt(gamma^2 + beta^2)`` belongs to the channel, and ``rms``
+            is the root mean square of ``|gradient| * norm`` over the live channels. Scaling a channel up and
+            its readers down by the same factor changes no count.
         activity: float32 ``[C]``; exponential mean of the share of counted elements, in [0, 1].
-        updates: float32 ``[1]``; passes that entered the means. ``mean / (1 - decay**updates)`` is
+        updates: float32 ``[1]``; number of passes in the means. ``mean / (1 - decay**updates)`` is
             unbiased.
         tau: factor of the threshold.
-        decay: of the exponential means.
+        decay: decay of the exponential means per pass, in [0, 1).
     """
 
     threshold: Tensor
@@ -36,7 +36,7 @@ class ChannelCounts:
 
     @staticmethod
     def zeros(channels: int, device: torch.device | str | None = None) -> ChannelCounts:
-        """No statistics yet. The first pass counts nothing, for want of a threshold."""
+        """Empty statistics. The first pass counts nothing, because every threshold is infinite."""
         return ChannelCounts(
             threshold=torch.full((channels,), torch.inf, device=device),
             activity=torch.zeros(channels, device=device),
@@ -45,7 +45,13 @@ class ChannelCounts:
 
     @staticmethod
     def of(arrays: Sequence[Tensor], tau: float, decay: float) -> ChannelCounts:
-        """From :attr:`arrays` and the two numbers."""
+        """Statistics over existing arrays.
+
+        Args:
+            arrays: ``threshold``, ``activity`` and ``updates``, as :attr:`arrays` gives them.
+            tau: factor of the threshold.
+            decay: decay of the exponential means.
+        """
         threshold, activity, updates = arrays
         return ChannelCounts(threshold, activity, updates, tau, decay)
 

@@ -1,6 +1,6 @@
-"""Which memory tensors lie in: what a call writes may overlap with nothing else of that call.
+"""Checks of the memory of tensors: a tensor that a call writes may overlap with no other tensor of the call.
 
-Kernels read and write in an order of their own, in several threads. Overlapping memory would make the result
+Kernels read and write in several threads and in no fixed order. With overlapping memory the result would
 depend on that order.
 """
 
@@ -17,11 +17,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsekern.kernels.native import pointers
 
 _MOST_WORK = 100_000
-"""How many candidates numpy tries before two tensors with gaps count as overlapping."""
+"""Number of candidates that numpy tries before two tensors with gaps count as overlapping."""
 
 
 class _Span(NamedTuple):
-    """The bytes from the first to the last element of a tensor, and what the tensor is called."""
+    """The address range of a tensor.
+
+    Attributes:
+        begin: address of the first byte.
+        end: address behind the last byte.
+        name: name of the argument.
+        at: index in the argument, such as ``[3]``; empty for a single tensor.
+        written: whether the call writes the tensor.
+        tensor: the tensor.
+    """
 
     begin: int
     end: int
@@ -34,16 +43,16 @@ class _Span(NamedTuple):
 def check_disjoint(
     written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]] | None = None
 ) -> None:
-    """What is written shares no memory with anything else.
+    """Check that each written tensor shares no memory with another tensor.
 
-    Tensors without memory (fake, meta, sparse, empty) are left out.
+    Tensors without memory (fake, meta, sparse, empty) are ignored.
 
     Args:
-        written: by the name of the argument.
-        read: likewise; these may share memory among themselves.
+        written: tensors that the call writes, keyed by the name of the argument.
+        read: tensors that the call only reads, likewise. They may share memory with each other.
 
     Raises:
-        ValueError: a tensor that is written overlaps with another one.
+        ValueError: a written tensor overlaps with another tensor.
     """
     spans = sorted([*_spans(written, True), *_spans(read or {}, False)], key=lambda span: span.begin)
     open_spans: list[_Span] = []
@@ -59,7 +68,7 @@ def check_disjoint(
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Whether elements may lie in the same place, as in an expanded tensor or a sliding window."""
+    """Whether elements of a tensor may share an address, as in an expanded tensor or a sliding window."""
     reach = 0
     if any(size == 0 for size in tensor.shape):
         return False
@@ -72,7 +81,7 @@ def repeats(tensor: Tensor) -> bool:
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether the storage holds every element; not when it was resized behind the tensor."""
+    """Whether the storage holds every element. It does not after the storage alone was resized."""
     if not _has_memory(tensor):
         return True
     bytes_needed = (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
@@ -83,7 +92,7 @@ def _spans(lists: Mapping[str, Sequence[Tensor]], written: bool) -> Iterable[_Sp
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             if _has_memory(tensor):
-                begin = pointers.of_tensor(tensor)
+                begin = pointers.address_of(tensor)
                 end = begin + _reach(tensor) * tensor.element_size()
                 yield _Span(begin, end, name, f"[{i}]" if len(tensors) > 1 else "", written, tensor)
 
@@ -94,16 +103,16 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Elements from the first to the last one, gaps included."""
+    """Number of elements from the first to the last one, gaps included."""
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors whose spans overlap share an element; they may lie in each other's gaps."""
+    """Whether two tensors with overlapping spans share an element. One may be in the gaps of the other."""
     if _reach(one) == one.numel() and _reach(other) == other.numel():
         return True
     try:
-        # The stubs know two of the limits that numpy takes.
+        # The stubs of numpy declare only two of the values that `max_work` takes.
         limit: Any = _MOST_WORK
         return np.shares_memory(_shadow(one), _shadow(other), max_work=limit)
     except np.exceptions.TooHardError:
@@ -111,11 +120,13 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 
 class _Shadow:
+    """An object whose array interface describes the memory of a tensor."""
+
     def __init__(self, tensor: Tensor) -> None:
         size = tensor.element_size()
         self.__array_interface__: dict[str, Any] = {
             "version": 3,
-            "data": (pointers.of_tensor(tensor), True),
+            "data": (pointers.address_of(tensor), True),
             "shape": tuple(tensor.shape),
             "strides": tuple(step * size for step in tensor.stride()),
             "typestr": f"|V{size}",
@@ -123,5 +134,5 @@ class _Shadow:
 
 
 def _shadow(tensor: Tensor) -> np.ndarray:
-    """An array at the same addresses, whose content is not looked at: it may lie on a GPU."""
+    """An array with the addresses of ``tensor``. Its content is not read, because it may be on a GPU."""
     return np.asarray(_Shadow(tensor))

@@ -1,7 +1,7 @@
 """Checks of the arguments of a normalisation with its activation.
 
-:func:`check` is on the way of every call and short where everything fits. :func:`check_memory` looks at which
-memory tensors share, wherever native code, which compares addresses, does not.
+Each call runs :func:`check`, which is fast for valid arguments. :func:`check_memory` finds tensors that share
+memory. It runs where native code does not compare the addresses.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def check(
     eps: float,
     momentum: float,
 ) -> None:
-    """The arguments of a normalisation, as of ``norm_act``, fit each other.
+    """Check that the arguments of ``norm_act`` match each other.
 
     Raises:
-        ValueError: one does not; names it.
+        TypeError, ValueError: an argument does not match; the message names it.
     """
     check_activation(activation)
     if not (0 <= eps < _INF and -_INF < momentum < _INF):
@@ -85,10 +85,10 @@ def check_forward_op(
     tau: float,
     decay: float,
 ) -> None:
-    """The arguments of the op ``norm_act``, which writes to none of them.
+    """Check the arguments of the op ``norm_act``, which writes to none of them.
 
     Raises:
-        ValueError: one does not fit; names it.
+        TypeError, ValueError: an argument does not match; the message names it.
     """
     _given(x=x)
     found = _counts_of(counts, tau, decay)
@@ -114,10 +114,13 @@ def check_backward_op(
     tau: float,
     decay: float,
 ) -> ChannelCounts | None:
-    """The arguments of the op ``norm_act_backward``; what it writes to, the counts, is returned.
+    """Check the arguments of the op ``norm_act_backward``, which writes only to the counts.
+
+    Returns:
+        The counts; None without counts.
 
     Raises:
-        ValueError: one does not fit; names it.
+        TypeError, ValueError: an argument does not match; the message names it.
     """
     _given(grad=grad, x=x, mean=mean, var=var)
     found = _counts_of(counts, tau, decay)
@@ -138,13 +141,13 @@ def check_backward_op(
 
 
 def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
-    """Tensors that fit by their shapes lie in whole storages, and what is written overlaps with nothing else.
+    """Check that each storage holds its tensor, and that written tensors share memory with no other tensor.
 
     Args:
-        written, read: by the name of the argument.
+        written, read: tensors that the call writes or only reads, keyed by the name of the argument.
 
     Raises:
-        ValueError: one does not; names it.
+        ValueError: a tensor is not whole or shares written memory; the message names it.
     """
     given = {name: [tensor] for name, tensor in written.items() if tensor is not None}
     others = {name: [tensor] for name, tensor in read.items() if tensor is not None}
@@ -156,21 +159,29 @@ def check_memory(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor
 
 
 def named_counts(counts: ChannelCounts | None) -> dict[str, Tensor]:
-    """The arrays of the counts, as errors name them."""
+    """The arrays of the counts, keyed by their names in error messages; empty for None."""
     if counts is None:
         return {}
     return {f"counts.{name}": getattr(counts, name) for name in ("threshold", "activity", "updates")}
 
 
 def _given(**tensors: Tensor | None) -> None:
-    """The dispatcher takes None for any tensor."""
+    """Check that no tensor is None, because the dispatcher accepts None for any tensor.
+
+    Raises:
+        TypeError: a tensor is None.
+    """
     for name, tensor in tensors.items():
         if tensor is None:
             raise TypeError(f"{name}: got None, expected a tensor")
 
 
 def _counts_of(arrays: Sequence[Tensor], tau: float, decay: float) -> ChannelCounts | None:
-    """The counts that an op is given as a list; None for an empty one."""
+    """The counts from the list of arrays that an op takes; None for an empty list.
+
+    Raises:
+        TypeError, ValueError: ``tau`` or ``decay`` is out of range, or the number of arrays is not 3.
+    """
     means(tau, decay)
     if not arrays:
         return None
@@ -179,6 +190,7 @@ def _counts_of(arrays: Sequence[Tensor], tau: float, decay: float) -> ChannelCou
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
+    """Check that ``mask`` is bool ``[C]`` on the device of ``x``."""
     if mask.shape != x.shape[1:2] or mask.device != x.device or mask.layout is not torch.strided:
         _refuse(x, [("mask", mask)])
     if mask.dtype is not torch.bool:
@@ -198,6 +210,11 @@ def _layout(tensor: Tensor) -> str:
 
 
 def check_counts(counts: ChannelCounts, x: Tensor) -> None:
+    """Check that the arrays of ``counts`` are float32, fit the channels of ``x`` and can be written.
+
+    Raises:
+        ValueError: an array does not match.
+    """
     per_channel = (x.shape[1:2], torch.float32, x.device, torch.strided)
     single = (torch.Size([1]), *per_channel[1:])
     for name, expected in (("threshold", per_channel), ("activity", per_channel), ("updates", single)):
@@ -212,7 +229,11 @@ def check_counts(counts: ChannelCounts, x: Tensor) -> None:
 
 
 def _refuse(x: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raise a ValueError for the first of the vectors that has not one number for each channel of ``x``."""
+    """Raise the error for the first vector that does not match the channels of ``x``.
+
+    Raises:
+        ValueError: a vector has another shape, device, layout or kind of dtype.
+    """
     for name, vector in vectors:
         if vector is None:
             continue
@@ -227,7 +248,11 @@ def _refuse(x: Tensor, vectors: Iterable[tuple[str, Tensor | None]]) -> None:
 
 
 def check_activation(activation: str) -> None:
-    """Raises ``ValueError`` for one that does not exist."""
+    """Check that ``activation`` is one of :data:`ACTIVATIONS`.
+
+    Raises:
+        ValueError: the activation is unknown.
+    """
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: got {activation!r}, expected one of {known}")

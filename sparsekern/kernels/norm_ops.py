@@ -1,7 +1,7 @@
-"""The ops of batch normalisation with its activation: schemas, fakes and autograd, side by side.
+"""The ops of batch normalisation with its activation: schemas, fakes and autograd.
 
-As in :mod:`sparsekern.kernels.ops`, what traces goes through ``torch.ops.sparsekern``, and eager mode goes
-straight to the backend: a pass through the dispatcher and back into Python takes longer than a small layer.
+As in :mod:`sparsekern.kernels.ops`, calls under tracing use ``torch.ops.sparsekern``, and calls in eager mode
+go directly to the backend. The dispatcher and its way back into Python take longer than a small layer.
 """
 
 from __future__ import annotations
@@ -54,16 +54,21 @@ def norm_act(
     eps: float,
     momentum: float = 0.0,
 ) -> Tensor:
-    """``y`` of :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`, differentiable once.
+    """Batch normalisation with its activation, differentiable once.
+
+    The backward pass needs only ``x``, ``residual`` and per-channel vectors, so only these are saved.
 
     Args:
-        counts: updated by the backward pass when given.
+        counts: statistics that the backward pass updates, or None.
 
-    The other arguments are those of the reference. Only ``x`` and ``residual`` are kept for the backward
-    pass, and vectors of a number per channel.
+    The other arguments are those of
+    :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`.
+
+    Returns:
+        ``y``, with the shape, dtype and memory format of ``x``.
 
     Raises:
-        ValueError: an argument does not fit; nothing has changed then.
+        TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
     operands = (x, residual, weight, bias, running_mean, running_var, mask)
     check(*operands, counts, activation, training, eps, momentum)
@@ -76,19 +81,22 @@ def norm_act(
         *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
     )
     if training and momentum and running_mean is not None and running_var is not None:
-        # An op that has a gradient may not write to its arguments.
+        # A differentiable op may not write to its arguments, so the running statistics are updated here.
         with torch.no_grad():
             reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
     return y
 
 
 def _resolved(tensor: Tensor | None) -> Tensor | None:
-    """``tensor`` with its elements as they are in memory, which those of a lazily negated one are not."""
+    """``tensor``; a lazily negated tensor is copied, because its memory holds the opposite signs."""
     return tensor if tensor is None or not tensor.is_neg() else tensor.resolve_neg()
 
 
 class _NormAct(torch.autograd.Function):
-    """The op in eager mode. What has no gradient comes as one argument: each of them takes time."""
+    """The op in eager mode.
+
+    Arguments without a gradient are packed into one tuple, because each argument of ``apply`` takes time.
+    """
 
     @staticmethod
     def forward(
@@ -125,17 +133,18 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Without a graph of the gradients, the wrapper does nothing and takes time.
+        # once_differentiable only matters when gradients are recorded. Otherwise it is skipped to save time.
         return _once(ctx, grad) if torch.is_grad_enabled() else _eager_gradients(ctx, grad)
 
 
 def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the five arguments of ``_NormAct.forward``; None for all of them without ``grad``."""
     if grad is None:
         return None, None, None, None, None
     x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
     backend, counts, activation, training, eps = ctx.others
     if counts is not None:
-        # They may have been exchanged since the forward pass.
+        # The arrays may have been replaced since the forward pass.
         check_counts(counts, x)
         if not getattr(backend, "CHECKS_MEMORY", False):
             check_memory(
@@ -162,7 +171,7 @@ _once = once_differentiable(_eager_gradients)
 
 
 def _given(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """The gradient of a parameter in its dtype, where there is one."""
+    """``grad`` in the dtype of the parameter; None without a parameter."""
     if parameter is None:
         return None
     return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
@@ -220,7 +229,7 @@ def _backward(
     grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
         *operands, activation=activation, training=training, eps=eps, counts=found
     )
-    # An op has as many results every time.
+    # An op always returns the same number of tensors, so an empty one stands for None.
     return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
 
 
@@ -238,7 +247,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
-    # Not among the saved ones: what the backward pass of another call writes must not invalidate this one.
+    # Not saved with save_for_backward: the backward pass of another call writes to the counts, and autograd
+    # would then reject this one.
     ctx.counts = counts
     ctx.options = keyword_only_inputs
 

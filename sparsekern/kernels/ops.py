@@ -1,12 +1,11 @@
-"""Every operation of the package: its function, its schema and its fake, side by side.
+"""The step ops: functions, schemas and fakes.
 
-The functions below are what the optimizers call. In eager mode they go straight to the backend of
-the device, because a pass through the dispatcher costs more than a small list of tensors takes;
-where something traces (``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) they
-go through ``torch.ops.sparsekern``.
+The optimizers call the functions in this module. In eager mode a function calls the backend of the device
+directly, because the torch dispatcher takes longer than a step over a small list of tensors. Under tracing
+(``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) it calls ``torch.ops.sparsekern``.
 
-Everything is in place and nothing is returned, so the fakes have nothing to say about shapes. Whichever way
-leads to an op, its arguments are checked before anything is read or written.
+The ops work in place and return nothing, so the fakes only check the arguments. On both paths the arguments
+are checked before data are read or written.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ _LIBRARY = torch.library.Library("sparsekern", "DEF")
 
 _P = ParamSpec("_P")
 
-# The arrays of a RowTable travel as two lists, both empty when no tensor of a call is tracked:
-# those only read and those written.
+# The schemas take the arrays of a RowTable as two lists: arrays that are only read, and arrays that are
+# written. Both lists are empty when no tensor of a call is tracked.
 _ROW_INPUTS = RowArrays._fields[:2]
 _ROW_STATE = RowArrays._fields[2:8]
 _ROWS = "Tensor[] row_inputs, Tensor(r!)[] row_state, int[] starts, int[] dims, float tau, float decay) -> ()"
@@ -37,7 +36,10 @@ _AMP = "Tensor? grad_scale=None, Tensor? found_inf=None, "
 
 
 def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
-    """Register a function as the op of that schema; what comes back picks the shorter way to it."""
+    """A decorator that registers a function as the op with this schema.
+
+    The decorated function calls the op under tracing, and else the original function directly.
+    """
     _LIBRARY.define(schema)
 
     def register(function: Callable[_P, None]) -> Callable[_P, None]:
@@ -47,7 +49,7 @@ def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]
             function(*tensors, **_gathered(options))
 
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        # Fake tensors are checked as others are, and then nothing is done.
+        # The kernel checks fake tensors like others and then calls a backend that does nothing.
         torch.library.register_fake(f"sparsekern::{name}", kernel, lib=_LIBRARY)
         operator = getattr(torch.ops.sparsekern, name).default
 
@@ -64,12 +66,12 @@ def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether a call has to take the dispatcher: something traces, or this is no plain tensor."""
+    """Whether a call has to use the dispatcher: under tracing, or with a tensor subclass."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
 def _flattened(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in the terms of the schema, which knows neither Rows nor a number or tensor."""
+    """Options in the types of the schema, which has neither ``Rows`` nor ``float | Tensor``."""
     flat = dict(options)
     if isinstance(flat.get("lr"), Tensor):
         flat |= {"lr": 0.0, "tensor_lr": flat["lr"]}
@@ -92,7 +94,11 @@ def _flattened(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gathered(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`_flattened`."""
+    """The inverse of :func:`_flattened`.
+
+    Raises:
+        TypeError, ValueError: ``tau`` or ``decay`` is out of range, or the lists of arrays are incomplete.
+    """
     options = dict(flat)
     lr = options.pop("tensor_lr", None)
     if lr is not None:
@@ -134,17 +140,19 @@ def sgd_step_(
     found_inf: Tensor | None = None,
     rows: Rows | None,
 ) -> None:
-    """One SGD step over a list of tensors, with everything their rows ask for.
+    """One SGD step over a list of tensors, with penalties, statistics, declines and masks of their rows.
 
     Args:
-        params: any shapes, one of float32, float64, bfloat16, float16, one device. Written.
-        grads: of the same shapes and dtype, any strides. Written only under ``grad_scale``.
-        momentum_buffers: like ``params``, zeroed when new; empty when ``momentum`` is 0.
+        params: tensors of any shapes, of one dtype (float32, float64, bfloat16 or float16), on one device.
+            Written.
+        grads: tensors of the same shapes and dtype, with any strides. Written only with ``grad_scale``.
+        momentum_buffers: like ``params``, zeroed when new; empty when ``momentum`` is 0. Written.
         lr: a float or a one-element tensor on the device of ``params``.
-        first: the buffers are new: they become the gradient (torch applies no dampening then).
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        first: whether the buffers are new. New buffers become the gradient, without dampening, as in torch.
         grad_scale: one element; the gradients are divided by it and stored back.
-        found_inf: one element; when it is 1 nothing changes.
-        rows: which rows the tensors have, or None.
+        found_inf: one element; when it is 1, nothing changes.
+        rows: the rows of the tensors, or None.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
@@ -200,10 +208,12 @@ def adam_step_(
     """One Adam (``decoupled``: AdamW) step over a list of tensors, as :func:`sgd_step_`.
 
     Args:
-        exp_avgs, exp_avg_sqs: like ``params``, zeroed when new.
-        max_exp_avg_sqs: like ``params`` with ``amsgrad``, else empty.
+        exp_avgs, exp_avg_sqs: like ``params``, zeroed when new. Written.
+        max_exp_avg_sqs: like ``params`` with ``amsgrad``, else empty. Written.
         steps: one float32 element per parameter, on the device of ``params`` (without
-            ``found_inf`` also on the CPU); incremented.
+            ``found_inf`` also on the CPU). Incremented.
+        beta1, beta2, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.Adam``.
+        decoupled: weight decay and penalties shrink the parameter (AdamW), not the gradient.
 
     The other arguments and the errors are those of :func:`sgd_step_`.
     """
@@ -217,7 +227,7 @@ def adam_step_(
     lists["steps"] = steps
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     if found_inf is not None and params and steps:
-        # A step that is not made is not counted, and only the device knows of it.
+        # Only the device knows `found_inf`, so the device increments the counter.
         scalars["steps[0]"] = steps[0]
     _checked_backend(lists, scalars, rows, _read_lists(grad_scale)).adam_step_(
         params,
@@ -242,11 +252,11 @@ def adam_step_(
 
 @_operation("row_statistics_(Tensor[] params, Tensor[] grads, *, " + _ROWS)
 def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: Rows) -> None:
-    """The statistics of a step alone, to be called before another optimizer's step.
+    """Only the statistics of a step; call it before the step of an external optimizer.
 
     Args:
         params, grads: as in :func:`sgd_step_`; only read.
-        rows: which rows the tensors have.
+        rows: the rows of the tensors.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
@@ -257,15 +267,15 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
 
 @_operation("row_mask_(Tensor(a!)[] params, *, float lr, Tensor? tensor_lr=None, " + _ROWS)
 def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
-    """Penalty, decline and mask alone, to be called after another optimizer's step.
+    """Only the penalty, decline and mask of a step; call it after the step of an external optimizer.
 
-    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones fall
-    on by one step of their countdown. With ``lr`` 0 only the mask is set.
+    Masked rows become 0. The other rows are multiplied by ``1 - lr * penalty``, and declining rows shrink
+    by one step of their countdown. With ``lr`` 0 only the mask is applied.
 
     Args:
         params: as in :func:`sgd_step_`. Written.
-        lr: of that step; a float or a one-element tensor on the device of ``params``.
-        rows: which rows the tensors have.
+        lr: learning rate of that step; a float or a one-element tensor on the device of ``params``.
+        rows: the rows of the tensors.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
@@ -274,13 +284,14 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
 
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
-    """Fold the dots of a step into the means per channel, after the last list of that step.
+    """Update the means per channel with the dots of a step; call it after the last list of that step.
 
-    Does nothing when no step since the last call changed anything (``found_inf``, ``lr`` 0).
+    The means stay as they are when no step since the last call updated the statistics (``found_inf`` 1 or
+    ``lr`` 0).
 
     Raises:
-        ValueError: an array has another type, size or device, or (on the CPU) a gate is no row of the
-            table; nothing has changed then.
+        ValueError: an array has another dtype, shape or device, or (on the CPU) a gate is not a row of
+            the table; nothing has changed then.
     """
     if traced(table.sums):
         arrays = [getattr(table, name) for name in ChannelArrays._fields[:-1]]
@@ -293,18 +304,19 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     "_channel_moments_(Tensor[] gates, Tensor(a!)[] state, *, float decay) -> ()",
 )
 def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
-    """:func:`channel_moments_` with the fields of ChannelArrays, as the dispatcher takes them."""
+    """The op of :func:`channel_moments_`, with the fields of ChannelArrays as two lists."""
     _checks.count("gates", gates, ChannelArrays._fields[:2])
     _checks.count("state", state, ChannelArrays._fields[2:-1])
     _fold(ChannelArrays._make([*gates, *state, decay]))
 
 
 def _fold(table: RowTable | ChannelArrays) -> None:
+    """Check the arrays and call the backend, except for fake tensors."""
     device = table.sums.device
     backend = choose(device)
     if not 0 <= table.decay < 1:
         _checks.number("decay", table.decay, 0, 1, open_high=True)
-    # Native code for the CPU compares the arrays where it reads their addresses.
+    # Native code for the CPU checks the arrays when it reads their addresses.
     if not getattr(backend, "CHECKS_MEMORY", False) or type(table.sums) is FakeTensor:
         _checks.channels(table)
     if type(table.sums) is not FakeTensor:
@@ -312,7 +324,7 @@ def _fold(table: RowTable | ChannelArrays) -> None:
 
 
 class _Nothing:
-    """The backend of fake tensors and of empty lists."""
+    """The backend for fake tensors and empty lists. Each of its functions does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **options: None
@@ -322,7 +334,7 @@ _NOTHING: Any = _Nothing()
 
 
 def _read_lists(grad_scale: Tensor | None) -> tuple[str, ...]:
-    """Names of the lists that a step does not write to."""
+    """Names of the lists that a step only reads."""
     return ("grads",) if grad_scale is None else ()
 
 
@@ -332,13 +344,16 @@ def _checked_backend(
     rows: Rows | None,
     read: tuple[str, ...],
 ) -> Any:
-    """The backend for a call, after the checks that it does not make itself.
+    """The backend of a call, after the checks that the backend does not make.
 
     Args:
-        lists: by the name of the argument, ``params`` among them.
-        scalars: likewise.
-        rows: of ``params``.
-        read: the lists that the call does not write to.
+        lists: the lists of tensors, ``params`` among them, keyed by the name of the argument.
+        scalars: numbers and one-element tensors, likewise.
+        rows: the rows of ``params``.
+        read: names of the lists that the call only reads.
+
+    Raises:
+        TypeError, ValueError: an argument does not match.
     """
     params = lists["params"]
     _checks.lengths(params, lists, rows)
@@ -350,8 +365,8 @@ def _checked_backend(
     _checks.rate(scalars.get("lr"))
     is_fake = type(params[0]) is FakeTensor
     backend = _NOTHING if is_fake else choose(device)
-    # To look at every tensor in Python takes longer than the step of a small network. Native
-    # backends do it where they read the addresses.
+    # Checking each tensor in Python takes longer than the step of a small network. The other backends
+    # check the tensors when they read the addresses.
     if is_fake or backend is reference:
         _checks.tensors(lists, rows, read)
     return backend

@@ -1,10 +1,9 @@
 """Per-row arrays over the tracked parameters of a model.
 
-A *row* is one output channel of one parameter: index ``r`` along the parameter's logical dimension
-``dim``. Rows of all tracked parameters are numbered through, parameter after parameter, and
-everything known about them lives in flat arrays of length ``R`` (the number of rows), so that a
-kernel sees one pointer per quantity and a checkpoint holds a handful of tensors instead of some per
-layer.
+A *row* is one output channel of one parameter: index ``r`` along the parameter's logical dimension ``dim``.
+The rows of all tracked parameters are numbered consecutively, parameter after parameter. All data about rows
+are in flat arrays of length ``R`` (the number of rows). So a kernel gets one pointer per quantity, and the
+number of tensors in a checkpoint does not depend on the number of layers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.nn import Parameter
 from sparsekern.files.schema import Anything, Array, Fields, Real
 
 LIVE = -1
-"""Countdown of a live row. A declining row has the steps that are left, a masked row 0."""
+"""Countdown of a live row. That of a declining row is the number of steps left, that of a masked row 0."""
 
 COUNT, DOT, GRAD_SQ, WEIGHT_SQ = range(4)
 """Columns of :attr:`RowTable.sums`."""
@@ -33,9 +32,9 @@ class RowView:
 
     Attributes:
         param: the parameter.
-        dim: its dimension that counts rows (0, or 1 for a transposed convolution).
-        start: index of its first row in the flat arrays.
-        rows: number of its rows, ``param.shape[dim]``.
+        dim: row dimension of the parameter (0, or 1 for a transposed convolution).
+        start: index of the first row in the flat arrays.
+        rows: number of rows, ``param.shape[dim]``.
     """
 
     param: Parameter
@@ -45,12 +44,12 @@ class RowView:
 
     @property
     def slice(self) -> slice:
-        """Where these rows lie in the flat arrays."""
+        """Position of the rows in the flat arrays."""
         return slice(self.start, self.start + self.rows)
 
 
 class RowArrays(NamedTuple):
-    """What a step needs of a :class:`RowTable`, by the same names (see there for shapes)."""
+    """The fields of a :class:`RowTable` that a step uses, with the same names and shapes."""
 
     penalty: Tensor
     elements: Tensor
@@ -65,7 +64,7 @@ class RowArrays(NamedTuple):
 
 
 class ChannelArrays(NamedTuple):
-    """What ``channel_moments_`` needs of a :class:`RowTable`, by the same names."""
+    """The fields of a :class:`RowTable` that ``channel_moments_`` uses, with the same names and shapes."""
 
     gate_offsets: Tensor
     gate_rows: Tensor
@@ -79,13 +78,12 @@ class ChannelArrays(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Rows:
-    """Which rows the tensors of one list have.
+    """The rows of the tensors of one list.
 
     Attributes:
         table: the flat arrays, or None when no tensor of the list is tracked.
-        starts: per tensor, the index of its first row in the flat arrays; -1 when it is not
-            tracked.
-        dims: per tensor, the dimension that counts rows (any value when it is not tracked).
+        starts: for each tensor, the index of its first row in the flat arrays; -1 when it is not tracked.
+        dims: for each tensor, its row dimension; any value when it is not tracked.
     """
 
     table: RowTable | RowArrays | None
@@ -94,35 +92,35 @@ class Rows:
 
 
 class RowTable:
-    """Flat per-row and per-channel arrays, owned by whoever prunes, written by the optimizer step.
+    """Flat per-row and per-channel arrays. The pruner owns them, and the optimizer step writes them.
 
-    With ``R`` rows, ``C`` channels and ``G`` gate rows, all on the device of the parameters:
+    ``R`` is the number of rows, ``C`` of channels and ``G`` of gate rows. All arrays are on the device of the
+    parameters.
 
     Attributes:
-        views: one :class:`RowView` per tracked parameter, in the order given.
-        index: the same by ``id(param)``.
-        penalty: float32 ``[R]``; extra weight decay of the row (0 = none).
-        elements: float32 ``[R]``; how many elements of the row are not in columns of masked channels, which
-            are zero with their gradients; at least 1, and the same for all rows of a parameter. Not in
-            :meth:`state_dict`: it follows from the masks.
-        countdown: int32 ``[R]``; :data:`LIVE`, steps left of a decline, or 0 when masked.
-        sums: float32 ``[R, 4]``; count, dot, grad_sq, weight_sq of the last step. All 0 in a masked
-            row and in one whose sums were not finite. ``dot`` is consumed (set to 0) by
-            ``channel_moments_``.
-        threshold: float32 ``[R]``; what ``|gradient|`` has to exceed in the next step to be
-            counted.
+        views: one :class:`RowView` per tracked parameter, in the order of ``params``.
+        index: the views, keyed by ``id(param)``.
+        penalty: float32 ``[R]``; extra weight decay of the row, 0 for none.
+        elements: float32 ``[R]``; number of elements of the row outside of the columns of masked channels, at
+            least 1. (In those columns elements and gradients are 0.) All rows of a parameter have the same
+            number. It is not in :meth:`state_dict`, because it follows from the masks.
+        countdown: int32 ``[R]``; :data:`LIVE`, the steps left of a decline, or 0 for a masked row.
+        sums: float32 ``[R, 4]``; count, dot, grad_sq and weight_sq of the last step. All four are 0 in a
+            masked row and in a row with non-finite sums. ``channel_moments_`` reads ``dot`` and sets it to 0.
+        threshold: float32 ``[R]``; the next step counts the elements whose ``|gradient|`` exceeds it.
         activity: float32 ``[R]``; exponential mean of ``count / elements``, in [0, 1].
-        nonfinite: int64 ``[]``; how many rows of how many steps were left out for non-finite sums.
+        nonfinite: int64 ``[]``; number of rows, over all steps, that were left out for non-finite sums.
         pending: float32 ``[]``; 1 between a step that filled ``sums`` and ``channel_moments_``,
             else 0.
-        gate_offsets: int64 ``[C + 1]``; gate_rows: int64 ``[G]``; the gates of channel ``c`` are
-            the rows ``gate_rows[gate_offsets[c]:gate_offsets[c + 1]]``.
-        channel_dot: float32 ``[C]``; exponential mean of the sum over a channel's gates of ``dot``.
+        gate_offsets: int64 ``[C + 1]``; the gates of channel ``c`` are the rows
+            ``gate_rows[gate_offsets[c]:gate_offsets[c + 1]]``.
+        gate_rows: int64 ``[G]``; the gate rows of all channels, channel after channel.
+        channel_dot: float32 ``[C]``; exponential mean of the sum of ``dot`` over the gates of a channel.
         channel_dot_sq: float32 ``[C]``; exponential mean of the square of that sum.
-        updates: float32 ``[]``; steps that entered the means. ``mean / (1 - decay**updates)`` is
-            unbiased.
+        updates: float32 ``[]``; number of steps in the means. ``mean / (1 - decay**updates)`` is unbiased.
         tau: factor of the threshold.
-        decay: of the exponential means.
+        decay: decay of the exponential means per step, in [0, 1).
+        masked: number of masked rows of each view at the last :meth:`refresh`.
     """
 
     _PER_ROW = ("penalty", "countdown", "sums", "threshold", "activity")
@@ -138,19 +136,18 @@ class RowTable:
         tau: float = 1.0,
         decay: float = 0.99,
     ) -> None:
-        """Arrays for ``params``, all rows live, no statistics yet.
+        """Make the arrays for ``params``, with all rows live and without statistics.
 
         Args:
-            params: ``(parameter, dimension of its rows)`` of every tracked parameter, on one
-                device.
-            gates: per channel the indices of its gates' rows (1-D integer arrays), or the same as a
+            params: ``(parameter, row dimension)`` of each tracked parameter. All are on one device.
+            gates: for each channel the indices of its gate rows (1-D integer arrays), or the same as a
                 pair ``(offsets [C + 1], rows [G])``.
             tau: factor of the threshold, > 0.
-            decay: of the exponential means, in [0, 1).
+            decay: decay of the exponential means per step, in [0, 1).
 
         Raises:
-            ValueError: a dimension, gate, ``tau`` or ``decay`` out of range, a parameter given
-                twice, or parameters on several devices.
+            ValueError: a dimension, gate, ``tau`` or ``decay`` is out of range, a parameter occurs
+                twice, or the parameters are on several devices.
         """
         if not tau > 0:
             raise ValueError(f"tau: got {tau!r}, expected a number > 0")
@@ -187,22 +184,21 @@ class RowTable:
         self.updates = zeros()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The keys of `index` are addresses: a copy or an unpickled table has other ones.
+        # The keys of `index` are ids, and the parameters of a copied or unpickled table have new ids.
         self.__dict__.update(state)
         self.index = {id(view.param): view for view in self.views}
 
     def refresh(self) -> None:
-        """Recount the masked rows; to be called after ``countdown`` was changed from Python.
+        """Update :attr:`masked`; call this after Python code changed ``countdown``.
 
-        Reads the device once. Sets :attr:`masked`, the number of masked rows of each view as it was
-        at this call (declines that end later do not show in it), which backends may use to choose
-        how to walk a tensor.
+        The call waits for the device once. Declines that end later do not change :attr:`masked`. Backends may
+        use it to choose how they process a tensor.
         """
         masked = (self.countdown == 0).cpu().numpy()
         self.masked = [int(masked[view.slice].sum()) for view in self.views]
 
     def settle(self) -> None:
-        """Bring the arrays up to date. They always are, unless a step is shared between processes."""
+        """Bring the arrays up to date. This does nothing here; tables shared by processes override it."""
 
     def rows_of(self, params: Iterable[Tensor]) -> Rows:
         """The :class:`Rows` of a list of parameters, tracked or not."""
@@ -213,14 +209,14 @@ class RowTable:
 
     @torch.no_grad()
     def zero_masked(self, states: Callable[[Parameter], Iterable[Tensor]]) -> None:
-        """Set the masked rows of every tracked parameter and of its optimizer state to zero.
+        """Set the masked rows of each tracked parameter and of its optimizer state to zero.
 
-        Kernels skip masked rows on the understanding that this was done when the mask was set, and
-        again after anything loaded weights or state.
+        Kernels skip masked rows. So the caller has to call this after each change of the masks, and after
+        each load of weights or optimizer state.
 
         Args:
-            states: gives the optimizer state of a parameter; tensors of another shape than the
-                parameter's (``step``) are left alone.
+            states: returns the optimizer state of a parameter. Tensors whose shape differs from the
+                parameter's, such as ``step``, are not changed.
         """
         for view in self.views:
             masked = self.countdown[view.slice] == 0
@@ -233,16 +229,19 @@ class RowTable:
                     state.masked_fill_(mask, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """All arrays (not copied), ``tau`` and ``decay``."""
+        """The arrays (not copied), ``tau`` and ``decay``, keyed by their names."""
         state: dict[str, Any] = {name: getattr(self, name) for name in self._ARRAYS + self._STRUCTURE}
         return state | {"tau": self.tau, "decay": self.decay}
 
     def restricted(self, rows: np.ndarray, channels: np.ndarray) -> dict[str, Any]:
-        """What :meth:`state_dict` of a table that has only some of the rows and channels would be.
+        """The :meth:`state_dict` of a table with only some of the rows and channels.
 
         Args:
-            rows: bool ``[R]``; gates of a kept channel are kept, those of others are not.
-            channels: bool ``[C]``.
+            rows: bool ``[R]``; True for rows to keep. All gate rows of a kept channel have to be kept.
+            channels: bool ``[C]``; True for channels to keep.
+
+        Returns:
+            A state with the keys of :meth:`state_dict`.
         """
         offsets = self.gate_offsets.cpu().numpy()
         gates = self.gate_rows.cpu().numpy()
@@ -258,11 +257,11 @@ class RowTable:
         return state | {name: torch.from_numpy(values).to(device) for name, values in structure}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy what :meth:`state_dict` gave into the arrays of this table, in place.
+        """Copy the result of :meth:`state_dict` into the arrays of this table, in place.
 
         Raises:
-            ValueError: an entry is missing, has another shape or dtype or is no number in range, or the
-                gates are those of another model; nothing has been changed then.
+            ValueError: an entry is missing, has another shape or dtype or is out of range, or the gates
+                belong to another model; nothing has changed then.
         """
         self.check(state, self.state_dict())
         for name in self._ARRAYS:
@@ -274,10 +273,10 @@ class RowTable:
 
     @classmethod
     def check(cls, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        """``state`` can be loaded into a table whose own state is ``expected``.
+        """Check that ``state`` can be loaded into a table with the state ``expected``.
 
         Raises:
-            ValueError: as :meth:`load_state_dict`.
+            ValueError: as in :meth:`load_state_dict`.
         """
         arrays = {name: expected[name] for name in cls._ARRAYS + cls._STRUCTURE}
         rules = {name: Array(tuple(own.shape), own.dtype) for name, own in arrays.items()}
@@ -289,6 +288,11 @@ class RowTable:
 
 
 def _views(params: Sequence[tuple[Parameter, int]]) -> list[RowView]:
+    """Number the rows of all parameters consecutively.
+
+    Raises:
+        ValueError: as in the constructor of :class:`RowTable`.
+    """
     views: list[RowView] = []
     seen: set[int] = set()
     start = 0
@@ -312,7 +316,7 @@ def _views(params: Sequence[tuple[Parameter, int]]) -> list[RowView]:
 
 
 def _csr(gates: Sequence[Any] | tuple[Any, Any], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(offsets, rows)`` of ``gates`` given either way, checked against the number of rows."""
+    """``(offsets [C + 1], rows [G])`` of ``gates`` in either form, checked against the number of rows."""
     offsets: np.ndarray
     gate_rows: np.ndarray
     if isinstance(gates, tuple):
@@ -328,14 +332,15 @@ def _csr(gates: Sequence[Any] | tuple[Any, Any], rows: int) -> tuple[np.ndarray,
 
 
 def check_gates(offsets: np.ndarray, gate_rows: np.ndarray, rows: int) -> None:
-    """The gates of every channel are rows of a table.
+    """Check that the gates of all channels are rows of a table.
 
     Args:
-        offsets: integers ``[C + 1]``; gate_rows: integers ``[G]``; as in :class:`RowTable`.
-        rows: how many the table has.
+        offsets: integers ``[C + 1]``, as in :class:`RowTable`.
+        gate_rows: integers ``[G]``, as in :class:`RowTable`.
+        rows: number of rows of the table.
 
     Raises:
-        ValueError: offsets that do not rise from 0 to G, or a row outside the table.
+        ValueError: the offsets do not rise from 0 to G, or a row is outside of the table.
     """
     ends_fit = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(gate_rows)
     if not ends_fit or (np.diff(offsets) < 0).any():

@@ -1,4 +1,4 @@
-"""What kept channels cost in time, from timings on the user's own machine."""
+"""Latency of a network for any set of kept channels, from timings on the user's machine."""
 
 from sparsekern.latency.measure import measure as measure
 from sparsekern.latency.model import LatencyModel as LatencyModel

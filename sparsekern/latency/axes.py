@@ -1,4 +1,4 @@
-"""The widths that the ops of a network depend on, and those of them at which ops are timed."""
+"""The widths that the ops of a network depend on, and the grids of widths at which ops are timed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from sparsekern.graph import ChannelGraph
 from sparsekern.graph.propagate.operations import Operation
 
-# Widths at which an op is timed along one axis.
+# Largest number of widths at which an op is timed along one axis.
 POINTS = 5
 
 
@@ -18,9 +18,13 @@ POINTS = 5
 class Axis:
     """A width that ops depend on: ``constant + of_atom @ (kept channels of every atom)``.
 
-    extents: the graph's extents that it is the weighted sum of; full: its value in the whole
-    network; step: widths between two multiples of it take as long as the upper one; grid: the widths
-    at which ops are timed, rising, the last one ``full``.
+    Attributes:
+        extents: the graph's extents whose weighted sum is the width.
+        constant: part of the width that does not depend on kept channels.
+        of_atom: float64 ``[atoms]``, width of one kept channel of each atom.
+        full: width in the whole network.
+        step: a width takes as long as the next higher multiple of the step; 0 for no steps.
+        grid: float64, the widths at which ops are timed, rising; the last one is ``full``.
     """
 
     extents: tuple[int, ...]
@@ -34,14 +38,19 @@ class Axis:
 def lay_axes(
     graph: ChannelGraph, operations: Sequence[Operation], block: int, natural: int
 ) -> tuple[list[Axis], np.ndarray]:
-    """The axes of all operations, and which (at most two, int64 ``[ops, 2]``) each has; -1 for none.
+    """The axes of all operations.
 
-    An op that more than two widths enter (a concatenation of many) has one axis: the mean share that
-    is left of them, each weighed by the numbers that go with it.
+    An op that depends on more than two widths (a concatenation of many tensors) has one axis: the sum of its
+    widths, each weighted by the number of elements per index.
 
     Args:
-        block: widths are going to be multiples of so many channels.
-        natural: channels that the device computes together, which counts where ``block`` is 1.
+        graph: the channels.
+        operations: the operations of the graph.
+        block: later widths are multiples of this number of channels.
+        natural: number of channels that the device computes together; used if ``block`` is 1.
+
+    Returns:
+        The axes, and int64 ``[ops, 2]``, the indices of each operation's axes; -1 for none.
     """
     axes: list[Axis] = []
     known: dict[tuple[int, ...], int] = {}
@@ -63,7 +72,7 @@ def lay_axes(
 
 
 def _weights(operation: Operation, moves: np.ndarray) -> dict[int, float]:
-    """The extents that enter an operation and can change, with the numbers that go with one index."""
+    """The variable extents of an operation's operands, each with its number of elements per index."""
     weights: dict[int, float] = {}
     for operand in operation.operands():
         total = float(np.prod(operand.shape))
@@ -90,14 +99,14 @@ def _axis(
     if len(extents) > 1:
         grid = whole * np.linspace(0.2, 1, POINTS)
         return Axis(extents, constant, of_atom, whole, 0.0, grid)
-    # A channel can be several indices of the extent: those of a head, or of a flattened map.
+    # A channel can cover several indices of the extent, as for a head or a flattened feature map.
     indices = int(own[own > 0].min())
     step = indices * (block if block > 1 else -(-natural // indices))
     return Axis(extents, constant, of_atom, whole, float(step), _grid(int(whole), int(constant), step))
 
 
 def _grid(full: int, constant: int, step: int) -> np.ndarray:
-    """A few multiples of ``step``, closer together where the width is small, and ``full``."""
+    """At most ``POINTS`` widths: ``full`` and multiples of ``step``, closer together at small widths."""
     first = -(-max(constant, 1) // step) * step
     multiples = [float(width) for width in range(first, full, step)]
     widths = [*multiples, float(full)]

@@ -1,4 +1,4 @@
-"""Timings made before, in a file of their own for each machine, torch and setting that they depend on."""
+"""Cache of timings, with one file for each combination of device, torch version and settings."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from sparsekern.kernels.native.machine import cpu_name
 
 FORMAT = "sparsekern.latency"
 VERSION = 1
-# What glibc's allocator reads: whether the memory of a tensor is made anew every time.
+# Variables of glibc's allocator. They decide whether it asks the system for memory for each large tensor.
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
-# Of a hundred thousand timings; a file of this package is much shorter.
+# Largest file to read in bytes, enough for about 100 000 timings; files of this package are much smaller.
 _LARGEST = 32 << 20
 
 _TIME = Real(low=0)
 
 
 def directory(given: str | os.PathLike[str] | None = None) -> Path:
-    """Where timings are kept: ``given``, else ``$SPARSEKERN_CACHE``, else the user's cache directory.
+    """The directory of timings: ``given``, else ``$SPARSEKERN_CACHE``, else the user's cache directory.
 
-    A user without a home has a directory of the system for temporary files.
+    Without a home directory, it is a directory inside the system's directory for temporary files.
+
+    Args:
+        given: a directory, or None.
 
     Raises:
-        TypeError, ValueError: ``given`` is no name of a directory.
+        TypeError: ``given`` is not a path.
+        ValueError: ``given`` is not a valid name of a directory.
     """
     if given is not None:
         check_name(given, "cache")
@@ -60,7 +64,7 @@ def _directory(given: str | os.PathLike[str] | None) -> Path:
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """Everything but an op's own shapes that its time depends on."""
+    """All settings, apart from the shapes of an op, that its time depends on."""
     names = {"cpu": cpu_name, "cuda": lambda: torch.cuda.get_device_name(device)}
     found: dict[str, Any] = {
         "device": names.get(device.type, lambda: str(device))(),
@@ -74,13 +78,17 @@ def settings(device: torch.device) -> dict[str, Any]:
 
 
 class Cache:
-    """Seconds by what was timed, read from a file and written back to it.
+    """Timings by key, read from a file and written back to it.
 
-    A file that cannot be read or written costs time and nothing else: there is one warning that names it.
+    A file that cannot be read or written causes one warning that names it; timings are then measured again.
+
+    Args:
+        where: the directory of the file.
+        device: device of the timed ops.
 
     Attributes:
         path: the file, ``latency-<digest of the settings>.json``.
-        seconds: by key; new entries are kept in memory until :meth:`save`.
+        seconds: seconds by key; new entries stay in memory until :meth:`save`.
     """
 
     def __init__(self, where: Path, device: torch.device) -> None:
@@ -91,7 +99,7 @@ class Cache:
         self.seconds = self._load()
 
     def save(self) -> None:
-        """Write everything, with what other processes have added to the file meanwhile."""
+        """Write all timings, including those that other processes have added to the file since."""
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -106,6 +114,7 @@ class Cache:
             self._warn(f"cannot be written ({error}); the next run measures again")
 
     def _load(self) -> dict[str, float]:
+        """The timings in the file; empty if it is missing or, with a warning, unreadable."""
         try:
             with opened(self.path, "cache") as file:
                 text = file.read(_LARGEST + 1)
@@ -119,13 +128,18 @@ class Cache:
             return {}
 
     def _warn(self, what: str) -> None:
+        """Warn about the file, once per cache."""
         if not self._warned:
             self._warned = True
             warnings.warn(f"cache: {self.path}: {what}", stacklevel=4)
 
 
 def _seconds(document: Any) -> dict[str, float]:
-    """The timings of a file's content. ValueError if it is not what :meth:`Cache.save` wrote."""
+    """The timings in a file's content.
+
+    Raises:
+        ValueError: the content is not in the format that :meth:`Cache.save` writes.
+    """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"its format is not {FORMAT!r}")
     if document.get("version") != VERSION:

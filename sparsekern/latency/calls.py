@@ -1,4 +1,4 @@
-"""Running one op of a network by itself, at any width."""
+"""Running one op of a network alone, at any width."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from sparsekern.graph.propagate.operations import Constant, Operand, Operation
 
-# What a wrong number of channels raises, whoever looks first.
+# Exceptions that torch raises for a wrong number of channels; the class depends on the op.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
 class Call:
-    """An operation at given sizes of the network's extents (int64 ``[E]``).
+    """An operation at given sizes of the network's extents.
+
+    Args:
+        operation: the operation.
+        sizes: int64 ``[E]``, sizes of the extents.
 
     Attributes:
-        operation: what is called.
-        key: what determines its time on a given machine, as text.
-        elements: numbers in all tensors that it reads.
+        operation: the operation.
+        key: text of the op and its arguments, which determine its time on a given machine.
+        elements: number of elements of all tensors that the op reads.
     """
 
     def __init__(self, operation: Operation, sizes: np.ndarray) -> None:
@@ -33,17 +37,22 @@ class Call:
         self.key = f"{operation.target}({', '.join(parts)})"
 
     def prepare(self, device: torch.device) -> Callable[[], Any]:
-        """What runs the op once, on tensors made for it.
+        """A function that runs the op once on generated tensors.
 
         Raises:
-            one of FAILURES: the op does not exist, or does not take tensors of these sizes.
+            RuntimeError: torch does not have the op. The returned function raises one of FAILURES if the op
+                does not take tensors of these sizes.
         """
         function = self.function()
         args, kwargs = self.arguments(lambda operand: self.tensor(operand, device), device)
         return lambda: function(*args, **kwargs)
 
     def function(self) -> Callable[..., Any]:
-        """The op itself. Raises RuntimeError if torch does not have it."""
+        """The op in ``torch.ops``.
+
+        Raises:
+            RuntimeError: torch does not have the op.
+        """
         namespace, _, name = self.operation.target.partition("::")
         packet, _, overload = name.partition(".")
         try:
@@ -55,7 +64,12 @@ class Call:
     def arguments(
         self, tensor: Callable[[Operand], Tensor], device: torch.device
     ) -> tuple[list[Any], dict[str, Any]]:
-        """What the op is called with, given what every operand is."""
+        """Positional and keyword arguments of the op.
+
+        Args:
+            tensor: returns the tensor of an operand; called in the order of the operands.
+            device: replaces each device argument.
+        """
 
         def filled(argument: Any) -> Any:
             if isinstance(argument, Operand):
@@ -71,7 +85,10 @@ class Call:
         return args, {name: filled(value) for name, value in self.operation.kwargs.items()}
 
     def tensor(self, operand: Operand, device: torch.device) -> Tensor:
-        """Ones in the operand's shape, which in-place arithmetic leaves harmless; index 0 of integers."""
+        """A tensor with the operand's shape, dtype and memory order.
+
+        It holds ones, which in-place arithmetic leaves harmless. Integer tensors hold 0, a valid index.
+        """
         order, shape = operand.order, operand.sized(self._sizes)
         dtype = getattr(torch, operand.dtype)
         laid = torch.empty([shape[d] for d in order], dtype=dtype, device=device)
@@ -80,7 +97,7 @@ class Call:
         return tensor.fill_(1 if number else 0)
 
     def fits(self, operand: Operand, value: object) -> bool:
-        """Whether ``value`` is a tensor as the operand should be."""
+        """Whether ``value`` is a tensor with the operand's shape and dtype."""
         return (
             isinstance(value, Tensor)
             and value.shape == operand.sized(self._sizes)
@@ -88,6 +105,7 @@ class Call:
         )
 
     def _text(self, argument: Any) -> str:
+        """An argument as text for the key."""
         if isinstance(argument, Operand):
             shape = "x".join(map(str, argument.sized(self._sizes)))
             return f"{argument.dtype}[{shape}]@{''.join(map(str, argument.order))}"
@@ -97,11 +115,12 @@ class Call:
 
 
 def _unchanged(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    """The arguments of an op without numbers of channels."""
     return list(operation.args)
 
 
 def _convolution(operation: Operation, sizes: np.ndarray) -> list[Any]:
-    """Groups go with the channels where a filter sees a fixed number of them (depthwise)."""
+    """Adjust the number of groups to the channels where each filter reads a fixed number (depthwise)."""
     args = list(operation.args)
     weight = args[1]
     if len(args) > 6 and isinstance(args[6], int) and args[6] > 1 and isinstance(weight, Operand):
@@ -116,18 +135,20 @@ def _convolution(operation: Operation, sizes: np.ndarray) -> list[Any]:
 
 
 def _group_norm(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    """Scale the number of groups with the number of channels; at least 1."""
     args = list(operation.args)
     args[1] = max(1, args[1] * args[0].sized(sizes)[1] // args[0].shape[1])
     return args
 
 
 def _layer_norm(operation: Operation, sizes: np.ndarray) -> list[Any]:
+    """Set the normalised shape to the sizes of the input."""
     args = list(operation.args)
     args[1] = list(args[0].sized(sizes)[-len(args[1]) :])
     return args
 
 
-# Ops with a number of channels among their arguments, by name without overload.
+# Functions that adjust the arguments of ops which contain numbers of channels, by op name without overload.
 _ADJUST: dict[str, Callable[[Operation, np.ndarray], list[Any]]] = {
     "aten::conv1d": _convolution,
     "aten::conv2d": _convolution,

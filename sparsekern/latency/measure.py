@@ -1,4 +1,4 @@
-"""Timing the ops of a network, each by itself at a few widths."""
+"""Timing the ops of a network, each alone at a few widths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsekern.latency.whole import adjust
 
 _LOG = logging.getLogger(__name__)
 
-# An op's time is the shortest of so many visits, made in turn with all others.
+# Each round times every op once; the time of an op is its minimum over the rounds.
 ROUNDS = 3
 # oneDNN computes 16 channels together, tensor cores 8.
 NATURAL = {"cpu": 16, "cuda": 8}
@@ -39,30 +39,39 @@ def measure(
     round_to: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> LatencyModel:
-    """How long a forward pass takes with any set of kept channels, on this machine as it is now.
+    """Measure how long a forward pass takes with any set of kept channels, on this machine.
 
-    Every op of the network, with the shapes, dtypes and memory formats that it has on the example inputs,
-    is timed by itself at a few widths, with the number of threads that is set; then all of them in their
-    order at three widths, where caches are cold, and copies of the network at several, which tell what a
-    pass takes beside its ops. Evaluation mode, no gradients.
-    On Linux the allocator gives large tensors' memory back to the system and asks for it anew, which takes
-    longer than many an op, at one width and not at another: times are shorter, and predicted within a few
-    percent, in a process started with ``MALLOC_MMAP_THRESHOLD_=4294967296`` and
-    ``MALLOC_TRIM_THRESHOLD_=4294967296`` in its environment.
+    Timings are in evaluation mode, without gradients, with the current number of threads:
 
-    Timings are kept in a file of the directory ``cache``: what was timed before on this device, with this
-    torch and as many threads is not timed again.
+    * Every op of the network is timed alone at a few widths, with the shapes, dtypes and memory formats that
+      it has on the example inputs.
+    * All ops are timed in sequence at three widths, with cold caches.
+    * Copies of the network are timed at eight widths. They show the time of a pass outside its ops.
+
+    On Linux the allocator returns the memory of large tensors to the system and requests it again. This takes
+    longer than many ops, and happens at some widths only. Set ``MALLOC_MMAP_THRESHOLD_=4294967296`` and
+    ``MALLOC_TRIM_THRESHOLD_=4294967296`` in the environment of the process: times are then shorter, and
+    predictions are within a few percent.
+
+    Timings are stored in a file in the directory ``cache``. They are used again for the same device, torch
+    version and number of threads. If the file cannot be read or written, a warning names it and everything
+    is measured again.
 
     Args:
-        model: where it runs; it stays as it is.
+        model: the network on the device to measure; it is not changed.
         graph: its channels.
         example_inputs: a tensor or a tuple of the positional arguments.
-        example_kwargs: keyword arguments that go with them.
-        round_to: widths are going to be multiples of it; prices are averages over so many channels
-            (over 16 on a CPU and 8 on a GPU, which those compute together, where it is 1).
+        example_kwargs: keyword arguments of ``model``.
+        round_to: later widths are multiples of this number of channels. Prices are averages over as many
+            channels; for 1, over 16 on a CPU and 8 on a GPU, which the hardware computes together.
         cache: a directory; default ``$SPARSEKERN_CACHE``, else the user's cache directory.
 
-    Timings that cannot be read or written cost time alone: there is a warning that names the file.
+    Returns:
+        The fitted model.
+
+    Raises:
+        TypeError: ``cache`` is not a path.
+        ValueError: ``cache`` is not a valid name of a directory.
     """
     model = unwrap(model)
     device = next(model.parameters()).device
@@ -78,7 +87,7 @@ def measure(
 
 
 def _calls(graph: ChannelGraph, axes: list[Axis], axes_of: np.ndarray) -> dict[tuple[int, int, int], Call]:
-    """What has to be timed, by operation and position on the grids of its axes."""
+    """The calls to time, by index of the operation and positions on the grids of its axes."""
     full = graph.costs.sizes(np.ones(graph.num_channels, bool))
     calls = {}
     for number, operation in enumerate(graph.operations):
@@ -92,6 +101,7 @@ def _calls(graph: ChannelGraph, axes: list[Axis], axes_of: np.ndarray) -> dict[t
 
 
 def _resize(sizes: np.ndarray, axis: Axis, width: float) -> None:
+    """Set the extents of ``axis`` in ``sizes`` (int64 ``[E]``) to ``width``, in place."""
     if len(axis.extents) == 1:
         sizes[axis.extents[0]] = int(width)
         return
@@ -100,7 +110,7 @@ def _resize(sizes: np.ndarray, axis: Axis, width: float) -> None:
 
 
 def _time_calls(calls: Mapping[str, Call], stored: Cache, device: torch.device) -> None:
-    """Time what is not stored yet, and store it. Calls that fail are left out."""
+    """Time the calls that are not stored yet and store their times. Calls that fail are omitted."""
     missing = {key: call for key, call in calls.items() if key not in stored.seconds}
     if not missing:
         return
@@ -122,10 +132,10 @@ def _time_calls(calls: Mapping[str, Call], stored: Cache, device: torch.device) 
 def _table(
     operations: int, calls: Mapping[tuple[int, int, int], Call], seconds: Mapping[str, float]
 ) -> np.ndarray:
-    """Nanoseconds, float64 ``[operations, POINTS, POINTS]``; grids that are shorter repeat their last.
+    """Nanoseconds, float64 ``[operations, POINTS, POINTS]``; shorter grids repeat their last entry.
 
-    An op that did not run at some width (its arguments name sizes) is taken to need time in proportion to
-    the numbers that it reads there; one that did not run at all, none.
+    An op whose arguments name sizes may fail at some widths. Its time there is proportional to the number of
+    elements that it reads. An op that fails at all widths counts as 0 ns.
     """
     table = np.zeros((operations, POINTS, POINTS))
     last = _last_positions(calls)
@@ -142,6 +152,7 @@ def _table(
 
 
 def _last_positions(calls: Mapping[tuple[int, int, int], Call]) -> dict[int, tuple[int, int]]:
+    """The last positions on the grids of each operation's axes."""
     last: dict[int, tuple[int, int]] = {}
     for number, i, j in calls:
         last[number] = max(last.get(number, (0, 0)), (i, j))

@@ -1,4 +1,4 @@
-"""A network's latency as a function of its kept channels: tables of its ops, interpolated and added up."""
+"""A network's latency as a function of its kept channels: the sum of interpolated tables, one per op."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sparsekern.latency.axes import POINTS, Axis
 
 
 class LatencyModel:
-    """Nanoseconds of a forward pass for any set of kept channels, as ``sparsekern.latency.measure`` found.
+    """Nanoseconds of a forward pass for any set of kept channels; made by ``sparsekern.latency.measure``.
 
-    The sum of what the ops take at their widths, linear between the widths that were timed, times
-    ``scale``, plus ``overhead``: what whole networks were found to take beside their ops.
+    The latency is ``scale * sum(ops) + overhead``. The time of an op is interpolated linearly between the
+    timed widths. ``scale`` and ``overhead`` are fitted to timings of whole networks.
 
     Attributes:
         graph: the channels.
-        block: channels that a price is averaged over.
-        scale: of the sum of the ops.
-        overhead: nanoseconds of a pass that no width changes.
+        block: number of channels over which a price is averaged.
+        scale: factor of the sum over the ops.
+        overhead: nanoseconds of a pass that do not depend on widths.
     """
 
     def __init__(
@@ -32,22 +32,27 @@ class LatencyModel:
         nanoseconds: np.ndarray,
         block: int,
     ) -> None:
-        """``axes_of`` (int64 ``[ops, 2]``, -1 for none) says on which axes the times of each op lie.
+        """Create the model.
 
-        ``nanoseconds`` are float64 ``[ops, POINTS, POINTS]``, at the grids of the two axes.
+        Args:
+            graph: the channels.
+            axes: the widths that ops depend on.
+            axes_of: int64 ``[ops, 2]``, the indices in ``axes`` of each op's two axes; -1 for none.
+            nanoseconds: float64 ``[ops, POINTS, POINTS]``, times of each op at the grids of its two axes.
+            block: number of channels over which a price is averaged.
         """
         self.graph = graph
         self.block = block
         self.scale, self.overhead = 1.0, 0.0
         atoms = graph.costs.shares.atoms
-        # What no axis of an operation is: the last one, of the constant width 1.
+        # The last axis has the constant width 1; it replaces the missing axes of operations.
         fixed = Axis((), 1.0, np.zeros(atoms), 1.0, 1.0, np.ones(1))
         every = [*axes, fixed]
         self._axes_of = np.where(axes_of < 0, len(axes), axes_of)
         self._constant = np.array([axis.constant for axis in every])
         self._of_atom = np.stack([axis.of_atom for axis in every])
         self._step = np.array([axis.step for axis in every])
-        # Beyond the last width of a grid lies one that is never reached.
+        # Each grid is padded with infinity behind its last width.
         self._grid = np.full((len(every), POINTS + 1), np.inf)
         for number, axis in enumerate(every):
             self._grid[number, : len(axis.grid)] = axis.grid
@@ -58,7 +63,7 @@ class LatencyModel:
 
     @property
     def values(self) -> np.ndarray:
-        """All that was measured, float64 ``[n]``: to be handed to an equal model of another process."""
+        """All measured values, float64 ``[n]``, for transfer to an equal model in another process."""
         return np.append(self._table.ravel(), (self.scale, self.overhead))
 
     @values.setter
@@ -71,15 +76,19 @@ class LatencyModel:
         return self.scale * float(self.of_each(kept).sum()) + self.overhead
 
     def of_each(self, kept: np.ndarray) -> np.ndarray:
-        """Nanoseconds of each op, neither scaled nor with the overhead, float64 ``[ops]``."""
+        """Nanoseconds of each op for ``kept``, without scale and overhead: float64 ``[ops]``."""
         widths = self._constant + self._of_atom @ self._counts(kept)
         return self._times(np.arange(len(self._table)), widths[self._axes_of])
 
     def settle(self, alone: np.ndarray, within: np.ndarray) -> None:
-        """Correct the tables: ops that they say take ``alone`` were found to take ``within``.
+        """Correct the tables from ops timed alone to ops timed within the network.
 
-        Both are nanoseconds, float64 ``[k, ops]``, of the same ``k`` sets of channels; between and beyond
-        those the ratio of the two is interpolated in the time.
+        Each table entry is multiplied by ``within / alone``. This ratio is interpolated linearly in the time
+        of the entry and constant beyond the given times.
+
+        Args:
+            alone: float64 ``[k, ops]``, nanoseconds by the tables for ``k`` sets of kept channels.
+            within: float64 ``[k, ops]``, measured nanoseconds for the same sets.
         """
         for op, (x, y) in enumerate(zip(alone.T, within.T, strict=True)):
             good = (x > 0) & (y > 0)
@@ -89,13 +98,16 @@ class LatencyModel:
                 self._table[op] *= ratio
 
     def price(self, kept: np.ndarray) -> np.ndarray:
-        """Nanoseconds that a channel's removal saves, float64 ``[C]``; 0 for those not kept.
+        """Nanoseconds that the removal of each channel saves, float64 ``[C]``; 0 for removed channels.
 
-        It is the mean over the channels that go with it to the next multiple of ``block`` below, since time
-        falls in steps.
+        Time falls in steps, so the saving is computed for the removal of channels down to the next lower
+        multiple of ``block``, and divided by their number.
+
+        Args:
+            kept: bool ``[C]``.
         """
         counts = self._counts(kept)
-        # What is over the last multiple goes together, and then a block at a time.
+        # Channels above the last multiple of the block are removed together, then one block at a time.
         going = np.where(counts > 0, (counts - 1) % self.block + 1, 0)
         widths = self._constant + self._of_atom @ counts
         axes = self._axes_of[self._pair_op]
@@ -107,19 +119,20 @@ class LatencyModel:
         return np.where(kept, per_channel[self.graph.costs.atom_of], 0.0)
 
     def restrict(self, graph: ChannelGraph) -> LatencyModel:
-        """The same latencies for ``graph``, what ``ChannelGraph.restrict`` made of this one's."""
+        """A copy of this model for ``graph``, a result of ``ChannelGraph.restrict`` on this model's graph."""
         restricted = copy.copy(self)
         restricted.graph = graph
         return restricted
 
     def _counts(self, kept: np.ndarray) -> np.ndarray:
+        """Number of kept channels of each atom, int64 ``[atoms]``."""
         return np.bincount(self.graph.costs.atom_of[kept], minlength=self._of_atom.shape[1])
 
     def _times(self, ops: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """Nanoseconds of the operations ``ops`` (int64 ``[n]``) at ``widths`` (``[n, 2]``), ``[n]``."""
         axes = self._axes_of[ops]
         step = self._step[axes]
-        # Widths up to the next multiple of the step take as long as that one.
+        # A width takes as long as the next higher multiple of the step.
         widths = np.where(step > 0, np.ceil(widths / np.maximum(step, 1e-9)) * step, widths)
         grid = self._grid[axes]
         low = np.clip((grid < widths[..., None]).sum(axis=-1) - 1, 0, np.maximum(self._last[axes] - 1, 0))

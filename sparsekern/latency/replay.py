@@ -1,6 +1,6 @@
-"""Running all ops of a network in their order, each on what the others made, without the network.
+"""Running all ops of a network in their order, each on the results of earlier ops, without the network.
 
-By itself an op finds its operands in the cache and its result's memory warm; between the others it does not.
+An op that is timed alone has its operands and its result's memory in the cache. Among other ops it does not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from sparsekern.latency.timing import Stopwatch
 
 
 class Replay:
-    """The operations at given sizes of the extents (int64 ``[E]``), with parameters and inputs of their own.
+    """The operations of a network at given sizes, with generated parameters and inputs.
 
-    An operand that no operation made as it should be (one whose arguments name sizes fails at others) is
-    made up. Results are let go after their last use, as in a forward pass.
+    If an earlier operation did not produce an operand with the expected shape and dtype, the operand is
+    generated. This happens when an operation names sizes in its arguments and fails at other sizes. Results
+    are freed after their last use, as in a forward pass.
+
+    Args:
+        operations: the operations in the order of a forward pass.
+        sizes: int64 ``[E]``, sizes of the extents.
+        device: device of all tensors.
     """
 
     def __init__(self, operations: Sequence[Operation], sizes: np.ndarray, device: torch.device) -> None:
@@ -44,7 +50,7 @@ class Replay:
             self._done[number].append(name)
 
     def seconds(self, watch: Stopwatch) -> list[float]:
-        """Seconds of every operation in one pass; NaN for those that fail."""
+        """Seconds of every operation in one pass; NaN for operations that fail."""
         made: dict[str, Any] = {}
         times = []
         for number, call in enumerate(self._calls):
@@ -62,7 +68,7 @@ class Replay:
         return times
 
     def _operands(self, number: int, made: dict[str, Any]) -> Any:
-        """What gives the tensors of one call, asked in the order of its operands."""
+        """A function that returns the tensors of call ``number``; called in the order of its operands."""
         call, index = self._calls[number], iter(range(1_000_000))
 
         def tensor(operand: Operand) -> Tensor:

@@ -1,4 +1,4 @@
-"""A stopwatch."""
+"""Timing of calls on a device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-# Calls are repeated until they have taken this long: less is mostly the clock and the scheduler.
+# Seconds for which calls are repeated; in less time the clock and the scheduler dominate.
 SHORTEST_CALLS = 1.5e-3
 
 Run = Callable[[], Any]
 
 
 class Stopwatch:
-    """Seconds of calls on a device, waiting for the work that they queue there.
+    """Measures seconds of calls on a device, including the work that they queue there.
 
-    Where a single CPU thread computes, it is that thread's own time, which other processes on a busy
-    machine do not lengthen; wall time elsewhere.
+    With a single CPU thread it measures that thread's CPU time, which other processes on a busy machine do
+    not lengthen. Otherwise it measures wall time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Stopwatch:
         self._clock = thread_time if alone else perf_counter
 
     def seconds(self, run: Run) -> float:
-        """Seconds of a call."""
+        """Seconds of one call."""
         self._synchronise()
         begin = self._clock()
         run()
@@ -36,7 +36,7 @@ class Stopwatch:
         return self._clock() - begin
 
     def visit(self, run: Run) -> float:
-        """Median seconds of a few calls, after one that warms up."""
+        """Median seconds of at least two calls, after one warm-up call."""
         run()
         times: list[float] = []
         while len(times) < 2 or sum(times) < SHORTEST_CALLS:
@@ -44,5 +44,6 @@ class Stopwatch:
         return statistics.median(times)
 
     def _synchronise(self) -> None:
+        """Wait for the work that is queued on the device."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)

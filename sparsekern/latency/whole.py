@@ -1,4 +1,4 @@
-"""Timing whole networks, and all their ops in a row, to set the tables of single ops right."""
+"""Timing whole networks, and all their ops in sequence, to correct the tables of single ops."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sparsekern.latency.model import LatencyModel
 from sparsekern.latency.replay import Replay
 from sparsekern.latency.timing import Stopwatch
 
-# Uniform widths at which all ops are timed in a row, too, and mean widths of networks whose layers' own
-# widths are left to chance.
+# Kept shares of networks with the same share in all groups; their ops are also timed in sequence.
 EVEN = (1.0, 0.5, 0.2)
+# Mean kept shares of networks with a random share in each group.
 UNEVEN = (0.7, 0.6, 0.5, 0.4, 0.3)
-# Rounds in which all of them take turns: at least so many, and then until so many seconds are spent in
-# networks or so many rounds are over.
+# Each round times all networks once. There are at least ROUNDS rounds. More follow until the networks have
+# run for SHORTEST seconds, up to MOST_ROUNDS rounds.
 ROUNDS = 15
 SHORTEST = 3.0
 MOST_ROUNDS = 100
@@ -39,7 +39,15 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]
 def adjust(
     found: LatencyModel, model: nn.Module, example: Example, stored: Cache, device: torch.device
 ) -> None:
-    """Bring the tables to what ops take between the others, and their sum to what a network takes."""
+    """Fit the tables to timings of ops in sequence, and their sum to timings of whole networks.
+
+    Args:
+        found: the model to correct in place.
+        model: the network; it is not changed.
+        example: arguments of its forward pass.
+        stored: known timings; new ones are added and saved.
+        device: device of the network.
+    """
     graph, operations = found.graph, found.graph.operations
     widths = [*_even(graph, found.block), *_uneven(graph, found.block)]
     keys = [_key(operations, graph.costs.sizes(kept)) for kept in widths]
@@ -56,19 +64,20 @@ def adjust(
 
 
 def _even(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
-    """The first channels of every group, about the same share of each: bool ``[C]``."""
+    """For each share of ``EVEN``, that share of the first channels of every group: bool ``[C]``."""
     for share in EVEN:
         yield _first(graph, block, np.full(len(graph.groups), share))
 
 
 def _uneven(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
-    """The first channels of every group, shares of it left to chance: bool ``[C]``."""
+    """For each mean share of ``UNEVEN``, the first channels of every group, random shares: bool ``[C]``."""
     random = np.random.default_rng(0)
     for share in UNEVEN:
         yield _first(graph, block, share * random.uniform(0.3, 1.7, len(graph.groups)))
 
 
 def _first(graph: ChannelGraph, block: int, shares: np.ndarray) -> np.ndarray:
+    """Keep the first channels of each group, a multiple of ``block`` near its share: bool ``[C]``."""
     kept = np.zeros(graph.num_channels, bool)
     for group, share in zip(graph.groups, shares, strict=True):
         size = len(group.channels)
@@ -78,6 +87,7 @@ def _first(graph: ChannelGraph, block: int, shares: np.ndarray) -> np.ndarray:
 
 
 def _key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
+    """Key of a network in the cache: a digest of all its calls at these sizes."""
     text = "\n".join(Call(operation, sizes).key for operation in operations)
     return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -85,10 +95,13 @@ def _key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
 def _time(
     found: LatencyModel, model: nn.Module, example: Example, widths: list[np.ndarray], device: torch.device
 ) -> tuple[list[float], np.ndarray]:
-    """Seconds of a network of each of ``widths``, and of each op ``[len(EVEN), ops]`` in a row.
+    """Seconds of a network with each of ``widths``, and of each op in sequence.
 
-    Every round times all; a time counts by its ratio to that of the first network, the full one, in its
-    round, so that a slow spell of the machine falls on all alike.
+    Every round times all networks. Each time is divided by the relative time of the first (full) network in
+    the same round, so that a slow phase of the machine affects all alike. Results are medians over rounds.
+
+    Returns:
+        Seconds of the networks, ``[len(widths)]``, and of their ops, float64 ``[len(EVEN), ops]``.
     """
     args, kwargs = example
     watch, graph = Stopwatch(device), found.graph
@@ -110,10 +123,17 @@ def _time(
 
 
 def _line(of_ops: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    """Scale and overhead (at least 0) with ``whole = scale * of_ops + overhead``.
+    """Fit ``whole = scale * of_ops + overhead`` with scale and overhead of at least 0.
 
-    Exactly so for the first, the full network, of whose time budgets are shares; for the others as nearly as
-    can be, relatively.
+    The line passes through the first network, the full one, because budgets are shares of its time. The fit
+    minimises the squared relative errors of the other networks.
+
+    Args:
+        of_ops: float64 ``[n]``, summed times of the ops of each network.
+        whole: float64 ``[n]``, times of the whole networks, in the same unit.
+
+    Returns:
+        The scale and the overhead.
     """
     ops, time = of_ops[0] - of_ops[1:], whole[0] - whole[1:]
     weight = whole[1:] ** -2.0

@@ -1,4 +1,4 @@
-"""Modules that stand in for torch's."""
+"""Replacements for modules of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention whose heads can go, which those of ``torch.nn.MultiheadAttention`` cannot."""
+"""Multi-head attention with removable heads, unlike ``torch.nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from torch import Tensor, nn
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` whose heads need not fill its width.
+    """``torch.nn.MultiheadAttention`` with any number of heads of any size.
 
-    torch derives the size of a head from ``embed_dim`` and ``num_heads``. Here ``head_dim`` and
-    ``num_heads`` say it, and the input projections have ``num_heads * head_dim`` rows for each of
-    queries, keys and values, whatever the width. Names and layout of the parameters, arguments and
-    results are torch's. Compaction makes one of torch's module where it removes heads, or channels
-    of what goes in (:meth:`adopt`). Torch's shortcut for inference is not taken, nested tensors are
-    refused, and a pickle of it needs this package.
+    torch requires ``num_heads * head_dim == embed_dim``. Here ``num_heads`` and ``head_dim`` are independent
+    of ``embed_dim``: the input projections have ``num_heads * head_dim`` rows for each of queries, keys and
+    values. Names and layout of the parameters, arguments and results equal torch's. Compaction converts
+    torch's module (:meth:`adopt`) when it removes heads or input channels. The module does not use torch's
+    fast path for inference and does not accept nested tensors. Unpickling it requires this package.
     """
 
     @staticmethod
     def fits(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-        """Whether the module is one, or one of torch's that can become one.
+        """Whether the module is of this class, or of torch's and convertible by :meth:`adopt`.
 
-        ``bias_k`` and ``add_zero_attn`` give every head a key of its own and are not provided for.
+        ``bias_k`` and ``add_zero_attn`` add a key to every head; this class does not support them.
         """
         if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
             return False
@@ -32,10 +31,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @staticmethod
     def adopt(module: nn.MultiheadAttention) -> None:
-        """Make torch's module one of these, in place. What it computes stays the same."""
+        """Convert torch's module to this class in place; its results stay the same."""
         module.__class__ = MultiheadAttention
-        # torch's transformer layers take it for what it says, and call the module instead of a
-        # kernel that reads its weights.
+        # With this flag False, torch's transformer layers call the module instead of a kernel that reads
+        # its weights directly.
         module._qkv_same_embed_dim = False
 
     def forward(
@@ -49,11 +48,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``torch.nn.MultiheadAttention.forward``.
+        """Compute attention; arguments and results as in ``torch.nn.MultiheadAttention.forward``.
 
         Raises:
             ValueError: ``query`` is a nested tensor, or has neither 2 nor 3 dimensions.
-            RuntimeError: ``is_causal`` without ``attn_mask``, whose hint it is.
+            RuntimeError: ``is_causal`` is set without the ``attn_mask`` that it describes.
         """
         if query.is_nested:
             raise ValueError("query: got a nested tensor, expected a padded one")
@@ -83,6 +82,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """The projections of query, key and value, each ``[..., num_heads * head_dim]``."""
         inputs = (query, key, value)
         if self.in_proj_weight is None:
             kernels: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -94,7 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, kernels, biases, strict=True))
 
     def _by_head(self, x: Tensor, batched: bool) -> Tensor:
-        """[batch, heads, positions, head_dim] of a projection, batch first or second or absent."""
+        """Reshape a projection, batch first, second or absent, to ``[batch, heads, positions, head_dim]``."""
         if not batched:
             x = x.unsqueeze(0)
         elif not self.batch_first:
@@ -102,19 +102,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _mask(self, mask: Tensor | None, batch: int) -> Tensor | None:
-        """[positions, positions] as it is, [batch * heads, positions, positions] by batch and head."""
+        """Split ``[batch * heads, positions, positions]`` into batch and heads; keep 2-d masks and None."""
         if mask is None or mask.ndim == 2:
             return mask
         return mask.unflatten(0, (batch, self.num_heads))
 
 
 def _joined(mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores: -inf where a bool mask is True, a float mask as it is."""
+    """The sum of both masks, to add to the scores: -inf where a bool mask is True, float masks unchanged."""
     given = [_added(m, dtype) for m in (mask, padding) if m is not None]
     return sum(given[1:], given[0]) if given else None
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in additive form.
+
+    Raises:
+        TypeError: the dtype is neither bool nor floating point.
+    """
     if mask.is_floating_point():
         return mask
     if mask.dtype is not torch.bool:

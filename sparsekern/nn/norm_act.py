@@ -1,4 +1,4 @@
-"""Batch normalisation and the activation behind it, as one module."""
+"""Batch normalisation and its activation as one module."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 class NormAct2d(nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` with its activation: ``activation(norm(x) + residual)``.
 
-    Parameters, buffers, keys of the state dict and numerics are torch's. Forward and backward pass go
-    twice over the data each, and keep ``x`` alone for the backward pass (with a residual, that too),
-    from which the input of the activation is computed again.
+    Parameters, buffers, keys of the state dict and numerics equal torch's. The forward and the backward pass
+    each read the data twice. Only ``x`` and the residual are saved for the backward pass, which recomputes
+    the input of the activation.
 
-    ``mask`` and ``counts`` belong to a training: copies, pickles and state dicts have neither.
+    ``mask`` and ``counts`` are training state: copies, pickles and state dicts do not contain them.
 
     Attributes:
         activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"hardswish"`` or ``"silu"``.
-        mask: bool ``[C]`` or None; channels whose gamma and beta are 0, which are not computed: their
-            result is ``activation(residual)``, they get no gradient, and their running statistics stand
-            still.
-        counts: where backward passes count the gradients of each channel, or None.
+        mask: bool ``[C]``, True for channels whose gamma and beta are 0, or None. These channels are not
+            computed: their result is ``activation(residual)``, they get no gradient, and their running
+            statistics do not change.
+        counts: receives each channel's gradient counts in backward passes, or None.
     """
 
     activation: str
@@ -56,10 +56,21 @@ class NormAct2d(nn.BatchNorm2d):
         *,
         activation: str = "relu",
     ) -> None:
-        """All but ``activation`` as in ``torch.nn.BatchNorm2d``.
+        """Create the module.
+
+        Args:
+            num_features: number of channels. This and the arguments up to ``dtype`` are as in
+                ``torch.nn.BatchNorm2d``.
+            eps: added to the variance.
+            momentum: weight of a batch in the running statistics; None for a cumulative average.
+            affine: whether to have a weight and a bias.
+            track_running_stats: whether to keep running statistics.
+            device: of the parameters and buffers.
+            dtype: of the parameters and buffers.
+            activation: see the attribute.
 
         Raises:
-            ValueError: an activation that does not exist.
+            ValueError: ``activation`` is unknown.
         """
         check_activation(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -67,10 +78,14 @@ class NormAct2d(nn.BatchNorm2d):
 
     @staticmethod
     def adopt(norm: nn.BatchNorm2d, activation: str) -> None:
-        """Make torch's module one of these, in place: the same tensors and object.
+        """Convert torch's module to this class in place; the object and its tensors stay the same.
+
+        Args:
+            norm: the module.
+            activation: see the attribute.
 
         Raises:
-            ValueError: another class than ``torch.nn.BatchNorm2d``, or an activation that does not exist.
+            ValueError: the class of ``norm`` is not ``torch.nn.BatchNorm2d``, or ``activation`` is unknown.
         """
         if type(norm) is not nn.BatchNorm2d:
             raise ValueError(f"norm: got a {type(norm).__name__}, expected a BatchNorm2d")
@@ -81,7 +96,7 @@ class NormAct2d(nn.BatchNorm2d):
 
     @staticmethod
     def release(norm: nn.Module) -> None:
-        """The inverse of :meth:`adopt`; a module that was never torch's stays what it is."""
+        """Undo :meth:`adopt`; other modules stay unchanged."""
         if not norm.__dict__.pop("_adopted", False):
             return
         for name in ("activation", "mask", "counts"):
@@ -92,14 +107,21 @@ class NormAct2d(nn.BatchNorm2d):
         return {name: value for name, value in self.__dict__.items() if name not in ("mask", "counts")}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``[N, C, H, W]``, and the same for ``residual``; the result is like ``x``.
+        """Normalise, add the residual and apply the activation.
+
+        Args:
+            x: ``[N, C, H, W]``.
+            residual: a tensor like ``x`` that is added before the activation, or None.
+
+        Returns:
+            A tensor with the shape and dtype of ``x``.
 
         Raises:
-            ValueError: other dimensions, or one value per channel in training.
+            ValueError: ``x`` does not have 4 dimensions, or has one value per channel in training.
         """
         self._check_input_dim(x)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            # What reads exported graphs knows torch's operators.
+            # Readers of exported graphs know only torch's operators.
             z = super().forward(x)
             return _IN_PLACE[self.activation](z if residual is None else z + residual)
         weight, bias, running_mean, running_var, batches = self._tensors()
@@ -123,10 +145,10 @@ class NormAct2d(nn.BatchNorm2d):
         return y
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        """Weight, bias, running mean and variance, and the number of batches.
+        """Weight, bias, running mean, running variance and the number of batches.
 
-        Straight from where torch keeps them: five attributes by way of ``__getattr__`` take longer than a
-        small layer's kernel.
+        They are read from torch's dicts directly, because five calls of ``__getattr__`` take longer than
+        the kernel of a small layer.
         """
         parameters, buffers = self._parameters, self._buffers
         try:
@@ -138,11 +160,11 @@ class NormAct2d(nn.BatchNorm2d):
                 buffers["num_batches_tracked"],
             )
         except KeyError:
-            # Something has put attributes of its own there, as torch.nn.utils.parametrize does.
+            # The tensor is an attribute instead, as after torch.nn.utils.parametrize.
             return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
     def _momentum(self, batches: Tensor | None) -> float:
-        """The share of this batch in the running statistics, after so many."""
+        """The weight of this batch in the running statistics after ``batches`` batches."""
         if batches is None:
             return 0.0
         return 1.0 / (float(batches) + 1) if self.momentum is None else self.momentum
@@ -152,19 +174,19 @@ class NormAct2d(nn.BatchNorm2d):
 
 
 class FusedActivation(nn.Identity):
-    """Stands where an activation stood that :class:`NormAct2d` has taken over."""
+    """Identity in place of an activation that a :class:`NormAct2d` computes."""
 
     _original: type[nn.Module]
 
     @staticmethod
     def adopt(activation: nn.Module) -> None:
-        """Put one in the place of the module, in the same object."""
+        """Convert the module to this class in place."""
         activation.__dict__["_original"] = type(activation)
         activation.__class__ = FusedActivation
 
     @staticmethod
     def release(activation: nn.Module) -> None:
-        """The inverse of :meth:`adopt`."""
+        """Undo :meth:`adopt`."""
         activation.__class__ = activation.__dict__.pop("_original")
 
     def extra_repr(self) -> str:

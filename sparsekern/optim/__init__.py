@@ -1,4 +1,4 @@
-"""Optimizers that carry a table of rows in their step, and hooks that do it beside any other."""
+"""Optimizers that process a row table in their step, and hooks that do so around any other optimizer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from sparsekern.optim.unwrap import unwrap_optimizer as unwrap_optimizer
 
 
 def attach(optimizer: Optimizer, table: RowTable) -> Attachment | RowHooks:
-    """Do the work of ``table`` in every step of ``optimizer`` from now on.
+    """Process ``table`` in every following step of ``optimizer``.
 
-    In the step itself where the optimizer is one of ours (:meth:`RowOptimizer.attach`), else by
-    hooks around it (:func:`~sparsekern.optim.hooks.attach_hooks`).
+    An optimizer of this package does so in the step itself (:meth:`RowOptimizer.attach`); any other
+    optimizer gets hooks (:func:`~sparsekern.optim.hooks.attach_hooks`).
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.
         table: rows of its parameters.
 
     Returns:
-        A handle whose ``remove()`` undoes this.
+        A handle whose ``remove()`` detaches the table.
 
     Raises:
-        TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
-        ValueError: none of the table's parameters is in it.
-        RuntimeError: it has a table with one of these parameters already.
+        TypeError: ``optimizer`` is not a :class:`torch.optim.Optimizer`.
+        ValueError: none of the table's parameters is in the optimizer.
+        RuntimeError: a table with one of these parameters is attached already.
     """
     if isinstance(optimizer, RowOptimizer):
         return optimizer.attach(table)

@@ -1,4 +1,4 @@
-"""Adam and AdamW, in one pass with the work of a table of rows."""
+"""Adam and AdamW that process row tables in the same pass over memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _TOP = "max_exp_avg_sq"
 
 
 class Adam(RowOptimizer):
-    """:class:`torch.optim.Adam` as a fused step that can also carry a table of rows.
+    """:class:`torch.optim.Adam` as a fused step that can also process row tables.
 
-    Arguments, defaults, groups and state are torch's, and state dicts load both ways. It always is
-    fused: ``foreach`` and ``fused`` are only checked, and ``step`` lies on the parameter's device.
-    Parameters are dense float32, float64, bfloat16 or float16 tensors; gradients are dense and of
-    the parameter's dtype. Tensor ``betas`` are read in every step, which waits for their device.
+    Arguments, defaults, groups and state equal torch's, and state dicts load in both directions. The step is
+    always fused: ``foreach`` and ``fused`` are only checked, and ``step`` is on the parameter's device.
+    Parameters are dense float32, float64, bfloat16 or float16 tensors. Gradients are dense and have the
+    parameter's dtype. Every step reads tensor ``betas`` and therefore waits for their device.
 
     Raises:
-        ValueError: a hyperparameter out of range, or tensors with ``foreach`` unless ``capturable``.
-        RuntimeError: ``differentiable``, or ``fused`` and ``foreach`` together.
+        ValueError: a hyperparameter is out of range, or is a tensor with ``foreach`` and not ``capturable``.
+        RuntimeError: ``differentiable`` is set, or ``fused`` and ``foreach`` are both set.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Adam(RowOptimizer):
 
 
 class AdamW(Adam):
-    """:class:`torch.optim.AdamW`, as :class:`Adam`: weight decay apart from the gradient."""
+    """:class:`torch.optim.AdamW` in the form of :class:`Adam`, with decoupled weight decay."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class AdamW(Adam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Groups that come from a checkpoint of an Adam, or of an AdamW before it had this key.
+        # Groups may come from a checkpoint of Adam, or of an AdamW without this key.
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
 
@@ -155,6 +155,11 @@ def _check(
     *,
     tensors_fit: bool,
 ) -> None:
+    """Check the hyperparameters.
+
+    Raises:
+        ValueError: one is out of range, or is a tensor while ``tensors_fit`` is False.
+    """
     unfit = "as a Tensor is not supported for capturable=False and foreach=True"
     if isinstance(lr, Tensor):
         if not tensors_fit:
@@ -181,4 +186,5 @@ def _check(
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:
+    """A 1-element tensor as a 0-d tensor; a float unchanged."""
     return value.squeeze() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What the optimizers share: lists kept between steps, the step itself, and tables of rows."""
+"""Common base of the optimizers: lists cached between steps, the step itself, and attached row tables."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _attachments = itertools.count(1)
 
 
 class RowOptimizer(Optimizer):
-    """Base of the optimizers that make a step and the work of tables of rows in one pass.
+    """Base of the optimizers that step parameters and process row tables in one pass over memory.
 
-    A subclass names its state, makes it, and calls its operation: :meth:`_state_names`,
-    :meth:`_new_state`, :meth:`_update`.
+    A subclass names its state (:meth:`_state_names`), creates it (:meth:`_new_state`) and calls its
+    operation (:meth:`_update`).
     """
 
-    # Read by GradScaler: the kernels unscale and skip by themselves, as torch's fused ones do.
+    # GradScaler reads this flag: the kernels unscale and skip steps themselves, like torch's fused ones.
     _step_supports_amp_scaling = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -52,12 +52,12 @@ class RowOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Start without lists and without tables."""
+        """Reset to no cached lists and no tables."""
         self._kept: Kept | None = None
         self._sharded = False
         self._tables: tuple[RowTable, ...] = ()
-        # Another one for every attachment: a compiled step has the positions of rows as constants,
-        # and torch.compile never stops guarding strings by value.
+        # Every attachment gets a new string. A compiled step holds the positions of rows as constants,
+        # and torch.compile always guards strings by value, so a new string forces a recompilation.
         self._attachment = ""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,11 +73,14 @@ class RowOptimizer(Optimizer):
             group.setdefault("fused", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; see :meth:`torch.optim.Optimizer.add_param_group`.
+        """Add a group as :meth:`torch.optim.Optimizer.add_param_group` does.
+
+        Args:
+            param_group: ``"params"`` and options, as in torch.
 
         Raises:
-            RuntimeError: a parameter wraps other tensors and is no DTensor, or is one that is a partial sum;
-                the group has not been added.
+            RuntimeError: a parameter is a tensor wrapper other than DTensor, or a DTensor that is a partial
+                sum. The group is not added.
         """
         super().add_param_group(param_group)
         self._sharded |= any(map(is_sharded, self.param_groups[-1]["params"]))
@@ -88,9 +91,12 @@ class RowOptimizer(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; state dicts of the optimizer of the same name in ``torch.optim`` fit.
+        """Load a state dict as torch does.
 
-        With tables attached, masked rows and their state are zero again afterwards.
+        Masked rows of attached tables and their state are set to zero again afterwards.
+
+        Args:
+            state_dict: one of this class, or of the optimizer of the same name in ``torch.optim``.
         """
         super().load_state_dict(state_dict)
         for table in self._tables:
@@ -98,16 +104,15 @@ class RowOptimizer(Optimizer):
 
     @property
     def tables(self) -> tuple[RowTable, ...]:
-        """What is attached, in order."""
+        """The attached tables, in the order of their attachment."""
         return self._tables
 
     def attach(self, table: RowTable) -> Attachment:
-        """Do the work of ``table`` in every step from now on: statistics, penalty, decline, masks.
+        """Process ``table`` in every following step: statistics, penalty, fade-out, masks.
 
-        Several tables of different parameters can be attached: a list of parameters that one native
-        call takes has rows of one table. Masked rows and their state are set to zero. Tables stay out of
-        ``state_dict``, pickles and deep copies of the optimizer: a copy has none, and steps as
-        ``torch.optim`` would.
+        Several tables with different parameters can be attached. Each native call takes parameters with
+        rows of one table. Masked rows and their state are set to zero now. ``state_dict``, pickles and deep
+        copies of the optimizer do not contain tables: a copy has none, and steps as ``torch.optim`` does.
 
         Args:
             table: rows of parameters of this optimizer; rows of other parameters stay as they are.
@@ -116,7 +121,7 @@ class RowOptimizer(Optimizer):
             A handle whose ``remove()`` detaches this table.
 
         Raises:
-            RuntimeError: a table with one of its parameters is attached already.
+            RuntimeError: an attached table already has one of its parameters.
             ValueError: none of the table's parameters is in this optimizer.
         """
         check_table(self, table, self._tables)
@@ -125,30 +130,32 @@ class RowOptimizer(Optimizer):
         return Attachment(self, table)
 
     def detach(self) -> None:
-        """Step as ``torch.optim`` would from now on. Without tables nothing happens."""
+        """Remove all tables; following steps equal those of ``torch.optim``."""
         self._set_tables(())
 
     def _set_tables(self, tables: tuple[RowTable, ...]) -> None:
+        """Replace the attached tables and invalidate the cached lists."""
         self._tables = tables
         self._kept = None
         self._attachment = f"tables {next(_attachments)}" if tables else ""
 
     def _zero_masked(self, table: RowTable) -> None:
+        """Set masked rows of the table and their optimizer state to zero."""
         table.zero_masked(state_tensors(self.state))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of all parameters that have a gradient.
+        """Step all parameters that have a gradient.
 
         Args:
             closure: reevaluates the model and returns the loss.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``; None without one.
 
         Raises:
-            RuntimeError: a sparse or complex gradient, an unsupported dtype, or state that does not
-                fit its parameter; nothing has changed then.
+            RuntimeError: a gradient is sparse or complex, a dtype is unsupported, or state does not fit its
+                parameter. Nothing is changed.
         """
         if self._sharded:
             return self._uncompiled_step(closure)
@@ -156,7 +163,7 @@ class RowOptimizer(Optimizer):
 
     @torch.compiler.disable
     def _uncompiled_step(self, closure: Callable[[], float] | None) -> float | None:
-        # A trace would take the local parts of parameters and gradients for constants.
+        # A trace would record the local parts of parameters and gradients as constants.
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -169,7 +176,7 @@ class RowOptimizer(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:
-            # GradScaler adds up over devices, kernels compare with 1.
+            # GradScaler sums found_inf over devices; the kernels compare it with 1.
             found_inf = found_inf.clamp(max=1)
         for tensors, grads in self._lists():
             device = tensors.params[0].device
@@ -180,14 +187,14 @@ class RowOptimizer(Optimizer):
         return loss
 
     def step_parameter(self, index: int, param: Tensor) -> None:
-        """What a step does to one parameter with a gradient; ``step()`` has to end that step.
+        """Step one parameter that has a gradient; the caller must end the step with ``step()``.
 
         Args:
-            index: the group that holds it.
-            param: the parameter; its gradient stays as it is.
+            index: index of its group in ``param_groups``.
+            param: the parameter; its gradient is not changed.
 
         Raises:
-            RuntimeError: as :meth:`step`.
+            RuntimeError: the conditions of :meth:`step`.
         """
         group = self.param_groups[index]
         check_parameter(type(self).__name__, index, group, param)
@@ -201,7 +208,7 @@ class RowOptimizer(Optimizer):
         self._update(group, tensors, [local(param.grad)], None, None)
 
     def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
-        """What one step takes: every list with its gradients."""
+        """All lists of one step, each with its gradients."""
         if torch.compiler.is_compiling():
             return self._traced_lists()
         groups, state = self.param_groups, self.state
@@ -215,7 +222,7 @@ class RowOptimizer(Optimizer):
         return [(tensors, tensors.pick(grads)) for tensors in kept.lists]
 
     def _keep(self, names: list[tuple[str, ...]]) -> tuple[Kept, list[Tensor]]:
-        """New lists, and all gradients that there are."""
+        """Build and cache new lists; return them and all gradients that exist."""
         self._kept = None
         for index, group in enumerate(self.param_groups):
             check_group(type(self).__name__, index, group)
@@ -230,6 +237,7 @@ class RowOptimizer(Optimizer):
         return self._kept, [grad for grad in every if grad is not None]
 
     def _traced_lists(self) -> list[tuple[TensorList, list[Tensor]]]:
+        """All lists of one step with their gradients, built inside a trace of torch.compile."""
         result = []
         for index, group in enumerate(self.param_groups):
             parts, grads = self._lists_of(index, group, 0)
@@ -239,7 +247,7 @@ class RowOptimizer(Optimizer):
     def _lists_of(
         self, index: int, group: dict[str, Any], offset: int
     ) -> tuple[list[TensorList], list[Tensor]]:
-        """Lists of one group, and all its gradients, the first of which is number ``offset``."""
+        """The lists of one group, and all its gradients; ``offset`` is the position of the first gradient."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buckets: list[int] = []
@@ -267,16 +275,21 @@ class RowOptimizer(Optimizer):
         dims: list[int],
         *columns: list[Any],
     ) -> None:
-        """Fill the lists with what of the group has a gradient, and make the state it lacks.
+        """Append the group's parameters that have a gradient to the lists, and create missing state.
 
-        By this name because torch.compile runs it in Python and maps the lists back into its trace;
-        so whatever needs Python proper (identities, checks) is done here.
+        torch.compile recognises this method by its name: it runs the method in Python and maps the lists
+        back into its trace. Code that cannot be traced (object identities, checks) therefore belongs here.
 
         Args:
-            buckets: per parameter the number of the list that it goes to.
-            numbers: per parameter the index of its table; 0 where none has its rows.
-            starts, dims: per parameter where its rows are, as in ``Rows``.
-            columns: per name of :meth:`_state_names` the state, None where the step is to make it.
+            group: one of ``param_groups``.
+            params: filled with the parameters (local parts of sharded ones).
+            grads: filled with their gradients (local parts of sharded ones).
+            buckets: filled with the index of each parameter's :class:`TensorList`.
+            numbers: filled with the index of each parameter's table; 0 where no table has its rows.
+            starts: filled with the first row of each parameter, as in ``Rows``; -1 without rows.
+            dims: filled with the row dimension of each parameter, as in ``Rows``; 0 without rows.
+            columns: one list per name of :meth:`_state_names`, filled with the state; None where the step
+                creates it.
         """
         names = self._state_names(group)
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
@@ -287,7 +300,7 @@ class RowOptimizer(Optimizer):
             if param.grad is None:
                 continue
             state = [self._state_of(param, name) for name in names]
-            # A parameter that the group has twice is stepped twice, as in torch: in two calls.
+            # A group may hold a parameter twice. As in torch it is stepped twice, here in two calls.
             turn = seen[id(param)] = seen.get(id(param), -1) + 1
             number, view = self._view_of(param)
             kind = (param.device, param.dtype, turn, any(value is None for value in state), number)
@@ -301,19 +314,19 @@ class RowOptimizer(Optimizer):
                 column.append(value if value is None else local(value))
 
     def _view_of(self, param: Tensor) -> tuple[int, RowView | None]:
-        """The index of the table that has rows of ``param``, and these; 0 and None where none has."""
+        """The index of the table that has rows of ``param``, and its rows; 0 and None without a table."""
         for number, table in enumerate(self._tables):
             if (view := table.index.get(id(param))) is not None:
                 return number, view
         return 0, None
 
     def _store(self, tensors: TensorList, name: str, values: Sequence[Tensor]) -> None:
-        """Keep what a step has made as the state ``name`` of the list's parameters."""
+        """Store ``values``, created by a step, as the state ``name`` of the list's parameters."""
         for param, value in zip(tensors.owners or tensors.params, values, strict=True):
             self.state[param][name] = wrapped_like(value, param)
 
     def _state_of(self, param: Tensor, name: str) -> Tensor | None:
-        """State made if it is missing and fitted if it came from elsewhere; stored in both cases."""
+        """The state ``name`` of ``param``: created if missing, else fitted to the parameter; then stored."""
         state = self.state[param]
         value = state.get(name)
         value = self._new_state(name, param) if value is None else fit_state(name, value, param)
@@ -322,11 +335,11 @@ class RowOptimizer(Optimizer):
         return value
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names in ``state[p]`` of what a step of the group uses, as torch has them."""
+        """Keys of ``state[p]`` that a step of the group uses; torch's names."""
         raise NotImplementedError
 
     def _new_state(self, name: str, param: Tensor) -> Tensor | None:
-        """What a parameter has before its first step; None if that step is to make it."""
+        """The state of a parameter before its first step; None if that step creates it."""
         raise NotImplementedError
 
     def _update(
@@ -337,7 +350,15 @@ class RowOptimizer(Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """One step of one list."""
+        """Step one list.
+
+        Args:
+            group: the options of the list's group.
+            tensors: parameters and state.
+            grads: their gradients, in the same order.
+            grad_scale: one element on the parameters' device, or None; gradients are divided by it.
+            found_inf: one element on the parameters' device, or None; 1 skips the step.
+        """
         raise NotImplementedError
 
 
@@ -349,19 +370,20 @@ class Attachment:
         self._table = table
 
     def remove(self) -> None:
-        """Detach this table, unless it was already."""
+        """Detach this table; does nothing if it is detached already."""
         left = tuple(table for table in self._optimizer.tables if table is not self._table)
         if len(left) < len(self._optimizer.tables):
             self._optimizer._set_tables(left)
 
     def replace(self, table: RowTable) -> None:
-        """Go on with another table, of parameters that have changed their shape since."""
+        """Detach this table and attach ``table``, which describes parameters whose shapes have changed."""
         self.remove()
         self._optimizer.attach(table)
         self._table = table
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """``value`` on ``device``; None stays None."""
     if value is None or value.device == device:
         return value
     return value.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Rows beside any other optimizer: one pass of statistics before its step, one of masks after."""
+"""Row tables for external optimizers: a statistics pass before each step and a mask pass after it."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ _hooked: weakref.WeakKeyDictionary[Optimizer, list[RowHooks]] = weakref.WeakKeyD
 
 
 def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
-    """Do the work of ``table`` around every step of an optimizer that knows nothing of rows.
+    """Process ``table`` around every step of an optimizer without support for rows.
 
-    Statistics are taken from the gradients as the step finds them: after its closure if it has one
-    (the first call counts), unscaled if GradScaler leaves that to the optimizer. Afterwards rows are
-    shrunk by ``1 - lr * penalty``, decline, and masked ones are set to zero again; ``lr`` is that of
-    the parameter's group, or 1 where groups have none. Parameters without a gradient are left alone.
-    Masked rows and their state are set to zero now, after ``load_state_dict``, and before a closure is called
-    again within one step, so that a line search looks at the masked model. Several tables of different
-    parameters can be attached.
+    Before the step, statistics are computed from its gradients. If the step has a closure, the gradients are
+    those of the closure's first call. If GradScaler leaves unscaling to the optimizer, they are unscaled.
+    After the step, rows are multiplied by ``1 - lr * penalty``, fading rows fade further, and masked rows
+    are set to zero. ``lr`` is that of the parameter's group, or 1 in groups without one. Parameters without
+    a gradient are not changed.
+
+    Masked rows and their state are set to zero now and after ``load_state_dict``. Masked rows are also set to
+    zero before a closure is called again within one step, so that a line search evaluates the masked model.
+    Several tables with different parameters can be attached.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.
         table: rows of its parameters; rows of other parameters stay as they are.
 
     Returns:
-        A handle whose ``remove()`` undoes this. Pickles and copies of the optimizer have no hooks.
+        A handle whose ``remove()`` removes the hooks. Pickles and copies of the optimizer have no hooks.
 
     Raises:
-        TypeError: ``optimizer`` is no :class:`torch.optim.Optimizer`.
-        ValueError: none of the table's parameters is in it.
-        RuntimeError: it has hooks of a table with one of these parameters already.
+        TypeError: ``optimizer`` is not a :class:`torch.optim.Optimizer`.
+        ValueError: none of the table's parameters is in the optimizer.
+        RuntimeError: the optimizer already has hooks of a table with one of these parameters.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
@@ -51,15 +53,15 @@ def attach_hooks(optimizer: Optimizer, table: RowTable) -> RowHooks:
 
 
 class RowHooks:
-    """Hooks that carry a table around an optimizer's steps, to be undone by :meth:`remove`.
+    """Hooks that process a table around an optimizer's steps; :meth:`remove` removes them.
 
     Attributes:
-        table: what the next step works with.
+        table: the table that the next step processes.
     """
 
     def __init__(self, optimizer: Optimizer, table: RowTable) -> None:
         self.table = table
-        # What the step under way goes over; empty when it changes nothing (found_inf).
+        # Groups, parameters and rows of the current step; empty when found_inf skips the step.
         self._taken: list[tuple[dict[str, Any], list[Tensor], Rows]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -71,7 +73,7 @@ class RowHooks:
         self._zero_masked(optimizer)
 
     def remove(self) -> None:
-        """Leave the optimizer as it was without the table."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
@@ -79,17 +81,19 @@ class RowHooks:
             _hooked[optimizer].remove(self)
 
     def replace(self, table: RowTable) -> None:
-        """Go on with another table, of parameters that have changed their shape since.
+        """Continue with ``table``, which describes parameters whose shapes have changed.
 
-        The hooks stay where they are: this is also called from within a step's hooks.
+        The hooks stay registered, because a step's hooks may call this method.
         """
         self.table = table
         self._taken = []
 
     def _zero_masked(self, optimizer: Optimizer) -> None:
+        """Set masked rows of the table and their optimizer state to zero."""
         self.table.zero_masked(state_tensors(optimizer.state))
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments:
+        """Step pre-hook: take statistics as soon as the gradients exist."""
         self._taken = []
 
         def take() -> None:
@@ -100,6 +104,7 @@ class RowHooks:
 
     @torch.no_grad()
     def _take(self, optimizer: Optimizer) -> None:
+        """Take row statistics of all tracked gradients, and remember the rows for the end of the step."""
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item() != 0:
             return
@@ -119,14 +124,14 @@ class RowHooks:
     def _mask_taken(self) -> None:
         """Set masked rows to zero between two calls of a step's closure, and change nothing else.
 
-        An optimizer that moves parameters between them (a line search) does not know which rows are masked.
+        An optimizer that updates parameters between the calls (a line search) does not know the masked rows.
         """
         if any(self.table.masked):
             for _, params, rows in self._taken:
                 row_mask_(list(map(local, params)), lr=0.0, rows=rows)
 
     def _lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """Tracked parameters of a group that have a gradient, parted by dtype."""
+        """Tracked parameters of a group that have a gradient, one list per dtype."""
         lists: dict[torch.dtype, list[Tensor]] = {}
         for param in group["params"]:
             if param.grad is not None and id(param) in self.table.index:
@@ -135,6 +140,7 @@ class RowHooks:
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Step post-hook: apply penalty, fade-out and masks, then update the means per channel."""
         for group, params, rows in self._taken:
             lr = rate(group.get("lr", 1.0), params[0].device)
             row_mask_(list(map(local, params)), lr=lr, rows=rows)
@@ -148,13 +154,18 @@ def with_gradients(
     act: Callable[[], None],
     before: Callable[[], None] | None = None,
 ) -> StepArguments:
-    """For hooks before a step with these arguments: ``act`` once the gradients of the step are there.
+    """Call ``act`` when the gradients of a step exist; for use in a step pre-hook.
 
-    That is now, or where the step is given a closure, each time that it has called it. ``before`` is done
-    before each of these calls.
+    Without a closure ``act`` runs immediately. With one, ``act`` runs after each call of the closure.
+
+    Args:
+        args: positional arguments of the step, the optimizer first.
+        kwargs: keyword arguments of the step.
+        act: the function to call.
+        before: a function to call before each call of the closure, or None.
 
     Returns:
-        The arguments to go on with, None for the same.
+        The arguments for the step, with a wrapped closure; None if the arguments stay the same.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
@@ -175,7 +186,7 @@ def with_gradients(
 
 
 def _gradient(param: Tensor, group: dict[str, Any], scale: Tensor | None) -> Tensor:
-    """The gradient that the step goes down, which ``maximize`` and a scale change."""
+    """The gradient that the step descends: divided by ``scale``, and negated for ``maximize``."""
     assert param.grad is not None
     grad = local(param.grad)
     if scale is not None:

@@ -1,4 +1,4 @@
-"""The optimizer's step inside the backward pass: a gradient is used where it is made, and freed."""
+"""Optimizer steps inside the backward pass: each gradient is used and freed as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _working: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def in_backward(optimizer: RowOptimizer) -> InBackward:
     """Update each parameter as soon as its gradient is complete, during ``loss.backward()``.
 
-    The training loop stays as it is: ``optimizer.step()`` ends the step (means per channel, hooks,
-    gradients that did not come from a backward pass), and the result is that of ``step()`` alone,
-    bit for bit. But the gradients never live all at once: each is freed when its parameter has been
-    updated. Until the next ``step()`` or ``zero_grad()`` a tensor without memory stands in for it.
+    The training loop does not change. ``optimizer.step()`` ends the step: it computes means per channel, runs
+    hooks and handles gradients that did not come from a backward pass. The result equals that of ``step()``
+    alone bit for bit. The gradients never exist all at once: each is freed after its parameter's update.
+    Until the next ``step()`` or ``zero_grad()`` a tensor without memory takes its place.
 
-    That stand-in refuses what would come too late: a second backward pass before ``step()``
-    (gradient accumulation), clipping by the norm of all gradients, ``GradScaler.unscale_``;
-    ``GradScaler.step`` is refused by ``step()``. When such an error comes, parameters have been
-    updated already.
+    This placeholder raises an error for every operation that needs the gradient after the update: a second
+    backward pass before ``step()`` (gradient accumulation), clipping by the norm of all gradients, and
+    ``GradScaler.unscale_``. ``step()`` raises an error for ``GradScaler.step``. At the time of these errors
+    the parameters are updated already.
 
     Args:
-        optimizer: one of :mod:`sparsekern.optim`, also inside of a wrapper. Parameters that are added to
-            it later are stepped by ``step()``.
+        optimizer: an optimizer of :mod:`sparsekern.optim`, or a wrapper of one. ``step()`` steps parameters
+            that are added to it later.
 
     Returns:
-        A handle whose ``remove()`` leaves all work to ``step()`` again.
+        A handle whose ``remove()`` moves all work back to ``step()``.
 
     Raises:
-        TypeError: another kind of optimizer.
-        RuntimeError: the optimizer works in the backward pass already, or several processes train
-            together: their gradients are averaged only after this.
+        TypeError: the optimizer is of another kind.
+        RuntimeError: the optimizer works in the backward pass already, or several processes train together:
+            their gradients are averaged only after this update.
     """
     optimizer = unwrap_optimizer(optimizer).optimizer  # type: ignore[assignment]
     if not isinstance(optimizer, RowOptimizer):
@@ -57,7 +57,7 @@ def in_backward(optimizer: RowOptimizer) -> InBackward:
 
 
 class InBackward:
-    """An optimizer's work in the backward pass, to be undone by :meth:`remove`."""
+    """Handle of an optimizer's updates in the backward pass; :meth:`remove` ends them."""
 
     def __init__(self, optimizer: RowOptimizer) -> None:
         self._optimizer = optimizer
@@ -65,14 +65,14 @@ class InBackward:
         self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(self._end)]
         for index, group in enumerate(optimizer.param_groups):
             for param, times in Counter(group["params"]).items():
-                # One that the group has twice is stepped twice with one gradient: step() does that.
+                # A parameter that occurs twice in a group is stepped twice with one gradient, by step().
                 if times == 1 and param.requires_grad and param.is_leaf:
                     self._group_of[param] = index
                     self._handles.append(param.register_post_accumulate_grad_hook(self._update))
         _working.add(optimizer)
 
     def remove(self) -> None:
-        """Leave all work to ``step()`` again."""
+        """Move all work back to ``step()``."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -80,10 +80,12 @@ class InBackward:
 
     @torch.no_grad()
     def _update(self, param: Tensor) -> None:
+        """Hook on a complete gradient: step the parameter and free the gradient."""
         self._optimizer.step_parameter(self._group_of[param], param)
         param.grad = UsedGradient(param)
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
+        """Step pre-hook: remove the placeholders; refuse a step by GradScaler."""
         for param in self._group_of:
             if type(param.grad) is UsedGradient:
                 param.grad = None
@@ -95,11 +97,11 @@ class InBackward:
 
 
 class UsedGradient(Tensor):
-    """What stands in ``.grad`` for a gradient that was used and freed: its shape, and no memory."""
+    """Placeholder in ``.grad`` for a used and freed gradient: it has the shape and dtype, but no memory."""
 
     @staticmethod
     def __new__(cls, param: Tensor) -> UsedGradient:
-        """In place of the gradient of ``param``."""
+        """Create the placeholder for the gradient of ``param``."""
         return Tensor._make_wrapper_subclass(
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
         )
@@ -109,7 +111,7 @@ class UsedGradient(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        """Nothing can be computed with it.
+        """Refuse every operation.
 
         Raises:
             RuntimeError: always.
@@ -122,5 +124,5 @@ class UsedGradient(Tensor):
 
 
 def works_in_backward(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's parameters are updated in the backward pass, and have no gradient in a step."""
+    """Whether the optimizer updates parameters in the backward pass, so that a step finds no gradients."""
     return optimizer in _working

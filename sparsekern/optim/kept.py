@@ -1,4 +1,4 @@
-"""The lists of a step, kept until something that they were made from is another object."""
+"""Cache of a step's lists, valid while all objects that they were built from stay the same objects."""
 
 from __future__ import annotations
 
@@ -21,27 +21,32 @@ Groups = list[dict[str, Any]]
 
 
 class Sources(Protocol):
-    """The parameters, gradients and state that lists were made from."""
+    """The parameters, gradients and state that lists were built from."""
 
     def grads(self, groups: Groups, state: dict[Any, Any]) -> list[Tensor] | None:
-        """The gradients that there are, in order.
+        """All gradients that exist, in the order of their parameters.
 
-        None when a parameter or state is another object, another parameter has a gradient, or a
-        gradient is of another dtype or layout than it was.
+        Args:
+            groups: ``param_groups`` of the optimizer.
+            state: ``state`` of the optimizer.
+
+        Returns:
+            The gradients. None when a parameter or state is a different object, a different set of
+            parameters has gradients, or a gradient has a different dtype or layout.
         """
 
 
 @dataclass(eq=False)
 class Kept:
-    """Lists of a step, and everything they were made from, by identity.
+    """Lists of a step, and the identities of all objects that they were built from.
 
     Attributes:
-        lists: what :meth:`grads` vouches for.
-        names: of the state that each group's step uses.
-        sources: native where possible: after a step that went through more memory than the caches hold,
-            Python needs a microsecond for a tensor.
-        held: objects that native sources compare with and do not own.
-        sharded: whether a parameter is.
+        lists: the cached lists, valid while :meth:`grads` does not return None.
+        names: state names that each group's step uses.
+        sources: the compared objects. Native where possible: after a step that touches more memory than the
+            CPU caches hold, Python needs about 1 microsecond per tensor.
+        held: references to the objects that native sources compare with and do not own.
+        sharded: whether a parameter is a DTensor.
     """
 
     lists: list[TensorList]
@@ -54,7 +59,7 @@ class Kept:
     def of(
         cls, lists: list[TensorList], groups: Groups, names: list[tuple[str, ...]], state: dict[Any, Any]
     ) -> Kept:
-        """Lists that were just made from the parameters of ``groups`` and ``state``."""
+        """Cache ``lists``, which were just built from the parameters of ``groups`` and from ``state``."""
         held: list[Any] = []
         module = _native.load()
         sources: Sources | None = None if module is None else module.sources(groups, state, held)
@@ -64,18 +69,18 @@ class Kept:
     def grads(
         self, groups: Groups, names: list[tuple[str, ...]], state: dict[Any, Any]
     ) -> list[Tensor] | None:
-        """The gradients that there are, in order; None when lists made now would be other ones."""
+        """All gradients that exist, in order; None when the cached lists are no longer valid."""
         if names != self.names or (self.sharded and self._moved()):
             return None
         return self.sources.grads(groups, state)
 
     def _moved(self) -> bool:
-        """Whether a parameter or state has another local part than the lists."""
+        """Whether a parameter's local part differs from the tensor in the lists."""
         return not all(_same(list(map(local, tensors.owners)), tensors.params) for tensors in self.lists)
 
 
 class PythonSources:
-    """Sources where there are no native ones, or where they cannot read a gradient; no tensor is hashed."""
+    """Fallback for when the native core is missing or cannot read a gradient; no tensor is hashed."""
 
     def __init__(self, groups: Groups, state: dict[Any, Any]) -> None:
         self._params = [list(group["params"]) for group in groups]
@@ -104,8 +109,10 @@ class PythonSources:
 
 
 def _values(state_dicts: list[dict[str, Any]]) -> Iterable[Any]:
+    """All values of the state dicts, in order."""
     return itertools.chain.from_iterable(map(dict.values, state_dicts))
 
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    """Whether both sequences hold the same objects in the same order."""
     return len(these) == len(those) and all(map(is_, these, those))

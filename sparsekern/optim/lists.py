@@ -1,4 +1,4 @@
-"""Lists of tensors that one native call takes, and the checks that come before one is made."""
+"""Lists of tensors for one native call, and the checks that run before a list is built."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sparsekern.kernels.rows import Rows, RowTable
 class TensorList:
     """Parameters of one group that share device and dtype, with their optimizer state.
 
-    Gradients are not kept here: whoever holds the list must not keep them alive.
+    The list holds no gradients, so that a cached list does not keep them alive.
 
     Attributes:
         group: index of the group in ``param_groups``.
-        first: state is missing (SGD's momentum before the first step) and is to be made.
-        params: the parameters.
-        where: position of each one's gradient among those that the list was made from.
-        state: per name of ``optimizer.state[p]`` the tensors, one per parameter.
-        rows: which rows of a table the parameters have; None without a table.
-        owners: the parameters as ``param_groups`` has them: of sharded ones ``params`` are the local parts.
+        first: whether state is missing (SGD's momentum before the first step) and the step creates it.
+        params: the parameters; the local parts of sharded ones.
+        where: position of each parameter's gradient among all gradients that the lists were built from.
+        state: tensors by name of ``optimizer.state[p]``, one per parameter.
+        rows: the rows of a table that the parameters have; None without a table.
+        owners: the parameters as in ``param_groups``, DTensors included.
     """
 
     group: int
@@ -57,12 +57,23 @@ def split(
     *,
     offset: int,
 ) -> list[TensorList]:
-    """Part ``params`` by ``buckets``, numbers that count up from 0 in the order of first use.
+    """Split parameters into one list per bucket.
 
-    Written for torch.compile to trace: it looks at no tensor.
+    torch.compile can trace this function: it reads no tensor.
 
     Args:
-        numbers: per parameter the index of its table in ``tables``; one for all of a bucket.
+        group: index of the group in ``param_groups``.
+        params: parameters of the group that have a gradient.
+        buckets: list index of each parameter; indices count up from 0 in the order of first use.
+        columns: state by name, one entry per parameter; None where the step creates it.
+        tables: the attached tables.
+        numbers: index of each parameter's table in ``tables``; equal within a bucket.
+        starts: first row of each parameter, as in ``Rows``.
+        dims: row dimension of each parameter, as in ``Rows``.
+        offset: position of the group's first gradient among all gradients.
+
+    Returns:
+        The lists, in the order of their buckets.
     """
     lists: list[TensorList] = []
     for i, bucket in enumerate(buckets):
@@ -83,10 +94,15 @@ def split(
 
 
 def check_group(optimizer: str, index: int, group: dict[str, Any]) -> None:
-    """Everything of one group that has a gradient can be stepped.
+    """Check that every parameter of a group that has a gradient can be stepped.
+
+    Args:
+        optimizer: class name, for the message.
+        index: index of the group in ``param_groups``, for the message.
+        group: the group.
 
     Raises:
-        RuntimeError: a parameter or gradient that no backend takes, or ``differentiable``.
+        RuntimeError: no backend supports a parameter or its gradient, or ``differentiable`` is set.
     """
     if group["differentiable"]:
         raise RuntimeError(
@@ -99,10 +115,10 @@ def check_group(optimizer: str, index: int, group: dict[str, Any]) -> None:
 
 
 def check_parameter(optimizer: str, index: int, group: dict[str, Any], param: Tensor) -> None:
-    """A parameter of a group that has a gradient can be stepped.
+    """Check that a parameter that has a gradient can be stepped; arguments as in :func:`check_group`.
 
     Raises:
-        RuntimeError: no backend takes the parameter or its gradient.
+        RuntimeError: no backend supports the parameter or its gradient.
     """
     assert param.grad is not None
     problem = _problem(param, param.grad)
@@ -114,10 +130,10 @@ def check_parameter(optimizer: str, index: int, group: dict[str, Any], param: Te
 
 
 def check_wrapped(optimizer: str, index: int, group: dict[str, Any]) -> None:
-    """A parameter of the group that wraps other tensors is a DTensor, and no partial sum.
+    """Check that tensor wrappers among a group's parameters are DTensors, sharded or replicated.
 
     Raises:
-        RuntimeError: one is something else.
+        RuntimeError: a parameter is another wrapper, or a DTensor that is a partial sum.
     """
     for i, param in enumerate(group["params"]):
         if not is_traceable_wrapper_subclass(param):
@@ -132,11 +148,11 @@ def check_wrapped(optimizer: str, index: int, group: dict[str, Any]) -> None:
 
 
 def check_table(optimizer: Optimizer, table: RowTable, attached: Iterable[RowTable]) -> None:
-    """The table has something to do with the optimizer, and with no parameter of the tables ``attached``.
+    """Check that the table has parameters of the optimizer and shares none with the tables ``attached``.
 
     Raises:
-        RuntimeError: one of those has rows of the same parameter.
-        ValueError: none of its parameters is in the optimizer.
+        RuntimeError: an attached table has rows of the same parameter.
+        ValueError: none of the table's parameters is in the optimizer.
     """
     shared = {key for other in attached for key in other.index} & set(table.index)
     if shared:
@@ -153,10 +169,13 @@ def check_table(optimizer: Optimizer, table: RowTable, attached: Iterable[RowTab
 
 
 def state_tensors(*states: Mapping[Any, Mapping[str, Any]]) -> Callable[[Tensor], list[Tensor]]:
-    """What gives the state tensors of a parameter, for ``RowTable.zero_masked``.
+    """A function that returns the state tensors of a parameter, for ``RowTable.zero_masked``.
 
     Args:
-        states: that of an optimizer, and of what is wrapped around it.
+        states: the state of an optimizer and of its wrappers, each keyed by parameter.
+
+    Returns:
+        The function; it reads ``states`` on each call.
     """
 
     def of(param: Tensor) -> list[Tensor]:
@@ -167,14 +186,22 @@ def state_tensors(*states: Mapping[Any, Mapping[str, Any]]) -> Callable[[Tensor]
 
 
 def fit_state(name: str, value: Any, param: Tensor) -> Tensor:
-    """``value``, which came from a checkpoint or a user, as the native step takes it.
+    """Convert state from a checkpoint or a user to the form that the native step takes.
 
-    That is the tensor itself where possible: a copy is made where ``step`` is a number, of another
-    dtype or elsewhere (torch keeps it on the CPU unless fused), and where state lies in memory in
-    another order than its parameter.
+    The result is the same tensor where possible. ``step`` is copied if it is a number or has another dtype
+    or device (torch keeps it on the CPU unless fused). Other state is copied if its memory order differs
+    from that of the parameter.
+
+    Args:
+        name: key in ``optimizer.state[param]``.
+        value: a tensor like ``param``; for ``step`` a number or a tensor.
+        param: the parameter.
+
+    Returns:
+        A tensor with the parameter's strides; for ``step`` a float32 tensor on the parameter's device.
 
     Raises:
-        RuntimeError: it has another shape, dtype or device than the parameter.
+        RuntimeError: the shape, dtype, device or placement differs from that of the parameter.
     """
     if name == "step":
         return torch.as_tensor(value, dtype=torch.float32, device=param.device)
@@ -195,11 +222,12 @@ def fit_state(name: str, value: Any, param: Tensor) -> Tensor:
 
 
 def rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """A group's learning rate as the operations take it: a float, or a tensor on ``device``."""
+    """A group's learning rate in the form that the operations take: a float, or a tensor on ``device``."""
     return lr.to(device, non_blocking=True) if isinstance(lr, Tensor) else float(lr)
 
 
 def _problem(param: Tensor, grad: Tensor) -> str | None:
+    """The reason why no backend supports the parameter or its gradient; None if one does."""
     if grad.layout is not torch.strided:
         return f"a sparse gradient ({grad.layout}), expected a dense one"
     if param.is_complex():
@@ -216,4 +244,5 @@ def _problem(param: Tensor, grad: Tensor) -> str | None:
 
 
 def _placement(tensor: Tensor) -> str:
+    """The placement of a tensor, for messages."""
     return f"a DTensor {tensor.placements}" if is_sharded(tensor) else "a plain tensor"  # type: ignore[attr-defined]

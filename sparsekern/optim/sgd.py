@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, in one pass with the work of a table of rows."""
+"""Stochastic gradient descent that processes row tables in the same pass over memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _BUFFER = "momentum_buffer"
 
 
 class SGD(RowOptimizer):
-    """:class:`torch.optim.SGD` as a fused step that can also carry a table of rows.
+    """:class:`torch.optim.SGD` as a fused step that can also process row tables.
 
-    Arguments, defaults, groups and state are torch's, and state dicts load both ways. It always is
-    fused: ``foreach`` and ``fused`` are only checked. Parameters are dense float32, float64,
-    bfloat16 or float16 tensors; gradients are dense and of the parameter's dtype.
+    Arguments, defaults, groups and state equal torch's, and state dicts load in both directions. The step is
+    always fused: ``foreach`` and ``fused`` are only checked. Parameters are dense float32, float64, bfloat16
+    or float16 tensors. Gradients are dense and have the parameter's dtype.
 
     Raises:
-        ValueError: a hyperparameter out of range.
-        RuntimeError: ``differentiable``, or ``fused`` and ``foreach`` together.
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: ``differentiable`` is set, or ``fused`` and ``foreach`` are both set.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SGD(RowOptimizer):
         return (_BUFFER,) if group["momentum"] != 0 else ()
 
     def _new_state(self, name: str, param: Tensor) -> Tensor | None:
-        # The first buffer is the first gradient, undampened.
+        # The first step creates the buffer from the gradient without dampening.
         return None
 
     def _update(
@@ -89,7 +89,7 @@ class SGD(RowOptimizer):
     ) -> None:
         params = tensors.params
         if tensors.first:
-            # Zeros, because masked rows of it are never written.
+            # The buffers start as zeros, because the step never writes their masked rows.
             buffers = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in params]
         else:
             buffers = tensors.state.get(_BUFFER, [])
@@ -108,6 +108,6 @@ class SGD(RowOptimizer):
             found_inf=found_inf,
             rows=tensors.rows,
         )
-        # A skipped first step leaves no buffer behind, else the next gradient would be dampened.
+        # A skipped first step stores no buffer. With one, the next gradient would be dampened.
         if tensors.first and (found_inf is None or found_inf.item() != 1):
             self._store(tensors, _BUFFER, buffers)

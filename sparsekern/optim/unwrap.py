@@ -1,4 +1,4 @@
-"""The optimizer inside of what trainers wrap around it: the one whose steps move the parameters."""
+"""Finding the optimizer that updates the parameters inside the wrappers that trainers put around it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ State = MutableMapping[Any, dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Unwrapped:
-    """What :func:`unwrap_optimizer` finds.
+    """Result of :func:`unwrap_optimizer`.
 
     Attributes:
-        optimizer: its steps move the parameters, and run step hooks.
-        holders: the optimizer, its parts and the wrappers, which may keep state per parameter.
-        parts: optimizers that ``optimizer`` deals its parameters out to, as ZeroRedundancyOptimizer does.
+        optimizer: the optimizer whose steps update the parameters and run step hooks.
+        holders: the optimizer, its parts and the wrappers; each may keep state per parameter.
+        parts: optimizers among which ``optimizer`` divides its parameters, as ZeroRedundancyOptimizer does.
     """
 
     optimizer: Optimizer
@@ -35,22 +35,29 @@ class Unwrapped:
     def states(self) -> tuple[State, ...]:
         """``optimizer.state``, then further state per parameter that wrappers keep (slow weights).
 
-        As they are now: ``load_state_dict`` puts another dict in the place of ``optimizer.state``.
+        The property is evaluated on each access, because ``load_state_dict`` replaces the dict
+        ``optimizer.state``.
         """
         return _distinct_states(self.holders)
 
 
 def unwrap_optimizer(given: object) -> Unwrapped:
-    """The optimizer that ``given`` is, or that its ``step()`` steps, through any number of wrappers.
+    """Find the optimizer in ``given``, through any number of wrappers.
 
-    An :class:`Unwrapped` stays as it is.
+    Wrappers of accelerate, Lightning, Fabric, Lookahead, SAM and others hold an optimizer in an attribute.
+    Rows are processed in the step of that inner optimizer. A wrapper may keep state per parameter in
+    ``wrapper.state[parameter]``.
 
-    accelerate, Lightning and Fabric, Lookahead, SAM and such hold an optimizer in an attribute; its own step
-    is where rows can be watched. A wrapper may keep state per parameter in ``wrapper.state[parameter]``.
+    Args:
+        given: an optimizer, a wrapper whose ``step()`` steps one, or an :class:`Unwrapped`, which is
+            returned unchanged.
+
+    Returns:
+        The optimizer, its parts and its wrappers.
 
     Raises:
-        TypeError: ``given`` is neither an optimizer nor holds exactly one, or a wrapper keeps copies of
-            weights where nobody can mask or cut them.
+        TypeError: ``given`` is not an optimizer and does not hold exactly one, or a wrapper keeps copies of
+            weights outside ``state``, where they cannot be masked or cut.
     """
     if isinstance(given, Unwrapped):
         return given
@@ -67,13 +74,13 @@ def unwrap_optimizer(given: object) -> Unwrapped:
 
 
 def _innermost(given: object) -> tuple[Optimizer | None, list[object]]:
-    """The optimizer to watch, and the wrappers around it from the outside in."""
+    """The optimizer whose steps to process, and the wrappers around it from the outside in."""
     wrappers: list[object] = []
     current: object = given
     while True:
         inner = [(name, held) for name, held in _held(current) if all(held is not w for w in wrappers)]
         if _runs_hooks(current):
-            # One that hands out parts of its parameters is stepped as a whole.
+            # An optimizer that divides its parameters among inner optimizers is stepped as a whole.
             covering = [held for _, held in inner if _parameters(current) <= _parameters(held)]
             if len(covering) != 1:
                 return current, wrappers  # type: ignore[return-value]
@@ -93,9 +100,9 @@ def _innermost(given: object) -> tuple[Optimizer | None, list[object]]:
 
 
 def _runs_hooks(value: object) -> bool:
-    """Whether it is an optimizer whose steps call the hooks that are registered with it.
+    """Whether ``value`` is an optimizer whose steps call its registered hooks.
 
-    Wrappers that imitate the class of what they wrap do not.
+    Wrappers that imitate the class of the wrapped optimizer do not call them.
     """
     return (
         isinstance(value, Optimizer)
@@ -105,7 +112,7 @@ def _runs_hooks(value: object) -> bool:
 
 
 def _held(wrapper: object) -> list[tuple[str, Any]]:
-    """Optimizers, and wrappers of one, in the attributes of ``wrapper`` or in containers there; each once."""
+    """Optimizers and optimizer wrappers in attributes of ``wrapper`` or in containers there, each once."""
     found: dict[int, tuple[str, Any]] = {}
     for name, value in _attributes(wrapper):
         for candidate in _entries(value):
@@ -115,6 +122,7 @@ def _held(wrapper: object) -> list[tuple[str, Any]]:
 
 
 def _steps_one(value: object) -> bool:
+    """Whether ``value`` is an optimizer, or a wrapper with ``step`` and ``param_groups`` that holds one."""
     if isinstance(value, Optimizer):
         return True
     if isinstance(value, (type, torch.nn.Module, LRScheduler, ReduceLROnPlateau, Tensor)):
@@ -125,7 +133,7 @@ def _steps_one(value: object) -> bool:
 
 
 def _attributes(value: object) -> Iterator[tuple[str, Any]]:
-    """Instance attributes, those in slots included. Properties and ``__getattr__`` are not asked."""
+    """Instance attributes, including those in slots. Properties and ``__getattr__`` are not called."""
     if isinstance(value, type):
         return
     yield from vars(value).items() if hasattr(value, "__dict__") else ()
@@ -137,6 +145,7 @@ def _attributes(value: object) -> Iterator[tuple[str, Any]]:
 
 
 def _entries(value: object) -> Iterator[Any]:
+    """The values of a container, or ``value`` itself."""
     if isinstance(value, Mapping):
         yield from value.values()
     elif isinstance(value, (list, tuple)):
@@ -146,11 +155,13 @@ def _entries(value: object) -> Iterator[Any]:
 
 
 def _parameters(optimizer: Any) -> set[int]:
+    """``id`` of each parameter in the groups of ``optimizer``."""
     groups = getattr(optimizer, "param_groups", ())
     return {id(param) for group in groups for param in group["params"]}
 
 
 def _distinct_states(holders: tuple[object, ...]) -> tuple[State, ...]:
+    """The mappings ``state`` of the holders, each once."""
     found: dict[int, State] = {}
     for holder in holders:
         state = getattr(holder, "state", None)
@@ -160,7 +171,11 @@ def _distinct_states(holders: tuple[object, ...]) -> tuple[State, ...]:
 
 
 def _check_wrapper(wrapper: object, optimizer: Optimizer, states: tuple[State, ...]) -> None:
-    """Nothing in the wrapper that looks like weights escapes what masks and cuts them."""
+    """Check that the wrapper keeps no copies of weights outside ``state``, where nothing masks or cuts them.
+
+    Raises:
+        TypeError: an attribute holds tensors of the parameters' shapes that are not parameters.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     own, shapes = set(map(id, params)), {param.shape for param in params if param.numel() > 1}
     for name, value in _attributes(wrapper):
@@ -177,6 +192,7 @@ def _check_wrapper(wrapper: object, optimizer: Optimizer, states: tuple[State, .
 
 
 def _described(value: object) -> str:
+    """``value`` in words, for messages."""
     if value is None:
         return "None"
     if isinstance(value, type):

@@ -1,4 +1,4 @@
-"""Batches that a trained network is shown: taken apart here, or by a function of the user's."""
+"""Calibration batches for a trained network, split into inputs and targets here or by a user's function."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Loss = Callable[[Any, Any], Tensor]
-"""``loss(outputs, targets)``."""
+"""``loss(outputs, targets)`` returns a scalar."""
 
 ForwardLoss = Callable[[nn.Module, Any], Tensor]
-"""``forward_loss(model, batch)``: runs the model on a batch of any form and gives the loss."""
+"""``forward_loss(model, batch)`` runs the model on a batch of any form and returns the loss."""
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on ``device``: in containers, dataclasses, and whatever has a ``to``."""
+    """A batch with its tensors on ``device``: in containers, dataclasses and objects with a method ``to``."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -36,17 +36,22 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """What the model gives for a tensor, a tuple of positional or a mapping of keyword arguments."""
+    """The model's outputs for a tensor, a tuple of positional or a mapping of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def run_batch(model: nn.Module, inputs: Any, name: str) -> Any:
-    """The same for the inputs of a batch that came as the argument ``name``.
+    """The model's outputs for the inputs of a batch.
+
+    Args:
+        model: the model.
+        inputs: as for :func:`run`.
+        name: the user's argument that the batch comes from, for the error.
 
     Raises:
-        ValueError: the model does not take them.
+        ValueError: the model does not accept the inputs.
     """
     try:
         return run(model, inputs)
@@ -60,10 +65,10 @@ def run_batch(model: nn.Module, inputs: Any, name: str) -> Any:
 
 
 def check_losses(loss: object, forward_loss: object) -> None:
-    """At most one of the two is given, and it is a function.
+    """Check that at most one of the two is given, and that it is a function.
 
     Raises:
-        TypeError: one is no function.
+        TypeError: one is not a function.
         ValueError: both are given.
     """
     for name, value in (("loss", loss), ("forward_loss", forward_loss)):
@@ -77,15 +82,15 @@ def check_losses(loss: object, forward_loss: object) -> None:
 
 
 class Calibration:
-    """The first elements of ``calibration``, as often as wanted, and what they are shown for.
+    """The first batches of ``calibration``, which can be repeated, and the loss for them.
 
     Args:
-        source: the batches; None for none.
-        most: at most so many are used.
-        loss, forward_loss: at most one of them.
+        source: the batches; None for no calibration.
+        most: maximal number of batches used.
+        loss, forward_loss: functions of a loss; at most one of them is given.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or does not fit another one.
+        TypeError, ValueError: an argument is invalid or contradicts another one.
     """
 
     def __init__(
@@ -104,17 +109,17 @@ class Calibration:
         self._most, self._given = most, source is not None
         self._source: Iterable[Any] = () if source is None else source
         if isinstance(source, Iterator):
-            # It can be gone through only once.
+            # An iterator can be read only once.
             self._source = list(islice(source, most))
 
     def __bool__(self) -> bool:
         return self._given
 
     def losses(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """Per batch, what gives the loss of the model on it, each time that it is called.
+        """For each batch a function that computes the model's loss on it at every call.
 
         Raises:
-            ValueError: there is no batch, or (when called) the model does not take one.
+            ValueError: there is no batch, or (when called) the model does not accept it.
         """
         for batch in self.batches(model):
             yield lambda batch=batch: self._loss_of(model, batch)  # type: ignore[misc]
@@ -127,7 +132,7 @@ class Calibration:
         return self.loss(run_batch(model, inputs, "calibration"), targets)
 
     def passes(self, model: nn.Module) -> Iterator[Callable[[], Any]]:
-        """Per batch, what runs the model on it, without a loss where the batch is taken apart here.
+        """For each batch a function that runs the model on it; it computes a loss only with ``forward_loss``.
 
         Raises:
             ValueError: as :meth:`losses`.
@@ -139,10 +144,10 @@ class Calibration:
                 yield lambda inputs=inputs: run_batch(model, inputs, "calibration")  # type: ignore[misc]
 
     def batches(self, model: nn.Module) -> Iterator[Any]:
-        """What there is on the model's device: batches for ``forward_loss``, else pairs (inputs, targets).
+        """The batches on the model's device: whole with ``forward_loss``, else as pairs (inputs, targets).
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no batch.
         """
         device = next(model.parameters()).device
         empty = True
@@ -155,5 +160,5 @@ class Calibration:
 
 def _pair(batch: Any) -> tuple[Any, Any]:
     pair = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    # A DataLoader makes lists of tuples.
+    # A DataLoader collates tuples into lists.
     return (tuple(pair[0]), pair[1]) if isinstance(pair[0], list) else pair

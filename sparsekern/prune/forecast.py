@@ -1,4 +1,4 @@
-"""What a training will cost, before it begins."""
+"""The cost of a training, estimated before it begins."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sparsekern.prune.probe import Loss, Trial, state_bytes, time_steps, trying
 from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.state.network import Network
 
-# Sizes at which steps are timed; what lies between is interpolated.
+# Number of network sizes at which steps are timed; times of other sizes are interpolated.
 _POINTS = 4
-# Steps whose gradients the trial decisions rest on. There is no threshold to count by before the second.
+# Steps that gather statistics for the trial decisions. There is no threshold before the second step.
 _STEPS = 4
 
 
@@ -31,14 +31,14 @@ class Stage:
     """The network between two events.
 
     Attributes:
-        start, stop: it makes the steps from ``start`` (counted from 0) up to but not including ``stop``.
-        macs: of one forward pass on the example inputs.
-        params: numbers in all parameters.
-        weight_bytes: of parameters, their gradients and the optimizer's state, over all ranks where they are
-            sharded.
-        activation_bytes: of all tensors that a forward pass on the example inputs makes.
-        allreduce_bytes: what each rank sends per step to average the gradients, as in a ring.
-        seconds: of one training step, where it was measured.
+        start, stop: first step of the stage (counted from 0) and first step after it.
+        macs: multiply-adds of one forward pass on the example inputs.
+        params: number of elements of all parameters.
+        weight_bytes: bytes of parameters, gradients and the optimizer's state; the sum over all ranks if they
+            are sharded.
+        activation_bytes: bytes of all tensors that a forward pass on the example inputs makes.
+        allreduce_bytes: bytes that each rank sends per step to average the gradients in a ring.
+        seconds: time of one training step, None if it was not measured.
     """
 
     start: int
@@ -53,15 +53,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The stages of a training, dense first; ``print`` it for a table.
+    """The stages of a training, the dense one first; ``print`` shows them as a table.
 
     Attributes:
-        stages: in order.
-        ranks: processes that average their gradients.
+        stages: the stages in order.
+        ranks: number of processes that average their gradients.
         macs_share: multiply-adds of the whole training over those of a dense one.
-        seconds, dense_seconds: of the whole training and of a dense one, where steps were measured. What is
-            beside the steps (evaluations, checkpoints) is in neither.
-        pruner_seconds: the part of ``seconds`` that went into making the Pruner and will go into its events.
+        seconds, dense_seconds: time of the whole training and of a dense one, None if steps were not
+            measured. Neither includes work between steps, such as evaluations and checkpoints.
+        pruner_seconds: the part of ``seconds`` that the construction of the Pruner and its events take.
         time_share: ``seconds`` over ``dense_seconds``.
     """
 
@@ -116,11 +116,11 @@ def forecast(
     """See :meth:`sparsekern.Pruner.forecast`.
 
     Args:
-        loss: of the training steps that are timed; None for no timing.
-        made: seconds that it took to make the Pruner.
+        loss: the loss of the timed training steps; None for no timing.
+        made: seconds that the construction of the Pruner took.
     """
     events = schedule.events if shrinks else ()
-    starts = [0, *(event.step + event.decline for event in events)]
+    starts = [0, *(event.step + event.fade_steps for event in events)]
     pruner_seconds = None
     if loss is None:
         sizes = _evenly(network, policy, [event.share for event in events])
@@ -142,7 +142,8 @@ def forecast(
                 cost.params,
                 round(part * (2 * own + state)),
                 cost.activations,
-                # A ring passes all but its own share of the gradients, once to add and once to spread.
+                # In a ring each rank sends all but its own share of the gradients twice: to add and to
+                # distribute.
                 round(2 * (ranks - 1) / ranks * part * own),
                 None if seconds is None else seconds[number],
             )
@@ -157,7 +158,7 @@ def forecast(
 
 
 def _evenly(network: Network, policy: Policy, shares: Sequence[float]) -> list[tuple[Plan, Cost]]:
-    """What stays at every stage when every layer keeps an equal part of its own; first all of it."""
+    """Plan and cost of every stage, the dense one first, if every layer keeps an equal share of its width."""
     graph, everything = network.graph, np.ones(network.graph.num_channels, bool)
     sizes = []
     for share in (1.0, *shares):
@@ -169,14 +170,14 @@ def _evenly(network: Network, policy: Policy, shares: Sequence[float]) -> list[t
 def _fast_forward(
     network: Network, policy: Policy, schedule: Schedule | None, loss: Loss
 ) -> tuple[list[tuple[Plan, Cost]], float]:
-    """What stays at every stage, first all of it, by the decisions of all events made one after the other.
+    """Plan and cost of every stage, the dense one first, from the decisions of all events in sequence.
 
-    They are made, and carried out on a copy, from the gradients of a few steps of the whole network. The time
-    of a step depends on which layers stay wide more than on the MACs alone: early ones have few MACs for the
-    activations that they move. That already the first gradients tell better than an even cut.
+    The decisions use the gradients of a few steps of the dense network and are carried out on a copy. The
+    time of a step depends more on the widths of single layers than on the MACs: early layers have few MACs
+    for the activations that they move. Even the first gradients predict the widths better than an even cut.
 
     Returns:
-        Per stage the plan and its cost, and the seconds that the events took.
+        For each stage the plan and its cost, and the seconds that the events took.
     """
     trial = Trial(network.model, network.optimizer, Plan({}), loss)
     own = network.twin(trial.model, trial.optimizer)

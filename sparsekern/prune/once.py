@@ -1,4 +1,4 @@
-"""Pruning a trained network in one go, with nothing of this package in its training."""
+"""One-shot pruning of a trained network, whose training did not use this package."""
 
 from __future__ import annotations
 
@@ -36,12 +36,17 @@ from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.statistics import ChannelRows, gather, weigh
 
-# So close to 1 that the exponential means over some batches are plain means within a few percent.
+# Decay of the exponential means: close enough to 1 that over a few batches they equal plain means to a few %.
 DECAY = 0.999
 
 
 class Pruned(NamedTuple):
-    """network: the smaller network. plan: which indices of the model's tensors it has."""
+    """The result of :func:`prune_once`.
+
+    Attributes:
+        network: the smaller network.
+        plan: the indices of the model's tensors that the network keeps.
+    """
 
     network: nn.Module
     plan: Plan
@@ -68,13 +73,14 @@ def prune_once(
     recalibrate: bool = True,
     cache: str | os.PathLike[str] | None = None,
 ) -> Pruned:
-    """A smaller copy of a trained network, whatever it was trained with.
+    """Make a smaller copy of a trained network, however it was trained.
 
-    Gathers statistics of gradients over ``calibration`` where the criterion looks at them (evaluation mode,
-    no parameter moves), chooses the channels that go, folds duplicates into those that stand in for them,
-    removes, and measures the batch norms' statistics anew. Frozen parameters are pruned like others. The
-    model is left as it was: parameters, gradients, buffers, modes, random state. Without training on, expect
-    a loss that :class:`sparsekern.Pruner` would not have.
+    The function gathers statistics of gradients over ``calibration`` if the criterion uses them. It runs the
+    network in evaluation mode and changes no parameter. It then chooses the channels to remove, folds
+    duplicates into the channels that replace them, removes the channels, and measures the statistics of batch
+    norms again. Frozen parameters are pruned like others. The model does not change: parameters, gradients,
+    buffers, modes and random state stay. Without further training, expect a higher loss than with
+    :class:`sparsekern.Pruner`.
 
     Args:
         model: the trained network (also the result of ``torch.compile``).
@@ -83,26 +89,26 @@ def prune_once(
         select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
             which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
             nor a loss.
-        allocate: as for :class:`sparsekern.Pruner`; where ``select`` needs no gradients the default keeps
-            every group at 3/4 of an even cut at least, ``Global(balance=0.75)``.
-        calibration: what ``model`` was trained on, as pairs ``(inputs, targets)``, such as a DataLoader gives
-            them. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments. Where
-            no gradients are needed, an element may also be such inputs by themselves, but for a pair.
-        loss: ``loss(outputs, targets)`` gives the scalar to differentiate, as ``nn.CrossEntropyLoss()`` does.
-        forward_loss: in place of ``loss``, for elements of ``calibration`` of any other form, such as dicts
-            with images and labels: ``forward_loss(model, batch)`` runs ``model`` and gives the scalar.
-            Tensors of the batch are on the model's device.
-        batches: at most so many elements of ``calibration`` are used.
-        fold: add the columns of a removed duplicate to those of the channel that resembles it, where
-            ``select`` looks for duplicates. ``compact(model, plan)`` leaves that out.
+        allocate: as for :class:`sparsekern.Pruner`. If ``select`` needs no gradients, the default is
+            ``Global(balance=0.75)``, which keeps every group at 3/4 of an even cut at least.
+        calibration: batches of the training data as pairs ``(inputs, targets)``, for example a DataLoader.
+            Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments. If no
+            gradients are needed, an element may also be the inputs alone, unless they are a pair.
+        loss: ``loss(outputs, targets)`` returns the scalar to differentiate, like ``nn.CrossEntropyLoss()``.
+        forward_loss: replaces ``loss`` for elements of ``calibration`` of another form, such as dicts with
+            images and labels. ``forward_loss(model, batch)`` runs ``model`` and returns the scalar. Tensors
+            of the batch are on the model's device.
+        batches: maximal number of elements of ``calibration`` that are used.
+        fold: add the columns of a removed duplicate to those of the channel that replaces it, if ``select``
+            looks for duplicates. ``compact(model, plan)`` does not do this.
         recalibrate: replace the running statistics of batch norms by means over ``calibration``, if given.
 
     Returns:
-        The network, in the classes and the mode of ``model``, and its plan.
+        The network, with the classes and the mode of ``model``, and its plan.
 
     Raises:
-        TypeError: ``loss`` or ``forward_loss`` is no function.
-        ValueError: an argument is out of range or missing, as above, or both of these are given.
+        TypeError: ``loss`` or ``forward_loss`` is not a function.
+        ValueError: an argument is out of range or missing, or both ``loss`` and ``forward_loss`` are given.
     """
     share, of = check_keep(keep), check_unit(of)
     select = resolve_select(select)
@@ -123,7 +129,7 @@ def prune_once(
             exact=exact,
             cache=cache,
         )
-        # Everything from here on happens to copies.
+        # From here on the code works on copies.
         work = compact(model, Plan({})).eval().requires_grad_(True)
         rows = ChannelRows(work, task.graph, {id(p) for p in work.parameters()}, decay=DECAY)
         activations = Activations(work, task.graph, counting=select.needs_activations, decay=DECAY)
@@ -158,10 +164,10 @@ def task_of(
     exact: bool = True,
     cache: str | os.PathLike[str] | None = None,
 ) -> Problem:
-    """What an allocator decides about, all parameters being free to go, once it has a saliency.
+    """The problem for an allocator with all parameters prunable and saliencies of 0, to be replaced.
 
     Raises:
-        ValueError: as :func:`prune_once`.
+        ValueError: as for :func:`prune_once`.
     """
     choices = round_to_choices(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -203,20 +209,20 @@ def _gather_rows(
     activations: Activations,
     given: Calibration | None,
 ) -> None:
-    """Fill the table: from gradients over the batches, or from the weights alone without any."""
+    """Fill the table from the gradients of the batches, or from the weights alone if ``given`` is None."""
     if given is None:
         weigh(table)
         return
     for number, loss_of in enumerate(given.losses(work)):
         if number == 0 and activations.counting:
-            # Their thresholds come from the pass before, as those of the rows below.
+            # Thresholds of activations, like those of rows below, come from the previous pass.
             _differentiate(loss_of, number)
             work.zero_grad(set_to_none=True)
             activations.forget()
         _differentiate(loss_of, number)
         params = [view.param for view in table.views if view.param.grad is not None]
         if number == 0:
-            # Thresholds come from the step before: the first batch is there twice, and counts once.
+            # Thresholds come from the previous step: the first batch runs twice and counts once.
             _take(table, params)
             for array in (table.activity, table.channel_dot, table.channel_dot_sq, table.updates):
                 array.zero_()
@@ -233,7 +239,7 @@ def _differentiate(loss_of: Callable[[], Tensor], number: int) -> None:
 
 @torch.no_grad()
 def _take(table: RowTable, params: Sequence[Tensor]) -> None:
-    """Statistics of one step from the gradients of ``params``."""
+    """Add the statistics of one step from the gradients of ``params``."""
     lists: dict[torch.dtype, list[Tensor]] = {}
     for param in params:
         lists.setdefault(param.dtype, []).append(param)
@@ -258,7 +264,7 @@ def _check_loss(value: object, number: int) -> None:
 
 
 def _restored(work: nn.Module, model: nn.Module) -> nn.Module:
-    """``work`` with the modes and ``requires_grad`` of ``model``, whose copy it is."""
+    """Give ``work``, a copy of ``model``, the modes and ``requires_grad`` of ``model``."""
     for copied, module in zip(work.modules(), model.modules(), strict=True):
         copied.training = module.training
     for ours, theirs in zip(work.parameters(), model.parameters(), strict=True):
@@ -273,7 +279,7 @@ def _has_norms(model: nn.Module) -> bool:
 
 @contextmanager
 def _same_random_state() -> Iterator[None]:
-    """Calibration may shuffle and drop out; the caller's random numbers go on as if it had not."""
+    """Restore the random generators at the end, because calibration may draw numbers (shuffling, dropout)."""
     python, arrays = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:

@@ -1,4 +1,4 @@
-"""Before a training that shrinks: can the optimizer's state be cut as its parameters are."""
+"""The check before a training that shrinks: whether the optimizer's state can be cut like its parameters."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sparsekern.compact.optimizer_state import follows_shape
 from sparsekern.optim import RowOptimizer, Unwrapped
 from sparsekern.prune.probe import copy_of
 
-# Sizes of the first dimension of stand-ins; further dimensions are one larger each, so that no two are alike.
+# Sizes of the first dimension of stand-ins; each further dimension is 1 larger, so that all differ.
 _SIZES = (3, 5)
 _ADVICE = "expected state of each parameter's own shape; shrink=False, or a state_cutter that cuts it"
 
 
 def check_state(unwrapped: Unwrapped) -> None:
-    """The optimizer's state follows its parameters, one by one.
+    """Check that each tensor of the optimizer's state has the shape of its parameter.
 
-    State that is there already is looked at. What the optimizer will make is found by two steps of copies
-    with small parameters; a copy that cannot step tells nothing, see :class:`StateCheck`.
+    This checks the state that exists. Two steps of copies with small parameters show the state that the
+    optimizer will make. A copy that cannot step shows nothing; then :class:`StateCheck` checks later.
 
     Raises:
-        ValueError: it does not: names the optimizer, and what it keeps.
+        ValueError: a tensor has another shape; the text names the optimizer and the state.
     """
     optimizer = unwrapped.optimizer
     if unwrapped.parts:
@@ -56,9 +56,9 @@ def check_state(unwrapped: Unwrapped) -> None:
 
 
 class StateCheck:
-    """A hook after an optimizer's steps: looks at the state that the first of them has made.
+    """A hook after an optimizer's steps that checks the state made by the first step.
 
-    For optimizers that no copy can be made of, and those whose state depends on the size of a parameter.
+    It serves optimizers that cannot be copied, and those whose state depends on the size of a parameter.
     """
 
     def __init__(self, unwrapped: Unwrapped) -> None:
@@ -70,7 +70,7 @@ class StateCheck:
         )
 
     def remove(self) -> None:
-        """Look no more."""
+        """Remove the hook."""
         self._handle.remove()
 
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
@@ -93,7 +93,7 @@ def _check(optimizer: Optimizer, unwrapped: Unwrapped) -> None:
 
 
 def _stepped(optimizer: Optimizer, size: int) -> Optimizer | None:
-    """A copy with small parameters after two steps, None where that cannot be had."""
+    """A copy with small parameters after two steps, None if it cannot be made or cannot step."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     small = {
         id(p): Parameter(
@@ -110,7 +110,7 @@ def _stepped(optimizer: Optimizer, size: int) -> Optimizer | None:
                 for param in small.values():
                     param.grad = torch.ones_like(param) if param.requires_grad else None
                 _step(probe)
-    except Exception:  # whatever a user's optimizer raises without its model and its data
+    except Exception:  # a user's optimizer may raise anything without its model and data
         return None
     return probe
 
@@ -123,7 +123,7 @@ def _step(optimizer: Optimizer) -> None:
 
 
 def _held_shapes(optimizer: Optimizer) -> Iterator[tuple[str, Sequence[torch.Size]]]:
-    """Shapes of the tensors in each attribute and group, beside parameters and state."""
+    """Shapes of the tensors in each attribute and group, except parameters and state."""
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     held = {name: v for name, v in vars(optimizer).items() if name not in ("state", "param_groups")}
     held |= {key: v for group in optimizer.param_groups for key, v in group.items() if key != "params"}

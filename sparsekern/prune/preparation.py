@@ -1,4 +1,4 @@
-"""Before a training: are the arguments sound, and which channels can be removed at all."""
+"""Checks before a training: whether the arguments are valid, and which channels can be removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IDLE = (
 
 
 def check_options(penalty: object, nonfinite: object) -> None:
-    """Raise a ValueError for the first of these arguments of a Pruner that is not sound."""
+    """Raise a ValueError for the first of these arguments of a Pruner that is not valid."""
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
     if nonfinite not in NONFINITE:
@@ -29,7 +29,7 @@ def check_options(penalty: object, nonfinite: object) -> None:
 
 
 def check_counted(select: criteria.Criterion, activations: Activations) -> None:
-    """Raise a ValueError if ``select`` asks for what no module of the model counts."""
+    """Raise a ValueError if ``select`` needs counts of activations and no module of the model counts them."""
     if select.needs_activations and not len(activations):
         raise ValueError(
             f"select: got {select!r} for a model without a NormAct2d that has channels to prune, expected "
@@ -45,9 +45,12 @@ def prunable_graph(
     exact: bool = True,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> ChannelGraph:
-    """The model's graph, without groups that are not trained and those that a dry run found wanting.
+    """The model's graph, without groups that are not trained and groups that a dry run found not removable.
 
-    ``trained`` is that of :func:`sparsekern.prune.state.statistics.trained_by`.
+    Args:
+        model: the model.
+        trained: the result of :func:`sparsekern.prune.state.statistics.trained_by`.
+        example_inputs, protect, exact, example_kwargs: as for :class:`sparsekern.Pruner`.
 
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
@@ -66,7 +69,8 @@ def prunable_graph(
     ]
     if idle:
         graph = graph.freeze(idle, _IDLE)
-        # The trace has tried out what it found; with these groups whole it is another network.
+        # The trace has tried its groups in a dry run; with some of them frozen the smaller network is another
+        # one.
         graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])

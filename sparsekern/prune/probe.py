@@ -1,4 +1,4 @@
-"""Trying out training steps on copies: how long they take, and what an optimizer keeps."""
+"""Training steps of copies, to measure their time and the size of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparsekern.graph.capture.hooks import drop_hooks
 from sparsekern.prune.calibration import ForwardLoss, check_losses, moved
 
 Loss = Callable[[nn.Module], Tensor]
-"""The loss of a model on some inputs, with a graph to go backward through."""
+"""Computes the loss of a model on some inputs, with a graph for the backward pass."""
 
-# Rounds in which copies take turns, after one that is not counted: at least so many, and more within seconds.
+# Minimal and maximal number of timed rounds, after 1 of warmup; past the minimum only within so many seconds.
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 5, 20, 4.0
 
 
 def mean_square(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loss:
-    """The mean square of all outputs on these arguments: a loss that any model has."""
+    """A loss for any model: the mean square of all outputs on these arguments."""
 
     def loss(model: nn.Module) -> Tensor:
         outputs = [leaf for _, leaf in leaves(model(*inputs, **kwargs)) if isinstance(leaf, Tensor)]
@@ -42,14 +42,16 @@ def loss_to_time(
     example: tuple[tuple[Any, ...], Mapping[str, Any]],
     model: nn.Module,
 ) -> Loss | None:
-    """The loss that ``measure`` of :meth:`sparsekern.Pruner.forecast` means, None for no timing.
+    """The loss for ``measure`` of :meth:`sparsekern.Pruner.forecast`, None for no timing.
 
     Args:
-        example: positional and keyword arguments of ``model``, for ``True``.
+        measure, forward_loss: as for :meth:`sparsekern.Pruner.forecast`.
+        example: positional and keyword arguments of ``model``, used if ``measure`` is True.
+        model: gives the device of the batch.
 
     Raises:
-        TypeError: ``forward_loss`` is no function.
-        ValueError: it comes without a batch.
+        TypeError: ``forward_loss`` is not a function.
+        ValueError: ``forward_loss`` comes without a batch.
     """
     check_losses(None, forward_loss)
     is_function = callable(measure) and not isinstance(measure, Tensor)
@@ -74,7 +76,7 @@ class Trial:
 
     Attributes:
         model: the copy, in training mode.
-        optimizer: a copy as before its first step.
+        optimizer: a copy in the state before its first step.
 
     Raises:
         ValueError: the optimizer cannot be copied.
@@ -88,10 +90,10 @@ class Trial:
         self._loss = loss
 
     def step(self) -> None:
-        """Forward, backward, and step of the optimizer.
+        """Make one training step: forward, backward, and step of the optimizer.
 
         Raises:
-            ValueError: that fails.
+            ValueError: the step fails.
         """
         try:
             self._loss(self.model).backward()
@@ -103,7 +105,7 @@ class Trial:
 
 @contextmanager
 def trying(model: nn.Module) -> Iterator[list[torch.device]]:
-    """The random generators are as before afterwards; yields the devices to wait for."""
+    """Restore the random generators at the end; yields the CUDA devices to synchronise with."""
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices), torch.enable_grad():
         yield devices
@@ -112,12 +114,12 @@ def trying(model: nn.Module) -> Iterator[list[torch.device]]:
 def time_steps(
     model: nn.Module, optimizer: torch.optim.Optimizer, plans: Sequence[Plan], loss: Loss
 ) -> list[list[float]]:
-    """Seconds of forward, backward and optimizer step of compact copies, in several rounds.
+    """Time the forward pass, backward pass and optimizer step of compact copies, in several rounds.
 
-    The copies take turns, so that a slower spell of the machine hits all of them.
+    Every round runs each copy once, so that a slow period of the machine affects all of them.
 
     Returns:
-        Per plan the seconds of every round.
+        For each plan the seconds of every round.
 
     Raises:
         ValueError: the model cannot be trained with ``loss``, or its optimizer cannot be copied.
@@ -140,9 +142,9 @@ def time_steps(
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state of its parameters' shapes that an optimizer keeps once it has made a step.
+    """Bytes of the optimizer's state after a step, as far as it has the shapes of its parameters.
 
-    Found by a step of a copy with parameters of the same number of dimensions, two elements each.
+    A step of a copy shows them. Its parameters have as many dimensions, of two elements each.
 
     Raises:
         ValueError: the optimizer cannot be copied and stepped.
@@ -166,14 +168,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer as it is before its first step, of other parameters, without hooks.
+    """A copy of an optimizer for other parameters, in the state before its first step and without hooks.
 
     Args:
-        optimizer: stays as it is.
-        replaced: the other parameters, by ``id`` of those that they stand for.
+        optimizer: the optimizer; it does not change.
+        replaced: the new parameters by ``id`` of the parameters that they replace.
 
     Raises:
-        TypeError: it holds a module, of which only the training has the right one.
+        TypeError: the optimizer holds a module, which cannot be replaced by that of the copy.
     """
     own = type(optimizer).__new__(type(optimizer))
     groups = [
@@ -184,7 +186,7 @@ def copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Paramete
     own.__setstate__(
         {"defaults": copy.deepcopy(optimizer.defaults), "state": defaultdict(dict), "param_groups": groups}
     )
-    # What a class adds to torch's own attributes, such as LBFGS its list of parameters.
+    # Attributes that a class adds to those of torch, such as the parameter list of LBFGS.
     known: dict[int, Any] = {id(optimizer): own, id(optimizer.state): own.state} | dict(replaced)
     for name, value in vars(optimizer).items():
         if hasattr(own, name) or callable(value):

@@ -1,4 +1,4 @@
-"""The object that a user adds to a training: it watches the optimizer's steps and removes channels."""
+"""The Pruner, which a user adds to a training: it watches the optimizer's steps and removes channels."""
 
 from __future__ import annotations
 
@@ -44,60 +44,63 @@ from sparsekern.prune.state.statistics import ChannelRows, trained_by
 class Pruner(Resumable):
     """Prunes a model's channels while an optimizer trains it.
 
-    Nothing has to be called during training: the optimizer's steps count gradients, penalise and mask (in the
-    same pass for :mod:`sparsekern.optim`, through hooks around the step for any other optimizer), and after
-    some of them channels are condemned, decline to zero and are masked, until the budget is met.
+    Training code needs no further call. The optimizer's steps gather statistics of gradients and apply
+    penalties and masks: in the same pass for :mod:`sparsekern.optim`, through hooks around the step for any
+    other optimizer. At each event the Pruner chooses channels. Their gates fade to zero until the next event
+    masks them. The last event meets the budget.
 
     Args:
-        model: the model to prune, where it is trained; also the result of ``torch.compile`` or
-            ``DistributedDataParallel``, or sharded by ``fully_shard``. All processes make a Pruner.
-        optimizer: holds the model's trainable parameters; also one of ``torch.optim`` or a user's own, and
-            also inside of what accelerate, Lightning, a Lookahead and such wrap around it.
+        model: the model to prune, on the device where it is trained. It may come from ``torch.compile`` or
+            ``DistributedDataParallel``, or be sharded by ``fully_shard``. Every process makes a Pruner.
+        optimizer: holds the model's trainable parameters. It may be one of ``torch.optim`` or a user's own,
+            and may be wrapped by accelerate, Lightning, a Lookahead or similar.
         example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
-            is used with; MACs are those of one forward pass on them.
-        example_kwargs: keyword arguments of ``model`` that go with them.
+            is used with. MACs are those of one forward pass on them.
+        example_kwargs: keyword arguments of ``model`` for the same forward pass.
         keep: share of the dense cost that stays, in (0, 1].
-        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``: the time of a forward pass on this machine,
-            with the threads that are set now (:mod:`sparsekern.latency`; ``round_to="auto"`` suits it).
+        of: the cost: ``"macs"``, ``"params"`` or ``"latency"``. Latency is the time of a forward pass on this
+            machine with the current threads (:mod:`sparsekern.latency`); ``round_to="auto"`` suits it.
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
             as ``"taylor"`` or ``"taylor * gradient-count"``.
         allocate: decides the widths of the groups, default :class:`sparsekern.allocate.Global`; or its name.
-        warmup: share of ``steps`` before the first channel is condemned.
-        finish: share of ``steps`` by which the budget is met; the rest trains the smaller network.
-        events: how many times channels are condemned between the two.
-        round_to: group widths are multiples of this, or unchanged; ``"auto"``, the default with ``shrink``,
-            chooses for the device, and less where ``keep`` cannot be met with that; else the default is 1.
-        min_channels: channels that every group keeps, or such numbers by pattern of group names.
-        protect: modules, parameters or name patterns that keep their shape, outputs and inputs.
-        exact: False allows channels, too, whose removal changes what the others compute, see
-            :func:`sparsekern.trace`; a warning names their groups.
-        penalty: how far the gates of the channels next in line decay from one event to the next, beside their
-            training: by a factor of about ``exp(-penalty)``; 0 for none.
-        nonfinite: a gradient with NaN or infinity never enters the statistics. ``"ignore"`` leaves the update
-            to the optimizer; ``"raise"`` checks all gradients before each step, those of its closure if it
-            has one (a pass over them and, on a GPU, a synchronisation), and raises a FloatingPointError while
-            nothing has changed.
-        shrink: cut masked channels out of the live model at every event, with the optimizer's state, which
-            has to have each parameter's shape (or see ``state_cutter``), see :meth:`shrink`: from then on a
-            step costs what the smaller network costs. What is condemned at one event leaves at the next, so
-            the training costs the area under a staircase of ``events`` steps, see
-            :class:`sparsekern.prune.schedule.Schedule` for figures and :meth:`forecast` for those of a model.
-        also: copies of the model that are masked and cut alike, such as an ``AveragedModel`` of
+        warmup: share of ``steps`` before the first event.
+        finish: share of ``steps`` by which the budget is met. The remaining steps train the smaller network.
+        events: number of times that channels are chosen between ``warmup`` and ``finish``.
+        round_to: group widths are multiples of this number, or stay unchanged. ``"auto"`` chooses it for the
+            device, and a smaller one where ``keep`` needs it. Default: ``"auto"`` with ``shrink``, else 1.
+        min_channels: channels that every group keeps at least, or such numbers by pattern of group names.
+        protect: modules, parameters or name patterns whose shape, outputs and inputs stay as they are.
+        exact: False also allows channels whose removal changes the values of other channels, see
+            :func:`sparsekern.trace`. A warning names their groups.
+        penalty: extra decay of the gates of the channels that would go at the next event. From one event to
+            the next it multiplies them by about ``exp(-penalty)``, besides their training; 0 for none.
+        nonfinite: response to gradients with NaN or infinity, which never enter the statistics. ``"ignore"``
+            leaves the update to the optimizer. ``"raise"`` checks all gradients before each step, those of
+            its closure if it has one, and raises a FloatingPointError before anything changes. The check
+            costs a pass over the gradients and, on a GPU, a synchronisation.
+        shrink: cut masked channels out of the live model and the optimizer's state at every event, see
+            :meth:`shrink`. Steps then cost as much as those of the smaller network. The state must have each
+            parameter's shape (or see ``state_cutter``). Channels chosen at one event leave at the next, so
+            the training costs the area under a staircase of ``events`` steps.
+            :class:`sparsekern.prune.schedule.Schedule` has figures, :meth:`forecast` computes those of a
+            model.
+        also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel`` of
             ``torch.optim.swa_utils``.
-        state_cutter: for an optimizer that keeps state of another shape than its parameters:
+        state_cutter: for an optimizer whose state has other shapes than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
-        cache: the directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's.
-        process_group: the processes that train this model together and check that they decide alike; None for
-            those of ``DistributedDataParallel``, else the default group where there is one.
+        cache: directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's
+            cache.
+        process_group: the processes that train this model together and check that their decisions agree. None
+            means those of ``DistributedDataParallel``, else the default group if there is one.
 
     Raises:
-        TypeError: ``optimizer`` is none, see :func:`sparsekern.optim.unwrap_optimizer`.
-        ValueError: an argument is out of range, no channel can be removed, ``keep`` is below what floors and
-            frozen layers allow, the optimizer lacks trainable parameters of the model, ``example_inputs``
-            are not accepted by the model, or ``shrink`` is asked of a sharded one. Nothing has been changed
-            then.
-        RuntimeError: the optimizer's steps drive a Pruner of some of the parameters already, or the processes
+        TypeError: ``optimizer`` is not an optimizer, see :func:`sparsekern.optim.unwrap_optimizer`.
+        ValueError: an argument is out of range, no channel can be removed, ``keep`` is below the smallest
+            share that floors and frozen layers allow, the optimizer lacks trainable parameters of the model,
+            the model does not accept ``example_inputs``, or ``shrink`` is True for a sharded model. Nothing
+            has changed.
+        RuntimeError: the optimizer's steps already drive a Pruner of some of the parameters, or the processes
             differ in their arguments or models, here or at a later decision.
     """
 
@@ -153,12 +156,12 @@ class Pruner(Resumable):
             allocate,
             of,
             resolve_floors(min_channels, graph),
-            1,  # until it is known what the network is wide enough for
+            1,  # `rounded` replaces it once the widths of the network are known
             float(penalty),
         )
         choices = round_to_choices(round_to, model, self._shrinks)
-        # A mean over about one interval between events: each decision rests on what came since the last one.
-        interval = max(10, self._schedule.events[0].decline)
+        # Averages over about one interval between events, so each decision uses fresh statistics.
+        interval = max(10, self._schedule.events[0].fade_steps)
         self._network = Network(
             model,
             unwrapped,
@@ -181,10 +184,10 @@ class Pruner(Resumable):
         for watch in orphans:
             watch.detach()
         if nonfinite == "raise":
-            # Before the statistics look at the gradients, and outside of a trace.
+            # The check runs before the statistics read the gradients, and torch.compile does not trace it.
             check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
             hooks.append(optimizer.register_step_pre_hook(check_gradients))
-        # Before anything looks at the gradients of a step: what an earlier step has left undone.
+        # A decision that an earlier step left undone runs before anything reads the gradients of this step.
         catch_up = torch.compiler.disable(self._events.before_step)
         hooks.append(optimizer.register_step_pre_hook(catch_up))
         self._network.attach()
@@ -211,23 +214,22 @@ class Pruner(Resumable):
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is met and nothing is condemned any more."""
+        """Whether the budget is met and no channel is fading out any more."""
         return self._events.finished
 
     def plan(self, keep: float | None = None, *, of: Unit | None = None) -> Plan:
-        """What stays of the model, relative to the size that it had when the Pruner was made.
+        """The channels that stay, relative to the model's size when the Pruner was made.
 
         Args:
-            keep: None for the channels that are not masked: the compact model is then exactly the masked one.
-                A share of the dense cost plans that budget anew, from the statistics gathered so far, or
-                loaded, and among the channels not masked; the result is then not the trained network without
-                zeros.
-            of: the cost that ``keep`` is a share of; None for the Pruner's own. ``"latency"`` only where it
-                is that.
+            keep: None plans the channels that are not masked; the compact model then equals the masked one.
+                A share of the dense cost plans that budget anew among the channels that are not masked, from
+                the statistics gathered or loaded so far; the compact model then computes something else.
+            of: the cost that ``keep`` is a share of; None for the Pruner's own. ``"latency"`` is allowed only
+                if the Pruner's own cost is latency.
 
         Raises:
-            ValueError: ``keep`` is out of range or below what floors and frozen layers allow, or ``of`` is
-                not a cost that is known, or comes without ``keep``.
+            ValueError: ``keep`` is out of range or below the smallest share that floors and frozen layers
+                allow, or ``of`` is not a known cost, or comes without ``keep``.
             RuntimeError: weights were written into masked rows, see :meth:`remask`.
 
         Warns:
@@ -246,17 +248,17 @@ class Pruner(Resumable):
         return self._network.plan(self._policy.widths(self._network, share, of))
 
     def compact(self) -> nn.Module:
-        """A copy of the model without its masked channels, computing exactly what the masked model computes.
+        """A copy of the model without its masked channels; it computes the same outputs as the masked model.
 
-        Channels that are only condemned are still there: see :attr:`finished`. Of a sharded model all
-        processes have to call this; it is gathered one tensor at a time, and each gets an ordinary module.
+        Channels that are still fading out are kept; wait for :attr:`finished`. For a sharded model all
+        processes have to call this. It gathers one tensor at a time, and each process gets a plain module.
 
         Raises:
             RuntimeError: weights were written into masked rows, see :meth:`remask`, or a parameter of the
                 model is another object than the one that the optimizer holds.
 
         Warns:
-            UserWarning: the budget is not met yet; with the share reached, and why.
+            UserWarning: the budget is not met yet; the text names the share reached and the reason.
         """
         self._network.check_masked(self._ranks if self._network.sharded else None)
         self._warn_of_unfinished()
@@ -265,25 +267,24 @@ class Pruner(Resumable):
     def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
         """Cut the masked channels out of the live model now, with its optimizer's state.
 
-        Modules, parameters, buffers, the optimizer with its groups and state stay the same objects and become
-        smaller; gradients, statistics and masks move along; hooks, learning rate schedulers and gradient
-        scalers see nothing of it. The next step has the loss that the masked model would have had, to
-        rounding; where random numbers are drawn by size (dropout) or an optimizer looks at a whole tensor
-        (Adafactor's scale), training goes on with other numbers of the same kind. ``torch.compile`` compiles
-        once more at the next call, and a captured CUDA graph has to be captured anew. With ``shrink=True``
-        this happens by itself at every event.
+        Modules, parameters, buffers and the optimizer with its groups and state stay the same objects and
+        become smaller. Gradients, statistics and masks follow. Hooks, learning rate schedulers and gradient
+        scalers keep working. The next step has the loss of the masked model, up to rounding. Numbers differ
+        where random numbers are drawn by size (dropout) or an optimizer reads a whole tensor (Adafactor's
+        scale). ``torch.compile`` compiles once more at the next call, and a captured CUDA graph has to be
+        captured anew. With ``shrink=True`` the Pruner does this at every event.
 
         Args:
-            also: copies of the model, such as an ``AveragedModel``, beside those given to the Pruner.
+            also: further copies of the model, such as an ``AveragedModel``, besides the Pruner's own.
 
         Returns:
-            Whether there was anything to cut.
+            Whether there were masked channels to cut.
 
         Raises:
-            TypeError, ValueError: the optimizer has state whose cut is not known, or an entry of ``also`` is
-                no copy of the model.
-            RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed then,
-                or after whatever else is raised; Ctrl-C waits until everything is smaller.
+            TypeError, ValueError: the optimizer has state that cannot be cut, or an entry of ``also`` is not
+                a copy of the model.
+            RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed after
+                any exception. Ctrl-C waits until everything is smaller.
         """
         with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
             self._network.check_masked()
@@ -292,16 +293,16 @@ class Pruner(Resumable):
         return cut
 
     def remask(self) -> int:
-        """Zero again what belongs to masked channels: rows, the columns that read them, optimizer state.
+        """Zero the rows of masked channels, the columns that read them, and their optimizer state again.
 
-        ``load_state_dict`` of the model, of modules in it and of the optimizer does this by itself. It is for
-        weights that were written in another way after their channels had been masked (``parameter.data``,
-        ``nn.init``, an average that is copied back), which would make the masked network another one than the
-        compact one: until then :meth:`compact`, :meth:`plan`, :meth:`shrink`, :meth:`save_checkpoint` and the
-        optimizer's next step with a decision raise a RuntimeError.
+        ``load_state_dict`` of the model, of its modules and of the optimizer does this by itself. Call it
+        after weights were written in another way to channels that were already masked (``parameter.data``,
+        ``nn.init``, an average that is copied back). Such weights make the masked network differ from the
+        compact one. Until this is called, :meth:`compact`, :meth:`plan`, :meth:`shrink`,
+        :meth:`save_checkpoint` and the optimizer's next step with a decision raise a RuntimeError.
 
         Returns:
-            How many rows were not zero.
+            The number of rows that were not zero.
 
         Raises:
             RuntimeError: a parameter of the model is another object than the one that the optimizer holds.
@@ -315,27 +316,27 @@ class Pruner(Resumable):
         measure: Any = False,
         forward_loss: ForwardLoss | None = None,
     ) -> Forecast:
-        """What the training will cost, stage by stage: to be asked before it begins.
+        """The cost of the training, stage by stage; call this before the training begins.
 
-        Nothing is known then of which layers will stay wide. Without ``measure`` all are taken to keep an
-        equal share, within floors and ``round_to``; with it, the decisions are made on a copy, from the
-        gradients of its first few steps. Without ``shrink`` every step costs what a dense one does.
+        The final widths are not known yet. Without ``measure`` the forecast assumes that all layers keep an
+        equal share, within floors and ``round_to``. With ``measure`` it makes the decisions on a copy, from
+        the gradients of the first few steps. Without ``shrink`` every step costs as much as a dense one.
 
         Args:
             ranks: processes that average their gradients.
-            measure: time training steps on this machine, on copies of the model at a few sizes, and the
-                decisions: True on the example inputs, or on inputs given here (a tensor, a tuple of
-                positional or a dict of keyword arguments), with the mean square of the outputs for a loss;
-                or a function that gives the training's own loss of the copy it is called with, on a batch of
-                its choice. What ``torch.compile`` has made is made anew afterwards.
-            forward_loss: ``forward_loss(model, batch)`` gives the loss of a copy on the batch ``measure``,
-                which is of any form then.
+            measure: whether and on which inputs to time the decisions, and training steps of copies of the
+                model at a few sizes, on this machine. True uses the example inputs. A tensor, a tuple of
+                positional or a dict of keyword arguments gives other inputs. In both cases the loss is the
+                mean square of the outputs. A function takes a copy and returns the training's own loss on a
+                batch of its choice. ``torch.compile`` compiles again afterwards.
+            forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``,
+                which may then have any form.
 
         Raises:
-            TypeError: ``forward_loss`` is no function.
-            ValueError: ``ranks`` is no number of at least 1, no step can be made on these inputs, or
+            TypeError: ``forward_loss`` is not a function.
+            ValueError: ``ranks`` is not a whole number of at least 1, a step on these inputs fails, or
                 ``forward_loss`` comes without a batch.
-            RuntimeError: channels have been cut out of the model already.
+            RuntimeError: channels have already been cut out of the model.
         """
         if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
             raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
@@ -354,40 +355,41 @@ class Pruner(Resumable):
         )
 
     def abort(self) -> int:
-        """Undo the latest decision where it can be undone: condemned channels live again.
+        """Undo the latest decision as far as possible: channels that are fading out live again.
 
-        Their gates stay as far as they have declined, and train on from there.
+        Their gates keep the values that they have faded to, and train on from there.
 
         Returns:
-            How many channels were saved.
+            The number of channels that live again.
         """
         with uninterrupted():
             self._rows.table.settle()
-            return int(self._masks.pardon().sum())
+            return int(self._masks.restore().sum())
 
     def detach(self) -> None:
-        """Stop watching the optimizer; masked channels stay zero only as long as nobody trains them."""
+        """Stop watching the optimizer. Masked channels then stay zero only until a step trains them."""
         self._watch.detach()
 
     def metrics(self) -> dict[str, int | float]:
-        """Where the pruning stands, for loggers: a flat dict of numbers.
+        """The state of the pruning for loggers: a flat dict of numbers.
 
-        ``step``; ``macs``, ``params`` of the network without its masked channels and ``macs_share``,
-        ``params_share`` of the dense one; ``kept``, ``channels``: how many are not masked, and how many there
-        were at first; ``condemned``: channels on their way to zero; ``nonfinite``: rows of gradients left out
-        of the statistics; ``finished``: 0 or 1. Widths of layers are in :meth:`widths`.
+        ``step``: optimizer steps so far; ``macs``, ``params``: cost without the masked channels;
+        ``macs_share``, ``params_share``: the same as shares of the dense cost; ``kept``: channels that are
+        not masked; ``channels``: channels at first; ``condemned``: channels that are fading out;
+        ``nonfinite``: rows of gradients left out of the statistics; ``finished``: 0 or 1. :meth:`widths` has
+        each layer's width.
         """
         return progress.metrics(self._network, self._events)
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """How wide each group is: ``{name: (channels that are not masked, channels at first)}``.
+        """The width of each group: ``{name: (channels that are not masked, channels at first)}``.
 
-        A name that several groups have is followed by ``#2`` and so on from the second one on.
+        Where several groups share a name, the second one is called ``name#2``, and so on.
         """
         return progress.widths(self._network)
 
     def _warn_of_unfinished(self) -> None:
-        """Once for every state, when what is made of the model now is not what was asked for."""
+        """Warn once for every state in which the network does not meet the budget yet."""
         text = unfinished(self._network, self._policy.of, self._keep, self._events, self._steps)
         state = self._events.step, self._masks.state.tobytes()
         if text and state != self._warned:

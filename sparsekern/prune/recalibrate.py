@@ -1,4 +1,4 @@
-"""Fresh batch norm statistics for a network whose channels were removed without training on."""
+"""New batch norm statistics for a network that is not trained further after its pruning."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sparsekern.prune.calibration import ForwardLoss, check_losses, run_batch
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward_loss: ForwardLoss | None = None) -> int:
     """Replace the running statistics of every batch norm by their plain mean over ``batches``.
 
-    Only batch norms are switched to training mode, so dropout stays off; modes and momenta are restored.
+    Only batch norms switch to training mode, so dropout stays off. Modes and momenta are restored.
 
     Args:
-        model: changed in place.
-        batches: inputs of the model: a tensor, a tuple of positional or a dict of keyword arguments, each;
-            or whatever ``forward_loss`` takes. They have to be on the model's device.
-        forward_loss: ``forward_loss(model, batch)`` runs the model on a batch; its result is not used.
+        model: the model; it is changed in place.
+        batches: inputs of the model, each a tensor, a tuple of positional or a dict of keyword arguments; or
+            batches of the form that ``forward_loss`` takes. They have to be on the model's device.
+        forward_loss: ``forward_loss(model, batch)`` runs the model on a batch. Its result is not used.
 
     Returns:
-        How many batches were used.
+        The number of batches used.
 
     Raises:
-        TypeError: ``forward_loss`` is no function.
-        ValueError: ``batches`` is empty, or the model does not take one. Nothing has been changed then, or
-            after whatever else is raised.
+        TypeError: ``forward_loss`` is not a function.
+        ValueError: ``batches`` is empty, or the model does not accept one. Nothing has changed after any
+            exception.
     """
     check_losses(None, forward_loss)
     if forward_loss is None:
@@ -44,7 +44,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward_loss: Forwa
 
 @torch.no_grad()
 def remeasure(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> int:
-    """The same for functions that each run the model on a batch; none leave everything as it is."""
+    """As :func:`recalibrate`, for functions that each run the model on a batch; 0 if there is none."""
     iterator = iter(passes)
     first = next(iterator, None)
     if first is None:

@@ -1,4 +1,4 @@
-"""When channels go: budgets over the steps of a training."""
+"""The schedule of pruning: budgets over the steps of a training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 class Event:
     """One decision: after optimizer step ``step`` the cost is brought to ``share`` of the dense one.
 
-    Channels condemned here have declined to zero ``decline`` steps later, when the next event masks them.
+    Channels chosen here have faded to zero ``fade_steps`` steps later, when the next event masks them.
+
+    Attributes:
+        step: number of optimizer steps before the event.
+        share: cost after the event over the dense cost, in [0, 1].
+        fade_steps: optimizer steps over which the gates fall to zero, at least 1.
     """
 
     step: int
     share: float
-    decline: int
+    fade_steps: int
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,18 @@ class Schedule:
     """Events between ``warmup`` and ``finish``, with budgets that fall fast at first and then level off.
 
     The share after event ``i`` of ``n`` is ``keep + (1 - keep) * (1 - i / n)**3``, the cubic of Zhu & Gupta
-    2017, "To prune, or not to prune", eq. 1: early, while weights still move, much goes; late, little.
+    2017, "To prune, or not to prune", eq. 1. Early events, while weights still move, remove most channels.
 
-    What is condemned at an event has declined when the next one comes, and leaves the live network then where
-    it shrinks. Such a training costs ``warmup + (finish - warmup) * (keep + (1 - keep) * a) + (1 - finish) *
-    keep`` of the dense one, where ``a``, the area under the staircase, is ``(1 + 1 / n)**2 / 4``: 0.303 for
-    10 events, 0.276 for 20, 0.25 at the limit. Events are evenly spaced, so that every decision rests on
-    equally many steps. The spacing with the least area would bring 10 events to 0.291, which is 0.3 % of a
-    dense training for ``keep=0.2`` within 30 % of the steps; an earlier ``finish`` or more events bring more.
+    Channels chosen at an event have faded to zero at the next one. With ``shrink`` they leave the live
+    network then. Such a training costs ``warmup + (finish - warmup) * (keep + (1 - keep) * a) + (1 - finish)
+    * keep`` of the dense one. The area ``a`` under the staircase is ``(1 + 1 / n)**2 / 4``: 0.303 for 10
+    events, 0.276 for 20, 0.25 in the limit. Events are evenly spaced, so that every decision uses statistics
+    of equally many steps. The spacing with the least area gives 0.291 for 10 events. That saves 0.3 % of a
+    dense training for ``keep=0.2`` within 30 % of the steps; an earlier ``finish`` or more events save more.
 
     Attributes:
         events: in order of step.
-        finish: the step after which everything condemned is masked.
+        finish: the step after which all channels that fade out are masked.
     """
 
     events: tuple[Event, ...]
@@ -49,14 +54,14 @@ class Schedule:
             steps: optimizer steps of the whole training.
             keep: share of the cost at the end, in (0, 1].
             warmup: share of the steps before the first event.
-            finish: share of the steps by which the last condemned channel is masked.
-            events: how many decisions; fewer when the steps do not suffice for so many.
+            finish: share of the steps by which the last channel is masked.
+            events: number of decisions; the schedule has fewer if there are too few steps.
 
         Raises:
             ValueError: an argument is out of range, or there are too few steps for a single event.
         """
         _check(steps, warmup, finish, events)
-        # Nothing is known before the first step, so no event can come earlier.
+        # There are no statistics before the first step, so no event can come earlier.
         first, last = max(1, round(warmup * steps)), round(finish * steps)
         if last - first < 1:
             raise ValueError(
@@ -77,16 +82,16 @@ class Schedule:
     def to_plain(self) -> dict[str, Any]:
         """The schedule as plain values, for a state."""
         return {
-            "events": [[event.step, event.share, event.decline] for event in self.events],
+            "events": [[event.step, event.share, event.fade_steps] for event in self.events],
             "finish": self.finish,
         }
 
     @classmethod
     def from_plain(cls, plain: Any) -> Schedule:
-        """The schedule that :meth:`to_plain` described.
+        """The schedule that :meth:`to_plain` has turned into ``plain``.
 
         Raises:
-            ValueError: ``plain`` is something else.
+            ValueError: ``plain`` does not describe a schedule.
         """
         if not _is_plain(plain):
             raise ValueError(
@@ -96,11 +101,11 @@ class Schedule:
         return cls(tuple(Event(*entry) for entry in plain["events"]), plain["finish"])
 
     def at(self, step: int) -> Event | None:
-        """The event right after optimizer step ``step``, if there is one."""
+        """The event right after optimizer step ``step``, or None."""
         return next((event for event in self.events if event.step == step), None)
 
     def after(self, step: int) -> Event | None:
-        """The first event later than ``step``."""
+        """The first event later than ``step``, or None."""
         return next((event for event in self.events if event.step > step), None)
 
 
@@ -111,8 +116,8 @@ def _is_plain(plain: Any) -> bool:
     for entry in plain["events"]:
         if not isinstance(entry, list) or [type(value) for value in entry] not in ([int, float, int],):
             return False
-        step, share, decline = entry
-        if step < 1 or not 0 <= share <= 1 or decline < 1:
+        step, share, fade_steps = entry
+        if step < 1 or not 0 <= share <= 1 or fade_steps < 1:
             return False
     steps = [entry[0] for entry in plain["events"]]
     return steps == sorted(set(steps)) and type(plain.get("finish")) is int and plain["finish"] > steps[-1]

@@ -1,11 +1,11 @@
-"""Importing torchmetrics beside a torchvision that does not fit.
+"""Importing torchmetrics beside a torchvision that does not fit torch.
 
-torchmetrics imports torchvision wherever that is installed, for image metrics that are not used here.
+torchmetrics imports an installed torchvision for image metrics that are not used here.
 """
 
 from __future__ import annotations
 
-from sparsekern.recipes._torchvision import blame  # has to come before torchmetrics
+from sparsekern.recipes._torchvision import blame  # must be imported before torchmetrics
 
 # isort: split
 

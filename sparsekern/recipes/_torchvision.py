@@ -1,8 +1,9 @@
-"""Importing torchvision where its operators do not fit the torch beside it.
+"""Importing a torchvision whose operators do not fit the installed torch.
 
-A torchvision that was built for another torch (the CPU build beside a CUDA one, say) fails to import for
-want of two schemas. With these it succeeds, and its networks need none of its operators. To be imported
-before torchvision is, directly or by another package; does nothing where torchvision is not installed.
+A torchvision built for another torch (such as a CPU build beside a CUDA build) fails to import because two
+operator schemas are missing. This module defines them, so the import succeeds; torchvision's networks need
+none of its operators. It must be imported before any package that imports torchvision, and does nothing where
+torchvision is not installed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _library: torch.library.Library | None = None  # a schema lives as long as its library object
-_error: Exception | None = None  # why torchvision alone does not import
+_error: Exception | None = None  # the error of importing torchvision without the schemas
 
 if find_spec("torchvision") is not None:
     try:
         import torchvision  # noqa: F401
-    except Exception as error:  # binaries that do not fit fail in many ways
+    except Exception as error:  # a binary that does not fit raises errors of many types
         _error = error
         if isinstance(error, RuntimeError):
             _library = torch.library.Library("torchvision", "FRAGMENT")
@@ -33,7 +34,7 @@ if find_spec("torchvision") is not None:
 
 
 def mismatch() -> str | None:
-    """What is wrong with a torchvision that does not fit torch, and the way out; None if it fits."""
+    """A text on why torchvision does not fit torch and how to repair it; None if it fits."""
     if _error is None:
         return None
     reason = " ".join(str(_error).split()) or type(_error).__name__
@@ -45,14 +46,14 @@ def mismatch() -> str | None:
 
 
 def warn_of_mismatch(stacklevel: int = 2) -> None:
-    """Warns where what is imported next uses a torchvision whose operators do not work."""
+    """Warn that torchvision's operators do not work, before a package that uses them is imported."""
     text = mismatch()
     if text is not None:
         warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 def used_by(package: str) -> bool:
-    """Whether a module of an imported top-level package has torchvision, or something of it, in its names."""
+    """Whether a module of an imported top-level package refers to torchvision or to one of its objects."""
     own = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
     values = [value for module in own for value in list(getattr(module, "__dict__", {}).values())]
     origins = (getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values)
@@ -60,7 +61,7 @@ def used_by(package: str) -> bool:
 
 
 def blame(error: BaseException) -> str | None:
-    """`mismatch()` if that is what an error of an import comes from, else None."""
+    """The text of `mismatch()` if torchvision caused an import error, else None."""
     seen: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(seen) < 20:

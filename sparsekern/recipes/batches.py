@@ -1,6 +1,6 @@
 """Augmented training batches as a pure function of (seed, step).
 
-Nothing is remembered between steps, so a resumed run sees the batches of one that was not stopped.
+There is no state between steps, so a resumed run has the same batches as a run without a stop.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 
 from sparsekern.recipes.data import STD, Split, normalise
 
-# Strongest change of contrast (a factor) and of brightness (a share of the full range).
+# Largest relative change of contrast, and of brightness as a share of the full range.
 CONTRAST = 0.2
 BRIGHTNESS = 0.1
 
-# Streams of random numbers that must not meet: the order of an epoch, the augmentation of a step.
+# Keys of independent random streams: the order of an epoch, and the augmentation of a step.
 _ORDER, _AUGMENT = 0, 1
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Random crops in random orientation, contrast and brightness, every image once an epoch.
+    """Random crops with random orientation, contrast and brightness; every image occurs once per epoch.
 
     Args:
-        split: the images; all at least `crop` pixels in both directions, see `Split.padded`.
-        batch: images a step; an epoch's last batch is filled up from the next epoch.
-        crop: height and width of a batch, in pixels.
-        seed: of order and augmentation.
+        split: the images, each at least `crop` pixels high and wide, see `Split.padded`.
+        batch: images per step; the next epoch fills up the last batch of an epoch.
+        crop: height and width of a batch in pixels.
+        seed: seed of order and augmentation.
     """
 
     split: Split
@@ -40,7 +40,7 @@ class Batches:
     seed: int
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch of `step` (from 0): images float32 `[B, 3, C, C]` and classes int64 `[B, C, C]`."""
+        """The batch of `step` (from 0): images float32 `[B, 3, C, C]` and classes int64 `[B, C, C]`."""
         index = self.indices(step)
         random = np.random.default_rng((self.seed, _AUGMENT, step))
         where = self._crops(index, random)
@@ -55,7 +55,7 @@ class Batches:
         return (self(step) for step in range(start, stop))
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Which images step `step` takes, int64 `[batch]`."""
+        """Indices of the images in the batch of `step`, int64 `[batch]`."""
         count = len(self.split)
         epoch, position = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), count)
         orders = {
@@ -65,7 +65,7 @@ class Batches:
         return np.array([orders[int(e)][p] for e, p in zip(epoch, position, strict=True)], dtype=np.int64)
 
     def _crops(self, index: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-        """Places in the flat pixels, int64 `[B, crop, crop]`: a crop in one of 8 orientations."""
+        """Indices into the flat pixels, int64 `[B, crop, crop]`, for crops in one of 8 orientations."""
         split, line = self.split, np.arange(self.crop)
         top = random.integers(0, split.heights[index] - self.crop + 1)
         left = random.integers(0, split.widths[index] - self.crop + 1)

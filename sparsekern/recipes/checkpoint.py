@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent on the disk, and read without running code from them."""
+"""Checkpoints: written atomically, and read without running code from the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsekern.recipes.errors import InputError
 
 FORMAT = "sparsekern checkpoint 1"
 
-# Losses and scores of a run that has failed are not finite.
+# Losses and scores may be non-finite, as in a diverged run.
 _NUMBER = Either((Kind(float), Whole()))
 
 RUN = Fields(
@@ -49,20 +49,20 @@ RUN = Fields(
     {"remembered": Entries(TEXT, PLAIN)},
     others=Anything(),
 )
-"""State of a `Trainer`, of any network."""
+"""Schema of the state of a `Trainer` with any network."""
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes `state` (tensors and plain data); a process killed meanwhile leaves the old file."""
+    """Write `state` (tensors and plain data). A process killed meanwhile leaves the old file intact."""
     with replacing(path) as temporary:
         save_plain({"format": FORMAT, "state": dict(state)}, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote.
+    """Read a file of `save_checkpoint`.
 
     Raises:
-        InputError: the file is missing, truncated, changed, or something else.
+        InputError: the file is missing, truncated, changed, or of another kind.
     """
     content = _load(path, "--resume", "a checkpoint.pt of a run")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -74,13 +74,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_backbone(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict, as `torch.save` writes it.
+    """Read a state dict that `torch.save` wrote.
 
-    Files in the format that torch wrote before 1.6 hold no checksums. Those that torch.hub has given part of
-    their SHA-256 as a name (`-8738ca79.pth`) are compared with that; for others there is a warning.
+    Files in the format before torch 1.6 hold no checksums. If such a file has a part of its SHA-256 in its
+    name, as torch.hub's files do (`-8738ca79.pth`), it is checked against that part. Otherwise there is a
+    warning.
 
     Raises:
-        InputError: the file is missing, truncated, changed, or something else.
+        InputError: the file is missing, truncated, changed, or of another kind.
     """
     content = _load(path, "--backbone", "a state dict of torchvision's", legacy=True)
     if not isinstance(content, dict) or not all(
@@ -97,7 +98,7 @@ def load_backbone(path: Path) -> dict[str, Tensor]:
 
 
 def _has_its_name(path: Path) -> bool:
-    """Whether the SHA-256 of the file begins with what its name ends in."""
+    """Whether the SHA-256 of the file begins with the hexadecimal digits at the end of its name."""
     found = re.search(r"-([0-9a-f]{8,64})$", path.stem)
     if found is None:
         return False

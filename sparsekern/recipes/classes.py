@@ -1,4 +1,4 @@
-"""Files that name classes, and the values or colours that stand for them in masks."""
+"""Files with the names of classes and their values or colours in masks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ VOID_NAMES = ("void", "ignore", "unlabeled", "unlabelled")
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Names of classes, and their values or colours in masks where those are not the classes' numbers.
+    """Names of classes, and their values or colours in masks if these are not the class indices.
 
     Attributes:
-        names: of the classes, background first.
-        values, colours: class or `VOID` by grey value, and by red * 65536 + green * 256 + blue.
+        names: names of the classes, background first.
+        values: class index or `VOID`, by grey value.
+        colours: class index or `VOID`, by red * 65536 + green * 256 + blue.
     """
 
     names: tuple[str, ...]
@@ -31,10 +32,10 @@ class ClassTable:
 
 
 def find_table(folder: Path) -> Path | None:
-    """The file of classes in a folder of data, if there is one.
+    """The file of classes in a folder of data; None if there is none.
 
     Raises:
-        InputError: there are several.
+        InputError: there are several such files.
     """
     found = [folder / name for name in FILES if (folder / name).is_file()]
     if len(found) > 1:
@@ -46,10 +47,10 @@ def find_table(folder: Path) -> Path | None:
 
 
 def load_table(path: Path) -> ClassTable:
-    """Reads a file of classes: a name a line (.txt), a table (.csv) or a list or object (.json).
+    """Read a file of classes: one name per line (.txt), a table (.csv), or a list or object (.json).
 
     Raises:
-        InputError: it cannot be read, or says something else; names the path.
+        InputError: the file cannot be read or has other content; the error names the path.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -11,26 +11,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# ImageNet's, so that weights that were trained on it fit.
+# Mean and standard deviation of ImageNet, for which published backbone weights were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# The label of pixels that count for nothing: of the user's void value, and of padding.
+# The label of ignored pixels: pixels with the user's void value, and padding.
 VOID = 255
 
-# The strongest reduction of resolution among the models; smaller images have no pixel left there.
+# The largest stride of the models in pixels; smaller images would have no pixel at that resolution.
 COARSEST = 32
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with masks, of any sizes, as flat arrays: one gather then cuts a whole batch.
+    """Images of any sizes with masks, as flat arrays, so that one gather cuts a whole batch.
 
     Attributes:
         names: N file names, sorted.
         pixels: uint8 `[P, 3]`, the RGB pixels of all images, row by row.
-        labels: uint8 `[P]`, the class of each, or `VOID`.
-        offsets, heights, widths: int64 `[N]`, where an image starts in the above, and its size.
+        labels: uint8 `[P]`, the class of each pixel, or `VOID`.
+        offsets: int64 `[N]`, index of the first pixel of each image in the flat arrays.
+        heights, widths: int64 `[N]`, sizes of the images in pixels.
     """
 
     names: tuple[str, ...]
@@ -47,7 +48,7 @@ class Split:
         images: Sequence[NDArray[np.uint8]],
         masks: Sequence[NDArray[np.uint8]],
     ) -> Split:
-        """Packs images uint8 `[H, W, 3]` and masks uint8 `[H, W]`, N of each."""
+        """Pack N images, uint8 `[H, W, 3]`, and N masks, uint8 `[H, W]`."""
         split = cls.empty(names, [mask.shape[0] for mask in masks], [mask.shape[1] for mask in masks])
         for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
             split.image(index)[:] = image
@@ -56,7 +57,7 @@ class Split:
 
     @classmethod
     def empty(cls, names: Sequence[str], heights: Sequence[int], widths: Sequence[int]) -> Split:
-        """Room for N images of these sizes, in pixels, to be written through `image` and `mask`."""
+        """Allocate a split for N images of these sizes in pixels; `image` and `mask` give views to fill."""
         tall, wide = np.array(heights, dtype=np.int64), np.array(widths, dtype=np.int64)
         sizes = tall * wide
         total = int(sizes.sum())
@@ -68,7 +69,7 @@ class Split:
 
     @property
     def has_void(self) -> bool:
-        """Whether a pixel counts for nothing."""
+        """Whether any pixel has the label `VOID`."""
         return bool((self.labels == VOID).any())
 
     def image(self, index: int) -> NDArray[np.uint8]:
@@ -88,13 +89,14 @@ class Split:
         return np.bincount(self.labels, minlength=VOID + 1)[:classes]
 
     def smaller_than(self, edge: int) -> int:
-        """How many images are lower or narrower than `edge` pixels."""
+        """Number of images whose height or width is below `edge` pixels."""
         return int((np.minimum(self.heights, self.widths) < edge).sum())
 
     def padded(self, edge: int) -> Split:
-        """The images with at least `edge` pixels a side; itself where all have that.
+        """The split with all images padded to at least `edge` pixels in height and width.
 
-        What is added, below and to the right, has ImageNet's mean colour and the label `VOID`.
+        Padding is at the bottom and at the right, with ImageNet's mean colour and the label `VOID`. The split
+        itself is returned if no image needs padding.
         """
         if not self.smaller_than(edge):
             return self
@@ -114,10 +116,12 @@ class Data:
     """The images of a run.
 
     Attributes:
-        train: to train on. val: scored during the training, or None. test: scored at the end, once.
-        names: of the classes, background first; () for numbers.
-        notes: what of the data was decided for the user, one sentence each.
-        bits: significant bits of grey images of 16 bits, if there are any.
+        train: training images.
+        val: validation images, scored during the training; None for no such scores.
+        test: test images, scored once after the training.
+        names: names of the classes, background first; () if they have only numbers.
+        notes: one sentence on each choice that the program made for the user.
+        bits: significant bits of 16-bit grey images; None if there are none.
     """
 
     train: Split
@@ -129,7 +133,7 @@ class Data:
 
     @property
     def bytes(self) -> int:
-        """Memory that the images and labels take."""
+        """Memory of images and labels in bytes."""
         splits = {id(split): split for split in (self.train, self.val, self.test) if split is not None}
         return sum(split.pixels.nbytes + split.labels.nbytes for split in splits.values())
 
@@ -147,7 +151,7 @@ class Data:
 
 
 def normalise(pixels: NDArray[np.uint8], mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, scaled by mean and std, ImageNet's by default."""
+    """Convert RGB uint8 `[N, H, W, 3]` to float32 `[N, 3, H, W]`, normalised by mean and std."""
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
     shift = torch.tensor(mean).mul(255).view(1, 3, 1, 1)
     scale = torch.tensor(std).mul(255).view(1, 3, 1, 1)

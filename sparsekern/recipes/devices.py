@@ -1,4 +1,4 @@
-"""Where a training computes, and in which precision."""
+"""Device and precision of a training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ AMP: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device with this name.
 
     Raises:
-        InputError: torch knows no such device, or has none of it here.
+        InputError: torch does not know the device, or the machine does not have it.
     """
     try:
         device = torch.device(name)
-        # Memory is asked for: a driver may be there without a device, and a device without its number.
+        # An allocation is the test: the driver may exist without a device, or the device without this index.
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu"]
@@ -37,11 +37,11 @@ def find_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision for forward passes; does nothing for `amp="none"`."""
+    """The autocast context for forward passes; it does nothing for `amp="none"`."""
     dtype = AMP[amp]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """Keeps gradients of float16 from underflow; passes everything on for other precisions."""
+    """A scaler that keeps float16 gradients from underflow; it is disabled for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")

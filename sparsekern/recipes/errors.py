@@ -1,14 +1,14 @@
-"""What the recipes raise for bad input and for a run that was asked to stop."""
+"""Exceptions of the recipes: bad input, and a run stopped by a signal."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input; the message names the argument or file, what came, and what was expected."""
+    """Bad input; the message names the argument or file, the value, and the expectation."""
 
 
 class Stopped(Exception):
-    """A signal ended a run before its end.
+    """A signal stopped a run before its last step.
 
     Attributes:
         code: exit code of the process, 128 plus the number of the signal.
@@ -20,6 +20,6 @@ class Stopped(Exception):
 
 
 def listing(faults: list[str], shown: int = 5) -> str:
-    """The first few of many faults in one line, and how many more there are."""
+    """The first `shown` faults in one line, and the number of the others."""
     more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
     return "; ".join(faults[:shown]) + more

@@ -1,4 +1,4 @@
-"""Stored networks as ONNX files, which are run and compared before they are kept."""
+"""Exporting stored networks to ONNX; each file is run and compared with torch before it is kept."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.predict import Segmenter
 
 INPUT, OUTPUT = "image", "logits"
-# Largest difference of the two programs over the largest output. Both compute in float32, in another order.
+# Allowed difference over the largest output. Both programs compute in float32, in different orders.
 TOLERANCE = 1e-4
-# ONNX holds a file of up to 2 GiB in one piece.
+# Size limit of a single ONNX file: 2 GiB.
 LARGEST = (1 << 31) - 1
 
 
 def export(segmenter: Segmenter, path: Path) -> float:
-    """Writes the network to `path` as ONNX, with free batch size, height and width.
+    """Write the network to `path` as ONNX with dynamic batch size, height and width.
 
-    The input is `image`, float32 `[N, 3, H, W]`, normalised as the metadata of the file say. Height and width
-    are multiples of the network's stride. The output is `logits`, `[N, 1 or classes, H, W]`. onnxruntime runs
-    the file on batches of several sizes, and the file appears under its name only when both agree.
+    The input is `image`, float32 `[N, 3, H, W]`, normalised with the values in the file's metadata. Height
+    and width are multiples of the network's stride. The output is `logits`, `[N, 1 or classes, H, W]`.
+    onnxruntime runs the file on batches of several sizes, and the file appears under its name only if the
+    outputs equal torch's.
 
     Returns:
-        The largest difference to the network in torch, over its largest output.
+        The largest difference to torch's outputs, over the largest output.
 
     Raises:
-        InputError: the two differ; names the largest difference. Nothing was written.
+        InputError: the outputs differ, or the network exceeds 2 GiB; nothing is written.
         OSError: `path` cannot be written.
     """
     destination = target(path)
@@ -67,7 +68,7 @@ def _program(network: nn.Module, example: Tensor, stride: int) -> Any:
     """The network as an `onnx.ModelProto`."""
     sizes = {0: Dim("batch"), 2: stride * Dim("rows"), 3: stride * Dim("columns")}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own making
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         program = torch.onnx.export(
             network,
             (example,),
@@ -83,7 +84,7 @@ def _program(network: nn.Module, example: Tensor, stride: int) -> Any:
 
 @torch.inference_mode()
 def _compare(network: nn.Module, path: Path, batches: list[Tensor], device: torch.device) -> float:
-    """The largest difference over the largest output, infinite where one of them is not finite."""
+    """The largest difference over the largest output; infinite if an output is not finite."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     differences, largest = [], 0.0
     for batch in batches:

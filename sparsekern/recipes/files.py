@@ -1,4 +1,4 @@
-"""Directories for output files."""
+"""Output directories of runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MODEL, CHECKPOINT, RUN = "model.safetensors", "checkpoint.pt", "run.json"
 
 
 def check_writable(path: Path, argument: str) -> None:
-    """Proves that files can be written in directory `path`; one that is not there is not left behind.
+    """Check that files can be written in directory `path`, and remove directories created for the check.
 
     Raises:
-        InputError: it cannot be created or written; names `argument`.
+        InputError: the directory cannot be created or written; the error names `argument`.
     """
     made: list[Path] = []
     try:
@@ -35,10 +35,10 @@ def check_writable(path: Path, argument: str) -> None:
 
 
 def check_free(path: Path, argument: str) -> None:
-    """Refuses a directory that holds a run, which another run would overwrite.
+    """Refuse a directory that holds a run, so that no run is overwritten.
 
     Raises:
-        InputError: it does; says how to keep or replace it.
+        InputError: the directory holds a run; the error says how to resume or replace it.
     """
     if any((path / name).exists() for name in (RUN, MODEL)):
         state = "finished"
@@ -53,7 +53,7 @@ def check_free(path: Path, argument: str) -> None:
 
 
 def begin_results(path: Path, overwrite: bool) -> None:
-    """Makes directory `path` for the results of a run; with `overwrite` those of another one go."""
+    """Make directory `path` for the results of a run; with `overwrite`, delete the results of another run."""
     path.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for name in (RUN, MODEL, CHECKPOINT):

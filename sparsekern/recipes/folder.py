@@ -1,4 +1,4 @@
-"""Which files of a folder, or of a list, are the images and masks of which split."""
+"""Finding the images and masks of each split in a folder or a CSV list."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 }
 IMAGES, MASKS = ("images", "image", "imgs", "img"), ("masks", "mask", "labels", "label", "annotations", "gt")
 
-# What other programs leave in folders.
+# Files and folders that other programs leave in a folder.
 HIDDEN = ("thumbs.db", "desktop.ini", "__macosx")
 
-# What the names of masks and of images have before or behind what they share.
+# Prefixes and suffixes that distinguish the names of masks and images.
 MASK_WORDS = "masks?|gt|groundtruth|labels?|seg|segmentation|annotations?"
 IMAGE_WORDS = "images?|img"
 
-# A stream of random numbers of its own, beside those of batches.
+# Key of the random stream of the split, independent of the streams of batches.
 _DEAL = 2
 
 
@@ -49,11 +49,11 @@ Dealt = dict[str, list[Pair] | None]  # train, val, test
 
 
 def find_pairs(root: Path) -> Pairs:
-    """The images and masks of a folder or a CSV list by split; under "" those of no split.
+    """The images and masks of a folder or a CSV list, by split; pairs without a split are under "".
 
     Raises:
-        InputError: there are none, an image has no mask or the reverse, or a file is no image; names the
-            first few.
+        InputError: there are no images, an image has no mask or a mask no image, or a file is not an image;
+            the error names the first few files.
     """
     if root.is_file():
         return read_list(root)
@@ -79,18 +79,18 @@ def find_pairs(root: Path) -> Pairs:
 
 
 def deal(pairs: Pairs, share: float, seed: int) -> tuple[Dealt, list[str]]:
-    """Fills the splits that are not there, by chance.
+    """Choose the pairs of missing splits at random.
 
-    Without splits, `share` of the images each becomes validation and test. Without validation images,
-    `share` of the training images are. Without test images, the validation images are scored at the end.
+    Without splits, validation and test each get `share` of the images. Without validation images, `share` of
+    the training images are used for validation. Without test images, the validation images are also the test.
 
     Args:
-        pairs: by split; under "" those of no split.
-        share: of the images, in [0, 1).
-        seed: of the choice.
+        pairs: pairs by split; pairs without a split are under "".
+        share: share of the images, in [0, 1).
+        seed: seed of the random choice.
 
     Returns:
-        The pairs of train, val (None for none) and test, and a sentence on each choice.
+        The pairs of train, val (None without validation) and test, and a sentence on each choice.
 
     Raises:
         InputError: there are too few images.
@@ -120,7 +120,7 @@ def deal(pairs: Pairs, share: float, seed: int) -> tuple[Dealt, list[str]]:
 
 
 def _deal_all(everything: list[Pair], share: float, seed: int) -> tuple[Dealt, list[str]]:
-    """Splits images of no split into all three."""
+    """Divide images without a split into all three splits."""
     parts = 3 if share else 2
     count = max(1, round((share or 0.1) * len(everything)))
     if len(everything) - (parts - 1) * count < 1:
@@ -136,10 +136,10 @@ def _deal_all(everything: list[Pair], share: float, seed: int) -> tuple[Dealt, l
 
 
 def pair_up(images: Path, masks: Path) -> list[Pair]:
-    """The images of a folder with their masks in another one, by name, sorted.
+    """Pair the images of one folder with the masks of another folder by name, sorted.
 
     Raises:
-        InputError: a file has no counterpart or several, or is no image.
+        InputError: a file has no counterpart or several ones, or is not an image.
     """
     by_stem = {folder: _by_stem(folder) for folder in (images, masks)}
     left, right = by_stem[images], by_stem[masks]
@@ -171,12 +171,13 @@ def pair_up(images: Path, masks: Path) -> list[Pair]:
 
 
 def read_list(path: Path) -> Pairs:
-    """The pairs of a CSV file with the columns image, mask and, if there are splits, split.
+    """The pairs of a CSV file with the columns image, mask and optionally split.
 
-    Paths are relative to the file.
+    Paths are relative to the directory of the CSV file.
 
     Raises:
-        InputError: it cannot be read or lacks a column, a split is not known, or an image comes twice.
+        InputError: the file cannot be read or lacks a column, a split is unknown, a file is missing, or an
+            image occurs twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -225,7 +226,11 @@ def read_list(path: Path) -> Pairs:
 
 
 def _child(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder in `folder` with one of `names`, in any case."""
+    """The subfolder of `folder` with one of `names`, ignoring upper and lower case; None without one.
+
+    Raises:
+        InputError: there are several.
+    """
     if not folder.is_dir():
         return None
     found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name.lower() in names)
@@ -242,7 +247,11 @@ def _need(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The images of a folder by name without extension; hidden files are left out."""
+    """The images of a folder by name without extension; hidden files are skipped.
+
+    Raises:
+        InputError: an entry is a folder, has another extension, or shares its name with another file.
+    """
     found: dict[str, Path] = {}
     faults = []
     for path in sorted(folder.iterdir()):
@@ -263,7 +272,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _bare(paths: Mapping[str, Path], words: str) -> dict[str, list[Path]]:
-    """Paths by their names without one of `words` before or behind."""
+    """Paths by their names after removing a prefix or suffix in `words`."""
     affix = re.compile(rf"^(?:{words})[-_ .]|[-_ .](?:{words})$", re.IGNORECASE)
     found: dict[str, list[Path]] = {}
     for stem, path in paths.items():

@@ -1,4 +1,4 @@
-"""Image and mask files of many kinds, as arrays."""
+"""Reading image and mask files of many formats as arrays."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from sparsekern.recipes.errors import InputError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 LOSSY = ("JPEG", "MPO")
 
-# Modes of Pillow for one channel of more than 8 bits. Colour of 16 bits comes from Pillow with 8.
+# Pillow's modes for one channel of more than 8 bits. Pillow reduces 16-bit colour to 8 bits.
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 LARGEST = 65535
 
-# Orientations of EXIF that exchange height and width.
+# EXIF orientations that swap height and width.
 TURNED = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A mask as its file has it.
+    """A mask with the values of its file.
 
     Attributes:
-        values: uint8, uint16 or int32 `[H, W]`: grey values or numbers of a palette; red * 65536 +
-            green * 256 + blue of a mask in colour.
-        coloured: whether they are colours.
-        palette: the colour (as above) of each number of a palette that occurs; empty without a palette.
-        lossy: whether the format changes values.
+        values: uint8, uint16 or int32 `[H, W]`: grey values or palette indices; red * 65536 + green * 256 +
+            blue in a coloured mask.
+        coloured: whether the values are colours.
+        palette: the colour (as above) of each palette index that occurs; empty without a palette.
+        lossy: whether the file format changes values.
     """
 
     values: NDArray[Any]
@@ -45,10 +45,10 @@ class Raw:
 
 
 def image_size(path: Path, argument: str = "--data") -> tuple[int, int]:
-    """Height and width in pixels as the image is to be seen; only the head of the file is read.
+    """Height and width in pixels after the EXIF rotation; only the header of the file is read.
 
     Raises:
-        InputError: it is no image that can be read.
+        InputError: the file cannot be read as an image.
     """
     with _opened(path, argument) as image:
         width, height = image.size
@@ -59,16 +59,16 @@ def image_size(path: Path, argument: str = "--data") -> tuple[int, int]:
 def read_image(
     path: Path, argument: str = "--data", bits: int | None = None
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """The image as RGB uint8 `[H, W, 3]`, turned as its EXIF orientation says; alpha is left out.
+    """The image as RGB uint8 `[H, W, 3]`, rotated by its EXIF orientation, without alpha.
 
     Args:
-        path: of the file.
-        argument: named in errors.
-        bits: significant bits of grey images of more than 8 bits, which are scaled by it to 8; None gives
-            those as they are, uint16 `[H, W]`.
+        path: the file.
+        argument: the argument named in errors.
+        bits: significant bits of grey images with more than 8 bits, which are scaled to 8 bits. With None
+            such images are returned unscaled, uint16 `[H, W]`.
 
     Raises:
-        InputError: it is no image that can be read, or of a pixel format that is not known.
+        InputError: the file cannot be read as an image, or its pixel format is not supported.
     """
     with _opened(path, argument) as image:
         image = ImageOps.exif_transpose(image)
@@ -85,18 +85,18 @@ def read_image(
 
 
 def scaled(deep: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
-    """Grey values of `bits` significant bits, uint16 `[H, W]`, as RGB uint8 `[H, W, 3]`."""
+    """Convert grey values of `bits` significant bits, uint16 `[H, W]`, to RGB uint8 `[H, W, 3]`."""
     grey = (deep.astype(np.uint32) * 255 + (1 << bits) // 2) // ((1 << bits) - 1)
     return np.repeat(np.minimum(grey, 255).astype(np.uint8)[..., None], 3, 2)
 
 
 def read_mask(path: Path, argument: str = "--data") -> Raw:
-    """The mask as its file has it, turned as its EXIF orientation says.
+    """The mask with the values of its file, rotated by its EXIF orientation.
 
-    Colours that are all grey are grey values. Transparent pixels are black.
+    A colour image with only grey colours becomes grey values. Transparent pixels are black.
 
     Raises:
-        InputError: it is no image that can be read, or of a pixel format that tells no classes.
+        InputError: the file cannot be read as an image, or its pixel format cannot encode classes.
     """
     with _opened(path, argument) as image:
         lossy = image.format in LOSSY
@@ -120,10 +120,10 @@ def read_mask(path: Path, argument: str = "--data") -> Raw:
 
 @contextmanager
 def _opened(path: Path, argument: str) -> Iterator[Image.Image]:
-    """An image with a single frame; what goes wrong in the block is an InputError."""
+    """Open an image with a single frame; errors of reading in the block become an InputError."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns of images of more than 89 megapixels, which whole slides have.
+            # Pillow warns about images above 89 megapixels, which are common among whole-slide images.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 frames = getattr(image, "n_frames", 1)

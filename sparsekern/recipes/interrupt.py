@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, answered when its state is whole."""
+"""Deferring the signals that stop a run until its state is consistent."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# Ctrl-C, and what schedulers and `kill` send.
+# SIGINT comes from Ctrl-C, SIGTERM from schedulers and `kill`.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
 class Request:
-    """Whether a signal came; `number` is that signal."""
+    """A request to stop: `number` is the signal that came, or None."""
 
     number: int | None = None
 
@@ -25,10 +25,10 @@ class Request:
 
 @contextmanager
 def deferred() -> Iterator[Request]:
-    """Notes the first of `SIGNALS` in the block instead of acting on it; a second one acts at once.
+    """Record the first of `SIGNALS` in the block instead of acting on it; a second one acts at once.
 
-    A signal that the process ignores stays ignored. Outside of the main thread, where Python allows no
-    handlers, signals act as before.
+    A signal that the process ignores stays ignored. Outside the main thread signals act as before, because
+    Python allows no handlers there.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():

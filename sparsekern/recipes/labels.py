@@ -1,4 +1,4 @@
-"""Which class each value or colour of a set of masks is."""
+"""Mapping the values and colours of a set of masks to classes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sparsekern.recipes.data import VOID
 from sparsekern.recipes.errors import InputError, listing
 from sparsekern.recipes.images import Raw
 
-GREY = 0x010101  # a grey value times this is its colour
-CODES = 256  # a code takes a byte
+GREY = 0x010101  # a grey value times this number is its colour
+CODES = 256  # number of codes, as a code is one byte
 
-# Values of a lossy mask between these are noise; more than this share of them is no two-class mask.
+# Values of a lossy mask in this range are noise. A two-class mask has at most this share of them.
 UNSURE, UNSURE_SHARE = (64, 192), 0.02
 
 
 class Key(NamedTuple):
-    """What a pixel of a mask says.
+    """The content of a mask pixel.
 
     Attributes:
-        value: grey value or number in a palette; None for a colour.
+        value: grey value or palette index; None for a colour.
         colour: red * 65536 + green * 256 + blue; None for a grey value above 255.
         palette: whether the colour comes from a palette.
     """
@@ -37,15 +37,15 @@ class Key(NamedTuple):
 
 @dataclass
 class Coder:
-    """Numbers what masks say as they come, and tells at the end which class each number is.
+    """Encodes the values of masks as codes, and maps the codes to classes after the last mask.
 
-    What a value means depends on all masks together (255 is the foreground beside 0, but void beside 0 to
-    20), so that labels are codes at first: no mask has to be kept as it is, or read again.
+    The meaning of a value depends on all masks together: 255 is foreground beside 0, but void beside 0 to 20.
+    Labels are therefore codes at first, and no mask is kept in its original form or read twice.
 
     Args:
         classes: number of classes, background included.
         ignore: see `Settings`.
-        table: of the user's classes.
+        table: the user's classes.
     """
 
     classes: int
@@ -58,8 +58,8 @@ class Coder:
         """The codes of a mask, uint8 `[H, W]`.
 
         Raises:
-            InputError: it is lossy, which tells no more than two classes, or all masks together have too
-                many values.
+            InputError: the mask is lossy and has more than two classes, or all masks together have more than
+                256 values.
         """
         values = self._thresholded(raw, path) if raw.lossy else raw.values
         if values.dtype.itemsize > 2:
@@ -72,10 +72,10 @@ class Coder:
         return lookup[values]
 
     def decode(self) -> tuple[NDArray[np.uint8], list[str]]:
-        """The class (or `VOID`) of each code, uint8 `[256]`, and sentences on what was decided.
+        """The class (or `VOID`) of each code, uint8 `[256]`, and a sentence on each choice.
 
         Raises:
-            InputError: a value is no class; names the first few files and their values.
+            InputError: a value belongs to no class; the error names the first few files and their values.
         """
         coloured = self._coloured()
         found, notes = self._by_colour() if coloured else self._by_value()
@@ -121,13 +121,13 @@ class Coder:
         return f"{first} (and {len(others)} more)" if others else first
 
     def _coloured(self) -> bool:
-        """Whether the colours tell the classes, not the values."""
+        """Whether classes are identified by colours instead of values."""
         if any(key.value is None for key in self._codes):
             return True
         palette: dict[int | None, int | None] = {}
         for key in self._codes:
             if key.palette and palette.setdefault(key.value, key.colour) != key.colour:
-                return True  # numbers of one file's palette say nothing about another's
+                return True  # the palettes of two files disagree, so indices have no common meaning
         if self.table is None or not self.table.colours:
             return False
         numbered = all(key.value in range(self.classes) for key in self._codes)

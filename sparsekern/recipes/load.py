@@ -20,8 +20,8 @@ from sparsekern.recipes.images import Raw, image_size, read_image, read_mask, sc
 from sparsekern.recipes.labels import Coder
 from sparsekern.recipes.settings import Settings
 
-READERS = 8  # threads; Pillow decodes without the interpreter's lock
-BYTES = 4  # of a pixel in memory: RGB and its class
+READERS = 8  # threads; Pillow releases the interpreter lock while it decodes
+BYTES = 4  # per pixel in memory: RGB and class
 
 Size = tuple[int, int]
 T = TypeVar("T")
@@ -29,10 +29,10 @@ U = TypeVar("U")
 
 
 def classes_of(data: Path, file: Path | None = None) -> ClassTable | None:
-    """The classes that a file names: `file`, or one of `classes.FILES` in the folder of the data.
+    """The classes of `file`, or of one of `classes.FILES` in the folder of the data; None without a file.
 
     Raises:
-        InputError: it cannot be used.
+        InputError: the file cannot be used.
     """
     if file is None:
         file = find_table(data if data.is_dir() else data.parent)
@@ -42,18 +42,18 @@ def classes_of(data: Path, file: Path | None = None) -> ClassTable | None:
 def load_data(
     root: Path, settings: Settings, table: ClassTable | None = None, bits: int | None = None
 ) -> Data:
-    """Reads a folder or a CSV list of images and masks; the kinds are described in docs/data.md.
+    """Read a folder or a CSV list of images and masks; docs/data.md describes the supported layouts.
 
-    Each file is decoded once, by several threads, into arrays of four bytes a pixel.
+    Several threads decode each file once into arrays of four bytes per pixel.
 
     Args:
         root: the folder or list.
-        settings: of the run: classes, ignore, validation and seed.
-        table: the classes of `classes_of`.
-        bits: significant bits of grey images of 16 bits; None for those of the largest value of all.
+        settings: settings of the run; classes, ignore, validation, seed and crop are used.
+        table: the result of `classes_of`.
+        bits: significant bits of 16-bit grey images; None for the bits of the largest value of all images.
 
     Raises:
-        InputError: files are missing, cannot be read or do not fit; names the first few of them.
+        InputError: files are missing, cannot be read or do not fit; the error names the first few of them.
     """
     root = Path(root)
     if table is not None and len(table.names) != settings.classes:
@@ -63,7 +63,7 @@ def load_data(
     dealt, notes = deal(find_pairs(root), settings.validation, settings.seed)
     coder = Coder(settings.classes, settings.ignore, table)
     reader = _Reader(coder)
-    # Once each: the validation images are the test images, too, where there are no others.
+    # Each list is read once, as the validation images may also be the test images.
     lists = {id(found): found for found in dealt.values() if found is not None}
     sizes = _sizes(sorted(pair for found in lists.values() for pair in found))
     _check_memory(sizes.values())
@@ -85,14 +85,14 @@ def load_data(
 
 @dataclass
 class _Reader:
-    """Decodes files into splits; grey images of 16 bits wait until the largest value is known."""
+    """Decodes files into splits; 16-bit grey images are kept until the largest value is known."""
 
     coder: Coder
     faults: list[InputError] = field(default_factory=list)
     deep: list[tuple[NDArray[np.uint8], NDArray[np.uint16]]] = field(default_factory=list)
 
     def read(self, pairs: Sequence[Pair], sizes: Sequence[Size]) -> Split:
-        """The images, with codes of `coder` for labels; `faults` has what could not be read."""
+        """Read a split whose labels are codes of `coder`; errors are collected in `faults`."""
         names = [pair.image.name for pair in pairs]
         split = Split.empty(names, [height for height, _ in sizes], [width for _, width in sizes])
         for index, outcome in enumerate(_in_threads(_decode, pairs)):
@@ -111,7 +111,14 @@ class _Reader:
         return split
 
     def finish(self, bits: int | None) -> int | None:
-        """Scales the images that waited by `bits`, or those of the largest value of all; those bits."""
+        """Scale the 16-bit grey images to 8 bits.
+
+        Args:
+            bits: significant bits; None for the bits of the largest value of all images.
+
+        Returns:
+            The significant bits, or None if there are no such images.
+        """
         if not self.deep:
             return None
         bits = bits or max(8, max(int(image.max()).bit_length() for _, image in self.deep))
@@ -129,7 +136,7 @@ def _decode(pair: Pair) -> tuple[NDArray[np.uint8] | NDArray[np.uint16], Raw] | 
 
 
 def _sizes(pairs: Sequence[Pair]) -> dict[Pair, Size]:
-    """Height and width of each image, which its mask has to share."""
+    """Height and width of each image in pixels, checked against its mask."""
     faults, found = [], {}
     for pair, outcome in zip(pairs, _in_threads(_size, pairs), strict=True):
         if isinstance(outcome, InputError):
@@ -156,14 +163,14 @@ def _size(pair: Pair) -> tuple[Size, Size] | InputError:
 
 
 def _in_threads(function: Callable[[T], U], items: Sequence[T]) -> Iterable[U]:
-    """Results in order; at most `READERS` of them are in memory."""
+    """The results of `function` in order; at most `READERS` of them are in memory."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(items), READERS):
             yield from pool.map(function, items[start : start + READERS])
 
 
 def _raise(faults: list[InputError]) -> None:
-    """One error for all faults."""
+    """Raise one error for all faults, if there are any."""
     if faults:
         texts = [str(fault).removeprefix("--data: ") for fault in faults]
         raise InputError(f"--data: {listing(texts)}")
@@ -174,7 +181,7 @@ def _check_memory(sizes: Collection[Size]) -> None:
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return  # not every system tells
+        return  # the system does not report its memory
     if needed > there:
         raise InputError(
             f"--data: {len(sizes)} images take {needed / 1e9:.1f} GB in memory, this machine has "

@@ -12,17 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern._copying import copied
 
-# A timing shorter than this is mostly that of the clock and the scheduler.
+# Least seconds of a measurement; clock and scheduler dominate shorter ones.
 SHORTEST = 0.02
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameter elements, tied ones once."""
+    """Number of parameter elements; tied parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of convolutions and matrix products for `example`; computes nothing."""
+    """Multiply-accumulates of convolutions and matrix products for `example`, counted on the meta device."""
     shadow = copied(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(example.to("meta"))
@@ -31,9 +31,10 @@ def macs(model: nn.Module, example: Tensor) -> int:
 
 @torch.inference_mode()
 def latency(models: Mapping[str, nn.Module], example: Tensor, rounds: int = 11) -> dict[str, float]:
-    """Median seconds of a forward pass of each model, in evaluation mode, which stays set.
+    """Median seconds of a forward pass of each model.
 
-    The models take turns in every round, so that a slower spell of the machine hits all of them.
+    The models are left in evaluation mode. They take turns in every round, so that a slow phase of the
+    machine affects all of them.
     """
     repeats = {}
     for name, model in models.items():

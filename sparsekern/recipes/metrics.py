@@ -1,4 +1,4 @@
-"""What a segmentation is trained by and judged by."""
+"""Loss and scores of a segmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsekern.recipes.networks import output_channels as output_channels
 
 
 class Scores(NamedTuple):
-    """Shares in [0, 1], over all pixels of a split together.
+    """Scores in [0, 1] over all pixels of a split.
 
     Attributes:
         dice: `2 TP / (2 TP + FP + FN)`, mean over the foreground classes that occur.
@@ -38,14 +38,14 @@ def predict(logits: Tensor) -> Tensor:
 class SegmentationLoss(nn.Module):
     """Cross entropy (binary for one logit) plus one minus soft Dice of the foreground classes.
 
-    Soft Dice is taken over all pixels of the batch, so that images without foreground do no harm.
+    Soft Dice is computed over all pixels of the batch, so that images without foreground do no harm.
     Shapes: logits float `[N, 1 or classes, H, W]`, target int64 `[N, H, W]`, to a scalar.
 
     Args:
-        weights: float32 `[classes]`, factors on the cross entropy of the pixels of each class, whose mean
-            is then a weighted one; None for equal ones. They do not enter the Dice term.
-        void: whether targets have pixels of the value `VOID`, which count for nothing. A batch of nothing
-            else has the loss 0.
+        weights: float32 `[classes]`, weights of the classes in the weighted mean of the cross entropy; None
+            for equal weights. The Dice term has no weights.
+        void: whether targets may have pixels of the value `VOID`, which are ignored. A batch of void pixels
+            alone has the loss 0.
     """
 
     def __init__(self, weights: Tensor | None = None, *, void: bool = False) -> None:
@@ -73,7 +73,7 @@ class SegmentationLoss(nn.Module):
         return entropy + 1 - ((2 * both + 1) / (either + 1)).mean()
 
     def _entropy(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-        """Mean cross entropy of the pixels that count."""
+        """Mean cross entropy of the pixels that are not void."""
         plain = valid is None and self.weights is None
         reduction = "mean" if plain else "none"
         if logits.shape[1] == 1:
@@ -89,20 +89,20 @@ class SegmentationLoss(nn.Module):
         if valid is not None:
             factors = factors * valid
         total = factors.sum()
-        # Without a pixel that counts: 0 instead of 0 / 0.
+        # Without any valid pixel the result is 0 instead of 0 / 0.
         return (entropy.reshape(factors.shape) * factors).sum() / torch.where(total > 0, total, 1)
 
 
 def class_weights(text: str | None, pixels: NDArray[np.int64]) -> Tensor | None:
-    """Factors on the cross entropy of each class, float32 `[classes]`, or None for equal ones.
+    """Weights of the classes in the cross entropy, float32 `[classes]`, or None for equal weights.
 
     Args:
-        text: None; `"balanced"` for all pixels over (classes that occur times pixels of the class), as in
-            scikit-learn, 0 for a class without pixels; or a number for each class, such as `"1,2.5,2"`.
+        text: None, `"balanced"`, or a number for each class, such as `"1,2.5,2"`. `"balanced"` is
+            scikit-learn's `pixels / (occurring classes * class pixels)`; a class without pixels gets 0.
         pixels: int64 `[classes]`, training pixels of each class.
 
     Raises:
-        InputError: `text` is something else.
+        InputError: `text` is none of these.
     """
     if text is None:
         return None
@@ -130,18 +130,21 @@ def count_confusion(
     batch: int = 8,
     asked: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Pixels by true (rows) and found class, int64 `[classes, classes]`, on the CPU; void counts for nothing.
+    """The confusion matrix of a model, without void pixels.
 
-    The model sees whole images in evaluation mode; its mode is restored. Images of equal size share a batch
-    of at most `batch`; those smaller than the network's strongest reduction are padded, unless the model is
-    a `Padded` one, which does so itself.
+    The model gets whole images in evaluation mode; its mode is restored. Images of equal size share a batch.
+    Images smaller than the largest stride are padded, unless the model is a `Padded`, which pads by itself.
 
     Args:
-        model: logits of RGB images.
+        model: gives logits of RGB images.
         split: the images.
         classes: number of classes, background included.
-        batch: images at once.
-        asked: looked at after every batch; None is returned as soon as it is true.
+        batch: largest number of images in a batch.
+        asked: called after every batch; when it returns True the evaluation stops.
+
+    Returns:
+        Pixels by true class (rows) and predicted class, int64 `[classes, classes]` on the CPU; None if
+        `asked` stopped the evaluation.
     """
     confusion = MulticlassConfusionMatrix(classes, ignore_index=VOID)
     if not isinstance(model, Padded):
@@ -177,8 +180,7 @@ def evaluate(model: nn.Module, split: Split, classes: int, batch: int = 8) -> Sc
 def scores(confusion: Tensor) -> Scores:
     """Scores of a confusion matrix `[classes, classes]`, rows = truth.
 
-    A class that occurs neither in truth nor in prediction counts for nothing; if there is no other,
-    nothing was to be found and nothing was: 1.
+    A class that occurs neither in truth nor in prediction is left out. If no class is left, the score is 1.
     """
     dice, iou = _by_class(confusion)
     shares = (x[~x.isnan()] for x in (dice[1:], iou))
@@ -186,7 +188,7 @@ def scores(confusion: Tensor) -> Scores:
 
 
 def scores_by_class(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each class its `name`, true `pixels`, `dice` and `iou`, from a confusion matrix, rows = truth.
+    """`name`, true `pixels`, `dice` and `iou` of each class, from a confusion matrix (rows are the truth).
 
     Dice and IoU of a class that occurs neither in truth nor in prediction are None.
     """

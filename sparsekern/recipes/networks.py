@@ -1,6 +1,6 @@
-"""The networks of the recipes by name: built from plain data, which a model file carries with it.
+"""The networks of the recipes by name, built from plain data in a model file.
 
-Imports torch alone, so that `sparsekern.load` rebuilds a network where no extras are installed.
+The module needs no extras beside torch, so `sparsekern.load` works where none are installed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ VARIANTS: Mapping[str, Variant] = {"mobilenetv3": "large", "mobilenetv3-small": 
 MODELS = ("unet", *VARIANTS)
 DECODERS = ("transposed", "bilinear")
 
-# Labels are of 8 bits, and one of them is void. Values of masks have 16 bits at most.
+# A label has 8 bits, and one label is void. A mask value has at most 16 bits.
 MAX_CLASSES, MAX_VALUE = VOID, 65535
-# Far above any network that can be trained; a file with more is damaged or hostile.
+# Limits far above any network that can be trained; a file that exceeds them is damaged or hostile.
 MAX_CHANNELS, MAX_DEPTH, MAX_FACTOR = 1 << 16, 12, 64.0
 
 
 def output_channels(classes: int) -> int:
-    """Logits a pixel: one is enough to tell foreground from background."""
+    """Number of logits per pixel: one for foreground and background, else one per class."""
     return 1 if classes == 2 else classes
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the images and masks of a training were read, which those that are scored later have to share.
+    """How images and masks of a training were read; images that are scored later must be read alike.
 
     Attributes:
-        bits: significant bits of grey images of 16 bits, 8 to 16; None for a training without such images.
+        bits: significant bits of 16-bit grey images, 8 to 16; None for a training without such images.
         ignore, validation, seed, crop: as in `Settings`.
 
     Raises:
@@ -66,15 +66,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network of the recipes, how its input is normalised, and what its output means.
+    """A network of the recipes, with the normalisation of its input and the meaning of its output.
 
     Attributes:
         model: one of `MODELS`.
         width: channels of the UNet at full resolution (None: 32), or the factor on the channels of
             MobileNetV3 (None: 1).
-        depth, decoder: of the UNet.
-        classes: that the network tells apart, background included; 2 to 255.
-        mean, std: of the red, green and blue input channel, on the scale [0, 1].
+        depth, decoder: depth and decoder of the UNet.
+        classes: number of classes, background included; 2 to 255.
+        mean, std: mean and standard deviation of the red, green and blue input channel, on the scale [0, 1].
         reading: how the files of the training were read.
 
     Raises:
@@ -117,14 +117,14 @@ class NetworkSpec:
 
     @property
     def stride(self) -> int:
-        """Pixels of the image along one pixel of the coarsest features."""
+        """Stride of the coarsest features in pixels of the image."""
         return 2**self.depth if self.model == "unet" else COARSEST
 
     def build(self, backbone: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The network at full size with random weights, those of its backbone taken from `backbone`.
+        """The network at full size with random weights; `backbone` gives the weights of its backbone.
 
         Raises:
-            InputError: `backbone` does not belong to the network.
+            InputError: `backbone` does not fit the network.
         """
         channels = output_channels(self.classes)
         if self.model == "unet":
@@ -144,7 +144,7 @@ class NetworkSpec:
             ) from error
 
     def __str__(self) -> str:
-        """The call that makes the network."""
+        """The call that makes the network, as text."""
         channels = output_channels(self.classes)
         if self.model == "unet":
             rest = f"width={int(self.width or 32)}, depth={self.depth}, decoder={self.decoder!r}"
@@ -156,7 +156,7 @@ class NetworkSpec:
         return f"{call}, which tells {self.classes} classes apart by {logits}"
 
     def to_json(self, version: str) -> dict[str, Any]:
-        """Plain data for a model file; `version` is that of sparsekern, for messages."""
+        """Plain data for a model file; `version` is the version of sparsekern, for messages."""
         return {
             "recipe": self.model,
             "settings": {"width": self.width, "depth": self.depth, "decoder": self.decoder},
@@ -168,10 +168,10 @@ class NetworkSpec:
 
     @classmethod
     def from_json(cls, data: Any) -> NetworkSpec:
-        """What `to_json` gave; names and numbers only, nothing is imported or run by them.
+        """The inverse of `to_json`. The data holds only names and numbers; no code from it is run.
 
         Raises:
-            InputError: something is missing or out of range; names it.
+            InputError: an entry is missing or out of range; the error names it.
         """
         try:
             settings, norm = data["settings"], data["normalisation"]
@@ -188,13 +188,14 @@ class NetworkSpec:
 
 
 class Padded(nn.Module):
-    """A segmentation network for images of any size: extended to a multiple of the stride, and cut back.
+    """A segmentation network for images of any size.
 
+    Images are padded to a multiple of the stride by repeating the edge, and logits are cut back.
     Shapes: float `[N, C, H, W]` to logits `[N, classes, H, W]`, any `H` and `W` of at least 1.
 
     Args:
         network: gives logits of the height and width of its input, which are multiples of `stride`.
-        stride: in pixels.
+        stride: stride of the network in pixels.
     """
 
     def __init__(self, network: nn.Module, stride: int) -> None:

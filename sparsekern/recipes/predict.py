@@ -1,4 +1,4 @@
-"""Masks of images by a stored network, as files."""
+"""Predicting masks of images with a stored network and writing them as files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOT_DEEP = (
     "has grey images of 16 bits, expected images of 8 bits, as the network was trained on; convert them to 8 "
     "bits first"
 )
-# How much of an overlay is the colour of a class.
+# Share of the class colour in an overlay.
 OPACITY = 0.45
 
 
@@ -40,16 +40,16 @@ class Segmenter:
 
     Args:
         path: a `model.safetensors` of a training.
-        device: where to compute.
+        device: device of the computation.
 
     Attributes:
-        spec: which network it is, and how its input and output are to be read.
-        network: in evaluation mode, for normalised images `[N, 3, H, W]` of any size.
+        spec: description of the network, its input and its output.
+        network: the network in evaluation mode, for normalised images `[N, 3, H, W]` of any size.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or does not say which network of the recipes it holds.
-        InputError: the device is not there.
+        ValueError: the file is damaged, or does not name a network of the recipes.
+        InputError: the device does not exist.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
@@ -65,19 +65,19 @@ class Segmenter:
         return predict(self.network(x))[0].to(torch.uint8).cpu().numpy()
 
     def read(self, path: Path) -> NDArray[np.uint8]:
-        """An image file as the network is to see it, RGB uint8 `[H, W, 3]`.
+        """Read an image file as in the training, RGB uint8 `[H, W, 3]`.
 
         Raises:
-            InputError: it cannot be read, or is of 16 bits and the network has seen none of that kind.
+            InputError: the file cannot be read, or has 16 bits and the training had no such images.
         """
         image = read_image(path, "IMAGES", self.spec.reading.bits)
         if image.dtype != np.uint8:
             raise InputError(f"IMAGES: {path} {NOT_DEEP}")
-        # Pillow's arrays are not writable, which torch warns of.
+        # The copy is writable; torch warns about Pillow's read-only arrays.
         return image.astype(np.uint8)
 
     def load(self, root: Path, table: ClassTable | None = None) -> Data:
-        """Images with masks, read and dealt as those of the training were.
+        """Read images with masks and divide them into splits as in the training.
 
         Args:
             root: a folder, a CSV list, or `synthetic:KIND`.
@@ -103,7 +103,7 @@ class Segmenter:
         """Scores on images with masks.
 
         Raises:
-            InputError: the network was trained on images normalised otherwise than this version does.
+            InputError: the network was trained with another normalisation than that of this version.
         """
         if (self.spec.mean, self.spec.std) != (MEAN, STD):
             raise InputError(
@@ -114,10 +114,10 @@ class Segmenter:
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The image files that files, directories and patterns such as `scans/*.tif` name, each once, in order.
+    """The image files named by files, directories and patterns such as `scans/*.tif`, in order, each once.
 
     Raises:
-        InputError: an argument names no image.
+        InputError: an argument matches no image.
     """
     found: dict[Path, None] = {}
     for argument in arguments:
@@ -141,19 +141,19 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 def write_masks(
     segmenter: Segmenter, images: Sequence[Path], out: Path, *, overlay: bool = False
 ) -> Iterator[Path]:
-    """Writes `NAME.png` in `out` for every image `NAME.*`, of the same height and width.
+    """Write `NAME.png` in `out` for every image `NAME.*`, with the same height and width.
 
-    Masks are 8-bit: 0 and 255 for a network of two classes, else class indices. Nothing is written, and no
-    image is read, unless every result has a name of its own. This is an iterator: it works while it is read.
+    Masks have 8 bits: 0 and 255 for a network with two classes, else class indices. The names of all results
+    are checked before the first image is read. Each mask is written when the iterator advances.
 
     Args:
         segmenter: the network.
-        images: files of images.
-        out: the directory, made if it is not there.
-        overlay: also write `NAME_overlay.png`, the image with its classes in colour.
+        images: image files.
+        out: the output directory, created if missing.
+        overlay: whether to write `NAME_overlay.png`, too: the image with its classes in colour.
 
     Yields:
-        The path of each mask that was written.
+        The path of each written mask.
 
     Raises:
         InputError: two images would have the same result, a result would replace an image, `out` cannot be
@@ -173,7 +173,7 @@ def write_masks(
 
 
 def coloured(image: NDArray[np.uint8], classes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The image uint8 `[H, W, 3]` with each class but the background in a colour of its own."""
+    """The image, uint8 `[H, W, 3]`, with a distinct colour over each class except the background."""
     # Steps of the golden ratio around the colour circle keep the colours of few classes far apart.
     hues = (np.arange(256) * 0.618034) % 1.0
     palette = np.array([colorsys.hsv_to_rgb(hue, 0.9, 1.0) for hue in hues]) * 255

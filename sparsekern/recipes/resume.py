@@ -1,4 +1,4 @@
-"""Going on with a run: what its checkpoint remembers, and what may differ from it."""
+"""Resuming a run: the arguments in its checkpoint, and the check of new arguments against them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sparsekern.recipes.files import CHECKPOINT, RUN
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.synthetic import PREFIX
 
-# Arguments of a run beside its settings that a resumed one takes over.
+# Arguments beside the settings that a resumed run takes over.
 REMEMBERED = ("data", "classes_file", "backbone", "threads", "checkpoint_every")
 PATHS = ("data", "classes_file", "backbone")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A run to go on with.
+    """A run that can be resumed.
 
     Attributes:
-        path: its checkpoint.
-        state: what is in there, see `Trainer.state_dict`.
-        settings: of the run.
-        remembered: its other arguments, by the names of `REMEMBERED`; paths are absolute.
+        path: the checkpoint of the run.
+        state: the content of the checkpoint, see `Trainer.state_dict`.
+        settings: the settings of the run.
+        remembered: the other arguments, by the names in `REMEMBERED`; paths are absolute.
     """
 
     path: Path
@@ -41,18 +41,22 @@ class Saved:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         return int(self.state["step"])
 
     def concluded(self, steps: int) -> bool:
-        """Whether `steps` steps are done and their results are written."""
+        """Whether `steps` steps are completed and the results are written."""
         return self.step >= steps and (self.folder / RUN).exists()
 
     def fill(self, parameters: Mapping[str, Any], given: Set[str]) -> dict[str, Any]:
-        """The arguments `parameters` of a command, those that are not `given` taken from the run.
+        """Replace the arguments that the user did not give by those of the run.
+
+        Args:
+            parameters: arguments of the command.
+            given: names of the arguments that the user gave.
 
         Raises:
-            InputError: `backbone` is given and is another one than the run began with.
+            InputError: `backbone` is given and differs from the run's.
         """
         own = self.settings.to_json() | dict(self.remembered)
         filled = {
@@ -77,10 +81,10 @@ class Saved:
 
 
 def open_run(path: Path) -> Saved:
-    """Reads the run of a directory or of a checkpoint.
+    """Read the run in a directory or a checkpoint.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is no run, or its checkpoint cannot be read.
     """
     if path.is_dir():
         if not (path / CHECKPOINT).is_file():
@@ -95,21 +99,21 @@ def open_run(path: Path) -> Saved:
 
 
 def remember(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that a resumed run takes over, as plain data."""
+    """The arguments that a resumed run takes over, as plain data."""
     kept = {name: arguments[name] for name in REMEMBERED if name in arguments}
     return {name: _absolute(value) if name in PATHS else value for name, value in kept.items()}
 
 
 def check_data(path: Path | None, saved: Saved | None, given: bool) -> Path:
-    """The folder or list of the images of a run.
+    """The folder or list with the images of a run.
 
     Args:
-        path: from the arguments, or what a resumed run remembers.
-        saved: the resumed run.
-        given: whether the user gave it.
+        path: path from the arguments or from the resumed run.
+        saved: the resumed run, or None.
+        given: whether the user gave the path.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no path, or the path of the resumed run does not exist any more.
     """
     if path is None:
         rest = "" if saved is None else f", as {saved.path} remembers none"
@@ -126,10 +130,10 @@ def check_data(path: Path | None, saved: Saved | None, given: bool) -> Path:
 
 
 def check_settings(mine: Settings, theirs: Settings) -> None:
-    """Refuses to go on with a run of settings `theirs` under other ones; more steps extend it.
+    """Check that the settings `mine` equal those of the resumed run, `theirs`, except for more steps.
 
     Raises:
-        InputError: names the argument that differs.
+        InputError: a setting differs; the error names the argument.
     """
     here, there = mine.to_json(), theirs.to_json()
     for name, value in here.items():

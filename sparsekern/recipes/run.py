@@ -31,10 +31,10 @@ from sparsekern.recipes.resume import Saved, remember
 from sparsekern.recipes.settings import Settings, build_model
 from sparsekern.recipes.train import History, Step, Trainer
 
-# Longest time without a checkpoint: so much work is lost at most where a process is killed.
+# Longest time between checkpoints in seconds: the most work lost if the process is killed.
 CHECKPOINT_SECONDS = 120.0
 
-# Largest difference of masked and compact output in float64, over the output's scale.
+# Largest allowed difference between masked and compact output in float64, over the output's scale.
 TOLERANCE = 1e-12
 
 
@@ -43,8 +43,9 @@ class Result:
     """A finished run.
 
     Attributes:
-        settings: its arguments. history: what happened.
-        model: what was stored, in evaluation mode: compact, or the dense network of a dense run.
+        settings: settings of the run.
+        history: losses, times, scores and costs.
+        model: the stored network in evaluation mode; compact, or dense after a dense run.
         figures: plain numbers, see `_figures`.
     """
 
@@ -67,31 +68,31 @@ def execute(
     stop_after: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Result | None:
-    """Trains as `settings` say and writes run.json, model.safetensors and checkpoint.pt to `out`.
+    """Train a network and write run.json, model.safetensors and checkpoint.pt to `out`.
 
-    A signal to stop (Ctrl-C) is answered after the step that it came in, with a checkpoint. A process that
-    is killed loses what came after its latest checkpoint.
+    A signal to stop (Ctrl-C) takes effect after the current step, with a checkpoint. A process that is killed
+    loses the steps after its latest checkpoint.
 
     Args:
-        settings, backbone: see `Trainer`.
+        settings: see `Trainer`.
         data: the images; `val` is scored during the training, `test` at its end.
-        out: directory of the results, made when there is something to write.
-        arguments: what the user gave, for run.json; a resumed run takes some of them over.
-        resume: the run to go on with. More steps than it had extend it, see `Trainer.load_state_dict`.
-        checkpoint_every: steps between two checkpoints; 0 for one at the end only; None for one at every
-            evaluation, and at least one in `CHECKPOINT_SECONDS`.
-        overwrite: replace another run in `out`.
-        stop_after: stop when so many steps are done and leave only the checkpoint.
+        out: directory of the results, created with the first file.
+        arguments: arguments of the user, for run.json; a resumed run takes some of them over.
+        backbone: see `Trainer`.
+        resume: the run to resume. A larger number of steps extends it, see `Trainer.load_state_dict`.
+        checkpoint_every: steps between two checkpoints; 0 for one checkpoint at the end; None for one at
+            every evaluation and at least one in `CHECKPOINT_SECONDS`.
+        overwrite: whether to replace another run in `out`.
+        stop_after: number of completed steps after which to stop with only a checkpoint.
         on_step: called after every step.
 
     Returns:
-        None if the run was stopped by `stop_after`.
+        The finished run; None if `stop_after` stopped it.
 
     Raises:
-        InputError: something in the arguments cannot be used, or `out` holds another run; nothing was
-            trained or written.
-        Stopped: a signal came; the checkpoint is written, if there was a step.
-        RuntimeError: the compact network does not compute what the masked one does.
+        InputError: an argument cannot be used, or `out` holds another run; nothing is trained or written.
+        Stopped: a signal stopped the run; a checkpoint is written if a step was completed.
+        RuntimeError: the outputs of compact and masked network differ, or the stored file differs.
     """
     check_counts(checkpoint_every, stop_after)
     same = check_out(out, resume, overwrite)
@@ -122,10 +123,10 @@ def execute(
 
 
 def check_counts(checkpoint_every: int | None, stop_after: int | None) -> None:
-    """Refuses negative numbers of steps.
+    """Check that numbers of steps are not negative.
 
     Raises:
-        InputError: there is one; names the argument.
+        InputError: a number is negative; the error names the argument.
     """
     for name, value in (("checkpoint-every", checkpoint_every), ("stop-after", stop_after)):
         if value is not None and value < 0:
@@ -133,13 +134,13 @@ def check_counts(checkpoint_every: int | None, stop_after: int | None) -> None:
 
 
 def check_out(out: Path, resume: Saved | None, overwrite: bool) -> bool:
-    """Refuses a directory that cannot be written, or that holds another run; makes none.
+    """Check that `out` can be written and holds no other run; `out` is not created.
 
     Returns:
-        Whether it is the directory of the run to go on with.
+        Whether `out` is the directory of the resumed run.
 
     Raises:
-        InputError: see above.
+        InputError: `out` cannot be written or holds another run.
     """
     same = resume is not None and out.exists() and resume.folder.samefile(out)
     if not (same or overwrite):
@@ -155,7 +156,7 @@ def _stopped(trainer: Trainer, out: Path, number: int) -> Stopped:
 
 @dataclass
 class _Checkpoints:
-    """Takes checkpoints of a run when they are due."""
+    """Writes the checkpoints of a run when they are due."""
 
     trainer: Trainer
     out: Path
@@ -166,7 +167,7 @@ class _Checkpoints:
     saved_at: float = field(default_factory=perf_counter)
 
     def after(self, step: Step) -> None:
-        """Takes one after `step` if it is due; the last step's comes after the training."""
+        """Write a checkpoint after `step` if one is due; the last one is written after the training."""
         if step.step < self.trainer.settings.steps and self._due(step):
             self.save()
 
@@ -194,7 +195,7 @@ def _conclude(trainer: Trainer, data: Data, out: Path) -> Result:
         figures = _compaction(small, trainer)
     small = _on_cpu(small)
     if settings.shrink:
-        # Only its size and speed are asked for, which are not those of the live network any more.
+        # The live network has shrunk, so size and speed of the full one are measured on a new network.
         full = build_model(settings).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     else:
         full = small if pruner is None else _on_cpu(trainer.model)
@@ -202,7 +203,7 @@ def _conclude(trainer: Trainer, data: Data, out: Path) -> Result:
     sparsekern.save(small, path, made_by=settings.network(data.bits).to_json(sparsekern.__version__))
     _check_stored(small, path)
     figures |= _figures(trainer.history, full, small, image, path)
-    # Padded as `sparsekern predict` pads, so that these are the scores of what it writes.
+    # The padding equals that of `sparsekern predict`, so these are the scores of its masks.
     confusion = count_confusion(Padded(small, settings.network().stride), data.test, settings.classes)
     assert confusion is not None
     found = scores(confusion)
@@ -218,9 +219,13 @@ def _conclude(trainer: Trainer, data: Data, out: Path) -> Result:
 
 
 def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
-    """Widths of a pruned network, and proof that it computes what the trained one does."""
+    """Widths of a pruned network, and the difference between its output and the masked network's.
+
+    Raises:
+        RuntimeError: the difference exceeds `TOLERANCE`.
+    """
     assert trainer.pruner is not None
-    # In float64 the two differ by rounding at most, so that the tolerance can be strict.
+    # In float64 the outputs differ only by rounding, so the tolerance can be strict.
     masked, compact = (copied(model).double() for model in (trainer.model, small))
     difference = sparsekern.verify(masked, compact, trainer.example.double())
     if not difference <= TOLERANCE:
@@ -239,20 +244,24 @@ def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
 
 
 def _training_macs_share(trainer: Trainer) -> float:
-    """MACs of the forward passes of the whole training over those of a dense one."""
+    """MACs of all forward passes of the training over those of a dense training."""
     if not trainer.settings.shrink:
         return 1.0
     return statistics.fmean(share for _, share, _ in trainer.history.cost)
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    """The model, or a copy of it where it is on another device: files and figures are those of a CPU."""
+    """The model on the CPU, for files and figures; a model on another device is copied."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     return model if on_cpu else copied(model).cpu()
 
 
 def _check_stored(small: nn.Module, path: Path) -> None:
-    """The file alone must give the very network that was saved."""
+    """Check that the file alone gives the saved network bit for bit.
+
+    Raises:
+        RuntimeError: a tensor differs.
+    """
     loaded = sparsekern.load(path).state_dict()
     for name, value in small.state_dict().items():
         if not torch.equal(value, loaded[name]):
@@ -262,10 +271,10 @@ def _check_stored(small: nn.Module, path: Path) -> None:
 def _figures(
     history: History, full: nn.Module, small: nn.Module, image: Tensor, path: Path
 ) -> dict[str, Any]:
-    """Size, cost and speed of the stored network and of the full-size one it comes from.
+    """Size, cost and speed of the stored network and of the full-size network that it comes from.
 
-    MACs and latency (seconds a forward pass) are for one test image; `step_seconds` and
-    `optimizer_step_seconds` are medians, `seconds` and `optimizer_seconds` sums over all steps.
+    MACs and latency (seconds per forward pass) refer to one test image. `step_seconds` and
+    `optimizer_step_seconds` are medians, `seconds` and `optimizer_seconds` are sums over all steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         sparsekern.save(full, Path(folder) / MODEL)

@@ -1,4 +1,4 @@
-"""What a training run depends on, and the network, optimizer and pruner that follow from it."""
+"""The settings of a training run, and the network, optimizer and pruner that they define."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from sparsekern.recipes.networks import NetworkSpec, Reading
 
 
 def _option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """A field of `Settings` that is an option of the command line, too.
+    """A field of `Settings` that is also an option of the command line.
 
     Args:
-        default: of both.
-        help: what it is; the text of the command line and the documentation of the field.
-        parse: makes the value from a text, where its type alone does not tell how.
+        default: default of field and option.
+        help: help text of the option, which also documents the field.
+        parse: converts a text to the value, where the type of the field does not determine this.
     """
     return field(default=default, metadata={"help": help, "parse": parse})
 
 
 def _number_or_text(text: str) -> int | str:
-    """Numbers as numbers; what else is allowed, the checks know."""
+    """A whole number as int, any other text unchanged; `Settings` checks it."""
     return int(text) if text.isdecimal() else text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of a run; on one machine, equal settings and data give equal networks, bit for bit.
+    """Settings of a run. On one machine, equal settings and data give the same network bit for bit.
 
-    Every field is an option of `sparsekern train`, with the help that stands behind it. Those that are
-    arguments of :class:`sparsekern.Pruner` have its names and defaults.
+    Every field is an option of `sparsekern train` with the same help text. Arguments of
+    :class:`sparsekern.Pruner` have the same names and defaults here.
 
     Raises:
-        InputError: a value is out of range; names the argument.
+        InputError: a value is out of range; the error names the argument.
     """
 
     model: str = _option("unet", "unet, mobilenetv3, mobilenetv3-small")
@@ -118,7 +118,11 @@ class Settings:
             self._check_budget()
 
     def _check_budget(self) -> None:
-        """What a Pruner of these settings would refuse without a look at the network."""
+        """Check the arguments of the Pruner that do not depend on the network.
+
+        Raises:
+            InputError: an argument is out of range.
+        """
         try:
             keep = check_keep(self.keep)
             schedule = {name: getattr(self, name) for name in ("steps", "warmup", "finish", "events")}
@@ -127,7 +131,7 @@ class Settings:
             raise InputError(f"--{error}") from None
 
     def network(self, bits: int | None = None) -> NetworkSpec:
-        """The network that is trained; `bits` are those of `Data`."""
+        """The description of the trained network; `bits` is `Data.bits`."""
         reading = Reading(bits, self.ignore, self.validation, self.seed, self.crop)
         return NetworkSpec(self.model, self.width, self.depth, self.decoder, self.classes, MEAN, STD, reading)
 
@@ -137,12 +141,12 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        """What `to_json` gave, here or in an earlier version; what it lacks has its default.
+        """The inverse of `to_json`, also for data of earlier versions; missing fields have their defaults.
 
         Earlier versions had fewer fields and two other names.
 
         Raises:
-            InputError: it has settings that are not known, or one is out of range.
+            InputError: a setting is unknown or out of range.
         """
         values = dict(data)
         if "begin" in values:
@@ -176,10 +180,10 @@ def _spelled(name: str) -> str:
 
 
 def parse_select(text: str) -> criteria.Criterion:
-    """A criterion from names joined by `*` (binds tighter) and `+`, such as `taylor*gradient-count`.
+    """A criterion from names joined by `*` and `+`, such as `taylor*gradient-count`; `*` binds tighter.
 
     Raises:
-        InputError: an unknown name.
+        InputError: a name is unknown.
     """
     try:
         return resolve_select(text)
@@ -188,21 +192,21 @@ def parse_select(text: str) -> criteria.Criterion:
 
 
 def build_model(settings: Settings, backbone: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The network of `settings` at full size, with weights of its seed.
+    """The network of `settings` at full size, with random weights from its seed.
 
     Args:
-        settings: what to build.
+        settings: settings of the run.
         backbone: weights for the backbone of MobileNetV3.
 
     Raises:
-        InputError: `backbone` does not belong to the network.
+        InputError: `backbone` does not fit the network.
     """
     torch.manual_seed(settings.seed)
     return settings.network().build(backbone)
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Our AdamW for a pruned run, torch's fastest for a dense one."""
+    """sparsekern's AdamW for a pruned run, torch's fused AdamW for a dense run."""
     lr, decay, weights = settings.lr, settings.weight_decay, model.parameters()
     if settings.keep is None:
         return torch.optim.AdamW(weights, lr=lr, weight_decay=decay, fused=True)
@@ -212,7 +216,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
 def build_pruner(
     model: nn.Module, optimizer: torch.optim.Optimizer, example: Tensor, settings: Settings
 ) -> sparsekern.Pruner | None:
-    """The pruner of a run, or None for a dense one.
+    """The pruner of a run; None for a dense run.
 
     Raises:
         ValueError: `keep`, `round_to` or `min_channels` cannot be met (from `Pruner`).

@@ -1,4 +1,4 @@
-"""Networks out of model files that say which recipe made them."""
+"""Rebuilding networks from model files that name their recipe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparsekern.recipes.networks import NetworkSpec
 
 
 def read_spec(stored: Stored) -> NetworkSpec:
-    """Which network of the recipes a file holds.
+    """The description of the network in a file.
 
     Raises:
-        InputError: the file does not say it, or says what this version cannot build; names the file.
+        InputError: the file names no network, or this version cannot build it; the error names the file.
     """
     made_by = stored.made_by
     if made_by is None:
@@ -37,10 +37,10 @@ def rebuild(stored: Stored) -> nn.Module:
 
     Raises:
         InputError: see `read_spec`.
-        ValueError: the tensors of the file are not those of the network that it names.
+        ValueError: the tensors of the file do not fit the network that the file names.
     """
     spec = read_spec(stored)
-    # The file has all values: the full-size network, which may be large, needs none.
+    # The file gives all values, so the possibly large full-size network is built without memory.
     with torch.device("meta"):
         network = spec.build()
     return fill(network, stored)

@@ -27,21 +27,21 @@ from sparsekern.recipes.metrics import Scores, SegmentationLoss, class_weights, 
 from sparsekern.recipes.resume import check_settings
 from sparsekern.recipes.settings import Settings, build_model, build_optimizer, build_pruner
 
-# How many points of a run's cost over time are kept.
+# Number of recorded points of a run's cost over time.
 COST_POINTS = 100
-# Steps on a GPU after which their losses are read.
+# Steps between two reads of the losses from a GPU.
 READ_EVERY = 20
 
 
 @dataclass
 class History:
-    """What happened, as plain lists; `step` counts from 1, after the update.
+    """Records of a run as plain lists; `step` counts completed updates from 1.
 
     Attributes:
-        loss: of every step.
-        seconds, optimizer_seconds: wall time of every step, and of `optimizer.step()` in it.
+        loss: loss of every step.
+        seconds, optimizer_seconds: wall time of every step and of its `optimizer.step()`, in seconds.
         scores: `[step, dice, miou]` of every evaluation of the validation split.
-        cost: `[step, share of MACs, share of parameters]` that are not masked, of a pruned run.
+        cost: `[step, share of MACs, share of parameters]` that are not masked, in a pruned run.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -53,12 +53,14 @@ class History:
 
 @dataclass(frozen=True)
 class Step:
-    """What a progress callback is told after every step.
+    """The argument of a progress callback after every step.
 
     Attributes:
-        step: steps done. loss: of this step, on a GPU of one a little earlier.
-        macs_share: not masked yet, 1 for a dense run.
-        scores: of the last evaluation, None before the first. evaluated: it came after this step.
+        step: number of completed steps.
+        loss: loss of this step; on a GPU the latest loss that was read.
+        macs_share: share of the MACs that are not masked; 1 for a dense run.
+        scores: scores of the last evaluation; None before the first one.
+        evaluated: whether the last evaluation came after this step.
     """
 
     step: int
@@ -69,7 +71,7 @@ class Step:
 
 
 def learning_rate(step: int, *, steps: int, warmup: float) -> float:
-    """Factor on the rate in `step` (from 0): linear rise over `warmup * steps`, cosine to zero."""
+    """Factor of the learning rate in `step` (from 0): linear over `warmup * steps`, then cosine to zero."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -77,20 +79,21 @@ def learning_rate(step: int, *, steps: int, warmup: float) -> float:
 
 
 class Trainer:
-    """A run that can stop after any step and go on from its `state_dict`, bit for bit.
+    """A run that can stop after any step and be resumed from its `state_dict`, bit for bit.
 
     Args:
-        settings: what to train, and how.
-        train: the images to train on; those smaller than the crop are padded with void.
-        val: the images that are scored meanwhile; None for no scores.
+        settings: settings of the run.
+        train: training images; images smaller than the crop are padded with void.
+        val: validation images, scored during the training; None for no scores.
         backbone: weights for the backbone of MobileNetV3.
 
     Attributes:
-        model: the network; masked while it is pruned, and smaller from then on with `settings.shrink`.
-        pruner: None for a dense run.
-        device: where all of it is.
-        example: float32 `[1, 3, crop, crop]`, the first training image, cut to the crop.
-        step: steps done. history: what happened in them.
+        model: the network; pruning masks its channels, and with `settings.shrink` also removes them.
+        pruner: the pruner; None for a dense run.
+        device: device of network and training.
+        example: float32 `[1, 3, crop, crop]`, the first image of the first batch.
+        step: number of completed steps.
+        history: records of the completed steps.
 
     Raises:
         InputError: `backbone` does not fit.
@@ -116,7 +119,7 @@ class Trainer:
         self.example = self.batches(0)[0][:1].to(self.device)
         self.model = build_model(settings, backbone)
         self._shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
-        # oneDNN convolves this layout a quarter faster than the default one.
+        # oneDNN convolves this memory format 25 % faster than the default one.
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.scaler = grad_scaler(self.device, settings.amp)
         self.optimizer = build_optimizer(self.model, settings)
@@ -133,7 +136,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
+        """Whether all steps are completed."""
         return self.step >= self.settings.steps
 
     def run(
@@ -142,13 +145,16 @@ class Trainer:
         on_step: Callable[[Step], None] | None = None,
         asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Trains until `stop` steps are done, by default all of them, or a step after `asked()` is true.
+        """Train until `stop` steps are completed or `asked()` is true after a step.
 
-        `on_step` is called after every step, when a checkpoint may be taken.
+        Args:
+            stop: number of completed steps at which to stop; None for all steps.
+            on_step: called after every step; it may save a checkpoint.
+            asked: returns whether to stop after the current step.
         """
         stop = self.settings.steps if stop is None else min(stop, self.settings.steps)
         if self.step:
-            # A run that was stopped in an evaluation takes it before it goes on.
+            # A run that was stopped during an evaluation repeats the evaluation first.
             self._observe(asked)
         self.model.train()
         begin = perf_counter()
@@ -168,17 +174,21 @@ class Trainer:
             begin = perf_counter()
 
     def _read_losses(self) -> None:
-        """Brings the losses to the CPU, which waits for all that a GPU still has to do."""
+        """Copy the losses to the CPU; this waits for the GPU."""
         if self._losses:
             self.history.loss += torch.stack(self._losses).tolist()
             self._losses.clear()
 
     def _update(self, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
-        """One step on a batch; its loss, and the wall time that the optimizer took."""
+        """Train one step on a batch.
+
+        Returns:
+            The loss, and the wall time of the optimizer in seconds.
+        """
         x = x.to(self.device, memory_format=torch.channels_last)
         with autocast(self.device, self.settings.amp):
             logits = self.model(x)
-        # In float32: sums over all pixels of a batch leave the range of float16.
+        # The loss is in float32, as sums over all pixels of a batch overflow float16.
         loss = self.criterion(logits.float(), y.to(self.device))
         self.scaler.scale(loss).backward()
         before = perf_counter()
@@ -187,13 +197,13 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         with warnings.catch_warnings():
-            # The scaler may skip the first steps; the rate goes by the number of batches all the same.
+            # The scaler may skip the first steps; the learning rate still follows the number of batches.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
             self.scheduler.step()
         return loss.detach(), seconds
 
     def _observe(self, asked: Callable[[], bool]) -> None:
-        """Cost and scores, where they are due and not there yet; their time is not that of a step."""
+        """Record cost and scores that are due and missing; step times do not include this."""
         steps, history = self.settings.steps, self.history
         if self.pruner is not None and self._lacks(history.cost) and _due(self.step, steps, COST_POINTS):
             metrics = self.pruner.metrics()
@@ -218,7 +228,7 @@ class Trainer:
         return Step(self.step, loss, share, latest, evaluated)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run depends on from here, as tensors and plain data."""
+        """The whole state of the run, as tensors and plain data."""
         self._read_losses()
         return {
             "settings": self.settings.to_json(),
@@ -235,18 +245,17 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the run of `state` was.
+        """Continue the run of `state`.
 
-        This run may have more steps than that of `state`. The rate then follows the longer schedule from
-        here on; what becomes of the pruning, `Pruner.load_state_dict` tells.
+        This run may have more steps than that of `state`. The learning rate then follows the longer schedule
+        from the next step on; `Pruner.load_state_dict` describes the effect on pruning.
 
         Raises:
-            InputError: `state` is of other settings, another network or other data; nothing has
-                changed then.
+            InputError: `state` has other settings, another network or other data; nothing is changed.
         """
         self._check(state)
         if self.pruner is not None:
-            # First, as it brings the other two to the size that they had.
+            # The pruner loads first, as it cuts model and optimizer to their saved sizes.
             self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(in_own_memory(state["optimizer"]))
@@ -260,7 +269,7 @@ class Trainer:
         self.history = History(**state["history"])
 
     def _set_rate(self, step: int) -> None:
-        """The rate of `step` on this run's schedule: the one loaded was on a shorter schedule."""
+        """Set the rate of `step` by this run's schedule, as the loaded rate is from a shorter one."""
         factor = learning_rate(step, steps=self.settings.steps, warmup=self.settings.lr_warmup)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * factor
@@ -291,10 +300,10 @@ class Trainer:
             raise InputError(f"--resume: {error}; the checkpoint is damaged or was changed") from None
 
     def _check_parts(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """What the parts of a run hold is what they can load.
+        """Check that every part of the run can load its part of `state`.
 
         Raises:
-            ValueError: it is not; nothing has been changed.
+            ValueError: a part cannot be loaded; nothing is changed.
         """
         done = OneOf((state["step"],))
         parts = {name: Anything() for name in own}
@@ -316,7 +325,7 @@ class Trainer:
 
 
 def _due(step: int, steps: int, times: int) -> bool:
-    """Whether `step` is one of `times` evenly spread over `steps`, the last one among them."""
+    """Whether `step` is one of `times` evenly spaced steps out of `steps`, which include the last step."""
     return step * times // steps > (step - 1) * times // steps
 
 

@@ -1,1 +1,1 @@
-"""What a person sees: of runs (``runs``), of graphs and plans (``tables``, ``picture``)."""
+"""Tables and figures of runs (``runs``), and of graphs and plans (``tables``, ``picture``)."""

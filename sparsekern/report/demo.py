@@ -1,4 +1,4 @@
-"""The main job on generated images, next to a training without pruning."""
+"""A demonstration on generated images: a pruned training beside a dense one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsekern.report import runs as report
 
 SHOWN = 4  # images in the picture of predictions
 
-# Gives a callback for the steps of a training, by its name and number of steps.
+# Gives the step callback for a training with a name and a number of steps.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[Step], None]]]
 
 
@@ -39,25 +39,25 @@ def demonstrate(
     kind: Kind = KINDS["cells"],
     overwrite: bool = False,
 ) -> tuple[Table, Result]:
-    """Trains dense and pruned with otherwise equal settings, and compares the two.
+    """Train dense and pruned networks with otherwise equal settings, and compare the two.
 
     Writes curves.png, predictions.png, and the results of the trainings in dense/ and pruned/.
 
     Args:
-        settings: of the pruned training; generated images are as large as its crop.
-        images: how many to train on; a quarter as many again to test.
+        settings: settings of the pruned training; generated images are as large as its crop.
+        images: number of training images; the test has a quarter of that number, at least 4.
         out: directory of the results.
-        arguments: what the user gave, for run.json.
+        arguments: arguments of the user, for run.json.
         progress: shows the progress of a training.
-        kind: what the images show.
-        overwrite: replace the runs of another demonstration in `out`.
+        kind: kind of the generated images.
+        overwrite: whether to replace the runs of another demonstration in `out`.
 
     Returns:
         The comparison, and the pruned run.
 
     Raises:
-        InputError: an argument cannot be used, or `out` holds runs; nothing was trained.
-        Stopped: a signal came.
+        InputError: an argument cannot be used, or `out` holds runs; nothing is trained.
+        Stopped: a signal stopped the training.
     """
     if images < 1:
         raise InputError(f"--images: got {images}, expected at least 1")
@@ -95,7 +95,7 @@ def _predictions(path: Path, runs: Mapping[str, Result], test: Split) -> None:
 
 def _table(runs: Mapping[str, Result], settings: Settings, test: Split) -> Table:
     image = normalise(test.image(0)[None]).contiguous(memory_format=torch.channels_last)
-    # Timed anew, taking turns: the two trainings ended minutes apart.
+    # Both networks are timed again in turns, as the two trainings ended minutes apart.
     speed = latency({name: run.model for name, run in runs.items()}, image)
     columns = {name: run.figures | {"latency": speed[name]} for name, run in runs.items()}
     return report.comparison(

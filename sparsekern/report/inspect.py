@@ -1,4 +1,4 @@
-"""Looking at a network before it is pruned: found by name, traced, and a plan for it by its weights."""
+"""Inspecting a network before it is pruned: import it by name and make a plan from its weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mi
 
 
 def find_model(target: str) -> nn.Module:
-    """The network that ``module:factory`` names, also in the working directory.
+    """Import the network that ``target`` names.
 
-    ``factory`` is what makes the network when called without arguments, or the network itself.
+    Args:
+        target: ``module:factory``. The module may be in the working directory. The factory is a callable
+            without arguments that returns the network, or the network itself.
 
     Raises:
-        ValueError: there is no such module or factory, or it does not give an ``nn.Module``.
+        ValueError: the module or the factory does not exist, or gives no ``nn.Module``.
     """
     module_name, colon, path = target.partition(":")
     if not colon or not module_name or not path:
@@ -64,10 +66,10 @@ def find_model(target: str) -> nn.Module:
 
 
 def make_input(spec: str) -> Tensor:
-    """A tensor for ``1,3,224,224`` (normal noise, float32) or ``1,128:int64`` (zeros).
+    """A tensor from a text: ``1,3,224,224`` gives normal noise in float32, ``1,128:int64`` gives zeros.
 
     Raises:
-        ValueError: it is no such list of sizes.
+        ValueError: ``spec`` is not such a list of sizes.
     """
     found = re.fullmatch(r"(\d+(?:,\d+)*)(?::(\w+))?", spec.replace(" ", ""))
     dtype = getattr(torch, found[2] or "float32", None) if found else None
@@ -82,12 +84,12 @@ def make_input(spec: str) -> Tensor:
 def plan_by_weights(
     model: nn.Module, inputs: tuple[Tensor, ...], *, keep: float, of: str = "macs", round_to: int | str = 1
 ) -> tuple[ChannelGraph, np.ndarray]:
-    """The graph, and the channels (bool ``[C]``) that the magnitudes of the weights would keep.
+    """The channel graph, and the channels (bool ``[C]``) that a plan by weight magnitude keeps.
 
     The arguments are those of :func:`sparsekern.prune_once`, which also makes the smaller network.
 
     Raises:
-        ValueError: as there.
+        ValueError: an argument is out of range, or the network cannot be traced or pruned so far.
     """
     task = task_of(model, inputs, keep=check_keep(keep), of=check_unit(of), round_to=round_to)
     saliency = Magnitude()(of_weights(model, task.graph))

@@ -1,6 +1,6 @@
-"""A picture of a graph's groups: who feeds whom, how wide they are, what they cost.
+"""A picture of a graph's groups: their connections, widths and costs.
 
-Written as SVG by the standard library, or as PNG by matplotlib.
+The standard library writes the SVG, matplotlib the PNG.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from sparsekern.files.atomic import replacing
 from sparsekern.graph import ChannelGraph
 
-# Colours are Okabe and Ito's, which people with any colour vision can tell apart.
+# The colours are from the palette of Okabe and Ito, which is safe for all kinds of colour vision.
 BLUE, ORANGE, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#8A8A8A", "#DDDDDD", "#222222"
 ROW, FONT = 22.0, 12.0
 ARCS, NAMES, WIDTHS, COSTS, MARGIN = 150.0, 230.0, 330.0, 170.0, 16.0
@@ -66,9 +66,10 @@ class Drawing:
 
 
 def edges(graph: ChannelGraph) -> list[tuple[int, int]]:
-    """Pairs of groups: a weight contracts the channels of the first and its rows are those of the second.
+    """Pairs of connected groups.
 
-    The second is ``len(graph.groups)`` where rows of the weight stay.
+    A weight contracts the channels of the first group, and its rows are channels of the second group. The
+    second number is ``len(graph.groups)`` where rows of the weight belong to no group.
     """
     found: dict[tuple[int, int], None] = {}
     rest = len(graph.groups)
@@ -88,8 +89,8 @@ def draw(graph: ChannelGraph, kept: np.ndarray | None = None) -> Drawing:
     """The groups from the input down, with bars for their channels and their share of the MACs.
 
     Args:
-        graph: what to show.
-        kept: bool ``[C]``; channels of another plan than the whole network.
+        graph: the graph to show.
+        kept: bool ``[C]``, channels that a plan keeps; None for all channels.
     """
     everything = np.ones(graph.num_channels, bool)
     chosen = everything if kept is None else kept
@@ -141,7 +142,11 @@ def _row(
 
 
 def write_svg(page: Drawing, path: Path) -> None:
-    """Write the drawing as SVG. Raises OSError if that cannot be done."""
+    """Write the drawing as SVG.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     size = {"width": f"{page.width:g}", "height": f"{page.height:g}"}
     box = f"0 0 {page.width:g} {page.height:g}"
     root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, **size})
@@ -174,7 +179,7 @@ def write_svg(page: Drawing, path: Path) -> None:
 
 
 def write_png(page: Drawing, path: Path, scale: float = 2.0) -> None:
-    """Write the drawing as PNG, ``scale`` pixels for each of its own.
+    """Write the drawing as PNG with ``scale`` pixels per pixel of the drawing.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

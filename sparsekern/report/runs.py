@@ -1,6 +1,6 @@
-"""What a person sees of a run: tables for the terminal, figures for the disk.
+"""Tables of a run for the terminal, and figures as files.
 
-Colours are Okabe and Ito's, which people with any colour vision can tell apart.
+The colours are from the palette of Okabe and Ito, which is safe for all kinds of colour vision.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparsekern.recipes.run import Result
 
 BLUE, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#56B4E9", "#9A9A9A"
-RUN_COLOURS = (ORANGE, BLUE)  # the first run of a comparison, the second
+RUN_COLOURS = (ORANGE, BLUE)  # the first and the second run of a comparison
 MISSED, INVENTED = "#E69F00", "#56B4E9"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -63,7 +63,7 @@ def milliseconds(seconds: float) -> str:
     return f"{_digits(1e3 * seconds)} ms"
 
 
-# Name of a row, key of a figure, text of a value, text of the second value against the first.
+# Name of the row, key of the figure, text of a value, text that compares the second value with the first.
 Row = tuple[str, str, Callable[[float], str], Callable[[float, float], str]]
 
 
@@ -73,7 +73,7 @@ def _times(first: float, second: float) -> str:
 
 
 def _faster(first: float, second: float) -> str:
-    if second <= 0 or 0.95 < first / second < 1.05:  # closer than two timings of the same thing
+    if second <= 0 or 0.95 < first / second < 1.05:  # within the noise of two timings
         return "about equal"
     return f"{first / second:.1f}x faster" if first >= second else f"{second / first:.2f}x slower"
 
@@ -97,9 +97,13 @@ TRAINING_ROWS: tuple[Row, ...] = (
 
 
 def comparison(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A table of figures, with a column that compares the second of two to the first.
+    """A table of figures. With two columns, a third one compares the second column with the first.
 
-    Rows whose figure a column lacks are left empty there; rows that no column has are left out.
+    A cell without a figure stays empty, and a row without any figure is left out.
+
+    Args:
+        title: title of the table.
+        columns: figures by column name.
     """
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
@@ -120,7 +124,7 @@ def comparison(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def run_table(result: Result) -> Table:
-    """The figures of one run: of its network, and of the full-size one if that is another."""
+    """The figures of one run: its network, and the full-size network of a pruned run."""
     figures = result.figures
     _, _, height, width = figures["image"]
     title = f"{width}x{height} pixels an image, {figures['threads']} threads"
@@ -143,7 +147,7 @@ def class_table(result: Result) -> Table:
 
 
 def curves(path: Path, runs: Mapping[str, Result]) -> None:
-    """Writes loss, Dice and cost over the steps of one or two runs, and channels kept per layer."""
+    """Draw loss, Dice and cost over the steps of one or two runs, and the channels kept per layer."""
     with matplotlib.rc_context(STYLE):
         pruned = [result for result in runs.values() if "kept" in result.figures]
         layers = len(pruned[-1].figures["kept"]) if pruned else 0
@@ -192,7 +196,7 @@ def _loss(axes: Axes, name: str, result: Result, colour: str) -> None:
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a twentieth of all steps around each, over fewer at both ends."""
+    """Moving average over a twentieth of all steps, over fewer steps at both ends."""
     reach = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -251,13 +255,13 @@ def predictions(
     truths: Sequence[NDArray[np.uint8]],
     found: Mapping[str, Sequence[NDArray[np.int64]]],
 ) -> None:
-    """Writes a picture with a row for each image: input, truth, and what each network found.
+    """Draw a row for each image: input, truth, and the prediction of each network.
 
     Args:
-        path: of the PNG.
-        images: uint8 `[H, W, 3]` each.
-        truths: uint8 `[H, W]` each, class indices.
-        found: by network, class indices `[H, W]` for each image.
+        path: the PNG file.
+        images: images, uint8 `[H, W, 3]` each.
+        truths: true class indices, uint8 `[H, W]` each.
+        found: predicted class indices `[H, W]` of each image, by name of the network.
     """
     with matplotlib.rc_context({**STYLE, "axes.titlelocation": "center"}):
         columns = 2 + len(found)
@@ -288,7 +292,7 @@ def predictions(
 
 
 def _errors(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """RGB `[H, W, 3]`: white where both, black where neither, a colour for each kind of error."""
+    """RGB `[H, W, 3]`: white for foreground in both, black for neither, a colour for each kind of error."""
     picture = np.zeros((*truth.shape, 3))
     picture[truth & found] = 1.0
     picture[truth & ~found] = matplotlib.colors.to_rgb(MISSED)

@@ -1,4 +1,4 @@
-"""Tables of a graph for the terminal: what its groups cost, what is kept of them, what they can spare."""
+"""Tables of a graph for the terminal: cost, kept channels and sensitivity of its groups."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ BAR = 24
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a group costs and what its channels are worth.
+    """Cost of a group and saliency of its channels.
 
     Attributes:
-        name: of the group.
-        channels: how many it has.
-        params, macs: shares of the network's that all of its channels take.
-        lost: share of the group's saliency that goes with the least salient channels, by their share.
+        name: name of the group.
+        channels: number of channels.
+        params, macs: shares of the network's parameters and MACs that all channels of the group take.
+        lost: share of the group's saliency that is lost with its least salient channels, by the share of
+            removed channels.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Sensitivity:
 
 
 def sensitivities(graph: ChannelGraph, saliency: np.ndarray) -> list[Sensitivity]:
-    """The sensitivity of every group, for a saliency float64 ``[C]`` of its channels."""
+    """The sensitivity of every group for ``saliency``, float64 ``[C]``."""
     everything = np.ones(graph.num_channels, bool)
     whole = graph.cost(everything)
     found = []
@@ -58,7 +59,7 @@ def sensitivities(graph: ChannelGraph, saliency: np.ndarray) -> list[Sensitivity
 
 
 def sensitivity_table(rows: Sequence[Sensitivity], what: str) -> Table:
-    """The sensitivities; ``what`` names the saliency."""
+    """A table of sensitivities; ``what`` is the name of the saliency in the title."""
     title = f"What groups cost, and how much of their {what} goes with their least"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("group")
@@ -71,13 +72,13 @@ def sensitivity_table(rows: Sequence[Sensitivity], what: str) -> Table:
 
 
 def _graded(lost: float, share: float) -> Text:
-    """Green where the least salient channels carry much less than their share."""
+    """The lost share as text; green if the channels carry much less saliency than their share."""
     ratio = lost / share
     return Text(f"{lost:.1%}", style="green" if ratio < 0.5 else "yellow" if ratio < 0.8 else "")
 
 
 def kept_table(graph: ChannelGraph, kept: np.ndarray, title: str = "Channels kept") -> Table:
-    """What is kept of every group (``kept``: bool ``[C]``), with bars, and what the whole costs then."""
+    """The kept channels of every group (``kept``: bool ``[C]``) with bars, and the cost of the network."""
     everything = np.ones(graph.num_channels, bool)
     whole, left = graph.cost(everything), graph.cost(kept)
     table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)

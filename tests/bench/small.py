@@ -1,4 +1,4 @@
-"""A network and lists small enough for tests, in the place of those that are measured."""
+"""A network and lists small enough for tests, in place of the measured ones."""
 
 from __future__ import annotations
 

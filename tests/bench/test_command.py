@@ -21,7 +21,7 @@ from sparsekern.kernels.backends import cpu
 
 @pytest.fixture
 def table(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three cases in the place of all, one of them not quick, timed in no time."""
+    """Three cases in place of all, one of them not quick, with a stubbed timer."""
     few = (
         case("adam_step_", quick=True),
         case("sgd-step", tensors="few"),
@@ -154,7 +154,7 @@ def python(*arguments: str, cwd: Path, path: Path) -> str:
 
 
 def test_the_package_alone_can_do_it(tmp_path: Path) -> None:
-    """As installed: no working tree, no pytest, nothing of ``benchmarks``."""
+    """The installed package works without working tree, pytest and ``benchmarks``."""
     source = Path(sparsekern.__file__).parent
     shutil.copytree(source, tmp_path / "sparsekern", ignore=shutil.ignore_patterns("__pycache__"))
     arguments = ("--filter", "adamw-step.*tiny", "--rounds", "1", "--threads", "1", "--json", "-")

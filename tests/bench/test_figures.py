@@ -50,14 +50,14 @@ def test_two_problems_of_a_case_are_equal_and_apart(small: str) -> None:
 
 
 class Clock:
-    """Time that passes only where a side says so."""
+    """A clock that only the timed candidates advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.order: list[str] = []
         monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
 
-    def side(self, name: str, seconds: float) -> object:
+    def candidate(self, name: str, seconds: float) -> object:
         def run() -> None:
             self.now += seconds
             self.order.append(name)
@@ -67,8 +67,8 @@ class Clock:
 
 def test_sides_take_turns_and_short_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    sides = {"short": clock.side("short", 0.25), "long": clock.side("long", 2.0)}
-    times = interleaved(sides, 3, torch.device("cpu"), shortest=1.0)
+    candidates = {"short": clock.candidate("short", 0.25), "long": clock.candidate("long", 2.0)}
+    times = interleaved(candidates, 3, torch.device("cpu"), shortest=1.0)
     assert times == {"short": [0.25] * 3, "long": [2.0] * 3}
     assert clock.order[-15:] == [*["short"] * 4, "long", "long", *["short"] * 4, *["short"] * 4, "long"]
 

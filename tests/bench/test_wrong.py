@@ -1,4 +1,4 @@
-"""A case whose result is wrong is never timed, whatever of it is wrong."""
+"""A case with a wrong result is never timed, whichever part of the result is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsekern.bench import check, iteration
 from sparsekern.bench.cases import Case
-from sparsekern.bench.comparisons import OPS, build, sides
+from sparsekern.bench.comparisons import OPS, build, candidates
 from sparsekern.bench.problem import Problem
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG
 from sparsekern.kernels import ops as _ops
@@ -30,8 +30,8 @@ STEPS = [op for op in OPS if op not in ("row_statistics_", "row_mask_", "channel
 def test_right_results_are_timed(small: str, op: str, masked: float) -> None:
     result = suite(placements=2).result(case(op, masked=masked))
     assert (result.status, result.reason) == (TIMED, None)
-    assert tuple(result.seconds) == sides(result.case)
-    assert tuple(result.over) == sides(result.case)[1:]
+    assert tuple(result.seconds) == candidates(result.case)
+    assert tuple(result.over) == candidates(result.case)[1:]
     assert all(0 < spread.q1 <= spread.median <= spread.q3 for spread in result.seconds.values())
     assert (result.share_of_stream is None) == op.endswith("iteration")
 
@@ -43,7 +43,7 @@ def test_right_in_every_dtype_with_and_without_rows(
     small: str, op: str, masked: float | None, dtype: torch.dtype
 ) -> None:
     with check.forced("cpu"):
-        assert build(case(op, dtype=dtype, masked=masked)).wrong() is None
+        assert build(case(op, dtype=dtype, masked=masked)).validate() is None
 
 
 def broken(name: str, spoil: Callable[..., None], calls: list[str]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What is called without a command, and what the command line says where libraries are missing."""
+"""The command line without a command, and its messages where libraries are missing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_export_names_its_extra(trained, tmp_path):
     assert 'needs onnx, which is not installed; run: pip install "sparsekern[onnx]"' in done.stderr
 
 
-# Packages that fail as those do that were built for another torch: always, or for want of a schema.
+# Packages that fail like ones built for another torch: always, or because a schema is missing.
 BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 REPAIRABLE = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda *a: a[0])\n"
 MESSAGE = "torchvision: got 0.1.2 beside torch"

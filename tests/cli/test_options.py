@@ -1,4 +1,4 @@
-"""The options of train: their names, ranges, files, and what a run says of them."""
+"""The options of train: their names, ranges, files, and the output of a run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_setting_is_an_option_with_its_default():
 
 
 def refused(arguments, capsys):
-    """The line on stderr; no data is there to be read."""
+    """The line on stderr of a refused call; there is no data to read."""
     assert run(["train", "--data", "nowhere", *arguments]) == 2
     return capsys.readouterr().err
 

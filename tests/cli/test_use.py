@@ -1,4 +1,4 @@
-"""What a training has written is used: predict, evaluate, export."""
+"""The commands that use the files of a training: predict, evaluate, export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Six networks of different kinds, small, as examples of what people use."""
+"""Six small networks of different kinds, as examples of common ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def halved(kind: str) -> tuple[nn.Module, Plan, nn.Module]:
     torch.manual_seed(0)
     model = randomise(KINDS[kind]()).eval()
     for parameter in model.parameters():
-        if not parameter.any():  # heads and shifts that start at zero would hide everything
+        if not parameter.any():  # heads and shifts that start at zero would hide every difference
             nn.init.normal_(parameter, std=0.1)
     graph = trace(model, image())
     random = np.random.default_rng(0)

@@ -85,7 +85,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.is_floating_point():
                     noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                    # Away from zero, where the norm would amplify whatever comes.
+                    # Away from zero, where the norm would amplify rounding errors.
                     tensor.copy_(noise + 0.5 if name in ("weight", "running_var") else noise - 0.5)
     return model
 
@@ -99,7 +99,7 @@ def chain() -> Chain:
 
 
 def sizes(module: nn.Module) -> dict[str, Any]:
-    """Those of the sizes that torch's layers keep as attributes that this one has."""
+    """The size attributes of torch's layers that this layer has."""
     names = (
         "in_channels out_channels groups in_features out_features num_features num_channels "
         "num_groups num_parameters embedding_dim normalized_shape"

@@ -21,7 +21,7 @@ def one(module: nn.Module, keep: Mapping[str, Mapping[int, Sequence[int]]]) -> n
 EVERY_NORM = {name: {0: [0, 1, 4, 5]} for name in NORM}
 ROWS = {"weight": {0: [0, 1, 4, 5]}, "bias": {0: [0, 1, 4, 5]}}
 
-# Module, what is kept of its tensors, an input for the smaller one, its sizes.
+# Module, the kept indices of its tensors, an input for the smaller module, its sizes.
 LAYERS: dict[str, tuple[nn.Module, Any, tuple[int, ...], dict[str, Any]]] = {
     "conv": (
         nn.Conv2d(6, 8, 3),

@@ -1,4 +1,4 @@
-"""Masked and compact networks compute the same, on the architectures that people prune."""
+"""Masked and compact networks give equal outputs, on the usual architectures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lraspp() -> nn.Module:
     return models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
 
 
-# Factory and the smallest side of an image that still has a pixel at the end.
+# Factory, and the smallest image side that leaves a pixel in the last feature map.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (models.resnet18, 32),
     "resnet50": (models.resnet50, 32),
@@ -36,7 +36,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def nested(graph: ChannelGraph, shares: list[float]) -> Iterator[np.ndarray]:
-    """Random channels to keep, of each share fewer, at least one of every group."""
+    """Random nested sets of channels to keep, smaller with each share, at least one of every group."""
     order = np.random.default_rng(0).random(graph.num_channels)
     for group in graph.groups:
         order[group.channels[np.argmin(order[group.channels])]] = 0

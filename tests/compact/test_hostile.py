@@ -1,4 +1,4 @@
-"""Files and plans that somebody else made: one ValueError that says what is wrong, and nothing changed."""
+"""Malformed files and plans raise one ValueError that names the fault, and nothing changes."""
 
 from __future__ import annotations
 

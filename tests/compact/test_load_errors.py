@@ -19,7 +19,7 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, **metadata: str) -> None:
-    """The same file with other metadata and a checksum that fits: a careful forgery."""
+    """The same file with other metadata and a valid checksum: a deliberate forgery."""
     tensors, old = load_file(path), header(path)["__metadata__"]
     new = {**old, **metadata}
     save_file(tensors, path, {**new, "sha256": store._digest(new, tensors)})

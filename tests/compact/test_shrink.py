@@ -1,4 +1,4 @@
-"""Surgery on the live model: the same objects, smaller, as if they had always been."""
+"""Surgery on the live model: the same objects, smaller, equal to a model built at that size."""
 
 from __future__ import annotations
 

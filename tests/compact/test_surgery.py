@@ -115,7 +115,7 @@ class Tied(nn.Module):
 
 
 def tied_plan(model: nn.Module) -> Plan:
-    # The weight by the name that is not the first.
+    # The weight under its second name.
     names = ("second.weight", "first.bias", "second.bias", "scale", "view")
     return plan_for(model, {}).then(
         Plan(
@@ -272,7 +272,7 @@ def test_graph_modules_are_copied() -> None:
 
 
 class Stubborn(nn.Linear):
-    """Copies itself without asking what its tensors should become."""
+    """Copies itself without using the memo that replaces its tensors."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stubborn:
         return Stubborn(self.in_features, self.out_features)

@@ -1,4 +1,4 @@
-"""What people do with a module, done with a compact one."""
+"""Common uses of a module, applied to a compact one."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_every_kind_exports_and_runs_in_onnxruntime(halves: Halves, tmp_path: Pa
     exported = torch.export.export(small, (image(),))
     torch.testing.assert_close(output(exported.module(), image(1)), expected, rtol=1e-5, atol=1e-5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own making
+        warnings.simplefilter("ignore")  # made by the exporter
         program = torch.onnx.export(exported, (image(),), dynamo=True, verbose=False)
     assert program is not None
     program.save(tmp_path / "small.onnx")

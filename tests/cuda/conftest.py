@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU, in an emulation.
 
-What needs a GPU is in `test_device.py` and `test_norm_device.py`, and collected where there is one.
+Tests that need a GPU are in `test_device.py` and `test_norm_device.py`, collected only where there is one.
 """
 
 from __future__ import annotations

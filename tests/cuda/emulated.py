@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from sparsekern.kernels.backends import cuda
 from sparsekern.kernels.backends.cuda import norm_act as cuda_norm
+from sparsekern.kernels.backends.cuda import step as cuda_step
 from sparsekern.kernels.backends.lists import Plans
 from sparsekern.kernels.native import cuda_library
 
@@ -63,9 +64,9 @@ def installed(library: ctypes.CDLL) -> Iterator[ModuleType]:
     library.emulation_order(0)
     target = cuda_library.Target(library, "cpu", 1)
     with (
-        patch.object(cuda, "_target", target),
+        patch.object(cuda_step, "_target", target),
         patch.object(cuda_norm, "_target", target),
-        patch.object(cuda, "_plans", Plans()),
+        patch.object(cuda_step, "_plans", Plans()),
         patch.object(cuda_library, "stream", lambda device: 0),
         patch.object(cuda_library, "capturing", lambda: False),
     ):

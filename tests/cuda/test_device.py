@@ -97,7 +97,7 @@ class _Training:
 
 
 def _launches() -> int:
-    """Of CUDA kernels so far."""
+    """The number of CUDA kernels launched so far."""
     library = cuda_library.load()
     return 0 if library is None else library.sparsekern_cuda_launches()
 

@@ -16,6 +16,7 @@ from sparsekern.kernels import native
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.addresses import Addresses
+from sparsekern.kernels.backends.cuda import step as cuda_step
 from sparsekern.kernels.native import cuda_library
 from sparsekern.kernels.rows import RowTable
 
@@ -44,7 +45,7 @@ def _call(backend: Any, op: Op, on: Problem) -> None:
 
 
 def _compare(backend: Any, op: Op, want: Problem, steps: int) -> None:
-    """Both make steps from the same state each, so that no difference is passed on."""
+    """Both start each step from the same state, so differences do not accumulate."""
     got = want.clone()
     for _ in range(steps):
         before = want.clone()
@@ -153,20 +154,20 @@ def test_one_launch_takes_hundreds_of_tensors(emulated: Any, count: int, launche
     options = cases.ADAM | {"lr": 0.1}
     states = [[torch.zeros(3) for _ in params] for _ in range(2)]
     steps = [torch.zeros(()) for _ in params]
-    before = emulated._target.library.sparsekern_cuda_launches()
+    before = cuda_step._target.library.sparsekern_cuda_launches()
     emulated.adam_step_(params, grads, *states, [], steps, **options, rows=None)
     # The step, and what follows it.
-    assert emulated._target.library.sparsekern_cuda_launches() - before == 2 * launches
+    assert cuda_step._target.library.sparsekern_cuda_launches() - before == 2 * launches
     for param, step in zip(params, steps, strict=True):
         torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
         assert step == 1
     emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
     # Nothing follows a step that neither counts steps nor has rows.
-    assert emulated._target.library.sparsekern_cuda_launches() - before == 3 * launches
+    assert cuda_step._target.library.sparsekern_cuda_launches() - before == 3 * launches
 
 
 def test_an_optimizer_steps_on_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the optimizer and the checks of the operations, as training does."""
+    """A step through the optimizer and the checks of the ops, as in training."""
     results = []
     for backend in (reference, emulated):
         monkeypatch.setattr(_ops, "choose", lambda device, backend=backend: backend)
@@ -215,18 +216,18 @@ def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_scratch_of_a_captured_graph_is_kept(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And another stream gets its own, while without either nothing is allocated after the first step."""
+    """Another stream gets its own scratch; without both, nothing is allocated after the first step."""
     want = problem(torch.float32, "contiguous", "all live", shapes=LARGE)
     op = OPS["sgd"]
     _call(emulated, op, want)
-    (plan,) = emulated._plans.by_params.values()
+    (plan,) = cuda_step._plans.by_params.values()
     scratch = plan.scratch
     _call(emulated, op, want)
     assert plan.scratch is scratch
-    monkeypatch.setattr(emulated, "_captured", [])
+    monkeypatch.setattr(cuda_step, "_captured", [])
     monkeypatch.setattr(cuda_library, "capturing", lambda: True)
     monkeypatch.setattr(cuda_library, "stream", lambda device: 5)
     for _ in range(2):
         _call(emulated, op, want)
     assert plan.scratch is not scratch
-    assert len(emulated._captured) == 1 and emulated._captured[0] is plan.scratch
+    assert len(cuda_step._captured) == 1 and cuda_step._captured[0] is plan.scratch

@@ -1,4 +1,4 @@
-"""The emulation finds the faults it is there for: otherwise that kernels pass under it would say nothing."""
+"""The emulation detects the faults that it must detect; otherwise passing kernels would prove nothing."""
 
 from __future__ import annotations
 

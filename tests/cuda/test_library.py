@@ -1,4 +1,4 @@
-"""Loading the CUDA library, and what is said where it does not work."""
+"""Loading the CUDA library, and the message if it does not work."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_a_missing_library_and_one_of_another_version(
 def test_a_library_without_a_symbol_is_a_backend_that_does_not_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that was built in this tree before the symbol was added: the user is told to build it again."""
+    """An older build lacks a newly added symbol: the message tells the user to build it again."""
     stale = tmp_path / f"_cuda_kernels{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    # Any library that loads has none of ours.
+    # Any other library that loads lacks the symbols.
     stale.symlink_to(numpy.linalg._umath_linalg.__file__)
     monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "cuda_library.py"))
     monkeypatch.setattr(cuda_library, "reason", None)

@@ -18,6 +18,7 @@ from kernels.norm_elementwise import (
 from torch import Tensor
 
 from sparsekern.kernels.backends.cuda import norm_act as cuda_norm
+from sparsekern.kernels.backends.cuda import step as cuda_step
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.native import cuda_library
 
@@ -63,7 +64,7 @@ def test_shape(emulated: Any, shape: tuple[int, ...], dtype: torch.dtype, layout
 @pytest.mark.parametrize("lies", [(2, 3, 61 * 67), (2 * 61 * 67, 3, 1), (1, 1, 67 * 131)], ids=str)
 def test_several_blocks_share_a_channel(emulated: Any, lies: tuple[int, int, int]) -> None:
     """In the shapes above; each block leaves four numbers, and so do all of them together."""
-    scratch = emulated._target.library.sparsekern_cuda_norm_scratch(*lies, 4)
+    scratch = cuda_step._target.library.sparsekern_cuda_norm_scratch(*lies, 4)
     assert scratch >= 4 * lies[1] * 3
 
 
@@ -120,7 +121,7 @@ def test_a_module_trains_on_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("training", "forward"), [(True, 3), (False, 1)])
 def test_launches(emulated: Any, training: bool, forward: int) -> None:
     given = problem((2, 4, 3, 3), torch.float32, "contiguous", training=training)
-    library = emulated._target.library
+    library = cuda_step._target.library
     before = library.sparsekern_cuda_launches()
     _, mean, var = given.forward(emulated)
     assert library.sparsekern_cuda_launches() - before == forward

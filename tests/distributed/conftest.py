@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the processes that results are compared with."""
+    """Use one thread, as the processes do that results are compared with."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

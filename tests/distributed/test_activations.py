@@ -1,4 +1,4 @@
-"""Counts of activations differ between processes: decisions rest on their mean, and each saves its own."""
+"""Counts of activations differ between processes: decisions use their mean, and each saves its own."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_mean_of_what_each_has_counted() -> None:
     for name in ("activity", "updates"):
         mean = (one[name].double() + other[name].double()) / 2
         assert torch.equal(after[name], mean.float()) and torch.equal(after[name], same[name])
-    # What each compares with goes on to be its own.
+    # Each process keeps its own threshold.
     assert torch.equal(after["threshold"], one["threshold"])
     assert torch.equal(same["threshold"], other["threshold"])
 

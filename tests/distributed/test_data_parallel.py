@@ -1,4 +1,4 @@
-"""DistributedDataParallel: the masks of one process with the same global batch, or an error."""
+"""DistributedDataParallel gives the masks of one process with the same global batch, or an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ours AdamW", {}),
     ("ours SGD", {}),
     ("torch RMSprop", {}),
-    # Chance is the same everywhere.
+    # The random numbers are the same in all processes.
     ("ours AdamW", {"select": criteria.Random(3)}),
     ("ours AdamW", {"select": criteria.Shuffled(criteria.Taylor(), seed=1)}),
 ]
@@ -49,7 +49,7 @@ def test_four_processes_prune_as_one() -> None:
 
 
 def _accumulated() -> Any:
-    """Every step in two portions, the first one without communication."""
+    """Accumulate every step over two portions, the first without communication."""
     training = start("parallel")
     assert isinstance(training.model, DistributedDataParallel)
     for step in range(STEPS):
@@ -70,7 +70,7 @@ def test_gradients_accumulate_without_communication() -> None:
 
 
 def _messages_of_differing(what: str) -> tuple[str, list[bool]]:
-    """Train until something is raised; the message, and which parameters are as they were before the step."""
+    """Train until an error; returns its message and which parameters are as before the step."""
     inner = network()
     model: nn.Module = inner
     rank = dist.get_rank()

@@ -23,7 +23,7 @@ from sparsekern.prune.state import network as pruned_network
 def _own_clock(
     model: nn.Module, graph: ChannelGraph, inputs: Any, *, example_kwargs: Any, round_to: int, cache: Any
 ) -> LatencyModel:
-    """A nanosecond per number that an op reads, give or take what differs between processes."""
+    """A clock with 1 ns per number that an op reads, and a deviation that differs between processes."""
     axes, axes_of = lay_axes(graph, graph.operations, round_to, 16)
     calls = _calls(graph, axes, axes_of)
     random = np.random.default_rng(dist.get_rank())

@@ -1,4 +1,4 @@
-"""What goes wrong in one of several processes is an error in all, and leaves all as they were."""
+"""A failure in one of several processes is an error in all, and changes none of them."""
 
 from __future__ import annotations
 

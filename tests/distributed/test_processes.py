@@ -1,4 +1,4 @@
-"""The tests' own way of running processes: nothing hangs, and what went wrong is told."""
+"""The helper that runs processes: nothing hangs, and failures are reported."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from sparsekern.prune.run.steps import Rates, differing_rates
 
 
 def _trained(how: str, optimizer: str, zero_at: tuple[int, ...], rank: int | None, silent: bool) -> str:
-    """Train with a rate of 0 in some steps, in one process or all; what was raised, else what was kept.
+    """Train with a rate of 0 in some steps, in one process or all; returns the error, else the channels kept.
 
     ``silent`` makes the gradients of these steps 0 as well.
     """
@@ -48,7 +48,7 @@ def _each(cases: list[tuple[Any, ...]]) -> list[str]:
 
 
 def test_steps_that_train_nothing_are_alike_everywhere() -> None:
-    """In all processes a rate of 0 is a step where there are gradients, and none where there are not."""
+    """A step with rate 0 counts in all processes if there are gradients, and in none otherwise."""
     cases: list[tuple[Any, ...]] = []
     for how in ("parallel", "sharded"):
         for optimizer in ("ours SGD", "torch SGD"):

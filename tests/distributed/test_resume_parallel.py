@@ -68,7 +68,7 @@ def test_two_processes_go_on_bit_by_bit(tmp_path: Path) -> None:
 
 
 def _messages(folder: str) -> list[str]:
-    """What each process is told when one cannot write, and when one cannot read."""
+    """The error of each process if one cannot write, and if one cannot read."""
     own = start("parallel", **SHRINK)
     rank, path = dist.get_rank(), Path(folder) / "run.pt"
     messages = []

@@ -1,4 +1,4 @@
-"""Parameters sharded by ``fully_shard`` (FSDP2): the masks of one process, whatever is cut where."""
+"""Parameters sharded by ``fully_shard`` (FSDP2) get the masks of one process, wherever they are cut."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _on_meshes() -> list[Result]:
 
 
 def test_four_processes_prune_as_one_also_as_replicas_of_shards() -> None:
-    """Over four, parts are uneven and some are empty; two times two have each part twice."""
+    """Four processes have uneven and some empty parts; a 2 x 2 mesh holds each part twice."""
     alone = trained("alone")
     for results in run(_on_meshes, 4):
         for result in results:
@@ -120,7 +120,7 @@ def _load(folder: Path, pruner_first: bool) -> Result:
     dcp.load(pruner, checkpoint_id=folder)
     if pruner_first:
         training.pruner.load_state_dict(pruner["pruner"])
-    # Makes a step with a learning rate of 0 for the optimizer to have a state.
+    # Makes a step with a learning rate of 0, so that the optimizer has state.
     model, states = get_state_dict(training.model, training.optimizer)
     dcp.load({"model": model, "optim": states}, checkpoint_id=folder)
     set_state_dict(training.model, training.optimizer, model_state_dict=model, optim_state_dict=states)
@@ -164,11 +164,11 @@ def test_the_pruners_state_is_that_of_one_process() -> None:
 
 
 def _copies() -> dict[str, Any]:
-    """What compacting leaves behind: an ordinary module, and a model that trains on."""
+    """Compacting gives an ordinary module, and the sharded model can train on."""
     training = start("sharded")
     training.train(range(STEPS))
     with torch.no_grad():
-        # Without a backward pass after it, the outermost module goes on showing gathered parameters.
+        # Without a following backward pass the outermost module keeps its gathered parameters.
         expected = training.model(batch(0))
     hooks = len(training.inner._forward_pre_hooks)
     largest: list[int] = []

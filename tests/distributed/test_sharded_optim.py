@@ -1,4 +1,4 @@
-"""The optimizers on sharded parameters: every element as in one process, state placed as its parameter."""
+"""The optimizers on sharded parameters: every element equals that of one process; state is placed alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sparsekern
 from benchmarks.processes import run
 
 SHAPES = ((10, 3, 3), (5,), (1, 4), (3, 8), (16, 2))
-"""Over four processes: uneven, the last one empty, three empty, one empty, even."""
+"""Shapes whose parts in four processes are: uneven; last one empty; three empty; one empty; even."""
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SGD", {}),
@@ -88,7 +88,7 @@ def test_every_element_is_as_in_one_process() -> None:
     expected = [_whole(name, options, dtype) for dtype in DTYPES for name, options in CASES]
     for rank in run(_cases, 4):
         for got, wanted in zip(rank, expected * 3, strict=True):
-            # The kernels give an element the same bits wherever it lies.
+            # The kernels give the same bits for an element, wherever it lies in memory.
             torch.testing.assert_close(got[: len(SHAPES)], wanted[: len(SHAPES)], rtol=0, atol=0)
 
 
@@ -121,7 +121,7 @@ def test_an_overflow_in_one_process_skips_the_step_of_all() -> None:
 
 
 def _compiled(name: str, options: dict[str, Any]) -> list[list[Tensor]]:
-    """What a compiled step does, and one that is not."""
+    """The results of a compiled and of an uncompiled step."""
     mesh = init_device_mesh("cpu", (1,))
     results = []
     for compiled in (True, False):

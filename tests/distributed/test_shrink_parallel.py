@@ -42,9 +42,9 @@ def test_processes_shrink_as_one() -> None:
 
 
 def _counting(seen: list[int]) -> Callable[..., torch.futures.Future[torch.Tensor]]:
-    """A communication hook without state: averages, and notes the bytes of each bucket."""
+    """A stateless communication hook that averages and records the bytes of each bucket."""
 
-    # Without an annotation: torch takes it for text here.
+    # Without an annotation, because it would be a string here, which torch refuses.
     def counting(state: Any, bucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[no-untyped-def]
         seen.append(bucket.buffer().nbytes)
         return allreduce_hook(state, bucket)
@@ -61,7 +61,7 @@ def _bytes(options: dict[str, Any], compiled: bool) -> list[list[int]]:
     model.register_comm_hook(None, _counting(buckets))
     called: nn.Module = torch.compile(model, backend="eager") if compiled else model
     optimizer = sparsekern.optim.AdamW(model.parameters(), lr=0.01)
-    # The wrapper is not handed over: it has to be found.
+    # The Pruner does not get the wrapper and has to find it.
     sparsekern.Pruner(inner, optimizer, batch(0)[:1], **ARGUMENTS, **SHRINK)
     seen, before = [], [id(p) for p in inner.parameters()]
     for step in range(STEPS):
@@ -131,7 +131,7 @@ def test_by_hand_with_a_copy_and_a_resume_into_a_full_size_wrapper() -> None:
 
 
 def _refused(what: str) -> list[str]:
-    """The error, and what has changed in spite of it."""
+    """The error, and everything that changed in spite of it."""
     inner = network()
     model = DistributedDataParallel(inner)
     if what == "state":

@@ -24,7 +24,7 @@ IMAGES = 8
 class Net(nn.Module):
     """A level of a UNet, and a convolution without norm.
 
-    Widths divide by no number of processes, so that parts are uneven; over four, some are empty. The
+    The number of processes divides no width, so parts are uneven; with four processes some are empty. The
     transposed convolution has its rows in dimension 1.
     """
 
@@ -44,7 +44,7 @@ class Net(nn.Module):
         return self.head(torch.relu(self.bare(x)))
 
     def train(self, mode: bool = True) -> Net:
-        """Batch norms keep to their running statistics: those of a part of a batch are other ones."""
+        """Train; batch norms use their running statistics, because those of a partial batch differ."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -98,7 +98,7 @@ class Run:
         compact = self.pruner.compact()
         return Result(
             kept=[kept for kept, _ in self.pruner.widths().values()],
-            condemned=self.pruner.metrics()["condemned"],
+            fading=self.pruner.metrics()["condemned"],
             channels=self.pruner.state_dict()["channels"],
             params=[whole(param) for param in self.inner.parameters()],
             compact=[param.detach() for param in compact.parameters()],
@@ -109,10 +109,10 @@ class Run:
 
 @dataclass
 class Result:
-    """What is compared between trainings; tensors are whole ones."""
+    """The results that are compared between trainings; tensors are gathered."""
 
     kept: list[int]
-    condemned: int
+    fading: int
     channels: Tensor
     params: list[Tensor]
     compact: list[Tensor]
@@ -160,7 +160,7 @@ def trained_each(how: str, cases: Sequence[tuple[str, dict[str, Any]]]) -> list[
 def assert_equal_results(ours: Result, alone: Result) -> None:
     """The same channels are gone, and all numbers agree to rounding."""
     assert ours.kept == alone.kept
-    assert ours.condemned == alone.condemned
+    assert ours.fading == alone.fading
     assert torch.equal(ours.channels, alone.channels)
     assert ours.kind == alone.kind
     for mine, theirs in zip(ours.params + ours.compact, alone.params + alone.compact, strict=True):

@@ -1,4 +1,4 @@
-"""Whether a graph tells the truth: masked and compacted networks compared in float64."""
+"""The check of a graph: masked and compacted networks are compared in float64."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def difference(masked: nn.Module, small: nn.Module, inputs: Sequence[Any]) -> fl
 def flops(model: nn.Module, inputs: Sequence[Any]) -> int:
     """Half of what torch's counter finds in evaluation mode.
 
-    It knows the two products of attention only where they are run as such, not in fused kernels
-    for the CPU; with a gradient wanted, ``nn.MultiheadAttention`` takes no shortcut around both.
+    The counter knows the two products of attention only as separate ops, not in fused kernels for the
+    CPU; with gradients enabled, ``nn.MultiheadAttention`` does not take its fast path.
     """
     counter = FlopCounterMode(display=False)
     with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -107,7 +107,7 @@ def check(
     kept = choose(graph, seed, share)
     small, masked = compact(model, make_plan(graph, kept)), mask(model, graph, kept)
     assert difference(masked, small, inputs) < bound
-    # What was masked reaches the output, or the comparison would say nothing.
+    # The masked channels reach the output; otherwise the comparison would prove nothing.
     assert kept.all() or difference(masked, model, inputs) > 1e-9
     cost = graph.cost(kept)
     assert cost.params == sum(p.numel() for p in small.parameters())

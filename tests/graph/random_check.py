@@ -1,4 +1,4 @@
-"""What becomes of a random network."""
+"""The outcome of one random network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from graph.random_networks import Plan, build
 from sparsekern.compact import compact, make_plan
 from sparsekern.graph import trace
 
-BOUND = 1e-11  # of the largest output; norms over few values enlarge rounding
+BOUND = 1e-11  # relative to the largest output; norms over few values amplify rounding errors
 
 
 def examine(plan: Plan) -> tuple[str, str, int]:
-    """Outcome (exact, whole, refused or DIFFERENT), what there is to say, channels found."""
+    """The outcome (exact, whole, refused or DIFFERENT), a message, and the number of channels found."""
     model, inputs = build(plan, HEADS)
     model = randomise(model, plan.seed)
     inputs = tuple(x.double() for x in inputs)

@@ -1,4 +1,4 @@
-"""What random networks end in."""
+"""The heads of random networks."""
 
 from __future__ import annotations
 

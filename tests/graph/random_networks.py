@@ -1,7 +1,7 @@
-"""Random networks, composed of the structures that people build with.
+"""Random networks, composed of common structures.
 
-A structure is a function of a ``Draw`` (its choices) and an ``At`` (what arrives); it returns a
-module and what leaves it. ``STEPS`` holds those that go from one feature map to another, ``build``
+A structure is a function of a ``Draw`` (its choices) and an ``At`` (its input); it returns a
+module and its output. ``STEPS`` holds those that go from one feature map to another, ``build``
 puts a stem before a list of them and a head behind. A network is told by its ``Plan``: plain data,
 so that a failure can be written down and shrunk.
 """

@@ -97,7 +97,7 @@ def test_gates_are_norms_where_they_follow_and_filters_elsewhere(graph: ChannelG
 
 
 def test_gates_behind_concatenations_are_all_norms_that_read_them() -> None:
-    """Rescaling a filter of a DenseNet changes nothing: every reader normalises."""
+    """Rescaling a filter of a DenseNet changes no output, because every reader normalises."""
     graph = trace(torchvision.models.DenseNet(4, (2,), 6, num_classes=3), X)
     growth = int(named(graph, "features.denseblock1.denselayer1.conv2").channels[1])
     assert gates_of(graph, growth) == {

@@ -1,4 +1,4 @@
-"""Programs whose course or sizes depend on data: they freeze what they touch, or are refused by name."""
+"""Programs whose control flow or sizes depend on data freeze the channels involved or are refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X = torch.zeros(2, 3, 4, 4)
 
 
 class Net(nn.Module):
-    """Three convolutions; ``middle`` is what is made of the first one's output and handed to the others."""
+    """Three convolutions; ``middle`` transforms the first one's output, which the others read."""
 
     def __init__(self, middle: Callable[[Net, Tensor], Tensor]) -> None:
         super().__init__()

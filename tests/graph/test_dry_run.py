@@ -19,7 +19,7 @@ INPUT = torch.zeros(2, 3, 8, 8)
 
 
 class Layers(nn.Module):
-    """Six convolutions with norms, and somebody's idea of what their outputs must be like."""
+    """Six convolutions with norms, and a demand on their outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Layers(nn.Module):
 
 
 def traced(check: Check) -> tuple[Layers, ChannelGraph]:
-    """The network with a demand that its graph, traced before, knows nothing of."""
+    """The network with a demand that was added after its graph was traced."""
     model = Layers()
     graph = trace(model, INPUT)
     assert len(graph.groups) == 6
@@ -109,7 +109,7 @@ def test_of_groups_that_fail_together_one_is_frozen() -> None:
 
 
 def test_widths_that_must_be_equal_are_told_apart() -> None:
-    """Halving both would hide that they depend on each other."""
+    """If both were halved, the dependence would stay hidden."""
     model, graph = traced(want_equal_widths)
     left = names(dry_run(model, graph, INPUT))
     assert not {"convs.0", "convs.3"} & set(left)
@@ -117,7 +117,7 @@ def test_widths_that_must_be_equal_are_told_apart() -> None:
 
 
 class Telling(nn.Module):
-    """Its second output is as long as a layer is wide."""
+    """The length of its second output is the width of a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def test_no_memory_is_used() -> None:
 
 
 def test_a_single_value_per_channel_is_no_fault() -> None:
-    """Batch norm refuses to train on one; evaluation is tried all the same."""
+    """Batch norm refuses to train on one value; evaluation mode is still tried."""
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
     model = nn.Sequential(pool, nn.ReLU(), nn.Conv2d(8, 2, 1))
     graph = trace(model.eval(), INPUT)

@@ -25,7 +25,7 @@ Pair = namedtuple("Pair", ["first", "second"])
 
 @dataclass
 class Bag:
-    """As users write them."""
+    """A container as users write them."""
 
     features: dict[str, Any] = field(default_factory=dict)
 
@@ -35,7 +35,7 @@ class Slotted:
 
 
 class Net(nn.Module):
-    """Keeps what ``store`` makes of the first feature map; ``place`` is what it keeps it in."""
+    """Stores the result of ``store`` on the first feature map; ``place`` is the container."""
 
     shared: ClassVar[list[Tensor]] = []
 

@@ -1,4 +1,4 @@
-"""What tracing, pruning and compacting leave as they were: everything of the user's."""
+"""Tracing, pruning and compacting leave all objects of the user unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 class Body(nn.Module):
-    """Two convolutions, with what people put between them. calls: how often it ran."""
+    """Two convolutions with common layers between them. calls: the number of forward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def traced(model: nn.Module) -> None:
 def pruned(model: nn.Module) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     pruner = sparsekern.Pruner(model, optimizer, X, keep=0.8, of="params", steps=10)
-    # While it watches, it hears of what is loaded; nothing else of the model changes.
+    # While it watches, load hooks are registered; nothing else of the model changes.
     pruner.detach()
 
 

@@ -1,4 +1,4 @@
-"""Networks as people build them: traced in full, exact, priced exactly."""
+"""Common networks: traced in full, exact, with exact costs."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ raise SystemExit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 6
 
 
 def test_takes_no_memory() -> None:
-    """31 million parameters are 120 MB; their fake copy is none."""
+    """31 million parameters take 120 MB; their fake copy takes none."""
     assert subprocess.run([sys.executable, "-c", _MEMORY], check=False).returncode == 0
 
 
 def test_auxiliary_heads_shrink_with_the_network() -> None:
-    """What only the training mode runs is part of the graph, and not of the MACs."""
+    """Layers that run in training mode only are part of the graph, but not of the MACs."""
 
     class WithHead(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Random networks of many structures: exact and priced exactly, whatever was found in them."""
+"""Random networks of many structures are exact and have exact costs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_is_exact_or_whole(plan: Plan) -> None:
     assert outcome in FINE, said
 
 
-# Seeds of ``benchmarks.fuzz`` that once showed a mistake.
+# Seeds of ``benchmarks.fuzz`` that once showed a fault.
 SEEDS: tuple[int, ...] = (33,)
 
 

@@ -110,7 +110,7 @@ def test_of_weights_that_are_computed(name: str) -> None:
     weight = next(n for n, p in model.first.named_parameters() if p.ndim == 4 and p.shape[1] == 3)
     assert re.search(reason, graph.explain(f"first.{weight}"))
     assert re.search(reason, graph.explain("first"))
-    # What follows a layer stays because of that layer, not of what the layer reads.
+    # A layer's output stays because of that layer, not because of the layer's input.
     assert "input" not in graph.explain("norm.weight")
 
 

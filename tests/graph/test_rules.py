@@ -14,7 +14,7 @@ from sparsekern.compact import Plan, compact, load, make_plan, plan_of, save, ve
 from sparsekern.graph import trace
 from sparsekern.graph.propagate.interpret import _rule
 
-# Overloads that image networks run, beside those whose freezing is told by their own structure.
+# Overloads of image networks, without those whose freezing is tested by their own structure.
 FOLLOWED = """
 conv2d batch_norm flatten.using_ints linear relu_ adaptive_avg_pool2d dropout add.Tensor cat add_.Tensor
 max_pool2d mul.Tensor view transpose.int layer_norm gelu reshape mean.dim permute relu sigmoid softmax.int
@@ -53,7 +53,7 @@ X = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
 
 
 def test_numbers_of_heads_follow(tmp_path: Path) -> None:
-    """Once, twice, through JSON and through a file."""
+    """After one cut and two, through JSON and through a file."""
     torch.manual_seed(0)
     model = Net()
     graph = trace(model, X)

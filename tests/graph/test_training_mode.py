@@ -1,4 +1,4 @@
-"""Training modes that ask for values: traced where the program has one course, else told by line."""
+"""Training modes that read values: traced if the program has one path, else reported with the line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.rand(2, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """Two convolutions and a head; ``between`` is what is done with the first one's output."""
+    """Two convolutions and a head; ``between`` is applied to the first one's output."""
 
     def __init__(self, between: Callable[[Net, Tensor], Tensor], norm: nn.Module | None = None) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class Program:
 def test_finds_exactly_those_at_fault(whole: set[int]) -> None:
     program = Program(whole)
     assert dict(search(program, GROUPS)) == {group: f"at {group}" for group in whole}
-    # Where the program stops is where the fault is: one run each, and one that succeeds.
+    # The program stops at the fault, so each fault takes one run, and one more run succeeds.
     assert program.runs == len(whole) + 1
 
 

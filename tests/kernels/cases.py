@@ -1,7 +1,7 @@
 """Lists of tensors to make steps with: odd shapes, every layout, rows in every state.
 
-Every buffer lies between guard bands and around the holes of its strides there is poison, so that a
-write or read outside of a view shows.
+Guard bands surround every buffer, and the gaps between its strides hold poison, so a write or read
+outside of a view is detected.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ SHAPES: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((0,), None),
 )
 
-# Rows in one piece that end anywhere in a vector, and around the lengths from which they are walked another
-# way; rows of one element; more rows than a tile has.
+# Contiguous rows that end anywhere in a vector; lengths around the limits between two loops; rows of one
+# element; more rows than a tile has.
 ROW_LENGTHS: tuple[tuple[tuple[int, ...], int | None], ...] = (
     *(((19, length), 0) for length in (*range(7, 34), 47, 63, 64, 65, 255, 256)),
     *(((rows,), 0) for rows in (15, 16, 31, 33, 2049)),
     ((2051, 8), 0),
 )
 
-# Memory of the parameters, of the gradients, of the state.
+# Memory layouts of the parameters, of the gradients and of the state.
 LAYOUTS: dict[str, tuple[str, str, str]] = {
     "contiguous": ("contiguous", "contiguous", "contiguous"),
     "channels_last": ("channels_last", "channels_last", "channels_last"),
@@ -115,7 +115,7 @@ class Guarded:
 
 @dataclass
 class Problem:
-    """What one call reads and writes, by name; `tensors` are lists over SHAPES, `arrays` the table's."""
+    """The data of one call by name: `tensors` holds lists over SHAPES, `arrays` the arrays of the table."""
 
     tensors: dict[str, list[Guarded]]
     arrays: dict[str, Guarded]
@@ -149,7 +149,7 @@ class Problem:
         return Rows(RowArrays(*views, self.tau, self.decay), self.starts, self.dims)
 
     def entries(self) -> dict[str, Guarded]:
-        """Everything by a readable name."""
+        """All tensors and arrays, each with a readable name."""
         named = {
             f"{name}[{i}] {list(guarded.view.shape)}": guarded
             for name, guardeds in self.tensors.items()
@@ -158,14 +158,14 @@ class Problem:
         return named | self.arrays
 
     def copy_(self, other: Problem) -> None:
-        """Take over the values of another one."""
+        """Copy the values of another Problem."""
         for mine, theirs in zip(self.entries().values(), other.entries().values(), strict=True):
             mine.view.copy_(theirs.view)
 
 
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 
-# Share of masked rows, and of declining ones among the others.
+# Share of masked rows, and share of fading rows among the others.
 ROW_STATES: dict[str, tuple[float, float]] = {
     "all live": (0.0, 0.0),
     "some masked, some declining": (0.4, 0.3),
@@ -182,7 +182,7 @@ def problem(
     seed: int = 0,
     shapes: Sequence[tuple[tuple[int, ...], int | None]] = SHAPES,
 ) -> Problem:
-    """A Problem over ``shapes`` in the middle of a training. Gradients of masked rows are NaN."""
+    """A Problem over ``shapes`` with state as in mid-training. Gradients of masked rows are NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
@@ -231,7 +231,7 @@ def problem(
 
 
 def channel_arrays(channels: int, pending: float) -> ChannelArrays:
-    """Between a step and the means per channel: no to three gates each, among 40 rows; the same each time."""
+    """Arrays after a step and before the means per channel: 40 rows, 0 to 3 gates a channel, fixed seed."""
     generator = torch.Generator().manual_seed(7)
     counts = torch.randint(0, 4, (channels,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

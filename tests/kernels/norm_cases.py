@@ -18,7 +18,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 # One element per channel and row, runs shorter than a vector, several blocks, channels that fill no vector.
 SHAPES = [(3, 5, 1, 1), (2, 3, 3, 5), (4, 24, 6, 6), (2, 64, 9, 11), (3, 7, 50, 47), (1, 130, 4, 4)]
 
-# Of the largest element: a float32 sum errs by some roundings, bfloat16 results by one of their own.
+# Tolerance relative to the largest element: a float32 sum has several rounding errors, a bfloat16 result one.
 ROUNDINGS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
@@ -64,7 +64,7 @@ def problem(
     affine: bool = True,
     seed: int = 0,
 ) -> NormProblem:
-    """Random data; what masked channels hold is not finite, for nobody may look at it."""
+    """Random data. Masked channels hold NaN and infinities, because no kernel may use their values."""
     generator = torch.Generator().manual_seed(seed)
 
     def data(offset: float = 0.0) -> Tensor:
@@ -95,7 +95,7 @@ def problem(
 
 
 def assert_equals_reference(backend: ModuleType, given: NormProblem) -> None:
-    """Both passes of `backend` give what the reference gives, from the same mean and variance."""
+    """Both passes of `backend` equal the reference, given the same mean and variance."""
     got, want = given.forward(backend), given.forward(reference_norm)
     near = ROUNDINGS[given.x.dtype]
     for name, mine, theirs in zip(("y", "mean", "var"), got, want, strict=True):

@@ -1,4 +1,4 @@
-"""The comparison of a backend's normalisations with the reference, to the last rounding that may differ."""
+"""Elementwise comparison of a backend's normalisations with the reference, with the tightest tolerances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SINGLE = torch.finfo(torch.float32).eps
 
 
 def laid_out(given: NormProblem, layout: str) -> NormProblem:
-    """The same with its data in another layout: any that torch has, or not on a boundary of sixteen bytes."""
+    """A copy in another memory layout: one of torch's, or one that is not aligned to 16 bytes."""
     residual = None if given.residual is None else _laid_out(given.residual, layout)
     return replace(given, x=_laid_out(given.x, layout), grad=_laid_out(given.grad, layout), residual=residual)
 
@@ -35,11 +35,11 @@ def _laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def assert_forward(backend: Any, given: NormProblem) -> None:
-    """Mean and variance are near; the output is what the reference makes of them."""
+    """Mean and variance are near the reference's; the output is the reference's for the same two."""
     _, want_mean, want_var = given.forward(reference_norm)
     y, mean, var = given.forward(backend)
     eps = _compute_eps(given.x)
-    # A variance is taken about a first guess at the mean, by which its rounding grows.
+    # The variance is computed about an estimate of the mean; its rounding grows with the estimate's error.
     roundings = 32 + _elements(given) ** 0.5 if given.options["training"] else 0.0
     _near("mean", mean, want_mean, roundings * eps * (want_mean.abs() + want_var.sqrt()).double())
     _near("var", var, want_var, roundings * eps * want_var.double())
@@ -47,13 +47,13 @@ def assert_forward(backend: Any, given: NormProblem) -> None:
         reference_norm
     )
     sizes = _finite(want)
-    # The largest term of what is normalised.
+    # The largest term in the normalisation of an element.
     terms = (_finite(given.x) + _spread(mean.abs(), given.x)) * _spread(_scale(given, var), given.x)
     _near("y", y, want, _missed(given) * (sizes + terms))
 
 
 def assert_backward(backend: Any, given: NormProblem) -> None:
-    """Counted elements are the same, sums near, and gradients near by what sums may be off."""
+    """Counts are equal, sums are near, and gradients differ by no more than the errors of the sums allow."""
     _, mean, var = given.forward(reference_norm)
     want, got = given.backward(reference_norm, mean, var), given.backward(backend, mean, var)
     dtype_eps, elements = torch.finfo(given.x.dtype).eps, _elements(given)
@@ -61,7 +61,7 @@ def assert_backward(backend: Any, given: NormProblem) -> None:
     grad, scale = _finite(given.grad), _scale(given, var)
     centred = given.x.double() - _spread(mean, given.x)
     normal = _finite(centred / _spread(var.double() + given.options["eps"], given.x).sqrt())
-    # Sums of n terms in any order err by sqrt(n) / 2 roundings; derivatives are half as much again at most.
+    # A sum of n terms has an error of about sqrt(n) / 2 roundings in any order; derivatives add at most half.
     roundings = 2 * _compute_eps(given.x) * (4 + elements**0.5)
     dot, total = (grad * normal).sum(over), grad.sum(over)
     terms = grad + (normal * _spread(dot, grad) + _spread(total, grad)) / elements
@@ -74,7 +74,7 @@ def assert_backward(backend: Any, given: NormProblem) -> None:
         "grad_bias": roundings * total,
     }
     if given.counts is not None:
-        # Where an exponential misses, an element may be counted or not.
+        # Where an exponential is inexact, either decision about an element's count is allowed.
         uncounted = 1 / elements if given.options["activation"] == "silu" else 0.0
         allowed["threshold"] = (SINGLE + roundings) * _finite(want[4])
         allowed["activity"] = torch.tensor(3 * SINGLE + uncounted * (1 - given.counts.decay))
@@ -93,8 +93,10 @@ def _near(name: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
 
 
 def _missed(given: NormProblem) -> float:
-    """What an element may be off, relative to the terms it is made of: nothing but where an exponential
-    misses the last bits (and then the rounding of the result), or torch's square root in float64 does."""
+    """The error allowed in an element, relative to its terms.
+
+    It is 0 except where an exponential is inexact in its last bits (then also the rounding of the result) or
+    torch's float64 square root is."""
     if given.options["activation"] == "silu":
         return 16 * _compute_eps(given.x) + torch.finfo(given.x.dtype).eps
     return 8 * _compute_eps(given.x) if given.x.dtype is torch.float64 else 0.0
@@ -114,7 +116,7 @@ def _compute_eps(of: Tensor) -> float:
 
 
 def _finite(values: Tensor | None) -> Tensor:
-    """Sizes of elements, 0 of those that are not finite."""
+    """Absolute values; 0 for elements that are not finite."""
     return torch.zeros(()) if values is None else values.double().abs().nan_to_num(0, 0, 0)
 
 
@@ -123,7 +125,7 @@ def _spread(per_channel: Tensor, like: Tensor) -> Tensor:
 
 
 def assert_far_from_zero(backend: Any, layout: str) -> None:
-    """The moments of numbers whose mean is far from 0, and of which the first ones are 0."""
+    """Mean and variance are accurate for numbers whose mean is far from 0 and whose first elements are 0."""
     given = laid_out(problem((6, 8, 33, 35), torch.float32, "contiguous"), layout)
     given.x.add_(1000)
     given.x[0, :, 0, 0] = 0

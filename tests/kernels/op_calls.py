@@ -1,7 +1,7 @@
-"""Valid calls of every registered op, and the ways to spoil an argument; both are made anew from their names.
+"""Valid calls of every registered op, and ways to spoil an argument; both can be rebuilt from their names.
 
-A call is described by data alone (:class:`Spec`), so that it can be made twice, for an op and for the
-reference, and be repeated from what a failed test prints. Every tensor lies between guard bands.
+A call is described by plain data (:class:`Spec`). So it can be built twice, for an op and for the reference,
+and repeated from the output of a failed test. Every tensor lies between guard bands.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Spoil:
 
 @dataclass(frozen=True)
 class Spec:
-    """A call: the op, the seed of its valid arguments, whether it was made before, what is spoilt then."""
+    """A call: the op, the seed of its valid arguments, whether a valid call precedes it, and its spoils."""
 
     op: str
     seed: int
@@ -47,7 +47,7 @@ class Spec:
 
 @dataclass
 class Arguments:
-    """The arguments of one call by name, and the memory that they lie in."""
+    """The arguments of one call by name, and the buffers that hold them."""
 
     given: dict[str, Any]
     buffers: list[Tensor] = field(default_factory=list)
@@ -194,11 +194,11 @@ VALID: dict[str, Callable[[str, random.Random], Arguments]] = {
     "norm_act": _norm,
     "norm_act_backward": _norm,
 }
-"""What makes a valid call of each op from random numbers."""
+"""The function that makes a valid call of each op from random numbers."""
 
 
 def _window(tensor: Tensor) -> Tensor:
-    """Elements that lie in several places."""
+    """A tensor with overlapping elements."""
     flat = tensor.reshape(-1)
     strides = [min(1, n - 1) for n in tensor.shape]
     return flat.as_strided(tensor.shape, strides) if flat.numel() > sum(tensor.shape) else flat[:1].expand(3)
@@ -209,7 +209,7 @@ def _reversed(tensor: Tensor) -> Tensor:
 
 
 def _cut(tensor: Tensor) -> Tensor:
-    """Whose storage has been given back, as sharded training does it."""
+    """A tensor whose storage was freed, as in sharded training."""
     cut = tensor.clone()
     cut.untyped_storage().resize_(0)
     return cut
@@ -267,7 +267,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "number": lambda t: 1.5,
     "list": lambda t: [t],
 }
-"""What may stand in the place of a tensor."""
+"""Values that replace a tensor."""
 
 ALIASES = ("same as", "overlaps")
 LISTS = ("without the last", "one more", "doubled", "empty", "none", "a tensor")

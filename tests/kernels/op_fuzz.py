@@ -1,4 +1,4 @@
-"""Spoilt calls of every registered op, made in a process of their own, so that one that crashes is found."""
+"""Spoilt calls of every registered op, made in child processes, so that a crash is found."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from sparsekern.kernels.rows import ChannelArrays
 
 OURS = re.compile(r"^[\w.\[\]]+(, \w+)?: got .+, expected ", re.DOTALL)
 
-# Some roundings of the dtype, of numbers of size 10.
+# A few roundings of the dtype, for numbers of about 10.
 NEAR = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def drawn(seed: int) -> Spec:
-    """A random call, with one argument in two spoilt twice."""
+    """A random call; every second one has its argument spoilt twice."""
     draw = random.Random(seed)
     op = draw.choice(registered())
     call_seed = draw.randrange(1 << 30)
     given = VALID[op](op, random.Random(call_seed)).given
     arguments = [argument for argument in schema(op).arguments if argument.name in given]
-    # By argument first: a list of tensors has many more ways than a number.
+    # The argument is drawn first, because a list of tensors has many more spoils than a number.
     ways = [spoils for a in arguments if (spoils := spoils_of(a, given[a.name]))]
     spoils = [draw.choice(draw.choice(ways)) for _ in range(draw.choice((1, 1, 2)))]
     return Spec(op, call_seed, draw.random() < 0.5, tuple(spoils))
@@ -156,7 +156,7 @@ def through_op(op: str, given: dict[str, Any]) -> Any:
 
 
 def by_reference(op: str, given: dict[str, Any]) -> Any:
-    """What the specification does with the same arguments, without a check."""
+    """The result of the reference for the same arguments, without checks."""
     given = dict(given)
     if op == "_channel_moments_":
         return reference.channel_moments_(
@@ -176,7 +176,7 @@ def by_reference(op: str, given: dict[str, Any]) -> Any:
 
 
 def problem_with(spec: Spec) -> str | None:
-    """What is wrong with how an op took a call; None when it was refused, or done as by the reference."""
+    """The fault of an op in a call; None if it refused the call or gave the reference's results."""
     call, twin = _made(spec, through_op), _made(spec, by_reference)
     before = call.bits()
     try:
@@ -189,7 +189,7 @@ def problem_with(spec: Spec) -> str | None:
     if any(_is_unreal(t) for t in _tensors(call.given)):
         same = torch.equal(_joined(before), _joined(call.bits()))
         return None if same else "has written though a tensor is fake"
-    # Torch itself writes to what was made in inference mode there alone.
+    # Torch writes to inference tensors in inference mode only.
     inference = any(tensor.is_inference() for tensor in _tensors(twin.given))
     try:
         with torch.inference_mode(inference):
@@ -261,10 +261,10 @@ def _is_near(mine: Tensor, other: Tensor) -> bool:
 
 
 def problems(specs: Sequence[Spec], backend: Any = None) -> list[str]:
-    """What is wrong with how the ops took these calls, each in a forked process that may crash."""
+    """The faults of the ops in these calls, each found in a forked process that may crash."""
     found: list[str] = []
     start = 0
-    # A child would write out once more what waits to be written.
+    # A child would write the parent's buffered output again.
     sys.stdout.flush()
     while start < len(specs):
         done, texts, status = _in_a_fork(specs[start:], backend)
@@ -277,7 +277,7 @@ def problems(specs: Sequence[Spec], backend: Any = None) -> list[str]:
 
 
 def _in_a_fork(specs: Sequence[Spec], backend: Any) -> tuple[int, list[tuple[int, str]], int]:
-    """How many calls were made, what was wrong with them by number, and how the process ended."""
+    """Returns the number of calls made, their faults by number, and the exit of the process."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -301,7 +301,7 @@ def _in_a_fork(specs: Sequence[Spec], backend: Any) -> tuple[int, list[tuple[int
 
 
 def _run(specs: Sequence[Spec], backend: Any, writing: int) -> None:
-    # Threads do not survive a fork, and the parent reports a crash.
+    # Threads do not survive a fork. The parent reports a crash.
     torch.set_num_threads(1)
     faulthandler.disable()
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """The step once more, written from the definitions: one element after the other, in Python floats.
 
-It shares nothing with the reference but the words, so that the specification has a test, too.
+It shares no code with the reference, so it tests the specification itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Row:
 def step(rows: list[Row], made: int, options: dict[str, Any], *, tau: float, decay: float) -> int:
     """One step of the rows of one tensor in place; returns how many rows were not finite.
 
-    `made`: steps made before. `options` as of the op; `beta1` among them makes it Adam.
+    `made` is the number of earlier steps. `options` are those of the op; with `beta1` the step is Adam's.
     """
     if options["found_inf"] == 1:
         return 0

@@ -1,4 +1,4 @@
-"""Which backend is taken, and what is said when it is not the one hoped for."""
+"""Which backend is chosen, and the warning when a faster one does not work."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_tensors_on_a_gpu_have_a_backend_that_works(
 
 
 def test_no_native_by_environment() -> None:
-    """In a process of its own: the package steps, on the reference, and says so once."""
+    """A fresh process without native code steps with the reference and warns once."""
     program = """
 import warnings, torch
 from sparsekern.kernels import ops as _ops

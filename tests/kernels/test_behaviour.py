@@ -1,4 +1,4 @@
-"""What the rows are promised over several steps, on every backend."""
+"""Properties of rows over several steps, on every backend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_counts_do_not_see_the_scale_of_a_filter_before_a_batch_norm() -> None:
         for table in (plain, scaled):
             param = table.views[0].param
             out = F.conv2d(x, param, padding=1)
-            # An epsilon that vanishes beside any variance here: with a real one nothing is exact.
+            # This epsilon vanishes beside every variance here; with a usual one the equality is not exact.
             out = F.batch_norm(out, None, None, training=True, eps=1e-30)
             (grad,) = torch.autograd.grad((F.relu(out) * target).sum(), param)
             _ops.row_statistics_([param], [grad], rows=table.rows_of([param]))
@@ -71,14 +71,14 @@ def test_no_threshold_before_the_first_step_and_none_for_an_empty_filter() -> No
     _sgd(table, [_randn(3, 5)], lr=1e-9)
     assert not table.sums[:, COUNT].any() and not table.activity.any()
     assert table.threshold.isfinite().tolist() == [True, False, True]
-    # Of the filters with weights only: the rms of |d| times the norm over all live ones.
+    # Filters with nonzero weights only: the rms of |d| times the norm over all live ones.
     gradients = _randn(3, 5).square().sum(1)
     rms = (gradients[[0, 2]].sum() * 5 / (3 * 5)).sqrt()
     torch.testing.assert_close(table.threshold[[0, 2]], (rms / 5**0.5).expand(2))
 
 
 def test_only_what_exceeds_the_threshold_counts() -> None:
-    """Neither what just reaches it, nor, where nothing learns, a gradient of 0."""
+    """A gradient equal to the threshold does not count, nor does a gradient of 0 with a threshold of 0."""
     param = Parameter(torch.ones(2, 4))
     table = RowTable([(param, 0)], [])
     table.threshold.copy_(torch.tensor([0.5, 0.0]))
@@ -88,7 +88,7 @@ def test_only_what_exceeds_the_threshold_counts() -> None:
 
 
 def test_thresholds_without_any_gradient() -> None:
-    """0 for a filter with weights, and still none for an empty one (not 0 / 0)."""
+    """The threshold is 0 for a filter with weights, and stays infinite for one of zeros (not 0 / 0)."""
     param = Parameter(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
     table = RowTable([(param, 0)], [])
     _sgd(table, [torch.zeros(2, 2)])
@@ -121,7 +121,7 @@ def test_decline_is_linear_to_an_exact_zero_and_stays_there(kind: str, dtype: to
             left = torch.tensor([5 - k, 5 - k, max(3 - k, 0)])
             assert table.countdown.tolist() == [*left.tolist(), LIVE]
             want = start[:3].double() * left / torch.tensor([5, 5, 3])
-            # A rounding to the dtype for every step made.
+            # One rounding to the dtype for every step.
             error = k * torch.finfo(dtype).eps * start[:3].double().abs()
             assert ((param[:3].double() - want).abs() <= error).all()
         assert not param[:3].any() and not param[:3].signbit().any()

@@ -1,4 +1,4 @@
-"""What the ops refuse: one error that names the argument, and nothing changed."""
+"""Refused arguments: one error names the argument, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsekern.kernels.rows import Rows, RowTable
 
 
 class _Call:
-    """Arguments of a step that is fine."""
+    """Arguments of a valid step."""
 
     def __init__(self) -> None:
         self.params: list[Any] = [Parameter(torch.ones(4, 3)), Parameter(torch.ones(4))]
@@ -116,7 +116,7 @@ def test_refused(
     message: str,
     warm: bool,
 ) -> None:
-    """Whether or not the same tensors were found good before."""
+    """The refusal does not depend on an earlier successful check of the same tensors."""
     call = _Call()
     if warm:
         getattr(call, kind)()

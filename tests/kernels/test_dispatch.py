@@ -1,4 +1,4 @@
-"""The ways to an op: eager, through the dispatcher, traced; and what autograd hears of it."""
+"""The routes to an op (eager, dispatcher, traced), and what autograd records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Malformed arguments: an op refuses them with an error and changes nothing, or does what it says."""
+"""Malformed arguments: an op refuses them with an error and changes nothing, or equals the reference."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Call:
         params = [Parameter(torch.randn(shape, generator=generator)) for shape, _ in SHAPES]
         table = RowTable([(p, dim) for p, (_, dim) in zip(params, SHAPES, strict=True)], ([0], []))
         table.threshold.fill_(0.5)
-        # Wherever a tensor is placed, all of its rows have as many.
+        # All rows of a tensor have the same number of elements, wherever the tensor lies in the table.
         table.elements.fill_(1)
         table.countdown[2] = 0
         table.countdown[4] = 3
@@ -72,7 +72,7 @@ class Call:
         getattr(ops, self.op)(*self.lists.values(), **self.options, rows=rows)
 
     def tensors(self) -> list[Tensor]:
-        """All that can be written to and compared."""
+        """All tensors that an op can write to."""
         every = [t for tensors in self.lists.values() for t in tensors]
         every += [*self.arrays[:8], *self.options.values()]
         return [
@@ -81,7 +81,7 @@ class Call:
 
 
 def spoil_tensor(tensor: Tensor, how: str) -> Any:
-    """Something else in the place of a tensor."""
+    """Replace a tensor by another value."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return tensor
     return {
@@ -185,7 +185,7 @@ def test_refused_or_done(call: Call) -> None:
 
 
 def test_a_spoilt_call_is_found() -> None:
-    """The control: what the test above does to a call is noticed, and an unspoilt one is done."""
+    """The control: the spoilt calls of the test above are detected, and an unspoilt one succeeds."""
     make: Callable[[str], Call] = Call.of
     for op in LISTS:
         make(op).make(_ops)
@@ -201,7 +201,7 @@ INDICES = (-(2**63), -(2**40), -1, 0, 1, 2, 5, 6, 7, 17, 18, 19, 2**31, 2**61, 2
 
 
 def channel_arrays() -> ChannelArrays:
-    """Between a step and the means per channel."""
+    """Arrays after a step and before the means per channel."""
     generator = torch.Generator().manual_seed(0)
     table = RowTable([(Parameter(torch.ones(shape)), dim) for shape, dim in SHAPES], GATES, decay=0.75)
     for array in (table.sums, table.channel_dot, table.channel_dot_sq):
@@ -227,7 +227,7 @@ def spoil_length(draw: st.DrawFn, arrays: ChannelArrays) -> ChannelArrays:
 
 
 def drawn_indices(draw: st.DrawFn, arrays: ChannelArrays) -> tuple[str, Tensor]:
-    """One of the two arrays of indices, as it should be where it is spoilt beyond a change of its values."""
+    """One of the two index arrays; a valid one if more than its values was spoilt before."""
     name = draw(st.sampled_from(["gate_offsets", "gate_rows"]))
     array = getattr(arrays, name)
     whole = array.layout is torch.strided and array.dim() == 1 and array.dtype is torch.int64
@@ -251,7 +251,7 @@ def spoilt_gates(draw: st.DrawFn) -> ChannelArrays:
 
 
 def misfits(arrays: ChannelArrays) -> bool:
-    """Whether the op has to refuse them; ``channel_dot`` says how many channels there are."""
+    """Whether the op has to refuse the arguments; ``channel_dot`` has one element per channel."""
     good = channel_arrays()
     for name, array, expected in zip(ChannelArrays._fields[:-1], arrays, good, strict=False):
         same = array.layout is torch.strided and array.is_contiguous() and array.dtype is expected.dtype
@@ -267,7 +267,7 @@ def misfits(arrays: ChannelArrays) -> bool:
 
 
 def plain(arrays: ChannelArrays) -> list[Tensor]:
-    """Those that can be compared."""
+    """The tensors that can be compared."""
     return [a for a in arrays[:-1] if a.layout is torch.strided and a.device.type == "cpu"]
 
 

@@ -21,7 +21,7 @@ from sparsekern.kernels.rows import RowTable
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
-# Run in a process each: an instruction set is chosen once, when the kernels are loaded.
+# Each instruction set runs in its own process, because it is chosen once, when the kernels are loaded.
 DIGEST = """
 import hashlib, sys, torch
 from kernels import cases
@@ -41,7 +41,7 @@ print(native.isa(), digest.hexdigest())
 """
 
 
-# Weights, gradients and state run through every bfloat16 in orders of their own: NaN of all kinds, infinities
+# Weights, gradients and state take every bfloat16 value, each in another order: NaN of all kinds, infinities
 # and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and columns.
 EVERY_BFLOAT16 = """
 import hashlib, torch
@@ -81,7 +81,7 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def isas() -> list[str]:
-    """Those that this machine runs, from the error that names them."""
+    """The instruction sets of this machine, read from the error that lists them."""
     error = run("from sparsekern.kernels import native; native.load()", SPARSEKERN_CPU_ISA="none").stderr
     return error.strip().rpartition(": ")[2].split(", ")
 
@@ -168,7 +168,7 @@ def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, 
     around = direct.clone()
     call = cases.OPS[op]
     call.call(getattr(cpu, call.name), direct)
-    monkeypatch.setattr(_native, "exchanges", False)
+    monkeypatch.setattr(native, "exchanges", False)
     call.call(getattr(cpu, call.name), around)
     for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
         assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))
@@ -177,13 +177,13 @@ def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, 
 def test_addresses_are_refused_when_a_tensor_has_changed() -> None:
     tensor = torch.zeros(3, 4)
     layouts = [pointers.layout(tensor)]
-    assert pointers.of_lists([[tensor]], layouts, torch.float32, 5, CPU) == [[tensor.data_ptr()]]
+    assert pointers.addresses_of_lists([[tensor]], layouts, torch.float32, 5, CPU) == [[tensor.data_ptr()]]
     for other in (tensor.t(), tensor.double(), torch.zeros(4, 3), torch.zeros(3, 4, device="meta")):
-        assert pointers.of_lists([[other]], layouts, torch.float32, 5, CPU) is None
+        assert pointers.addresses_of_lists([[other]], layouts, torch.float32, 5, CPU) is None
 
 
 def test_storage_exchanged_behind_a_parameter() -> None:
-    """The plan is kept by identity; addresses and strides are not."""
+    """The native plan is cached by the identity of tensors; addresses and strides are read at every call."""
     param = torch.nn.Parameter(torch.ones(4, 3, 2, 2))
     options = cases.SGD | {"lr": 0.5}
     grad = torch.ones(4, 3, 2, 2)

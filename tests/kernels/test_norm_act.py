@@ -77,7 +77,7 @@ def test_equals_reference_without_affine_and_counts(memory: str) -> None:
 
 @native
 def test_memory_in_any_order() -> None:
-    """What lies with gaps, or gradients in another order than the data, gives what dense copies give."""
+    """Tensors with gaps, and gradients in another memory order, give the results of dense copies."""
     whole = problem((4, 6, 5, 8), torch.float32, "contiguous", residual=True)
     assert whole.residual is not None and whole.weight is not None and whole.bias is not None
 
@@ -106,7 +106,7 @@ def test_memory_in_any_order() -> None:
 
 @native
 def test_counts_that_lie_with_gaps() -> None:
-    """Are counted as dense ones are, and what lies between them stays."""
+    """Strided counts equal dense ones, and the memory between them stays unchanged."""
     given = problem((2, 6, 3, 4), torch.float32, "contiguous")
     assert given.counts is not None
     _, mean, var = given.forward(cpu)
@@ -123,7 +123,7 @@ BAND = 64
 
 
 def _banded(values: torch.Tensor, bands: list[torch.Tensor]) -> torch.Tensor:
-    """The same in the middle of memory that holds NaN before and behind it."""
+    """A copy with NaN before and after it in memory."""
     memory = torch.full((values.numel() + 2 * BAND,), torch.nan, dtype=values.dtype)
     bands += [memory[:BAND], memory[-BAND:]]
     return memory[BAND:-BAND].as_strided(values.shape, values.stride(), BAND).copy_(values)
@@ -162,7 +162,7 @@ def test_nothing_around_the_data_is_read_or_written(
 
 @native
 def test_a_mean_far_from_zero_costs_no_precision() -> None:
-    """The moments of numbers whose mean is 1000 times their deviation, and whose first ones are far off."""
+    """Moments are accurate if the mean is far from 0 and the first elements are outliers."""
     for memory in FORMATS:
         given = problem((4, 20, 40, 30), torch.float32, memory)
         given.x = given.x + 2000
@@ -290,6 +290,6 @@ def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
 
 
 def test_shapes_cover_what_is_cut() -> None:
-    """Rows left over, and channels that fill vectors only several times over."""
+    """Some shapes leave remainders of blocks (64 elements) and of vectors (16 channels)."""
     assert any(n * h * w % 64 for n, _, h, w in norm_cases.SHAPES)
     assert any(c % 16 for _, c, _, _ in norm_cases.SHAPES)

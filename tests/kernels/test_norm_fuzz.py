@@ -26,7 +26,7 @@ VECTORS = ("weight", "bias", "running_mean", "running_var", "mask")
 COUNTS = ("threshold", "activity", "updates")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# A result per element, of numbers of size 10: some roundings of the dtype of x, or of the vectors.
+# Tolerance per element for numbers of about 10: a few roundings of the dtype of x, or of the vectors.
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
@@ -69,7 +69,7 @@ class Call:
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
     def state(self) -> list[Tensor]:
-        """All that can be written to and compared."""
+        """All tensors that the passes can write to."""
         return [
             t
             for t in self.tensors.values()
@@ -91,7 +91,7 @@ def calls(draw: st.DrawFn) -> Call:
     for _ in range(draw(st.integers(0, 2))):
         name = draw(st.sampled_from(sorted(call.tensors)))
         tensor = call.tensors[name]
-        # Another gradient than that of the output torch refuses itself.
+        # Torch itself refuses a gradient that does not fit the output.
         how = draw(st.sampled_from(("expanded", "gaps", "reversed") if name == "grad" else (*HOW, "None")))
         if how == "None" and name not in ("x", "grad", *COUNTS):
             call.tensors[name] = None

@@ -1,7 +1,7 @@
-"""Every registered op refuses what does not fit, by name and with nothing changed, or equals the reference.
+"""Every registered op refuses a bad argument by name and changes nothing, or equals the reference.
 
-``SPARSEKERN_FUZZ=20000`` makes so many random calls in place of a few hundred, and each change of each
-argument alone.
+``SPARSEKERN_FUZZ=20000`` makes 20,000 random calls instead of a few hundred, and also applies each change of
+each argument alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparsekern.kernels.backends import reference
 
 COUNT = int(os.environ.get("SPARSEKERN_FUZZ", "0"))
 
-# Torch's own of odd tensors; and a fork of a process with threads, which the child does not use.
+# Torch's own warnings about odd tensors, and about a fork with threads, which the child does not use.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 native = pytest.mark.skipif(_native.load() is None, reason="the native kernels are not built")
@@ -48,7 +48,7 @@ def test_reference_refuses_or_does() -> None:
 
 @pytest.mark.parametrize("op", sorted(VALID))
 def test_valid_calls_are_done(op: str) -> None:
-    """The control: what is not spoilt is not refused."""
+    """The control: unspoilt calls succeed."""
     for seed in range(4):
         for warm in (False, True):
             assert op_fuzz.problem_with(Spec(op, seed, warm, ())) is None
@@ -90,7 +90,7 @@ WRONG = [
 
 @pytest.mark.parametrize("op", sorted(VALID))
 def test_fake_tensors_are_checked(op: str) -> None:
-    """What is wrong is found while something traces, and not when the result runs."""
+    """Errors are raised during tracing, not when the traced program runs."""
     given = VALID[op](op, op_fuzz.random.Random(3)).given
     of_op = [spoil for spoil in WRONG if given.get(spoil.argument) not in (None, [])]
     assert of_op

@@ -14,12 +14,11 @@ from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.rows import ChannelArrays
 
-# The dispatcher's way to the reference is a route of its own: it takes the arguments apart and puts
-# them together again.
+# The dispatcher is another route to the reference: it takes the arguments apart and puts them together again.
 ROUTES = ["dispatcher", *(name for name, works, _ in backends.available() if works)]
 ROUTES.remove("reference")
 if "triton" in ROUTES:
-    # Interpreted, a step takes a second: tests/triton has what it needs.
+    # A step takes 1 s in triton's interpreter; tests/triton covers it.
     ROUTES.remove("triton")
 
 
@@ -41,10 +40,10 @@ def _through_dispatcher(op: Op, on: Problem) -> None:
 
 
 def _compare(route: Callable[[Op, Problem], None], op: Op, want: Problem, steps: int) -> None:
-    """Both make steps from the same state each, so that no difference is passed on."""
+    """Both start each step from the same state, so differences do not accumulate."""
     got = want.clone()
     if route is _through_dispatcher:
-        # One shows how the arguments travel; the arithmetic is the reference's own.
+        # One step suffices to test how the arguments are passed; the arithmetic is the reference's own.
         steps = 1
     for _ in range(steps):
         before = want.clone()
@@ -104,7 +103,7 @@ def test_spoilt_gradients(route: Callable[[Op, Problem], None], name: str, spoil
 
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw", "statistics"])
 def test_expanded_gradients(route: Callable[[Op, Problem], None], name: str) -> None:
-    """Gradients of all ones as a sum's backward makes them: all strides 0."""
+    """Gradients with all strides 0, as the backward pass of a sum makes them."""
     want = problem(torch.float32, "channels_last", "all live", seed=5)
     got = want.clone()
     for on in (want, got):
@@ -130,7 +129,7 @@ def test_channel_moments(
     force_backend: Callable[[str], None],
     pending: float,
 ) -> None:
-    """Channels of no, one, two and many gates, of all backends that work."""
+    """Channels with zero, one, two and many gates, on all working backends."""
     generator = torch.Generator().manual_seed(7)
     counts = torch.tensor([0, 1, 2, 2, 0, 500, 1])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

@@ -22,7 +22,7 @@ SETTINGS = [name for name, op in OPS.items() if op.name in ("sgd_step_", "adam_s
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with numbers for tensors, as written down (and not rounded to float32)."""
+    """The options with tensors as Python numbers, as given (not rounded to float32)."""
     return {
         name: round(value.item(), 6) if isinstance(value, Tensor) else value
         for name, value in options.items()
@@ -108,7 +108,7 @@ def test_step_by_the_definitions(name: str, dim: int) -> None:
     spoilt = 0
     for made in (2, 3, 4):
         if "tensor lr" in name:
-            # Float32 rounds the rate: give the oracle the same one.
+            # Float32 rounds the learning rate; the oracle gets the rounded one.
             options["lr"] = side.op.options["lr"].item()
         side.call()
         spoilt += oracle.step(side.rows, made, options, tau=0.9, decay=0.75)
@@ -124,7 +124,7 @@ def test_step_by_the_definitions(name: str, dim: int) -> None:
 
 
 def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
-    """Around a foreign optimizer: the same statistics, then penalty and decline without its update."""
+    """Around an external optimizer: the same statistics, then penalty and fade without its update."""
     side = _Side(0, OPS["adamw"])
     rows = side.table.rows_of([side.param])
     before = side.param.detach().clone()
@@ -146,7 +146,7 @@ def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_nothing_is_read_from_the_device(name: str) -> None:
-    """Meta tensors have no values: whatever would wait for a device's, raises here."""
+    """Meta tensors have no values, so code that reads a value from the device raises here."""
     op = OPS[name]
     param = Parameter(torch.ones(4, 3, device="meta"))
     table = RowTable.__new__(RowTable)
@@ -165,7 +165,7 @@ def test_nothing_is_read_from_the_device(name: str) -> None:
     reference.channel_moments_(table)
 
 
-# Against torch: the settings that it has, with what its kernels are called.
+# Settings that torch has too, with the arguments of its kernels.
 SGD_SETTINGS = [
     {},
     {"weight_decay": 0.1, "maximize": True},
@@ -220,8 +220,8 @@ def _assert_lists(
 @pytest.mark.parametrize("setting", SGD_SETTINGS, ids=lambda setting: " ".join(setting) or "plain")
 def test_sgd_is_torchs(setting: dict[str, Any], dtype: torch.dtype) -> None:
     options = {**SGD, "lr": 0.05, **setting}
-    # For 16-bit tensors the vector loop of torch 2.13's fused SGD does not store the parameter and
-    # misreads the momentum; what is left over from a vector goes the right way.
+    # For 16-bit tensors the vector loop of torch 2.13's fused SGD drops the parameter and misreads the
+    # momentum; its scalar loop for the remainder is right.
     wide = dtype in (torch.float32, torch.float64)
     before = _draw(dtype, [(1003,), (64, 3, 3, 3), (1,)] if wide else [(7,)] * 100, 3)
     ours, theirs = _clone(before), _clone(before)
@@ -247,7 +247,7 @@ def test_adam_is_torchs(setting: dict[str, Any], dtype: torch.dtype) -> None:
     reference.adam_step_(*ours, *no_top, steps, **options, rows=None)
     rest = dict(options)
     fused = torch._fused_adamw_ if rest.pop("decoupled") else torch._fused_adam_
-    # Torch counts before its kernel (and takes it back on found_inf).
+    # Torch increments the step count before its kernel, and decrements it on found_inf.
     fused(*theirs, *no_top, [torch.tensor(step + 1) for step in made], **rest)
     skipped = options["found_inf"] is not None and options["found_inf"].item() == 1
     assert [step.item() for step in steps] == [step + (not skipped) for step in made]

@@ -125,7 +125,7 @@ def test_state_dict_goes_through_a_file_into_another_table() -> None:
     assert (other.tau, other.decay) == (1.5, 0.5)
     assert other.pending == 0
     assert other.masked == [2, 3, 2]
-    # In place: kernels may hold on to the addresses.
+    # In place, because kernels may keep the addresses.
     assert addresses == {name: getattr(other, name).data_ptr() for name in addresses}
 
 

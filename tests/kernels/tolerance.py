@@ -30,8 +30,9 @@ def assert_elementwise(name: str, got: Tensor, want: Tensor, allowed: Tensor | f
 
 
 def assert_equal_step(got: Problem, want: Problem, before: Problem) -> None:
-    """One call made of `before` the Problems `got` and `want`; they are equal where they may not
-    differ and near elsewhere, and nothing was written around the views.
+    """Two backends made `got` and `want` from `before` in one call: exact results are equal, others are near.
+
+    Nothing was written around the views.
     """
     for (name, mine), theirs, old in zip(
         got.entries().items(), want.entries().values(), before.entries().values(), strict=True
@@ -65,7 +66,7 @@ def _assert_equal_arrays(got: Problem, want: Problem) -> None:
 
 
 def _row_sizes(problem: Problem) -> Tensor:
-    """Elements of every row, 0 where a sum is exact to the last rounding."""
+    """Number of elements of every row; 0 where the sum must be exact."""
     sizes = torch.zeros(len(problem.arrays["penalty"].view), dtype=torch.float64)
     for param, start, dim in zip(problem.params, problem.starts, problem.dims, strict=True):
         if start >= 0 and param.numel() and param.dtype != torch.float64:

@@ -1,4 +1,4 @@
-"""The file of timings: whatever is the matter with it costs a warning, and never what was measured."""
+"""The file of timings: any fault of it gives a warning, and measured values are never lost."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Latency tables: what they are made of, how they interpolate, and what becomes of their files.
+"""Latency tables: their contents, their interpolation, and their files.
 
-Times themselves depend on the machine: here stopwatches are replaced by ones that follow a known law, and
-what is left to the real one are orders of magnitude.
+Times depend on the machine, so these tests replace the timer by one that follows a known law. The real timer
+is tested for orders of magnitude only.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def half(graph: ChannelGraph) -> np.ndarray:
 
 
 def seconds(graph: ChannelGraph) -> float:
-    """What a network takes by the law below."""
+    """The seconds of a network by the law below."""
     replay = Replay(graph.operations, graph.costs.sizes(everything(graph)), torch.device("cpu"))
     return 1.25 * sum(replay.seconds(timing.Stopwatch(torch.device("cpu")))) + 5e-5
 

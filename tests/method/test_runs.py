@@ -1,4 +1,4 @@
-"""The study in small: arms are paired, what is done stays done, and the report says what the lines say."""
+"""A small study: arms are paired, finished runs are not repeated, and the report agrees with the lines."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_line_of_another_recipe_or_training_counts_for_nothing(study):
     assert find(study.records, key) is line(study, "default")
     assert find(study.records, key | {"recipe": "another"}) is None
     assert find(study.records, key | {"training": key["training"] | {"steps": 7}}) is None
-    # What follows from the default changes with it.
+    # Arms that depend on the default change with it.
     assert ARMS["default"].recipe() in ARMS["fresh"].recipe()
 
 

@@ -90,7 +90,7 @@ def test_half_precision_in_autocast_and_as_a_whole() -> None:
     for _ in range(2):
         y = ours(x)
         assert y.dtype == torch.bfloat16
-        # torch rounds once more, between the normalisation and the activation.
+        # Torch rounds once more, between the normalisation and the activation.
         torch.testing.assert_close(y.float(), nn.Hardswish()(theirs(x)).float(), rtol=0.02, atol=0.02)
         theirs, ours = theirs.bfloat16(), ours.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Optimizers under test, beside the ones of torch that they stand for."""
+"""Optimizers under test, each with its counterpart in torch."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ CASES = (
     Case(optim.Adam, torch.optim.Adam),
     Case(optim.AdamW, torch.optim.AdamW, {"amsgrad": True}),
 )
-"""One optimizer with and one without each kind of state: the contract holds for both."""
+"""Optimizers with and without each kind of state; the contract holds for all."""
 
 
 @dataclass(frozen=True)
-class Under:
+class OptimizerFactory:
     """Makes optimizers of one case, with or without a table that tracks their parameters."""
 
     case: Case
@@ -49,7 +49,7 @@ class Under:
         return optimizer
 
     def theirs(self, params: Iterable[Any], **options: Any) -> Optimizer:
-        """The optimizer of torch, by its plainest loop."""
+        """The optimizer of torch, with its plain per-parameter loop."""
         options = {"lr": 0.05, "foreach": False} | self.case.options | options
         return self.case.theirs(params, **options)
 
@@ -61,8 +61,9 @@ class Under:
 
 
 def table_of(params: Iterable[Tensor]) -> RowTable:
-    """Rows of all parameters that can have some, in dimension 1 where it is longer; every row is a
-    channel of its own.
+    """A table with the rows of all parameters that have any; every row is a channel of its own.
+
+    Rows lie in dimension 1 where that is the longer one.
     """
     rows = [(p, _row_dim(p)) for p in unique(params) if p.dim() and p.dtype in DTYPES]
     total = sum(p.shape[dim] for p, dim in rows)
@@ -84,8 +85,10 @@ def _row_dim(param: Tensor) -> int:
 
 
 def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Parameter]:
-    """Parameters of the usual kinds: a convolution in either memory format, a transposed one, a
-    depthwise one, a matrix, biases, one without dimensions.
+    """Parameters of the usual kinds.
+
+    They are a convolution in either memory format, a transposed one, a depthwise one, a matrix, biases and a
+    scalar.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = [(6, 4, 3, 3), (8, 4, 3, 3), (3, 10, 2, 2), (5, 1, 3, 3), (7, 33), (40,), (1,), ()]
@@ -98,8 +101,8 @@ def copies(params: Iterable[Tensor]) -> list[Parameter]:
     return [Parameter(p.detach().clone()) for p in params]
 
 
-def grade(params: Sequence[Tensor], seed: int, also: Sequence[Tensor] = (), scale: float = 1) -> None:
-    """Give parameters gradients that lie in memory as they do, and the same to as many others."""
+def set_grads(params: Sequence[Tensor], seed: int, also: Sequence[Tensor] = (), scale: float = 1) -> None:
+    """Give ``params`` random gradients in their memory layout, and ``also`` the same values."""
     generator = torch.Generator().manual_seed(seed)
     for i, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator) * scale
@@ -108,7 +111,7 @@ def grade(params: Sequence[Tensor], seed: int, also: Sequence[Tensor] = (), scal
 
 
 def snapshot(optimizer: Optimizer, table: RowTable | None = None) -> list[Any]:
-    """Values of all that a step changes."""
+    """Copies of all values that a step changes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     values: list[Any] = []
     for param in params:

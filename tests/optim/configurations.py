@@ -1,5 +1,7 @@
-"""The configurations that torch tests SGD, Adam and AdamW with: its own table where it can be had,
-else what it said in torch 2.13 (it is private, and needs a package that torch does not).
+"""The configurations that torch tests SGD, Adam and AdamW with.
+
+They come from torch's own table where it can be imported (it is private and needs an extra package), else
+from a copy of the one in torch 2.13.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ try:
     from torch.testing._internal.common_optimizers import optim_db
 except ImportError:
     optim_db = []
-# Importing it forbids the whole process to set torch.backends.*.enabled and the like.
+# The import forbids the whole process to set flags such as torch.backends.*.enabled.
 torch.backends.__allow_nonbracketed_mutation_flag = True
 
 NAMES = ("SGD", "Adam", "AdamW")
@@ -77,14 +79,14 @@ def inputs(dtype: torch.dtype) -> list[Inputs]:
             if info.name in NAMES
             for case in info.optim_inputs_func("cpu", dtype)
         ]
-    # In 16 bits an eps of 1e-8 is 0.
+    # An eps of 1e-8 rounds to 0 in 16 bits.
     eps = {"eps": 0.1} if dtype is torch.float16 else {}
     adam = [Inputs(name, case | eps) for name in ("Adam", "AdamW") for case in _ADAM]
     return [Inputs("SGD", case) for case in _SGD] + adam
 
 
 def errors() -> list[Inputs]:
-    """What has to be refused, and how."""
+    """Configurations that must be refused, with the expected error."""
     if optim_db:
         found = [
             (info.name, error)

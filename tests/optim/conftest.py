@@ -3,11 +3,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from optim.cases import CASES, Case, Under
+from optim.cases import CASES, Case, OptimizerFactory
 
 from sparsekern.kernels import backends
 
-# Not triton: interpreted, a step takes a second.
+# Without triton: a step takes 1 s in its interpreter.
 BACKENDS = [name for name, works, _ in backends.available() if works and name != "triton"]
 
 
@@ -27,6 +27,6 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(params=["plain", "table"])
-def under(case: Case, request: pytest.FixtureRequest) -> Under:
-    """An optimizer under test, without and with a table of live rows (which must not show)."""
-    return Under(case, attached=request.param == "table")
+def under(case: Case, request: pytest.FixtureRequest) -> OptimizerFactory:
+    """A factory of optimizers, without and with a table of live rows, which must not change results."""
+    return OptimizerFactory(case, attached=request.param == "table")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from optim.cases import Under, assert_same, attached_table, network, snapshot, train
+from optim.cases import OptimizerFactory, assert_same, attached_table, network, snapshot, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -22,7 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_optimizer_state_goes_through_distributed_checkpoint(under: Under, flat: bool) -> None:
+def test_optimizer_state_goes_through_distributed_checkpoint(under: OptimizerFactory, flat: bool) -> None:
     model = network()
     ours = under(model.parameters())
     train(model, ours.step, 3)
@@ -39,8 +39,8 @@ def test_optimizer_state_goes_through_distributed_checkpoint(under: Under, flat:
     assert_same(snapshot(fresh), snapshot(ours))
 
 
-def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(under: Under) -> None:
-    """Distributed checkpoint makes a step with lr 0 and gradients 0 then."""
+def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(under: OptimizerFactory) -> None:
+    """Distributed checkpoint makes a step with lr 0 and gradients of 0 to create the state."""
     model = network()
     ours = under(model.parameters(), weight_decay=0.1)
     table = attached_table(ours)
@@ -62,13 +62,15 @@ def _rows(table: object) -> list[torch.Tensor]:
 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[dist.DeviceMesh]:
-    """A world of this one process."""
+    """A device mesh of this one process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
-def test_parameters_that_wrap_others_are_refused_by_name(under: Under, mesh: dist.DeviceMesh) -> None:
+def test_parameters_that_wrap_others_are_refused_by_name(
+    under: OptimizerFactory, mesh: dist.DeviceMesh
+) -> None:
     partial = Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Partial()]))
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 is a DTensor placed as \(Partial"):
         under.case.ours([partial])
@@ -79,7 +81,9 @@ def test_parameters_that_wrap_others_are_refused_by_name(under: Under, mesh: dis
     assert len(ours.param_groups) == 1
 
 
-def test_what_is_not_placed_as_the_parameter_is_refused(under: Under, mesh: dist.DeviceMesh) -> None:
+def test_what_is_not_placed_as_the_parameter_is_refused(
+    under: OptimizerFactory, mesh: dist.DeviceMesh
+) -> None:
     sharded = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
     ours = under.case.ours([sharded])
     sharded.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(1)])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from optim.cases import (
     Case,
-    Under,
+    OptimizerFactory,
     assert_same,
     attached_table,
     copies,
-    grade,
     parameters,
+    set_grads,
     snapshot,
     table_of,
 )
@@ -28,7 +28,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)])
-def test_a_compiled_step_is_the_same_step(under: Under, lr: float | torch.Tensor) -> None:
+def test_a_compiled_step_is_the_same_step(under: OptimizerFactory, lr: float | torch.Tensor) -> None:
     params = [*parameters()[:4], *parameters(1, torch.float64)[:2]]
     others = copies(params)
     compiled, eager = (
@@ -37,7 +37,7 @@ def test_a_compiled_step_is_the_same_step(under: Under, lr: float | torch.Tensor
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled.step, backend=counter)
     for seed in range(4):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         step()
         eager.step()
         assert_same(snapshot(compiled, attached_table(compiled)), snapshot(eager, attached_table(eager)))
@@ -47,7 +47,7 @@ def test_a_compiled_step_is_the_same_step(under: Under, lr: float | torch.Tensor
 
 def test_a_compiled_step_notices_tables(case: Case) -> None:
     params, others = parameters()[:3], parameters()[:3]
-    pair = Under(case, False)(params), Under(case, False)(others)
+    pair = OptimizerFactory(case, False)(params), OptimizerFactory(case, False)(others)
     step = torch.compile(pair[0].step, backend="aot_eager")
     for seed, chosen in enumerate([None, slice(0, 2), slice(1, 3), None, slice(2, None, -2)]):
         tables = []
@@ -60,7 +60,7 @@ def test_a_compiled_step_notices_tables(case: Case) -> None:
                 optimizer.attach(table)
             tables.append(table)
         for again in range(2):
-            grade(params, 10 * seed + again, others)
+            set_grads(params, 10 * seed + again, others)
             step()
             pair[1].step()
         for optimizer, table in zip(pair, tables, strict=True):

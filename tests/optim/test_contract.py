@@ -1,4 +1,4 @@
-"""What code that takes a ``torch.optim.Optimizer`` relies on, for all of ours, with and without rows."""
+"""The behaviour of ``torch.optim.Optimizer`` that other code relies on, with and without rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 from optim.cases import (
     Case,
-    Under,
+    OptimizerFactory,
     assert_near,
     assert_same,
     attached_table,
     copies,
-    grade,
     parameters,
+    set_grads,
     snapshot,
 )
 from torch import Tensor
@@ -64,36 +64,36 @@ def test_bad_options_are_refused(case: Case, options: dict[str, Any], error: typ
 
 
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}])
-def test_implementation_flags_change_nothing(under: Under, flags: dict[str, bool]) -> None:
+def test_implementation_flags_change_nothing(under: OptimizerFactory, flags: dict[str, bool]) -> None:
     params, others = parameters(), parameters()
     ours, flagged = under(params), under(others, **flags)
     for seed in range(2):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         flagged.step()
     assert_same(snapshot(ours), snapshot(flagged))
 
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.05), torch.tensor([0.05])])
-def test_lr_may_be_a_tensor(under: Under, lr: Tensor) -> None:
+def test_lr_may_be_a_tensor(under: OptimizerFactory, lr: Tensor) -> None:
     params, others = parameters(), parameters()
     ours, theirs = under(params, lr=lr), under.theirs(others, lr=0.05)
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     assert_near(params, others)
     assert ours.param_groups[0]["lr"] is lr
 
 
-def test_parameters_may_be_named(under: Under) -> None:
+def test_parameters_may_be_named(under: OptimizerFactory) -> None:
     ours = under([("a", Parameter(torch.ones(2))), ("b", Parameter(torch.ones(3)))])
     ours.add_param_group({"params": [("c", Parameter(torch.ones(1)))]})
     assert [group["param_names"] for group in ours.param_groups] == [["a", "b"], ["c"]]
     assert ours.state_dict()["param_groups"][0]["param_names"] == ["a", "b"]
 
 
-def test_groups_have_their_own_options_and_may_come_later(under: Under) -> None:
+def test_groups_have_their_own_options_and_may_come_later(under: OptimizerFactory) -> None:
     params, others = parameters(), parameters()
 
     def grouped(make: Any, ps: list[Parameter]) -> Any:
@@ -101,36 +101,36 @@ def test_groups_have_their_own_options_and_may_come_later(under: Under) -> None:
         return make(groups)
 
     ours, theirs = grouped(under, params), grouped(under.theirs, others)
-    grade(params, 0, others)
+    set_grads(params, 0, others)
     ours.step()
     theirs.step()
     for optimizer, ps in ((ours, params), (theirs, others)):
         optimizer.add_param_group({"params": ps[5:], "lr": 0.5})
     for seed in (1, 2):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     assert_near(params, others)
 
 
-def test_a_parameter_belongs_to_one_group(under: Under) -> None:
+def test_a_parameter_belongs_to_one_group(under: OptimizerFactory) -> None:
     param = Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="more than one parameter group"):
         under([{"params": [param]}, {"params": [param]}])
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_a_parameter_twice_in_a_group_is_stepped_twice(under: Under) -> None:
+def test_a_parameter_twice_in_a_group_is_stepped_twice(under: OptimizerFactory) -> None:
     params, others = parameters(), parameters()
     ours, theirs = under([params[0]] * 2), under.theirs([others[0]] * 2)
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     assert_near(params, others)
 
 
-def test_options_are_read_from_the_group_at_every_step(under: Under) -> None:
+def test_options_are_read_from_the_group_at_every_step(under: OptimizerFactory) -> None:
     params, others = parameters(), parameters()
     ours, theirs = under(params), under.theirs(others)
     edits: list[dict[str, Any]] = [
@@ -145,17 +145,19 @@ def test_options_are_read_from_the_group_at_every_step(under: Under) -> None:
     for seed, edit in enumerate(edits):
         for group in ours.param_groups + theirs.param_groups:
             group.update(edit)
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
         assert_near(params, others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_state_has_the_names_shapes_types_and_layout_of_torch(under: Under, dtype: torch.dtype) -> None:
+def test_state_has_the_names_shapes_types_and_layout_of_torch(
+    under: OptimizerFactory, dtype: torch.dtype
+) -> None:
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)
     ours, theirs = under(params), under.theirs(others)
-    grade(params, 0, others)
+    set_grads(params, 0, others)
     ours.step()
     theirs.step()
     for param, other in zip(params, others, strict=True):
@@ -168,14 +170,14 @@ def test_state_has_the_names_shapes_types_and_layout_of_torch(under: Under, dtyp
                 assert value.stride() == param.stride()
 
 
-def test_pickles_and_deep_copies_go_on_alike_without_a_table(under: Under) -> None:
+def test_pickles_and_deep_copies_go_on_alike_without_a_table(under: OptimizerFactory) -> None:
     params = parameters()
     ours = under(params)
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
     twins = [pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)]
     for twin in twins:
-        grade(params, 1, [p for group in twin.param_groups for p in group["params"]])
+        set_grads(params, 1, [p for group in twin.param_groups for p in group["params"]])
         twin.step()
         assert twin._step_supports_amp_scaling
         assert attached_table(twin) is None
@@ -198,27 +200,27 @@ def test_groups_from_before_an_option_existed_get_it(case: Case) -> None:
     assert {k: v for k, v in have.items() if k not in ignored} == {
         k: v for k, v in expected.items() if k not in ignored
     }
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
 
 
-def test_a_long_count_of_steps_survives_a_load_into_bfloat16(under: Under) -> None:
+def test_a_long_count_of_steps_survives_a_load_into_bfloat16(under: OptimizerFactory) -> None:
     params = parameters(dtype=torch.bfloat16)
     ours = under(params)
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
     state = copy.deepcopy(ours.state_dict())
     for value in state["state"].values():
         if "step" in value:
             value["step"].fill_(100001.0)
     ours.load_state_dict(state)
-    grade(params, 1)
+    set_grads(params, 1)
     ours.step()
     steps = [state["step"] for state in ours.state.values() if "step" in state]
     assert all(step.item() == 100002 and step.dtype == torch.float32 for step in steps)
 
 
-def test_hooks_fire_once_a_step(under: Under) -> None:
+def test_hooks_fire_once_a_step(under: OptimizerFactory) -> None:
     torch.optim.SGD([Parameter(torch.ones(1))], lr=0.1)
     torch.optim.AdamW([Parameter(torch.ones(1))])
     params = parameters()
@@ -230,7 +232,7 @@ def test_hooks_fire_once_a_step(under: Under) -> None:
         register_optimizer_step_pre_hook(lambda *_: calls.append("all pre")),
         register_optimizer_step_post_hook(lambda *_: calls.append("all post")),
     ]
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
     for handle in handles:
         handle.remove()
@@ -241,7 +243,7 @@ def test_hooks_fire_once_a_step(under: Under) -> None:
     assert calls[4:] == ["save", "load"]
 
 
-def test_closure_runs_with_gradients_on_and_its_loss_comes_back(under: Under) -> None:
+def test_closure_runs_with_gradients_on_and_its_loss_comes_back(under: OptimizerFactory) -> None:
     param = Parameter(torch.full((3,), 2.0))
     ours = under([param])
 
@@ -256,14 +258,14 @@ def test_closure_runs_with_gradients_on_and_its_loss_comes_back(under: Under) ->
     assert ours.step() is None
 
 
-def test_schedulers_drive_it(under: Under) -> None:
+def test_schedulers_drive_it(under: OptimizerFactory) -> None:
     for lr in (0.1, torch.tensor(0.1)):
         params, others = parameters(), parameters()
         ours = under(params, lr=lr)
         theirs = under.theirs(others, lr=copy.deepcopy(lr))
         pairs = [(o, lr_scheduler.StepLR(o, 2, 0.5)) for o in (ours, theirs)]
         for seed in range(5):
-            grade(params, seed, others)
+            set_grads(params, seed, others)
             for optimizer, scheduler in pairs:
                 optimizer.step()
                 scheduler.step()
@@ -271,12 +273,12 @@ def test_schedulers_drive_it(under: Under) -> None:
         assert_near(params, others)
 
 
-def test_parameters_without_gradient_are_left_alone(under: Under) -> None:
+def test_parameters_without_gradient_are_left_alone(under: OptimizerFactory) -> None:
     params = parameters()
     ours = under(params, weight_decay=0.1)
     table = attached_table(ours)
     before = copies(params)
-    grade(params, 0)
+    set_grads(params, 0)
     for param in params[::2]:
         param.grad = None
     ours.step()
@@ -289,7 +291,7 @@ def test_parameters_without_gradient_are_left_alone(under: Under) -> None:
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(under: Under, set_to_none: bool) -> None:
+def test_zero_grad(under: OptimizerFactory, set_to_none: bool) -> None:
     params, others = parameters(), parameters()
     ours, theirs = under(params, fused=True), under.theirs(others)
     for seed in range(3):
@@ -303,13 +305,13 @@ def test_zero_grad(under: Under, set_to_none: bool) -> None:
     assert_near(params, others)
 
 
-def test_capturable_steps_alike(under: Under) -> None:
+def test_capturable_steps_alike(under: OptimizerFactory) -> None:
     if "capturable" not in under.case.ours([Parameter(torch.ones(1))]).defaults:
         return
     params, others = parameters(), parameters()
     ours, theirs = under(params, capturable=True), under.theirs(others)
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     assert_near(params, others)
@@ -326,13 +328,13 @@ def test_betas_may_be_tensors(foreach: bool | None) -> None:
         params, others = parameters(), parameters()
         pair = ours(params, betas=betas), theirs(others, betas=(0.8, 0.9))
         for seed in range(3):
-            grade(params, seed, others)
+            set_grads(params, seed, others)
             for optimizer in pair:
                 optimizer.step()
         assert_near(params, others)
 
 
-def test_one_optimizer_per_parameter_in_the_backward_pass(under: Under) -> None:
+def test_one_optimizer_per_parameter_in_the_backward_pass(under: OptimizerFactory) -> None:
     params, others = parameters(), parameters()
     each = {param: under([param]) for param in params}
     theirs = under.theirs(others)

@@ -1,4 +1,4 @@
-"""Rows beside optimizers that know nothing of them."""
+"""Rows with external optimizers, through hooks around their steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import assert_near, assert_same, copies, grade, parameters, snapshot, table_of
+from optim.cases import assert_near, assert_same, copies, parameters, set_grads, snapshot, table_of
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -39,7 +39,7 @@ def test_live_rows_do_not_show(make: Make) -> None:
     table = table_of(params)
     optim.attach(hooked, table)
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         hooked.step()
         plain.step()
     assert_same(snapshot(hooked), snapshot(plain))
@@ -47,7 +47,7 @@ def test_live_rows_do_not_show(make: Make) -> None:
 
 
 def test_statistics_are_those_of_our_own_step(make: Make) -> None:
-    """From the same weights and gradients; what the step then does to the weights is its affair."""
+    """The statistics are equal for the same weights and gradients; the weight updates may differ."""
     params, others = parameters(), parameters()
     hooked = make(params)
     ours = optim.SGD(others, maximize=hooked.defaults.get("maximize", False))
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_our_own_step(make: Make) -> None:
         with torch.no_grad():
             for param, other in zip(params, others, strict=True):
                 other.copy_(param)
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         hooked.step()
     mine, yours = (t.state_dict() for t in tables)
@@ -83,7 +83,7 @@ def test_penalty_decline_and_mask(make: Make) -> None:
                 other.copy_(param)
         plain.load_state_dict(copy.deepcopy(hooked.state_dict()))
         before = table.countdown.clone()
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         hooked.step()
         plain.step()
         shrunk = torch.where(before > 0, (before - 1) / before, 1) * (1 - 0.01 * 0.25)
@@ -100,7 +100,7 @@ def test_penalty_decline_and_mask(make: Make) -> None:
 def test_masked_rows_and_their_state_are_zero_from_the_start_and_after_a_load(make: Make) -> None:
     params = parameters()
     hooked = make(params)
-    grade(params, 0)
+    set_grads(params, 0)
     hooked.step()
     table = table_of(params)
     table.countdown[:3] = 0
@@ -127,7 +127,7 @@ def test_parameters_without_gradient_are_left_alone(make: Make) -> None:
     table.countdown.fill_(3)
     table.refresh()
     optim.attach(hooked, table)
-    grade(params, 0)
+    set_grads(params, 0)
     params[0].grad = None
     before = params[0].detach().clone()
     hooked.step()
@@ -167,7 +167,7 @@ def test_a_closure_that_fails_leaves_nothing_behind(make: Make) -> None:
     hooked = make(params)
     table = table_of(params)
     optim.attach(hooked, table)
-    grade(params, 0)
+    set_grads(params, 0)
 
     def closure() -> Tensor:
         raise ZeroDivisionError
@@ -180,7 +180,7 @@ def test_a_closure_that_fails_leaves_nothing_behind(make: Make) -> None:
 
 
 def test_scaler(make: Make) -> None:
-    """Plain optimizers are skipped whole; fused ones are called, and told by two attributes."""
+    """GradScaler skips steps of plain optimizers; it calls fused ones and sets two attributes on them."""
     params, others = parameters(), parameters()
     hooked, plain = make(params), make(others)
     tables = table_of(params), table_of(others)
@@ -188,7 +188,7 @@ def test_scaler(make: Make) -> None:
         optim.attach(optimizer, table)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         for param in params:
             param.grad *= 64.0
         scaler.scale(torch.ones(()))
@@ -208,7 +208,7 @@ def test_found_inf_changes_nothing(make: Make) -> None:
     optim.attach(hooked, table)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     for seed in range(2):
-        grade(params, seed)
+        set_grads(params, seed)
         before = snapshot(hooked, table)
         if seed == 1:
             params[0].grad[0] = torch.inf
@@ -227,7 +227,7 @@ def test_lr_zero_counts_nothing(make: Make) -> None:
     table.refresh()
     optim.attach(hooked, table)
     hooked.param_groups[0]["lr"] = 0.0
-    grade(params, 0)
+    set_grads(params, 0)
     hooked.step()
     assert table.updates == 0
     assert (table.countdown[::2] == 3).all()
@@ -242,7 +242,7 @@ def test_groups_have_their_own_lr(make: Make) -> None:
     table.countdown.fill_(3)
     table.refresh()
     optim.attach(hooked, table)
-    grade(params, 0)
+    set_grads(params, 0)
     hooked.step()
     assert (table.countdown[:24] == 2).all()
     assert (table.countdown[24:] == 3).all()
@@ -257,10 +257,10 @@ def test_hooks_come_once_and_removed_copied_and_pickled_ones_are_gone(make: Make
     with pytest.raises(RuntimeError, match="one is attached already"):
         optim.attach(hooked, table)
     for twin in (copy.deepcopy(hooked), pickle.loads(pickle.dumps(hooked))):
-        grade(twin.param_groups[0]["params"], 0)
+        set_grads(twin.param_groups[0]["params"], 0)
         twin.step()
     handle.remove()
-    grade(params, 0)
+    set_grads(params, 0)
     hooked.step()
     hooked.load_state_dict(hooked.state_dict())
     assert table.updates == 0
@@ -283,7 +283,7 @@ def test_optimizers_without_lr_or_maximize() -> None:
     table.refresh()
     optimizer = Halve([param])
     optim.attach(optimizer, table)
-    grade([param], 0)
+    set_grads([param], 0)
     optimizer.step()
     assert param[:, 0].tolist() == [0.5, 0.25, 0.5, 0.0]
 

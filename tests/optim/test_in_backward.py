@@ -1,4 +1,4 @@
-"""The step inside the backward pass: equal to ``step()`` bit for bit, and what cannot work is refused."""
+"""The step inside the backward pass equals ``step()`` bit for bit; unsupported uses are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Under, assert_same, attached_table, network, snapshot
+from optim.cases import OptimizerFactory, assert_same, attached_table, network, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -15,7 +15,9 @@ import sparsekern
 from sparsekern import optim
 
 
-def pair(under: Under, **options: Any) -> tuple[list[nn.Module], list[optim.RowOptimizer], list[Any]]:
+def pair(
+    under: OptimizerFactory, **options: Any
+) -> tuple[list[nn.Module], list[optim.RowOptimizer], list[Any]]:
     """The same network twice, the second one's optimizer working in the backward pass."""
     models = [network(), network()]
     optimizers = [under(model.parameters(), **options) for model in models]
@@ -33,7 +35,7 @@ def assert_pair(optimizers: list[Any], tables: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "maximize": True}])
-def test_equals_step_bit_for_bit(under: Under, options: dict[str, Any], backend: str) -> None:
+def test_equals_step_bit_for_bit(under: OptimizerFactory, options: dict[str, Any], backend: str) -> None:
     models, optimizers, tables = pair(under, **options)
     for step in range(5):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -43,7 +45,7 @@ def test_equals_step_bit_for_bit(under: Under, options: dict[str, Any], backend:
         assert_pair(optimizers, tables)
 
 
-def test_masks_declines_and_penalties_too(under: Under) -> None:
+def test_masks_declines_and_penalties_too(under: OptimizerFactory) -> None:
     models, optimizers, tables = pair(under)
     if tables[0] is None:
         return

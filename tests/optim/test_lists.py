@@ -1,4 +1,4 @@
-"""One native call a list; lists outlive a step only as long as nothing they are made from changes."""
+"""One native call per list; lists are reused until something that they are made from changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Case, Under, assert_near, attached_table, copies, grade, parameters
+from optim.cases import Case, OptimizerFactory, assert_near, attached_table, copies, parameters, set_grads
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -20,7 +20,7 @@ from sparsekern.optim.kept import PythonSources
 
 @pytest.fixture(params=["native", "python"], autouse=True)
 def sources(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two watches what lists were made from."""
+    """Which implementation watches the tensors that lists were made from: native or Python."""
     module = _native.load()
     if request.param == "python":
         monkeypatch.setattr(kept._native, "load", lambda: None)
@@ -29,17 +29,17 @@ def sources(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-def test_sources_are_native_where_they_can_be(under: Under, sources: str) -> None:
+def test_sources_are_native_where_they_can_be(under: OptimizerFactory, sources: str) -> None:
     params = parameters()
     ours = under(params)
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
     assert isinstance(ours._kept.sources, PythonSources) == (sources == "python")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, int]]:
-    """Type and length of every list that a step hands over."""
+    """Dtype and length of every list that a step passes to a backend."""
     seen: list[tuple[torch.dtype, int]] = []
     for module, name in ((sgd, "sgd_step_"), (adam, "adam_step_")):
         real = getattr(module, name)
@@ -52,22 +52,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, int]]:
     return seen
 
 
-def test_one_call_for_each_type_of_a_group(under: Under, calls: list[Any]) -> None:
+def test_one_call_for_each_type_of_a_group(under: OptimizerFactory, calls: list[Any]) -> None:
     params = parameters() + parameters(1, torch.float64)
     ours = under([{"params": params[:10]}, {"params": params[10:]}])
     for seed in range(2):
-        grade(params, seed)
+        set_grads(params, seed)
         calls.clear()
         ours.step()
         assert calls == [(torch.float32, 8), (torch.float64, 2), (torch.float64, 6)]
 
 
-def test_nothing_is_called_without_gradients(under: Under, calls: list[Any]) -> None:
+def test_nothing_is_called_without_gradients(under: OptimizerFactory, calls: list[Any]) -> None:
     under(parameters()).step()
     assert calls == []
 
 
-def test_lists_are_made_once(under: Under, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_are_made_once(under: OptimizerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     ours = under(params)
     made = 0
@@ -80,18 +80,18 @@ def test_lists_are_made_once(under: Under, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ours, "_lists_of", counted)
     for seed in range(6):
-        grade(params, seed)
+        set_grads(params, seed)
         ours.param_groups[0]["lr"] *= 0.5
         ours.step()
-    # Once more than once where the first step makes state (SGD's momentum).
+    # Lists are made twice where the first step creates state (SGD's momentum).
     assert made == (2 if ours.state and "step" not in ours.state[params[0]] else 1)
 
 
-def test_gradients_are_not_kept_alive(under: Under) -> None:
+def test_gradients_are_not_kept_alive(under: OptimizerFactory) -> None:
     params = parameters()
     ours = under(params)
     for seed in range(2):
-        grade(params, seed)
+        set_grads(params, seed)
         grads = [weakref.ref(param.grad) for param in params]
         ours.step()
         ours.zero_grad()
@@ -99,10 +99,10 @@ def test_gradients_are_not_kept_alive(under: Under) -> None:
         assert [grad() for grad in grads] == [None] * len(grads)
 
 
-def test_an_optimizer_is_freed_with_its_last_reference(under: Under) -> None:
+def test_an_optimizer_is_freed_with_its_last_reference(under: OptimizerFactory) -> None:
     params = parameters()
     ours = under(params)
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
     gone = weakref.ref(ours)
     del ours
@@ -110,11 +110,11 @@ def test_an_optimizer_is_freed_with_its_last_reference(under: Under) -> None:
     assert gone() is None
 
 
-def test_an_optimizer_that_its_parameters_lead_to_is_freed(under: Under) -> None:
+def test_an_optimizer_that_its_parameters_lead_to_is_freed(under: OptimizerFactory) -> None:
     params = parameters()
     ours = under(params)
     params[0].register_hook(lambda grad, leads_to=ours: None)
-    grade(params, 0)
+    set_grads(params, 0)
     ours.step()
     gone = weakref.ref(ours)
     del ours, params
@@ -141,7 +141,7 @@ def _drop_all(optimizer: Any, param: Tensor) -> None:
 
 
 def _swap_states(optimizer: Any, param: Tensor) -> None:
-    # Two parameters of one shape, so that nothing but the values can tell.
+    # Two parameters of one shape, so that only their values show which one was used.
     params = optimizer.param_groups[0]["params"]
     one, two = params[-2], params[-1]
     if one in optimizer.state:
@@ -190,7 +190,7 @@ EDITS = [
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_edits_between_steps_take_effect(under: Under, edit: Any) -> None:
+def test_edits_between_steps_take_effect(under: OptimizerFactory, edit: Any) -> None:
     def grouped(make: Any, ps: list[Parameter]) -> Any:
         return make([{"params": ps[:-2] + ps[-1:]}, {"params": ps[-2:-1], "lr": 0.01}])
 
@@ -198,7 +198,7 @@ def test_edits_between_steps_take_effect(under: Under, edit: Any) -> None:
     others = copies(params)
     pair = (grouped(under, params), params), (grouped(under.theirs, others), others)
     for seed in range(5):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         for optimizer, ps in pair:
             if seed in (2, 3):
                 edit(optimizer, ps[3])
@@ -206,11 +206,11 @@ def test_edits_between_steps_take_effect(under: Under, edit: Any) -> None:
     assert_near(params, others)
 
 
-def test_state_in_another_memory_order_is_put_in_the_parameters(under: Under) -> None:
+def test_state_in_another_memory_order_is_put_in_the_parameters(under: OptimizerFactory) -> None:
     params, others = parameters(), parameters()
     ours, theirs = under(params), under.theirs(others)
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         if seed == 1:
             for optimizer, ps in ((ours, params), (theirs, others)):
                 for name, value in optimizer.state.get(ps[0], {}).items():
@@ -224,8 +224,8 @@ def test_state_in_another_memory_order_is_put_in_the_parameters(under: Under) ->
 
 def test_state_that_does_not_fit_is_refused(case: Case) -> None:
     params = parameters()
-    ours = Under(case, False)(params)
-    grade(params, 0)
+    ours = OptimizerFactory(case, False)(params)
+    set_grads(params, 0)
     ours.step()
     names = [name for name in ours.state.get(params[0], {}) if name != "step"]
     for name in names:
@@ -240,8 +240,8 @@ def test_state_that_does_not_fit_is_refused(case: Case) -> None:
 
 def test_steps_may_be_numbers_of_any_kind(case: Case) -> None:
     params = parameters()
-    ours = Under(case, False)(params)
-    grade(params, 0)
+    ours = OptimizerFactory(case, False)(params)
+    set_grads(params, 0)
     ours.step()
     for steps in (3, 3.0, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)):
         for state in ours.state.values():
@@ -254,12 +254,12 @@ def test_steps_may_be_numbers_of_any_kind(case: Case) -> None:
                 assert state["step"] == 4
 
 
-def test_a_model_cast_after_its_first_step_is_refused_until_its_state_is(under: Under) -> None:
+def test_a_model_cast_after_its_first_step_is_refused_until_its_state_is(under: OptimizerFactory) -> None:
     model = torch.nn.Linear(3, 2)
     ours = under(model.parameters())
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
-        grade(list(model.parameters()), 0)
+        set_grads(list(model.parameters()), 0)
         if dtype == torch.bfloat16 and ours.state:
             with pytest.raises((RuntimeError, ValueError), match="bfloat16"):
                 ours.step()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import Case, Under, assert_near, grade, parameters
+from optim.cases import Case, OptimizerFactory, assert_near, parameters, set_grads
 from optim.configurations import Inputs, errors, inputs
 from torch.optim import lr_scheduler
 
@@ -23,11 +23,11 @@ def test_configurations(given: Inputs, dtype: torch.dtype) -> None:
     ours = getattr(optim, given.name)(params, **given.options)
     theirs = getattr(torch.optim, given.name)(others, **copy.deepcopy(given.options))
     for seed in range(4):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     if dtype is torch.float16:
-        # torch rounds to 16 bits between the operations of a step, we at its end.
+        # Torch rounds to 16 bits between the operations of a step, sparsekern at its end.
         for param, other in zip(params, others, strict=True):
             torch.testing.assert_close(param, other, rtol=1e-2, atol=1e-2)
     else:
@@ -59,13 +59,13 @@ SCHEDULERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers(case: Case, make: Any) -> None:
-    under = Under(case, attached=False)
+    under = OptimizerFactory(case, attached=False)
     params, others = parameters(), parameters()
     options = {"momentum": 0.9} if "momentum" in case.ours([params[0]]).defaults else {}
     pair = under(params, lr=0.1, **options), under.theirs(others, lr=0.1, **options)
     schedulers = [make(optimizer) for optimizer in pair]
     for seed in range(12):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         for optimizer, chain in zip(pair, schedulers, strict=True):
             optimizer.step()
             for scheduler in chain:

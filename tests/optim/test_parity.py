@@ -1,4 +1,4 @@
-"""Step by step what ``torch.optim`` does, on every backend, and back and forth by checkpoint."""
+"""Each step equals that of ``torch.optim``, on every backend, and checkpoints load in both directions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.cases import assert_same, copies, grade, parameters, snapshot
+from optim.cases import assert_same, copies, parameters, set_grads, snapshot
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -67,19 +67,20 @@ def _record(optimizer: Optimizer) -> Record:
 
 
 def _assert_one_step_apart(ours: Optimizer, theirs: Optimizer, old: Record) -> None:
-    """After one step from the same values, differences are at most so many units in the last place
-    of what is added up: where terms cancel, the rounding of the terms is left.
+    """After one step from the same values, differences are at most so many units in the last place.
+
+    The unit is that of the largest term of each sum, because where terms cancel their rounding errors remain.
     """
     group = theirs.param_groups[0]
     new = zip(_record(ours), _record(theirs), group["params"], old, strict=True)
     for (mine, my_state), (yours, your_state), param, (before, state) in new:
         grad = param.grad.abs() + group["weight_decay"] * before.abs()
-        # Adam's steps are of the size of lr whatever the gradient.
+        # The size of Adam's steps is about lr, whatever the gradient.
         change = torch.ones(()) if "betas" in group else grad
         for name, value in your_state.items():
             was = state.get(name, torch.zeros(())).abs()
             terms = torch.zeros(()) if name == "step" else grad
-            # The rounding of what is squared counts twice.
+            # Squaring doubles a rounding error.
             terms = 2 * terms.square() if name.endswith("sq") else terms
             _assert_within(my_state[name], value, was + terms)
             if name == "momentum_buffer":
@@ -98,7 +99,7 @@ def test_every_step_is_that_of_torch(backend: str, name: str, options: dict[str,
     params, others, ours, theirs = _pair(name, options)
     for seed in range(STEPS):
         old = _record(theirs)
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
         _assert_one_step_apart(ours, theirs, old)
@@ -107,7 +108,7 @@ def test_every_step_is_that_of_torch(backend: str, name: str, options: dict[str,
 
 @torch.no_grad()
 def _copy(optimizer: Optimizer, record: Record) -> None:
-    """Let the next step start from these values, so that one step is what is measured."""
+    """Copy these values, so that the comparison covers one step only."""
     for param, (value, state) in zip(optimizer.param_groups[0]["params"], record, strict=True):
         param.copy_(value)
         for name in state:
@@ -118,7 +119,7 @@ def _copy(optimizer: Optimizer, record: Record) -> None:
 def test_fifty_steps_stay_together(name: str, options: dict[str, Any]) -> None:
     params, others, ours, theirs = _pair(name, options)
     for seed in range(STEPS):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     for param, other in zip(params, others, strict=True):
@@ -133,7 +134,7 @@ def test_checkpoints_load_both_ways_and_go_on(name: str, options: dict[str, Any]
         params = parameters()
         first = source(params, fused=fused, **options)
         for seed in range(3):
-            grade(params, seed)
+            set_grads(params, seed)
             first.step()
         saved = copy.deepcopy(first.state_dict())
         moved = copies(params)
@@ -142,7 +143,7 @@ def test_checkpoints_load_both_ways_and_go_on(name: str, options: dict[str, Any]
         assert_same(snapshot(second), snapshot(first))
         assert second.state_dict()["param_groups"] == first.state_dict()["param_groups"]
         old = _record(first)
-        grade(params, 9, moved)
+        set_grads(params, 9, moved)
         first.step()
         second.step()
         _assert_one_step_apart(second, first, old)
@@ -154,7 +155,7 @@ def test_what_comes_back_from_torch_goes_on_identically(name: str) -> None:
     options = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
     params = parameters()
     first = ours(params, lr=0.01, **options)
-    grade(params, 0)
+    set_grads(params, 0)
     first.step()
     between = theirs(copies(params), **options)
     between.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -162,7 +163,7 @@ def test_what_comes_back_from_torch_goes_on_identically(name: str) -> None:
     second = ours(moved, **options)
     second.load_state_dict(copy.deepcopy(between.state_dict()))
     for seed in (1, 2):
-        grade(params, seed, moved)
+        set_grads(params, seed, moved)
         first.step()
         second.step()
     assert_same(snapshot(second), snapshot(first))

@@ -1,4 +1,4 @@
-"""A table attached to an optimizer: what it gets, what it does, and that copies leave it behind."""
+"""A table attached to an optimizer: its statistics, its effect on the step, and its absence from copies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from optim.cases import (
     Case,
-    Under,
+    OptimizerFactory,
     assert_near,
     assert_same,
     copies,
-    grade,
     parameters,
+    set_grads,
     snapshot,
     table_of,
 )
@@ -30,9 +30,9 @@ LATER = ("activity", "threshold", "channel_dot", "channel_dot_sq", "updates", "c
 
 @pytest.fixture
 def attached(case: Case) -> tuple[list[Parameter], optim.RowOptimizer, RowTable]:
-    """Parameters after two steps, with rows that are live, decline and are masked."""
+    """Parameters after two steps, with live, fading and masked rows."""
     params = parameters()
-    optimizer = Under(case, attached=False)(params, weight_decay=0.1)
+    optimizer = OptimizerFactory(case, attached=False)(params, weight_decay=0.1)
     table = table_of(params)
     table.countdown[1::5] = 3
     table.countdown[2::5] = 0
@@ -40,7 +40,7 @@ def attached(case: Case) -> tuple[list[Parameter], optim.RowOptimizer, RowTable]
     table.refresh()
     optimizer.attach(table)
     for seed in range(2):
-        grade(params, seed)
+        set_grads(params, seed)
         optimizer.step()
     return params, optimizer, table
 
@@ -66,7 +66,7 @@ def test_rows_in_every_state_do_what_they_should(attached: Any) -> None:
     assert not masked_values(optimizer, table).any()
     assert table.updates == 2
     assert (table.countdown[1::5] == 1).all()
-    grade(params, 2)
+    set_grads(params, 2)
     optimizer.step()
     assert (table.countdown[1::5] == 0).all()
     assert not masked_values(optimizer, table).any()
@@ -77,10 +77,10 @@ def test_rows_in_every_state_do_what_they_should(attached: Any) -> None:
 
 def test_live_rows_do_not_show(case: Case) -> None:
     params, others = parameters(), parameters()
-    plain, ours = Under(case, False)(params), Under(case, False)(others)
+    plain, ours = OptimizerFactory(case, False)(params), OptimizerFactory(case, False)(others)
     ours.attach(table_of(others[::2]))
     for seed in range(3):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         plain.step()
         ours.step()
     assert_same(snapshot(plain), snapshot(ours))
@@ -88,11 +88,11 @@ def test_live_rows_do_not_show(case: Case) -> None:
 
 def test_statistics_are_those_of_the_gradients(case: Case) -> None:
     params = parameters()
-    optimizer = Under(case, False)(params)
+    optimizer = OptimizerFactory(case, False)(params)
     table = table_of(params)
     optimizer.attach(table)
     before = copies(params)
-    grade(params, 0)
+    set_grads(params, 0)
     optimizer.step()
     for param, old in zip(params, before, strict=True):
         if param.dim():
@@ -107,10 +107,10 @@ def test_maximize_turns_the_sign_of_dot(case: Case) -> None:
     tables = []
     for maximize in (False, True):
         params = parameters()
-        optimizer = Under(case, False)(params, maximize=maximize)
+        optimizer = OptimizerFactory(case, False)(params, maximize=maximize)
         tables.append(table_of(params))
         optimizer.attach(tables[-1])
-        grade(params, 0)
+        set_grads(params, 0)
         optimizer.step()
     assert_same([tables[0].channel_dot], [-tables[1].channel_dot])
     assert_same([tables[0].sums], [tables[1].sums])
@@ -118,11 +118,11 @@ def test_maximize_turns_the_sign_of_dot(case: Case) -> None:
 
 def test_groups_and_types_share_one_table_and_one_count(case: Case) -> None:
     params = [*parameters(), *parameters(1, torch.bfloat16)]
-    optimizer = Under(case, False)([{"params": params[:5]}, {"params": params[5:], "lr": 0.01}])
+    optimizer = OptimizerFactory(case, False)([{"params": params[:5]}, {"params": params[5:], "lr": 0.01}])
     table = table_of(params)
     optimizer.attach(table)
     for seed in range(3):
-        grade(params, seed)
+        set_grads(params, seed)
         optimizer.step()
     assert table.updates == 3
     assert (table.sums[:, 3] > 0).all()
@@ -138,7 +138,7 @@ def test_loading_state_leaves_masked_rows_zero(attached: Any) -> None:
         params[0].fill_(7.0)
     optimizer.load_state_dict(state)
     assert not masked_values(optimizer, table).any()
-    grade(params, 3)
+    set_grads(params, 3)
     optimizer.step()
     assert not masked_values(optimizer, table).any()
     assert all((s["step"] == 8).all() for s in optimizer.state.values() if "step" in s)
@@ -146,8 +146,8 @@ def test_loading_state_leaves_masked_rows_zero(attached: Any) -> None:
 
 def test_state_dict_knows_nothing_of_the_table(attached: Any, case: Case) -> None:
     _, optimizer, _ = attached
-    plain = Under(case, False)(parameters(), weight_decay=0.1)
-    grade(plain.param_groups[0]["params"], 0)
+    plain = OptimizerFactory(case, False)(parameters(), weight_decay=0.1)
+    set_grads(plain.param_groups[0]["params"], 0)
     plain.step()
     mine, yours = optimizer.state_dict(), plain.state_dict()
     assert mine["param_groups"] == yours["param_groups"]
@@ -158,7 +158,7 @@ def test_copies_step_without_the_table(attached: Any) -> None:
     _, optimizer, table = attached
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         before = snapshot(optimizer, table)
-        grade(twin.param_groups[0]["params"], 5)
+        set_grads(twin.param_groups[0]["params"], 5)
         twin.step()
         assert_same(snapshot(optimizer, table), before)
         other = table_of(twin.param_groups[0]["params"])
@@ -169,7 +169,7 @@ def test_copies_step_without_the_table(attached: Any) -> None:
 
 def test_found_inf_changes_nothing(attached: Any) -> None:
     params, optimizer, table = attached
-    grade(params, 3)
+    set_grads(params, 3)
     params[0].grad.view(-1)[0] = torch.inf
     before = snapshot(optimizer, table)
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(4.0)
@@ -182,7 +182,7 @@ def test_a_step_with_lr_zero_moves_no_parameter_and_no_row(attached: Any) -> Non
     params, optimizer, table = attached
     for lr in (0.0, torch.tensor(0.0)):
         optimizer.param_groups[0]["lr"] = lr
-        grade(params, 3)
+        set_grads(params, 3)
         before = copies(params)
         later = [getattr(table, name).clone() for name in LATER]
         optimizer.step()
@@ -194,15 +194,15 @@ def test_a_gradient_that_is_not_finite_steps_as_in_torch_and_stays_out_of_the_st
     case: Case,
 ) -> None:
     params, others = parameters(), parameters()
-    ours, theirs = Under(case, False)(params), Under(case, False).theirs(others)
+    ours, theirs = OptimizerFactory(case, False)(params), OptimizerFactory(case, False).theirs(others)
     table = table_of(params)
     ours.attach(table)
     for seed in range(2):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         ours.step()
         theirs.step()
     activity = table.activity.clone()
-    grade(params, 2, others)
+    set_grads(params, 2, others)
     params[0].grad[2, 0, 0, 0] = others[0].grad[2, 0, 0, 0] = torch.nan
     ours.step()
     theirs.step()
@@ -219,11 +219,11 @@ def test_detach_goes_on_as_torch(attached: Any, case: Case) -> None:
     params, optimizer, table = attached
     optimizer.detach()
     others = copies(params)
-    theirs = Under(case, False).theirs(others)
+    theirs = OptimizerFactory(case, False).theirs(others)
     theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before = table.updates.clone()
     for seed in range(2):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         optimizer.step()
         theirs.step()
     assert_near(params, others)
@@ -232,7 +232,7 @@ def test_detach_goes_on_as_torch(attached: Any, case: Case) -> None:
 
 def test_handles_detach_only_their_own_table(case: Case) -> None:
     params = parameters()
-    optimizer = Under(case, False)(params)
+    optimizer = OptimizerFactory(case, False)(params)
     first, second = table_of(params), table_of(params)
     handle = optim.attach(optimizer, first)
     for table in (first, second):
@@ -241,14 +241,14 @@ def test_handles_detach_only_their_own_table(case: Case) -> None:
     handle.remove()
     optim.attach(optimizer, second)
     handle.remove()
-    grade(params, 0)
+    set_grads(params, 0)
     optimizer.step()
     assert (first.updates, second.updates) == (0, 1)
 
 
 def test_a_table_of_other_parameters_is_refused(case: Case) -> None:
     with pytest.raises(ValueError, match="rows of 7 parameters, expected at least one"):
-        optim.attach(Under(case, False)(parameters()), table_of(parameters()))
+        optim.attach(OptimizerFactory(case, False)(parameters()), table_of(parameters()))
 
 
 def test_steps_without_any_gradient_are_not_counted(attached: Any) -> None:
@@ -261,10 +261,10 @@ def test_steps_without_any_gradient_are_not_counted(attached: Any) -> None:
 
 def test_a_first_gradient_may_come_late(case: Case) -> None:
     params, others = parameters(), parameters()
-    ours, theirs = Under(case, False)(params), Under(case, False).theirs(others)
+    ours, theirs = OptimizerFactory(case, False)(params), OptimizerFactory(case, False).theirs(others)
     ours.attach(table_of(params))
     for seed in range(4):
-        grade(params, seed, others)
+        set_grads(params, seed, others)
         for i in range(seed + 2, len(params)):
             params[i].grad = others[i].grad = None
         ours.step()

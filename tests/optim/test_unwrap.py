@@ -1,4 +1,4 @@
-"""Optimizers inside of wrappers: found where a step of the wrapper reaches them, else refused by name."""
+"""Optimizers inside wrappers: found where a step of the wrapper calls them, else refused by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsekern.optim import unwrap_optimizer
 
 
 class Forwards:
-    """Holds an optimizer and passes on what it is asked."""
+    """Holds an optimizer and forwards calls to it."""
 
     def __init__(self, inner: Any) -> None:
         self.anything = inner
@@ -43,7 +43,7 @@ class Slotted:
 
 
 class Lookahead(Optimizer):
-    """Slow weights in its own state; Optimizer's constructor is not called, as the usual ones do it."""
+    """Keeps slow weights in its own state and, like most wrappers, skips Optimizer's constructor."""
 
     def __init__(self, inner: Optimizer, every: int = 3, rate: float = 0.5) -> None:
         self.optimizer, self.every, self.rate, self.count = inner, every, rate, 0
@@ -66,7 +66,7 @@ class Lookahead(Optimizer):
 
 
 class InLists(Lookahead):
-    """The same with slow weights in a list, where nobody finds the parameter that they belong to."""
+    """Keeps slow weights in a list, which does not show the parameter that they belong to."""
 
     def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner)
@@ -74,7 +74,7 @@ class InLists(Lookahead):
 
 
 class Initialised(Optimizer):
-    """Calls Optimizer's constructor, so that it runs hooks itself (SAM does so)."""
+    """Calls Optimizer's constructor, as SAM does, so it runs step hooks itself."""
 
     def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner.param_groups, {})
@@ -86,7 +86,7 @@ class Initialised(Optimizer):
 
 
 class Dealt(Optimizer):
-    """Deals its parameters out to two optimizers."""
+    """Distributes its parameters over two optimizers."""
 
     def __init__(self, params: Any) -> None:
         params = list(params)
@@ -112,7 +112,7 @@ def in_lightning(inner: Optimizer) -> Any:
     from lightning.pytorch.core.optimizer import LightningOptimizer
 
     wrapped = LightningOptimizer(inner)
-    # Its Trainer's part: what a strategy does without precision plugins.
+    # The Trainer's part: the work of a strategy without precision plugins.
     wrapped._strategy = SimpleNamespace(optimizer_step=lambda of, closure, **_: of.step(closure))
     return wrapped
 
@@ -180,7 +180,7 @@ class Two:
 
 
 class Loop:
-    """Holds itself, and no optimizer."""
+    """Holds itself and no optimizer."""
 
     def __init__(self) -> None:
         self.inner, self.param_groups = [self], []

@@ -1,4 +1,4 @@
-"""Small networks of other structures, and what trains them, for random sequences of user actions."""
+"""Small networks of several structures, and their optimizers, for random sequences of user actions."""
 
 from __future__ import annotations
 

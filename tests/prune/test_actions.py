@@ -1,7 +1,7 @@
-"""Random sequences of what users do to a model, its optimizer and its Pruner, in any order.
+"""Random sequences of user actions on a model, its optimizer and its Pruner, in any order.
 
-After each action masked rows are exactly zero, or the next look of the Pruner is an error that says so; at
-the end the masked network computes what the compact one does. ``SPARSEKERN_SEQUENCES=2000`` makes so many
+After each action masked rows are exactly zero, or the Pruner's next check raises an error that says so. At
+the end the masked and the compact network give equal outputs. ``SPARSEKERN_SEQUENCES=2000`` makes 2000
 sequences for each optimizer.
 """
 
@@ -51,7 +51,7 @@ _graphs: dict[Any, ChannelGraph] = {}
 
 
 def _known_graph(model: nn.Module, *arguments: Any) -> ChannelGraph:
-    """Networks of the same shapes have the same channels; to find these takes most of a sequence."""
+    """Networks of the same shapes share one graph, because tracing takes most of a sequence's time."""
     shapes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters())
     key = type(model), shapes
     if key not in _graphs:
@@ -101,7 +101,7 @@ class Actions(RuleBasedStateMachine):
         (self.model(batch(self.batches % 7, images=2, dtype=DOUBLE)).square().mean() * scale).backward()
 
     def _step(self) -> None:
-        """A step; masked rows that were written to are an error at an event, and then zeroed by hand."""
+        """A step; written masked rows raise an error at an event, and ``remask`` then zeroes them."""
         try:
             self.optimizer.step()
         except RuntimeError as error:
@@ -165,9 +165,9 @@ class Actions(RuleBasedStateMachine):
         shapes = {name: value.shape for name, value in self.model.state_dict().items()}
         same = shapes == {name: value.shape for name, value in state["model"].items()}
         for name in ("pruner", "model", "optimizer"):
-            # State of a larger model torch takes, and the next step refuses it.
+            # Torch loads the state of a larger model, and the next step refuses it.
             if what in (name, "everything") and (same or name != "optimizer"):
-                # Of a model that was larger or has other groups it does not fit.
+                # The state of a larger model, or of one with other groups, does not fit.
                 with contextlib.suppress(ValueError, RuntimeError, KeyError):
                     objects[name].load_state_dict(copy.deepcopy(state[name]))
         self._mend_optimizer()
@@ -191,7 +191,7 @@ class Actions(RuleBasedStateMachine):
         )
         self.check(loaded=True)
 
-    # Writes, of which nobody hears.
+    # Writes that the Pruner is not told about.
 
     @rule(at=layers, how=st.sampled_from(["data", "copy_", "init", "add_", "data.fill_"]))
     def write(self, at: int, how: str) -> None:
@@ -213,7 +213,7 @@ class Actions(RuleBasedStateMachine):
 
     @rule(seed=seeds)
     def average(self, seed: int) -> None:
-        """Slow weights come back, of a network that nobody has masked."""
+        """Copy slow weights back, from a network without masks."""
         other = dict(made(self.network, seed).named_parameters())
         with torch.no_grad():
             for name, param in self.model.named_parameters():
@@ -244,7 +244,7 @@ class Actions(RuleBasedStateMachine):
 
     @rule(at=layers)
     def regroup(self, at: int) -> None:
-        """A parameter gets a group of its own."""
+        """Move a parameter to a new parameter group."""
         groups = self.optimizer.param_groups
         group = max(groups, key=lambda group: len(group["params"]))
         if len(group["params"]) > 1:
@@ -256,7 +256,7 @@ class Actions(RuleBasedStateMachine):
 
     @rule(really=st.sampled_from([True, False, False]))
     def shrink(self, really: bool) -> None:
-        """Rare: afterwards nothing is masked."""
+        """Shrink; rarely, because afterwards nothing is masked."""
         if really or self.shrinks:
             self._looks(self.pruner.shrink)
         self.check()
@@ -279,7 +279,7 @@ class Actions(RuleBasedStateMachine):
 
     @rule()
     def begin_anew(self) -> None:
-        """Another Pruner of the model as it is."""
+        """Make another Pruner for the current model."""
         self.pruner.detach()
         for param in self.model.parameters():
             param.requires_grad_(True)
@@ -292,7 +292,7 @@ class Actions(RuleBasedStateMachine):
 
     @rule()
     def go_on_from_a_checkpoint(self) -> None:
-        """In objects of another process, so to speak."""
+        """Load a checkpoint into fresh objects, as another process would."""
         path = Path(self.folder.name, "checkpoint.pt")
         self._looks(lambda: self.pruner.save_checkpoint(path))
         model = made(self.network, 3)
@@ -301,7 +301,7 @@ class Actions(RuleBasedStateMachine):
         try:
             pruner.load_checkpoint(path)
         except ValueError:
-            return  # other groups, or another network than at first
+            return  # the parameter groups or the network have changed
         self.pruner.detach()
         self.model, self.optimizer, self.pruner = model, optimizer, pruner
         self.check(loaded=True)
@@ -316,10 +316,10 @@ class Actions(RuleBasedStateMachine):
         assert all(bool((p == 1).all()) for p in twin.parameters())
         self.check()
 
-    # What has to hold.
+    # Invariants.
 
     def _looks(self, action: Any) -> None:
-        """An action that has to notice masked rows that are not zero."""
+        """Run an action that must raise an error if masked rows are not zero."""
         wrong = revived(self.model, self.pruner) or not self._finite()
         try:
             action()
@@ -337,7 +337,7 @@ class Actions(RuleBasedStateMachine):
             self.pruner.remask()
 
     def check(self, loaded: bool = False) -> None:
-        """Masked rows are zero, or the Pruner says that they are not; loads leave them zero."""
+        """Masked rows are zero, or the Pruner raises an error; after loads they are always zero."""
         if loaded:
             assert not revived(self.model, self.pruner)
         self._mend()
@@ -345,7 +345,7 @@ class Actions(RuleBasedStateMachine):
         self._check_state()
 
     def _check_state(self) -> None:
-        """Nothing of a masked row is left in the optimizer, which would move it."""
+        """The optimizer's state of masked rows is zero; otherwise it would move them."""
         parameters = dict(self.model.named_parameters())
         for name, slots in self.pruner.graph.tensors.items():
             if slots.kind != "parameter" or slots.row_dim is None:
@@ -364,7 +364,7 @@ class Actions(RuleBasedStateMachine):
         return all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values())
 
     def _mend_optimizer(self) -> None:
-        """State of a training with other groups leaves rates behind that nobody meant."""
+        """Replace learning rates of 0, which the state of a training with other groups may leave."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] or 0.01
 

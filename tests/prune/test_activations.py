@@ -64,7 +64,7 @@ def test_a_fused_training_masks_in_its_modules_and_ends_compact(select: criteria
 
 
 def test_masks_in_modules_change_no_training() -> None:
-    """The same training with masks that the modules see, and without."""
+    """A training with masks in the modules equals one without."""
     models = [fused(), fused()]
     pruners = [pruned(model, criteria.Magnitude()) for model in models]
     for module in models[1].modules():
@@ -77,7 +77,7 @@ def test_masks_in_modules_change_no_training() -> None:
 
 
 def test_counts_are_those_of_the_activations_gradients() -> None:
-    """Against hooks that count what reaches the modules' outputs, by the same recursion."""
+    """Counts equal those of hooks on the gradients of the modules' outputs, with the same running mean."""
     model = fused()
     pruner = pruned(model, warmup=0.9, finish=0.95)
     module = model.stem[1]
@@ -129,7 +129,9 @@ def test_channels_without_a_norm_count_by_their_weights_and_several_norms_by_the
 
 
 def test_counts_and_plan_do_not_depend_on_how_channels_are_scaled() -> None:
-    """Gamma and beta times a power of two, and the columns that read them divided by it: one function."""
+    """Gamma and beta are multiplied by a power of two and their readers' columns divided by it.
+
+    The function stays the same, so counts and plan do."""
     scale = 2.0 ** torch.randint(-4, 5, (16,), generator=torch.Generator().manual_seed(1)).double()
     results = []
     for rescaled in (False, True):
@@ -139,7 +141,7 @@ def test_counts_and_plan_do_not_depend_on_how_channels_are_scaled() -> None:
                 model.stem[1].weight.mul_(scale)
                 model.stem[1].bias.mul_(scale)
                 model.body[0].weight.div_(scale[None, :, None, None])
-            # What follows divides by the norm, and its epsilon would notice the scale.
+            # The next normalisation divides by the deviation, and its epsilon depends on the scale.
             model.body[1].eps = 1e-30
         optimizer = sparsekern.optim.SGD(model.parameters(), lr=1e-300)
         example = batch(0, dtype=torch.float64)
@@ -213,7 +215,7 @@ def test_activations_of_a_network_without_fused_norms_are_refused() -> None:
     for wrong in (state | {"activations": short}, state | {"activations": None}):
         with pytest.raises(ValueError, match=r"state\['activations'\](\['threshold'\])?: got .*, expected"):
             counted.load_state_dict(wrong)
-    # What nobody counts by is no part of the state: fused or not makes no difference.
+    # Without a criterion that uses counts they are not in the state, so fused and unfused models are alike.
     pruned(fused(), None).load_state_dict(pruned(model, None).state_dict())
 
 
@@ -272,7 +274,7 @@ def test_a_forecast_counts_on_copies() -> None:
 
 
 def test_norms_whose_gates_stay_are_not_masked() -> None:
-    """A mask says that gamma and beta are zero: not so where there are none."""
+    """A norm without prunable gates gets no mask, because a mask means that gamma and beta are zero."""
     torch.manual_seed(0)
     first, second = NormAct2d(8, affine=False), NormAct2d(8)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), first, nn.Conv2d(8, 8, 3), second, nn.Conv2d(8, 2, 1)).double()

@@ -38,7 +38,7 @@ def test_meets_the_budget_to_one_block(
     task = problem(graph, keep, round_to=round_to)
     kept = allocator(task)
     assert task.cost(kept) <= task.budget
-    # Uniform and Flat move all groups at once, so only Global can come within a block.
+    # Uniform and Flat move all groups at once, so only Global comes within one block of the budget.
     if isinstance(allocator, Global):
         block = round_to * graph.price(np.ones(graph.num_channels, bool), "macs").max()
         assert task.budget - task.cost(kept) <= block

@@ -1,4 +1,4 @@
-"""Wrong input gets one error that names the argument, what came and what was expected; nothing changes."""
+"""Wrong input raises one error with the argument, its value and the expected one; nothing changes."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_complex_parameters_are_refused_by_the_step() -> None:
 
 
 def test_auto_rounding_falls_back_where_the_network_is_narrow() -> None:
-    """Widths of 16, 32 and 16: multiples of 16 leave too much, and smaller ones do not."""
+    """With widths of 16, 32 and 16, multiples of 16 leave too many channels, and smaller multiples do not."""
     chosen = {keep: build(keep=keep, shrink=True)._policy.round_to for keep in (0.6, 0.3, 0.12, 0.02)}
     assert chosen == {0.6: 16, 0.3: 8, 0.12: 4, 0.02: 1}
     assert build(keep=0.3, round_to="auto")._policy.round_to == 8

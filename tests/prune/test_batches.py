@@ -1,4 +1,4 @@
-"""Batches of every form that people's loaders give, for prune_once, recalibrate and forecast."""
+"""Batches in the usual forms of data loaders, for prune_once, recalibrate and forecast."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Record:
 
 
 class Encoding(UserDict):  # type: ignore[type-arg]
-    """What a tokenizer gives: a mapping that is no dict, with a ``to``."""
+    """The output of a tokenizer: a mapping that is no dict and has a method ``to``."""
 
     def to(self, device: torch.device) -> Encoding:
         return Encoding({name: value.to(device) for name, value in self.items()})

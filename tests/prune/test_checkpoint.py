@@ -1,4 +1,4 @@
-"""A training in one file: written as a whole, loaded into fresh full-size objects, bit by bit the same."""
+"""A training in one file: written as a whole, loaded into fresh full-size objects, equal bit for bit."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_state_dicts_alone_do_as_well(stop: int) -> None:
     state = copy.deepcopy([part.state_dict() for part in run])
     train(*run[:2], range(stop, STEPS))
     resumed = parts(seed=1)
-    # A resumed run may have trained before: whatever it held is replaced.
+    # A resumed run may have trained before; its earlier state is replaced.
     train(*resumed[:2], range(2))
     resumed[2].load_state_dict(state[2])
     resumed[0].load_state_dict(state[0])

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: one ValueError that names the file, or bit by bit what was saved."""
+"""A damaged checkpoint raises one ValueError that names the file, or loads bit for bit as saved."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_flipped_bit_is_found_or_harmless(written: Path, tmp_path: Path) -> No
     source = np.random.default_rng(0)
     path = tmp_path / "flipped.pt"
     found = 0
-    # Half of them where the checksums do not reach: headers, the directory and what lies between.
+    # Half of them are outside of the checksums: in headers, the directory and the gaps.
     start = data.index(b"PK\x01\x02")
     for number in range(FLIPS):
         where = int(source.integers(start if number % 4 == 0 else 0, len(data)))
@@ -76,7 +76,7 @@ def test_a_truncated_file_is_found_wherever_it_ends(written: Path, tmp_path: Pat
 
 
 def repacked(data: bytes, pickled: Callable[[bytes], bytes]) -> bytes:
-    """The archive with another pickle and checksums that fit: a careful forgery."""
+    """The archive with another pickle and valid checksums: a deliberate forgery."""
     forged = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(forged, "w") as new:
         for entry in old.infolist():

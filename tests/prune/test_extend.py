@@ -1,4 +1,4 @@
-"""A training that goes on with more steps than it was begun with."""
+"""A training that is extended by more steps."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_events_not_yet_taken_follow_the_new_schedule(tmp_path: Path, step: int,
     for at in range(step, LONGER):
         train(model, optimizer, range(at, at + 1))
         now = pruner.metrics()["macs_share"]
-        # What is condemned at one event has gone at the next one.
-        due = [event.share for event in events.events if event.step + event.decline <= at + 1]
+        # Channels that start to fade at one event are removed at the next one.
+        due = [event.share for event in events.events if event.step + event.fade_steps <= at + 1]
         assert now <= share + 1e-9 and now <= min(due, default=1.0) + 1e-9
         assert pruner.finished is (at + 1 >= events.finish)
         share = now
@@ -72,7 +72,7 @@ def test_after_the_last_event_the_finished_network_is_trained_on(
     assert pruner.metrics()["kept"] == kept and pruner.finished
     assert pruner.metrics()["step"] == LONGER
 
-    # And once more, from the state of the extended training.
+    # The same again, from the state of the extended training.
     _, _, again = parts(2 * LONGER)
     _, _, twin = parts(2 * LONGER)
     pruner.save_checkpoint(tmp_path / "b.pt")

@@ -1,4 +1,4 @@
-"""What a training is said to cost, against what it costs."""
+"""The forecast cost of a training against its real cost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_stages_are_those_that_the_training_goes_through(network: type[nn.Module
             spent += pruner.graph.cost(pruner._masks.state >= 0).macs
             train(model, optimizer, range(step, step + 1))
     dense = STEPS * forecast.stages[0].macs
-    # Which layers stay wide is not known before: params are what the budget says, MACs follow from it.
+    # The forecast does not know which layers stay wide: the budget fixes the parameters, not the MACs.
     assert forecast.macs_share == pytest.approx(spent / dense, rel=0.15)
     assert forecast.macs_share < 0.75
 

@@ -1,4 +1,4 @@
-"""Networks of which a part is not trained: what still can be pruned, exactly, and why the rest stays."""
+"""Networks with untrained parts: the channels that can still be pruned exactly, and why the others stay."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def affines_and_statistics(model: nn.Sequential) -> None:
     affines(model)
     for module in model.modules():
         if isinstance(module, NORMS):
-            # As detection networks keep them: in evaluation mode while the rest trains.
+            # As in detection networks, these norms stay in evaluation mode while the rest trains.
             module.running_mean.uniform_(-1, 1)
             module.eval()
 
@@ -67,7 +67,7 @@ def first_affine(model: nn.Sequential) -> None:
 
 
 def trained(model: nn.Sequential, held: bool, kind: type[torch.optim.Optimizer]) -> sparsekern.Pruner:
-    """A whole training; ``held``: the optimizer holds what is frozen, too."""
+    """Run a whole training; with ``held`` the optimizer holds the frozen parameters, too."""
     parameters = [p for p in model.parameters() if held or p.requires_grad]
     optimizer = kind(parameters, lr=1e-2)
     pruner = sparsekern.Pruner(model, optimizer, X, keep=0.5, of="params", steps=STEPS)

@@ -1,6 +1,6 @@
-"""Events, shrinks and loads that are interrupted or fail: everything of them, or nothing.
+"""Events, shrinks and loads that are interrupted or fail take effect as a whole or not at all.
 
-``SPARSEKERN_INTERRUPTIONS=N`` tries N lines of each instead of a few.
+``SPARSEKERN_INTERRUPTIONS=N`` interrupts each at N lines instead of a few.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parts(shrink: bool, select: sparsekern.criteria.Criterion | None = None, **o
     torch.manual_seed(0)
     model = Plain(8).double()
     with torch.no_grad():
-        # Duplicates, which are folded.
+        # Duplicate filters, so that some channels are folded.
         for position in (0, 2):
             model.stem[0].weight[position + 1] = model.stem[0].weight[position]
     sparsekern.fusion.fuse(model, batch(0, dtype=DOUBLE))
@@ -85,7 +85,7 @@ def decisions(pruner: Pruner) -> list[int]:
 
 
 def undisturbed(shrink: bool, select: sparsekern.criteria.Criterion | None) -> tuple[list[Any], list[int]]:
-    """What there is after every step, and how many lines each decision runs."""
+    """The state after every step, and the number of lines that each decision runs."""
     own = parts(shrink, select)
     states, lines = [], []
     for step in range(STEPS):
@@ -114,7 +114,7 @@ def test_ctrl_c_at_any_line_of_a_decision_waits_for_its_end(
     random = np.random.default_rng(shrink)
     for _ in range(max(1, LINES // 4)):
         own = parts(shrink, select)
-        # At the first lines Ctrl-C does not wait yet: nothing is decided, and the next step makes up for it.
+        # At the first lines Ctrl-C is not deferred yet: nothing is decided, and the next step catches up.
         at = iter([int(random.integers(12, count)) for count in lines])
         for step in range(STEPS):
             backward(own[0], step)
@@ -137,7 +137,7 @@ def test_a_decision_that_fails_is_undone_and_made_up_for(shrink: bool, act: Call
     for _ in range(max(1, LINES // 2)):
         own = parts(shrink, select)
         model, optimizer, pruner = own
-        # Ctrl-C only comes through at the first lines.
+        # Ctrl-C takes effect at once only at the first lines.
         at = iter([int(random.integers(1, 12 if act is ctrl_c else count)) for count in lines])
         same, undone = True, 0
         for step in range(STEPS):
@@ -164,7 +164,7 @@ def test_a_decision_that_fails_is_undone_and_made_up_for(shrink: bool, act: Call
         assert sparsekern.verify(model, pruner.compact(), batch(9, dtype=DOUBLE)) < 1e-12
         last, _, _ = reference(shrink, select)
         for name, value in model.named_parameters():
-            # With the shapes from before a shrink the step after it rounds in another way.
+            # A step with the shapes from before the shrink rounds differently.
             torch.testing.assert_close(
                 value, last.get_parameter(name), rtol=1e-9 * shrink, atol=1e-12 * shrink
             )

@@ -1,4 +1,4 @@
-"""Criteria and allocators by name, and what a Pruner says of itself."""
+"""Criteria and allocators by name, and the ``repr`` of a Pruner."""
 
 from __future__ import annotations
 

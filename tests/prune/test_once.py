@@ -27,7 +27,7 @@ LOSS = nn.CrossEntropyLoss()
 
 
 def trained(network: type[nn.Module] = Plain, **options: Any) -> nn.Module:
-    """A network in evaluation mode whose norms have seen data."""
+    """A network in evaluation mode whose norms have running statistics of data."""
     torch.manual_seed(0)
     model = network(**options).double().train()
     for seed in range(4):
@@ -67,7 +67,7 @@ def test_the_network_is_that_of_its_plan(select: criteria.Criterion | None, of: 
 
 
 class Scaled(nn.Module):
-    """A network with a keyword input that it cannot do without."""
+    """A network with a required keyword input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ def test_a_plan_of_what_is_not_known_is_refused(options: dict[str, Any], message
     "select", ["magnitude", criteria.Random(), criteria.Redundancy(of=criteria.Magnitude())]
 )
 def test_without_data_no_layer_is_starved(select: Any) -> None:
-    """Channels at full resolution cost most of all; norms of weights do not tell what they are worth."""
+    """Channels at full resolution cost the most MACs, and norms of weights do not show their importance."""
     model = nn.Sequential()
     widths = [3, 16, 32, 64, 64]
     for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):

@@ -1,4 +1,4 @@
-"""Pruners under optimizers as trainers wrap them, several under one, and optimizers with odd state."""
+"""Pruners with wrapped optimizers, several Pruners with one optimizer, and optimizers with unusual state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def steps(model: nn.Module, optimizer: Any, count: int = STEPS) -> None:
 
 
 def gone(pruner: Pruner) -> float:
-    """The largest number in masked rows of trained parameters."""
+    """The largest absolute value in masked rows of trained parameters."""
     largest = 0.0
     for view in pruner._rows.table.views:
         rows = view.param.detach().movedim(view.dim, 0)[pruner._rows.table.countdown[view.slice] == 0]
@@ -85,7 +85,7 @@ class InGroups(torch.optim.SGD):
 
 
 class Blocks(torch.optim.SGD):
-    """Quantises state of large tensors only, in blocks of 64: nothing that small parameters tell."""
+    """Quantises the state of large tensors only, in blocks of 64, so small parameters do not show it."""
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         for param in (p for group in self.param_groups for p in group["params"] if p.numel() > 4096):
@@ -94,7 +94,7 @@ class Blocks(torch.optim.SGD):
 
 
 class Unlike(torch.optim.SGD):
-    """Flat state per parameter, which no copy can be asked for: it insists on its constructor."""
+    """Keeps flat state per parameter; it cannot be copied, because its constructor is required."""
 
     def __setstate__(self, state: Any) -> None:
         raise NotImplementedError
@@ -151,7 +151,7 @@ def test_the_other_optimizers_of_torch_shrink(name: str) -> None:
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_masks_hold_through_a_line_search(search: str | None) -> None:
-    """Every call of the closure sees the masked model, and so does the end of every step."""
+    """The model is masked in every call of the closure and at the end of every step."""
     model = plain()
     optimizer = lbfgs(model.parameters(), line_search_fn=search)
     pruner = make(model, optimizer)
@@ -177,7 +177,7 @@ def test_masks_hold_through_a_line_search(search: str | None) -> None:
 
 
 class Halves(nn.Module):
-    """An encoder and a decoder that are pruned by a Pruner each."""
+    """An encoder and a decoder, each with its own Pruner."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Pruner in a training: budgets, exactness, what users combine it with."""
+"""The Pruner in a training: budgets, exactness, and combinations with other tools."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ def test_masks_stay_and_training_goes_on_after_them() -> None:
 def test_gates_of_the_condemned_fall_in_a_straight_line() -> None:
     torch.manual_seed(0)
     model = Plain()
-    # With a learning rate that small, a gate is moved by its decline alone.
+    # With a learning rate that small, only fading moves a gate.
     optimizer = sparsekern.optim.SGD(model.parameters(), lr=1e-12)
     pruner = Pruner(
         model, optimizer, batch(0), keep=0.5, steps=20, events=1, warmup=0.25, finish=0.75, penalty=0.0
     )
     train(model, optimizer, range(5))
-    condemned = np.flatnonzero(pruner._masks.state == 1)
+    fading = np.flatnonzero(pruner._masks.state == 1)
     stem = next(group for group in pruner.graph.groups if "stem" in group.name)
-    channel = int(np.intersect1d(condemned, stem.channels)[0]) - int(stem.channels[0])
+    channel = int(np.intersect1d(fading, stem.channels)[0]) - int(stem.channels[0])
     seen = [float(model.stem[1].weight[channel].detach())]
     for step in range(5, 15):
         train(model, optimizer, range(step, step + 1))
@@ -246,7 +246,7 @@ def test_a_duplicate_is_folded_with_almost_no_change_of_the_output() -> None:
         select=sparsekern.criteria.Redundancy(),
     )
     with torch.no_grad():
-        # Twice the filter has four times the variance: what training would have measured.
+        # A filter scaled by 2 has 4 times the variance; this is the value that training would measure.
         model.stem[1].running_var[[1, 3, 5]] = 4
     before = model(batch(99, dtype=torch.float64)).detach()
     train(model, optimizer, range(2), torch.float64)
@@ -264,9 +264,9 @@ def test_abort_pardons_the_condemned() -> None:
         model, optimizer, batch(0), keep=0.3, steps=20, events=1, select=sparsekern.criteria.Taylor()
     )
     train(model, optimizer, range(5))
-    condemned = pruner.metrics()["condemned"]
-    assert condemned > 0
-    assert pruner.abort() == condemned
+    fading = pruner.metrics()["condemned"]
+    assert fading > 0
+    assert pruner.abort() == fading
     train(model, optimizer, range(5, 20))
     assert pruner.metrics()["macs_share"] == 1
 

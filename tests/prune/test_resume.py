@@ -1,4 +1,4 @@
-"""A run stopped at any step and resumed ends bit-identical to one that was not."""
+"""A run that is stopped at any step and resumed ends bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behind a batch norm the scale of a filter means nothing, so no decision may depend on it."""
+"""The scale of a filter before a batch norm has no effect, so no decision may depend on it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STEPS = 12
 
 
 def watched(scales: torch.Tensor | None) -> tuple[Pruner, Statistics]:
-    """The same network with and without rescaled filters, seen over the same batches, not moved."""
+    """The network with and without rescaled filters; fixed weights, statistics of the same batches."""
     torch.manual_seed(0)
     model = Plain().double()
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            # With a larger epsilon the function itself would depend on the scale.
+            # A larger epsilon would make the function itself depend on the scale.
             norm.eps = 1e-30
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
@@ -53,7 +53,7 @@ def test_counts_ranking_and_plan_do_not_depend_on_the_scale_of_filters() -> None
 
 
 def test_the_norm_of_a_filter_does_depend_on_it() -> None:
-    """The control: the same comparison tells a criterion that is not scale-free."""
+    """The control: the same comparison detects a criterion that is not scale-free."""
     scales = 2.0 ** torch.arange(-16, 16).clamp(-4, 4).double()
     _, plain = watched(None)
     _, rescaled = watched(scales)

@@ -20,7 +20,7 @@ def test_events_lie_between_warmup_and_finish() -> None:
 
 def test_declines_end_where_the_next_event_begins() -> None:
     schedule = cubic(steps=137, events=7)
-    ends = [event.step + event.decline for event in schedule.events]
+    ends = [event.step + event.fade_steps for event in schedule.events]
     assert ends == [*(event.step for event in schedule.events[1:]), schedule.finish]
 
 
@@ -36,7 +36,7 @@ def test_shares_fall_to_keep_and_fastest_at_first() -> None:
 def test_the_area_under_the_staircase_is_what_it_is_said_to_be(events: int, area: float) -> None:
     schedule = cubic(steps=10_000, events=events)
     shares = [1.0, *(event.share for event in schedule.events)]
-    stops = [event.step + event.decline for event in schedule.events]
+    stops = [event.step + event.fade_steps for event in schedule.events]
     spans = [stop - start for start, stop in zip([0, *stops], [*stops, 10_000], strict=True)]
     cost = sum(share * span for share, span in zip(shares, spans, strict=True)) / 10_000
     assert area == pytest.approx((1 + 1 / events) ** 2 / 4, abs=1e-4)
@@ -44,7 +44,7 @@ def test_the_area_under_the_staircase_is_what_it_is_said_to_be(events: int, area
 
 
 def test_even_events_are_close_to_the_least_area_that_any_spacing_has() -> None:
-    # Where the derivative of the staircase's area by every position is zero, from the last event backwards.
+    # At these positions the derivative of the staircase's area is zero; the last event comes first.
     left = [0.0, 1.0]
     for _ in range(9):
         last, before = left[-1], left[-2]
@@ -57,7 +57,7 @@ def test_even_events_are_close_to_the_least_area_that_any_spacing_has() -> None:
 def test_few_steps_make_fewer_events() -> None:
     schedule = cubic(steps=10, events=50)
     assert [event.step for event in schedule.events] == [1, 2, 3, 4, 5]
-    assert all(event.decline == 1 for event in schedule.events)
+    assert all(event.fade_steps == 1 for event in schedule.events)
 
 
 def test_no_event_before_the_first_step() -> None:

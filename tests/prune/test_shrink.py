@@ -1,4 +1,4 @@
-"""Shrinking in mid-training: the loss does not notice, everything that knows a size follows."""
+"""Shrinking in mid-training: the loss stays the same, and everything that stores a size is updated."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_decision_with_shrink_is_that_of_the_masked_training(
         for model, optimizer, _ in (masked, shrunk):
             losses(model, optimizer, range(step, step + 1))
         states = [pruner.state_dict() for _, _, pruner in (masked, shrunk)]
-        # A channel that is gone was masked before.
+        # A removed channel was masked before.
         channels = [state["channels"].clamp(max=MASKED) for state in states]
         assert torch.equal(*channels), step
         rows = states[0]["rows"]["activity"][_rows_left(*states)]
@@ -317,7 +317,7 @@ def test_schedulers_scalers_and_clipping_see_nothing_of_it() -> None:
 
 
 class Strange(torch.optim.SGD):
-    """Keeps something whose shape says nothing."""
+    """Keeps state whose shape does not show how to cut it."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:

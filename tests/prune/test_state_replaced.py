@@ -1,4 +1,4 @@
-"""A load puts another dict in the place of an optimizer's state, and the Pruner follows it."""
+"""A load replaces the dict of an optimizer's state, and the Pruner uses the new one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_masks_after_a_load_clear_the_state_that_was_loaded(make: str) -> None:
 
 
 def _parts_state(make: str) -> dict:
-    """Of a training that masked nothing."""
+    """The state of a training that masked nothing."""
     model = made("up-down", 0)
     optimizer = OPTIMIZERS[make](model.parameters())
     train(model, optimizer, range(2), DOUBLE)

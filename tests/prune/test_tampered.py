@@ -1,4 +1,4 @@
-"""Content that no checkpoint has: one ValueError that names the entry, and nothing has changed bit by bit."""
+"""Invalid content raises one ValueError that names the entry, and nothing has changed bit for bit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def loading() -> Run:
 
 
 def put(*keys: Any, value: Any) -> Change:
-    """Set the entry at ``keys``; a function gives the new value of the old one."""
+    """Set the entry at ``keys`` to a value, or to the result of a function of the old value."""
 
     def change(content: Any) -> None:
         for key in keys[:-1]:
@@ -109,7 +109,7 @@ GROUP, STATE = ("optimizer", "param_groups", 0), ("optimizer", "state", 3)
 RANDOM, ROWS = ("random", 0), ("rows",)
 NAN, INF = float("nan"), float("inf")
 
-# What is changed, and what the message has to name.
+# The change, and the name that the message must contain.
 TAMPERED: dict[str, tuple[Change, str]] = {
     # The file's own entries.
     "random: empty": (put("random", value=[]), "'random'"),
@@ -193,7 +193,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "python: missing": (drop(*RANDOM, "python"), "'python'"),
 }
 
-# The same for what Pruner.state_dict() gives, by itself and in a checkpoint.
+# The same for the result of Pruner.state_dict(), by itself and in a checkpoint.
 STATES: dict[str, tuple[Change, str]] = {
     "version: 1": (put("version", value=1), "version"),
     "step: -1": (put("step", value=-1), "'step'"),

@@ -1,4 +1,4 @@
-"""A network that is made before the budget is met says so, and only steps that were made count."""
+"""A network that is compacted before the budget is met comes with a warning; skipped steps do not count."""
 
 from __future__ import annotations
 

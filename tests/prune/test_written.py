@@ -1,4 +1,4 @@
-"""Weights that are written after their channels were masked: zeroed again, or an error that says so."""
+"""Weights written after their channels were masked are zeroed again, or raise an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import sparsekern
 from sparsekern import Pruner
-from sparsekern.prune.state.masking import CONDEMNED, MASKED
+from sparsekern.prune.state.masking import FADING, MASKED
 
 STEPS = 20
 DOUBLE = torch.float64
@@ -50,7 +50,7 @@ def assert_exact(model: nn.Module, pruner: Pruner) -> None:
 
 
 def revived(model: nn.Module, pruner: Pruner) -> int:
-    """Masked rows that are not zero, counted in another way than the package does."""
+    """The number of masked rows that are not zero, counted independently of the package."""
     parameters = dict(model.named_parameters())
     count = 0
     for name, slots in pruner.graph.tensors.items():
@@ -143,7 +143,7 @@ def test_loads_between_events_leave_masked_rows_zero_too(shrink: bool) -> None:
 
 
 def _slow_weights(model: nn.Module) -> None:
-    """As wrappers that go back to an average of earlier weights do."""
+    """Copy back an average of earlier weights, as some optimizer wrappers do."""
     slow = dense()
     for name, param in model.named_parameters():
         param.data.lerp_(slow[name], 0.5)
@@ -197,7 +197,7 @@ def test_the_next_event_looks_and_goes_on_after_remask(make: str) -> None:
     assert (pruner._masks.state == MASKED).any() and last > 9 - 4
     _slow_weights(model)
     before = pruner._masks.state.copy()
-    if make == "torch.SGD":  # its hooks zero masked rows after every step: nothing is left to see
+    if make == "torch.SGD":  # its hooks zero masked rows after every step, so there is nothing to detect
         train(model, optimizer, range(9, STEPS), DOUBLE)
         return assert_exact(model, pruner)
     with pytest.raises(RuntimeError, match="masked rows"):
@@ -213,7 +213,7 @@ def test_the_next_event_looks_and_goes_on_after_remask(make: str) -> None:
 
 def test_fading_channels_take_what_is_loaded_and_still_go() -> None:
     model, optimizer, pruner = parts(3)
-    fading = pruner._masks.state == CONDEMNED
+    fading = pruner._masks.state == FADING
     assert fading.any()
     model.load_state_dict(dense())
     train(model, optimizer, range(3, STEPS), DOUBLE)
@@ -228,7 +228,7 @@ def test_what_is_not_finite_beside_masked_rows_counts(where: str, value: float) 
     gone = int(np.flatnonzero(pruner._masks.state[pruner.graph.tensors["stem.1.weight"].channels[0]])[0])
     place = model.body[0].weight.data[:, gone] if where == "column" else model.stem[1].running_mean[gone]
     place.fill_(7)
-    assert_exact(model, pruner)  # a finite number there is multiplied with zero
+    assert_exact(model, pruner)  # a finite number there is multiplied by zero
     place.fill_(value)
     with pytest.raises(RuntimeError, match=r"masked rows: got 1 .*stem"):
         pruner.compact()

@@ -1,4 +1,4 @@
-"""Which files are found, and how they are dealt to the splits."""
+"""Which files are found, and how they are distributed over the splits."""
 
 from __future__ import annotations
 

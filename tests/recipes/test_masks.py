@@ -1,4 +1,4 @@
-"""Masks of every kind become the classes that they were made of."""
+"""Masks of every kind are read as the classes that they were made from."""
 
 from __future__ import annotations
 

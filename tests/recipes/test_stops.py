@@ -26,7 +26,7 @@ FILES = {"run.json", "model.safetensors", "checkpoint.pt", "curves.png"}
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap():
-    """Timings and pictures take longer than these trainings."""
+    """Stub timings and pictures, which take longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "latency", lambda models, image: dict.fromkeys(models, 1.0))
         patch.setattr("sparsekern.report.runs.curves", lambda path, runs: path.touch())
@@ -234,7 +234,7 @@ def test_overwrite_replaces_a_run_as_a_whole(data, finished, tmp_path):
     shutil.copytree(finished, out)
     command = ["train", "--data", str(data), *SMALL, "--seed", "3", "--out", str(out), "--overwrite"]
     assert run([*command, "--stop-after", "2"]) == 0
-    # Nothing of the old run is left that could be taken for a result of this one.
+    # No file of the old run is left that could be mistaken for a result of this one.
     assert not (out / "run.json").exists() and not (out / "model.safetensors").exists()
     assert load_checkpoint(out / "checkpoint.pt")["settings"]["seed"] == 3
 

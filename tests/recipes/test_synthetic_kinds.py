@@ -1,4 +1,4 @@
-"""The generators of images: every kind is reproducible, and its masks hold what it says."""
+"""The generators of images: every kind is reproducible, and its masks have the stated classes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_numbers_that_make_no_image_are_refused(name, count, size, argument):
 def test_vessels_are_thin(images):
     share = shares(images["vessels"])[:, 1]
     assert 0.03 < share.mean() < 0.08 and share.max() < 0.1 and share.min() > 0.01
-    # Nothing is left of them after two pixels are taken off all around: none is wider than five.
+    # Erosion by two pixels removes them, so none is wider than five pixels.
     mask = np.stack([images["vessels"].mask(i) for i in range(24)]).astype(bool)
     inner = mask.copy()
     for _ in range(2):

@@ -22,7 +22,7 @@ from sparsekern.kernels.rows import RowTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# Every way that a tensor is walked, with and without elements that are left over.
+# Every loop over a tensor, with and without a remainder of elements.
 SHAPES = (
     ((17,), 0),
     ((3, 1, 3, 3), 0),
@@ -55,7 +55,7 @@ OTHER_DTYPES = (torch.float64, torch.bfloat16, torch.float16)
 
 
 def _compare(op: Op, want: Problem, steps: int = 1) -> None:
-    """Both make steps from the same state each, so that no difference is passed on."""
+    """Both start each step from the same state, so differences do not accumulate."""
     got = want.clone()
     for _ in range(steps):
         before = want.clone()
@@ -181,7 +181,7 @@ def test_channel_moments(channels: int, pending: float) -> None:
 
 
 def test_an_optimizer_steps_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the optimizer and the checks of the operations, as training does, early and late."""
+    """Early and late steps through the optimizer and the checks of the ops, as in training."""
     results = []
     for name in ("reference", "triton"):
         monkeypatch.setenv("SPARSEKERN_BACKEND", name)

@@ -1,1 +1,1 @@
-"""From a module to a program of ATen ops: export on fake tensors, without the user's hooks."""
+"""Capture: exports a module as a program of ATen ops on fake tensors, without the user's hooks."""

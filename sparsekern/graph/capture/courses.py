@@ -1,7 +1,7 @@
 """Programs that ask for the values of tensors, which a trace does not have.
 
-``if not x.isfinite().all(): raise`` has one course that goes on: the trace answers so that it takes
-that one. An answer that leads to other ops is a decision that no single trace can follow.
+``if not x.isfinite().all(): raise`` has one course that continues. The trace gives the answer that
+takes this course. If another answer leads to other ops, no single trace can follow the program.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from torch.utils import _pytree as pytree
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
-# Two numbers that tensors are said to hold: a program that depends on them differs between the two.
+# Two numbers given as the values of tensors. A program that depends on them differs between the two.
 NUMBERS = (3, 5)
 
 
 class Site(NamedTuple):
-    """A line of code."""
+    """A line of code.
+
+    Attributes:
+        file: Path of the source file.
+        line: Line number, from 1; 0 if it is not known.
+    """
 
     file: str
     line: int
@@ -38,7 +43,7 @@ class Site(NamedTuple):
 
 
 class Formatted(TorchFunctionMode):
-    """A tensor without data goes into a text, such as a line of a log, as the number 0."""
+    """Formats a scalar tensor without data as the number 0, such as in a line of a log."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -49,11 +54,14 @@ class Formatted(TorchFunctionMode):
 
 
 class Answers:
-    """Answers to questions for values that torch's tracer gives up on.
+    """Answers to questions for values that torch's tracer does not know.
 
-    given: what a condition on values is said to be, by the line that asks; False where it says
-    nothing. asked: the lines that asked, in order. number: what tensors are said to hold.
-    numbered: the line that last asked for a number. stuck: the line whose question has no answer.
+    Attributes:
+        given: The answer to a condition on values, by the line that asks. The default is False.
+        asked: The lines that asked for a condition, in order.
+        number: The answer to a question for a number.
+        numbered: The line that last asked for a number; None if none did.
+        stuck: The line whose question has no answer; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -64,26 +72,31 @@ class Answers:
         self.stuck: Site | None = None
 
     def begin(self, given: dict[Site, bool], number: int = NUMBERS[0]) -> None:
-        """Nothing has been asked; answers are ``given``."""
+        """Forget all questions and set the answers.
+
+        Args:
+            given: The answer to a condition, by the line that asks.
+            number: The answer to a question for a number.
+        """
         self.given, self.number, self.numbered, self.stuck = given, number, None, None
         self.asked.clear()
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Tracers ask here while the context lasts."""
+        """Tracers use these answers while the context lasts."""
         plain = ShapeEnv.evaluate_sym_node
 
         def evaluate(env: ShapeEnv, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return plain(env, sym_node, *args, **kwargs)
             except GuardOnDataDependentSymNode:
-                # What is made of a size that depends on data depends on it everywhere.
+                # A value computed from a data-dependent size has no fixed answer.
                 if sym_node.expr.free_symbols & env.size_like or (site := _asking()) is None:
                     self.stuck = _asking()
                     raise
                 return self._answer(site, sym_node.pytype)
 
-        # Every export makes a shape environment of its own.
+        # Every export makes its own shape environment, so the patch is on the class.
         with mock.patch.object(ShapeEnv, "evaluate_sym_node", evaluate), Formatted():
             yield
 
@@ -96,9 +109,19 @@ class Answers:
 
 
 def followed(answers: Answers, given: dict[Site, bool], settled: bool, attempt: Callable[[], Any]) -> Any:
-    """What ``attempt`` returns with answers with which the user's code goes on.
+    """Call ``attempt`` with answers that let the user's code continue.
 
-    Changes ``given`` until it does, unless it is ``settled``. Raises what ``attempt`` raises at last.
+    Args:
+        answers: The answers in use.
+        given: Answers by line. They are changed until the user's code continues.
+        settled: Whether ``given`` must not change.
+        attempt: Traces or runs the program.
+
+    Returns:
+        The result of ``attempt``.
+
+    Raises:
+        Exception: The last error of ``attempt``, if no change of answers avoids it.
     """
     changed: set[Site] = set()
     while True:
@@ -114,9 +137,17 @@ def followed(answers: Answers, given: dict[Site, bool], settled: bool, attempt: 
 
 
 def fork(answers: Answers, given: dict[Site, bool], attempt: Callable[[], fx.GraphModule]) -> Site | None:
-    """A line whose answer changes the program that ``attempt`` traces, None where there is none.
+    """Find a line whose answer changes the traced program.
 
-    An answer that makes the user's code raise is no other course.
+    An answer that makes the user's code raise does not count as another program.
+
+    Args:
+        answers: The answers in use.
+        given: The answers with which the program continues, by line.
+        attempt: Traces the program.
+
+    Returns:
+        The line; None if there is none.
     """
     answers.begin(given)
     whole = _described(attempt())
@@ -136,24 +167,24 @@ def fork(answers: Answers, given: dict[Site, bool], attempt: Callable[[], fx.Gra
 
 
 def raised_by_user(error: BaseException) -> bool:
-    """Whether the user's code raised it, rather than something that it called."""
+    """Whether the user's own code raised ``error``, and not a library that it called."""
     origin = error.__cause__ or error
     frames = traceback.extract_tb(origin.__traceback__)
     return isinstance(origin, AssertionError) or bool(frames and _is_users(frames[-1].filename))
 
 
 def line_of(error: BaseException) -> Site | None:
-    """The last line of the user's code that an error came through."""
+    """The innermost line of the user's code in the traceback of ``error``; None if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _is_users(frame.filename)]
-    # What called the trace is the user's, too.
+    # The code that called the trace is the user's, too, and does not count.
     inside = [i for i, frame in enumerate(frames) if frame.filename.startswith(_OURS)]
     own = own if not inside else [frame for frame in frames[inside[0] :] if _is_users(frame.filename)]
     return Site(own[-1].filename, own[-1].lineno or 0) if own else None
 
 
 def _asking() -> Site | None:
-    """The line of the model that asks; of torch's own layer where the user's code is not between."""
+    """The line of the user's model that asks; a line of torch's layer if no user code lies between."""
     layer: Site | None = None
     frame = sys._getframe(1)
     while frame is not None:
@@ -173,7 +204,14 @@ def _is_users(file: str) -> bool:
 
 
 def steps(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """The ops in the order in which they run, those of inner regions after the op that enters."""
+    """Iterate over the ops of a graph in the order in which they run.
+
+    Args:
+        module: A traced graph.
+
+    Yields:
+        Nodes of calls and outputs. The nodes of an inner region come at the place of its attribute.
+    """
     for node in module.graph.nodes:
         if node.op in ("call_function", "output"):
             yield node
@@ -182,7 +220,7 @@ def steps(module: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _described(module: fx.GraphModule) -> list[Any]:
-    """The ops with what they read and how large it is; not by name, as an unused op leaves a gap."""
+    """Target, sources and result sizes of every op. Names are not compared: unused ops leave gaps."""
     numbers: dict[fx.Node, int] = {}
     found: list[Any] = []
     for node in steps(module):

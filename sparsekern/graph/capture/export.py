@@ -1,19 +1,13 @@
-"""The model's ATen graphs in evaluation and training mode, taken from a copy without memory."""
+"""The model's ATen graphs in evaluation and training mode, exported from a copy on fake tensors."""
 
 from __future__ import annotations
 
-import gc
-import logging
-import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
-from io import StringIO
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx.config
 from torch import Tensor, nn
@@ -25,46 +19,23 @@ from torch.utils import _pytree as pytree
 
 from sparsekern.distributed.tensors import check_not_flattened, copy_module, fake, settle, unwrap
 from sparsekern.graph.capture.courses import Answers, Site, followed, fork, line_of
-from sparsekern.graph.capture.hooks import detach_hooks, without_global_hooks
+from sparsekern.graph.capture.hooks import detach_hooks
 from sparsekern.graph.capture.kept import Keeping
+from sparsekern.graph.capture.program import CONSTANT, INPUT, Captured, Registered
+from sparsekern.graph.capture.undisturbed import undisturbed
 from sparsekern.graph.capture.unused import drop_unused
 from sparsekern.nn import MultiheadAttention
-
-INPUT = "tied to an input of the network"
-CONSTANT = "tied to a constant tensor"
-
-_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A parameter or buffer of the model with all names it goes by, the first one first."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    parameter: bool
-    itemsize: int
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One traced graph. ``sources`` says, for each placeholder by name, the number of the
-    registered tensor it stands for, or why it is none; ``constants`` holds the tensors of those
-    that the program made. ``kept`` says where modules keep the last outputs of the graph, which
-    the model does not return."""
-
-    module: torch.fx.GraphModule
-    sources: Mapping[str, int | str]
-    constants: Mapping[str, Any]
-    training: bool
-    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What tracing yields: the model's tensors, tied ones once, and one graph per mode.
+    """The result of tracing.
 
-    untraced: why there is none of training mode; empty where there is one.
+    Attributes:
+        tensors: The model's parameters and buffers. A tied tensor appears once.
+        graphs: One graph for each traced mode, evaluation mode first.
+        source: The copy that the graphs are exported from.
+        untraced: Why there is no graph of training mode; empty if there is one.
     """
 
     tensors: tuple[Registered, ...]
@@ -74,14 +45,26 @@ class Capture:
 
 
 class Source:
-    """A copy of the model on fake tensors, with fake inputs: what graphs are taken from.
+    """A copy of the model on fake tensors, with fake inputs. Graphs are exported from it.
 
-    held: the copy's parameters and buffers by number, tied ones once. smaller: tensors that have
-    stood in for them, by number and shape.
+    Args:
+        model: The model to copy. It does not change.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+
+    Attributes:
+        mode: The fake tensor mode of the copy.
+        clone: The copy.
+        tensors: The copy's parameters and buffers by number. A tied tensor appears once.
+        held: The tensors themselves, by number.
+        smaller: Smaller tensors that have replaced them, by number and shape.
+
+    Raises:
+        ValueError: The model cannot be copied or has uninitialised parameters.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        # A shape environment lets programs through that read numbers off tensors.
+        # The shape environment allows programs that read numbers from tensors.
         self._answers = Answers()
         self._given: dict[bool, dict[Site, bool]] = {False: {}, True: {}}
         self._settled: set[bool] = set()
@@ -97,7 +80,18 @@ class Source:
         self._doubled = False
 
     def export(self, training: bool) -> Captured:
-        """The graph of one mode. Raises ValueError if the forward rejects the inputs."""
+        """Export the graph of one mode.
+
+        Args:
+            training: Whether to export training mode.
+
+        Returns:
+            The graph.
+
+        Raises:
+            ValueError: The forward rejects the inputs.
+            Undecided: The forward decides by the values in tensors.
+        """
         with undisturbed(), self._answers.used(), self._returning_kept() as kept:
             program = self._followed(training, lambda: self._program(training))
             if training not in self._settled and (self._answers.asked or self._answers.numbered):
@@ -123,7 +117,17 @@ class Source:
         return Captured(program.graph_module, sources, constants, training, tuple(kept))
 
     def run(self, training: bool) -> Any:
-        """What the copy returns, in the mode and on the inputs of ``export``."""
+        """Run the copy in the mode and on the inputs of ``export``.
+
+        Args:
+            training: Whether to run in training mode.
+
+        Returns:
+            The output of the copy, on fake tensors.
+
+        Raises:
+            Exception: Any error of the forward.
+        """
         self.clone.train(training)
         args, kwargs = self._inputs(training)
         keeping = Keeping(self.clone)
@@ -138,9 +142,11 @@ class Source:
 
     @contextmanager
     def _returning_kept(self) -> Iterator[list[str]]:
-        """The copy returns a pair: what it returns else, and the tensors that it keeps on its modules.
+        """Make the copy return a pair: its output, and the tensors that it leaves on its modules.
 
-        Gives a list of where they were kept. What the modules held before is put back.
+        Yields:
+            A list of the places where the tensors were kept, filled by the forward. The modules get
+            their earlier objects back.
         """
         keeping, forward, own = Keeping(self.clone), self.clone.forward, vars(self.clone).get("forward")
         kept: list[str] = []
@@ -148,7 +154,7 @@ class Source:
         @wraps(forward)
         def returning(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
             output, new = forward(*args, **kwargs), keeping.new()
-            # While the tracer still looks: it takes an attribute that changed for a mistake.
+            # Before the forward returns: the tracer rejects changed attributes.
             keeping.restore()
             kept[:] = [where for where, _ in new]
             return output, tuple(tensor for _, tensor in new)
@@ -185,7 +191,15 @@ class Source:
         return program
 
     def rejected(self, training: bool, error: Exception) -> ValueError:
-        """What to raise when the copy does not run at its full size."""
+        """Make the exception for a copy that does not run at its full size.
+
+        Args:
+            training: Whether the copy ran in training mode.
+            error: The error of the copy.
+
+        Returns:
+            A ValueError that names ``example_inputs``, or an ``Undecided`` that names ``model``.
+        """
         if isinstance(error, GuardOnDataDependentSymNode):
             site = self._answers.stuck or line_of(error)
             return Undecided(f"{self._undecided(training, site)}; it raised {first_line(error)}")
@@ -207,7 +221,7 @@ class Source:
 
 
 class Undecided(ValueError):
-    """The course of a program depends on the values in tensors."""
+    """The ops of a program depend on the values in tensors, so one trace cannot represent it."""
 
 
 def _named(training: bool) -> str:
@@ -215,17 +229,37 @@ def _named(training: bool) -> str:
 
 
 def inner_module(model: object) -> nn.Module:
-    """The module to trace. Raises ValueError for what is none, or a FullyShardedDataParallel."""
+    """Find the module to trace.
+
+    Args:
+        model: A module, or a wrapper of one such as by ``torch.compile`` or data parallelism.
+
+    Returns:
+        The wrapped module.
+
+    Raises:
+        ValueError: ``model`` is no module, or is a FullyShardedDataParallel.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    # What torch.compile and data parallelism return holds the module itself, with the same parameters.
+    # The wrappers of torch.compile and data parallelism hold the module itself, with the same parameters.
     inner = unwrap(model)
     check_not_flattened(inner)
     return inner
 
 
 def arguments(example_inputs: object) -> tuple[Any, ...]:
-    """Positional arguments from an example. Raises ValueError for what holds none."""
+    """Make positional arguments from example inputs.
+
+    Args:
+        example_inputs: A tensor, or a tuple or list of positional arguments.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ValueError: ``example_inputs`` is anything else.
+    """
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, (tuple, list)):
         raise ValueError(
@@ -238,11 +272,21 @@ def arguments(example_inputs: object) -> tuple[Any, ...]:
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
     """Trace ``model`` in both modes on fake tensors; ``model`` itself is never run or changed.
 
-    Where training mode raises, and evaluation mode reads every parameter, the graph of evaluation mode
-    has to do: what training mode alone computes has no channels of its own.
+    If training mode raises and evaluation mode reads every parameter, the graph of evaluation mode is
+    enough: the values that only training mode computes have no channels of their own.
 
-    Raises ``ValueError`` naming ``model`` where it cannot be copied, has uninitialised parameters or
-    decides by the values in tensors, and naming ``example_inputs`` where its forward rejects them.
+    Args:
+        model: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+
+    Returns:
+        The model's tensors and its graphs.
+
+    Raises:
+        ValueError: ``model`` cannot be copied, has uninitialised parameters or decides by the values
+            in tensors (the message names ``model``), or its forward rejects the inputs (the message
+            names ``example_inputs``).
     """
     source = Source(model, args, kwargs)
     evaluation = source.export(False)
@@ -285,7 +329,7 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         ) from error
     detach_hooks(clone)
     for module in clone.modules():
-        # What torch's attention computes, in a form whose heads can go.
+        # This class computes the same as torch's attention, in a form from which heads can be removed.
         if MultiheadAttention.fits(module):
             MultiheadAttention.adopt(module)
     return clone
@@ -297,7 +341,7 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[int, Tensor]]:
-    """The tensors of the copy, tied ones once, by number."""
+    """Descriptions and tensors of the copy's parameters and buffers, by number. A tied tensor counts once."""
     names: dict[int, list[str]] = {}
     held: dict[int, Tensor] = {}
     for name, tensor in _all_tensors(clone):
@@ -316,7 +360,7 @@ def _registered(clone: nn.Module) -> tuple[tuple[Registered, ...], dict[int, Ten
 
 
 def _single(args: Any, kwargs: Any) -> bool:
-    """Whether every tensor is a batch of one."""
+    """Whether there are tensors and all of them have a first dimension of size 1."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
     return bool(tensors) and all(t.shape[0] == 1 for t in tensors)
 
@@ -329,7 +373,7 @@ def _doubled(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """The type name of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -340,53 +384,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(_describe(item) for item in value) + ")"
     return type(value).__name__
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Random generators as before, compiled parts run eagerly, the tracer's messages unseen.
-
-    Inside, all generators start from the same state, so that a program repeats. A forward that
-    fails on fake tensors raises, and is reported; torch would log it, too.
-    """
-    python, legacy = random.getstate(), np.random.get_state()
-    logs = [logging.getLogger(name) for name in _LOGS]
-    disabled = [log.disabled for log in logs]
-    for log in logs:
-        log.disabled = True
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.compiler.set_stance("force_eager"),
-            without_global_hooks(),
-            warnings.catch_warnings(),
-            # The tracer prints what it has of the graph when it fails.
-            redirect_stderr(StringIO()),
-            # What the model prints would be of tensors without data.
-            redirect_stdout(StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            random.seed(0)
-            np.random.seed(0)
-            torch.default_generator.manual_seed(0)
-            yield
-    finally:
-        for log, before in zip(logs, disabled, strict=True):
-            log.disabled = before
-        random.setstate(python)
-        np.random.set_state(legacy)
-
-
-@contextmanager
-def lightly() -> Iterator[None]:
-    """A third off a trace's time: no source lines for nodes, no walks of the garbage collector."""
-    collecting, lines = gc.isenabled(), getattr(torch.fx.config, "do_not_emit_stack_traces", False)
-    gc.disable()
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = lines
-        if collecting:
-            gc.enable()

@@ -1,7 +1,7 @@
-"""Hooks of the user's modules: left out of a trace, which would show them tensors without data.
+"""Hooks of the user's modules, which a trace leaves out because its tensors have no data.
 
-A hook may also change what its module takes or gives. Where that cannot be ruled out, an op
-without a meaning stands for it, and what passes through it stays whole.
+A hook may also change the inputs or outputs of its module. If this cannot be ruled out, a placeholder
+op takes the hook's place, and channels that pass through the op stay.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ _GLOBAL = (
 
 
 def detach_hooks(model: nn.Module) -> None:
-    """Takes all hooks off the modules but those of ``torch.nn.utils``, which make weights.
+    """Remove all hooks except those of ``torch.nn.utils``, which make weights.
 
-    In the place of one that may change something stands an op that nothing is pruned through.
+    A placeholder op, through which nothing is pruned, replaces every forward hook that may change
+    inputs or outputs.
+
+    Args:
+        model: The traced copy, changed in place.
     """
     for module in model.modules():
         standing = [
@@ -48,7 +52,11 @@ def detach_hooks(model: nn.Module) -> None:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Takes all hooks off the modules but those of ``torch.nn.utils``, which make weights."""
+    """Remove all hooks except those of ``torch.nn.utils``, which make weights.
+
+    Args:
+        model: A model, changed in place.
+    """
     for module in model.modules():
         _drop(module)
 
@@ -67,7 +75,14 @@ def _drop(module: nn.Module) -> None:
 
 
 def may_change(hook: Callable[..., Any]) -> bool:
-    """Whether a hook might return something: neither its annotation nor its code rule it out."""
+    """Whether a hook may return a value other than None.
+
+    Args:
+        hook: A forward hook or forward pre-hook.
+
+    Returns:
+        False only if its annotation or its bytecode rules out such a value.
+    """
     while isinstance(hook, functools.partial):
         hook = hook.func
     function: Any = hook if inspect.isroutine(hook) else type(hook).__call__
@@ -91,7 +106,7 @@ def may_change(hook: Callable[..., Any]) -> bool:
 
 @contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """Hooks that were registered for all modules are not called while the context lasts."""
+    """Disable the hooks registered for all modules while the context lasts."""
     tables = [getattr(nn.modules.module, name, {}) for name in _GLOBAL]
     held = [dict(table) for table in tables]
     try:

@@ -1,7 +1,7 @@
-"""Tensors that a forward leaves on its modules: features for a loss, a hidden state, a cache.
+"""Tensors that a forward leaves on its modules, such as features for a loss, a hidden state or a cache.
 
-They are found wherever plain Python holds them: in attributes, lists, dicts, sets, dataclasses and
-other objects of the user's, nested, and shared between modules or by a class.
+The search covers attributes, lists, dicts, sets, dataclasses and other objects of the user's classes.
+These may be nested, and may be shared between modules or by a class.
 """
 
 from __future__ import annotations
@@ -16,20 +16,31 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-# What every module holds for torch; the parameters and buffers among it are traced as such.
+# Attributes that every module has for torch. Parameters and buffers are traced separately.
 _OF_TORCH = frozenset(vars(nn.Module()))
 _CONTAINERS = (Mapping, list, tuple, set, deque, SimpleNamespace)
 
 
 class Kept(NamedTuple):
-    """A tensor that a forward left behind. where: such as ``encoder.features['deep'][0]``."""
+    """A tensor that a forward left on a module.
+
+    Attributes:
+        where: Its place, such as ``encoder.features['deep'][0]``.
+        tensor: The tensor.
+    """
 
     where: str
     tensor: Tensor
 
 
 class _Holder(NamedTuple):
-    """An object that holds others, and what it held, by key."""
+    """An object that holds others.
+
+    Attributes:
+        where: Its place in the model.
+        thing: The object.
+        held: The objects that it held at first, by key.
+    """
 
     where: str
     thing: Any
@@ -37,17 +48,21 @@ class _Holder(NamedTuple):
 
 
 class Keeping:
-    """What the modules of ``model`` hold when this is made, to compare with and to put back."""
+    """A snapshot of the objects that a model's modules hold, for comparison and restoration.
+
+    Args:
+        model: The model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._packages = {_package(type(module)) for module in model.modules()} - {"torch"}
         self._holders = list(self._all(model))
         tensors = [v for holder in self._holders for v in holder.held.values() if isinstance(v, Tensor)]
-        # The tensors themselves are held, too: no other one may get their id meanwhile.
+        # Holding the tensors themselves prevents the reuse of their ids.
         self._known = {id(tensor): tensor for tensor in (*tensors, *model.parameters(), *model.buffers())}
 
     def new(self) -> list[Kept]:
-        """The tensors that were put on the modules since, each once."""
+        """The tensors put on the modules since the snapshot, each once."""
         found: dict[int, Kept] = {}
         for where, thing, held in self._holders:
             for key, value in _held(thing).items():
@@ -57,7 +72,7 @@ class Keeping:
         return list(found.values())
 
     def restore(self) -> None:
-        """Put back what holds tensors or other objects; counters go on counting."""
+        """Restore the objects that are or may hold tensors. Counters keep their new values."""
         for _, thing, held in self._holders:
             now = _held(thing)
             changed = [key for key in {**now, **held} if self._replaced(held.get(key), now.get(key))]
@@ -68,7 +83,7 @@ class Keeping:
         return old is not new and (self._may_hold(old) or self._may_hold(new))
 
     def _all(self, model: nn.Module) -> Iterator[_Holder]:
-        """The modules, and all that may hold tensors for them, each object once."""
+        """The modules and all objects that may hold tensors for them, each once."""
         left: deque[tuple[str, Any]] = deque(model.named_modules())
         left += self._of_classes(model)
         seen: set[int] = set()
@@ -98,13 +113,13 @@ class Keeping:
                 yield from self._tensors(_inside(where, value, key), item, seen)
 
     def _may_hold(self, thing: Any) -> bool:
-        """Whether it is a tensor or may hold one. Modules are among the holders for themselves."""
+        """Whether ``thing`` is a tensor or may hold one. False for modules, which are holders already."""
         if isinstance(thing, (Tensor, *_CONTAINERS)):
             return True
         return not isinstance(thing, (nn.Module, type)) and self._is_users(type(thing))
 
     def _is_users(self, kind: type) -> bool:
-        """Whether to search its objects: a logger or a trainer leads to all of the program."""
+        """Whether to search objects of the class. A library's logger or trainer would lead everywhere."""
         return _package(kind) in self._packages or not _is_installed(kind.__module__)
 
 
@@ -146,12 +161,12 @@ def _put_back(thing: Any, held: Mapping[Any, Any], changed: list[Any]) -> None:
         thing.clear()
         thing.extend(held.values())
     elif isinstance(thing, MutableMapping):
-        # Whole, so that the keys keep their order.
+        # The whole mapping is refilled, so that the keys keep their order.
         thing.clear()
         thing.update(held)
     elif not isinstance(thing, (tuple, Mapping)):
         for name in changed:
-            # Not through the class, which may be a frozen dataclass.
+            # ``object``'s methods bypass the class, which may be a frozen dataclass.
             if name in held:
                 object.__setattr__(thing, name, held[name])
             else:

@@ -1,4 +1,4 @@
-"""Parts of a program whose results nobody reads, such as attention weights that are thrown away."""
+"""Parts of a program with unused results, such as attention weights that are thrown away."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ _CHECKS = frozenset(
 
 
 def drop_unused(module: fx.GraphModule) -> None:
-    """Remove what changes neither the outputs nor any tensor, and costs nothing that is counted.
+    """Remove the ops that change neither an output nor a tensor and have no counted cost.
 
-    Checks of values are among it: they compute nothing, and hold for the smaller network, too.
-    What else such a part does, it also does at a smaller size: the dry run shows whether it can.
+    Checks of values are removed, too: they compute nothing and also hold for the smaller network. The
+    dry run shows whether the removed code runs at a smaller size.
+
+    Args:
+        module: The traced graph, changed in place.
     """
     for node in reversed(module.graph.nodes):
         if node.op == "call_function" and not node.users and _idle(node):
@@ -46,14 +49,21 @@ def _idle(node: fx.Node) -> bool:
 
 
 def _of_numbers(node: fx.Node) -> bool:
-    """Whether it computes a number from numbers, such as a condition that has been decided."""
+    """Whether ``node`` computes a number from numbers, such as a condition that is already decided."""
     return not isinstance(node.target, torch._ops.OperatorBase) and isinstance(
         node.meta.get("val"), (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
     )
 
 
 def macs(node: fx.Node) -> int:
-    """The multiply-adds that torch counts for an op; 0 where its sizes depend on data."""
+    """Count the multiply-adds of an op with torch's flop counter.
+
+    Args:
+        node: A call of an ATen op, with its fake operands in ``meta["val"]``.
+
+    Returns:
+        Half of the flops; 0 if the sizes depend on data.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
     target: Any = node.target

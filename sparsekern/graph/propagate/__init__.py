@@ -1,1 +1,1 @@
-"""From a program to slots: one rule per ATen op says which indices go together."""
+"""Propagation of slots through a program: one rule per ATen op says which indices go together."""

@@ -1,8 +1,8 @@
 """Numbers of channels that the user's own modules keep as attributes, such as ``num_heads``.
 
-A forward that reshapes to ``self.num_heads`` runs with fewer heads only where that attribute
-follows. Which attribute it is, is seen by running the traced copy with marked numbers in the
-place of its attributes: the mark is still there when the number arrives in a reshape.
+A forward that reshapes to ``self.num_heads`` runs with fewer heads only if the attribute changes, too.
+To find the attribute, the traced copy runs with marked numbers in place of its attributes: a number
+that arrives in a reshape still has its mark.
 """
 
 from __future__ import annotations
@@ -28,14 +28,25 @@ _RESHAPES = frozenset({"view", "reshape", "unflatten"})
 
 
 class _Mark(int):
-    """A number that knows which attribute of which module it is."""
+    """A number marked with the attribute that it comes from.
+
+    Attributes:
+        module: Path of the module.
+        name: Name of the attribute.
+    """
 
     module: str
     name: str
 
 
 class _Reshape(NamedTuple):
-    """before, after: shapes. marks: sizes that are attributes, by dimension of the result."""
+    """A reshape to sizes of which some are attributes.
+
+    Attributes:
+        before: Shape of the operand.
+        after: Shape of the result.
+        marks: The sizes that are attributes, by dimension of the result.
+    """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -45,7 +56,15 @@ class _Reshape(NamedTuple):
 def follow(
     captured: Capture, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
 ) -> None:
-    """Note on the tensors which attributes count their channels, as ``Tracked.sizes``."""
+    """Find the attributes that count channels and record them in ``Tracked.sizes``.
+
+    Args:
+        captured: The traced model.
+        tensors: Its registered tensors, changed in place.
+        slots: All slots.
+        numbering: The numbers of channels and groups.
+        records: The records of the settled interpretation, with the reshapes.
+    """
     source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
     if not shaped:
@@ -65,7 +84,7 @@ def _around(module: str, outer: str) -> bool:
 
 
 def _counted(model: nn.Module, shaped: Shaped, numbering: Numbering) -> bool:
-    """Whether a module around the reshape has an attribute as large as a dimension of channels."""
+    """Whether a module around the reshape has an attribute equal to the size of a dimension of channels."""
     sizes = {len(ids) for ids in shaped.ids if ids is not None and (numbering.channel_of[ids] >= 0).any()}
     path = shaped.module.split(".") if shaped.module else []
     around = [".".join(path[:n]) for n in range(len(path) + 1)]
@@ -80,7 +99,10 @@ def _numbers(module: nn.Module) -> list[tuple[str, int]]:
 def _note(
     ids: np.ndarray, mark: _Mark, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering
 ) -> None:
-    """Attribute ``mark`` counts ``ids``: find how many indices of their tensor one of them is."""
+    """Record that the attribute ``mark`` counts ``ids``.
+
+    Nothing is recorded unless each counted index is the same number of indices of one tensor.
+    """
     if (ids < 0).any():
         return
     owners = slots.owners(ids)
@@ -99,7 +121,7 @@ def _note(
 
 
 class _Recorder(TorchFunctionMode):
-    """The reshapes, to sizes that are attributes."""
+    """Records the reshapes to sizes that are attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +155,7 @@ def _reshapes(source: Source, modes: Iterable[bool]) -> list[_Reshape]:
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """The model's own numbers carry marks while the context lasts."""
+    """Mark the attributes of the model that may count channels while the context lasts."""
     restore: list[tuple[nn.Module, str, int]] = []
     for path, module in model.named_modules():
         for name, value in _numbers(module):

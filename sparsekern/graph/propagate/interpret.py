@@ -1,4 +1,4 @@
-"""Running a traced graph over slots instead of numbers."""
+"""The interpreter, which runs a traced graph over slots in place of numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sparsekern.graph.capture.export import CONSTANT, Captured, Registered
+from sparsekern.graph.capture.program import CONSTANT, Captured, Registered
 from sparsekern.graph.capture.unused import macs
 from sparsekern.graph.propagate.operations import read
 from sparsekern.graph.propagate.records import Records, term
@@ -26,8 +26,14 @@ _Environment = dict[fx.Node, Any]
 
 @dataclass
 class Tracked:
-    """A registered tensor with its slots. row_dim: the dimension of its rows, once known.
-    sizes: attributes of the user's modules that count its indices, see ``TensorSlots``."""
+    """A registered tensor with its slots.
+
+    Attributes:
+        entry: The parameter or buffer.
+        ids: Per dimension an int64 array of slot ids; None for a dimension of size 1.
+        row_dim: The dimension of its rows; None if it is not known or there is none.
+        sizes: Attributes of the user's modules that count its indices; see ``TensorSlots``.
+    """
 
     entry: Registered
     ids: tuple[Ids, ...]
@@ -35,19 +41,29 @@ class Tracked:
     sizes: tuple[tuple[str, int, int], ...] = ()
 
     def value(self, number: int, settled: bool, storage: int) -> Value:
-        """Before row dimensions are known every slice of a parameter counts as zero."""
+        """Make the value that enters the graph for this tensor.
+
+        Args:
+            number: The tensor's number.
+            settled: Whether row dimensions are known. If not, every slice of a parameter counts as
+                zero.
+            storage: The value's storage number.
+
+        Returns:
+            A static value.
+        """
         zero: list[Flags] = []
         for dim, ids in enumerate(self.ids):
             masked = self.entry.parameter and (not settled or dim == self.row_dim)
             zero.append(None if ids is None else np.full(len(ids), masked))
-        why = f"tied to {self.entry.names[0]}, which stays"
+        untracked_reason = f"tied to {self.entry.names[0]}, which stays"
         return Value(
             self.entry.shape,
             self.ids,
             tuple(zero),
             self.entry.itemsize,
-            why,
-            cleared=f"adding {self.entry.names[0]}",
+            untracked_reason,
+            zero_broken_by=f"adding {self.entry.names[0]}",
             storage=storage,
             static=True,
             made_of=frozenset({number}),
@@ -58,10 +74,17 @@ class Tracked:
 class Interpreter:
     """Applies the rules to a graph, node by node.
 
-    Run once over all graphs to find which slots go together, then again, ``settled``, to find
-    what is zero and to record producers, consumers and costs. ``exact``: see ``Call``.
-    ``readings`` says by module which reading of ambiguous splits to take, the first one (0) where
-    it says nothing.
+    A first pass over all graphs finds which slots go together. A second, settled pass finds which
+    slices are zero and records producers, consumers and costs.
+
+    Attributes:
+        tensors: The registered tensors, by number.
+        slots: All slots.
+        records: The records that the rules fill.
+        settled: Whether this is the second pass.
+        exact: See ``Call``.
+        interpretations: By module, the interpretation of its ambiguous splits to take; the first one (0)
+            for a module that is absent.
     """
 
     tensors: Sequence[Tracked]
@@ -69,11 +92,12 @@ class Interpreter:
     records: Records
     settled: bool
     exact: bool = True
-    readings: Mapping[str, int] = field(default_factory=dict)
+    interpretations: Mapping[str, int] = field(default_factory=dict)
     _storage: int = field(default=0)
     _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
     def run(self, graph: Captured) -> None:
+        """Apply the rules to ``graph`` and freeze the slots that reach its outputs."""
         sources = graph.sources
         known: dict[int, Value] = {}
 
@@ -93,7 +117,7 @@ class Interpreter:
         reasons = ["reaches an output of the network"] * (len(outputs) - len(graph.kept))
         reasons += [f"is kept as {where}, where a loss may read it" for where in graph.kept]
         for number, (value, reason) in enumerate(zip(outputs, reasons, strict=True)):
-            # A weight that is made anew in every forward is kept for the layer itself.
+            # A static value on a module is a weight made anew in every forward. No loss reads it.
             remade = number >= len(outputs) - len(graph.kept) and isinstance(value, Value) and value.static
             if isinstance(value, Value) and not remade:
                 for ids in value.ids:
@@ -105,7 +129,7 @@ class Interpreter:
         return self._storage
 
     def _walk(self, module: fx.GraphModule, inputs: Sequence[Any], counted: bool) -> Any:
-        """The values that ``module`` returns."""
+        """Interpret the nodes of ``module`` and return its outputs as values."""
         env: _Environment = {}
         given = iter(inputs)
         for node in module.graph.nodes:
@@ -145,7 +169,7 @@ class Interpreter:
         before = len(self.records.macs)
         result = self._apply(call)
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
-            # Nothing that enters an op without a rule is pruned.
+            # The cost is constant: nothing that enters an op without a rule is pruned.
             call.count_macs(macs(node))
         if self.settled and counted:
             self.records.operations.append(read(node, env, call.module))
@@ -155,7 +179,7 @@ class Interpreter:
         return result
 
     def _apply(self, call: Call) -> Any:
-        """The rule's result; what it does not expect is frozen rather than guessed at."""
+        """The rule's result. If the rule fails on unexpected arguments, the operands are frozen."""
         if any(size < 0 for shape, _ in call.outputs for size in shape):
             return call.give_up(f"{call.label} makes a tensor whose size depends on data")
         try:
@@ -178,12 +202,12 @@ class Interpreter:
             settled=self.settled,
             counted=counted,
             exact=self.exact,
-            reading=self.readings.get(module, 0),
+            interpretation=self.interpretations.get(module, 0),
             new_storage=self._next,
         )
 
     def _note(self, call: Call, result: Any, *, in_place: bool) -> None:
-        """What holds for all rules: who reads a producer's output, and what is allocated."""
+        """Record what all rules have in common: readers of producers' outputs, families and memory."""
         if not call.rule.pure and not call.rule.norm:
             for value in call.values():
                 for number in value.pure:
@@ -201,21 +225,24 @@ class Interpreter:
                 self.records.activations.append(term(value.itemsize, factors))
 
     def _write(self, target: fx.Node, result: Value, env: _Environment) -> Value:
-        """An op in place: every value that may share the memory loses what is no longer true."""
+        """Record the result of an in-place op.
+
+        If zeros are lost, every value that may share the memory loses its zeros, too.
+        """
         before = env[target]
         result = replace(result, storage=before.storage)
         if any(_lost(a, b) for a, b in zip(before.zero, result.zero, strict=False)):
             for around, node in self._sharing.get(before.storage, ()):
                 value = around[node]
                 if isinstance(value, (tuple, list)):
-                    around[node] = [_cleared(v, before.storage, result.cleared) for v in value]
+                    around[node] = [_cleared(v, before.storage, result.zero_broken_by) for v in value]
                 else:
-                    around[node] = _cleared(value, before.storage, result.cleared)
+                    around[node] = _cleared(value, before.storage, result.zero_broken_by)
         env[target] = result
         return result
 
     def _higher_order(self, node: fx.Node, args: list[Any], counted: bool) -> Any:
-        """Regions under autocast or a gradient mode are entered; others are not followed."""
+        """Interpret a region under autocast or a gradient mode; freeze the operands of other regions."""
         inner = [i for i, a in enumerate(args) if isinstance(a, fx.GraphModule)]
         if str(node.target).startswith("wrap_with_") and len(inner) == 1:
             return self._walk(args[inner[0]], args[inner[0] + 1 :], counted)
@@ -244,7 +271,7 @@ def _no_rule(call: Call) -> Any:
 
 
 def _rule(target: Any) -> tuple[str, str, Rule]:
-    """Name, overload and rule of an op; in-place variants go by the plain name's rule."""
+    """Name, overload and rule of an op. An in-place op without its own rule uses the plain op's rule."""
     name, overload = target._schema.name.removeprefix("aten::"), target._schema.overload_name
     plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     for key in (f"{name}.{overload}", name, f"{plain}.{overload}", plain):
@@ -271,7 +298,14 @@ def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
 
 
 def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
-    """Shape and bytes per element of every tensor a node makes; -1 for a size not known."""
+    """Find the shapes of the tensors that a node makes.
+
+    Args:
+        node: A node with fake results in ``meta["val"]``.
+
+    Returns:
+        (shape, bytes per element) of every tensor; -1 for a size that depends on data.
+    """
     return [
         (tuple(size if isinstance(size, int) else -1 for size in t.shape), t.element_size())
         for t in pytree.tree_leaves(node.meta.get("val"))

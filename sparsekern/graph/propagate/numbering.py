@@ -1,4 +1,4 @@
-"""Which classes of slots are channels, and how channels and groups are numbered."""
+"""The classes of slots that are channels, and the numbers of channels and groups."""
 
 from __future__ import annotations
 
@@ -15,36 +15,65 @@ from sparsekern.graph.propagate.slots import Slots
 
 @dataclass(frozen=True)
 class Numbering:
-    """channel_of: int64 per slot, -1 for slots that stay. group_of: int64 per channel.
-    reasons: per slot the number of the reason why its class stays, -1 if there is none."""
+    """The numbers of channels and groups.
+
+    Attributes:
+        channel_of: The channel of every slot, int64 [slots], -1 for slots that stay.
+        group_of: The group of every channel, int64 [C].
+        reasons: The number of the reason why a slot's class stays, int64 [slots], -1 if there is none.
+    """
 
     channel_of: np.ndarray
     group_of: np.ndarray
     reasons: np.ndarray
 
     def slots_of(self, channels: np.ndarray) -> np.ndarray:
-        """Which slots belong to the channels (bool per channel), bool per slot."""
+        """Find the slots of some channels.
+
+        Args:
+            channels: Which channels, bool [C].
+
+        Returns:
+            Which slots belong to them, bool [slots].
+        """
         chosen: np.ndarray = np.append(channels, False)[self.channel_of]
         return chosen
 
 
 def row_ids(tensors: Sequence[Tracked], records: Records) -> list[np.ndarray]:
-    """Raw ids of all rows, those of producers first and in the order in which they run."""
+    """List the rows of all parameters.
+
+    Args:
+        tensors: The registered tensors.
+        records: The records with the producers.
+
+    Returns:
+        Arrays of raw slot ids: first those of producers, in the order in which they run.
+    """
     made = [ids for p in records.producers for ids in (p.rows, p.bias)]
     others = [t.ids[t.row_dim] for t in tensors if t.row_dim is not None]
     return made + [ids for ids in others if ids is not None]
 
 
 def number(tensors: Sequence[Tracked], slots: Slots, records: Records) -> Numbering:
-    """Channels are the free classes that hold at least one row of a parameter.
+    """Number channels and groups.
 
-    They are one group where they run through the same dimensions of the same tensors; groups and
-    the channels in them come in the order of the first row that belongs to them.
+    Channels are the free classes that hold at least one row of a parameter. Channels form one group if
+    they run through the same dimensions of the same tensors. Groups, and channels in a group, come in
+    the order of their first rows.
+
+    Args:
+        tensors: The registered tensors, with row dimensions.
+        slots: All slots.
+        records: The records with the producers.
+
+    Returns:
+        The numbers.
     """
     roots, reasons = slots.classes()
     rows = np.concatenate([np.empty(0, np.int64), *row_ids(tensors, records)])
     rows = rows[reasons[rows] < 0]
-    # Classes in the order of the first row that belongs to them.
+    # Classes come in the order of their first rows.
     classes, first = np.unique(roots[rows], return_index=True)
     classes = classes[np.argsort(first, kind="stable")]
     class_of = np.full(len(roots) + 1, -1, np.int64)

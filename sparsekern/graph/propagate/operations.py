@@ -1,4 +1,4 @@
-"""What a network runs: the ops of a pass in evaluation mode, and how large their operands are."""
+"""The ops that a network runs in a pass in evaluation mode, and the sizes of their operands."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from sparsekern.graph.propagate.values import Ids, Value
 class Operand:
     """A tensor that an op reads.
 
-    shape: its sizes in the network as it is. extents: per dimension the number of the extent (of the
-    graph's ``costs``) that is its size, None for a size that never changes. dtype: such as
-    ``float32``. order: its dimensions from the outermost in memory to the innermost. source: name
-    and output number of the operation that made it, None for a parameter, buffer, constant or input
-    of the network.
+    Attributes:
+        shape: Sizes in the traced network.
+        extents: Per dimension the number of the extent (of the graph's ``costs``) that gives its size;
+            None for a size that never changes.
+        dtype: Name of the dtype, such as ``float32``.
+        order: Dimensions from the outermost in memory to the innermost.
+        source: Name and output number of the operation that makes it; None for a parameter, buffer,
+            constant or input of the network.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +35,7 @@ class Operand:
     source: tuple[str, int] | None = None
 
     def sized(self, sizes: np.ndarray) -> tuple[int, ...]:
-        """Its shape when the extents have the ``sizes``, int64 [E]."""
+        """The shape for extents of the given ``sizes``, int64 [E]."""
         return tuple(
             size if extent is None else int(sizes[extent])
             for size, extent in zip(self.shape, self.extents, strict=True)
@@ -41,17 +44,26 @@ class Operand:
 
 @dataclass(frozen=True)
 class Constant:
-    """A dtype, layout or memory format, ``name`` as in ``torch.float32``, or ``device`` for any device."""
+    """A dtype, layout, memory format or device among the arguments of an op.
+
+    Attributes:
+        name: As in ``torch.float32``; ``device`` for any device.
+    """
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One op: ``target`` as in ``aten::conv2d.default``, called in the forward of ``module``.
+    """One op that the network runs.
 
-    name: its own in the traced graph. args, kwargs: as the op takes them, with an ``Operand`` in
-    the place of every tensor and a ``Constant`` in that of every object of torch.
+    Attributes:
+        name: Name of its node in the traced graph.
+        target: The op, such as ``aten::conv2d.default``.
+        module: Path of the module in whose forward it is called.
+        args: Positional arguments of the op. An ``Operand`` replaces every tensor, a ``Constant`` every
+            other object of torch.
+        kwargs: Keyword arguments in the same form.
     """
 
     name: str
@@ -61,7 +73,11 @@ class Operation:
     kwargs: Mapping[str, Any]
 
     def operands(self) -> Iterator[Operand]:
-        """The tensors it reads, those in lists included."""
+        """Iterate over the tensors that the op reads.
+
+        Yields:
+            Operands in the order of arguments, including those in lists.
+        """
         yield from _operands((*self.args, *self.kwargs.values()))
 
 
@@ -75,13 +91,26 @@ def _operands(arguments: Any) -> Iterator[Operand]:
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """An operation before channels have numbers. ids: raw slot ids of each operand's dimensions."""
+    """An operation before channels have numbers.
+
+    Attributes:
+        operation: The operation, without extents.
+        ids: Raw slot ids of each operand's dimensions, int64; None where nothing is tracked.
+    """
 
     operation: Operation
     ids: tuple[tuple[Ids, ...], ...]
 
     def numbered(self, channel_of: np.ndarray, extent: Callable[[np.ndarray], int | None]) -> Operation:
-        """The operation, with the extent that ``extent`` gives for the channels of a dimension."""
+        """Make the operation with extents.
+
+        Args:
+            channel_of: The channel of every slot, int64 [slots], -1 for slots that stay.
+            extent: Gives the number of the extent for the channel ids of a dimension.
+
+        Returns:
+            The operation.
+        """
         left = iter(self.ids)
 
         def of(argument: Any) -> Any:
@@ -99,7 +128,16 @@ class Read:
 
 
 def read(node: fx.Node, env: Mapping[fx.Node, Any], module: str) -> Read:
-    """What ``node`` calls, with the values of ``env`` as operands."""
+    """Read an operation from a node.
+
+    Args:
+        node: A call of an ATen op.
+        env: The value of every earlier node.
+        module: Path of the module in whose forward the op is called.
+
+    Returns:
+        The operation with the slots of its operands.
+    """
     ids: list[tuple[Ids, ...]] = []
 
     def operand(source: fx.Node) -> Any:
@@ -121,7 +159,7 @@ def read(node: fx.Node, env: Mapping[fx.Node, Any], module: str) -> Read:
 
 
 def _plain(argument: Any) -> Any:
-    """The argument without objects of torch, so that a graph is data and nothing else."""
+    """The argument with plain data in place of torch's objects, so that a graph holds only data."""
     if isinstance(argument, (list, tuple)):
         return [_plain(item) for item in argument]
     if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
@@ -142,5 +180,6 @@ def _source(node: fx.Node) -> tuple[str, int] | None:
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...]:
     strides = [stride if isinstance(stride, int) else 0 for stride in tensor.stride()]
-    # A dimension of size 1 may have any stride; last among equals it leaves channels last what it is.
+    # A dimension of size 1 may have any stride. It sorts last among equal strides, so that the order
+    # of a channels-last tensor does not change.
     return tuple(sorted(range(tensor.ndim), key=lambda d: (strides[d], tensor.shape[d]), reverse=True))

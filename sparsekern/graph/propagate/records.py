@@ -1,4 +1,4 @@
-"""What the rules note down while a network is interpreted, besides the unions themselves."""
+"""The records that rules make besides unions of slots while a network is interpreted."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ Factor = np.ndarray | int
 class Producer:
     """A weight, or the affine of a normalisation, whose rows make channels.
 
-    rows: raw slot ids of the weight's rows, as far as tracked; bias: those of the bias.
-    norms: numbers of the normalisations that read nothing but a rescaling of this output.
-    mixed: something that is not a normalisation reads the output, so its own rows set the scale.
-    consumed: its zeros reach a consumer (false for the gate of a squeeze-and-excitation block).
+    Attributes:
+        kind: "dense", "depthwise", "embedding" or "norm".
+        module: Path of the module in whose forward the op is called.
+        rows: Raw slot ids of the weight's tracked rows, int64.
+        bias: Raw slot ids of the bias, int64.
+        norms: Numbers of the producers that are normalisations of this output. The output may be
+            rescaled in between.
+        mixed: Whether an op other than a normalisation reads the output, so that the producer's own
+            rows set the scale.
+        consumed: Whether the producer's zeros reach a consumer. False for the gate of a
+            squeeze-and-excitation block.
     """
 
     kind: str
@@ -36,7 +43,12 @@ class Producer:
 
 @dataclass
 class Term:
-    """``scale`` times the product of the sizes of ``factors``: part of a cost."""
+    """A part of a cost: ``scale`` times the product of the sizes of ``factors``.
+
+    Attributes:
+        scale: The constant factor.
+        factors: Raw slot ids of the dimensions whose sizes are multiplied, int64.
+    """
 
     scale: int
     factors: list[np.ndarray]
@@ -44,7 +56,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Shaped:
-    """A reshape in ``module`` from ``before`` to ``after`` with the ids of its result."""
+    """A reshape to sizes that the program names.
+
+    Attributes:
+        module: Path of the module in whose forward it is called.
+        before: Shape of the operand.
+        after: Shape of the result.
+        ids: Slot ids of the result's dimensions.
+    """
 
     module: str
     before: tuple[int, ...]
@@ -53,7 +72,25 @@ class Shaped:
 
 
 class Records:
-    """Producers, consumers, row dimensions and cost terms, collected over both modes."""
+    """Producers, consumers, row dimensions and cost terms, collected over both modes.
+
+    Args:
+        slots: All slots.
+
+    Attributes:
+        producers: Producers in the order in which they run.
+        row_marks: Distinct (tensor number, dimension) pairs along which layers make channels.
+        consumers: Distinct (tensor number, dimension) pairs that layers contract over.
+        families: Sets of tensor numbers that a weight is computed from, such as two low-rank factors.
+        read: Numbers of the parameters and buffers that an op reads.
+        macs: Terms of the multiply-adds.
+        activations: Terms of the bytes of activations.
+        operations: The ops of evaluation mode, in order.
+        splits: Ambiguous splits as (module, slot ids, number of interpretations).
+        shaped: Reshapes to sizes that the program names, which a module may keep as an attribute.
+        inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
+        values: The value of every node of the traced graphs, or lists and tuples of values.
+    """
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
@@ -61,24 +98,28 @@ class Records:
         self.producers: list[Producer] = []
         self.row_marks: dict[tuple[int, int], None] = {}
         self.consumers: dict[tuple[int, int], None] = {}
-        # Tensors (by number) that a weight is computed from, such as a matrix and two of low rank.
         self.families: set[frozenset[int]] = set()
-        # Numbers of the parameters and buffers that an op reads.
         self.read: set[int] = set()
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []
-        # Splits with several readings: module, slots, how many readings there are.
         self.splits: list[tuple[str, np.ndarray, int]] = []
-        # Reshapes to sizes that the program names: a module may keep such a size as an attribute.
         self.shaped: list[Shaped] = []
-        # Channels that change others when they go, and why; empty where those are frozen.
         self.inexact: list[tuple[np.ndarray, str]] = []
-        # What every node of the traced graphs makes: values, or lists and tuples of them.
         self.values: dict[fx.Node, Any] = {}
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
-        """The number of the producer with these rows; a tied weight is one producer."""
+        """Record a producer. A tied weight that is used again is the same producer.
+
+        Args:
+            kind: See ``Producer``.
+            module: Path of the module in whose forward the op is called.
+            rows: Slot ids of the weight's rows, int64, -1 where one stays.
+            bias: Slot ids of the bias; None if there is none.
+
+        Returns:
+            The producer's number.
+        """
         bias = np.empty(0, np.int64) if bias is None else bias[bias >= 0]
         rows = rows[rows >= 0]
         key = kind.encode() + rows.tobytes() + b"|" + bias.tobytes()
@@ -91,13 +132,21 @@ class Records:
         return number
 
     def consume(self, columns: np.ndarray) -> None:
-        """Note that a weight is contracted over the dimension these raw ids belong to."""
+        """Record that a layer contracts over the dimension of the raw ids ``columns``."""
         for owner in self._slots.owners(columns):
             self.consumers[owner] = None
 
 
 def term(scale: int, factors: list[Factor]) -> Term:
-    """A cost term; plain sizes go into its scale."""
+    """Make a cost term.
+
+    Args:
+        scale: The constant factor.
+        factors: Slot ids of dimensions, or plain sizes, which are multiplied into the scale.
+
+    Returns:
+        The term.
+    """
     tracked = []
     for factor in factors:
         if isinstance(factor, np.ndarray):

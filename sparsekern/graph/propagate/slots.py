@@ -1,8 +1,8 @@
-"""Slots and the classes they form: a union-find over flat integer arrays.
+"""Slots and their classes: a union-find over flat integer arrays.
 
 A slot is one index along one dimension of one parameter or buffer. Values that flow through the
-network carry, for each dimension, an array of slot ids; ``STAYS`` marks an index that can never
-be removed.
+network carry an array of slot ids for each dimension. ``STAYS`` marks an index that can never be
+removed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ STAYS = -1
 
 
 class Slots:
-    """Union-find whose every operation takes whole arrays.
+    """A union-find whose operations take whole arrays.
 
-    The smaller root always wins, so the result does not depend on the order of the operations.
-    Frozen slots remember the first reason that was given for them; a class is frozen as soon as
-    one of its slots is.
+    The smaller root always wins, so the result does not depend on the order of operations. A frozen
+    slot keeps the first reason given for it. A class is frozen if any of its slots is.
+
+    Attributes:
+        reasons: All reasons, by number.
     """
 
     def __init__(self) -> None:
-        # Grown by doubling; what lies behind the ids that were allocated has no meaning.
+        # The arrays grow by doubling. Elements after the allocated ids are undefined.
         self._parent = np.empty(1024, np.int64)
         self._reason = np.empty(1024, np.int32)
         self._starts = np.empty(64, np.int64)
@@ -34,7 +36,15 @@ class Slots:
         return self._size
 
     def allocate(self, owner: tuple[int, int], count: int) -> np.ndarray:
-        """Fresh ids for the ``count`` indices of ``owner`` = (tensor number, dimension)."""
+        """Allocate slots for a dimension.
+
+        Args:
+            owner: (tensor number, dimension).
+            count: The size of the dimension.
+
+        Returns:
+            New slot ids, int64 [count].
+        """
         start, end = self._size, self._size + count
         self._parent, self._reason = _grown(self._parent, end), _grown(self._reason, end)
         self._starts = _grown(self._starts, len(self._owners) + 1)
@@ -47,12 +57,19 @@ class Slots:
         return ids
 
     def owners(self, ids: np.ndarray) -> list[tuple[int, int]]:
-        """The (tensor, dimension) pairs that the raw ids were allocated for, each once."""
+        """The distinct (tensor number, dimension) pairs that the raw ids were allocated for."""
         where = np.unique(self._where(ids[ids >= 0]))
         return [self._owners[i] for i in where]
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tensor number, dimension and index of every raw id (all must be >= 0)."""
+        """Find the places of slots.
+
+        Args:
+            ids: Raw ids, int64 [N], all >= 0.
+
+        Returns:
+            Tensor number, dimension and index of every slot, each int64 [N].
+        """
         where = self._where(ids)
         owners = np.asarray(self._owners, np.int64).reshape(-1, 2)[where]
         return owners[:, 0], owners[:, 1], ids - self._starts[where]
@@ -62,7 +79,7 @@ class Slots:
         return np.searchsorted(self._starts[: len(self._owners)], ids, side="right") - 1
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """The root of every id, in the shape of ``ids``; ``STAYS`` maps to itself."""
+        """The root of every id, int64 in the shape of ``ids``. ``STAYS`` maps to itself."""
         live = ids >= 0
         roots = ids[live]
         while True:
@@ -76,7 +93,13 @@ class Slots:
         return result
 
     def union(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
-        """Join slots pairwise; a slot that meets ``STAYS`` is frozen for ``reason``."""
+        """Join slots pairwise.
+
+        Args:
+            left: Slot ids, int64 [N].
+            right: Slot ids, int64 [N].
+            reason: Why a slot that is paired with ``STAYS`` is frozen.
+        """
         if left is right:
             return
         self.freeze(left[right < 0], reason)
@@ -89,11 +112,16 @@ class Slots:
             if not differ.any():
                 return
             left, right = left[differ], right[differ]
-            # Several pairs may hang the same root; the smallest wins and the loop joins the rest.
+            # Several pairs may change the parent of one root. The smallest wins; the loop joins the rest.
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
 
     def freeze(self, ids: np.ndarray, reason: str) -> None:
-        """Slots that must stay; those frozen before keep their first reason."""
+        """Mark slots that must stay. Slots that are already frozen keep their first reason.
+
+        Args:
+            ids: Slot ids, int64. ``STAYS`` is ignored.
+            reason: Why they stay.
+        """
         ids = ids[ids >= 0]
         if not len(ids):
             return
@@ -103,7 +131,12 @@ class Slots:
         self._reason[ids] = np.where(self._reason[ids] < 0, index, self._reason[ids])
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Root of every slot and, for every slot, the reason number of its class (-1: free)."""
+        """Find the classes of all slots.
+
+        Returns:
+            The root of every slot, and the number of the reason why its class stays (-1 if it is free),
+            each int64 [slots].
+        """
         roots = self.find(np.arange(self._size, dtype=np.int64))
         worst = len(self.reasons)
         first = np.full(len(roots), worst, np.int64)

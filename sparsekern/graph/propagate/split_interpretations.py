@@ -1,8 +1,9 @@
-"""Which reading of ambiguous splits leaves most to prune: found by trying.
+"""A search for the interpretation of ambiguous splits that leaves the most to prune.
 
-``reshape(b, n, 3, heads, size)`` of one dimension may mean heads that go whole or sizes that all
-heads share. The rules take one reading for all splits of a module; where what it ties together
-is frozen by something else (attention scales by the head's size), the next one is tried.
+``reshape(b, n, 3, heads, size)`` of one dimension may mean heads that are removed whole, or positions
+inside a head that all heads share. The rules take one interpretation for all splits of a module. If
+another op freezes the slots that it ties together (attention scales by the head's size), the next
+interpretation is tried.
 """
 
 from __future__ import annotations
@@ -18,28 +19,42 @@ from sparsekern.graph.propagate.slots import Slots
 
 
 class Round(NamedTuple):
-    """Tensors with fresh slots, and what one interpretation over all graphs made of them."""
+    """One run of the interpreter over all graphs, on newly allocated slots.
+
+    Attributes:
+        tensors: The registered tensors with their slots.
+        slots: All slots.
+        records: The records of the run.
+    """
 
     tensors: Sequence[Tracked]
     slots: Slots
     records: Records
 
 
-def best_reading(attempt: Callable[[Mapping[str, int]], Round]) -> Round:
-    """The round, of those that ``attempt`` makes for the readings it is given, to go on with."""
+def best_interpretation(attempt: Callable[[Mapping[str, int]], Round]) -> Round:
+    """Find the interpretations that leave the most slots free.
+
+    Args:
+        attempt: Runs the interpreter with the given interpretations, by module. The first one (0) is
+            taken for a module that is absent.
+
+    Returns:
+        The best round.
+    """
     best = attempt({})
     chosen: dict[str, int] = {}
     slots = _of_modules(best.records)
-    readings = {module: max(n for _, n in splits) for module, splits in slots.items()}
-    for reading in range(1, max(readings.values(), default=0)):
+    interpretations = {module: max(n for _, n in splits) for module, splits in slots.items()}
+    for interpretation in range(1, max(interpretations.values(), default=0)):
         free = _free(best)
-        stuck = [m for m, n in readings.items() if n > reading and free[m] < 1]
+        stuck = [m for m, n in interpretations.items() if n > interpretation and free[m] < 1]
         if not stuck:
             break
-        tried = attempt({**chosen, **dict.fromkeys(stuck, reading)})
+        tried = attempt({**chosen, **dict.fromkeys(stuck, interpretation)})
         now = _free(tried)
         better = [m for m in stuck if now.get(m, 0.0) > free[m]]
-        chosen |= dict.fromkeys(better, reading)
+        chosen |= dict.fromkeys(better, interpretation)
         if better == stuck:
             best = tried
         elif better:
@@ -49,13 +64,13 @@ def best_reading(attempt: Callable[[Mapping[str, int]], Round]) -> Round:
 
 def _of_modules(records: Records) -> dict[str, list[tuple[np.ndarray, int]]]:
     found: dict[str, list[tuple[np.ndarray, int]]] = {}
-    for module, ids, readings in records.splits:
-        found.setdefault(module, []).append((ids, readings))
+    for module, ids, interpretations in records.splits:
+        found.setdefault(module, []).append((ids, interpretations))
     return found
 
 
 def _free(made: Round) -> dict[str, float]:
-    """By module the share of the slots at its splits that are free."""
+    """The fraction of free slots among the slots at a module's splits, by module."""
     _, reasons = made.slots.classes()
     shares = {}
     for module, splits in _of_modules(made.records).items():

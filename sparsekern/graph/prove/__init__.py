@@ -1,1 +1,1 @@
-"""Whether a smaller copy really runs: traced again and compared with what the rules said."""
+"""Proving a graph: a smaller copy is traced again and compared with the predictions of the rules."""

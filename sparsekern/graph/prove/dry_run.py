@@ -1,4 +1,4 @@
-"""Trying out a graph before it is relied on."""
+"""The dry run: tries a graph on a smaller copy of the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsekern.graph.capture.export import Source, arguments, inner_module, lightly
+from sparsekern.graph.capture.export import Source, arguments, inner_module
+from sparsekern.graph.capture.undisturbed import low_overhead_tracing
 from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.prove.trial import Layout, Trials
 
 
-@lightly()
+@low_overhead_tracing()
 def dry_run(
     model: nn.Module,
     graph: ChannelGraph,
@@ -20,16 +21,26 @@ def dry_run(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> ChannelGraph:
-    """``graph`` without the groups whose channels ``model``'s own code does not let go.
+    """Freeze the groups whose channels cannot be removed because of code in ``model``.
 
-    ``trace`` has tried out what it returns; this is for graphs that were changed since, such as by
-    ``freeze``. A copy with about half of every group gone is run in evaluation and training mode, on
-    fake tensors: no memory, no change to the model or to random state. Where that fails, or gives
-    outputs of other shapes, the groups at fault are searched for and frozen, with the error as the
-    reason. Returns ``graph`` itself where nothing fails.
+    ``trace`` has tried the graph that it returns; this function is for graphs that were changed since,
+    such as by ``freeze``. It runs a copy without about half of every group in evaluation and training
+    mode, on fake tensors. This takes no memory and changes neither the model nor random state. If the
+    copy fails or gives outputs of other shapes, the function searches for the groups at fault.
 
-    Raises ValueError if ``model`` is not a module, cannot be copied or does not accept the example
-    inputs, or if ``graph`` is that of another model.
+    Args:
+        model: The network.
+        graph: Its channel graph.
+        example_inputs: A tensor, or a sequence of positional arguments of the forward.
+        example_kwargs: Keyword arguments of the forward.
+
+    Returns:
+        ``graph`` with the groups at fault frozen, each with its error as the reason; ``graph`` itself
+        if nothing fails.
+
+    Raises:
+        ValueError: ``model`` is not a module, cannot be copied or rejects the example inputs, or
+            ``graph`` belongs to another model.
     """
     model = inner_module(model)
     source = Source(model, arguments(example_inputs), example_kwargs or {})
@@ -41,11 +52,11 @@ def dry_run(
         except Exception as error:
             if not training:
                 raise source.rejected(training, error) from error
-            # Batch norm refuses to train on a single value per channel: there is nothing to try.
+            # Batch norm refuses to train on a single value per channel: training mode is not tried.
             break
         left = [group for group in trials.groups if group not in faults]
         faults |= trials.failing(left, training)
-    # Freezing renumbers the groups behind: from the last to the first, the numbers stay right.
+    # Freezing renumbers only the later groups, so the loop goes from the last to the first.
     for number in sorted(faults, reverse=True):
         graph = graph.freeze([number], faults[number])
     return graph

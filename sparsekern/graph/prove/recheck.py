@@ -1,10 +1,10 @@
-"""Checking a trace against a smaller one: what its slots say must come true.
+"""Checking a trace against the trace of a smaller copy.
 
-``view(n, 4, c // 4, h, w)`` and ``view(n, c // 4, 4, h, w)`` leave the same trace where c is 16,
-a constant may be computed from a number of channels (``/ x.shape[1] ** 0.5``), and an ``if``
-over one leaves no trace at all. So the copy is traced again with about half of every group gone:
-it has to run the same ops with the same numbers, and every tensor must have the size that its
-slots predict.
+One trace does not show every dependence on size. ``view(n, 4, c // 4, h, w)`` and
+``view(n, c // 4, 4, h, w)`` leave the same trace if c is 16. A constant may be computed from a number
+of channels (``/ x.shape[1] ** 0.5``), and an ``if`` on such a number leaves no trace. So the copy is
+traced again without about half of every group. It must run the same ops with the same numbers, and
+every tensor must have the size that its slots predict.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.courses import steps
-from sparsekern.graph.capture.export import Capture, Captured, first_line
+from sparsekern.graph.capture.export import Capture, first_line
+from sparsekern.graph.capture.program import Captured
 from sparsekern.graph.propagate.interpret import Tracked, shapes
 from sparsekern.graph.propagate.numbering import Numbering
 from sparsekern.graph.propagate.records import Records
@@ -32,14 +33,24 @@ _NARROW = 32
 
 
 class Fault(NamedTuple):
-    """Raw ids of slots that have to stay, and why."""
+    """Slots that must stay.
+
+    Attributes:
+        ids: Raw slot ids, int64.
+        reason: Why they stay.
+    """
 
     ids: np.ndarray
     reason: str
 
 
 class _Difference(NamedTuple):
-    """At a step of the whole program: what is not as predicted there."""
+    """A difference between the smaller program and the prediction.
+
+    Attributes:
+        step: The step of the whole program.
+        reason: What differs.
+    """
 
     step: int
     reason: str
@@ -48,9 +59,19 @@ class _Difference(NamedTuple):
 def faults(
     captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
 ) -> list[Fault]:
-    """The slots that a smaller copy proves to be no channels.
+    """Find the slots that a smaller copy proves to be no channels.
 
-    Raises ValueError where tracing the same copy again gives another program.
+    Args:
+        captured: The traced model.
+        tensors: Its registered tensors with their slots.
+        numbering: The numbers of channels and groups.
+        records: The records of the settled interpretation.
+
+    Returns:
+        One fault for each group that must stay.
+
+    Raises:
+        ValueError: A second trace of the same copy gives another program.
     """
     found = _Recheck(captured, tensors, numbering, records).found()
     return [
@@ -73,7 +94,7 @@ class _Recheck:
         while left and (more := self._round(left)):
             found |= more
             left = [group for group in left if group not in found]
-        # Narrow layers may have agreed by chance in these widths: they are run in others.
+        # Narrow layers may agree by chance at these widths, so they also run at other widths.
         sizes = np.bincount(self._numbering.group_of)
         for pattern in _PATTERNS if (sizes < _NARROW).any() else ():
             trials = Trials(self._captured.source, self._trials.layout, pattern)
@@ -81,7 +102,7 @@ class _Recheck:
         return found
 
     def _round(self, groups: Sequence[int]) -> dict[int, str]:
-        """Some of ``groups`` that cannot be halved; none if all can."""
+        """Some of ``groups`` that cannot be halved, with reasons; empty if all can."""
         try:
             with self._trials.halved(groups):
                 smaller = [self._captured.source.export(graph.training) for graph in self._captured.graphs]
@@ -116,7 +137,10 @@ class _Recheck:
     def _nearest(
         self, whole: Captured, differences: Sequence[_Difference], groups: Sequence[int]
     ) -> dict[int, str]:
-        """For each difference the group that its step reads, if that they stay explains them all."""
+        """The nearest group that each difference's step reads, with the difference as the reason.
+
+        Empty if the differences remain when these groups stay whole.
+        """
         found: dict[int, str] = {}
         for step, reason in differences:
             group = next((g for g in self._suspects(whole, step) if g in groups), None)
@@ -127,7 +151,7 @@ class _Recheck:
         return found if explained else {}
 
     def _suspects(self, whole: Captured, step: int) -> Iterator[int]:
-        """Groups, beginning with what the step reads and going back from there."""
+        """The groups that the step reads, then those that earlier steps read, each once."""
         seen: set[int] = set()
         for node in reversed(self._steps[whole.training][: step + 1]):
             for source in reversed(node.all_input_nodes):
@@ -141,7 +165,7 @@ class _Recheck:
                         seen.update(groups)
 
     def _differences(self, whole: Captured, small: Captured, gone: np.ndarray) -> list[_Difference]:
-        """In order, without those that follow from others."""
+        """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
         odd: set[fx.Node] = set()
         constants = _changed_constants(whole, small)
@@ -163,7 +187,7 @@ class _Recheck:
 
 
 def _failing(trials: Trials, groups: Sequence[int], training: bool) -> dict[int, str]:
-    """Nothing where even the whole copy does not run outside of a trace."""
+    """The groups that fail in a run; empty if the whole copy does not run outside a trace either."""
     try:
         return trials.failing(groups, training)
     except ValueError:
@@ -186,7 +210,7 @@ def _skeleton(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _numbers(node: fx.Node) -> list[Any]:
-    """The numbers among the arguments that say what is computed, not how large it is."""
+    """The arguments of a node that are values, not sizes or positions."""
     if not isinstance(node.target, torch._ops.OpOverload):
         plain: tuple[type, ...] = (int, float) if node.op == "output" else (float,)
         return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in plain]
@@ -202,9 +226,9 @@ def _numbers(node: fx.Node) -> list[Any]:
 
 @cache
 def _kinds(target: torch._ops.OpOverload) -> list[tuple[str, tuple[type, ...]]]:
-    """By argument, the types of number that are values there.
+    """The name of every argument of an op, and the types of number that are values there.
 
-    Integers where a schema says int are sizes and positions, which may differ.
+    Integers are sizes or positions, which may differ, where the schema says int.
     """
     types = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
     values = (int, float, complex)
@@ -222,7 +246,7 @@ def _changed_constants(whole: Captured, small: Captured) -> set[str]:
 def _same(tensor: Tensor, other: Any) -> bool:
     if not isinstance(other, Tensor) or tensor.shape != other.shape:
         return False
-    # Constants that were computed on fake tensors have no data; ops of the graph made them.
+    # Constants computed on fake tensors have no data. Ops of the graph made them and are compared.
     fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in (tensor, other))
     return fake or torch.equal(tensor, other)
 

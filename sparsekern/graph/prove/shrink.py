@@ -1,4 +1,4 @@
-"""A smaller model for a while: the traced copy with parts of its tensors gone, without memory."""
+"""A temporary smaller model: the traced copy without parts of its tensors, on fake tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from sparsekern.graph.layers import Part, counts, sizes
 
 @contextmanager
 def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]]:
-    """The source's copy with smaller tensors, and with the sizes that layers keep beside them.
+    """Give the source's copy smaller tensors and matching size attributes while the context lasts.
 
-    parts: what stays, by number of a tensor; others stay whole. Gives the number of every tensor
-    of the smaller copy by its ``id``. The copy is as before when the context ends. Raises
-    ValueError where the sizes of a layer cannot follow.
+    Args:
+        source: The source whose copy is changed. The copy is restored when the context ends.
+        parts: The part that stays, by number of a tensor. Other tensors stay whole.
+
+    Yields:
+        The number of every tensor of the smaller copy, by ``id`` of the tensor.
+
+    Raises:
+        ValueError: The sizes of a layer cannot follow its tensors.
     """
     left = {id(source.held[n]): part for n, part in parts.items() if part.keep}
     made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
@@ -46,7 +52,7 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
 
 
 def _smaller(source: Source, number: int, part: Part) -> Tensor:
-    """Laid out in memory in the same order of dimensions; made once, as it holds no data."""
+    """A smaller fake tensor with the same memory order of dimensions. It is cached: it holds no data."""
     key = number, part.new_shape
     if key not in source.smaller:
         tensor = source.held[number]

@@ -1,8 +1,8 @@
-"""Running a smaller copy, to find the groups that a program does not let go.
+"""Running a smaller copy, to find the groups that a program needs whole.
 
-A size written into somebody's ``forward`` shows only when a layer gets smaller. So the copy is run
-on fake tensors with about half of every group gone. Where that fails, groups are made whole
-again, those that the program touched last first, until it gets on.
+A size written into a user's ``forward`` shows only when a layer gets smaller. So the copy runs on fake
+tensors without about half of every group. If the run fails, the search makes groups whole again until
+the program gets further. It begins with the groups that the program touched last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from sparsekern.graph.prove.shrink import shrunk
 
 
 class Outcome(NamedTuple):
-    """error: what went wrong. position: how far the program got. suspects: groups, likely first."""
+    """The outcome of a run.
+
+    Attributes:
+        error: The error; None if the run succeeds.
+        position: How far the program got, in steps.
+        suspects: Groups that may be at fault, the likeliest first.
+    """
 
     error: str | None
     position: int = 0
@@ -36,10 +42,14 @@ Probe = Callable[[Sequence[int]], Outcome]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which channels run through which tensors.
+    """The channels that run through each tensor.
 
-    shapes: by tensor number. channels: per dimension their ids, -1 where an index stays, None
-    where no channel runs through it. group_of: of every channel. sizes: see ``Kept``.
+    Attributes:
+        shapes: Sizes by tensor number.
+        channels: By tensor number, per dimension the channel ids (int64, -1 where an index stays), or
+            None for a dimension that no channel runs through.
+        group_of: The group of every channel, int64 [C].
+        sizes: By tensor number, attributes that count its indices; see ``Kept``.
     """
 
     shapes: Mapping[int, tuple[int, ...]]
@@ -48,7 +58,14 @@ class Layout:
     sizes: Mapping[int, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def parts(self, gone: np.ndarray) -> dict[int, Kept]:
-        """What stays of each tensor without the channels ``gone``, bool [C]."""
+        """Find the part of each tensor that stays.
+
+        Args:
+            gone: Which channels are removed, bool [C].
+
+        Returns:
+            The part of every tensor with channels, by tensor number.
+        """
         lost = np.append(gone, False)
         parts = {}
         for number, dims in self.channels.items():
@@ -58,7 +75,7 @@ class Layout:
         return parts
 
     def groups(self, number: int) -> list[int]:
-        """The groups that run through a tensor, those of its first dimension first."""
+        """The groups that run through the tensor ``number``, in the order of its dimensions."""
         found: dict[int, None] = {}
         for ids in self.channels.get(number, ()):
             if ids is not None:
@@ -68,9 +85,13 @@ class Layout:
 
 @dataclass
 class Trials:
-    """Runs a source's copy with some of the groups halved. groups: those that can be.
+    """Runs a source's copy with some of its groups halved.
 
-    pattern: how many channels each of them loses; 0 is about half, others are more mixed.
+    Attributes:
+        source: The source whose copy runs.
+        layout: The channels of its tensors.
+        pattern: Selects how many channels each group loses: 0 is about half, other patterns are more
+            mixed.
     """
 
     source: Source
@@ -84,6 +105,7 @@ class Trials:
 
     @property
     def groups(self) -> list[int]:
+        """The groups that can be halved: those of two channels or more."""
         return list(self._halves)
 
     def gone(self, groups: Sequence[int]) -> np.ndarray:
@@ -95,16 +117,34 @@ class Trials:
 
     @contextmanager
     def halved(self, groups: Sequence[int]) -> Iterator[dict[int, int]]:
-        """See ``shrunk``."""
+        """Halve ``groups`` while the context lasts; see ``shrunk`` for the value it yields."""
         with shrunk(self.source, self.layout.parts(self.gone(groups))) as numbers:
             yield numbers
 
     def expect_shapes(self, training: bool) -> None:
-        """Run the whole copy: from now on outputs of other shapes are a fault, too."""
+        """Run the whole copy and expect the shapes of its outputs from every later run.
+
+        Args:
+            training: Whether to run in training mode.
+
+        Raises:
+            Exception: The whole copy does not run; any error of the program.
+        """
         self._shapes[training] = _shapes(self.source.run(training))
 
     def failing(self, groups: Sequence[int], training: bool) -> dict[int, str]:
-        """Those of ``groups`` that cannot be halved, with the error each of them causes."""
+        """Find the groups that cannot be halved.
+
+        Args:
+            groups: The groups to halve.
+            training: Whether to run in training mode.
+
+        Returns:
+            The error that each of these groups causes, by group.
+
+        Raises:
+            ValueError: The program fails even with all groups whole.
+        """
         return dict(search(lambda some: self._run(some, training), groups))
 
     def _run(self, groups: Sequence[int], training: bool) -> Outcome:
@@ -128,9 +168,17 @@ class Trials:
 
 
 def search(probe: Probe, groups: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """The groups without which ``probe`` finds no error, one by one, each with its error.
+    """Find the groups that cause errors.
 
-    Raises ValueError where it finds one even without any.
+    Args:
+        probe: Runs the program with the given groups halved.
+        groups: The groups to search.
+
+    Yields:
+        A group at fault and its error. Without these groups ``probe`` finds no error.
+
+    Raises:
+        ValueError: ``probe`` finds an error even without any group.
     """
     left = list(groups)
     known: Outcome | None = None
@@ -144,9 +192,20 @@ def search(probe: Probe, groups: Sequence[int]) -> Iterator[tuple[int, str]]:
 
 
 def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int, str, Outcome | None]:
-    """The group that ends the shortest list of suspects without which the program gets on.
+    """Find the group at fault.
 
-    With its error and, where known, the outcome without it alone.
+    This is the last group of the shortest list of suspects without which the program gets further.
+
+    Args:
+        probe: Runs the program with the given groups halved.
+        groups: The groups to search.
+        outcome: The outcome with all of them halved.
+
+    Returns:
+        The group, its error and, if known, the outcome with only this group whole.
+
+    Raises:
+        ValueError: The program gets no further even with all groups whole.
     """
     order = [group for group in outcome.suspects if group in groups]
     order += [group for group in groups if group not in order]
@@ -174,7 +233,7 @@ def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int
 
 
 class _Recorder(TorchFunctionMode):
-    """Counts the functions called and lists the tensors used, by number, the latest last."""
+    """Counts the calls of functions and lists the numbers of the tensors used, the latest last."""
 
     def __init__(self, numbers: dict[int, int]) -> None:
         super().__init__()
@@ -196,7 +255,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _shapes(output: Any) -> list[Any]:
-    """Of every tensor in an output its sizes, ``?`` where they depend on data; else the type."""
+    """The sizes of every tensor in an output, ``?`` where one depends on data; else the type's name."""
     return [
         [size if type(size) is int else "?" for size in leaf.shape]
         if isinstance(leaf, Tensor)
@@ -206,10 +265,11 @@ def _shapes(output: Any) -> list[Any]:
 
 
 def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
-    """Some of the channels of every group of two or more.
+    """Choose the channels to remove from every group of two or more, by group.
 
-    Equally wide groups lose different numbers, or a program that pairs them would not show it. So
-    many numbers there are not in narrow groups; over several patterns any two of them differ once.
+    Equally wide groups lose different numbers of channels: equal numbers would hide a program that
+    pairs the groups. Narrow groups have too few different numbers, so any two of them differ in at
+    least one of several patterns.
     """
     starts = np.searchsorted(group_of, np.arange(group_of.max(initial=-1) + 2))
     seen: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""Where a step is computed: backend modules by name, and the choice between them.
+"""The choice of the backend that computes a step.
 
-Every backend is a module with the functions of :mod:`~sparsekern.kernels.backends.reference`.
-``SPARSEKERN_BACKEND`` forces one by name; it is read at the first step.
+Each backend is a module with the functions of :mod:`~sparsekern.kernels.backends.reference`. The environment
+variable ``SPARSEKERN_BACKEND`` forces a backend by name. It is read at the first step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from sparsekern.kernels import native as _native
 from sparsekern.kernels.native import cuda_library
 
-# Best first.
+# Backends for each device type, the preferred one first.
 _DEVICES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -29,8 +29,8 @@ def choose(device: torch.device) -> ModuleType:
     """The backend for tensors on ``device``.
 
     Raises:
-        ValueError: ``SPARSEKERN_BACKEND`` names no backend.
-        RuntimeError: it names one that does not work here.
+        ValueError: ``SPARSEKERN_BACKEND`` names an unknown backend.
+        RuntimeError: ``SPARSEKERN_BACKEND`` names a backend that does not work on this machine.
     """
     return _choose(device.type)
 
@@ -65,7 +65,7 @@ def _module(name: str) -> ModuleType:
 
 
 def why_not(name: str, device_type: str) -> str | None:
-    """Why backend ``name`` does not work for tensors of ``device_type``; None when it does."""
+    """Reason why backend ``name`` does not work for tensors on ``device_type``; None when it works."""
     if name == "reference":
         return None
     if name == "triton":
@@ -81,7 +81,7 @@ def _why_not_triton(device_type: str) -> str | None:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return "triton is not installed"
-    # To import triton takes a second.
+    # The cheap checks come first, because importing triton takes about a second.
     takes = "cpu" if _interprets() else "cuda"
     if device_type != takes:
         return f"it takes tensors on {takes}, not on {device_type}"
@@ -89,18 +89,18 @@ def _why_not_triton(device_type: str) -> str | None:
         return "torch finds no CUDA device"
     try:
         _module("triton")
-    except Exception as error:  # a triton that does not fit fails in many ways
+    except Exception as error:  # an incompatible triton fails in many ways
         return f"triton cannot be used ({type(error).__name__}: {error})"
     return None
 
 
 def _interprets() -> bool:
-    """Whether triton interprets, and then takes tensors on the CPU."""
+    """Whether triton runs in its interpreter, which takes tensors on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available() -> list[tuple[str, bool, str]]:
-    """``(name, whether it works here, what it is or why it does not)`` of every backend."""
+    """``(name, whether it works on this machine, description or reason)`` of every backend."""
     where = "the CPU, interpreted" if _interprets() else "GPUs"
     devices = {"triton": "cpu" if _interprets() else "cuda"}
     texts = {
@@ -116,5 +116,5 @@ def available() -> list[tuple[str, bool, str]]:
 
 
 def reset() -> None:
-    """Forget the choice, so that ``SPARSEKERN_BACKEND`` is read again."""
+    """Clear the cached choice, so that ``SPARSEKERN_BACKEND`` is read again."""
     _choose.cache_clear()

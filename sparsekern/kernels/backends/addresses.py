@@ -1,4 +1,4 @@
-"""Where the tensors of a list lie at a call, for kernels that are given addresses."""
+"""Addresses of the tensors of one call, for kernels that take addresses."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from sparsekern.kernels.backends.lists import STEPS, Lists, named, read_lists
 from sparsekern.kernels.native import cuda_library, pointers
 
 SLOTS = STEPS + 1
-"""Lists of a call, as in csrc/abi.h."""
+"""Number of lists of tensors in a call, as in csrc/abi.h."""
 
 
 class Addresses:
-    """What the tensors of a list have to be, and where they are at a call."""
+    """The expected dtype, layouts and device of a list of tensors; reads their addresses at each call.
+
+    Attributes:
+        dtype: dtype of all tensors.
+        device: device of all tensors.
+        rows: number of rows that the arrays of the table have to hold.
+        layouts: sizes and strides of each tensor.
+    """
 
     def __init__(self, params: Sequence[Tensor], rows: int, dlpack_type: int) -> None:
-        """
+        """Store what is expected of the tensors of later calls.
+
         Args:
-            params: the first list; the others are like it.
-            rows: how many the arrays of the table need to have.
-            dlpack_type: what DLPack calls the device.
+            params: the parameters; the tensors of the other lists have the same layouts.
+            rows: number of rows that the arrays of the table have to hold.
+            dlpack_type: DLPack's number of the device type.
         """
         self.dtype, self.device, self.rows = params[0].dtype, params[0].device, rows
         self.layouts = [pointers.layout(param) for param in params]
@@ -36,32 +44,37 @@ class Addresses:
             self._expected = module.layout(*kind)
 
     def read(self, op: int, lists: Lists, arrays: tuple[Tensor, ...], scaled: bool) -> bytes | None:
-        """``[6][tensors]`` addresses and eight of the flat arrays.
+        """Addresses of all tensors of a call as packed 64-bit integers.
 
         Args:
-            op: one of those of csrc/abi.h.
-            scaled: whether gradients are written to.
+            op: number of the op, as in csrc/abi.h.
+            lists: the lists of tensors of the op.
+            arrays: the eight flat arrays of the table, or none.
+            scaled: whether the gradients are written, because they are divided by a scale.
 
         Returns:
-            None when a tensor does not fit, or shares memory with one that is written to.
+            ``[6][tensors]`` addresses, then those of the eight flat arrays. None when a tensor does not
+            match, or when it shares memory with a tensor that is written.
         """
         if native.exchanges:
             found: bytes | None = _C.addresses(self._expected, lists, arrays, op, scaled)
             return found
-        of_lists = pointers.of_lists(lists, self.layouts, self.dtype, STEPS, self.device)
-        of_arrays = pointers.of_arrays(arrays, self.device)
-        if of_lists is None or of_arrays is None or not self._has_rows([size for _, size in of_arrays]):
+        list_addresses = pointers.addresses_of_lists(lists, self.layouts, self.dtype, STEPS, self.device)
+        array_addresses = pointers.addresses_of_arrays(arrays, self.device)
+        if list_addresses is None or array_addresses is None:
+            return None
+        if not self._has_rows([size for _, size in array_addresses]):
             return None
         if not _disjoint(op, lists, arrays, scaled):
             return None
-        padded = [addresses or [0] * len(self.layouts) for addresses in of_lists]
-        padded += [[0] * len(self.layouts)] * (SLOTS - len(of_lists))
+        padded = [addresses or [0] * len(self.layouts) for addresses in list_addresses]
+        padded += [[0] * len(self.layouts)] * (SLOTS - len(list_addresses))
         flat = [address for addresses in padded for address in addresses]
-        flat += [address for address, _ in of_arrays] or [0] * cuda_library.ROW_ARRAYS
+        flat += [address for address, _ in array_addresses] or [0] * cuda_library.ROW_ARRAYS
         return bytes((ctypes.c_uint64 * len(flat))(*flat))
 
     def _has_rows(self, sizes: list[int]) -> bool:
-        """Whether flat arrays of so many elements are those of one table."""
+        """Whether ``sizes``, in elements, are those of one table with at least ``self.rows`` rows."""
         if not sizes:
             return True
         rows = sizes[0]
@@ -69,6 +82,7 @@ class Addresses:
 
 
 def _disjoint(op: int, lists: Lists, arrays: tuple[Tensor, ...], scaled: bool) -> bool:
+    """Whether each tensor that the call writes has its own memory."""
     every = named(op, lists)
     read = {name: every[name] for name in read_lists(op, scaled)} | {"rows": arrays[:2]}
     written = {name: tensors for name, tensors in every.items() if name not in read} | {"table": arrays[2:]}

@@ -1,8 +1,8 @@
-"""What the compiled backends share: how a tensor lies in memory, and lists that no single call takes.
+"""Lists of tensors for the compiled backends: memory shapes, cached plans, and calls in parts.
 
-Tensors that the kernels cannot walk as they lie (views with holes, no elements, a dtype they lack) go to
-the reference, and those in another memory order than their parameter are copied into its order for the
-call.
+Some tensors do not suit the kernels: views with gaps, tensors without elements, tensors of another dtype. The
+reference backend processes these. A tensor whose memory order differs from its parameter's is copied into
+that order for the call.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
 Lists = tuple[Sequence[Tensor], ...]
 
 SGD, ADAM, STATISTICS, MASK = range(4)
-"""The ops, as in csrc/abi.h."""
+"""Numbers of the ops, as in csrc/abi.h."""
 
 STEPS = 5
-"""Where the step counters are among the lists of Adam."""
+"""Position of the step counters among the lists of Adam."""
 
 _STATES = {
     SGD: ("momentum_buffers",),
@@ -51,7 +51,12 @@ _BYTES_A_TENSOR = 8
 
 
 class ForRows(Protocol):
-    """A plan: it knows which rows it was made for."""
+    """A plan that stores which rows it was made for.
+
+    Attributes:
+        starts: first row of each tensor, -1 for an untracked one; None when no tensor is tracked.
+        dims: row dimension of each tensor; None when no tensor is tracked.
+    """
 
     starts: list[int] | None
     dims: list[int] | None
@@ -62,10 +67,10 @@ _Plan = TypeVar("_Plan", bound=ForRows)
 
 @dataclass
 class Plans:
-    """Plans of lists, by the identities of their parameters.
+    """A cache of plans, keyed by the identities of the parameters of a list.
 
-    A plan holds no tensors of the caller and is compared at every call, so a wrong or outdated one costs time
-    and nothing else.
+    A plan holds no tensors of the caller. Each call compares the tensors with the plan, so an outdated plan
+    costs time and never gives a wrong result.
     """
 
     by_params: dict[bytes, Any] = field(default_factory=dict)
@@ -77,11 +82,13 @@ class Plans:
         make: Callable[[], _Plan | None],
         call: Callable[[_Plan], bool],
     ) -> bool:
-        """``call`` with the plan of ``params``, made if there is none or it does not fit.
+        """Call ``call`` with the plan of ``params``. A missing or outdated plan is made first.
 
         Args:
-            make: a plan; None when the kernels cannot walk one of the tensors.
-            call: False when a tensor is not what the plan was made for; nothing has changed then.
+            params: the parameters of the list.
+            rows: the rows of ``params``.
+            make: makes a plan; returns None when the kernels cannot process one of the tensors.
+            call: runs a plan; returns False, and changes nothing, when a tensor does not match the plan.
 
         Returns:
             Whether the call was made.
@@ -93,7 +100,7 @@ class Plans:
         plan = make()
         if plan is None or not call(plan):
             return False
-        # In the backward pass every tensor is a list of its own, and has its own plan.
+        # A step in the backward pass has one list, and so one plan, per tensor.
         if sum(map(len, self.by_params)) + len(key) > _PLANNED_TENSORS_LIMIT * _BYTES_A_TENSOR:
             self.by_params.clear()
         self.by_params[key] = plan
@@ -101,13 +108,14 @@ class Plans:
 
 
 def _is_for(plan: ForRows, rows: Rows | None) -> bool:
+    """Whether ``plan`` was made for these rows."""
     if rows is None or rows.table is None:
         return plan.starts is None
     return rows.starts == plan.starts and rows.dims == plan.dims
 
 
 def where_rows_are(rows: Rows | None) -> tuple[list[int] | None, list[int] | None]:
-    """Copies of the starts and dimensions of tracked lists."""
+    """Copies of ``rows.starts`` and ``rows.dims``; ``(None, None)`` when no tensor is tracked."""
     if rows is None or rows.table is None:
         return None, None
     return list(rows.starts), list(rows.dims)
@@ -128,7 +136,7 @@ def row_arrays(table: RowTable | RowArrays) -> tuple[Tensor, ...]:
 
 
 def channel_arrays(table: RowTable | ChannelArrays) -> tuple[Tensor, ...]:
-    """What ``channel_moments_`` works on, in the order of the native structs."""
+    """The arrays of ``channel_moments_``, in the order of the native structs."""
     return (
         table.gate_offsets,
         table.gate_rows,
@@ -144,20 +152,41 @@ def memory_shapes(
     params: Sequence[Tensor],
     starts: list[int] | None,
     dims: list[int] | None,
-    walkable: Callable[[Tensor], bool],
+    takes_kind: Callable[[Tensor], bool],
 ) -> list[tuple[int, int, int, int]] | None:
-    """``(outer, rows, inner, start)`` of every tensor; None when one of them is not walkable."""
+    """Memory shapes of all tensors of a list.
+
+    Args:
+        params: the tensors.
+        starts: first row of each tensor, -1 for an untracked one; None when no tensor is tracked.
+        dims: row dimension of each tensor; None when no tensor is tracked.
+        takes_kind: whether the backend takes tensors of this device and dtype.
+
+    Returns:
+        ``(outer, rows, inner, start)`` of each tensor, see :func:`memory_shape`; None when the kernels
+        cannot process one of the tensors.
+    """
     shapes = []
     for i, param in enumerate(params):
         shape = memory_shape(param, starts[i] if starts else -1, dims[i] if dims else 0)
-        if shape is None or not walkable(param):
+        if shape is None or not takes_kind(param):
             return None
         shapes.append(shape)
     return shapes
 
 
 def memory_shape(param: Tensor, start: int, dim: int) -> tuple[int, int, int, int] | None:
-    """``(outer, rows, inner, start)`` of a tensor as it lies; None when it has holes or no elements."""
+    """Shape of a tensor in the order of its memory.
+
+    Args:
+        param: the tensor.
+        start: its first row in the flat arrays; -1 when it is not tracked.
+        dim: its row dimension.
+
+    Returns:
+        ``(outer, rows, inner, start)``: element ``(o, r, i)`` is at ``(o * rows + r) * inner + i``. An
+        untracked tensor is one row. None when the tensor has gaps or no elements, or is not plain and dense.
+    """
     is_plain = type(param) in (Parameter, Tensor) and param.layout is torch.strided and not param.is_neg()
     if not is_plain or param.numel() == 0:
         return None
@@ -176,20 +205,35 @@ def memory_shape(param: Tensor, start: int, dim: int) -> tuple[int, int, int, in
     return outer, param.shape[dim], math.prod(param.shape[d] for d in order[at + 1 :]), start
 
 
-def in_parts(
+def run_in_parts(
     op: int,
     run: Callable[[Lists, Rows | None], bool],
-    walkable: Callable[[Tensor], bool],
+    takes_kind: Callable[[Tensor], bool],
     fallback: Any,
     lists: Lists,
     options: dict[str, Any],
     rows: Rows | None,
 ) -> None:
-    """A list that no single native call takes: what ``run`` can take, and the rest by ``fallback``."""
+    """Process a list that one native call cannot process.
+
+    ``run`` processes the tensors that suit the kernels, ``fallback`` the rest.
+
+    Args:
+        op: number of the op.
+        run: makes a native call; returns False, and changes nothing, when it cannot.
+        takes_kind: whether the backend takes tensors of this device and dtype.
+        fallback: the function of the reference backend.
+        lists: the lists of tensors of the op.
+        options: the keyword arguments of ``fallback``.
+        rows: the rows of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has changed then.
+    """
     params = lists[0]
     scaled = options.get("grad_scale") is not None
     checks.tensors(named(op, lists), rows, read_lists(op, scaled))
-    regular = [i for i, p in enumerate(params) if walkable(p) and memory_shape(p, -1, 0) is not None]
+    regular = [i for i, p in enumerate(params) if takes_kind(p) and memory_shape(p, -1, 0) is not None]
     rest = sorted(set(range(len(params))) - set(regular))
     part = _part(lists, regular)
     with torch.no_grad():
@@ -207,12 +251,12 @@ def in_parts(
 
 
 def named(op: int, lists: Lists) -> dict[str, Sequence[Tensor]]:
-    """The lists of an op by the names of its arguments."""
+    """The lists of an op, keyed by the names of its arguments."""
     return dict(zip(("params", "grads", *_STATES[op]), lists, strict=False))
 
 
 def read_lists(op: int, scaled: bool) -> tuple[str, ...]:
-    """Names of the lists that an op does not write to; under a scale gradients are written."""
+    """Names of the lists that an op only reads. With a gradient scale the gradients are written."""
     if op == STATISTICS:
         return ("params", "grads")
     return () if scaled or op == MASK else ("grads",)
@@ -229,9 +273,10 @@ def _part_of_rows(rows: Rows | None, indices: list[int]) -> Rows | None:
 
 
 def _in_order_of_params(lists: Lists) -> Lists:
-    """The lists with copies in place of tensors whose memory order is not their parameter's.
+    """The lists, with each tensor in the memory order of its parameter.
 
-    They live until the caller has done with them: the kernels know addresses only.
+    A tensor in another order is replaced by a copy. The caller keeps the copies alive until the native call
+    returns, because the kernels hold addresses only.
     """
     params = lists[0]
     ordered = [params]

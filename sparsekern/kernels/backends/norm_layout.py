@@ -1,4 +1,4 @@
-"""How the tensors of a normalisation lie in memory, as the kernels that are given them want it."""
+"""Memory layouts of the tensors of a normalisation that the kernels take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Layout(NamedTuple):
-    """Element (o, c, i) of a dense tensor lies at ``(o * channels + c) * inner + i``."""
+    """A dense layout: element ``(o, c, i)`` is at ``(o * channels + c) * inner + i``.
+
+    Attributes:
+        outer: number of elements outside of the channel dimension in memory.
+        channels: number of channels.
+        inner: number of elements inside of the channel dimension in memory.
+        memory_format: torch's name of the layout.
+    """
 
     outer: int
     channels: int
@@ -20,14 +27,16 @@ class Layout(NamedTuple):
     memory_format: torch.memory_format
 
     def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has this layout."""
         return tensor.is_contiguous(memory_format=self.memory_format)
 
     def dense(self, tensor: Tensor) -> Tensor:
-        """``tensor`` where it lies so already, else a copy."""
+        """``tensor`` in this layout; a copy only where it has another one."""
         return tensor.contiguous(memory_format=self.memory_format)
 
     def empty(self, like: Tensor) -> Tensor:
-        # Strides of dimensions of one element are kept where they do not matter.
+        """An uninitialized tensor of the shape and dtype of ``like``, in this layout."""
+        # Without a memory format, the strides of dimensions with one element stay those of `like`.
         return (
             torch.empty_like(like)
             if self.holds(like)
@@ -35,12 +44,12 @@ class Layout(NamedTuple):
         )
 
     def returned(self, result: Tensor, like: Tensor) -> Tensor:
-        """``result`` with the strides that an elementwise operation of torch gives it."""
+        """``result`` with the strides that an elementwise torch operation on ``like`` gives."""
         return result if self.holds(like) else torch.empty_like(like).copy_(result)
 
 
 def layout_of(x: Tensor) -> Layout:
-    """That of ``[N, C, ...]``; of another one than contiguous and channels last, the contiguous one."""
+    """Layout of ``x`` ``[N, C, ...]``: channels-last where ``x`` has it, else contiguous."""
     channels_last = _CHANNELS_LAST.get(x.dim())
     channels, inner = x.shape[1], math.prod(x.shape[2:])
     if channels_last is not None and x.is_contiguous(memory_format=channels_last):
@@ -49,5 +58,5 @@ def layout_of(x: Tensor) -> Layout:
 
 
 def vector(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A number per channel in the compute type, dense."""
+    """Per-channel ``values``, contiguous and in the compute type ``dtype``."""
     return None if values is None else values.to(dtype).contiguous()

@@ -1,4 +1,4 @@
-"""The native module: loading it, and what it found on this machine."""
+"""Loads the native module and reports its instruction set."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from types import ModuleType
 import torch
 
 reason: str | None = None
-"""Why :func:`load` gave None; None while it has not been called or when it gave a module."""
+"""Why :func:`load` returned None; None before the first call and when the module was loaded."""
 
 exchanges: bool = False
-"""Whether torch tells native code where tensors lie (else :mod:`sparsekern.kernels.native.pointers` does)."""
+"""Whether torch gives native code the addresses of tensors through DLPack.
+
+If not, :mod:`sparsekern.kernels.native.pointers` reads them in Python.
+"""
 
 
 @functools.cache
 def load() -> ModuleType | None:
-    """The native module, ready for use, or None (and :data:`reason`) where the package runs without.
+    """The native module, ready for use.
+
+    Returns:
+        The module; None where the package runs without it, and :data:`reason` says why.
 
     Raises:
-        ValueError: ``SPARSEKERN_CPU_ISA`` names no instruction set, or one that this machine lacks.
+        ValueError: ``SPARSEKERN_CPU_ISA`` names an unknown instruction set, or one that this CPU lacks.
     """
     global reason, exchanges
     if os.environ.get("SPARSEKERN_NO_NATIVE") == "1":
@@ -44,19 +50,23 @@ def load() -> ModuleType | None:
 
 
 def isa() -> str | None:
-    """The instruction set of the kernels in use (``baseline``, ``v3``, ``v4``); None without them."""
+    """Instruction set of the kernels in use (``baseline``, ``v3``, ``v4``); None without native kernels."""
     module = load()
     return None if module is None else module.isa()
 
 
 def native_call_count() -> int:
-    """How many lists of tensors the native kernels have worked on in this process."""
+    """Number of lists of tensors that the native kernels have processed in this process."""
     module = load()
     return 0 if module is None else module.call_count()
 
 
 def _address_of_parallel_for() -> int:
-    """Address of the C function by which torch lends its threads; 0 (one thread) where torch has none."""
+    """Address of ``torch_parallel_for``, the C function that runs work on torch's threads.
+
+    Returns:
+        0 where torch does not export the function; the kernels then use one thread.
+    """
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     try:

@@ -1,7 +1,7 @@
-"""The CUDA library: loading it, its structs, and what it needs to know of torch.
+"""Loads the CUDA library, mirrors its structs, and reads torch's current stream.
 
-It is a plain shared library with a C interface (``csrc/cuda/abi.h``), linked with its own runtime, so it
-loads where there is neither a driver nor a GPU, and serves every torch.
+The library is a plain shared library with a C interface (``csrc/cuda/abi.h``). It is linked with its own
+CUDA runtime, so it loads without a driver or a GPU, and one build works with every version of torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from sparsekern.kernels import native
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Dtype of csrc/abi.h by the one of torch."""
+"""Number of each torch dtype in csrc/abi.h."""
 
 DEVICE_TYPE = 2
-"""What DLPack calls a CUDA device."""
+"""DLPack's number for CUDA devices."""
 
 REBUILD = "to build it again, run pip install . or (in a working tree) python setup.py build_ext --inplace"
 
@@ -30,10 +30,14 @@ NEVER_RUN = "compiled and tested in emulation, never run on a GPU"
 
 
 class Shape(Structure):
+    """``Shape`` of csrc/abi.h, field by field."""
+
     _fields_ = [(name, c_int64) for name in ("outer", "rows", "inner", "start")]
 
 
 class Cut(Structure):
+    """``Cut`` of csrc/cuda/abi.h, field by field."""
+
     _fields_ = [
         ("outer_step", c_int64),
         ("inner_step", c_int64),
@@ -46,6 +50,8 @@ class Cut(Structure):
 
 
 class Hyper(Structure):
+    """``Hyper`` of csrc/abi.h, field by field."""
+
     _fields_ = [
         *(
             (name, c_double)
@@ -57,10 +63,14 @@ class Hyper(Structure):
 
 
 class Scalar(Structure):
+    """``Scalar`` of csrc/cuda/abi.h, field by field."""
+
     _fields_ = [("address", c_void_p), ("value", c_double), ("dtype", c_int32)]
 
 
 class Call(Structure):
+    """``Call`` of csrc/cuda/abi.h, field by field."""
+
     _fields_ = [
         ("shapes", c_void_p),
         ("cuts", c_void_p),
@@ -79,6 +89,8 @@ class Call(Structure):
 
 
 class Moments(Structure):
+    """``Moments`` of csrc/cuda/abi.h, field by field."""
+
     _fields_ = [
         *((name, c_void_p) for name in ("gate_offsets", "gate_rows", "sums", "dot", "dot_sq", "updates")),
         *((name, c_void_p) for name in ("pending", "ticket", "stream")),
@@ -90,6 +102,8 @@ class Moments(Structure):
 
 
 class Norm(Structure):
+    """``Norm`` of csrc/cuda/abi.h, field by field."""
+
     _fields_ = [
         *((name, c_void_p) for name in ("x", "residual", "grad", "out", "grad_residual", "weight", "bias")),
         *((name, c_void_p) for name in ("running_mean", "running_var", "mean", "var", "mask")),
@@ -102,14 +116,20 @@ class Norm(Structure):
 
 
 ROW_ARRAYS = 8
-"""How many addresses RowArrays of csrc/abi.h has."""
+"""Number of addresses in ``RowArrays`` of csrc/abi.h."""
 
 _STRUCTS = (Shape, Cut, Call, Moments)
 
 
 @dataclass(frozen=True)
 class Target:
-    """The library, and the tensors that it works on."""
+    """A library and the devices that it serves.
+
+    Attributes:
+        library: the loaded library; None where there is none.
+        device_type: torch's name of the devices, such as ``cuda``.
+        dlpack_type: DLPack's number of the devices.
+    """
 
     library: Any
     device_type: str
@@ -117,12 +137,12 @@ class Target:
 
 
 reason: str | None = None
-"""Why :func:`load` gave None; None while it has not been called or when it gave a library."""
+"""Why :func:`load` returned None; None before the first call and when the library was loaded."""
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None (and :data:`reason`) where the package runs without."""
+    """The library; None where the package runs without it, and :data:`reason` says why."""
     global reason
     files = [
         Path(__file__).with_name(f"_cuda_kernels{suffix}")
@@ -140,11 +160,11 @@ def load() -> ctypes.CDLL | None:
 
 
 def bind(path: Path) -> ctypes.CDLL:
-    """The library in the file ``path``, its functions with their types.
+    """Load the library from the file ``path`` and declare the types of its functions.
 
     Raises:
-        OSError: it cannot be loaded.
-        RuntimeError: it was built from another version of this package.
+        OSError: the library cannot be loaded.
+        RuntimeError: the library was built from another version of this package.
     """
     library = ctypes.CDLL(str(path))
     try:
@@ -158,11 +178,11 @@ def bind(path: Path) -> ctypes.CDLL:
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """``library``, its functions with their types.
+    """Declare the types of the functions of ``library`` and return it.
 
     Raises:
-        AttributeError: one is missing.
-        RuntimeError: a struct has another size.
+        AttributeError: a function is missing.
+        RuntimeError: a struct has another size in the library.
     """
     library.sparsekern_cuda_sizes.argtypes = [POINTER(c_int64)]
     library.sparsekern_cuda_sizes.restype = None
@@ -191,7 +211,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def why_not() -> str | None:
-    """Why the CUDA kernels cannot run here; None when they can."""
+    """Reason why the CUDA kernels cannot run on this machine; None when they can."""
     if native.load() is None:
         return str(native.reason)
     library = load()
@@ -202,7 +222,7 @@ def why_not() -> str | None:
 
 
 def _problem(library: ctypes.CDLL) -> str | None:
-    """What of torch or this machine is in the way."""
+    """Reason why torch or this machine cannot run ``library``; None when both can."""
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -212,14 +232,22 @@ def _problem(library: ctypes.CDLL) -> str | None:
 
 
 def error_text(library: ctypes.CDLL, code: int) -> str:
-    """What a code of the library means."""
+    """Text for an error code of the library. Negative codes are the library's own, others are CUDA's."""
     if code < 0:
         return f"an address is missing (error {-code})"
     return f"{library.sparsekern_cuda_error(code).decode()} (CUDA error {code})"
 
 
 def check(library: ctypes.CDLL, code: int, what: str) -> None:
-    """Raises ``RuntimeError`` for the code of a call over ``what`` that is not 0."""
+    """Check the return code of a call.
+
+    Args:
+        code: the return code; 0 means success.
+        what: the data of the call, for the error message.
+
+    Raises:
+        RuntimeError: ``code`` is not 0.
+    """
     if code != 0:
         text = error_text(library, code)
         raise RuntimeError(f"the CUDA kernels could not be launched for {what}: {text}")

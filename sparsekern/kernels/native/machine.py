@@ -1,4 +1,4 @@
-"""The machine that this runs on."""
+"""Facts about this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The processor's model, as its maker calls it where the system tells."""
+    """Model name of the CPU from ``/proc/cpuinfo``; elsewhere the name that ``platform`` gives."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(errors="replace").splitlines():

@@ -1,7 +1,7 @@
-"""Addresses of tensors, for a torch that does not tell them to native code by itself.
+"""Addresses of tensors, for versions of torch whose native code interface does not give them.
 
-The only file that calls ``data_ptr``. An address holds for one call: storage may be exchanged behind a
-tensor at any time, so nothing here is kept.
+This is the only file that calls ``data_ptr``. An address is valid for one call: the storage of a tensor may
+be replaced at any time, so no address is stored.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ Layout = tuple[list[int], list[int]]
 """Sizes and strides of a tensor."""
 
 Place = tuple[int, int]
-"""An address, and how much lies there."""
+"""``(address, size)``; the size is a number of elements or of bytes, see each function."""
 
 ARRAY_DTYPES = (torch.float32, torch.float32, torch.int32, *[torch.float32] * 3, torch.int64, torch.float32)
-"""Of the flat arrays, in the order of ``RowArrays``."""
+"""Dtypes of the flat arrays, in the order of ``RowArrays``."""
 
 
 def layout(tensor: Tensor) -> Layout:
+    """Sizes and strides of ``tensor``."""
     return list(tensor.shape), list(tensor.stride())
 
 
-def of_lists(
+def addresses_of_lists(
     lists: Sequence[Sequence[Tensor]],
     layouts: Sequence[Layout],
     dtype: torch.dtype,
     steps: int,
     device: torch.device,
 ) -> list[list[int]] | None:
-    """Addresses of lists of tensors that all have ``dtype`` and, one by one, ``layouts``.
+    """Addresses of lists of tensors, after a comparison with the expected dtype, layouts and device.
 
     Args:
-        lists: each as long as ``layouts``, or empty.
-        steps: position of the list that holds float32 step counters instead.
-        device: where all of them lie.
+        lists: lists of tensors; each list is empty or as long as ``layouts``.
+        layouts: sizes and strides that tensor ``i`` of each list has to have.
+        dtype: dtype that all tensors have to have.
+        steps: position of the list of step counters, which are float32 with one element.
+        device: device that all tensors have to be on.
 
     Returns:
-        A list of addresses per list; None when a tensor is something else.
+        One list of addresses per list of tensors; None when a tensor does not match.
     """
     result = []
     for position, tensors in enumerate(lists):
@@ -57,11 +60,12 @@ def of_lists(
     return result
 
 
-def of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[Place] | None:
-    """Addresses of the flat arrays of a table, each with the number of its elements.
+def addresses_of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[Place] | None:
+    """Addresses of the flat arrays of a table.
 
     Returns:
-        None when an array is not contiguous on ``device``, or of another type than in the table.
+        ``(address, number of elements)`` of each array; None when an array is not contiguous, is not on
+        ``device`` or has another dtype than the table's.
     """
     dtypes = ARRAY_DTYPES if len(arrays) == len(ARRAY_DTYPES) else [array.dtype for array in arrays]
     for array, dtype in zip(arrays, dtypes, strict=True):
@@ -70,19 +74,23 @@ def of_arrays(arrays: Sequence[Tensor], device: torch.device) -> list[Place] | N
     return [(array.data_ptr(), array.numel()) for array in arrays]
 
 
-def of_optional(tensors: Sequence[Tensor | None]) -> list[Place]:
-    """Addresses of dense tensors that the caller holds until the call is over, and their bytes."""
+def optional_addresses(tensors: Sequence[Tensor | None]) -> list[Place]:
+    """``(address, bytes)`` of each dense tensor, ``(0, 0)`` for None.
+
+    The caller keeps the tensors alive until its native call returns.
+    """
     return [(0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
 
-def of_tensor(tensor: Tensor) -> int:
-    """Address of one tensor that the caller holds until the call is over."""
+def address_of(tensor: Tensor) -> int:
+    """Address of a tensor. The caller keeps the tensor alive until its native call returns."""
     return tensor.data_ptr()
 
 
 def _same(tensor: Tensor, expected: Layout) -> bool:
+    """Whether ``tensor`` has the expected sizes and strides."""
     sizes, strides = layout(tensor)
-    # The stride of a dimension of one element says nothing.
+    # The stride of a dimension with one element has no effect.
     return sizes == expected[0] and all(
         size == 1 or mine == theirs for size, mine, theirs in zip(sizes, strides, expected[1], strict=True)
     )

@@ -1,1 +1,1 @@
-"""What is decided: criteria, widths under a budget, and when."""
+"""Decisions: criteria that rank channels, allocators that set widths, and the policy of events."""

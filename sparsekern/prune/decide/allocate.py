@@ -1,8 +1,8 @@
-"""How wide each group stays: allocators turn saliencies and a budget into the channels to keep.
+"""Allocators choose the width of each group: they map saliencies and a budget to the channels to keep.
 
-All of them work in *blocks*: within a group, channels are ranked by saliency and cut, from the most salient
-down, into blocks of ``round_to``; a block goes whole, the last one of its group first. So a group's width is
-a multiple of ``round_to`` or what it was, and a floor is a number of blocks that never go.
+All allocators work in *blocks*. The channels of a group are ranked by saliency and cut, from the most
+salient down, into blocks of ``round_to``. Only whole blocks are removed, the last one of the group first. So
+a group's width is a multiple of ``round_to`` or stays unchanged, and a floor is a number of blocks that stay.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ class Allocator(ABC):
     def __call__(self, problem: Problem) -> np.ndarray:
         """The channels to keep, bool ``[C]``, a subset of ``problem.live`` whose cost is within the budget.
 
-        Where floors and rounding do not allow that, the smallest set that they do allow.
+        If floors and rounding do not allow this, the result is the smallest set that they allow.
         """
 
 
 def smallest(problem: Problem) -> np.ndarray:
-    """The channels that no allocator may remove: those of the blocks at the floors."""
+    """bool ``[C]``; channels that no allocator may remove, because their blocks lie within the floors."""
     blocks = Blocks.cut(problem)
     return blocks.kept(~blocks.removable, problem.graph.num_channels)
 
 
 @dataclass(frozen=True)
 class Global(Allocator):
-    """Saliency per cost over all groups at once: the cheapest loss goes first.
+    """Ranks the blocks of all groups together by saliency per saved cost, and removes the lowest first.
 
-    Blocks are removed in order of saliency over the cost that their removal saves. Costs change as neighbours
-    shrink, so they are taken anew after each portion.
+    Costs change as neighbouring groups shrink, so they are computed again after each portion.
 
     Attributes:
-        portion: share of the remaining excess cost that is removed between two looks at the costs, in (0, 1].
-        balance: no group becomes narrower than ``balance`` times what an even cut would leave of it, unless
-            the budget cannot be met otherwise, in [0, 1]. An estimate of first order sees a group's channels
-            one by one and not that the last few of them carry it all.
+        portion: share of the remaining excess cost that is removed before costs are computed again, in (0,
+            1].
+        balance: smallest width of a group as a share of its width under an even cut, in [0, 1]. It yields if
+            the budget cannot be met otherwise. A first-order estimate rates each channel alone and misses
+            that the last few channels of a group carry all of its information.
 
     Raises:
         ValueError: an attribute is out of range.
@@ -80,14 +80,14 @@ class Global(Allocator):
         for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
             stays = self._remove(problem, blocks, stays, removable)
         if problem.pricing is not None:
-            # Times go in steps, and what a step leaves of the budget is worth having.
+            # Latency changes in steps, so an exchange can still use a rest of the budget.
             stays = exchange(problem, blocks, stays)
         return blocks.kept(stays, problem.graph.num_channels)
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
-        """bool ``[blocks]``; blocks that lie outside of the width that balance reserves for their group."""
+        """bool ``[blocks]``; blocks beyond the width that ``balance`` reserves for their group."""
         if problem.pricing is None:
-            # Both dimensions of a weight shrink together, so a cost goes with the square of the widths.
+            # Both dimensions of a weight shrink together, so the cost is about quadratic in the widths.
             even = np.sqrt(min(1.0, problem.budget / problem.whole))
         else:
             even = Uniform()(problem).sum() / problem.widths.sum()
@@ -97,7 +97,7 @@ class Global(Allocator):
     def _remove(
         self, problem: Problem, blocks: Blocks, stays: np.ndarray, removable: np.ndarray
     ) -> np.ndarray:
-        """The blocks among ``stays`` that are left when the budget is met, or nothing removable is."""
+        """The blocks of ``stays`` that are left once the budget is met or no removable block is left."""
         stays = stays.copy()
         saliency = blocks.sums(problem.saliency)
         size = problem.graph.num_channels
@@ -115,9 +115,10 @@ class Global(Allocator):
 
     @staticmethod
     def _removal_order(blocks: Blocks, candidates: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-        """Candidates by ratio, but never a block before the less salient ones of its group."""
+        """Candidates by rising ratio; within a group, less salient blocks always come first."""
         group_of_block = blocks.group[blocks.first[candidates]]
-        # Within a group blocks lie most salient first: a running maximum from the last up keeps that order.
+        # The blocks of a group are sorted, most salient first. A running maximum from the last block keeps
+        # that.
         monotone = ratio[candidates].copy()
         for start, stop in _runs(group_of_block):
             monotone[start:stop] = np.maximum.accumulate(monotone[start:stop][::-1])[::-1]
@@ -125,16 +126,17 @@ class Global(Allocator):
 
 
 WITHOUT_DATA = Global(balance=0.75)
-"""For saliencies that no gradient has entered: a norm of weights is not in units of the loss.
+"""Default for saliencies without gradients.
 
-Divided by what a channel costs it leaves the first layers, whose channels cost most, at the reserved width
-and cuts nothing else; norms that are taken relative to their group do the same. So more width is reserved.
+A norm of weights is not in units of the loss. Divided by the cost of a channel, it cuts the first layers,
+whose channels cost most, down to the reserved width and no other layer; so do norms relative to their group.
+Therefore more width is reserved.
 """
 
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """The same share of every group stays: the control for widths."""
+    """Keeps the same share of every group, as a control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
         return _bisect(problem, lambda share: share * problem.widths)
@@ -142,7 +144,7 @@ class Uniform(Allocator):
 
 @dataclass(frozen=True)
 class Flat(Allocator):
-    """Every group keeps at most the same number of channels: the other control for widths."""
+    """Keeps at most the same number of channels in every group, as another control for widths."""
 
     def __call__(self, problem: Problem) -> np.ndarray:
         widest = problem.widths.max(initial=0)
@@ -150,19 +152,19 @@ class Flat(Allocator):
 
 
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:
-    """Keep the blocks that begin below ``widths(share)``, with the largest share that meets the budget."""
+    """Keep the blocks that lie mostly within ``widths(share)``, for the largest share within the budget."""
     blocks = Blocks.cut(problem)
     begins, group = blocks.rank[blocks.first], blocks.group[blocks.first]
 
     def keep(share: float) -> np.ndarray:
-        # A block stays when most of it lies within the width.
+        # A block stays if at least half of it lies within the width.
         within = begins + problem.round_to / 2 <= widths(share)[group]
         return blocks.kept(within | ~blocks.removable, problem.graph.num_channels)
 
     if problem.cost(keep(1.0 + problem.round_to)) <= problem.budget:
         return keep(1.0 + problem.round_to)
     low, high = 0.0, 1.0 + problem.round_to
-    # 2^-20 of a group's width: below one channel for every group of less than a million.
+    # The precision is 2^-20 of a group's width: less than one channel for groups below a million.
     for _ in range(20 + problem.round_to.bit_length()):
         middle = (low + high) / 2
         if problem.cost(keep(middle)) <= problem.budget:

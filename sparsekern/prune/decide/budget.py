@@ -1,4 +1,4 @@
-"""Budgets, floors and rounding: what a user may ask for, and whether the graph can deliver it."""
+"""Budgets, floors and rounding: checks of the user's arguments, and whether the graph can meet them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 def check_keep(keep: object) -> float:
-    """``keep`` as a float, or a ValueError that says what it should have been."""
+    """Return ``keep`` as a float, or raise a ValueError."""
     if not isinstance(keep, (int, float)) or isinstance(keep, bool) or not 0 < keep <= 1:
         raise ValueError(f"keep: got {keep!r}, expected the share of the cost that stays, in (0, 1]")
     return float(keep)
 
 
 def check_unit(of: object) -> Unit:
-    """``of`` if it names a cost, else a ValueError."""
+    """Return ``of`` if it names a cost, else raise a ValueError."""
     for unit in UNITS:
         if of == unit:
             return unit
@@ -33,14 +33,14 @@ def check_unit(of: object) -> Unit:
 
 
 def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool) -> tuple[int, ...]:
-    """The multiples to try, best first: a number alone; None is ``"auto"`` with ``shrink``, else 1.
+    """The multiples to try for group widths, best first.
 
-    ``"auto"`` begins at 16 on a CPU, where oneDNN computes in blocks of 16 channels, and on a GPU at 8 for
-    half precision, the width that tensor cores need, else at 1. Smaller ones follow for networks that are too
-    narrow for it.
+    A number gives itself alone. None means ``"auto"`` with ``shrink``, else 1. ``"auto"`` begins at 16 on a
+    CPU, where oneDNN computes in blocks of 16 channels. On a GPU it begins at 8 for 16-bit dtypes, because
+    tensor cores need multiples of 8, else at 1. Smaller multiples follow for networks that are too narrow.
 
     Raises:
-        ValueError: neither ``"auto"`` nor a whole number of at least 1.
+        ValueError: ``round_to`` is neither ``"auto"`` nor a whole number of at least 1.
     """
     if round_to is None:
         round_to = "auto" if shrink else 1
@@ -57,15 +57,15 @@ def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool)
 
 
 def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -> np.ndarray:
-    """Channels that each group keeps at least, int64 ``[groups]``.
+    """The smallest number of channels that each group keeps, int64 ``[groups]``.
 
     Args:
         min_channels: one number for all groups, or numbers by pattern (as in :mod:`fnmatch`) of a group's
-            name; the first pattern that matches counts, a group that none matches keeps at least 1.
+            name. The first matching pattern applies; a group without one keeps at least 1.
         graph: the groups.
 
     Raises:
-        ValueError: a number below 1, or a pattern that matches no group.
+        ValueError: a number is below 1, or a pattern matches no group.
     """
     rules = {"*": min_channels} if isinstance(min_channels, int) else dict(min_channels)
     for pattern, number in rules.items():
@@ -84,10 +84,10 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
 
 
 def first_feasible(choices: Sequence[int], problem_of: Callable[[int], Problem], keep: float) -> Problem:
-    """The problem with the first of these ``round_to`` whose smallest network is within ``keep``.
+    """The problem with the first ``round_to`` of ``choices`` whose smallest network costs at most ``keep``.
 
     Raises:
-        ValueError: there is none, see :func:`check_feasible`.
+        ValueError: no choice meets ``keep``, see :func:`check_feasible`.
     """
     for multiple in choices[:-1]:
         problem = problem_of(multiple)
@@ -104,12 +104,12 @@ def check_feasible(problem: Problem, keep: float) -> None:
     reachable = problem.cost(kept) / problem.whole
     if reachable <= keep:
         return
-    # The group whose floor costs most: removing it altogether would save most.
+    # The group with the costliest floor: its complete removal would save most.
     price = problem.price(kept)
     of_groups = [float(price[group.channels[kept[group.channels]]].sum()) for group in problem.graph.groups]
     costliest = problem.graph.groups[int(np.argmax(of_groups))]
     floor = int(kept[costliest.channels].sum())
-    # Rounded up, so that the value that is named can be asked for.
+    # Rounded up, so that the value in the error is feasible.
     smallest_keep = np.ceil(reachable * 1e4) / 1e4
     raise ValueError(
         f"keep: got {keep!r} of {problem.of}, expected at least {smallest_keep:.4f}, the smallest that "

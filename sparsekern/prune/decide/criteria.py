@@ -1,7 +1,7 @@
-"""Which channel of a layer goes: criteria give every channel a saliency, the least salient goes first.
+"""Criteria give every channel a saliency; the least salient channel of a layer is removed first.
 
-Saliencies are float64 arrays over all channels, at least 0, larger is more important. Criteria combine with
-``*`` and ``+``, and with numbers: ``Taylor() * GradientCount()``.
+Saliencies are float64 arrays ``[C]`` over all channels, at least 0; larger is more important. Criteria
+combine with each other and with numbers by ``*`` and ``+``: ``Taylor() * GradientCount()``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def __dir__() -> list[str]:
 
 
 class Criterion(ABC):
-    """A saliency for every channel; subclasses say what it is made of."""
+    """Computes a saliency for every channel; subclasses define it."""
 
     @abstractmethod
     def __call__(self, statistics: Statistics) -> np.ndarray:
@@ -51,16 +51,16 @@ class Criterion(ABC):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether it looks at more than the weights: at statistics of gradients."""
+        """Whether it uses statistics of gradients, besides the weights."""
         return True
 
     @property
     def needs_activations(self) -> bool:
-        """Whether it looks at counts of fused normalisations."""
+        """Whether it uses the counts of fused normalisations."""
         return False
 
     def partners(self, statistics: Statistics, saliency: np.ndarray) -> Partners | None:
-        """Which channel can stand in for which, or None where the criterion does not look for that."""
+        """The replacement of each channel, or None if the criterion does not look for duplicates."""
         return None
 
 
@@ -68,7 +68,7 @@ class Criterion(ABC):
 class Taylor(Criterion):
     """Root mean square over steps of (gradient . weight) over the channel's gates.
 
-    The first-order estimate of what the loss changes by when the channel is removed (Molchanov et al. 2019,
+    The first-order estimate of the loss change when the channel is removed (Molchanov et al. 2019,
     "Importance Estimation for Neural Network Pruning", eq. 8, with the gate's rows as parameters).
     """
 
@@ -81,14 +81,15 @@ class GradientCount(Criterion):
     """Share of a channel's gradient elements above a scale-free threshold, over steps.
 
     Attributes:
-        level: ``"weight"``: elements of the gradients of the channel's filters. ``"activation"``: elements of
-            the gradients that reach its activation, counted by the :class:`~sparsekern.nn.NormAct2d` before
-            it (:func:`sparsekern.fusion.fuse`); a channel without one counts by its weights.
-        relative: divide by the mean of the group's live channels, so that a layer's own level of gradient
-            noise does not decide how wide it stays.
+        level: ``"weight"`` counts elements of the gradients of the channel's filters. ``"activation"`` counts
+            elements of the gradients that reach its activation. The :class:`~sparsekern.nn.NormAct2d` before
+            the activation counts them (:func:`sparsekern.fusion.fuse`); a channel without one uses the count
+            of its weights.
+        relative: divide by the mean of the group's live channels, so that a layer's level of gradient noise
+            does not determine its width.
 
     Raises:
-        ValueError: another level.
+        ValueError: ``level`` is another value.
     """
 
     level: str = "weight"
@@ -111,7 +112,7 @@ class GradientCount(Criterion):
         if not self.relative:
             return share
         mean = statistics.per_group(lambda live: float(live.mean()), share)
-        # A group none of whose gradients ever passed a threshold says nothing: all its channels are alike.
+        # If no gradient of a group ever passed a threshold, all its channels are equally salient.
         return np.divide(share, mean, out=np.ones_like(share), where=mean > 0)
 
 
@@ -129,7 +130,7 @@ class Magnitude(Criterion):
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """A fixed random order of all channels: the control that a criterion has to beat."""
+    """A fixed random order of all channels, as the control for criteria."""
 
     seed: int = 0
 
@@ -143,10 +144,14 @@ class Random(Criterion):
 
 @dataclass(frozen=True)
 class Shuffled(Criterion):
-    """The saliencies of another criterion, dealt out anew within each group.
+    """The saliencies of another criterion, permuted at random within each group.
 
-    Layers stay as wide as under ``of``, but which of their channels stay is left to chance: a control that
-    tells what the choice of channels is worth by itself.
+    Layers stay as wide as with ``of``, but their channels are chosen at random. This control measures the
+    value of the choice of channels alone.
+
+    Attributes:
+        of: the other criterion.
+        seed: seed of the permutations.
     """
 
     of: Criterion
@@ -171,20 +176,21 @@ class Shuffled(Criterion):
 
 @dataclass(frozen=True)
 class Redundancy(Criterion):
-    """Filters that another filter of their group can stand in for count for less.
+    """Lowers the saliency of filters that another filter of their group can replace.
 
     A channel's saliency is that of ``of`` times ``1 - excess``, where ``excess`` rises from 0 to 1 as the
-    cosine to the nearest *more salient* live channel of the group rises from ``threshold`` to 1. The term is
-    pairwise: of two duplicates the less salient goes first and the other keeps its full value. On its own
-    (``of=None``) all channels are equally salient and the later of two duplicates goes first.
+    cosine to the nearest *more salient* live channel of the group rises from ``threshold`` to 1. Of two
+    duplicates only the less salient one loses value; the other keeps its full value. With ``of=None`` all
+    channels are equally salient, and the later of two duplicates goes first.
 
     Attributes:
-        of: the criterion whose saliency is weighed.
+        of: the criterion whose saliency is multiplied; None for 1 everywhere.
         threshold: cosine above which two filters count as redundant, in [0, 1).
-        fold: add a removed duplicate's columns in its consumers to those of the channel that replaces it.
+        fold: add the columns of a removed duplicate in its consumers to those of the channel that replaces
+            it.
 
     Raises:
-        ValueError: ``threshold`` out of range.
+        ValueError: ``threshold`` is out of range.
     """
 
     of: Criterion | None = None
@@ -267,15 +273,15 @@ def _criterion(value: Criterion | float) -> Criterion:
 
 
 def default() -> Criterion:
-    """The joint composite: Taylor for widths, the count for which filters, and duplicates first."""
+    """The default criterion: Taylor times the gradient count, with duplicates removed first."""
     return Redundancy(of=Taylor() * GradientCount())
 
 
 def saliency(select: Criterion, statistics: Statistics) -> np.ndarray:
-    """What ``select`` gives for the channels, float64 ``[C]``.
+    """The saliencies that ``select`` gives, float64 ``[C]``.
 
     Raises:
-        ValueError: that is not a finite number for every channel.
+        ValueError: the result is not one finite number for every channel.
     """
     found = np.asarray(select(statistics), np.float64)
     if found.shape != (statistics.graph.num_channels,) or not np.isfinite(found).all():
@@ -289,7 +295,7 @@ def saliency(select: Criterion, statistics: Statistics) -> np.ndarray:
 
 @torch.no_grad()
 def _nearest_more_salient(statistics: Statistics, saliency: np.ndarray) -> Partners:
-    """For each live channel the live channel of its group, ranked above it, with the largest cosine."""
+    """For each live channel, the more salient live channel of its group with the largest cosine."""
     size = statistics.graph.num_channels
     found = Partners(np.full(size, -1), np.zeros(size), np.zeros(size))
     for group in statistics.graph.groups:
@@ -298,18 +304,18 @@ def _nearest_more_salient(statistics: Statistics, saliency: np.ndarray) -> Partn
         if len(channels) < 2 or not group.producers:
             continue
         vectors = effective_filters(group, statistics)[torch.from_numpy(live)]
-        # Most salient first; equal ones in the order of their ids, so that nothing is left to chance.
+        # Most salient first; ties in the order of ids, so that the result is deterministic.
         order = np.argsort(-saliency[channels], kind="stable")
         vectors = vectors[torch.from_numpy(order).to(vectors.device)]
         channels = channels[order]
         norms = vectors.norm(dim=1)
         products = vectors @ vectors.T
-        # A filter that is not finite resembles none.
+        # A filter that is not finite gets a cosine of 0.
         cosine = (products / (norms[:, None] * norms[None, :]).clamp_min(1e-30)).nan_to_num(0.0)
         above = torch.ones_like(cosine, dtype=torch.bool).tril(-1)
         best, nearest = torch.where(above, cosine, -1.0).max(dim=1)
         coefficient = products.gather(1, nearest[:, None])[:, 0] / norms[nearest].square().clamp_min(1e-30)
-        # The most salient channel of a group has nobody above it.
+        # No channel is more salient than the first one.
         found.channel[channels[1:]] = channels[nearest.cpu().numpy()][1:]
         found.cosine[channels[1:]] = best.clamp(0, 1).double().cpu().numpy()[1:]
         found.coefficient[channels[1:]] = coefficient.double().cpu().numpy()[1:]

@@ -1,4 +1,4 @@
-"""Exchanging blocks of channels under a budget, after a greedy choice has met it."""
+"""Exchanges blocks of channels after a greedy choice, to use up the budget."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import numpy as np
 
 from sparsekern.prune.decide.problem import Blocks, Problem
 
-# Changes at most, and candidates for each of which the cost is computed.
+# Maximal number of changes, and of candidates per change whose cost is computed.
 CHANGES = 48
 TRIES = 192
 
 
 def exchange(problem: Problem, blocks: Blocks, stays: np.ndarray) -> np.ndarray:
-    """``stays`` (bool ``[blocks]``) with more saliency within the budget, where a single change gives that.
+    """Improve ``stays`` (bool ``[blocks]``) by single changes that add saliency within the budget.
 
-    A change brings back the next block of one group, alone or for the last one of a less salient group.
-    Widths below those of ``stays`` are reached only down to the floors.
+    A change restores the next block of one group. It may remove the last block of another group, if that
+    block is less salient and lies above the floor.
+
+    Returns:
+        bool ``[blocks]``; the blocks that stay.
     """
     size = problem.graph.num_channels
     if problem.cost(blocks.kept(stays, size)) > problem.budget:
@@ -38,18 +41,18 @@ def exchange(problem: Problem, blocks: Blocks, stays: np.ndarray) -> np.ndarray:
 
 
 def _candidates(problem: Problem, blocks: Blocks, stays: np.ndarray) -> Iterator[np.ndarray]:
-    """The changes that gain most saliency, of those whose prices promise to fit."""
+    """The changes whose estimated cost fits the budget, by falling gain of saliency."""
     kept = blocks.kept(stays, problem.graph.num_channels)
     saliency, length = blocks.sums(problem.saliency), np.bincount(blocks.block)
     group = blocks.group[blocks.first]
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     ends = np.append(starts[1:], len(group))
-    # The blocks of a group that stay are its first ones.
+    # The staying blocks of a group come first.
     following = starts + np.add.reduceat(stays.astype(np.int64), starts)
     price = blocks.sums(problem.price(kept)) / length
     back, last = following[following < ends], following[following > starts] - 1
     last = last[blocks.removable[last]]
-    # A block that comes back costs about what its neighbour below would save.
+    # A restored block costs about as much as the removal of the block before it saves.
     costs = price[np.maximum(back - 1, 0)] * length[back]
     saved, lost = np.append(price[last] * length[last], 0.0), np.append(saliency[last], 0.0)
     gain = saliency[back][:, None] - lost

@@ -1,4 +1,4 @@
-"""Criteria and allocators by name, as the command line and the arguments of a Pruner take them."""
+"""Criteria and allocators by name, for the command line and the arguments of a Pruner."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ALLOCATORS: Mapping[str, Callable[[], allocate.Allocator]] = {
 
 
 def resolve_select(select: object) -> criteria.Criterion:
-    """The criterion that an argument ``select`` means.
+    """The criterion for an argument ``select``.
 
     Args:
-        select: a criterion; None for the default; or names of ``CRITERIA`` joined by ``*`` (binds tighter)
-            and ``+``, such as ``"taylor * gradient-count"``.
+        select: a criterion; None for the default; or names of ``CRITERIA`` joined by ``*`` (which binds
+            tighter) and ``+``, such as ``"taylor * gradient-count"``.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``select`` is none of these.
     """
     if select is None:
         return criteria.default()
@@ -55,10 +55,10 @@ def resolve_select(select: object) -> criteria.Criterion:
 
 
 def resolve_allocate(allocator: object, default: allocate.Allocator | None = None) -> allocate.Allocator:
-    """The allocator that an argument ``allocate`` means: one, its name, or None for the default.
+    """The allocator for an argument ``allocate``: an allocator, its name, or None for the default.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``allocator`` is none of these.
     """
     if allocator is None:
         return allocate.Global() if default is None else default

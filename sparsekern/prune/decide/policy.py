@@ -1,4 +1,4 @@
-"""Which channels go at an event, and which feel a penalty until the next one."""
+"""The choice at an event: the channels that go, and the channels that are penalised until the next event."""
 
 from __future__ import annotations
 
@@ -20,44 +20,46 @@ from sparsekern.prune.state.statistics import Statistics, gather
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What happens at one event, with channels as bool arrays ``[C]``.
+    """The decision of one event, with channels as bool arrays ``[C]``.
 
     Attributes:
-        condemned: channels that go.
-        partners: what they may be folded into.
+        event: the event.
+        fading: channels that go.
+        partners: the channels that they may be folded into; None for no folding.
         penalised: channels whose gates get the extra decay ``penalty``.
+        penalty: weight decay, as in the optimizer's ``weight_decay``.
     """
 
     event: Event
-    condemned: np.ndarray
+    fading: np.ndarray
     partners: Partners | None
     penalised: np.ndarray
     penalty: float
 
     def parts(self) -> tuple[Any, ...]:
-        """All that the network's further way depends on, to be compared between processes."""
+        """The values that determine the network from now on, to be compared between processes."""
         folds: tuple[Any, ...] = ()
         if self.partners is not None:
-            folds = self.partners.channel[self.condemned], self.partners.coefficient[self.condemned]
-        return self.condemned, self.penalised, self.penalty, *folds
+            folds = self.partners.channel[self.fading], self.partners.coefficient[self.fading]
+        return self.fading, self.penalised, self.penalty, *folds
 
     def carry_out(self, masks: Masks, undo: ExitStack | None = None) -> None:
-        """Fold, condemn and penalise; ``undo`` is told what restores the weights."""
-        condemned = self.condemned
+        """Fold, fade out and penalise channels; ``undo`` receives callbacks that restore the weights."""
+        fading = self.fading
         if self.partners is not None:
-            folded = masks.fold(condemned, self.partners, undo)
+            folded = masks.fold(fading, self.partners, undo)
             masks.mask(folded, undo)
-            condemned = condemned & ~folded
-        masks.condemn(condemned, self.event.decline)
+            fading = fading & ~folded
+        masks.fade_out(fading, self.event.fade_steps)
         masks.penalise(self.penalised, self.penalty)
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """What decisions follow from, beside the statistics; see the arguments of a Pruner.
+    """The settings that determine decisions, besides the statistics; see the arguments of a Pruner.
 
     Attributes:
-        floors: int64 ``[groups]``; channels that stay at least.
+        floors: int64 ``[groups]``; channels that every group keeps at least.
     """
 
     select: Criterion
@@ -70,7 +72,7 @@ class Policy:
     def problem(
         self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
     ) -> Problem:
-        """Bring the network down to ``share`` of what it cost whole, among the channels ``live``."""
+        """The problem of reducing the cost to ``share`` of the dense one, among the channels ``live``."""
         of = of or self.of
         pricing, whole = network.priced(of)
         return Problem(
@@ -89,12 +91,12 @@ class Policy:
     def rounded(
         self, network: Network, choices: Sequence[int], keep: float, time: Callable[[int], None]
     ) -> Policy:
-        """The same with the first of ``choices`` for ``round_to`` that ``keep`` can be met with.
+        """The same policy with the first ``round_to`` of ``choices`` that can meet ``keep``.
 
-        ``time`` finds the latency of the network for one of them, where that is the cost.
+        ``time`` measures the latency of the network for one choice, if the cost is latency.
 
         Raises:
-            ValueError: there is none, see :func:`sparsekern.prune.decide.budget.check_feasible`.
+            ValueError: no choice can meet it, see :func:`sparsekern.prune.decide.budget.check_feasible`.
         """
         everything = np.ones(network.graph.num_channels, bool)
 
@@ -110,7 +112,7 @@ class Policy:
         """The channels (bool ``[C]``) that would stay if the budget were ``share`` from now on.
 
         Raises:
-            ValueError: floors and frozen layers do not allow that.
+            ValueError: floors and frozen layers do not allow this share.
         """
         live = network.masks.unmasked
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
@@ -119,7 +121,7 @@ class Policy:
         return self.allocate(problem)
 
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
-        """The least salient channels that have to go, and the next in line. Changes nothing."""
+        """Choose the channels that go and the next ones, which are penalised. Changes nothing."""
         live = network.masks.live
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         saliency = self.saliency(statistics)
@@ -131,27 +133,27 @@ class Policy:
     def _next_in_line(
         self, network: Network, event: Event, following: Event | None, saliency: np.ndarray, kept: np.ndarray
     ) -> tuple[np.ndarray, float]:
-        """The channels that would go at the next event, and the extra decay for their gates until then."""
+        """The channels that would go at the next event, and the extra weight decay of their gates."""
         if not self.penalty or following is None:
             return np.zeros_like(kept), 0.0
         then = self.allocate(self.problem(network, saliency, kept, following.share))
         group = _group_of(network)
         momentum = float(group.get("momentum", 0.0))
-        # A step takes off lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
-        rate = float(group.get("lr", 1.0)) * event.decline / (1 - momentum)
+        # A step subtracts lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.
+        rate = float(group.get("lr", 1.0)) * event.fade_steps / (1 - momentum)
         return kept & ~then, self.penalty / rate if rate > 0 else 0.0
 
     def saliency(self, statistics: Statistics) -> np.ndarray:
-        """What ``select`` gives, float64 ``[C]``.
+        """The saliencies that ``select`` gives, float64 ``[C]``.
 
         Raises:
-            ValueError: it gives something else.
+            ValueError: ``select`` gives another shape or values that are not finite.
         """
         return saliency(self.select, statistics)
 
 
 def _group_of(network: Network) -> dict[str, Any]:
-    """The first group of the optimizer with rows of this network; others may train other models."""
+    """The first group of the optimizer with rows of this network; other groups may train other models."""
     groups: list[dict[str, Any]] = network.optimizer.param_groups
     index = network.rows.table.index
     return next((g for g in groups if any(id(param) in index for param in g["params"])), groups[0])

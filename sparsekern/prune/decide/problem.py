@@ -1,4 +1,4 @@
-"""What an allocator decides about: channels with their saliency, a budget, and blocks of channels."""
+"""The problem that an allocator solves: channels with saliencies, a budget, and blocks of channels."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from sparsekern.graph import ChannelGraph
 
 
 class Pricing(Protocol):
-    """A cost of kept channels that is not one of the graph's own, in a unit of its own."""
+    """A cost of kept channels that the graph does not know, in any unit, such as a latency."""
 
     def cost(self, kept: np.ndarray) -> float:
         """Cost of the network with the channels ``kept``, bool ``[C]``."""
 
     def price(self, kept: np.ndarray) -> np.ndarray:
-        """What a channel's removal saves, float64 ``[C]``; 0 for those not kept."""
+        """The saving by each channel's removal, float64 ``[C]``; 0 for channels not kept."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What an allocator decides about.
+    """The input of an allocator.
 
     Attributes:
         graph: groups and their cost.
-        saliency: float64 ``[C]``.
+        saliency: float64 ``[C]``; at least 0, larger is more important.
         live: bool ``[C]``; channels that may still be kept.
-        budget: the cost to come down to, in units of ``of``.
-        of: the cost: ``"macs"``, ``"params"`` or what ``pricing`` gives.
-        floors: int64 ``[groups]``; channels that stay at least.
-        round_to: block size.
-        whole: cost of the network that nothing was removed from, by default that of ``graph``.
-        widths: int64 ``[groups]``; channels that the groups had there, by default those of ``graph``.
-        pricing: costs that are not the graph's own.
+        budget: the cost to reach, in units of ``of``.
+        of: the cost: ``"macs"``, ``"params"``, or the name of the cost that ``pricing`` gives.
+        floors: int64 ``[groups]``; channels that every group keeps at least.
+        round_to: channels in a block.
+        whole: cost of the dense network, by default that of ``graph``.
+        widths: int64 ``[groups]``; channels of the groups in the dense network, by default those of
+            ``graph``.
+        pricing: the cost if the graph does not know it, else None.
     """
 
     graph: ChannelGraph
@@ -59,7 +60,7 @@ class Problem:
         return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
 
     def price(self, kept: np.ndarray) -> np.ndarray:
-        """What the removal of each channel saves, float64 ``[C]``; 0 for those not ``kept``."""
+        """The saving by each channel's removal, float64 ``[C]``; 0 for channels not ``kept``."""
         return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
 
 
@@ -69,10 +70,10 @@ class Blocks:
 
     Attributes:
         channel: int64 ``[n]``; live channels, group by group, most salient first.
-        group: int64 ``[n]``; group of each.
-        block: int64 ``[n]``; block of each, numbered through, the most salient of a group first.
-        removable: bool ``[blocks]``; above the floor of its group.
-        rank: int64 ``[n]``; position within the group.
+        group: int64 ``[n]``; group of each channel.
+        rank: int64 ``[n]``; position of each channel within its group.
+        block: int64 ``[n]``; block of each channel. Numbers go on from group to group, most salient first.
+        removable: bool ``[blocks]``; whether the block lies above the floor of its group.
     """
 
     channel: np.ndarray
@@ -83,16 +84,17 @@ class Blocks:
 
     @classmethod
     def cut(cls, problem: Problem) -> Blocks:
+        """Rank the live channels of each group by saliency and cut them into blocks of ``round_to``."""
         group_of = problem.graph.group_of
         live = np.flatnonzero(problem.live)
-        # Ties go by id: of equally salient channels the first one stays.
+        # Ties are broken by id: of equally salient channels the first one stays.
         channel = live[np.lexsort((live, -problem.saliency[live], group_of[live]))]
         group = group_of[channel]
         first = np.searchsorted(group, group, side="left")
         rank = np.arange(len(channel)) - first
         starts = rank % problem.round_to == 0
         block = np.cumsum(starts) - 1
-        # A block that begins below the floor holds channels that have to stay.
+        # A block that begins below the floor contains channels that have to stay.
         removable = rank[starts] >= problem.floors[group[starts]]
         return cls(channel, group, rank, block, removable)
 
@@ -102,11 +104,11 @@ class Blocks:
         return np.searchsorted(self.block, np.arange(len(self.removable)))
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum over each block of a quantity given for all channels ``[C]``."""
+        """Sum over each block of ``values`` ``[C]``, float64 ``[blocks]``."""
         return np.bincount(self.block, weights=values[self.channel], minlength=len(self.removable))
 
     def kept(self, stays: np.ndarray, size: int) -> np.ndarray:
-        """bool ``[size]`` of the channels in the blocks that stay."""
+        """bool ``[size]``; channels in the blocks ``stays`` (bool ``[blocks]``)."""
         kept = np.zeros(size, bool)
         kept[self.channel[stays[self.block]]] = True
         return kept

@@ -1,4 +1,4 @@
-"""What happens between the steps of a training: decisions, each made as a whole or not at all."""
+"""Decisions between the steps of a training; each one completes or changes nothing."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from sparsekern.distributed.ranks import Ranks
 from sparsekern.prune.decide.policy import Choice, Policy
 from sparsekern.prune.run.steps import Rates, SkippedSteps, differing_rates, idle
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.state.masking import CONDEMNED
+from sparsekern.prune.state.masking import FADING
 from sparsekern.prune.state.network import Network
 
 
 class Events:
-    """Counts the steps of a training, and decides after those that its schedule names.
+    """Counts the steps of a training, and makes decisions after the steps that its schedule names.
 
     Attributes:
-        schedule: what is decided when.
-        step: how many steps there were, with those that GradScaler has skipped since the latest decision.
-        next: the step after which there is something to do next, or None.
+        schedule: steps and budgets of the decisions.
+        step: number of steps so far, including those that GradScaler has skipped since the latest decision.
+        next: the step after which the next work is due, or None.
     """
 
     def __init__(
         self, network: Network, policy: Policy, schedule: Schedule, ranks: Ranks, *, shrinks: bool
     ) -> None:
-        """Before the first step; ``shrinks`` cuts masked channels out of the live model."""
+        """Start before the first step; with ``shrinks`` events cut masked channels out of the live model."""
         self._network, self._policy, self._ranks, self._shrinks = network, policy, ranks, shrinks
         self.schedule = schedule
         self.step = 0
@@ -40,25 +40,25 @@ class Events:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is met and nothing is condemned any more."""
-        # Skipped steps have been taken off when the count arrives there: that was a decision.
-        return self.step >= self.schedule.finish and not (self._network.masks.state == CONDEMNED).any()
+        """Whether the budget is met and no channel is fading out any more."""
+        # At ``finish`` there is a decision, which has subtracted the skipped steps from the count.
+        return self.step >= self.schedule.finish and not (self._network.masks.state == FADING).any()
 
     def done(self) -> int:
-        """How many steps there were, without those that GradScaler has skipped."""
+        """Number of steps so far, without those that GradScaler has skipped."""
         return self.step - self._skipped.pending()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The progress as plain values."""
         return {"step": self.done(), "next": self.next, "nonfinite_seen": self._nonfinite_seen}
 
     def load_state_dict(self, state: Mapping[str, Any], schedule: Schedule, undo: ExitStack) -> None:
         """Go on from :meth:`state_dict`.
 
         Args:
-            state: with the ``schedule`` that it was saved under.
-            schedule: to go on with; another one where the training is extended.
-            undo: is told what restores the state from before.
+            state: the saved state, with the ``schedule`` of that training.
+            schedule: the schedule to go on with; it differs if the training is extended.
+            undo: receives a callback that restores the present state.
         """
         undo.callback(vars(self).update, dict(vars(self)))
         self.schedule = schedule
@@ -69,12 +69,12 @@ class Events:
         self.next = state["next"] if same else self._next_of_new_schedule()
 
     def before_step(self, *_: Any) -> None:
-        """Hook before an optimizer's step: makes up for a decision that has failed or was interrupted."""
+        """Hook before an optimizer's step: repeats a decision that has failed or was interrupted."""
         if self.next is not None and self.step >= self.next:
             self._decide(self.next)
 
     def after_step(self, *_: Any) -> None:
-        """Hook after an optimizer's step."""
+        """Hook after an optimizer's step: counts it, and decides if an event is due."""
         optimizer = self._network.optimizer
         if idle(optimizer, self._network.rows.table, self._ranks):
             return
@@ -86,7 +86,7 @@ class Events:
             self._decide(self.next)
 
     def _decide(self, due: int) -> None:
-        """What is due after step ``due``: all of it, or nothing of it, and the next step tries again."""
+        """Do all the work due after step ``due``, or change nothing and leave it to the next step."""
         ranks, network = self._ranks, self._network
         with uninterrupted(insisting=True):
             self.step -= self._skipped.take(ranks)
@@ -98,35 +98,35 @@ class Events:
             rates = self._rates.parts()
             with ranks.agreeing(f"pruning after step {due}", rates, differing_rates) as check:
                 network.check_masked()
-                declined = network.masks.declined()
+                faded_out = network.masks.faded_out()
                 choice = None
                 if event is not None:
                     choice = self._policy.choose(network, event, self.schedule.after(due))
-                check(due, rates, declined, *(choice.parts() if choice is not None else ()))
+                check(due, rates, faded_out, *(choice.parts() if choice is not None else ()))
             with all_or_nothing() as undo, ranks.changing(f"masking after step {due}") as (ready, done):
-                self._carry_out(declined, choice, undo, ready)
+                self._carry_out(faded_out, choice, undo, ready)
                 done()
         self._rates.forget()
         self._warn_of_nonfinite()
 
     def _carry_out(
-        self, declined: np.ndarray, choice: Choice | None, undo: ExitStack, ready: Callable[[], object]
+        self, faded_out: np.ndarray, choice: Choice | None, undo: ExitStack, ready: Callable[[], object]
     ) -> None:
         network = self._network
         undo.callback(setattr, self, "next", self.next)
         network.masks.restored_by(undo)
-        network.masks.mask(declined, undo)
+        network.masks.mask(faded_out, undo)
         if choice is not None:
             choice.carry_out(network.masks, undo)
         if self._shrinks:
-            # After everything that reads the statistics, and once: every cut costs a recompilation.
+            # One cut, after the last read of the statistics: every cut costs a recompilation.
             network.shrink(undo, ready=ready)
         else:
             ready()
         self.next = self._next_step()
 
     def _next_of_new_schedule(self) -> int | None:
-        """The next step with something to do, where the schedule has changed."""
+        """The next step with work to do, after the schedule has changed."""
         masks = self._network.masks
         # The penalties were for the old distance between events; the next event sets new ones.
         masks.penalise(np.zeros(len(masks.state), bool), 0.0)
@@ -140,7 +140,7 @@ class Events:
             return event.step
         if self.step < self.schedule.finish:
             return self.schedule.finish
-        # Parameters without a gradient leave declines unfinished: come back when they can have ended.
+        # Channels of parameters without a gradient are still fading: check again after the steps they need.
         left = int(self._network.masks.countdowns().max(initial=0))
         return self.step + left if left else None
 
@@ -156,14 +156,16 @@ class Events:
 
 
 def unfinished(network: Network, of: str, keep: float, events: Events, steps: int) -> str:
-    """Why the network is not what was asked for, as a message; empty where it is.
+    """The reason why the network does not meet its budget yet, as a message; empty if it does.
 
     Args:
-        of, keep: the cost, and the share of it that was asked for.
+        network: the network and its masks.
+        of, keep: the cost, and the share of it that the user asked for.
+        events: the progress of the training.
         steps: optimizer steps of the whole training.
     """
     state = network.masks.state
-    fading = state == CONDEMNED
+    fading = state == FADING
     latency, whole = network.priced(of)
     unmasked = network.masks.unmasked
     cost = float(getattr(network.graph.cost(unmasked), of)) if latency is None else latency.cost(unmasked)

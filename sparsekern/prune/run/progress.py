@@ -1,11 +1,11 @@
-"""Where a pruning stands, in numbers and in a line."""
+"""The state of a pruning, as numbers and as a line of text."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from sparsekern.prune.run.events import Events
-from sparsekern.prune.state.masking import CONDEMNED
+from sparsekern.prune.state.masking import FADING
 from sparsekern.prune.state.network import Network
 
 
@@ -22,7 +22,7 @@ def metrics(network: Network, events: Events) -> dict[str, int | float]:
         "params_share": cost.params / max(whole.params, 1),
         "kept": int(masks.unmasked.sum()),
         "channels": network.rows.total,
-        "condemned": int((masks.state == CONDEMNED).sum()),
+        "condemned": int((masks.state == FADING).sum()),
         "nonfinite": int(network.rows.table.nonfinite),
         "finished": int(events.finished),
     }
@@ -41,7 +41,7 @@ def widths(network: Network) -> dict[str, tuple[int, int]]:
 
 
 def described(network: Network, events: Events, keep: float, of: str, steps: int) -> str:
-    """A Pruner's ``repr``: what is pruned to what, and how far it has come."""
+    """A Pruner's ``repr``: its model and optimizer, the budget, and the progress."""
     share = network.share(of, network.masks.unmasked)
     return (
         f"Pruner({type(network.model).__name__}, {type(network.optimizer).__name__}, keep={keep:g}, "

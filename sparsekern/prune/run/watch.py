@@ -1,4 +1,7 @@
-"""A Pruner's hold on an optimizer: it outlives a Pruner that nobody keeps, and gives way to another one."""
+"""The hook by which a Pruner watches an optimizer.
+
+It works on after nobody references the Pruner any more, until another Pruner replaces it.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from sparsekern.prune.state.network import Network
 
 
 class Watch:
-    """The hook after an optimizer's steps, by which a later Pruner finds the ones that are there.
+    """The hook after an optimizer's steps. A later Pruner finds earlier ones by it.
 
-    It holds everything that pruning needs, but the Pruner only weakly: a training goes on being pruned where
-    nobody has kept the Pruner.
+    It references everything that pruning needs, but the Pruner only weakly. Pruning therefore goes on if the
+    user keeps no reference to the Pruner.
 
     Attributes:
-        pruner: gives the Pruner, None once nobody holds it.
-        parameters: ``id`` of each of the model's.
-        hooks: handles of all that was registered, this one's included.
+        pruner: weak reference to the Pruner; gives None once nobody else references it.
+        parameters: ``id`` of each of the model's parameters.
+        hooks: handles of all registered hooks, including this one.
     """
 
     def __init__(self, pruner: object, network: Network, events: Events) -> None:
@@ -32,13 +35,13 @@ class Watch:
         self.hooks: list[Any] = []
         self._network, self._events = network, events
 
-    # A compiled step must not trace what happens at events.
+    # A compiled step must not trace the work of events.
     @torch.compiler.disable
     def __call__(self, *_: Any) -> None:
         self._events.after_step()
 
     def detach(self) -> None:
-        """Leave optimizer and modules alone."""
+        """Remove all hooks from the optimizer and the modules."""
         self._network.detach()
         for hook in self.hooks:
             hook.remove()
@@ -46,16 +49,16 @@ class Watch:
 
 
 def abandoned(optimizer: Optimizer, model: nn.Module) -> list[Watch]:
-    """Watches over parameters of ``model`` whose Pruner nobody holds: to be detached by the next one.
+    """Watches of parameters of ``model`` whose Pruner nobody references; the next Pruner detaches them.
 
     Raises:
-        RuntimeError: somebody holds the Pruner of some of the parameters.
+        RuntimeError: a Pruner of some of the parameters is still referenced.
     """
     own = {id(param) for param in model.parameters()}
     hooks = optimizer._optimizer_step_post_hooks.values()
     watches = [hook for hook in hooks if isinstance(hook, Watch) and hook.parameters & own]
     if any(watch.pruner() is not None for watch in watches):
-        # What is left of a cycle is held by nobody.
+        # A Pruner that only a reference cycle keeps alive counts as unreferenced.
         gc.collect()
     for watch in watches:
         if watch.pruner() is not None:

@@ -1,4 +1,4 @@
-"""A whole training in one file: model, optimizer, Pruner, random numbers, and what the user adds."""
+"""A whole training in one file: model, optimizer, Pruner, random generators and the user's values."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from sparsekern.prune.state.content import (
 _PLAIN = (bool, int, float, str, type(None))
 
 Shapes = Mapping[int, tuple[int, ...]]
-"""By ``id`` of a tensor, the shape that it will have."""
+"""Future shapes by ``id`` of tensors."""
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write the entries of a checkpoint, as a whole or not at all.
+    """Write the entries of a checkpoint completely, or write nothing.
 
     Raises:
         OSError: ``path`` cannot be written.
-        ValueError: something could not be read back without running code; nothing has been written then.
+        ValueError: a value cannot be read back without running code. Nothing has been written.
     """
     target(path)
-    # Schedulers leave numbers of NumPy in an optimizer's groups, which are read as code.
+    # Schedulers leave NumPy numbers in an optimizer's groups, and loading those would run code.
     plain = dict(content)
     for name in ("optimizer", "extra"):
         plain[name] = pytree.tree_map_only(np.generic, lambda number: number.item(), plain[name])
@@ -58,11 +58,11 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The entries of a checkpoint, each of the form that every checkpoint has.
+    """Read a checkpoint and check the form of its entries.
 
     Raises:
         OSError: ``path`` cannot be read.
-        ValueError: the file is truncated, damaged, or no checkpoint.
+        ValueError: the file is truncated, damaged, or not a checkpoint.
     """
     content = read_plain(path)
     where = f"path: {os.fspath(path)!r}"
@@ -80,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def classes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """What a checkpoint is of; an optimizer of ours and torch's of that name read each other's state."""
+    """Class names for a checkpoint; sparsekern's optimizers read the state of torch's of the same name."""
     return {"model": type(model).__qualname__, "optimizer": type(optimizer).__qualname__}
 
 
@@ -91,10 +91,10 @@ def check(
     also: Sequence[nn.Module],
     shapes: Shapes,
 ) -> None:
-    """Everything of a checkpoint fits; ``shapes`` are those that tensors of ``model`` and ``also`` will have.
+    """Check that all of a checkpoint fits; ``shapes`` has the future shapes of ``model`` and ``also``.
 
     Raises:
-        ValueError: something does not.
+        ValueError: an entry does not fit.
     """
     for kind, name in classes(model, optimizer).items():
         if content["classes"][kind] != name:
@@ -119,10 +119,10 @@ def check_training(
     optimizer: torch.optim.Optimizer,
     shapes: Shapes,
 ) -> None:
-    """``weights`` and ``state`` are state dicts that ``model`` and ``optimizer`` can load, at ``shapes``.
+    """Check that ``model`` and ``optimizer`` can load ``weights`` and ``state`` at ``shapes``.
 
     Raises:
-        ValueError: they are not; names the entry.
+        ValueError: an entry does not fit; the text names it.
     """
     expected = model.state_dict(keep_vars=True)
     differing = sorted(weights.keys() ^ expected.keys())
@@ -146,9 +146,9 @@ def _check_generator(state: Tensor, device: torch.device, name: str) -> None:
 
 
 def in_own_memory(state: Any) -> Any:
-    """``state`` with tensors that share memory with none of the others.
+    """``state`` with tensors that share no memory with each other.
 
-    An optimizer keeps the tensors that it loads, and writes to them. ``torch.save`` keeps views as views.
+    An optimizer keeps the tensors that it loads and writes to them. ``torch.save`` preserves views.
     """
     seen: set[int] = set()
 
@@ -163,7 +163,7 @@ def in_own_memory(state: Any) -> Any:
 
 
 def random_state(model: nn.Module) -> dict[str, Any]:
-    """The state of all generators that a training usually draws from, as tensors and plain values."""
+    """The states of the generators of torch, NumPy and Python, as tensors and plain values."""
     numpy_state = np.random.get_state(legacy=False)
     key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {
@@ -175,7 +175,7 @@ def random_state(model: nn.Module) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], model: nn.Module) -> None:
-    """Go on drawing where :func:`random_state` was taken."""
+    """Restore the generators to a result of :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     for own, device in zip(state["cuda"], _devices(model), strict=False):
         torch.cuda.set_rng_state(own, device)
@@ -184,13 +184,13 @@ def set_random_state(state: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def restored_by(undo: ExitStack, modules: Iterable[nn.Module], optimizer: Optimizer) -> None:
-    """Tell ``undo`` what restores the weights, the optimizer's state and the generators as they are now.
+    """Register on ``undo`` callbacks that restore the weights, the optimizer's state and the generators.
 
-    ``modules`` are the model and copies of it, the first one is the model.
+    ``modules`` holds the model first and then its copies.
     """
     kept = tuple(modules)
     undo.callback(set_random_state, random_state(kept[0]), kept[0])
-    # Loading gives an optimizer another state and other groups; those from before are not written to.
+    # Loading replaces an optimizer's state and groups by new objects, so the old ones stay valid.
     undo.callback(optimizer.__setstate__, {"state": optimizer.state, "param_groups": optimizer.param_groups})
     for module in kept:
         undo.callback(module.load_state_dict, _copied(module.state_dict()))
@@ -201,7 +201,7 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_plain(name: str, value: Any) -> None:
-    """``value`` would come back: its tensors always do, so only the rest is tried."""
+    """Check that ``value`` can be read back. Tensors always can, so the check omits their data."""
     rest = pytree.tree_map_only(Tensor, lambda _: torch.empty(0), value)
     memory = io.BytesIO()
     try:
@@ -216,5 +216,5 @@ def _check_plain(name: str, value: Any) -> None:
 
 
 def _devices(model: nn.Module) -> list[torch.device]:
-    # Asking any other GPU for its generator would take memory on it.
+    # Reading the generator of any other GPU would allocate memory on it.
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

@@ -1,4 +1,4 @@
-"""Stopping a training and going on with it: what a Pruner saves and loads."""
+"""Interrupting and resuming a training: the state that a Pruner saves and loads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsekern.prune.state.network import Network
 
 
 class Resumable:
-    """The part of a Pruner that is about its state."""
+    """The part of a Pruner that saves and loads its state."""
 
     _network: Network
     _optimizer: torch.optim.Optimizer
@@ -36,9 +36,10 @@ class Resumable:
     _events: Events
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs beside the model and the optimizer, copied; tensors and
-        plain values only, so that ``torch.load(weights_only=True)`` reads it. Of counts of activations it
-        has those of this process, on its share of the data."""
+        """A copy of the state that a resumed training needs besides the model and the optimizer.
+
+        It has only tensors and plain values, so ``torch.load(weights_only=True)`` reads it. Counts of
+        activations are those of this process, on its share of the data."""
         return {
             "version": STATE_VERSION,
             "settings": self._settings(),
@@ -49,24 +50,24 @@ class Resumable:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
-        """Go on from :meth:`state_dict`, in a full-size model or one as large as that of the state.
+        """Go on from a :meth:`state_dict`, in a full-size model or one of the size in the state.
 
-        The model, its optimizer's state and copies of the model are brought to the size that they had; what
-        they held is loaded by themselves, into tensors of that size: after this, where anything was cut.
+        This cuts the model, its optimizer's state and copies of the model to their size in the state. It does
+        not load their values. If channels were cut, load those after this call, into tensors of that size.
 
-        This Pruner may have other ``steps`` than that of the state: the training is then extended.
-        Where all events were taken before, no further ones come: the finished network trains for more steps.
-        Otherwise the events after the step of the state are those of this Pruner's schedule. An event
-        removes nothing as long as the network costs less than the share of that event.
+        This Pruner may have other ``steps`` than the saved one; the training is then extended. If all events
+        are over, no further ones follow, and the finished network trains for more steps. Otherwise the events
+        after the saved step are those of this Pruner's schedule. An event removes nothing while the network
+        costs less than the share of that event.
 
         Args:
-            state: what :meth:`state_dict` gave.
+            state: a result of :meth:`state_dict`.
             also: as for :meth:`shrink`.
 
         Raises:
-            ValueError: it is of another network or of a Pruner with other settings (apart from ``steps``), or
-                the budget is not met and no event is left with these ``steps``; nothing has changed then,
-                or after whatever else is raised. Ctrl-C waits until everything is loaded.
+            ValueError: the state belongs to another network or to a Pruner with other settings (apart from
+                ``steps``), or the budget is not met and no event is left with these ``steps``. Nothing has
+                changed after any exception. Ctrl-C waits until everything is loaded.
         """
         self._check_state(state)
         with all_or_nothing() as undo:
@@ -86,7 +87,7 @@ class Resumable:
         self._schedule = schedule
 
     def _resumed_schedule(self, state: Mapping[str, Any]) -> Schedule:
-        """The schedule that a training goes on with after ``state``."""
+        """The schedule of the training after ``state``."""
         saved, step = Schedule.from_plain(state["schedule"]), int(state["step"])
         if saved.after(step) is None or state["settings"]["steps"] == self._steps:
             return saved
@@ -118,12 +119,12 @@ class Resumable:
         check_progress(state, Schedule.from_plain(state["schedule"]))
 
     def save_checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write the whole training to ``path``: model, optimizer, Pruner, the copies given as ``also``, the
-        generators of torch, NumPy and Python, and ``extra``.
+        """Write the whole training to ``path``.
 
-        The file appears under its name only when it is complete and on the disk; an existing one stays
-        whole until then, also if the process is killed meanwhile. Where several processes train together,
-        all of them have to call this; the first one writes, with the generators of each.
+        The file holds the model, the optimizer, the Pruner, the copies given as ``also``, the generators of
+        torch, NumPy and Python, and ``extra``. It appears under its name only when it is complete and on the
+        disk. An existing file stays whole until then, even if the process is killed. If several processes
+        train together, all of them have to call this. The first one writes, with the generators of all.
 
         Args:
             path: a file name.
@@ -131,17 +132,17 @@ class Resumable:
 
         Raises:
             OSError: ``path`` cannot be written.
-            ValueError: a value of ``extra`` is something else, or the model is sharded; nothing has been
-                written then.
-            RuntimeError: it could not be written by the process that does, or weights were written into
-                masked rows, see :meth:`remask`.
+            ValueError: a value of ``extra`` has another type, or the model is sharded. Nothing has been
+                written.
+            RuntimeError: the writing process failed, or weights were written into masked rows, see
+                :meth:`remask`.
         """
         network = self._network
         _check_whole(network.model)
         with self._ranks.agreeing("saving a checkpoint") as check:
             network.check_masked()
             check()
-        # Each process draws numbers, and counts at activations, on its own.
+        # Each process has its own generators and counts of activations.
         every = self._ranks.gather((checkpoint.random_state(network.model), network.activations.state_dict()))
         random, counted = map(list, zip(*every, strict=True))
         with self._ranks.agreeing(f"writing {os.fspath(path)!r}") as check:
@@ -162,29 +163,27 @@ class Resumable:
     def load_checkpoint(
         self, path: str | os.PathLike[str], *, also: Sequence[nn.Module] = ()
     ) -> dict[str, Any]:
-        """Go on from :meth:`save_checkpoint`, in a full-size model with an optimizer and a Pruner of its own.
+        """Go on from :meth:`save_checkpoint`, in a full-size model with its own optimizer and Pruner.
 
-        All of them are brought to the size that they had, and hold what they held: training then goes on bit
-        by bit as if it had not been interrupted. With other ``steps`` than before it is extended, see
-        :meth:`load_state_dict`; a learning rate schedule among the extra values is the caller's to extend.
-        Where several processes train together, each has to call
-        this; with another number of them than before, generators are dealt out in turn.
+        This restores sizes and values of all of them. Training then goes on bit by bit as if it had not been
+        interrupted. Other ``steps`` than before extend it, see :meth:`load_state_dict`. The caller has to
+        extend a learning rate schedule among the extra values. If several processes train together, each has
+        to call this. If their number has changed, they reuse the saved generators in turn.
 
         Args:
-            path: the file. It is read without running code from it.
-            also: further copies of the model that are brought to its size; what they hold is not in the file
-                unless it is among the extra values.
+            path: the file. Reading it runs no code from it.
+            also: further copies of the model that are cut to its size. The file does not hold their values,
+                except among the extra values.
 
         Returns:
             The extra values.
 
         Raises:
             OSError: ``path`` cannot be read.
-            ValueError: the file is truncated or no checkpoint, or is of another network, optimizer or
+            ValueError: the file is truncated or not a checkpoint, or belongs to another network, optimizer or
                 settings, or the model is sharded.
-            RuntimeError: one of these happened in another process, or they read different files. Nothing has
-                been changed in all these cases, or after whatever else is raised; Ctrl-C waits until
-                everything is loaded.
+            RuntimeError: one of these happened in another process, or the processes read different files.
+                Nothing has changed after any exception. Ctrl-C waits until everything is loaded.
         """
         network = self._network
         _check_whole(network.model)
@@ -235,10 +234,10 @@ class Resumable:
 def check_run(
     pruner: Resumable, state: Mapping[str, Any], weights: Mapping[str, Any], optimizer: Mapping[str, Any]
 ) -> None:
-    """A Pruner, its model and its optimizer can go on from these state dicts: to be asked before any does.
+    """Check that a Pruner, its model and its optimizer can load these state dicts, before any of them does.
 
     Raises:
-        ValueError: one of them does not fit; nothing has been changed.
+        ValueError: one of them does not fit. Nothing has changed.
     """
     network = pruner._network
     pruner._check_state(state)

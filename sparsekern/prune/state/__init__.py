@@ -1,1 +1,1 @@
-"""What is kept between steps: statistics of rows, masks, and the network that they belong to."""
+"""State between steps: statistics of rows, masks, and the network that they belong to."""

@@ -1,4 +1,4 @@
-"""What the fused normalisations of a network do for its pruning: skip what is masked, count gradients."""
+"""The fused normalisations of a network: they skip masked channels and count gradients for pruning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ARRAYS = ("threshold", "activity", "updates")
 
 @dataclass(frozen=True, eq=False)
 class _Norm:
-    """One normalisation: where its channels lie in the flat arrays, and their numbers (-1: never pruned)."""
+    """One normalisation, its slice of the flat arrays, and its channels' numbers (-1: never pruned)."""
 
     module: NormAct2d
     span: slice
@@ -28,16 +28,17 @@ class _Norm:
 
 
 class Activations:
-    """Flat arrays over the channels of all :class:`~sparsekern.nn.NormAct2d` of a model, which have views.
+    """Flat arrays over the channels of all :class:`~sparsekern.nn.NormAct2d` of a model.
 
-    The views stay the same tensors while the network keeps its size, so that compiled steps and captured
-    graphs see what changes in them.
+    The modules have views of these arrays. The views stay the same tensors while the network keeps its size,
+    so compiled steps and captured graphs see changes of their values.
 
     Attributes:
         counting: whether gradients are counted.
+        decay: decay of the exponential means.
         mask: bool ``[K]``; masked channels.
-        threshold, activity: float32 ``[K]``, and updates: float32 ``[norms]``: see
-            :class:`~sparsekern.kernels.counts.ChannelCounts`.
+        threshold, activity: float32 ``[K]``, see :class:`~sparsekern.kernels.counts.ChannelCounts`.
+        updates: float32 ``[norms]``, see the same class.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Activations:
         decay: float,
         norms: Sequence[NormAct2d] | None = None,
     ) -> None:
-        """Nothing masked or counted yet; ``decay`` is that of the means, ``norms`` are by default all."""
+        """Make arrays without masks and counts for ``norms``, by default all of the model."""
         self.counting, self.decay = counting, decay
         if norms is None:
             norms = [module for module in model.modules() if isinstance(module, NormAct2d)]
@@ -71,10 +72,10 @@ class Activations:
         return len(self._norms)
 
     def attach(self) -> None:
-        """From now on the modules look at the masks, and count."""
+        """Give the modules their views: they use masks, and count if ``counting``, from now on."""
         for number, norm in enumerate(self._norms):
             if not isinstance(norm.module, NormAct2d):
-                continue  # the user has made torch's module of it again
+                continue  # the user has replaced it by torch's module
             norm.module.mask = self.mask[norm.span]
             if self.counting:
                 arrays = (
@@ -85,21 +86,21 @@ class Activations:
                 norm.module.counts = ChannelCounts(*arrays, decay=self.decay)
 
     def detach(self) -> None:
-        """Leave the modules as they were."""
+        """Remove masks and counts from the modules."""
         for norm in self._norms:
             if isinstance(norm.module, NormAct2d):
                 norm.module.mask = norm.module.counts = None
 
     def set_masked(self, masked: np.ndarray) -> None:
-        """``masked`` is bool ``[C]``."""
+        """Set the masks to ``masked``, bool ``[C]``."""
         if self._norms:
-            # -1 takes the last entry: never masked.
+            # The channel -1 takes the last entry, which is never masked.
             self.mask.copy_(torch.from_numpy(np.append(masked, False)[self._channels()]))
 
     def shares(self, num_channels: int) -> np.ndarray | None:
-        """Mean over the norms of each channel of their activity, unbiased, float64 ``[C]``.
+        """The mean activity over the norms of each channel, without bias, float64 ``[C]``.
 
-        NaN where a channel has no norm that counted; None where nothing is counted.
+        It is NaN for a channel without a norm that has counted. The result is None if nothing is counted.
         """
         if not self.counting:
             return None
@@ -114,7 +115,7 @@ class Activations:
         return np.divide(total, norms, out=np.full(num_channels, np.nan), where=norms > 0)
 
     def average(self, ranks: Ranks) -> None:
-        """Bring what processes have counted on their shares of the data together. All have to call this."""
+        """Average the counts of all processes, each on its share of the data. All have to call this."""
         if not self.counting or ranks.size == 1:
             return
         mean = ranks.mean(torch.cat([self.activity, self.updates]).double().cpu().numpy())
@@ -124,37 +125,37 @@ class Activations:
             own.copy_(torch.from_numpy(values))
 
     def forget(self) -> None:
-        """Start the means anew, with the thresholds as they are."""
+        """Reset the means to 0, and keep the thresholds."""
         self.activity.zero_()
         self.updates.zero_()
 
     def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> Activations:
-        """Those of ``model`` after it was cut to the channels ``kept`` (bool ``[C]``), with its ``graph``."""
+        """The arrays of ``model``, which was cut to ``kept`` (bool ``[C]``); ``graph`` is its new graph."""
         norms = [norm.module for norm in self._norms]
         own = Activations(model, graph, counting=self.counting, decay=self.decay, norms=norms)
         own.load_state_dict(self.restricted_state(kept))
         return own
 
     def restricted_state(self, kept: np.ndarray) -> dict[str, Tensor]:
-        """The state for a network that has only the channels ``kept`` (bool ``[C]``) left."""
+        """The state for a network with only the channels ``kept`` (bool ``[C]``)."""
         left = torch.from_numpy(np.append(kept, True)[self._channels()]).to(self.activity.device)
         return {"threshold": self.threshold[left], "activity": self.activity[left], "updates": self.updates}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the arrays but for the masks, which follow from the channels' states."""
+        """Copies of all arrays except the masks, which follow from the channels' states."""
         return {name: getattr(self, name).clone() for name in _ARRAYS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy what :meth:`state_dict` gave into the arrays, in place."""
+        """Copy a result of :meth:`state_dict` into the arrays, in place."""
         for name in _ARRAYS:
             getattr(self, name).copy_(state[name])
 
     @staticmethod
     def check(state: object, expected: Mapping[str, Tensor]) -> None:
-        """``state`` can be loaded where the own state is ``expected``.
+        """Check that ``state`` has the names, shapes and dtypes of ``expected``.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it does not.
         """
         entries: Mapping[str, Any] = state if isinstance(state, Mapping) else {}
         for name, own in expected.items():
@@ -171,7 +172,7 @@ class Activations:
 
 
 def _channels_of(norm: NormAct2d, slots: Mapping[int, TensorSlots]) -> np.ndarray | None:
-    """int64 ``[features]``; None unless a masked channel has a gamma and a beta that are 0."""
+    """The channels of a norm's features, int64 ``[features]``; None unless masks zero gamma and beta."""
     vectors = [vector for vector in (norm.weight, norm.bias) if vector is not None]
     found: list[np.ndarray] = []
     for vector in vectors:

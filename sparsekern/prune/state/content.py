@@ -1,7 +1,7 @@
-"""What the content of checkpoints and of a Pruner's state has to be, as data.
+"""Rules for the content of checkpoints and of a Pruner's state, as data.
 
-Everything is checked before anything changes: first what holds for every network (:data:`CHECKPOINT`,
-:data:`STATE`), then what only a given network, optimizer and schedule can tell.
+All checks run before anything changes. The rules of every network (:data:`CHECKPOINT`, :data:`STATE`) come
+first, then the rules for a given network, optimizer and schedule.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sparsekern.files.schema import (
 from sparsekern.kernels.rows import COUNT, GRAD_SQ, WEIGHT_SQ
 from sparsekern.kernels.rows import LIVE as LIVE_ROW
 from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.state.masking import CONDEMNED, MASKED
+from sparsekern.prune.state.masking import FADING, MASKED
 
 FORMAT = "sparsekern.checkpoint"
 VERSION = 1
@@ -52,13 +52,13 @@ def _as_generator(value: Tensor) -> None:
 
 
 def numpy_state(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``numpy.random.set_state`` takes, of what a checkpoint holds."""
+    """Convert the NumPy generator's state in a checkpoint to the argument of ``numpy.random.set_state``."""
     key = value["state"]["key"].cpu().numpy().astype(np.uint32)
     return {**value, "state": {**value["state"], "key": key}}
 
 
 def python_state(value: Any) -> tuple[Any, ...]:
-    """What ``random.setstate`` takes, of what a checkpoint holds."""
+    """Convert the Python generator's state in a checkpoint to the argument of ``random.setstate``."""
     version, internal, gauss = value
     return version, tuple(internal), gauss
 
@@ -91,10 +91,10 @@ GENERATORS = Fields(
 METADATA = Entries(
     TEXT, Fields({}, {"version": Either((NOTHING, Whole(0)))}, others=Either((FLAG, TEXT, NOTHING, Whole())))
 )
-"""Versions of the modules, which torch keeps beside their state."""
+"""Versions of the modules, which torch stores with a ``state_dict``."""
 
 _VECTOR = Array(dtype=torch.float32, ndim=1)
-# Means of shares may round upwards.
+# Rounding may lift a mean of shares above 1.
 _SHARE: dict[str, Any] = {"low": 0.0, "high": 1.001, "nan": False}
 _SIZE: dict[str, Any] = {"low": 0.0, "nan": False, "infinite": False}
 _FINITE: dict[str, Any] = {"nan": False, "infinite": False}
@@ -109,17 +109,17 @@ ROW_VALUES: dict[str, dict[str, Any]] = {
     "channel_dot_sq": _SIZE,
     "updates": _SIZE,
 }
-"""What elements of the arrays of a :class:`~sparsekern.kernels.rows.RowTable` can be."""
+"""Allowed elements of the arrays of a :class:`~sparsekern.kernels.rows.RowTable`."""
 
 COUNT_VALUES: dict[str, dict[str, Any]] = {
     "threshold": {"low": 0.0, "nan": False},
     "activity": _SHARE,
     "updates": _SIZE,
 }
-"""The same for :class:`~sparsekern.prune.state.activations.Activations`."""
+"""Allowed elements of the arrays of :class:`~sparsekern.prune.state.activations.Activations`."""
 
 COUNTED = Fields({"threshold": _VECTOR, "activity": _VECTOR, "updates": _VECTOR})
-"""What the fused normalisations of one process have counted."""
+"""Counts of the fused normalisations of one process."""
 
 STATE = Fields(
     {
@@ -135,7 +135,7 @@ STATE = Fields(
     },
     {"activations": COUNTED},
 )
-"""``Pruner.state_dict()``, of any network."""
+"""``Pruner.state_dict()`` of any network."""
 
 OPTIMIZER = Fields(
     {
@@ -160,11 +160,11 @@ CHECKPOINT = Fields(
         "extra": Entries(TEXT, Anything()),
     }
 )
-"""A file of ``Pruner.save_checkpoint``, of any network."""
+"""A file of ``Pruner.save_checkpoint`` of any network."""
 
 
 def _number(low: float, below: float = math.inf) -> Rule:
-    """A number, or a tensor that holds one."""
+    """A number in ``[low, below)``, or a tensor with one such element."""
     return Either(
         (Real(low, below), *(Array(shape, low=low, nan=False, infinite=False) for shape in ((), (1,))))
     )
@@ -191,7 +191,7 @@ HYPERPARAMETERS: dict[str, Rule] = {
     "fused": Either((NOTHING, FLAG)),
     "foreach": Either((NOTHING, FLAG)),
 }
-"""Of optimizers of torch and of ours; others have to be of the kind that the optimizer has now."""
+"""For optimizers of torch and sparsekern; others must keep the types of their current values."""
 
 _REQUIRED = {
     "Adam": ("step", "exp_avg", "exp_avg_sq"),
@@ -206,7 +206,7 @@ _REQUIRED = {
     "Rprop": ("step", "prev", "step_size"),
     "SGD": (),
 }
-# Beside these, by the flag of the group that asks for them.
+# Further state, by the hyperparameter of the group that requires it.
 _BY_FLAG = {"max_exp_avg_sq": "amsgrad", "grad_avg": "centered", "momentum_buffer": "momentum"}
 _SCALARS = ("step", "mu_product", "eta", "mu")
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
@@ -214,7 +214,7 @@ _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum
 
 @dataclass(frozen=True)
 class Sums(Array):
-    """Sums over the elements of each row, of which only ``dot`` can be negative."""
+    """Sums over the elements of each row; only ``dot`` can be negative."""
 
     def check(self, value: Any, name: str) -> None:
         super().check(value, name)
@@ -223,14 +223,14 @@ class Sums(Array):
 
 
 def rows_rule(expected: Mapping[str, Any]) -> Rule:
-    """State of a table of rows, for one whose own state is ``expected``."""
+    """The rule for the state of a table of rows with the shapes and dtypes of ``expected``."""
     arrays = _arrays({name: own for name, own in expected.items() if isinstance(own, Tensor)}, ROW_VALUES)
     sums = Sums(tuple(expected["sums"].shape), expected["sums"].dtype, nan=False, infinite=False)
     return Fields({"tau": Real(positive=True), "decay": Real(0, 1), **arrays, "sums": sums})
 
 
 def counted_rule(expected: Mapping[str, Tensor]) -> Rule:
-    """What normalisations have counted, for a network whose own state is ``expected``."""
+    """The rule for counts of normalisations with the shapes and dtypes of ``expected``."""
     return Fields(_arrays(expected, COUNT_VALUES))
 
 
@@ -241,11 +241,11 @@ def _arrays(expected: Mapping[str, Tensor], values: Mapping[str, Mapping[str, An
 
 
 def tensors_rule(model: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> Rule:
-    """``state_dict()`` of a module.
+    """The rule for ``state_dict()`` of a module.
 
     Args:
-        model: the module as it is.
-        shapes: by ``id`` of its tensors, the shapes that they will have; others keep theirs.
+        model: the module as it is now.
+        shapes: future shapes by ``id`` of the module's tensors; the other tensors keep theirs.
     """
     return Fields(
         {
@@ -260,17 +260,18 @@ def tensors_rule(model: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> Rul
 def optimizer_rule(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Any], shapes: Mapping[int, tuple[int, ...]]
 ) -> Rule:
-    """``state_dict()`` of an optimizer, with as many groups and parameters as ``optimizer`` has now.
+    """The rule for ``state_dict()`` of an optimizer, with as many groups and parameters as it has now.
 
-    State of torch's optimizers and ours is checked entry by entry. What others keep is theirs to know.
+    The rule covers every entry of the state of torch's and sparsekern's optimizers. Other optimizers may have
+    any state.
 
     Args:
-        optimizer: as it is.
-        state: what is to be checked; has to satisfy :data:`OPTIMIZER`.
-        shapes: by ``id`` of a parameter, the shape that it will have.
+        optimizer: the optimizer as it is now.
+        state: the state to check; it has to satisfy :data:`OPTIMIZER`.
+        shapes: future shapes by ``id`` of the parameters.
 
     Raises:
-        ValueError: the groups or parameters of ``state`` are others.
+        ValueError: ``state`` has other groups or parameters.
     """
     theirs = [len(group["params"]) for group in state["param_groups"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
@@ -296,14 +297,14 @@ def optimizer_rule(
 
 
 def _group_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rule:
-    """One group of the state: what the optimizer cannot do without, and whatever schedulers have added."""
+    """The rule for one group of the state: required hyperparameters, and entries added by schedulers."""
     needed: dict[str, Rule] = {"params": Anything()}
     optional: dict[str, Rule] = {}
     for name, own in group.items():
         if name == "params":
             continue
         rule = HYPERPARAMETERS.get(name) if _is_known(optimizer) or name == "lr" else None
-        # Flags of other versions of torch may be missing, and what a scheduler has added to this one.
+        # Flags of other versions of torch and entries added by a scheduler may be missing.
         must = name in optimizer.defaults and not isinstance(own, bool | None)
         (needed if must else optional)[name] = rule or like(own)
     known = {name: rule for name, rule in HYPERPARAMETERS.items() if _is_known(optimizer)}
@@ -313,7 +314,7 @@ def _group_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> R
 def _state_rule(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Rule:
-    """State of one parameter."""
+    """The rule for the state of one parameter."""
     if not _is_known(optimizer):
         return Anything()
 
@@ -324,7 +325,7 @@ def _state_rule(
 
     names = _REQUIRED[type(optimizer).__name__]
     must = {name: rule(name) for name in names}
-    # A first step that was skipped, and SGD without momentum, leave nothing or None.
+    # After a skipped first step, and for SGD without momentum, an entry is missing or None.
     may = {name: Either((NOTHING, rule(name))) for name in _BY_FLAG}
     if names:
         flags = {name: group.get(flag) for name, flag in _BY_FLAG.items()}
@@ -340,7 +341,7 @@ def _is_known(optimizer: torch.optim.Optimizer) -> bool:
 def check_countdowns(
     channels: np.ndarray, countdowns: Tensor, channel_of: np.ndarray, is_gate: np.ndarray
 ) -> None:
-    """The countdowns of rows are those that the states of their channels imply.
+    """Check that the countdowns of rows agree with the states of their channels.
 
     Args:
         channels: int8 ``[C]``; states as in :mod:`sparsekern.prune.state.masking`.
@@ -349,11 +350,11 @@ def check_countdowns(
         is_gate: bool ``[R]``.
 
     Raises:
-        ValueError: a row is masked and its channel is not, or the other way round.
+        ValueError: the countdown of a row does not fit the state of its channel.
     """
     countdown = countdowns.cpu().numpy()
     state = np.append(channels, -1)[channel_of]
-    declining = (state == CONDEMNED) & is_gate
+    declining = (state == FADING) & is_gate
     low = np.where(declining | (state == MASKED), 0, LIVE_ROW)
     high = np.where(declining, np.iinfo(np.int32).max, low)
     wrong = np.flatnonzero((countdown < low) | (countdown > high))
@@ -367,28 +368,28 @@ def check_countdowns(
 
 
 def check_progress(state: Mapping[str, Any], schedule: Schedule) -> None:
-    """How far the training of a state has come fits the schedule.
+    """Check that the progress of a state fits the schedule.
 
     Args:
-        state: has to satisfy :data:`STATE`.
-        schedule: of the Pruner that loads it.
+        state: the state; it has to satisfy :data:`STATE`.
+        schedule: the schedule that the state was saved with.
 
     Raises:
-        ValueError: the step and what comes next contradict each other, or a decline is longer than any.
+        ValueError: ``next`` does not fit the step, or a countdown is longer than all of the schedule.
     """
     step, following = state["step"], state["next"]
     event = schedule.after(step)
-    longest = max(event.decline for event in schedule.events)
-    condemned = bool((state["channels"] == CONDEMNED).any())
-    # Fading ends later where a gradient scaler has delayed it, and between events of an extended training.
+    longest = max(event.fade_steps for event in schedule.events)
+    fading = bool((state["channels"] == FADING).any())
+    # Skipped steps delay the end of fading; in an extended training it may fall between events.
     ends = tuple(range(step + 1, step + longest + 1))
     if event is not None or step < schedule.finish:
         expected: tuple[int | None, ...] = (schedule.finish if event is None else event.step,)
-        expected += ends if condemned else ()
+        expected += ends if fading else ()
     else:
         # An abort leaves nothing to wait for.
-        expected = ends if condemned else (None, *ends)
-    # A decision that has failed is due still: its step is the last one that was made.
+        expected = ends if fading else (None, *ends)
+    # A failed decision is still due at the latest step.
     due = following == step and (schedule.at(step) is not None or step >= schedule.finish)
     if following not in expected and not due:
         text = " or ".join(map(str, sorted({expected[0], expected[-1]}, key=str)))

@@ -1,4 +1,4 @@
-"""Stopping at the first gradient that is not finite."""
+"""The check that stops a training at the first gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsekern.prune.state.network import Network
 
 
 class GradientCheck:
-    """A hook before an optimizer's steps: after the closure, each time that the step calls it, if it has one.
+    """A hook before an optimizer's steps that checks all gradients, after each call of a closure if given.
 
     Raises:
         FloatingPointError: a gradient holds NaN or infinity, here or in another process.
@@ -32,7 +32,7 @@ class GradientCheck:
             for name, param in self._network.model.named_parameters()
             if param.grad is not None and not bool(torch.isfinite(local(param.grad)).all())
         ]
-        # A part of a gradient is seen by one process only, and all have to stop.
+        # Only one process sees a given part of a sharded gradient, but all processes have to stop.
         if self._ranks.any(bool(bad)):
             raise FloatingPointError(
                 f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "

@@ -1,4 +1,4 @@
-"""What happens to a channel: condemned, declined, masked, or folded into the one that stands in for it."""
+"""The states of a channel: live, fading out, masked; folding adds a removed channel to its partner."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.places import Kind, clear, places, tensors_of, unclean
 from sparsekern.prune.state.statistics import ChannelRows
 
-LIVE, CONDEMNED, MASKED = range(3)
+LIVE, FADING, MASKED = range(3)
 
 
 class Masks:
-    """The state of every channel, and the rows and weights that follow from it.
+    """The state of every channel, and its effect on rows and weights.
 
     Attributes:
-        state: int8 ``[C]``; ``LIVE``, ``CONDEMNED`` or ``MASKED``.
+        state: int8 ``[C]``; ``LIVE``, ``FADING`` or ``MASKED``.
     """
 
     def __init__(
@@ -38,9 +38,16 @@ class Masks:
         model: nn.Module | None = None,
         copies: Sequence[nn.Module] = (),
     ) -> None:
-        """All channels live.
+        """Make masks with all channels live.
 
-        ``model`` is only needed for what looks at buffers; ``copies`` of it are masked alike.
+        Args:
+            graph: the channels and the tensors that hold them.
+            rows: the rows of the channels.
+            parameters: the model's parameters by name.
+            optimizer_state: gives the tensors of the optimizer's state of a parameter.
+            activations: the fused normalisations, which skip masked channels.
+            model: gives the buffers; None where no method has to look at buffers.
+            copies: copies of the model that are masked in the same way.
         """
         self.state = np.full(graph.num_channels, LIVE, np.int8)
         self._graph = graph
@@ -54,16 +61,16 @@ class Masks:
 
     @property
     def live(self) -> np.ndarray:
-        """bool ``[C]``; neither condemned nor masked."""
+        """bool ``[C]``; channels that are neither fading out nor masked."""
         return self.state == LIVE
 
     @property
     def unmasked(self) -> np.ndarray:
-        """bool ``[C]``; what the network still computes with."""
+        """bool ``[C]``; channels that the network still computes with: live or fading out."""
         return self.state != MASKED
 
     def restored_by(self, undo: ExitStack) -> None:
-        """Tell ``undo`` what restores the states of channels and rows; weights are told as they change."""
+        """Register on ``undo`` a callback that restores the states of channels and rows, but no weights."""
         table, state, elements = self._rows.table, self.state.copy(), self._rows.table.elements.clone()
         arrays = {
             name: value.clone() if isinstance(value, Tensor) else value
@@ -83,17 +90,17 @@ class Masks:
 
         undo.callback(restore)
 
-    def condemn(self, chosen: np.ndarray, decline: int) -> None:
-        """Let the gates of the channels ``chosen`` (bool ``[C]``) fall to zero over ``decline`` steps."""
-        self.state[chosen] = CONDEMNED
+    def fade_out(self, chosen: np.ndarray, fade_steps: int) -> None:
+        """Let the gates of the channels ``chosen`` (bool ``[C]``) fade to zero over ``fade_steps`` steps."""
+        self.state[chosen] = FADING
         gates = self._rows.select(chosen, gates_only=True)
-        self._rows.table.countdown.masked_fill_(gates, decline)
+        self._rows.table.countdown.masked_fill_(gates, fade_steps)
         self._rows.table.refresh()
 
     def mask(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
-        """Set every row of the channels ``chosen`` to zero, with its optimizer state, for good."""
+        """Set every row of the channels ``chosen`` to zero for good, with its optimizer state."""
         if not chosen.any():
-            # Zeroing walks the whole model and its state: an event often has nothing to mask.
+            # Zeroing visits the whole model and its state, and many events mask no channel.
             return
         self.state[chosen] = MASKED
         table = self._rows.table
@@ -104,14 +111,14 @@ class Masks:
     def zero(self, only: Set[int] | None = None, undo: ExitStack | None = None) -> None:
         """Zero all masked rows, and the columns that read them, with their optimizer state.
 
-        Also wanted after weights were loaded that do not know of the masks. The columns change no output,
-        but they would count in a filter's norm, and send gradients to masked gates that count in a clipped
-        norm of all gradients. Their own gradients are zero, so they stay as they are. Rows of channels that
-        have faded out and wait to be masked are zeroed, too.
+        Weights that are loaded do not know the masks, so this also runs after a load. The columns change no
+        output. But they would count in a filter's norm, and they would send gradients to masked gates, which
+        count in a clipped norm of all gradients. The columns' own gradients are zero, so they stay zero. Rows
+        of channels that have faded out and wait to be masked are zeroed, too.
 
         Args:
-            only: ``id`` of the tensors that are looked at, all if None.
-            undo: is told what restores them.
+            only: ``id`` of the tensors to zero; None for all.
+            undo: receives callbacks that restore the entries.
         """
         masked = self.state == MASKED
         ended = (self._rows.table.countdown == 0).cpu().numpy()
@@ -133,10 +140,10 @@ class Masks:
             self._activations.set_masked(masked)
 
     def unclean(self) -> np.ndarray:
-        """int64 ``[C]``; how many of each masked channel's entries would change what the network computes.
+        """int64 ``[C]``; the number of each masked channel's entries that would change the network's output.
 
-        Those are rows that are not zero, and NaN or infinity in the columns that read them or in their
-        running statistics. Of a sharded model those that this process holds.
+        These are rows that are not zero, and NaN or infinity in the columns that read them or in their
+        running statistics. For a sharded model only the entries that this process holds count.
         """
         masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
         if not masked.any():
@@ -152,7 +159,7 @@ class Masks:
         return {**self._parameters, **buffers}
 
     def _count_elements(self) -> None:
-        """Rows count by what is left of them: a network without the masked channels would decide alike."""
+        """Count only unmasked elements of each row, so that statistics equal those of a compact model."""
         table = self._rows.table
         for name, slots in self._graph.tensors.items():
             view = table.index.get(id(self._parameters[name])) if name in self._parameters else None
@@ -165,55 +172,64 @@ class Masks:
             table.elements[view.slice] = max(1, size)
 
     def _gone(self, channels: np.ndarray | None) -> np.ndarray:
-        """The indices along a dimension, with the channels that it has, that are masked."""
+        """The indices of a dimension whose channels are masked; ``channels`` are those of all its indices."""
         if channels is None:
             return np.zeros(0, np.int64)
         return np.flatnonzero((channels >= 0) & (self.state == MASKED)[channels])
 
-    def declined(self) -> np.ndarray:
-        """bool ``[C]``; condemned channels whose gates have arrived at zero."""
+    def faded_out(self) -> np.ndarray:
+        """bool ``[C]``; fading channels whose gates have reached zero."""
         left = self.countdowns()
-        return (self.state == CONDEMNED) & (left == 0)
+        return (self.state == FADING) & (left == 0)
 
     def countdowns(self) -> np.ndarray:
-        """Steps that the gates of each condemned channel still need, int64 ``[C]``; 0 for all others.
+        """Steps that the gates of each fading channel still need, int64 ``[C]``; 0 for all others.
 
-        They can need more than the schedule said: steps that a gradient scaler skipped do not count. Gates
-        that the user has frozen since are not waited for.
+        They can need more steps than the schedule says, because steps that a gradient scaler skips do not
+        count. Gates that the user has frozen since do not count either.
         """
         countdown = self._rows.table.countdown.cpu().numpy()
         gates = self._rows.is_gate & (self._rows.channel_of >= 0) & self._rows.moving()
         left = np.zeros(len(self.state), np.int64)
         np.maximum.at(left, self._rows.channel_of[gates], np.maximum(countdown[gates], 0))
-        return np.where(self.state == CONDEMNED, left, 0)
+        return np.where(self.state == FADING, left, 0)
 
-    def pardon(self) -> np.ndarray:
-        """Make all condemned channels live again, from where they have declined to; bool ``[C]`` of those."""
-        pardoned = self.state == CONDEMNED
-        self.state[pardoned] = LIVE
-        self._rows.table.countdown.masked_fill_(self._rows.select(pardoned), LIVE_ROW)
+    def restore(self) -> np.ndarray:
+        """Make all fading channels live again, with their present weights.
+
+        Returns:
+            bool ``[C]``; these channels.
+        """
+        restored = self.state == FADING
+        self.state[restored] = LIVE
+        self._rows.table.countdown.masked_fill_(self._rows.select(restored), LIVE_ROW)
         self._rows.table.refresh()
-        return pardoned
+        return restored
 
     def penalise(self, chosen: np.ndarray, penalty: float) -> None:
-        """Give the gates of the channels ``chosen`` an extra weight decay, and no other row any."""
+        """Give the gates of the channels ``chosen`` (bool ``[C]``) an extra weight decay, and no other."""
         table = self._rows.table
         table.penalty.zero_()
         table.penalty.masked_fill_(self._rows.select(chosen, gates_only=True), penalty)
 
     @torch.no_grad()
-    def fold(self, condemned: np.ndarray, partners: Partners, undo: ExitStack | None = None) -> np.ndarray:
+    def fold(self, fading: np.ndarray, partners: Partners, undo: ExitStack | None = None) -> np.ndarray:
         """Add the columns of redundant channels to those of their partners.
 
-        Only where that is sound: the group has a single producer with at most one normalisation behind it,
-        the partner stays, and stands in with a positive coefficient (a rectifier keeps no other).
+        A channel is folded only if its group has a single producer with at most one normalisation after it,
+        its partner stays, and the coefficient is positive (a rectifier does not preserve a negative one).
+
+        Args:
+            fading: bool ``[C]``; channels that go.
+            partners: the channel that replaces each one.
+            undo: receives callbacks that restore the weights.
 
         Returns:
-            bool ``[C]``; the folded ones among ``condemned``, to be masked at once.
+            bool ``[C]``; the folded channels among ``fading``, to be masked at once.
         """
         partner = partners.channel
-        folded = condemned & (partner >= 0) & (partners.coefficient > 0)
-        folded &= self.live[partner] & ~condemned[partner]
+        folded = fading & (partner >= 0) & (partners.coefficient > 0)
+        folded &= self.live[partner] & ~fading[partner]
         for group in self._graph.groups:
             mine = group.channels[folded[group.channels]]
             if not len(mine):
@@ -232,14 +248,14 @@ class Masks:
 
 
 def _foldable(graph: ChannelGraph, group: Group) -> bool:
-    """One filter per channel and one scale: what a channel carries is then linear in that filter's output."""
+    """Whether a channel has one filter and one scale: its value is then linear in the filter's output."""
     consumers = dict(group.consumers)
     others = [
         graph.tensors[name]
         for name, _ in group.members
         if name not in consumers and name not in group.producers
     ]
-    # gamma, beta and a bias before them at most; a depthwise filter or a second norm differs per channel.
+    # At most gamma, beta and a bias before them; a depthwise filter or a second norm differs per channel.
     parameters = [slots for slots in others if slots.kind == "parameter"]
     one_scale = len(parameters) <= 3 and all(len(slots.shape) == 1 for slots in parameters)
     return len(group.producers) == 1 and bool(consumers) and one_scale
@@ -258,7 +274,7 @@ def _add_columns(
     order = np.argsort(channels, kind="stable")
     ordered = channels[order]
     starts = np.searchsorted(ordered, source)
-    # A channel may have many columns (a flattened feature map); they correspond in order.
+    # A channel may have many columns (a flattened feature map); both channels order them in the same way.
     width = np.searchsorted(ordered, source, side="right") - starts
     offsets = np.concatenate([np.arange(count) for count in width])
     from_columns = order[np.repeat(starts, width) + offsets]

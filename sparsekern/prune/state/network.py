@@ -1,4 +1,4 @@
-"""The network under training with all that is known of its channels: what gets smaller together."""
+"""The network under training with the state of its channels, all of which shrink together."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from sparsekern.prune.state.sharded import Handle, attach
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
 
 CUT = 3
-"""State of a channel that the live network no longer has, beside those of :mod:`masking`."""
+"""State of a channel that was cut out of the live network, besides the states of :mod:`masking`."""
 
 
 class Network:
-    """A model, its optimizer, its graph, its rows and its masks, whole or already smaller.
+    """A model with its optimizer, graph, rows and masks, at full size or already cut.
 
     Attributes:
-        model: what is trained, without a wrapper.
-        optimizer: whose steps train it, without a wrapper.
-        graph: of the model as it is.
-        rows, masks, activations: of the channels of ``graph``.
-        parameters: the model's, by name.
-        latency: of the channels of ``graph``, once :meth:`time` was called.
-        whole: cost of the model before any channel was cut out of it.
-        widths: int64 ``[groups]``; channels that the groups had then.
+        model: the model in training, without a wrapper.
+        optimizer: the optimizer that trains it, without a wrapper.
+        graph: the graph of the model at its present size.
+        rows, masks, activations: state of the channels of ``graph``.
+        parameters: the model's parameters by name.
+        latency: latencies for ``graph``; None before :meth:`time`.
+        whole: cost of the model before any cut.
+        widths: int64 ``[groups]``; channels of the groups before any cut.
         also: copies of the model that are cut with it.
     """
 
@@ -61,11 +61,10 @@ class Network:
         also: Sequence[nn.Module],
         state_cutter: StateCutter | None,
     ) -> None:
-        """Rows of all channels; ``decay`` is that of the statistics, ``counting`` says whether fused
-        normalisations count, too.
+        """Make rows and masks of all channels; with ``counting`` fused normalisations count gradients.
 
         Raises:
-            TypeError, ValueError: an entry of ``also`` is no copy of the model.
+            TypeError, ValueError: an entry of ``also`` is not a copy of the model.
         """
         check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
         self._unwrapped = optim.unwrap_optimizer(optimizer)
@@ -91,12 +90,12 @@ class Network:
         cache: str | os.PathLike[str] | None,
         ranks: Ranks,
     ) -> None:
-        """Find the latency of all sets of channels, that of the first of several processes for all.
+        """Measure the latency of all sets of channels; all processes use the times of the first one.
 
-        ``example`` are the positional and keyword arguments of a forward pass.
+        ``example`` holds the positional and keyword arguments of a forward pass.
 
         Raises:
-            ValueError: channels were cut out already, and how long the whole network took is not known.
+            ValueError: channels were already cut out, so the latency of the dense network is not known.
         """
         if not self._removed.removes_nothing:
             raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")
@@ -110,7 +109,7 @@ class Network:
         self._whole_latency = latency.cost(np.ones(self.graph.num_channels, bool))
 
     def priced(self, of: str) -> tuple[LatencyModel | None, float]:
-        """What prices ``of`` where the graph does not, and what the model cost before any channel was cut.
+        """The latency model if ``of`` is latency, else None; and the cost of the model before any cut.
 
         Raises:
             ValueError: ``of`` is ``"latency"`` and :meth:`time` was not called.
@@ -122,32 +121,25 @@ class Network:
         return self.latency, self._whole_latency
 
     def share(self, of: str, kept: np.ndarray) -> float:
-        """What the channels ``kept`` (bool ``[C]``) cost, over what the model cost before any was cut."""
+        """Cost of the channels ``kept`` (bool ``[C]``) over the cost of the model before any cut."""
         latency, whole = self.priced(of)
         cost = getattr(self.graph.cost(kept), of) if latency is None else latency.cost(kept)
         return float(cost) / max(whole, 1e-30)
 
     def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
-        """The same for a copy of the model with an optimizer of its own, before any step."""
-        own = Network(
-            model,
-            optimizer,
-            self.graph,
-            decay=self.rows.table.decay,
-            counting=self.activations.counting,
-            also=(),
-            state_cutter=self._state_cutter,
-        )
+        """A network for a copy of the model with its own optimizer, before any step."""
+        options: dict[str, Any] = {"decay": self.rows.table.decay, "counting": self.activations.counting}
+        own = Network(model, optimizer, self.graph, also=(), state_cutter=self._state_cutter, **options)
         own.latency, own._whole_latency = self.latency, self._whole_latency
         return own
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the parameters only."""
+        """Whether each process holds only a part of the parameters."""
         return any(map(is_sharded, self.parameters.values()))
 
     def attach(self) -> None:
-        """From now on the optimizer's steps do the work of the rows."""
+        """Attach rows and masks, so that the optimizer's steps use them from now on."""
         self._handle = attach(self.optimizer, self.rows.table)
         self.activations.attach()
         self._loads = listen(self._holders(), self)
@@ -160,7 +152,7 @@ class Network:
         self._loads.append(self.optimizer.register_load_state_dict_post_hook(loaded))
 
     def _holders(self) -> list[nn.Module]:
-        """The modules that have tensors with channels, or modules with such tensors in them."""
+        """The modules that contain tensors with channels, directly or in submodules."""
         tracked = {
             id(tensor) for name, tensor in tensors_of(self.model).items() if name in self.graph.tensors
         }
@@ -171,10 +163,10 @@ class Network:
         ]
 
     def before_load(self, module: nn.Module, metadata: Mapping[str, Any]) -> None:
-        """Refuse to load what would make other parameters than those that the optimizer holds.
+        """Refuse a load that would replace the parameters that the optimizer holds.
 
         Raises:
-            RuntimeError: ``assign=True``; nothing has been loaded.
+            RuntimeError: the load uses ``assign=True``; nothing has been loaded.
         """
         if metadata.get("assign_to_params_buffers"):
             raise RuntimeError(
@@ -184,19 +176,19 @@ class Network:
             )
 
     def after_load(self, module: nn.Module) -> None:
-        """Zero what a module has loaded into its masked rows and columns."""
+        """Zero the masked rows and columns of a module after a load."""
         own = (*module._parameters.values(), *module._buffers.values())
         self.masks.zero({id(tensor) for tensor in own if tensor is not None})
 
     def check_masked(self, ranks: Ranks | None = None) -> None:
-        """Everything that was masked is still what the masked network needs: to be called before a decision.
+        """Check before a decision that masked rows are still zero, and parameters still the same objects.
 
         Args:
-            ranks: processes that all call this, each with its part of a sharded model; None to look at the
-                part of this process alone.
+            ranks: the processes of a sharded model, which all call this; None checks the part of this
+                process alone.
 
         Raises:
-            RuntimeError: masked rows are not zero, or a parameter is another object than it was; names them.
+            RuntimeError: masked rows are not zero, or a parameter is another object; the text names them.
         """
         problem = self._replaced() or self._written()
         if ranks is not None and ranks.any(bool(problem)) and not problem:
@@ -237,10 +229,10 @@ class Network:
         )
 
     def remask(self) -> int:
-        """Zero again what belongs to masked channels; how many rows were not zero.
+        """See :meth:`sparsekern.Pruner.remask`; returns the number of rows that were not zero.
 
         Raises:
-            RuntimeError: a parameter is another object than it was.
+            RuntimeError: a parameter is another object than before.
         """
         if problem := self._replaced():
             raise RuntimeError(problem)
@@ -252,7 +244,7 @@ class Network:
         unwrapped = self._unwrapped
 
         def state(param: Tensor) -> list[Tensor]:
-            # A load puts another dict in the place of the optimizer's state.
+            # A load replaces the dict of the optimizer's state, so it is read at every call.
             return optim.state_tensors(*unwrapped.states)(param)
 
         names = self.graph.tensors.keys()
@@ -260,7 +252,7 @@ class Network:
         return Masks(self.graph, self.rows, self.parameters, state, self.activations, self.model, copies)
 
     def detach(self) -> None:
-        """Take the rows off the optimizer, and the masks off the modules."""
+        """Detach the rows from the optimizer and the masks from the modules."""
         self.activations.detach()
         if self._handle is not None:
             self._handle.remove()
@@ -269,17 +261,17 @@ class Network:
         self._loads.clear()
 
     def plan(self, kept: np.ndarray) -> Plan:
-        """What stays of the model before any channel was cut, when ``kept`` (bool ``[C]``) stays now."""
+        """The plan from the dense model to the present one cut to ``kept`` (bool ``[C]``)."""
         return self._removed.then(make_plan(self.graph, kept))
 
     def shrink(
         self, undo: ExitStack, also: Sequence[nn.Module] = (), ready: Callable[[], object] = lambda: None
     ) -> bool:
-        """Cut the masked channels out of everything; whether there were any.
+        """Cut the masked channels out of everything; returns whether there were any.
 
         Args:
-            undo: is told what restores everything.
-            ready: called before the first thing changes.
+            undo: receives callbacks that restore everything.
+            ready: called before the first change.
             also: further copies of the model.
 
         Raises:
@@ -296,7 +288,7 @@ class Network:
     ) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
         copies = [*self.also, *(module for module in also if module not in self.also)]
-        # Undone in the opposite order: the tensors get their sizes back before the old table takes over.
+        # Undo runs in reverse order: tensors get their sizes back before the old table is attached.
         if self._handle is not None:
             undo.callback(self._handle.replace, self.rows.table)
         undo.callback(vars(self).update, dict(vars(self)))
@@ -323,7 +315,7 @@ class Network:
         self._removed = self._removed.then(plan)
 
     def shapes(self, kept: np.ndarray) -> dict[int, tuple[int, ...]]:
-        """Of the tensors of the model and of its copies, by ``id``, when ``kept`` (bool ``[C]``) stays."""
+        """Shapes by ``id`` of the model's and its copies' tensors after a cut to ``kept`` (bool ``[C]``)."""
         plan = make_plan(self.graph, kept)
         parts = match(plan, registered(self.model))
         for copied in check_copies(self.model, plan, self.also):
@@ -331,8 +323,8 @@ class Network:
         return {identity: part.new_shape for identity, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """``channels``: int8, the state of every channel that there ever was; ``rows``: copies of the arrays
-        of those that are left; ``activations``: what fused normalisations have counted, where they do."""
+        """``channels``: int8, states of all channels of the dense model; ``rows``: copies of the arrays of
+        the present channels; ``activations``: counts of fused normalisations, if they count."""
         channels = np.full(self.rows.total, CUT, np.int8)
         channels[self.rows.numbers] = self.masks.state
         arrays = self.rows.table.state_dict()
@@ -341,10 +333,10 @@ class Network:
         return state | {"activations": self.activations.state_dict()} if self.activations.counting else state
 
     def check_state(self, state: Mapping[str, Any]) -> np.ndarray:
-        """The channels of this network (bool ``[C]``) that the one of ``state`` has too.
+        """The channels of this network (bool ``[C]``) that the network of ``state`` also has.
 
         Raises:
-            ValueError: the state is not one of this network, or of it at a larger size.
+            ValueError: the state belongs to another network, or to this one at a larger size.
         """
         STATE.check(state, "state")
         channels = state["channels"].cpu().numpy()
@@ -362,7 +354,7 @@ class Network:
                 f"size, with a Pruner of its own, to load it into"
             )
         kept = channels[self.rows.numbers] != CUT
-        # All of these raise for what does not belong here, before anything is changed.
+        # Each of these calls raises if the state does not fit; nothing has changed yet.
         self.graph.restrict(kept)
         expected = self.rows.restricted_state(kept)
         rows_rule(expected).check(state["rows"], "state['rows']")
@@ -387,7 +379,7 @@ class Network:
         undo: ExitStack,
         ready: Callable[[], object] = lambda: None,
     ) -> None:
-        """Go on from :meth:`state_dict`, cut to its size; ``undo`` and ``ready`` are as for :meth:`shrink`.
+        """Load a :meth:`state_dict` and cut to its size; ``undo`` and ``ready`` are as for :meth:`shrink`.
 
         Raises:
             TypeError, ValueError: see :meth:`check_state` and :func:`sparsekern.compact.shrink`.

@@ -1,4 +1,4 @@
-"""Which channel stands in for another one."""
+"""The channel that can replace another one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Partners:
-    """For every channel the more salient one that resembles it most.
+    """For every channel, the more salient channel of its group that is most similar.
 
     Attributes:
-        channel: int64 ``[C]``, -1 where there is none.
+        channel: int64 ``[C]``, that channel, -1 for none.
         cosine: float64 ``[C]``, cosine of the two effective filters.
         coefficient: float64 ``[C]``; the channel is about ``coefficient`` times its partner.
     """

@@ -1,4 +1,4 @@
-"""Where a model's tensors hold what belongs to a channel."""
+"""The places of a model's tensors that hold values of a channel."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sparsekern.graph import ChannelGraph
 
 
 class Kind(Enum):
-    """What the entries of a place are to a masked channel."""
+    """The role of the entries of a place for a masked channel."""
 
     ROW = auto()
-    """They make its value: anything but zero changes what the masked network computes."""
+    """They produce its value: a value other than zero changes the masked network's output."""
 
     COLUMN = auto()
-    """They are multiplied with its value, which is zero: only NaN and infinity change anything."""
+    """They are multiplied by its value, which is zero: only NaN and infinity change the output."""
 
     BUFFER = auto()
-    """Running statistics of its value before a scale of zero: the same."""
+    """Running statistics of its value before a scale of zero: only NaN and infinity change the output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +33,10 @@ class Place:
     """One dimension of one tensor that channels run through.
 
     Attributes:
-        name: of the tensor, as in ``named_parameters()`` or ``named_buffers()``.
+        name: name of the tensor, as in ``named_parameters()`` or ``named_buffers()``.
+        kind: the role of its entries.
         dim: the dimension.
-        channels: int64 ``[shape[dim]]``; -1 where an index belongs to none.
+        channels: int64 ``[shape[dim]]``; the channel of each index, -1 for none.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Place:
 
 
 def places(graph: ChannelGraph) -> list[Place]:
-    """Everything that a masked channel leaves behind, in the order of the graph's tensors."""
+    """All places that hold entries of channels, in the order of the graph's tensors."""
     columns = {column for group in graph.groups for column in group.consumers}
     found = []
     for name, slots in graph.tensors.items():
@@ -73,13 +74,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def clear(tensor: Tensor, place: Place, entries: np.ndarray, undo: ExitStack | None = None) -> None:
-    """Make entries (int64) of a place what they are for a masked channel, each process in its part.
+    """Set entries of a place to zero, as for a masked channel; each process changes its part of a tensor.
 
     Args:
-        tensor: that of the place, or optimizer state of its shape.
-        place: of a buffer only NaN and infinity are replaced.
-        entries: indices along the place's dimension.
-        undo: is told what restores them.
+        tensor: the tensor of the place, or optimizer state of its shape.
+        place: the place. In a buffer only NaN and infinity are replaced by zero.
+        entries: int64 indices along the place's dimension.
+        undo: receives a callback that restores the entries.
     """
     mine, index, _ = _here(tensor, place.dim, entries)
     if not len(index):
@@ -97,9 +98,9 @@ def clear(tensor: Tensor, place: Place, entries: np.ndarray, undo: ExitStack | N
 
 @torch.no_grad()
 def unclean(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.ndarray]]) -> list[np.ndarray]:
-    """Which of the entries of each place are not what they are for a masked channel, indices int64.
+    """The entries of each place that change the masked network's output, as int64 indices.
 
-    Synchronises with the device once. Of a sharded tensor only the part of this process is looked at.
+    The function synchronises with the device once. It checks only this process's part of a sharded tensor.
     """
     flags, whose = [], []
     for number, (place, entries) in enumerate(found):
@@ -121,7 +122,7 @@ def unclean(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.ndarray]]
 
 
 def _here(tensor: Tensor, dim: int, entries: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
-    """The part of this process, indices into it on its device, and which of the ``entries`` those are."""
+    """This process's part of a tensor, indices into it on its device, and their positions in ``entries``."""
     mine, at = local(tensor), np.arange(len(entries))
     if is_sharded(tensor) and (part := part_of(tensor)).dim == dim:
         at = np.flatnonzero((entries >= part.start) & (entries < part.start + part.size))

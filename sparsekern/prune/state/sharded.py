@@ -1,15 +1,15 @@
-"""Rows of parameters that are spread over processes, as ``fully_shard`` (FSDP2) does.
+"""Rows of parameters that are sharded over processes, as by ``fully_shard`` (FSDP2).
 
-Which statistics add up over parts of a row, and which do not:
+Some statistics add up over the parts of a row, others do not:
 
-* count, dot, grad_sq and weight_sq are sums over elements: parts add up.
-* A threshold follows from the sums of *all* rows of its tensor, a channel's ``dot`` from rows that may lie in
-  several processes, and its square from the whole of it: neither can be taken from parts alone, nor be put
-  off to the next decision.
+* count, dot, grad_sq and weight_sq are sums over elements, so their parts add up.
+* A threshold needs the sums of *all* rows of its tensor. A channel's ``dot`` needs rows that may lie in
+  several processes, and its square needs the complete ``dot``. Neither follows from one process's parts, and
+  neither can wait until the next decision.
 
-So every process keeps the arrays of all rows, and after each step one sum over the processes, 24 bytes for a
-row, brings in what each has seen. It is started right after the step and awaited before the next one, while
-the forward and the backward pass go on. All that is decided comes from the same numbers everywhere.
+So every process keeps the arrays of all rows. After each step one all-reduce of 24 bytes a row adds the
+statistics of all processes. It starts right after the step and ends before the next one, so it overlaps with
+the forward and the backward pass. All processes decide from the same numbers.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from sparsekern.distributed.tensors import Part, is_sharded, local, part_of
 from sparsekern.kernels.ops import channel_moments_
 from sparsekern.kernels.rows import COUNT, GRAD_SQ, WEIGHT_SQ, RowTable, RowView
 
-# What of a row is added up: the four sums, how many parts were counted, and the countdown.
+# Columns of a row in the all-reduce: the 4 sums, the number of counted parts, and the countdown.
 _COLUMNS = 6
 _PARTS, _COUNTDOWN = 4, 5
-# Behind them: processes for which it was a step of training, steps that changed something, rows not finite.
+# Scalars after the rows: processes that trained in the step, updates, rows that are not finite.
 _SCALARS = 3
 
 
 def row_table(
     params: Sequence[tuple[Parameter, int]], gates: tuple[np.ndarray, np.ndarray], *, decay: float
 ) -> RowTable:
-    """The table of these parameters: a :class:`ShardedTable` if one of them is a DTensor.
+    """The table of these parameters, a :class:`ShardedTable` if one of them is a DTensor.
 
     Raises:
         ValueError: see :class:`ShardedTable`.
@@ -51,15 +51,15 @@ def row_table(
 
 
 def attach(optimizer: Optimizer, table: RowTable) -> optim.Attachment | optim.RowHooks | Handle:
-    """As :func:`sparsekern.optim.attach`, for tables of either kind."""
+    """As :func:`sparsekern.optim.attach`, for sharded and other tables."""
     return Handle(optimizer, table) if isinstance(table, ShardedTable) else optim.attach(optimizer, table)
 
 
 def changes_nothing(optimizer: Optimizer) -> bool:
-    """Whether the learning rates are 0, and the gradients that this process has, too.
+    """Whether all learning rates and all gradients of this process are 0.
 
-    That is a step by which ``torch.distributed.checkpoint`` makes an optimizer's state. A rate on a device is
-    not read: there is none in such a step.
+    ``torch.distributed.checkpoint`` makes such a step to create an optimizer's state. Its rates lie on the
+    CPU, so the function does not read a rate on a GPU.
     """
     groups = optimizer.param_groups
     rates = [group.get("lr") for group in groups]
@@ -70,11 +70,11 @@ def changes_nothing(optimizer: Optimizer) -> bool:
 
 
 class Handle:
-    """Attachment of a sharded table, to be undone by :meth:`remove`."""
+    """Attaches a sharded table to an optimizer; :meth:`remove` undoes this."""
 
     def __init__(self, optimizer: Optimizer, table: ShardedTable) -> None:
         self._table = table
-        # In this order: hooks of an optimizer that is not ours take statistics before the step, too.
+        # This hook comes first: with an external optimizer, hooks before the step take the statistics.
         self._before = optimizer.register_step_pre_hook(lambda *_: self._table.before_step())
         try:
             self._handle = optim.attach(optimizer, table.local)
@@ -86,37 +86,37 @@ class Handle:
         )
 
     def replace(self, table: RowTable) -> None:
-        """Go on with another table of the same optimizer."""
+        """Use another table of the same optimizer from now on."""
         assert isinstance(table, ShardedTable)
         self._handle.replace(table.local)
         self._table = table
 
     def remove(self) -> None:
-        """Leave the optimizer as it was without the table."""
+        """Remove all hooks and the local table from the optimizer."""
         for handle in (self._before, self._handle, self._after):
             handle.remove()
 
 
 class LocalTable(RowTable):
-    """The rows, or parts of rows, that this process holds: what its optimizer step works with.
+    """The rows, or parts of rows, that this process holds; its optimizer's step uses this table.
 
-    Its mean values have no memory: after a step, they are those of the step.
+    Its means have a decay of 0: after a step, they are the values of that step.
 
     Attributes:
-        owners: per view the parameter whose local part ``view.param`` is.
+        owners: for each view, the parameter whose local part is ``view.param``.
     """
 
     def __init__(self, parts: Sequence[tuple[Parameter, int]], device: torch.device) -> None:
         self.owners = [param for param, _ in parts]
         tensors: list[Any] = [(local(param), dim) for param, dim in parts]
         rows = sum(tensor.shape[dim] for tensor, dim in tensors)
-        # Every row is a channel of its own, so that its dot is kept.
+        # Every row is its own channel, so that the table keeps its dot.
         super().__init__(tensors, (np.arange(rows + 1), np.arange(rows)), decay=0.0)
         self.index = {id(param): view for param, view in zip(self.owners, self.views, strict=True)}
 
     @torch.no_grad()
     def zero_masked(self, states: Callable[[Parameter], Iterable[Tensor]]) -> None:
-        """See :meth:`RowTable.zero_masked`; of DTensors the local parts are zeroed."""
+        """See :meth:`RowTable.zero_masked`; it zeroes the local parts of DTensors."""
         for owner, view in zip(self.owners, self.views, strict=True):
             part = local(owner)
             shape = [1] * part.dim()
@@ -131,10 +131,10 @@ class LocalTable(RowTable):
 class ShardedTable(RowTable):
     """A table of all rows of parameters of which each process holds a part.
 
-    Its arrays are the same in all processes, once :meth:`settle` has been called.
+    After :meth:`settle` its arrays are equal in all processes.
 
     Raises:
-        ValueError: a DTensor that is cut along two dimensions of its mesh, or DTensors that are cut over
+        ValueError: a DTensor is sharded along two dimensions of its mesh, or DTensors are sharded over
             different processes.
     """
 
@@ -161,7 +161,7 @@ class ShardedTable(RowTable):
 
         sizes = [len(layout[i].rows) for i in held]
         self._rows = spread([layout[i].rows for i in held]).long()
-        # What all processes hold whole is counted once.
+        # Only the first process counts a parameter that all processes hold whole.
         counts = [first or not layout[i].everywhere for i in held]
         leads = [counted and layout[i].first for i, counted in zip(held, counts, strict=True)]
         self._counts = spread([np.repeat(float(c), n) for c, n in zip(counts, sizes, strict=True)]).float()
@@ -179,24 +179,24 @@ class ShardedTable(RowTable):
 
     @property
     def local(self) -> LocalTable:
-        """What the optimizer of this process works with."""
+        """The table that this process's optimizer uses."""
         assert self._local is not None
         return self._local
 
     def refresh(self) -> None:
-        """See :meth:`RowTable.refresh`; the local table follows."""
+        """See :meth:`RowTable.refresh`; this also updates the local table."""
         super().refresh()
-        # The first call comes before there is one.
+        # The base class calls this before the local table exists.
         if self._local is not None:
             torch.index_select(self.countdown, 0, self._rows, out=self.local.countdown)
             self.local.refresh()
 
     def zero_masked(self, states: Callable[[Parameter], Iterable[Tensor]]) -> None:
-        """See :meth:`RowTable.zero_masked`; each process zeroes what it holds."""
+        """See :meth:`RowTable.zero_masked`; each process zeroes its parts."""
         self.local.zero_masked(states)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`RowTable.state_dict`; the same in all processes, whatever their number."""
+        """See :meth:`RowTable.state_dict`; all processes get the same state, whatever their number."""
         self.settle()
         return super().state_dict()
 
@@ -206,17 +206,17 @@ class ShardedTable(RowTable):
         super().load_state_dict(state)
 
     def before_step(self) -> None:
-        """Hand the local table what the coming step needs."""
+        """Copy the inputs of the coming step into the local table."""
         self.settle()
         torch.index_select(self.threshold, 0, self._rows, out=self.local.threshold)
         torch.index_select(self.penalty, 0, self._rows, out=self.local.penalty)
-        # A row that takes part and is finite gets its share in [0, 1] here.
+        # The step overwrites this with a share in [0, 1] for each finite row that takes part.
         self.local.activity.fill_(-1)
         self.local.updates.zero_()
 
     @torch.no_grad()
     def after_step(self, trained: bool) -> None:
-        """Start to add up what the processes have seen in the step; ``trained`` is for :meth:`trained`."""
+        """Start the all-reduce of the step's statistics; ``trained`` is for :meth:`trained`."""
         here = self.local
         counted = (here.activity >= 0) * self._counts
         columns = torch.empty(len(counted), _COLUMNS, device=counted.device)
@@ -233,13 +233,13 @@ class ShardedTable(RowTable):
         self._work = dist.all_reduce(self._sum, group=self._group, async_op=True)
 
     def trained(self) -> bool:
-        """Whether the latest step was one of training in any of the processes; waits for them."""
+        """Whether the latest step trained in any of the processes; waits for the all-reduce."""
         self.settle()
         return bool(self._trained)
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Bring the arrays up to date with the latest step; waits for the processes that are behind."""
+        """Wait for the all-reduce of the latest step, and update the arrays with it."""
         if self._work is None:
             return
         self._work.wait()
@@ -260,7 +260,7 @@ class ShardedTable(RowTable):
         channel_moments_(self)
 
     def _next_threshold(self, sums: Tensor, counted: Tensor) -> Tensor:
-        """``tau * rms of |d| * norm over the counted rows of the tensor / norm``, with a row's norm."""
+        """``tau * rms / norm`` of each row, with the rms of ``|d| * norm`` over the tensor's counted rows."""
         weight_sq = sums[:, WEIGHT_SQ].double()
         parts = torch.stack(
             (sums[:, GRAD_SQ].double() * weight_sq * counted, self.elements.double() * counted), 1
@@ -272,13 +272,13 @@ class ShardedTable(RowTable):
 
 @dataclass(frozen=True, eq=False)
 class _Here:
-    """Which rows of one parameter are, whole or in part, in this process.
+    """The rows of one parameter that this process holds, whole or in part.
 
     Attributes:
         rows: int64, indices into the arrays of all rows.
-        parts: how many processes hold a part of such a row, as far as they are counted.
-        first: whether this part is the first one.
-        everywhere: whether all processes hold all of it.
+        parts: number of parts of each row, over all processes that count.
+        first: whether this process has the first part.
+        everywhere: whether all processes hold the whole parameter.
     """
 
     rows: np.ndarray
@@ -293,7 +293,7 @@ def _rows_here(view: RowView, part: Part | None) -> _Here:
         return _Here(every, everywhere=True)
     if part.dim == view.dim:
         return _Here(every[part.start : part.start + part.size])
-    # Cut across: every process with something has a part of every row.
+    # Sharded along another dimension: each process with elements has a part of every row.
     return _Here(every if part.size else every[:0], parts=part.parts, first=part.start == 0)
 
 

@@ -1,4 +1,4 @@
-"""From the rows that kernels know to the channels that pruning decides about."""
+"""Maps the rows of the kernels to the channels of pruning, and computes statistics of channels."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 class ChannelRows:
-    """Which rows make up which channel, both ways.
+    """The rows of each channel, and the channel of each row.
 
     Attributes:
-        table: the flat per-row arrays of every parameter with channels that ``trained`` holds.
+        table: the flat per-row arrays of all parameters in ``trained`` that have channels.
         channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned.
-        is_gate: bool ``[R]``. Where none of a channel's gates is trained (a batch norm whose affine is
-            frozen), its trained filters stand in for them.
-        stands_in: bool ``[C]``; the channels of which this is so.
-        is_producer: bool ``[R]``; the row is a filter: an output channel of a weight that makes the channel.
-        numbers: int64 ``[C]``; what number each channel had before any was cut out of the model.
-        total: how many channels there were then.
+        is_gate: bool ``[R]``; rows of gates. If no gate of a channel is trained (a batch norm whose affine
+            parameters are frozen), its trained filters replace them.
+        stands_in: bool ``[C]``; channels whose filters replace their gates.
+        is_producer: bool ``[R]``; rows that are filters: output channels of a weight that makes the channel.
+        numbers: int64 ``[C]``; number of each channel in the dense model.
+        total: number of channels of the dense model.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trained: set[int], *, decay: float) -> None:
-        """``trained`` is that of :func:`trained_by`; ``decay`` is that of the means."""
+        """``trained`` is the result of :func:`trained_by`, ``decay`` that of the exponential means."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
@@ -53,7 +53,7 @@ class ChannelRows:
                 continue
             param = parameters[name]
             if id(param) not in trained:
-                # Zeroed with their channel, never counted.
+                # Masks zero these rows, but statistics do not count them.
                 continue
             self._spans[name] = slice(start, start + len(of_rows))
             tracked.append((param, slots.row_dim))
@@ -69,13 +69,13 @@ class ChannelRows:
         self.table = row_table(tracked, (offsets, rows), decay=decay)
 
     def restricted_state(self, kept: np.ndarray) -> dict[str, Any]:
-        """The table's state for a network that has only the channels ``kept`` (bool ``[C]``) left."""
+        """The table's state for a network with only the channels ``kept`` (bool ``[C]``)."""
         return self.table.restricted(np.append(kept, True)[self.channel_of], kept)
 
     def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> ChannelRows:
-        """The rows of ``model`` after it was cut to the channels ``kept``, with all that is known of them.
+        """The rows of ``model`` after its cut to the channels ``kept`` (bool ``[C]``), with their statistics.
 
-        ``graph`` is that of the smaller network.
+        ``graph`` belongs to the smaller network.
         """
         rows = ChannelRows(model, graph, self._trained, decay=self.table.decay)
         rows.table.load_state_dict(self.restricted_state(kept))
@@ -91,9 +91,12 @@ class ChannelRows:
         return marks
 
     def _gate_rows(self, graph: ChannelGraph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The graph's gates as rows of the flat arrays, and for which channels filters stand in.
+        """The graph's gates as rows of the flat arrays, without gates of untrained parameters.
 
-        Gates of untrained parameters fall out.
+        Returns:
+            offsets: int64 ``[C + 1]``; channel ``c`` has ``rows[offsets[c]:offsets[c + 1]]``.
+            rows: int64; rows of the gates, or of the filters that replace them, channel by channel.
+            stands_in: bool ``[C]``; channels whose filters replace their gates.
         """
         gates = graph.gates
         starts = np.array([self._spans[n].start if n in self._spans else -1 for n in gates.names], np.int64)
@@ -111,18 +114,18 @@ class ChannelRows:
         return offsets, rows, without
 
     def moving(self) -> np.ndarray:
-        """bool ``[R]``; rows of parameters that require a gradient now: no others decline in a step."""
+        """bool ``[R]``; rows of parameters that require a gradient now. Only these fade in a step."""
         moves = np.zeros(len(self.channel_of), bool)
         for view in self.table.views:
             moves[view.slice] = view.param.requires_grad
         return moves
 
     def span(self, name: str) -> slice | None:
-        """Where the rows of a parameter lie in the flat arrays, None for one that is not trained."""
+        """The slice of a parameter's rows in the flat arrays, None if it is not trained."""
         return self._spans.get(name)
 
     def select(self, chosen: np.ndarray, *, gates_only: bool = False) -> Tensor:
-        """Bool ``[R]`` on the table's device: the rows of the channels chosen by the bool array ``[C]``."""
+        """Bool ``[R]`` on the table's device: the rows of the channels ``chosen`` (bool ``[C]``)."""
         rows = chosen[self.channel_of] & (self.channel_of >= 0)
         if gates_only:
             rows &= self.is_gate
@@ -131,7 +134,7 @@ class ChannelRows:
     def mean_over_producers(self, values: np.ndarray) -> np.ndarray:
         """Mean of a per-row quantity ``[R]`` over each channel's filters, float64 ``[C]``.
 
-        A channel that no filter makes (a bare parameter) takes the mean over all of its rows.
+        For a channel without a filter (a bare parameter) it is the mean over all of its rows.
         """
         filters = self.is_producer & (self.channel_of >= 0)
         has_filter = np.zeros(self.num_channels, bool)
@@ -145,22 +148,22 @@ class ChannelRows:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a criterion sees at an event: arrays over channels, float64 ``[C]`` unless said otherwise.
+    """The input of a criterion at an event: arrays over channels, float64 ``[C]`` unless stated otherwise.
 
     Attributes:
         graph: the groups that the channels form.
-        live: bool ``[C]``; neither condemned nor masked.
+        live: bool ``[C]``; channels that are neither fading out nor masked.
         activity: share of a filter's gradient elements above its threshold, mean over steps, in [0, 1].
         taylor: root of the mean over steps of (gradient . weight)^2 over the channel's gates: the first-order
             change of the loss when the channel is scaled to zero.
         magnitude: l2 norm of the channel's filters (root mean square over several producers).
-        activation_counts: the same share of the gradients that reach the channel's activation, where fused
-            normalisations count them (:func:`sparsekern.fusion.fuse`); ``activity`` for channels without
-            one, and None where nothing is counted.
-        parameters: the model's parameters by name, for criteria that look at the filters themselves; DTensors
-            where the model is sharded.
-        numbers: int64 ``[C]``; what number each channel had in the network that nothing was removed from.
-        total: how many channels that network had; by default it is the network of ``graph``.
+        activation_counts: the share as in ``activity``, but of the gradients that reach the channel's
+            activation, counted by fused normalisations (:func:`sparsekern.fusion.fuse`). Channels without
+            one have ``activity``; None if nothing is counted.
+        parameters: the model's parameters by name, for criteria that use the filters themselves; DTensors
+            if the model is sharded.
+        numbers: int64 ``[C]``; number of each channel in the dense network.
+        total: number of channels of the dense network, by default the network of ``graph``.
     """
 
     graph: ChannelGraph
@@ -179,7 +182,7 @@ class Statistics:
             object.__setattr__(self, "numbers", np.arange(self.total))
 
     def per_group(self, reduce: Callable[[np.ndarray], float], values: np.ndarray) -> np.ndarray:
-        """``reduce`` over the live channels of each group, spread back over its channels."""
+        """``reduce`` over the live channels of each group, repeated for all its channels; 0 without any."""
         spread = np.zeros_like(values)
         for group in self.graph.groups:
             alive = values[group.channels][self.live[group.channels]]
@@ -189,7 +192,7 @@ class Statistics:
 
 @torch.no_grad()
 def weigh(table: RowTable) -> None:
-    """Fill in what a step leaves in the table that is of the weights alone, without one."""
+    """Fill in the table's sums of squared weights, which otherwise a step computes."""
     for view in table.views:
         rows = view.param.movedim(view.dim, 0).reshape(view.rows, -1)
         table.sums[view.slice, WEIGHT_SQ] = rows.double().square().sum(1).float()
@@ -205,7 +208,7 @@ def gather(
     """Read the kernels' arrays (one synchronisation on a GPU) into :class:`Statistics`."""
     table = rows.table
     updates = float(table.updates)
-    # The means start at zero: without this the first event would see them too small.
+    # The means start at zero, so early values are too small without this correction.
     unbias = 1.0 / max(1.0 - table.decay**updates, 1e-12) if updates else 0.0
     activity = table.activity.double().cpu().numpy() * unbias
     weight_sq = table.sums[:, WEIGHT_SQ].double().cpu().numpy()
@@ -231,9 +234,9 @@ def gather(
 def _of_directions(rows: ChannelRows) -> np.ndarray:
     """``||gradient|| * ||filter|| / sqrt(elements)`` of each channel in the last step, float64 ``[C]``.
 
-    A normalisation divides a filter's scale out, so that ``gradient . filter`` is 0 whatever the filter is
-    worth. This is the root mean square of that product if the gradient had any direction: in the units of a
-    Taylor term, so that such channels compare with others.
+    A normalisation removes a filter's scale, so ``gradient . filter`` is 0 even for an important filter. This
+    value is the root mean square of that product over all directions of the gradient. It has the units of a
+    Taylor term, so such channels compare with others.
     """
     sums, elements = rows.table.sums.double().cpu().numpy(), rows.table.elements.cpu().numpy()
     filters = np.flatnonzero(rows.is_producer & (rows.channel_of >= 0))
@@ -242,7 +245,7 @@ def _of_directions(rows: ChannelRows) -> np.ndarray:
 
 
 def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
-    """What the weights tell by themselves; ``activity`` and ``taylor`` are 0."""
+    """Statistics of the weights alone; ``activity`` and ``taylor`` are 0."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = ChannelRows(model, graph, {id(param) for param in parameters.values()}, decay=0.0)
     weigh(rows.table)
@@ -253,9 +256,9 @@ def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
 def effective_filters(group: Group, statistics: Statistics) -> Tensor:
     """The group's filters as vectors whose inner products are the channels' inner products.
 
-    Behind a batch norm an output channel is ``gamma * n + beta`` with ``n`` of unit variance, and ``n`` of
-    two filters correlate as the filters do where the inputs are white; so ``[gamma * w / ||w||, beta]`` is
-    used, and ``[w, b]`` without a normalisation. Several producers are put side by side, each normalised.
+    After a batch norm an output channel is ``gamma * n + beta`` with ``n`` of unit variance. For white inputs
+    the ``n`` of two filters correlate like the filters. So the vector is ``[gamma * w / ||w||, beta]``, or
+    ``[w, b]`` without a normalisation. The filters of several producers are normalised and concatenated.
 
     Returns:
         float32 ``[channels of the group, features]`` on the parameters' device, rows in the group's order.
@@ -280,7 +283,7 @@ def effective_filters(group: Group, statistics: Statistics) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GateVectors:
-    """gamma and beta (or the bias) of a group's channels, float32 ``[channels]``, where it has them."""
+    """gamma and beta (or the bias) of a group's channels, float32 ``[channels]``; None for a missing one."""
 
     scale: Tensor | None
     shift: Tensor | None
@@ -288,7 +291,7 @@ class GateVectors:
 
 
 def gate_vectors(group: Group, statistics: Statistics) -> GateVectors:
-    """Scale and shift of the group's channels, where it has one producer and at most one normalisation."""
+    """Scale and shift of the group's channels; None for one that the group has not exactly once."""
     graph = statistics.graph
     first = int(group.channels[0])
     span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
@@ -309,7 +312,7 @@ def gate_vectors(group: Group, statistics: Statistics) -> GateVectors:
 
 
 def first_rows(channels: np.ndarray | None, wanted: np.ndarray) -> np.ndarray:
-    """For each wanted channel, the first index at which ``channels`` holds it, int64."""
+    """For each wanted channel, its first index in ``channels``, int64."""
     assert channels is not None
     order = np.argsort(channels, kind="stable")
     return order[np.searchsorted(channels[order], wanted)]

@@ -82,8 +82,8 @@ def lraspp_mobilenetv3(
         classes: channels of the output.
         multiplier: scales the channels of the backbone.
         dilated: keep a stride of 16 pixels in the last stage.
-        backbone_weights: state dict of torchvision's `mobilenet_v3_large()` or `_small()`, of which
-            the part below `features.` is loaded, or of its `features` alone.
+        backbone_weights: state dict of torchvision's `mobilenet_v3_large()` or `_small()`, or of its
+            `features` alone; only the part below `features.` is loaded.
 
     Raises:
         RuntimeError: `backbone_weights` belongs to another network (from `load_state_dict`).

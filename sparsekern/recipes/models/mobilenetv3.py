@@ -1,6 +1,6 @@
 """MobileNetV3 feature extractor (Howard et al. 2019).
 
-Module names equal those of `torchvision.models.mobilenet_v3_*().features`: its weights load.
+Module names equal those of `torchvision.models.mobilenet_v3_*().features`, so its weights can be loaded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 Variant = Literal["large", "small"]
 
-# The published networks normalise with this eps. Their momentum of 0.01, which weights do not show,
-# is for trainings of 10^5 steps: after 250 the running statistics were of no use (Dice 0.00), with
-# torch's default of 0.1 the same weights scored 0.81.
+# The eps of the published networks. Their momentum of 0.01 is meant for trainings of 10^5 steps. After 250
+# steps it gave useless running statistics (Dice 0.00); torch's default of 0.1 gave a Dice of 0.81 with the
+# same weights.
 BatchNorm = partial(nn.BatchNorm2d, eps=1e-3)
 
 
@@ -104,7 +104,7 @@ class ConvNormAct(nn.Sequential):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales every channel by a gate in [0, 1] that is computed from the means of all channels."""
+    """Scales every channel by a gate in [0, 1], computed from the means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand 1x1 -> depthwise -> squeeze and excite -> project 1x1, plus the input if it fits."""
+    """Expand 1x1 -> depthwise -> squeeze and excite -> project 1x1, plus the input if shapes are equal."""
 
     def __init__(self, in_channels: int, block: Block, multiplier: float, dilation: int) -> None:
         super().__init__()
@@ -154,17 +154,18 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3Features(nn.Sequential):
-    """Everything of MobileNetV3 before the pooling and the classifier.
+    """The layers of MobileNetV3 before the pooling and the classifier.
 
     Args:
         variant: `"large"` or `"small"`.
         multiplier: scales all channel counts, which are rounded to multiples of 8.
-        dilated: the last stage keeps its resolution and dilates instead, so that the output has a
-            stride of 16 pixels and not of 32; segmentation uses this.
+        dilated: whether the last stage uses dilation instead of a stride, as segmentation does. The output
+            then has a stride of 16 pixels instead of 32.
 
     Attributes:
-        low, high: indices of the layers whose outputs have a stride of 8 pixels, and the last.
-        low_channels, high_channels: the channels of those two outputs.
+        low: index of the layer whose output has a stride of 8 pixels.
+        high: index of the last layer.
+        low_channels, high_channels: numbers of channels of the two outputs.
 
     Shapes: float `[N, 3, H, W]` to `[N, high_channels, ceil(H / 32), ceil(W / 32)]`.
 

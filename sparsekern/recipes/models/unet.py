@@ -28,8 +28,8 @@ class DoubleConv(nn.Sequential):
 class UpBlock(nn.Module):
     """Doubles the resolution of `x`, appends the skip connection, and merges both.
 
-    With `decoder="transposed"` a 2x2 transposed convolution halves the channels on the way up; with
-    `"bilinear"` all channels are interpolated and the first convolution of the merge does it.
+    With `decoder="transposed"` a 2x2 transposed convolution doubles the resolution and halves the channels.
+    With `"bilinear"` all channels are interpolated, and the first convolution of the merge reduces them.
     """
 
     def __init__(self, in_channels: int, skip_channels: int, decoder: Decoder) -> None:
@@ -56,10 +56,10 @@ class UNet(nn.Module):
 
     Args:
         in_channels: channels of the image.
-        classes: channels of the output; 1 for foreground against background (one logit a pixel).
+        classes: channels of the output; 1 for foreground against background (one logit per pixel).
         width: channels at full resolution; they double at every level down to `width * 2**depth`.
         depth: number of 2x2 poolings; images must be at least `2**depth` pixels in both directions.
-        decoder: how the resolution is regained, `"transposed"` convolution or `"bilinear"`.
+        decoder: method of upsampling, `"transposed"` convolution or `"bilinear"` interpolation.
 
     Shapes: float `[N, in_channels, H, W]` to logits `[N, classes, H, W]`, any `H` and `W`.
 

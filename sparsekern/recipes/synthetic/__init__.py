@@ -1,4 +1,4 @@
-"""Generated images with masks, of several kinds, for trainings without a data set."""
+"""Generated images with masks, of several kinds, for training without a data set."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SIZE = 128  # pixels an edge of generated images
 
 @dataclass(frozen=True)
 class Kind:
-    """A generator and what its masks hold.
+    """A generator of images and the classes of its masks.
 
     Attributes:
         generate: `(count, size, seed)` to a split of square images of `size` pixels.
-        names: of the classes, background first.
-        void: mask value of pixels that belong to no class, None where there are none.
+        names: names of the classes, background first.
+        void: mask value of pixels without a class; None if there are none.
     """
 
     generate: Callable[[int, int, int], Split]
@@ -48,10 +48,10 @@ KINDS: Mapping[str, Kind] = {
 
 
 def find(text: str) -> Kind | None:
-    """The kind that `text` names as `synthetic:KIND`, None for any other text, such as a folder.
+    """The kind that `text` names as `synthetic:KIND`; None for any other text, such as a folder.
 
     Raises:
-        InputError: there is no such kind.
+        InputError: the kind is unknown.
     """
     return named(text) if text.startswith(PREFIX) else None
 
@@ -70,10 +70,10 @@ def named(text: str) -> Kind:
 
 
 def table_of(data: str | os.PathLike[str], file: Path | None = None) -> ClassTable | None:
-    """The classes that a file names for `data`, see :func:`sparsekern.recipes.load.classes_of`.
+    """The classes in a file for `data`, see :func:`sparsekern.recipes.load.classes_of`.
 
     Raises:
-        InputError: it cannot be used, or `data` is generated and its classes have names already.
+        InputError: the file cannot be used, or `data` is generated and its classes have names already.
     """
     if find(os.fspath(data)) is None:
         return classes_of(Path(data), file)
@@ -91,13 +91,13 @@ def load(
     """The images of `synthetic:KIND`, of a folder, or of a CSV list.
 
     Args:
-        data: which of them.
-        settings: of the run; generated images are at least as large as its crop.
-        table, bits: of files, see :func:`sparsekern.recipes.load.load_data`.
+        data: `synthetic:KIND` or a path.
+        settings: settings of the run; generated images are at least as large as its crop.
+        table, bits: arguments of :func:`sparsekern.recipes.load.load_data` for files.
 
     Raises:
-        InputError: there is no such kind, it has another number of classes or other void pixels, or the
-            files cannot be used (:func:`sparsekern.recipes.load.load_data`).
+        InputError: the kind is unknown or has another number of classes or another void value, or the files
+            cannot be used (:func:`sparsekern.recipes.load.load_data`).
     """
     kind, name = find(os.fspath(data)), os.fspath(data)
     if kind is None:
@@ -118,13 +118,13 @@ def generated(kind: Kind, *, train: int = 256, test: int = 64, size: int = SIZE,
 def splits(
     kind: Kind, *, train: int = 256, test: int = 64, size: int = SIZE, seed: int = 0
 ) -> tuple[Split, Split]:
-    """Training and test images of `kind`, which share no image.
+    """Training and test images of `kind`, without common images.
 
     Args:
-        kind: what they show.
-        train, test: how many.
+        kind: kind of the images.
+        train, test: numbers of images.
         size: height and width in pixels.
-        seed: of the training images; the test images are those of the seed after it.
+        seed: seed of the training images; the test images have the next seed.
 
     Raises:
         ValueError: a number is too small.

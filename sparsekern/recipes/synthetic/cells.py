@@ -1,8 +1,8 @@
 """Microscopy-like images of cell nuclei, generated with their masks.
 
-Nuclei are ellipses with uneven outline, brightness and texture on a background with gradient and
-haze; debris that is not a nucleus, blur and noise make the task one that has to be learnt. A third
-of the images is stained tissue in bright light (dark violet on light pink), the others fluoresce.
+Nuclei are ellipses with uneven outline, brightness and texture on a background with gradient and haze.
+Debris, blur and noise make the task non-trivial. A third of the images shows stained tissue in bright light
+(dark violet on light pink), the others show fluorescence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekern.recipes.data import Split
 from sparsekern.recipes.synthetic.fields import blur, clouds, generated, uniform
 
-NUCLEI = 26  # drawn per image; a random share of them lies outside of it or is left out
+NUCLEI = 26  # drawn per image; a random share of them lies outside the image or is left out
 DEBRIS = 14
 
 
@@ -65,7 +65,7 @@ def _ellipses(
 ) -> tuple[Tensor, Tensor]:
     """Coverage in [0, 1] and shading towards the rim, both `[N, each, S, S]`.
 
-    `typical` `[N, 1]` is the radius in pixels that those of an image scatter around.
+    `typical` `[N, 1]` is the typical radius in an image in pixels; the radii scatter around it.
     """
     shape = (count, each)
     centre = uniform(random, (2, *shape, 1, 1), -0.05 * size, 1.05 * size)
@@ -88,7 +88,7 @@ def _ellipses(
 
 
 def _fluorescence(signal: Tensor, random: torch.Generator) -> Tensor:
-    """Light on black, `[N, 3, S, S]`: grey, in every other image tinted."""
+    """Fluorescence, light on black, `[N, 3, S, S]`: grey, and tinted in every second image."""
     count = signal.shape[0]
     floor = uniform(random, (count, 1, 1, 1), 0.01, 0.1)
     gain = uniform(random, (count, 1, 1, 1), 0.35, 0.95)
@@ -98,7 +98,7 @@ def _fluorescence(signal: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _stain(signal: Tensor, random: torch.Generator) -> Tensor:
-    """Dark violet on light pink, `[N, 3, S, S]`: light is absorbed exponentially."""
+    """Stained tissue, dark violet on light pink, `[N, 3, S, S]`, with exponential absorption of light."""
     count = signal.shape[0]
     paper = torch.tensor([0.93, 0.85, 0.90]).view(1, 3, 1, 1)
     absorbed = torch.tensor([1.1, 1.6, 0.7]).view(1, 3, 1, 1)

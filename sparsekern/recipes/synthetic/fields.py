@@ -30,7 +30,7 @@ def clouds(random: torch.Generator, count: int, size: int, cells: int) -> Tensor
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of `[N, 1, S, S]`, `sigma` in pixels. Pixels of the edge repeat outwards."""
+    """Gaussian blur of `[N, 1, S, S]` with `sigma` in pixels; the edge pixels are repeated outwards."""
     reach = min(max(1, math.ceil(2.5 * sigma)), x.shape[-1] - 1)
     line = torch.arange(-reach, reach + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (line / max(sigma, 0.1)).square())
@@ -46,13 +46,13 @@ def grid(size: int) -> tuple[Tensor, Tensor]:
 
 
 def generated(render: Render, count: int, size: int, seed: int) -> Split:
-    """`count` images that `render` draws, with their masks.
+    """`count` images with masks, drawn by `render`.
 
     Args:
         render: `(count, size, random)` to images float32 `[N, 3, S, S]` in [0, 1] and classes `[N, S, S]`.
         count: number of images.
-        size: their height and width in pixels.
-        seed: of all that is random in them.
+        size: height and width of the images in pixels.
+        seed: seed of all random numbers.
 
     Raises:
         ValueError: `count` is below 1, or `size` below 16 pixels.

@@ -1,7 +1,7 @@
 """Electron-microscopy-like sections of tissue, generated with the masks of its cell membranes.
 
 Cells are regions around random centres with curved borders. Their membranes are dark lines of uneven width,
-which vanish in places where the cut runs along them; the mask goes on there. Mitochondria, vesicles and rods
+which vanish where the cut runs along them; the mask continues there. Mitochondria, vesicles and rods
 inside the cells are as dark as a membrane and not part of the mask.
 """
 
@@ -17,7 +17,7 @@ from sparsekern.recipes.data import Split
 from sparsekern.recipes.synthetic.fields import blur, clouds, generated, grid, uniform
 
 REFERENCE = 96  # pixels; widths and lengths below are those of an image of this size
-CELLS = 34  # centres an image; some lie outside of it
+CELLS = 34  # centres per image; some lie outside the image
 MITOCHONDRIA, VESICLES = 9, 26
 RIM = 1.6  # thickness of the rim of a mitochondrion, in pixels of the reference
 
@@ -41,7 +41,7 @@ def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
     half = scale * (0.75 + 0.75 * clouds(random, count, size, 5))
     mask = (border < half)[:, 0]
 
-    # Where the cut runs along a membrane it is wide and pale, or not to be seen at all.
+    # A membrane is wide and pale, or invisible, where the cut runs along it.
     gap = torch.sigmoid((clouds(random, count, size, 9) - 0.68) / 0.04)
     line = (half + 0.6 * scale - border).clamp(0, 1) * (1 - gap)
     smear = torch.exp(-(border / (3.5 * scale)).square()) * gap * 0.35
@@ -61,7 +61,7 @@ def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _warped(random: torch.Generator, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """y and x of the pixels `[N, 1, S, S]`, moved about so that straight lines bend."""
+    """y and x of the pixels, `[N, 1, S, S]`, distorted so that straight lines bend."""
     y, x = grid(size)
     strength = 0.17 * size
     return tuple(  # type: ignore[return-value]
@@ -75,21 +75,21 @@ def _warped(random: torch.Generator, count: int, size: int) -> tuple[Tensor, Ten
 def _cells(
     random: torch.Generator, count: int, size: int, place: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Distance to the border of the cells in pixels, and their brightness, both `[N, 1, S, S]`.
+    """Distance to the nearest cell border in pixels, and brightness of the cells, both `[N, 1, S, S]`.
 
-    A pixel belongs to the centre that is nearest after the centre's own radius is taken off; by their
-    radii cells differ in size and have curved borders.
+    A pixel belongs to the centre with the smallest distance minus the centre's radius. The radii give cells
+    of different sizes with curved borders.
     """
     centre = uniform(random, (2, count, CELLS, 1, 1), -0.1 * size, 1.1 * size)
     radius = uniform(random, (count, CELLS, 1, 1), 0.0, 1.0).square() * 0.17 * size
     brightness = uniform(random, (count, CELLS), 0.5, 0.74)
-    # A few of them are much darker.
+    # A few cells are much darker.
     brightness = brightness - 0.14 * (uniform(random, (count, CELLS), 0, 1) < 0.15)
     away = torch.hypot(place[0] - centre[0], place[1] - centre[1])
     nearest, which = (away - radius).topk(2, dim=1, largest=False)
     ahead = nearest[:, 1:] - nearest[:, :1]
-    # Over its own slope, the difference is a distance in pixels near the border. The slope is that beside the
-    # border, where the difference has a kink.
+    # Near the border the difference divided by its slope is a distance in pixels. The slope is taken beside
+    # the border, because the difference has a kink at the border.
     slope = F.max_pool2d(torch.hypot(*torch.gradient(ahead, dim=(2, 3))), 3, stride=1, padding=1)
     border = ahead / slope.clamp(min=0.3)
     own = brightness[:, :, None, None].expand(-1, -1, size, size).gather(1, which[:, :1])
@@ -99,7 +99,7 @@ def _cells(
 def _organelles(
     random: torch.Generator, count: int, size: int, place: tuple[Tensor, Tensor], border: Tensor
 ) -> Tensor:
-    """Darkness in [0, 1] of all that lies in cells, `[N, 1, S, S]`."""
+    """Darkness in [0, 1] of the objects inside cells, `[N, 1, S, S]`."""
     scale = size / REFERENCE
     body, rim = _blobs(random, count, size, MITOCHONDRIA, 2.6 * scale, 6.5 * scale, 2.2, place)
     cristae = clouds(random, count, size, size // 3)
@@ -107,7 +107,7 @@ def _organelles(
     body, rim = _blobs(random, count, size, VESICLES, 0.9 * scale, 2.2 * scale, 1.3, place)
     strength = uniform(random, (count, VESICLES, 1, 1), 0.1, 0.5)
     vesicles = (strength * (0.25 * body + rim)).amax(1, keepdim=True)
-    # Nothing but the membrane itself lies on a border.
+    # Objects are kept off the borders, where only the membrane lies.
     return torch.maximum(mitochondria, vesicles).clamp(0, 0.6) * (border / (2.5 * scale) - 0.7).clamp(0, 1)
 
 
@@ -121,9 +121,9 @@ def _blobs(
     longest: float,
     place: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Ellipses, filled and their rims alone, both in [0, 1], `[N, each, S, S]`.
+    """Filled ellipses and their rims, both in [0, 1], `[N, each, S, S]`.
 
-    Radii lie between `smallest` and `largest` pixels, ratios of axes between 1 and `longest`.
+    Radii are between `smallest` and `largest` pixels, ratios of axes between 1 and `longest`.
     """
     shape = (count, each, 1, 1)
     centre = uniform(random, (2, *shape), 0, size)

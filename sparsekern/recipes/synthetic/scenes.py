@@ -1,8 +1,8 @@
 """Street-like scenes of eight classes, generated with their label maps.
 
-Things stand on the ground, are smaller the further away they are, and hide what is behind them. Ground, sky
-and buildings fill most of the pixels; persons, poles and signs fill a few in a hundred. The hood of the
-camera's car, and things of no class, are void.
+Things stand on the ground, get smaller with distance, and hide the things behind them. Ground, sky and
+buildings fill most pixels; persons, poles and signs fill a few percent. The hood of the camera's car and
+things without a class are void.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BUILDINGS, THINGS = 7, 16  # drawn per image
 
 
 def generate(count: int, size: int = 128, seed: int = 0) -> Split:
-    """`count` images of `size` x `size` pixels with label maps: `CLASSES`, and `VOID` where there is none.
+    """`count` images of `size` x `size` pixels with label maps of `CLASSES` and `VOID`.
 
     The same arguments give the same images on the same machine; different seeds, different ones.
 
@@ -41,7 +41,7 @@ def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
     for number in range(BUILDINGS):
         _building(canvas, horizon, number)
     _hedges(canvas, horizon)
-    # From far to near, so that the nearer thing is painted over the farther one.
+    # Things are drawn from far to near, so that nearer things hide farther ones.
     depth = uniform(random, (count, THINGS), 0, 1).square().sort(1).values
     kind = torch.multinomial(torch.tensor(CHANCES), count * THINGS, True, generator=random).view(count, -1)
     for number in range(THINGS):
@@ -54,12 +54,13 @@ def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
 
 
 class _Canvas:
-    """What is drawn so far.
+    """The images during drawing.
 
     Attributes:
-        random: where all chance comes from.
-        colour: float32 `[N, 3, S, S]`. label: int64 `[N, S, S]`.
-        y `[S, 1]`, x `[1, S]`: centres of the pixels, in shares of the edge.
+        random: the random generator.
+        colour: float32 `[N, 3, S, S]`.
+        label: int64 `[N, S, S]`.
+        y, x: `[S, 1]` and `[1, S]`, centres of the pixels, as shares of the edge.
         grain: fine texture, `[N, 1, S, S]`, mean 0.
     """
 
@@ -76,24 +77,31 @@ class _Canvas:
         self.label[which] = torch.where(shape, label, self.label[which])
 
     def tints(self, count: int, low: float, high: float, spread: float) -> Tensor:
-        """Random colours `[n, 3, 1, 1]`: a grey in [low, high), each channel up to `spread` off it."""
+        """Random colours `[n, 3, 1, 1]`: a grey in [low, high), each channel changed by up to `spread`."""
         grey = uniform(self.random, (count, 1, 1, 1), low, high)
         return grey + uniform(self.random, (count, 3, 1, 1), -spread, spread)
 
     def box(self, centre: Tensor, bottom: Tensor, half: Tensor, height: Tensor) -> Tensor:
-        """Upright rectangles, bool `[n, S, S]`; all in shares of the edge, `[n]`."""
+        """Upright rectangles, bool `[n, S, S]`; the arguments are shares of the edge, `[n]`."""
         centre, bottom, half, height = (a.view(-1, 1, 1) for a in (centre, bottom, half, height))
         return ((self.x - centre).abs() < half) & (self.y < bottom) & (self.y > bottom - height)
 
     def oval(self, centre: Tensor, middle: Tensor, half: Tensor, half_height: Tensor) -> Tensor:
-        """Ellipses around (`middle`, `centre`), bool `[n, S, S]`; all in shares of the edge, `[n]`."""
+        """Ellipses around (`middle`, `centre`), bool `[n, S, S]`; arguments are shares of the edge, `[n]`."""
         centre, middle, half, half_height = (a.view(-1, 1, 1) for a in (centre, middle, half, half_height))
         return ((self.x - centre) / half).square() + ((self.y - middle) / half_height).square() < 1
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where things stand: images `which`; x, foot (y) and the height of a person in shares of the edge."""
+    """Positions of things, `[n]`; lengths are shares of the edge.
+
+    Attributes:
+        which: indices of the images.
+        x: horizontal position.
+        foot: vertical position of the foot.
+        tall: height of a person at this distance.
+    """
 
     which: Tensor
     x: Tensor
@@ -116,7 +124,7 @@ def _backdrop(canvas: _Canvas, horizon: Tensor) -> None:
     every, line = torch.arange(count), horizon.view(-1, 1, 1)
     ground = canvas.tints(count, 0.3, 0.5, 0.03) + 0.1 * (clouds(random, count, size, 4) - 0.5)
     canvas.paint(every, torch.ones_like(canvas.label, dtype=torch.bool), GROUND, ground + 0.12 * canvas.grain)
-    # Stripes that meet at the horizon.
+    # The stripes meet at the horizon.
     near = (canvas.y - line).clamp(min=1e-3)
     slant = (canvas.x - uniform(random, (count, 1, 1), 0.2, 0.8)) / near
     dashed = torch.sin(uniform(random, (count, 1, 1), 2, 5) / near.clamp(min=0.03)) > -0.3
@@ -128,14 +136,14 @@ def _backdrop(canvas: _Canvas, horizon: Tensor) -> None:
 
 
 def _building(canvas: _Canvas, horizon: Tensor, number: int) -> None:
-    """One building an image, with windows; later ones are nearer."""
+    """One building per image, with windows; later buildings are nearer."""
     random, count = canvas.random, canvas.count
     near = number / BUILDINGS
     half = uniform(random, (count,), 0.05, 0.14) * (1 + near)
     centre = uniform(random, (count,), 0, 1)
     bottom = horizon + 0.02 + 0.06 * near
     height = uniform(random, (count,), 0.08, 0.42) * (0.6 + 0.6 * near)
-    # A third of them is left out, so that streets open.
+    # A third of the buildings is left out, which leaves gaps for streets.
     which = (uniform(random, (count,), 0, 1) < 0.66).nonzero()[:, 0]
     shape = canvas.box(centre, bottom, half, height)[which]
     wall = canvas.tints(count, 0.3, 0.7, 0.1)[which] + 0.1 * canvas.grain[which]
@@ -201,7 +209,7 @@ def _person(canvas: _Canvas, place: _Place) -> None:
 
 
 def _pole(canvas: _Canvas, place: _Place) -> None:
-    """A pole, which in most cases carries a sign."""
+    """A pole, in most cases with a sign."""
     random, count = canvas.random, len(place)
     height = place.tall * uniform(random, (count,), 1.4, 2.4)
     thickness = (0.012 * height).clamp(min=0.5 / canvas.size)
@@ -222,7 +230,7 @@ def _pole(canvas: _Canvas, place: _Place) -> None:
 
 
 def _unnamed(canvas: _Canvas, place: _Place) -> None:
-    """A bin, a box, a barrier: void."""
+    """A bin, a box or a barrier, labelled as void."""
     random, count = canvas.random, len(place)
     half, height = (
         place.tall * uniform(random, (count,), low, high) for low, high in ((0.1, 0.4), (0.3, 0.6))
@@ -232,7 +240,7 @@ def _unnamed(canvas: _Canvas, place: _Place) -> None:
 
 
 def _hood(canvas: _Canvas) -> None:
-    """The camera's car, at the lower edge of half the images."""
+    """The hood of the camera's car at the lower edge of half of the images, labelled as void."""
     which = (uniform(canvas.random, (canvas.count,), 0, 1) < 0.5).nonzero()[:, 0]
     count = len(which)
     half = uniform(canvas.random, (count,), 0.5, 0.9)
@@ -242,7 +250,7 @@ def _hood(canvas: _Canvas) -> None:
 
 
 def _photographed(canvas: _Canvas) -> Tensor:
-    """The canvas under uneven light, slightly blurred, with noise."""
+    """The colours of the canvas with uneven light, slight blur and noise."""
     random, count, size = canvas.random, canvas.count, canvas.size
     light = uniform(random, (count, 1, 1, 1), 0.65, 1.15) * (0.8 + 0.4 * clouds(random, count, size, 2))
     cast = uniform(random, (count, 3, 1, 1), 0.92, 1.08)
@@ -252,6 +260,6 @@ def _photographed(canvas: _Canvas) -> Tensor:
     return colour + level * torch.randn(count, 3, size, size, generator=random)
 
 
-# What a thing may be, and how often it is that.
+# Drawing functions of the kinds of things, and the probability of each kind.
 DRAWINGS: tuple[Callable[[_Canvas, _Place], None], ...] = (_tree, _vehicle, _person, _pole, _unnamed)
 CHANCES = (0.12, 0.26, 0.17, 0.24, 0.1)

@@ -1,6 +1,6 @@
-"""Images of the back of an eye, generated with the masks of its vessels.
+"""Retina images, generated with the masks of their vessels.
 
-Vessels are thin branching trees, 3 to 8 % of the pixels. Their contrast fades along the branches and across
+Vessels are thin branching trees on 3 to 8 % of the pixels. Their contrast fades along the branches and across
 the field down to the noise, while the mask follows them to their ends. Wide faint vessels of the layer
 behind, haemorrhages and exudates are not part of the mask.
 """
@@ -18,14 +18,14 @@ from sparsekern.recipes.data import Split
 from sparsekern.recipes.synthetic.fields import blur, clouds, generated, grid, uniform
 
 REFERENCE = 96  # pixels; widths and lengths below are those of an image of this size
-STRIDE = 0.6  # between two points of a vessel, in pixels of the reference
+STRIDE = 0.6  # distance of two points of a vessel, in pixels of the reference
 TREES = 4
 THICKEST, THINNEST = 1.5, 0.55  # radius in pixels of the reference
-BRANCHING = 0.022  # chance of a branch at each point
-LEAST_SHARE, MOST_SHARE = 0.035, 0.085  # of the pixels that the vessels of an image may fill
+BRANCHING = 0.022  # probability of a branch at each point
+LEAST_SHARE, MOST_SHARE = 0.035, 0.085  # bounds of the share of pixels that vessels fill
 SPOTS = 10  # haemorrhages and exudates
 
-# How strongly blood absorbs red, green and blue light.
+# Absorption of red, green and blue light by blood.
 ABSORPTION = (0.3, 1.0, 0.75)
 
 
@@ -45,7 +45,7 @@ def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
     disc = uniform(random, (2, count), -0.1, 1.1) * size
     points = _grow(count, size, disc.numpy(), _numpy_generator(random))
     depth, mask = _draw(points, count, size)
-    # The contrast differs from place to place, and a part of every image has almost none.
+    # The contrast varies over the image, and a part of every image has almost none.
     depth = depth * (0.2 + 1.0 * clouds(random, count, size, 2))
     depth = depth * uniform(random, (count, 1, 1, 1), 0.7, 1.2)
     depth = blur(depth, size * 0.005)
@@ -69,10 +69,13 @@ class _Tips:
     """The growing ends of all trees, arrays `[T]`; lengths in pixels.
 
     Attributes:
-        image: which image each belongs to.
-        y, x, angle: where it is and where it goes. bend: change of the angle a stride.
-        heading: the angle that it returns to.
-        radius: of the vessel. contrast: what is left of it.
+        image: index of the image.
+        y, x: position.
+        angle: direction of growth.
+        bend: change of the angle per stride.
+        heading: angle to which the direction returns.
+        radius: radius of the vessel.
+        contrast: remaining contrast of the vessel.
     """
 
     image: NDArray[np.int64]
@@ -93,7 +96,7 @@ class _Tips:
 
 
 def _grow(count: int, size: int, disc: NDArray[np.float32], random: np.random.Generator) -> _Tips:
-    """All points that the tips pass, of trees that begin at the discs `[2, N]` and at the border."""
+    """All points of the tips' paths; the trees begin at the discs, `[2, N]`, and at the border."""
     scale = size / REFERENCE
     tips = _roots(count, size, disc, random)
     room = random.uniform(LEAST_SHARE, MOST_SHARE, count) * size * size
@@ -111,7 +114,7 @@ def _grow(count: int, size: int, disc: NDArray[np.float32], random: np.random.Ge
 
 
 def _roots(count: int, size: int, disc: NDArray[np.float32], random: np.random.Generator) -> _Tips:
-    """One tree of each image begins at its disc, if that is inside; the others on a circle around it."""
+    """The roots: one tree of an image begins at a disc inside it, the others on a circle around the image."""
     image = np.repeat(np.arange(count), TREES)
     around = random.uniform(0, 2 * np.pi, count * TREES)
     y, x = (size * (0.5 + 0.52 * f(around)) for f in (np.sin, np.cos))
@@ -119,7 +122,7 @@ def _roots(count: int, size: int, disc: NDArray[np.float32], random: np.random.G
     inside = np.all((disc > 0) & (disc < size), axis=0)[image]
     y = np.where(first & inside, disc[0][image], y)
     x = np.where(first & inside, disc[1][image], x)
-    # Towards a place near the centre.
+    # Trees grow towards a point near the centre.
     aim_y, aim_x = size * random.uniform(0.3, 0.7, (2, len(image)))
     radius = random.uniform(0.45, 1.0, len(image)) * THICKEST * size / REFERENCE
     heading = np.arctan2(aim_y - y, aim_x - x)
@@ -136,7 +139,7 @@ def _roots(count: int, size: int, disc: NDArray[np.float32], random: np.random.G
 
 
 def _advance(tips: _Tips, scale: float, random: np.random.Generator) -> None:
-    """One stride: thin vessels wind more, and all get thinner and fainter."""
+    """Move the tips by one stride. Thin vessels wind more, and all vessels get thinner and fainter."""
     thin = np.sqrt(THICKEST * scale / tips.radius)
     chance = 0.03 * thin * random.standard_normal(len(tips.bend))
     tips.bend = 0.85 * tips.bend + chance - 0.012 * (tips.angle - tips.heading)
@@ -148,7 +151,7 @@ def _advance(tips: _Tips, scale: float, random: np.random.Generator) -> None:
 
 
 def _branch(tips: _Tips, scale: float, random: np.random.Generator) -> _Tips:
-    """Some tips become two, whose radii cubed add up to that of the parent (Murray 1926)."""
+    """Split some tips in two; the cubed radii add up to the cubed radius of the parent (Murray 1926)."""
     splits = random.random(len(tips.radius)) < BRANCHING
     cube = random.uniform(0.12, 0.5, len(splits))
     side = random.choice([-1.0, 1.0], len(splits))
@@ -158,7 +161,7 @@ def _branch(tips: _Tips, scale: float, random: np.random.Generator) -> _Tips:
     child.heading = child.angle
     child.contrast = child.contrast * 0.9
     tips.radius = np.where(splits, tips.radius * np.cbrt(1 - cube), tips.radius)
-    # A thin branch ends where it would not be seen; the parent goes on.
+    # A branch that is too thin to see ends; its parent continues.
     tips.radius = np.where(splits, np.maximum(tips.radius, THINNEST * scale), tips.radius)
     tips.angle = np.where(splits, tips.angle - side * 0.15, tips.angle)
     tips.heading = np.where(splits, tips.angle, tips.heading)
@@ -179,7 +182,7 @@ def _draw(points: _Tips, count: int, size: int) -> tuple[Tensor, Tensor]:
         x = np.floor(some.x).astype(np.int64)[:, None, None] + line
         distance = np.hypot(y + 0.5 - some.y[:, None, None], x + 0.5 - some.x[:, None, None])
         cover = np.clip(some.radius[:, None, None] + 0.5 - distance, 0, 1)
-        # A thin vessel holds less blood than a thick one.
+        # A thin vessel contains less blood, so it absorbs less light.
         thickness = np.sqrt(some.radius / (THICKEST * scale))
         value = cover * (some.contrast * thickness)[:, None, None]
         image = np.broadcast_to(some.image[:, None, None], shape)
@@ -192,7 +195,7 @@ def _draw(points: _Tips, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ridges(random: torch.Generator, count: int, size: int) -> Tensor:
-    """Wide faint bands that cross each other, in [0, 1], `[N, 1, S, S]`."""
+    """Wide, faint, crossing bands in [0, 1], `[N, 1, S, S]`: vessels of the layer behind."""
     fields = [clouds(random, count, size, cells) for cells in (3, 4)]
     bands = [(1 - 9 * (field - 0.5).abs()).clamp(min=0) for field in fields]
     return blur(torch.maximum(*bands), size * 0.015)
@@ -212,7 +215,7 @@ def _spots(random: torch.Generator, count: int, size: int) -> tuple[Tensor, Tens
 
 
 def _fundus(random: torch.Generator, count: int, size: int, disc: Tensor) -> Tensor:
-    """The lit background `[N, 3, S, S]`: orange, uneven, with the bright disc at `disc` `[2, N]`."""
+    """The background `[N, 3, S, S]`: orange and unevenly lit, with the bright disc at `disc`, `[2, N]`."""
     tint = torch.tensor([0.78, 0.42, 0.22]).view(1, 3, 1, 1) * uniform(random, (count, 3, 1, 1), 0.75, 1.2)
     light = 0.55 + 0.5 * clouds(random, count, size, 1) + 0.15 * (clouds(random, count, size, 5) - 0.5)
     grain = 0.06 * (clouds(random, count, size, size // 3) - 0.5)

@@ -1,4 +1,4 @@
-"""One rule per ATen op, one file per kind; importing the package fills the registry."""
+"""One rule per ATen op, one module per kind of op. Importing the package fills the registry."""
 
 from __future__ import annotations
 

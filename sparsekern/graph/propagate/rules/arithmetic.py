@@ -14,17 +14,25 @@ Fold = Callable[[list[np.ndarray]], np.ndarray]
 
 
 def every(zeros: list[np.ndarray]) -> np.ndarray:
-    """Zero where all operands are: sums."""
+    """Fold the zero flags of a sum: it is zero where all operands are."""
     return reduce(np.logical_and, zeros)
 
 
 def some(zeros: list[np.ndarray]) -> np.ndarray:
-    """Zero where one operand is: products."""
+    """Fold the zero flags of a product: it is zero where one operand is."""
     return reduce(np.logical_or, zeros)
 
 
 def broadcast(call: Call, operands: list[Value]) -> list[Ids]:
-    """Unify the operands dimension by dimension; size 1 is not coupled."""
+    """Unify broadcast operands dimension by dimension. A dimension of size 1 is not coupled.
+
+    Args:
+        call: The op. Its first output has the broadcast shape.
+        operands: The operands.
+
+    Returns:
+        Slot ids of the result's dimensions.
+    """
     shape = call.shape()
     result: list[Ids] = []
     for dim, size in enumerate(shape):
@@ -33,8 +41,10 @@ def broadcast(call: Call, operands: list[Value]) -> list[Ids]:
         if size == 1 or not tracked:
             result.append(None)
             continue
-        why = next((v.why for v, ids in wide if ids is None and v.why), "")
-        reason = why or f"{call.label} pairs it with positions that stay"
+        untracked_reason = next(
+            (v.untracked_reason for v, ids in wide if ids is None and v.untracked_reason), ""
+        )
+        reason = untracked_reason or f"{call.label} pairs it with positions that stay"
         for _, ids in wide:
             call.unify(tracked[0], ids, size, reason)
         result.append(tracked[0])
@@ -42,13 +52,24 @@ def broadcast(call: Call, operands: list[Value]) -> list[Ids]:
 
 
 def _aligned(operands: list[Value], dim: int, ndim: int) -> list[tuple[Value, int]]:
-    """The operands that have dimension ``dim`` of the result, with its number in them."""
+    """The operands that have the result's dimension ``dim``, each with its own number of it."""
     shifted = [(v, dim - ndim + v.ndim) for v in operands]
     return [(v, d) for v, d in shifted if d >= 0]
 
 
 def zeros(ids: list[Ids], operands: list[Value], fold: Fold) -> list[Flags]:
-    """Fold the operands' zero flags; an operand of size 1 there is not zero with the channel."""
+    """Fold the zero flags of broadcast operands.
+
+    An operand of size 1 in a dimension is not zero when one channel is masked.
+
+    Args:
+        ids: Slot ids of the result's dimensions.
+        operands: The operands.
+        fold: ``every`` or ``some``.
+
+    Returns:
+        Zero flags of the result's dimensions; None where nothing is tracked.
+    """
     result: list[Flags] = []
     for dim, tracked in enumerate(ids):
         if tracked is None:
@@ -65,7 +86,7 @@ def zeros(ids: list[Ids], operands: list[Value], fold: Fold) -> list[Flags]:
 
 
 def _operands(call: Call) -> tuple[list[Value], list[float]]:
-    """Tensor and number operands of an op of ``self`` and ``other``."""
+    """The tensors and the numbers among the operands ``self`` and ``other``."""
     both = [call["self"], call["other"]]
     tensors = [v for v in both if isinstance(v, Value)]
     return tensors, [v for v in both if not isinstance(v, Value)]
@@ -80,7 +101,7 @@ def add(call: Call) -> Result:
         zero = [None if z is None else np.zeros_like(z) for z in zero]
     carried = [v for v in tensors if v.tracked]
     alone = len(carried) == 1 and not any(z is not None and z.any() for z in zero)
-    return call.make(ids, zero, cleared=call.label if alone or numbers else "")
+    return call.make(ids, zero, zero_broken_by=call.label if alone or numbers else "")
 
 
 @register_rule("maximum", "minimum", "max.other", "min.other", "fmax", "fmin")
@@ -92,7 +113,7 @@ def maximum(call: Call) -> Result:
 
 @register_rule("mul", "multiply")
 def multiply(call: Call) -> Result:
-    """A product carries on the zeros, and the producers, of the operands that are zero."""
+    """A product keeps the zeros of its operands, and the producers of these zeros."""
     tensors, _ = _operands(call)
     ids = broadcast(call, tensors)
     zero = zeros(ids, tensors, some)
@@ -118,7 +139,7 @@ def compare(call: Call) -> Result:
     tensors, _ = _operands(call)
     ids = broadcast(call, tensors)
     zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in ids]
-    return call.make(ids, zero, cleared=call.label)
+    return call.make(ids, zero, zero_broken_by=call.label)
 
 
 @register_rule("where")
@@ -129,7 +150,7 @@ def where(call: Call) -> Result:
     ids = broadcast(call, [call["condition"], *tensors])
     if not tensors or any(number != 0 for number in numbers):
         zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in ids]
-        return call.make(ids, zero, cleared=call.label)
+        return call.make(ids, zero, zero_broken_by=call.label)
     return call.make(ids, zeros(ids, tensors, every))
 
 
@@ -139,7 +160,7 @@ def masked_fill(call: Call) -> Result:
     ids = broadcast(call, [x, mask])
     if isinstance(value, Value) or value != 0:
         zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in ids]
-        return call.make(ids, zero, cleared=call.label)
+        return call.make(ids, zero, zero_broken_by=call.label)
     return call.make(ids, zeros(ids, [x], every), origins=x.origins)
 
 
@@ -155,7 +176,7 @@ def addcmul(call: Call) -> Result:
 
 @register_rule("copy")
 def copy(call: Call) -> Result:
-    """What was in the destination goes; the source's zeros come."""
+    """The result has the zeros of the source. The old contents of the destination do not matter."""
     target, source = call["self"], call["src"]
     ids = broadcast(call, [target, source])
     return call.make(ids, zeros(ids, [source], every), origins=source.origins)

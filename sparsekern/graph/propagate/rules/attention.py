@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: heads go whole."""
+"""Scaled dot-product attention, from which whole heads can be removed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from sparsekern.graph.propagate.values import Flags, Ids, Value
 
 @register_rule("scaled_dot_product_attention")
 def attention(call: Call) -> Result:
-    """[..., heads, positions, size]: the scale and the softmax depend on the size of queries and
-    keys, heads are independent, and a head whose values are zero gives zeros."""
+    """Attention over operands of shape [..., heads, positions, size].
+
+    The scale depends on the size of queries and keys, and the softmax on the positions. Heads are
+    independent, and a head whose values are zero gives zeros.
+    """
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     fixed = [(query, query.ndim - 1), (key, key.ndim - 1), (key, key.ndim - 2), (value, value.ndim - 2)]
     for operand, dim in fixed:
@@ -40,7 +43,7 @@ def attention(call: Call) -> Result:
 
 
 def _shared_heads(value: Value, times: int) -> Value:
-    """Keys or values as if every head of the queries had its own."""
+    """Keys or values, repeated so that every head of the queries has its own."""
     dim = value.ndim - 3
     ids, zero = list(value.ids), list(value.zero)
     own = ids[dim]
@@ -52,26 +55,28 @@ def _shared_heads(value: Value, times: int) -> Value:
 
 
 def _paired(call: Call, operands: list[Value], dim: int) -> tuple[Ids, Flags]:
-    """Ids of a leading dimension, tied over queries, keys and values; zero where the values are."""
+    """Ids of a leading dimension, tied over all operands, and its zero flags, those of the last operand."""
     wide = [v for v in operands if v.shape[dim] > 1]
     tracked = [ids for v in wide if (ids := v.ids[dim]) is not None]
     if not tracked:
         return None, None
     size = len(tracked[0])
-    why = next((v.why for v in wide if v.ids[dim] is None and v.why), "")
+    untracked_reason = next(
+        (v.untracked_reason for v in wide if v.ids[dim] is None and v.untracked_reason), ""
+    )
     for value in wide:
-        reason = why or f"{call.label} pairs it with positions that stay"
+        reason = untracked_reason or f"{call.label} pairs it with positions that stay"
         call.unify(tracked[0], value.ids[dim], size, reason)
     values = operands[-1]
     return tracked[0], flags(values.zero[dim] if values.shape[dim] > 1 else None, size)
 
 
 def _masked(call: Call, mask: Value | None, dim: int, ids: Ids, size: int) -> None:
-    """A mask or bias of its own for every head goes with the head."""
+    """Tie a leading dimension of a mask that is larger than 1 to the heads or batch."""
     if mask is None or mask.ndim < -dim or mask.shape[dim] == 1:
         return
     if ids is None:
         call.freeze(mask.ids[dim], f"{call.label} masks heads that stay with it")
     else:
-        reason = mask.why or f"{call.label} masks it by a tensor of fixed size"
+        reason = mask.untracked_reason or f"{call.label} masks it by a tensor of fixed size"
         call.unify(ids, mask.ids[dim], size, reason)

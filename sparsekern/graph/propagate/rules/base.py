@@ -1,8 +1,8 @@
-"""The registry of rules, and the call that a rule is given.
+"""The registry of rules, and the call that a rule takes.
 
-A rule is a function of one ``Call``: it unifies the slots of the operands and returns the value
-(or the tuple of values) that the op makes. ``register_rule`` enters it for one or more ATen
-names; an in-place overload (``relu_``) uses the rule of the plain name unless it has its own.
+A rule is a function of one ``Call``. It unifies the slots of the operands and returns the value, or
+the tuple of values, that the op makes. ``register_rule`` enters a rule for one or more ATen names. An
+in-place overload (``relu_``) uses the rule of the plain name unless it has its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ RuleFunction = Callable[["Call"], Result]
 
 @dataclass(frozen=True)
 class Rule:
-    """function: the rule; pure: scaling an operand by a positive factor scales the result by the
-    same; view: the result may share memory with the first operand; norm: a scale of the operand
-    is divided out."""
+    """A rule and the properties of its ops.
+
+    Attributes:
+        function: The rule.
+        pure: Whether scaling an operand by a positive factor scales the result by the same factor.
+        view: Whether the result may share memory with the first operand.
+        norm: Whether the op divides out the scale of its operand.
+    """
 
     function: RuleFunction
     pure: bool = False
@@ -39,10 +44,18 @@ RULES: dict[str, Rule] = {}
 def register_rule(
     *names: str, pure: bool = False, view: bool = False, norm: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Enter a rule for the ops ``names``: ``relu`` for all overloads of ``aten::relu`` and
-    ``relu_``, ``max.other`` for one overload, ``mylib::op`` for an op of another library.
+    """Enter a rule for ops.
 
-    Raises ValueError if a name already has a rule.
+    Args:
+        names: Names of ops: ``relu`` for all overloads of ``aten::relu`` and ``relu_``, ``max.other``
+            for one overload, ``mylib::op`` for an op of another library.
+        pure: Whether scaling an operand by a positive factor scales the result by the same factor.
+        view: Whether the result may share memory with the first operand.
+        norm: Whether the op divides out the scale of its operand.
+
+    Returns:
+        A decorator for the rule, a function of one ``Call``. It raises ValueError if a name already
+        has a rule.
     """
 
     def enter(function: RuleFunction) -> RuleFunction:
@@ -56,32 +69,51 @@ def register_rule(
 
 
 def dense(ids: Ids, size: int) -> np.ndarray:
-    """The ids of a dimension as an array, all ``STAYS`` where nothing is tracked."""
+    """The ids of a dimension of ``size`` indices, int64 [size]; all ``STAYS`` if ``ids`` is None."""
     return np.full(size, STAYS, np.int64) if ids is None else ids
 
 
 def flags(zero: Flags, size: int) -> np.ndarray:
-    """The zero flags of a dimension as an array, all false where nothing is tracked."""
+    """The zero flags of a dimension of ``size`` indices, bool [size]; all false if ``zero`` is None."""
     return np.zeros(size, bool) if zero is None else zero
 
 
 def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
-    """Why rows stay of which only the weight, or only the bias, is tracked."""
-    return (weight.why if rows is None else bias.why) or "tied to a fixed bias"
+    """Why rows stay if only the weight or only the bias is tracked.
+
+    Args:
+        rows: Slot ids of the weight's rows; None if the weight is not tracked.
+        weight: The weight.
+        bias: The bias.
+
+    Returns:
+        The reason of the tensor that is not tracked.
+    """
+    return (weight.untracked_reason if rows is None else bias.untracked_reason) or "tied to a fixed bias"
 
 
 @dataclass
 class Call:
     """One op of the traced graph with its operands as values.
 
-    args: the arguments by their names in the op's schema, defaults filled in; tensors as
-        ``Value``, lists of tensors as lists of ``Value``.
-    outputs: (shape, itemsize) of every tensor the op returns.
-    module: path of the module in whose forward the op was called ("" at the top).
-    settled: second round: all unions are known, and zero flags are facts, not assumptions.
-    counted: the graph of evaluation mode, whose costs are counted.
-    exact: whether channels stay whose removal would change what the others compute.
-    reading: which of several readings of an ambiguous split to take in this module, see ``split``.
+    Attributes:
+        name: Name of the op without ``aten::``.
+        overload: Name of its overload.
+        module: Path of the module in whose forward the op is called ("" at the top).
+        args: Arguments by their names in the op's schema, with defaults filled in. Tensors are
+            ``Value``, lists of tensors are lists of ``Value``.
+        outputs: (shape, bytes per element) of every tensor that the op returns.
+        slots: All slots.
+        records: The records to fill.
+        rule: The rule of the op.
+        settled: Whether this is the second pass, in which all unions are known and zero flags are
+            facts, not assumptions.
+        counted: Whether the graph is that of evaluation mode, whose costs are counted.
+        exact: Whether channels stay if their removal changes what the others compute.
+        interpretation: The interpretation of ambiguous splits to take in this module; see ``split``.
+        new_storage: Makes a new storage number.
+        gave_up: Whether the op is not followed; set by ``give_up``.
+        froze: The first reason for which the op froze slots; empty if it froze none.
     """
 
     name: str
@@ -95,20 +127,25 @@ class Call:
     settled: bool
     counted: bool
     exact: bool
-    reading: int
+    interpretation: int
     new_storage: Callable[[], int]
     gave_up: bool = False
     froze: str = ""
 
     @property
     def label(self) -> str:
+        """The op and its module, for messages."""
         return f"{self.name} in {self.module}" if self.module else self.name
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
 
     def values(self) -> Iterator[Value]:
-        """All tensor operands in schema order."""
+        """Iterate over the tensor operands.
+
+        Yields:
+            Values in the order of the schema, including those in lists.
+        """
         for argument in self.args.values():
             if isinstance(argument, Value):
                 yield argument
@@ -116,6 +153,7 @@ class Call:
                 yield from (item for item in argument if isinstance(item, Value))
 
     def shape(self, index: int = 0) -> tuple[int, ...]:
+        """The shape of the output ``index``."""
         return self.outputs[index][0]
 
     def make(
@@ -126,85 +164,141 @@ class Call:
         index: int = 0,
         origins: frozenset[int] | None = None,
         pure: frozenset[int] | None = None,
-        cleared: str = "",
-        why: str = "",
+        zero_broken_by: str = "",
+        untracked_reason: str = "",
     ) -> Value:
-        """The ``index``-th output. What is not given follows from the operands.
+        """Make an output. Arguments that are not given follow from the operands.
 
-        ``why``: the reason why the channels that an untracked weight makes stay.
+        Args:
+            ids: Slot ids of the output's dimensions; see ``Value``.
+            zero: Zero flags of the output's dimensions; see ``Value``.
+            index: The number of the output.
+            origins: Producers whose zeros the output carries.
+            pure: Producers whose positive rescaling rescales the output.
+            zero_broken_by: The op that broke zeros, for messages.
+            untracked_reason: Why the channels stay that an untracked weight makes.
+
+        Returns:
+            The output.
         """
         shape, itemsize = self.outputs[index]
         operands = list(self.values())
         carries = any(z is not None and z.any() for z in zero)
         if origins is None:
             origins = _joined(v.origins for v in operands) if carries else frozenset()
-        # What a producer makes is new; what is frozen here stays because of this op.
-        why = why or self.froze or ("" if pure else next((v.why for v in operands if v.why), ""))
+        # A producer makes new channels, so the operands' reasons do not apply. Indices that this op
+        # froze stay because of it.
+        untracked_reason = (
+            untracked_reason
+            or self.froze
+            or ("" if pure else next((v.untracked_reason for v in operands if v.untracked_reason), ""))
+        )
         if pure is None:
             pure = _joined(v.pure for v in operands) if self.rule.pure else frozenset()
-        cleared = cleared or next((v.cleared for v in operands if v.cleared), "")
+        zero_broken_by = zero_broken_by or next((v.zero_broken_by for v in operands if v.zero_broken_by), "")
         shares = self.rule.view and operands
         storage = operands[0].storage if shares else self.new_storage()
         static = bool(operands) and all(v.static for v in operands)
         made_of = _joined(v.made_of for v in operands) if static else frozenset()
         return Value(
-            shape, tuple(ids), tuple(zero), itemsize, why, cleared, origins, pure, storage, static, made_of
+            shape,
+            tuple(ids),
+            tuple(zero),
+            itemsize,
+            untracked_reason,
+            zero_broken_by,
+            origins,
+            pure,
+            storage,
+            static,
+            made_of,
         )
 
     def unify(self, left: Ids, right: Ids, size: int, reason: str) -> None:
-        """Tie two dimensions of ``size`` index by index; untracked ones freeze the other."""
+        """Tie two dimensions index by index. An untracked dimension freezes the other.
+
+        Args:
+            left: Slot ids of a dimension, or None.
+            right: Slot ids of a dimension, or None.
+            size: The size of both dimensions.
+            reason: Why an index that is paired with one that stays is frozen.
+        """
         if left is None and right is None:
             return
         self.slots.union(dense(left, size), dense(right, size), reason)
 
     def freeze(self, ids: Ids, reason: str) -> None:
+        """Freeze the slots ``ids`` for ``reason``; None is ignored."""
         if ids is not None:
             self.froze = self.froze or reason
             self.slots.freeze(ids, reason)
 
     def inexact(self, ids: Ids, reason: str) -> None:
-        """Kept channels change when some of ``ids`` go: they stay, unless the user allows that."""
+        """Freeze or, with ``exact=False``, record slots ``ids`` whose removal changes kept channels."""
         if self.exact:
             self.freeze(ids, reason)
         elif ids is not None and self.settled:
             self.records.inexact.append((ids, reason))
 
     def give_up(self, reason: str) -> Result:
-        """Freeze every slot that enters; the results are untracked because of ``reason``."""
+        """Freeze every slot of the operands and return results that are untracked for ``reason``."""
         self.gave_up = True
         for value in self.values():
             for ids in value.ids:
                 self.freeze(ids, reason)
         return self.opaque(reason)
 
-    def opaque(self, why: str) -> Result:
-        """Results without tracked slots; the operands are left alone."""
+    def opaque(self, untracked_reason: str) -> Result:
+        """Make outputs without tracked slots. The operands do not change.
+
+        Args:
+            untracked_reason: Why the indices of the outputs stay.
+
+        Returns:
+            The output, or a tuple of several.
+        """
         operands = list(self.values())
         static = bool(operands) and all(v.static for v in operands)
         made = tuple(
-            untracked(shape, itemsize, why, self.new_storage(), static=static)
+            untracked(shape, itemsize, untracked_reason, self.new_storage(), static=static)
             for shape, itemsize in self.outputs
         )
         return made[0] if len(made) == 1 else made
 
     def require_zero(self, value: Value, dim: int) -> None:
-        """Freeze the channels of ``value`` that are not zero where this op sums over them."""
+        """Require zeros in the channels of ``value`` that this op sums over.
+
+        Channels that are not zero are frozen or, with ``exact=False``, recorded as inexact.
+
+        Args:
+            value: An operand.
+            dim: The dimension that the op sums over.
+        """
         for producer in value.origins:
             self.records.producers[producer].consumed = True
         ids, zero = value.ids[dim], value.zero[dim]
         if ids is not None and zero is not None and not zero.all():
-            by = f" after {value.cleared}" if value.cleared else ""
+            by = f" after {value.zero_broken_by}" if value.zero_broken_by else ""
             reason = f"{self.label} reads it not as zero{by}"
             if self.exact:
-                # Not through ``freeze``: what this op makes does not stay because of it.
+                # ``Call.freeze`` would also give this reason to the outputs of the op.
                 self.slots.freeze(ids[~zero], reason)
             else:
                 self.inexact(ids[~zero], reason)
 
     def contract(self, value: Value, dim: int, weight: Value, weight_dim: int) -> None:
-        """``value`` is summed over ``dim`` with the columns ``weight_dim`` of ``weight``."""
+        """Record a sum over a dimension of a value and the columns of a weight.
+
+        Args:
+            value: The activations.
+            dim: The dimension of ``value``.
+            weight: The weight.
+            weight_dim: The dimension of ``weight`` that holds its columns.
+        """
         size = value.shape[dim]
-        reason = value.why or weight.why or f"{self.label} reads positions that stay"
+        reason = (
+            value.untracked_reason or weight.untracked_reason or f"{self.label} reads positions that stay"
+        )
         self.unify(value.ids[dim], weight.ids[weight_dim], size, reason)
         columns = weight.ids[weight_dim]
         if columns is not None:
@@ -212,24 +306,46 @@ class Call:
         self.require_zero(value, dim)
 
     def produce(self, kind: str, rows: Ids, bias: Ids) -> frozenset[int]:
-        """Note that ``rows`` (of a weight) and ``bias`` make the channels of the output."""
+        """Record a producer: a weight and a bias whose rows make the channels of the output.
+
+        Args:
+            kind: See ``Producer``.
+            rows: Slot ids of the weight's rows.
+            bias: Slot ids of the bias.
+
+        Returns:
+            The producer's number in a set; an empty set if ``rows`` is None.
+        """
         if rows is None:
             return frozenset()
         number = self.records.produce(kind, self.module, rows, bias)
         return frozenset({number})
 
-    def split(self, ids: np.ndarray, readings: int) -> int:
-        """Note that ``ids`` are split in a way that has several readings; the one to take."""
-        self.records.splits.append((self.module, ids, readings))
-        return min(self.reading, readings - 1)
+    def split(self, ids: np.ndarray, interpretations: int) -> int:
+        """Record a split that has several interpretations.
+
+        Args:
+            ids: Slot ids of the dimension that is split.
+            interpretations: The number of interpretations.
+
+        Returns:
+            The number of the interpretation to take.
+        """
+        self.records.splits.append((self.module, ids, interpretations))
+        return min(self.interpretation, interpretations - 1)
 
     def count_macs(self, scale: int, *factors: Factor | None) -> None:
-        """Count multiply-adds: ``scale`` times the sizes (ints) or slot counts (ids)."""
+        """Count multiply-adds in the second pass over evaluation mode.
+
+        Args:
+            scale: The constant factor.
+            factors: Sizes, or slot ids of dimensions whose sizes are multiplied; None is ignored.
+        """
         if self.counted and self.settled:
             self.records.macs.append(term(scale, [f for f in factors if f is not None]))
 
     def size(self, value: Value, dim: int) -> Factor:
-        """The size of a dimension as a cost factor."""
+        """The size of a dimension as a cost factor: its slot ids if tracked, else a number."""
         ids = value.ids[dim]
         return value.shape[dim] if ids is None else ids
 

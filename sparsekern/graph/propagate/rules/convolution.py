@@ -11,8 +11,14 @@ from sparsekern.graph.propagate.values import Flags, Ids, Value
 
 
 def _tie(call: Call, ids: Ids, groups: int, across: bool) -> None:
-    """Tie the slots of ``ids``, seen as [groups, width]: position by position across the groups,
-    or all positions within a group."""
+    """Tie slots inside or across groups.
+
+    Args:
+        call: The op.
+        ids: Slot ids, viewed as [groups, width].
+        groups: The number of groups.
+        across: True ties equal positions of all groups, False all positions of a group.
+    """
     if ids is None or groups == 1:
         return
     table = ids.reshape(groups, -1)
@@ -28,7 +34,7 @@ def _layout(call: Call) -> tuple[Value, Value, Value | None, int, int]:
 def _outputs(
     call: Call, x: Value, channel: int, ids: Ids, zero: Flags, kind: str, rows: Ids, bias: Ids
 ) -> Value:
-    """The result: channels as given, batch and space untracked."""
+    """Make the output. Its channels have the given slots; batch and space are untracked."""
     for dim in range(x.ndim):
         if dim != channel:
             call.freeze(x.ids[dim], f"{call.label} reads it as batch or space")
@@ -37,12 +43,12 @@ def _outputs(
     out_zero: list[Flags] = [None] * len(shape)
     out_ids[channel], out_zero[channel] = ids, zero
     made = call.produce(kind, rows, bias)
-    why = call["weight"].why if rows is None else ""
-    return call.make(out_ids, out_zero, origins=made, pure=made, why=why)
+    untracked_reason = call["weight"].untracked_reason if rows is None else ""
+    return call.make(out_ids, out_zero, origins=made, pure=made, untracked_reason=untracked_reason)
 
 
 def _row_zero(rows: Ids, row_zero: Flags, bias: Value | None, size: int) -> Flags:
-    """Where the output is zero: the weight's rows are, and so is the bias."""
+    """Zero flags of the output: it is zero where the weight's rows and the bias are."""
     if rows is None:
         return None
     zero = flags(row_zero, size)
@@ -54,11 +60,11 @@ def _count(call: Call, weight: Value, sites: tuple[int, ...]) -> None:
 
 
 def _depthwise(call: Call, weight_dim: int) -> Value:
-    """Every input channel makes ``multiplier`` outputs of its own: all one channel."""
+    """A depthwise convolution. An input channel and the outputs made from it alone are one channel."""
     x, weight, bias, groups, channel = _layout(call)
     size = call.shape()[channel]
     multiplier = size // groups
-    reason = x.why or f"{call.label} reads positions that stay"
+    reason = x.untracked_reason or f"{call.label} reads positions that stay"
     source = np.repeat(dense(x.ids[channel], groups), multiplier)
     rows = weight.ids[0]
     spread = rows if weight_dim == 0 or rows is None else np.repeat(rows, multiplier)
@@ -66,7 +72,7 @@ def _depthwise(call: Call, weight_dim: int) -> Value:
     spread_zero = row_zero if weight_dim == 0 else np.repeat(row_zero, multiplier)
     call.unify(source, spread, size, reason)
     if bias is not None:
-        call.unify(source, bias.ids[0], size, reason if bias.ids[0] is not None else bias.why)
+        call.unify(source, bias.ids[0], size, reason if bias.ids[0] is not None else bias.untracked_reason)
     for producer in x.origins:
         call.records.producers[producer].consumed = True
     zero = _row_zero(spread, spread_zero, bias, size)
@@ -100,7 +106,7 @@ def convolution(call: Call) -> Result:
 
 
 def _contract_groups(call: Call, x: Value, channel: int, weight: Value, weight_dim: int, groups: int) -> None:
-    """Contract the channels of ``x`` with the columns of a weight, [width] for every group."""
+    """Contract the channels of ``x`` with a weight whose columns count positions inside a group."""
     if groups == 1:
         call.contract(x, channel, weight, weight_dim)
         return
@@ -110,7 +116,7 @@ def _contract_groups(call: Call, x: Value, channel: int, weight: Value, weight_d
         spread: Ids = np.tile(columns, groups)
     else:
         spread = columns
-    reason = x.why or weight.why or f"{call.label} reads positions that stay"
+    reason = x.untracked_reason or weight.untracked_reason or f"{call.label} reads positions that stay"
     _tie(call, x.ids[channel], groups, across=True)
     call.unify(x.ids[channel], spread, size, reason)
     if columns is not None:

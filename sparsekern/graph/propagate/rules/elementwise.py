@@ -1,4 +1,4 @@
-"""Elementwise ops of one tensor, by what they do to zero."""
+"""Elementwise ops of one tensor, by their effect on zeros."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sparsekern.graph.propagate.values import Value
 
 
 def same(call: Call) -> Value:
-    """The slots and zeros of the first operand."""
+    """The result has the slots and zeros of the first operand."""
     x = next(call.values())
     return call.make(x.ids, x.zero)
 
 
 def cleared(call: Call) -> Value:
-    """The slots of the first operand, none of them known to be zero."""
+    """The result has the slots of the first operand, and none is known to be zero."""
     x = next(call.values())
     zero = [None if i is None else np.zeros(len(i), bool) for i in x.ids]
-    return call.make(x.ids, zero, cleared=call.label)
+    return call.make(x.ids, zero, zero_broken_by=call.label)
 
 
 KEEP_ZERO = """
@@ -33,7 +33,7 @@ isfinite erfc acos
 
 register_rule(*KEEP_ZERO.split())(same)
 register_rule(*IDENTITIES.split(), pure=True, view=True)(same)
-# A dropout draws its mask per element or channel: a zero stays zero, a scale passes through.
+# Dropout multiplies elements or channels by a random mask: a zero stays zero, a scale passes through.
 register_rule("dropout", "feature_dropout", pure=True, view=True)(same)
 register_rule("relu", "leaky_relu", pure=True)(same)
 register_rule(*CLEAR_ZERO.split())(cleared)
@@ -75,16 +75,16 @@ def power(call: Call) -> Result:
 def prelu(call: Call) -> Result:
     x, weight = call["self"], call["weight"]
     if weight.ids and weight.ids[0] is not None and x.ndim > 1:
-        reason = x.why or f"{call.label} reads positions that stay"
+        reason = x.untracked_reason or f"{call.label} reads positions that stay"
         call.unify(x.ids[1], weight.ids[0], weight.shape[0], reason)
     elif x.ndim > 1 and weight.shape != (1,) and weight.ndim:
-        call.freeze(x.ids[1], weight.why or f"{call.label} has a fixed slope per channel")
+        call.freeze(x.ids[1], weight.untracked_reason or f"{call.label} has a fixed slope per channel")
     return call.make(x.ids, x.zero, origins=x.origins)
 
 
 @register_rule("glu")
 def glu(call: Call) -> Result:
-    """First half times sigmoid of the second: position j of both halves is one channel."""
+    """The first half times the sigmoid of the second. Equal positions of both halves are one channel."""
     x, dim = call["self"], call["dim"] % call["self"].ndim
     ids, zero = list(x.ids), list(x.zero)
     if ids[dim] is not None:
@@ -96,7 +96,7 @@ def glu(call: Call) -> Result:
 
 @register_rule("bernoulli", "normal", "uniform", "exponential", "log_normal", "geometric", "cauchy")
 def drawn(call: Call) -> Result:
-    """Random numbers in the place, or with the probabilities, of the operand."""
+    """Random numbers in the shape of the operand, which may give their probabilities."""
     return cleared(call)
 
 
@@ -108,7 +108,7 @@ def fill(call: Call) -> Result:
 
 @register_rule("zeros_like", "zero")
 def zeros_like(call: Call) -> Result:
-    """As wide as its operand, whatever that becomes."""
+    """Zeros whose size follows the operand."""
     x = next(call.values())
     return call.make(
         x.ids, [None if i is None else np.ones(len(i), bool) for i in x.ids], origins=frozenset()
@@ -140,5 +140,5 @@ def filled_like(call: Call) -> Result:
     "randint",
 )
 def fixed_size(call: Call) -> Result:
-    """A tensor of a size that the program names."""
+    """A tensor whose size the program names, so that it cannot change."""
     return call.opaque("tied to a tensor of fixed size")

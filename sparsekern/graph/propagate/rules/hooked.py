@@ -1,4 +1,4 @@
-"""The op that stands for a user's hook (:mod:`sparsekern.graph.capture.hooks`)."""
+"""The placeholder op for a user's hook (:mod:`sparsekern.graph.capture.hooks`)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from sparsekern.graph.propagate.rules.base import Call, Result, register_rule
 
 @register_rule("sparsekern_graph::hooked")
 def hooked(call: Call) -> Result:
-    """Nothing is known of what a hook does."""
+    """The effect of a hook is unknown, so its operand is frozen."""
     return call.give_up(f"a hook of {call.module or 'the network'} may change it")

@@ -1,4 +1,4 @@
-"""Concatenation and its opposite: cat, stack, split, chunk, slice, select, index."""
+"""Concatenation and its inverses: cat, stack, split, chunk, slice, select, index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsekern.graph.propagate.values import Flags, Ids, Value
 
 
 def _pass_others(call: Call, values: list[Value], skip: int) -> tuple[list[Ids], list[Flags]]:
-    """Unify all dimensions but ``skip``; a result is zero where all parts are."""
+    """Ids and zero flags of all dimensions but ``skip``, unified. The result is zero where all parts are."""
     ids: list[Ids] = []
     zero: list[Flags] = []
     for dim in range(values[0].ndim):
@@ -20,9 +20,11 @@ def _pass_others(call: Call, values: list[Value], skip: int) -> tuple[list[Ids],
             zero.append(None)
             continue
         size = values[0].shape[dim]
-        why = next((v.why for v in values if v.ids[dim] is None and v.why), "")
+        untracked_reason = next(
+            (v.untracked_reason for v in values if v.ids[dim] is None and v.untracked_reason), ""
+        )
         for value in values:
-            reason = why or f"{call.label} joins it with positions that stay"
+            reason = untracked_reason or f"{call.label} joins it with positions that stay"
             call.unify(tracked[0], value.ids[dim], size, reason)
         ids.append(tracked[0])
         zero.append(every([flags(v.zero[dim], size) for v in values]))
@@ -31,7 +33,7 @@ def _pass_others(call: Call, values: list[Value], skip: int) -> tuple[list[Ids],
 
 @register_rule("cat", "concat", "concatenate", pure=True)
 def cat(call: Call) -> Result:
-    # torch lets an empty vector take part in any concatenation.
+    # torch accepts and ignores an empty vector in any concatenation.
     values = [v for v in call["tensors"] if v.shape != (0,)]
     if not values:
         return call.opaque("")
@@ -39,7 +41,7 @@ def cat(call: Call) -> Result:
     ids, zero = _pass_others(call, values, dim)
     if any(v.ids[dim] is not None for v in values):
         ids[dim] = np.concatenate([dense(v.ids[dim], v.shape[dim]) for v in values])
-        # Positions that stay are never masked: their flag is of no consequence.
+        # Positions that stay are never masked, so their flag does not matter.
         zero[dim] = np.concatenate([flags(v.zero[dim], v.shape[dim]) for v in values])
     return call.make(ids, zero)
 
@@ -55,7 +57,7 @@ def stack(call: Call) -> Result:
 
 
 def _parts(call: Call, x: Value, dim: int) -> Result:
-    """Equal parts are tied position by position; unequal ones cannot be followed."""
+    """Cut ``x`` along ``dim``. Equal parts are tied position by position; unequal parts freeze it."""
     sizes = [shape[dim] for shape, _ in call.outputs]
     ids, zero = x.ids[dim], flags(x.zero[dim], x.shape[dim])
     if ids is not None and len(set(sizes)) > 1:
@@ -91,7 +93,7 @@ def split(call: Call) -> Result:
 
 @register_rule("slice", "narrow", pure=True, view=True)
 def slice_(call: Call) -> Result:
-    """Part of a dimension by number: what is cut from may not change."""
+    """A part of a dimension by numbers, which freezes the dimension."""
     x = call["self"]
     dim = call["dim"] % x.ndim
     ids, zero = list(x.ids), list(x.zero)
@@ -125,7 +127,7 @@ def index_select(call: Call) -> Result:
 
 @register_rule("index")
 def index(call: Call) -> Result:
-    """Indexing one dimension by a fixed tensor; other dimensions pass."""
+    """Indexing of one dimension by a fixed tensor. The other dimensions do not change."""
     x, indices = call["self"], call["indices"]
     used = [d for d, item in enumerate(indices) if item is not None]
     if len(used) != 1 or any(v.tracked for v in call.values() if v is not x):

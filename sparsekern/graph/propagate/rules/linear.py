@@ -33,8 +33,10 @@ def linear(call: Call) -> Result:
         for i, z in zip(leading, x.zero, strict=False)
     ]
     origins = made | (x.origins if bias is None else frozenset())
-    why = weight.why if rows is None else ""
-    return call.make([*leading, rows], [*kept, zero], origins=origins, pure=made, why=why)
+    untracked_reason = weight.untracked_reason if rows is None else ""
+    return call.make(
+        [*leading, rows], [*kept, zero], origins=origins, pure=made, untracked_reason=untracked_reason
+    )
 
 
 @register_rule("embedding")

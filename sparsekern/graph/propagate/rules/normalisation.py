@@ -1,4 +1,4 @@
-"""Normalisations: per channel they are exact, over channels they are not."""
+"""Normalisations. Removal is exact under one that acts per channel, but not under one over channels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from sparsekern.graph.propagate.values import Flags, Ids
 
 
 def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
-    """Tie the channels of the input with the operands of size [channels]; the result is zero
-    where the affine's rows are."""
+    """Tie the channels of the input to operands of shape [channels].
+
+    The result is zero where the rows of the affine are.
+
+    Args:
+        call: The op.
+        operands: Names of these operands. They may be None.
+
+    Returns:
+        The output.
+    """
     x = call["input"]
     if x.ndim < 2:
         return call.give_up(f"{call.label} has no channel dimension")
@@ -19,7 +28,7 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     if not all(other.static for other in known):
         return call.give_up(f"{call.label} has an affine computed from activations")
     for other in known:
-        reason = x.why or other.why or f"{call.label} reads positions that stay"
+        reason = x.untracked_reason or other.untracked_reason or f"{call.label} reads positions that stay"
         call.unify(ids, other.ids[0], size, reason)
         ids = other.ids[0] if ids is None else ids
     weight, bias = call["weight"], call["bias"]
@@ -27,7 +36,7 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     made: frozenset[int] = frozenset()
     pure: frozenset[int] = frozenset()
     if ids is not None:
-        # Without an affine a map of zeros stays zero unless it is shifted by a running mean.
+        # Without an affine, a map of zeros stays zero unless a running mean is subtracted.
         stored = call.args.get("running_mean") is not None
         zero = np.zeros(size, bool) if stored else flags(x.zero[1], size)
         made = x.origins if zero.any() else frozenset()
@@ -42,9 +51,11 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     out_ids: list[Ids] = list(x.ids)
     out_zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in out_ids]
     out_ids[1], out_zero[1] = ids, zero
-    cleared = f"{call.label}, which has no affine" if weight is None else call.label
+    zero_broken_by = f"{call.label}, which has no affine" if weight is None else call.label
     kept = zero is None or zero.all()
-    return call.make(out_ids, out_zero, origins=made, pure=pure, cleared="" if kept else cleared)
+    return call.make(
+        out_ids, out_zero, origins=made, pure=pure, zero_broken_by="" if kept else zero_broken_by
+    )
 
 
 @register_rule("batch_norm", norm=True)
@@ -61,7 +72,7 @@ def instance_norm(call: Call) -> Result:
 
 @register_rule("group_norm", norm=True)
 def group_norm(call: Call) -> Result:
-    """Exact for whole normalisation groups: the channels of each are tied."""
+    """Group norm. The channels of a normalisation group are tied, so that removal is exact."""
     x, groups = call["input"], call["num_groups"]
     _freeze_others(call)
     if groups == 1:
@@ -86,7 +97,7 @@ def _freeze_others(call: Call) -> None:
 
 @register_rule("layer_norm", "rms_norm")
 def layer_norm(call: Call) -> Result:
-    """Exact only where the normalised dimensions hold no channels."""
+    """Layer norm. Removal is exact only if the normalised dimensions hold no channels."""
     x, weight, bias = call["input"], call["weight"], call.args.get("bias")
     over = len(call["normalized_shape"])
     if not call.exact and over == 1 and x.ids[-1] is not None:
@@ -100,7 +111,7 @@ def layer_norm(call: Call) -> Result:
     ids = list(x.ids[: x.ndim - over]) + [None] * over
     kept = bias is None
     zero = [None if i is None else z & kept for i, z in zip(ids, x.zero, strict=True)]
-    return call.make(ids, zero, cleared="" if kept else call.label)
+    return call.make(ids, zero, zero_broken_by="" if kept else call.label)
 
 
 def _over_channels(call: Call) -> str:
@@ -108,7 +119,7 @@ def _over_channels(call: Call) -> str:
 
 
 def _over_last(call: Call) -> Result:
-    """Channels that may go although they are normalised over: zero only where the affine is."""
+    """Normalisation over channels that may be removed inexactly. Zeros come only from the affine."""
     x, affines = call["input"], [call["weight"], call.args.get("bias")]
     known = [affine for affine in affines if affine is not None]
     if not all(affine.static for affine in known):
@@ -116,13 +127,15 @@ def _over_last(call: Call) -> Result:
     ids, size = x.ids[-1], x.shape[-1]
     call.inexact(ids, _over_channels(call))
     for affine in known:
-        call.unify(ids, affine.ids[0], size, affine.why or f"{call.label} reads positions that stay")
+        call.unify(
+            ids, affine.ids[0], size, affine.untracked_reason or f"{call.label} reads positions that stay"
+        )
     zero = [None if i is None else np.zeros(len(i), bool) for i in x.ids]
     made: frozenset[int] = frozenset()
     if known and affines[0] is not None:
         zero[-1] = np.logical_and.reduce([flags(affine.zero[0], size) for affine in known])
         made = call.produce("norm", known[0].ids[0], known[1].ids[0] if len(known) > 1 else None)
-    return call.make(x.ids, zero, origins=made, pure=made, cleared=call.label)
+    return call.make(x.ids, zero, origins=made, pure=made, zero_broken_by=call.label)
 
 
 @register_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
@@ -132,10 +145,10 @@ def softmax(call: Call) -> Result:
     call.inexact(x.ids[dim], f"{call.label} normalises over channels")
     ids = [None if d == dim and call.exact else i for d, i in enumerate(x.ids)]
     zero = [None if i is None else np.zeros(len(i), bool) for i in ids]
-    return call.make(ids, zero, cleared=call.label)
+    return call.make(ids, zero, zero_broken_by=call.label)
 
 
 @register_rule("_weight_norm")
 def weight_norm(call: Call) -> Result:
-    """A row that is zero would be divided by its own norm."""
+    """Weight norm divides a row by its norm, which is 0 for a masked row."""
     return call.give_up(f"{call.label} divides rows by their norm, which is 0 where they are masked")

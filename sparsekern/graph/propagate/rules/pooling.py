@@ -1,4 +1,4 @@
-"""Ops over space that leave every channel to itself: pooling, resizing, padding, sampling."""
+"""Ops over space that treat every channel alone: pooling, resizing, padding, sampling."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from sparsekern.graph.propagate.values import Flags, Ids
 
 
 def over_space(call: Call, spatial: int) -> Result:
-    """The last ``spatial`` dimensions are resampled, the others pass; a zero map stays zero.
+    """Resample the last dimensions. The others do not change, and a map of zeros stays zero.
 
-    Padding of a maximum is minus infinity and never wins against a zero.
+    The padding of a maximum is minus infinity, which is never larger than a zero.
+
+    Args:
+        call: The op.
+        spatial: The number of dimensions that are resampled.
+
+    Returns:
+        The output, or a tuple of several.
     """
     x = next(call.values())
     kept = x.ndim - spatial
@@ -21,7 +28,7 @@ def over_space(call: Call, spatial: int) -> Result:
     made = []
     for index, (shape, _) in enumerate(call.outputs):
         tail: list[None] = [None] * (len(shape) - kept)
-        # Indices of a maximum (a second output) are no multiples of their input.
+        # The second output holds the indices of a maximum, which are not zero for a map of zeros.
         clears = index > 0
         zero: list[Flags] = [
             None if i is None else flags(z, len(i)) & (not clears)
@@ -63,7 +70,7 @@ def grid_sampler(call: Call) -> Result:
 
 @register_rule("constant_pad_nd", "pad", pure=False)
 def pad(call: Call) -> Result:
-    """Zeros around a map keep it zero. Channels that padding adds stay where they are."""
+    """Padding with zeros keeps a map zero. Channels that padding adds always stay."""
     x, widths = call["self"], list(call["pad"])
     mode, value = call.args.get("mode", "constant"), call.args.get("value") or 0
     ids, zero = list(x.ids), list(x.zero)
@@ -80,13 +87,13 @@ def pad(call: Call) -> Result:
         zero[dim] = np.pad(flags(zero[dim], x.shape[dim]), (before, after), constant_values=True)
     if mode == "constant" and value != 0:
         zero = [None if z is None else np.zeros_like(z) for z in zero]
-        return call.make(ids, zero, cleared=call.label)
+        return call.make(ids, zero, zero_broken_by=call.label)
     return call.make(ids, zero)
 
 
 @register_rule("im2col")
 def unfold(call: Call) -> Result:
-    """[N, C, H, W] to [N, C * k, L]: channel-major blocks of k."""
+    """From [N, C, H, W] to [N, C * k, L]. Each channel becomes a block of k."""
     x = call["self"]
     channel = x.ndim - 3
     for dim in (channel + 1, channel + 2):

@@ -12,19 +12,27 @@ from sparsekern.graph.propagate.values import Flags, Ids, Value
 def _product(
     call: Call, left: Value, right: Value, *, counted: bool = True
 ) -> tuple[list[Ids], list[Flags], frozenset[int]]:
-    """[..., m, k] times [..., k, n]: ids, zero flags and origins of [..., m, n].
+    """Multiply matrices.
 
-    Products with a vector are not ``counted``, as torch's counter does not see them either.
+    Args:
+        call: The op.
+        left: A value of shape [..., m, k].
+        right: A value of shape [..., k, n].
+        counted: Whether to count multiply-adds. Products with a vector are not counted, because
+            torch's counter does not count them either.
+
+    Returns:
+        Slot ids, zero flags and origins of the product, of shape [..., m, n].
     """
     batch, m, k = left.ndim - 2, left.ndim - 2, left.ndim - 1
     size = left.shape[k]
-    reason = left.why or right.why or f"{call.label} reads positions that stay"
+    reason = left.untracked_reason or right.untracked_reason or f"{call.label} reads positions that stay"
     call.unify(left.ids[k], right.ids[-2], size, reason)
     vanishes = flags(left.zero[k], size) | flags(right.zero[-2], size)
     ids = left.ids[k] if left.ids[k] is not None else right.ids[-2]
     if ids is not None:
         _consume(call, left, right)
-        by = left.cleared or right.cleared
+        by = left.zero_broken_by or right.zero_broken_by
         reason = f"{call.label} sums over it not as zero" + (f" after {by}" if by else "")
         call.inexact(ids[~vanishes], reason)
     made: frozenset[int] = frozenset()
@@ -58,7 +66,7 @@ def _consume(call: Call, left: Value, right: Value) -> None:
 
 
 def _batch_dims(call: Call, left: Value, right: Value, batch: int) -> tuple[list[Ids], list[Flags]]:
-    """Leading dimensions, which both operands have: coupled where neither is of size 1."""
+    """Ids and zero flags of the leading dimensions, coupled where both sizes are larger than 1."""
     ids: list[Ids] = []
     zero: list[Flags] = []
     for dim in range(batch):
@@ -75,20 +83,20 @@ def _batch_dims(call: Call, left: Value, right: Value, batch: int) -> tuple[list
 
 
 def _padded(value: Value, ndim: int) -> Value:
-    """The value with leading dimensions of size 1, ``ndim`` in all."""
+    """The value with dimensions of size 1 in front, so that it has ``ndim`` dimensions."""
     none: tuple[None, ...] = (None,) * (ndim - value.ndim)
     shape = (1,) * len(none) + value.shape
     return replace(value, shape=shape, ids=none + value.ids, zero=none + value.zero)
 
 
 def _column(vector: Value) -> Value:
-    """[k] as [k, 1]."""
+    """A vector of shape [k] as a matrix of shape [k, 1]."""
     return replace(vector, shape=(*vector.shape, 1), ids=(*vector.ids, None), zero=(*vector.zero, None))
 
 
 @register_rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(call: Call) -> Result:
-    """A vector takes part as a row on the left, as a column on the right."""
+    """A matrix product. A vector is a row on the left and a column on the right."""
     left, right = list(call.values())[:2]
     dropped = []
     if left.ndim == 1:
@@ -105,7 +113,7 @@ def matmul(call: Call) -> Result:
 
 @register_rule("addmm", "baddbmm", "addmv")
 def addmm(call: Call) -> Result:
-    """A product and what is added to it, each times a number."""
+    """A product plus a summand, each times a number."""
     bias, left, right = list(call.values())[:3]
     if right.ndim == 1:
         right = _column(right)
@@ -120,7 +128,7 @@ def addmm(call: Call) -> Result:
 
 @register_rule("einsum")
 def einsum(call: Call) -> Result:
-    """One or two operands, each letter at most once in an operand; with or without ``...``."""
+    """An einsum of one or two operands, with each letter at most once in an operand, and ``...``."""
     operands = call["tensors"]
     words, output = _words(call["equation"], operands)
     if len(operands) > 2 or any(len(set(word)) < len(word) for word in (*words, output)):
@@ -147,7 +155,7 @@ def einsum(call: Call) -> Result:
 
 
 def _words(equation: str, operands: list[Value]) -> tuple[list[str], str]:
-    """The letters of every operand and of the result, ``...`` written out as capital Greek ones."""
+    """The letters of every operand and of the result. Capital Greek letters replace ``...``."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     words = inputs.split(",")
     extra = [v.ndim - len(w.replace("...", "")) for v, w in zip(operands, words, strict=True) if "..." in w]
@@ -164,7 +172,7 @@ def _words(equation: str, operands: list[Value]) -> tuple[list[str], str]:
 def _letters(call: Call, operands: list[Value], words: list[str]) -> dict[str, tuple[Ids, Flags, int]]:
     """Ids, zero flags and size of every letter, unified over the operands that have it.
 
-    A product is zero where one operand is, a size of 1 is spread and couples nothing.
+    A product is zero where one operand is. A dimension of size 1 is broadcast and not coupled.
     """
     table: dict[str, tuple[Ids, Flags, int]] = {}
     for value, word in zip(operands, words, strict=True):
@@ -172,8 +180,8 @@ def _letters(call: Call, operands: list[Value], words: list[str]) -> dict[str, t
             ids, zero, size = value.ids[dim], value.zero[dim], value.shape[dim]
             other, other_zero, known = table.get(letter, (None, None, 1))
             if known > 1 and size > 1:
-                why = value.why or f"{call.label} pairs it with positions that stay"
-                call.unify(other, ids, size, why)
+                reason = value.untracked_reason or f"{call.label} pairs it with positions that stay"
+                call.unify(other, ids, size, reason)
             if other is not None:
                 ids = other
             if ids is not None:

@@ -1,4 +1,4 @@
-"""Reductions and scans: free over space, a contraction or a change of meaning over channels."""
+"""Reductions and scans. Over space they keep channels; over channels they sum or freeze them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _reduced(call: Call, x: Value, dims: list[int], *, index: int = 0, clears: b
     if not clears:
         return call.make(ids, zero, index=index)
     zero = [None if z is None else np.zeros_like(z) for z in zero]
-    return call.make(ids, zero, index=index, cleared=call.label)
+    return call.make(ids, zero, index=index, zero_broken_by=call.label)
 
 
 def _reduce(call: Call, *, clears: bool) -> Value:
@@ -38,19 +38,19 @@ def _reduce(call: Call, *, clears: bool) -> Value:
     "mean", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "prod", "max", "min", "any", "median"
 )
 def reduce_space(call: Call) -> Result:
-    """Zero over space stays zero; over channels the result depends on how many there are."""
+    """A reduction of zeros over space is zero. Over channels it depends on their number."""
     return _reduce(call, clears=False)
 
 
 @register_rule("logsumexp", "argmax", "argmin", "all")
 def reduce_away(call: Call) -> Result:
-    """What comes of a map of zeros is not zero."""
+    """Reductions whose result for a map of zeros is not zero."""
     return _reduce(call, clears=True)
 
 
 @register_rule("sum")
 def total(call: Call) -> Result:
-    """A sum over channels is exact when those that go are zero."""
+    """A sum over channels does not change if the removed ones are zero."""
     x = next(call.values())
     dims = _dims(call, x)
     for dim in dims:
@@ -61,7 +61,7 @@ def total(call: Call) -> Result:
 
 @register_rule("max.dim", "min.dim", "median.dim", "aminmax")
 def extreme(call: Call) -> Result:
-    """Values and where they stand; positions of a map of zeros are not zero."""
+    """Extreme values and their positions. The positions in a map of zeros are not zero."""
     x = next(call.values())
     dims = _dims(call, x)
     for dim in dims:
@@ -71,11 +71,11 @@ def extreme(call: Call) -> Result:
 
 
 def _beside(call: Call, x: Value, dim: int, reason: str, *, index: int = 0, clears: bool = False) -> Value:
-    """``x`` with every dimension but ``dim`` as it was; what runs along ``dim`` stays."""
+    """The output has the slots of ``x`` except along ``dim``, which is frozen for ``reason``."""
     call.freeze(x.ids[dim], reason)
     ids = [None if d == dim else i for d, i in enumerate(x.ids)]
     zero = [None if d == dim or z is None else z & (not clears) for d, z in enumerate(x.zero)]
-    return call.make(ids, zero, index=index, cleared=call.label if clears else "")
+    return call.make(ids, zero, index=index, zero_broken_by=call.label if clears else "")
 
 
 @register_rule("cumsum", "cumprod")
@@ -93,7 +93,7 @@ def scan_away(call: Call) -> Result:
 
 @register_rule("sort", "topk", "cummax", "cummin")
 def order(call: Call) -> Result:
-    """Values and where they stood."""
+    """Ordered values and their old positions."""
     x = call["self"]
     dim, reason = call["dim"] % max(x.ndim, 1), f"{call.label} puts channels in an order"
     return tuple(_beside(call, x, dim, reason, index=i, clears=i > 0) for i in range(len(call.outputs)))

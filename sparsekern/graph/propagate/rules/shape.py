@@ -1,4 +1,4 @@
-"""Ops that move indices about: reshape algebra, permutations, shuffles, repeats."""
+"""Ops that move indices: reshapes, permutations, shuffles, repeats."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from sparsekern.graph.propagate.values import Flags, Ids, Value
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
-    """The smallest runs of dimensions with equal products; sizes of 1 are left out where they
-    stand between blocks."""
+    """Match the dimensions of two shapes with equal products.
+
+    Args:
+        before: Sizes before a reshape.
+        after: Sizes after it.
+
+    Returns:
+        The smallest pairs of runs of dimensions with equal products. Dimensions of size 1 between
+        blocks are left out.
+    """
     blocks, i, j = [], 0, 0
     while i < len(before) and j < len(after):
         if before[i] == 1 or after[j] == 1:
@@ -32,7 +40,7 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ra
 
 
 def _flat(x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids and zero flags of a block read in memory order; None if two dimensions are tracked."""
+    """Ids and zero flags of a block in memory order; None unless exactly one dimension is tracked."""
     tracked = [d for d in dims if x.ids[d] is not None]
     if len(tracked) != 1:
         return None
@@ -47,8 +55,16 @@ def _flat(x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
-    """``x`` in the shape of the output. ``sizes`` as the program gave them (-1: inferred); None
-    where they follow the operand whatever it becomes."""
+    """Reshape a value.
+
+    Args:
+        call: The op. Its first output has the new shape.
+        x: The value.
+        sizes: The sizes that the program names (-1: inferred); None if they follow the operand.
+
+    Returns:
+        The output.
+    """
     shape = call.shape()
     ids: list[Ids] = [None] * len(shape)
     zero: list[Flags] = [None] * len(shape)
@@ -75,12 +91,23 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
 
 
 def _carrier(call: Call, flat: np.ndarray, shape: list[int], axes: list[int], inferred: int | None) -> int:
-    """Which of the axes that a dimension is split into carries its channels.
+    """Choose the axis that carries the channels of a dimension that is split.
 
-    Where the slots differ along one axis only it is that one. Else the slots are tied along the
-    others: the axis whose size is inferred carries; of two axes with given sizes the second, as
-    in a channel shuffle, whose first is the number of groups; of more the last but one, as in a
-    split into queries, keys and values of heads. Another reading is tried where that one freezes.
+    If the slots differ along one axis only, it is this axis. Otherwise one axis carries the channels
+    and the slots are tied along the others. The first choice is the axis whose size is inferred. Of two
+    axes with given sizes it is the second, because the first axis of a channel shuffle is the number
+    of groups. Of more axes it is the last but one, as in a split into queries, keys and values of
+    heads. Another interpretation is tried if this choice is frozen.
+
+    Args:
+        call: The op.
+        flat: Slot ids of the dimension in memory order, int64.
+        shape: Sizes of the axes.
+        axes: The result's dimension of every axis.
+        inferred: The result's dimension whose size is inferred; None if there is none.
+
+    Returns:
+        An index into ``axes``.
     """
     table = call.slots.find(flat).reshape(shape)
     varies = [k for k in range(len(shape)) if (table != np.take(table, [0], axis=k)).any()]
@@ -188,14 +215,14 @@ def squeeze(call: Call) -> Result:
     kept = [d for d in range(x.ndim) if d not in gone]
     if dims is None:
         for ids in x.ids:
-            # One channel left would vanish with the dimension.
+            # If one channel were left, the dimension would have size 1 and would be dropped.
             call.freeze(None if ids is None else ids[:2], f"{call.label} drops a dimension of size 1")
     return _reordered(call, kept)
 
 
 @register_rule("expand", "expand_as", "broadcast_to", pure=True, view=True)
 def expand(call: Call) -> Result:
-    """A dimension of size 1 becomes positions of a fixed number."""
+    """An expanded dimension of size 1 holds a fixed number of positions."""
     x = call["self"]
     extra: list[None] = [None] * (len(call.shape()) - x.ndim)
     return call.make([*extra, *x.ids], [*extra, *x.zero])
@@ -237,7 +264,7 @@ def flip(call: Call) -> Result:
 
 @register_rule("roll", pure=True)
 def roll(call: Call) -> Result:
-    """A fixed shift moves other channels when some are gone."""
+    """A fixed shift moves other channels once some are removed, so the dimension is frozen."""
     x = call["self"]
     dims = {d % x.ndim for d in call["dims"]} or set(range(x.ndim))
     for dim in dims:
@@ -249,7 +276,7 @@ def roll(call: Call) -> Result:
 
 @register_rule("channel_shuffle", "native_channel_shuffle", pure=True)
 def channel_shuffle(call: Call) -> Result:
-    """Position j of every group is one channel; the groups come out interleaved."""
+    """Equal positions of all groups are one channel. The result interleaves the groups."""
     x, groups = call["self"], call["groups"]
     ids, zero = list(x.ids), list(x.zero)
     if ids[1] is not None:
@@ -263,7 +290,7 @@ def channel_shuffle(call: Call) -> Result:
 
 @register_rule("pixel_shuffle", pure=True)
 def pixel_shuffle(call: Call) -> Result:
-    """Blocks of factor squared neighbouring channels become one."""
+    """Each block of ``upscale_factor ** 2`` neighbouring channels becomes one channel."""
     x, block = call["self"], call["upscale_factor"] ** 2
     channel = x.ndim - 3
     ids, zero = list(x.ids), list(x.zero)

@@ -1,8 +1,8 @@
 """Native batch normalisation with its activation on the CPU: one call for each pass.
 
-The kernels walk data that lies contiguous or channels-last, with vectors of the compute type. Native code
-sees by itself whether a call has that; else it is converted here and given to it once more. float16 is
-computed in float32, as the reference does.
+The kernels take contiguous or channels-last data, and per-channel vectors in the compute type. Native code
+checks this at each call. If it does not hold, Python converts the tensors and calls native code again.
+float16 is computed in float32, as in the reference.
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ def norm_act_backward(
 
 
 def _done(code: int, x: Tensor) -> bool:
-    """Whether the kernels have done their work; not when a tensor has to be converted first."""
+    """Whether a native call succeeded; False when a tensor has to be converted first.
+
+    Raises:
+        RuntimeError: the kernels refused the data.
+    """
     if code > 0:
         raise RuntimeError(f"the native kernels refused data of shape {list(x.shape)} (error {code})")
     return code != _MISFIT
@@ -119,24 +123,24 @@ def _call_at(
     own: Sequence[Tensor | None],
     numbers: Sequence[float],
 ) -> None:
-    """One native call. The tensors live until it returns: the kernels know addresses only."""
+    """Make one native call by addresses. The arguments keep the tensors alive until it returns."""
     x = inputs[0]
     assert x is not None
-    addresses = pointers.of_optional(inputs), pointers.of_optional(own)
+    addresses = pointers.optional_addresses(inputs), pointers.optional_addresses(own)
     _done(function(_DTYPES[x.dtype], layout[:3], *addresses, *numbers), x)
 
 
 def _converted(inputs: Sequence[Tensor | None]) -> tuple[Tensor, Layout, tuple[Tensor | None, ...]]:
-    """``x``, how it lies, and all inputs, in types and orders that the kernels know."""
+    """``x``, its layout, and all inputs (``x`` first), in dtypes and memory orders of the kernels."""
     x, residual, weight, bias, mask = inputs
     assert x is not None
-    data, layout = _walkable(x)
+    data, layout = _with_dense_strides(x)
     others = (_like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask))
     return data, layout, (data, *others)
 
 
-def _walkable(x: Tensor) -> tuple[Tensor, Layout]:
-    """``x`` in a type and memory order that the kernels know, and that order."""
+def _with_dense_strides(x: Tensor) -> tuple[Tensor, Layout]:
+    """``x`` in a dtype and memory order that the kernels take, and its layout. float16 becomes float32."""
     if x.dtype is torch.float16:
         x = x.float()
     layout = layout_of(x)
@@ -144,14 +148,14 @@ def _walkable(x: Tensor) -> tuple[Tensor, Layout]:
 
 
 def _like(tensor: Tensor | None, data: Tensor) -> Tensor | None:
-    """``tensor`` in the type and memory order of ``data``."""
+    """``tensor`` in the dtype and memory order of ``data``."""
     if tensor is None or (tensor.dtype is data.dtype and tensor.stride() == data.stride()):
         return tensor
     return torch.empty_like(data).copy_(tensor)
 
 
 def _vector(tensor: Tensor | None, data: Tensor) -> Tensor | None:
-    """``tensor`` in the compute type and contiguous, itself where it is."""
+    """``tensor``, contiguous and in the compute type; a copy only where it is not."""
     dtype = compute_dtype(data)
     if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
         return tensor
@@ -159,13 +163,14 @@ def _vector(tensor: Tensor | None, data: Tensor) -> Tensor | None:
 
 
 def _give_back(used: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
-    """What was written to copies, to what they are copies of."""
+    """Copy the results from converted copies back to the original tensors."""
     for copy, tensor in zip(used, given, strict=True):
         if copy is not tensor and copy is not None and tensor is not None:
             tensor.copy_(copy)
 
 
 def _as(result: Tensor, x: Tensor) -> Tensor:
+    """``result`` in the dtype of ``x``."""
     return result if result.dtype is x.dtype else result.to(x.dtype)
 
 
@@ -174,6 +179,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two uninitialized vectors ``[C]`` in the compute type."""
     one = torch.empty(x.shape[1], dtype=compute_dtype(x))
     return one, torch.empty_like(one)
 

@@ -1,9 +1,9 @@
-"""Native kernels for tensors on the CPU: one call per list, equal to the reference.
+"""Native kernels for tensors on the CPU: one call per list, with the same results as the reference.
 
-A list is planned once: how each tensor lies in memory, and the chunks that it is cut into. Every
-call reads the addresses anew and compares type, sizes and strides of every tensor with the plan, in
-native code; what does not fit is checked in Python and planned again, in parts if need be
-(:mod:`~sparsekern.kernels.backends.lists`). float16 goes to the reference.
+A plan is made once per list. It stores the memory shape of each tensor and the chunks for the threads. Each
+call reads the addresses again and compares dtype, sizes and strides of every tensor with the plan, in native
+code. A list that does not match is checked in Python and planned again, in parts if necessary
+(:mod:`~sparsekern.kernels.backends.lists`). The reference processes float16.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sparsekern.kernels.backends.lists import (
     Lists,
     Plans,
     channel_arrays,
-    in_parts,
     memory_shapes,
     row_arrays,
+    run_in_parts,
     where_rows_are,
 )
 from sparsekern.kernels.native import pointers
@@ -45,7 +45,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _MISFIT = -1
 
 CHECKS_MEMORY = True
-"""That native code checks the arrays of channels, and which memory the tensors of a normalisation share."""
+"""Native code of this backend checks the channel arrays and the memory that tensors of a norm share."""
 
 _plans = Plans()
 
@@ -141,7 +141,15 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 
 @dataclass(slots=True)
 class _Plan:
-    """A native plan, and what else it was made for."""
+    """A native plan and the tensors that it fits.
+
+    Attributes:
+        native: the plan of the native module.
+        starts: first row of each tensor, -1 for an untracked one; None when no tensor is tracked.
+        dims: row dimension of each tensor; None when no tensor is tracked.
+        layouts: sizes and strides of each tensor.
+        dtype: dtype of all tensors.
+    """
 
     native: Any
     starts: list[int] | None
@@ -151,6 +159,7 @@ class _Plan:
 
 
 def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: Rows | None) -> None:
+    """Run an op over a list: in one native call where possible, else in parts."""
     if not lists[0]:
         return
 
@@ -158,11 +167,11 @@ def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: R
         return _run(op, lists, options, rows)
 
     if not run(lists, rows):
-        in_parts(op, run, _walkable, fallback, lists, options, rows)
+        run_in_parts(op, run, _takes_kind, fallback, lists, options, rows)
 
 
 def _run(op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
-    """One native call. False when a tensor is such that it cannot be made; nothing has changed then."""
+    """Make one native call. Returns False, and changes nothing, when a tensor does not suit the kernels."""
     params = lists[0]
     return _plans.run(
         params,
@@ -173,23 +182,29 @@ def _run(op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> b
 
 
 def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
+    """Run ``plan``. Returns False, and writes no data, when a tensor does not match the plan.
+
+    Raises:
+        RuntimeError: the kernels refused the list.
+    """
     table = None if rows is None else rows.table
     arrays = () if table is None else row_arrays(table)
     hyper = _hyper(op, options, table)
-    learn = options.get("lr") != 0
+    update_statistics = options.get("lr") != 0
     threads = torch.get_num_threads()
     if op != STATISTICS:
-        # Raw writes do not tell autograd that a saved tensor has changed. Said before, while what belongs
-        # to the tensors is in the caches; if the call is not made then, it was said once too often.
+        # Autograd does not see raw writes, so the version is raised here. It is raised before the call,
+        # while the metadata of the tensors is in the caches. If the call is then not made, the version
+        # rises once more than necessary.
         increment_version(lists[0])
     if _native.exchanges:
-        code = _C.step(plan.native, op, lists, arrays, hyper, learn, threads)
+        code = _C.step(plan.native, op, lists, arrays, hyper, update_statistics, threads)
     else:
-        addresses = pointers.of_lists(lists, plan.layouts, plan.dtype, STEPS, _CPU)
-        flat = pointers.of_arrays(arrays, _CPU)
+        addresses = pointers.addresses_of_lists(lists, plan.layouts, plan.dtype, STEPS, _CPU)
+        flat = pointers.addresses_of_arrays(arrays, _CPU)
         if addresses is None or flat is None:
             return False
-        code = _C.step_at(plan.native, op, addresses, flat, hyper, learn, threads)
+        code = _C.step_at(plan.native, op, addresses, flat, hyper, update_statistics, threads)
     if code == _MISFIT:
         return False
     if code != 0:
@@ -198,7 +213,7 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
 
 
 def _hyper(op: int, options: dict[str, Any], table: RowTable | RowArrays | None) -> tuple[float, ...]:
-    """The numbers of a call in the order of ``Hyper`` in csrc/abi.h."""
+    """The hyperparameters of a call, in the order of ``Hyper`` in csrc/abi.h."""
     get = options.get
     scale = get("grad_scale")
     return (
@@ -221,15 +236,16 @@ def _hyper(op: int, options: dict[str, Any], table: RowTable | RowArrays | None)
     )
 
 
-def _walkable(param: Tensor) -> bool:
+def _takes_kind(param: Tensor) -> bool:
+    """Whether the kernels take the device and dtype of ``param``; `memory_shape` checks the strides."""
     return param.device.type == "cpu" and param.dtype in _DTYPES
 
 
 def _make_plan(params: Sequence[Tensor], rows: Rows | None) -> _Plan | None:
-    """A plan for all of ``params``; None when the kernels cannot walk one of them."""
+    """A plan for all of ``params``; None when the kernels cannot process one of them."""
     _checks.inside(rows, params)
     starts, dims = where_rows_are(rows)
-    shapes = memory_shapes(params, starts, dims, _walkable)
+    shapes = memory_shapes(params, starts, dims, _takes_kind)
     if shapes is None:
         return None
     dtype = params[0].dtype

@@ -1,11 +1,13 @@
-"""Normalisation with its activation, native, for tensors on NVIDIA GPUs.
+"""Native normalisation with its activation for tensors on NVIDIA GPUs.
 
-Compiled and tested in emulation, never run on a GPU. Forward: in training one pass for the mean and
-variance of every channel, whose parts a small launch merges, and one that normalises; else the latter
-alone. Backward: one pass for the sums of every channel, a small launch that merges them, one pass for the
-gradients, and with counts a last small launch. Each pass reads its tensors once, sixteen bytes at a time.
-Nothing is added atomically: the order depends on shapes alone. Scratch and results come from torch's
-allocator, nothing waits for the device, and all of it can be captured in a graph.
+The kernels are compiled and tested in emulation, and have never run on a GPU.
+
+The forward pass in training computes partial means and variances of the channels, merges them in a small
+launch, and normalises. In evaluation it only normalises. The backward pass computes partial sums of the
+channels, merges them in a small launch, and computes the gradients. With counts, another small launch
+updates them. Each launch over the data reads its tensors once, 16 bytes at a time. The kernels use no atomic
+additions, so the order of the sums depends only on the shapes. Scratch memory and results come from torch's
+allocator. The host never waits for the device, and CUDA graphs can capture both passes.
 """
 
 from __future__ import annotations
@@ -142,7 +144,7 @@ def norm_act_backward(
     call = _call(x, layout, operands, activation=activation, training=training, eps=eps, **options)
     _run("backward", call, x)
     if arrays:
-        # Raw writes do not tell autograd of themselves.
+        # Autograd does not see raw writes.
         increment_version(arrays)
     return (
         layout.returned(grad_x, x),
@@ -153,15 +155,17 @@ def norm_act_backward(
 
 
 def _fits(x: Tensor) -> bool:
+    """Whether the kernels take the device and dtype of ``x``."""
     return x.device.type == _target.device_type and x.dtype in cuda_library.DTYPES
 
 
 def _is_written(array: Tensor, x: Tensor) -> bool:
-    """Whether a field of ChannelCounts is what the kernels write."""
+    """Whether the kernels can write to ``array``, a field of ChannelCounts."""
     return array.dtype is torch.float32 and array.is_contiguous() and array.device == x.device
 
 
 def _scratch(x: Tensor, layout: Layout) -> Tensor:
+    """Float64 scratch memory for one pass over ``x``."""
     numbers = _target.library.sparsekern_cuda_norm_scratch(*layout[:3], x.element_size())
     return torch.empty(numbers, dtype=torch.float64, device=x.device)
 
@@ -169,8 +173,8 @@ def _scratch(x: Tensor, layout: Layout) -> Tensor:
 def _call(
     x: Tensor, layout: Layout, operands: dict[str, Tensor | None], *, activation: str, **options: Any
 ) -> cuda_library.Norm:
-    """What the library is called with; the caller holds ``operands`` until that is over."""
-    addresses = {name: pointers.of_tensor(tensor) for name, tensor in operands.items() if tensor is not None}
+    """The arguments of a library call. The caller keeps ``operands`` alive until the call returns."""
+    addresses = {name: pointers.address_of(tensor) for name, tensor in operands.items() if tensor is not None}
     return cuda_library.Norm(
         **addresses,
         **options,

@@ -1,12 +1,11 @@
-"""Native kernels for tensors on NVIDIA GPUs: two launches per list, equal to the reference.
+"""Native kernels for tensors on NVIDIA GPUs: two launches per list, with the results of the reference.
 
-The first launch makes the step and takes the sums of the rows, the second folds them and updates what the
-rows have per step. Everything about a list, addresses included, travels as arguments of the launches, so a
-call allocates nothing after the first, waits for nothing, and may be captured in a CUDA graph: learning
-rates, scales and ``found_inf`` that are tensors are read on the device, and so are penalties, countdowns
-and masks.
+The first launch makes the step and computes partial sums of the rows. The second launch adds these and
+updates statistics and countdowns. All data about a list, addresses included, are arguments of the launches.
+So calls after the first allocate no memory, the host never waits, and CUDA graphs can capture the calls. The
+device reads learning rates, scales and ``found_inf`` that are tensors, and penalties, countdowns and masks.
 
-Lists are planned and compared as on the CPU (:mod:`~sparsekern.kernels.backends.cpu`).
+Plans are made and compared as on the CPU (:mod:`~sparsekern.kernels.backends.cpu`).
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from sparsekern.kernels.backends.lists import (
     Lists,
     Plans,
     channel_arrays,
-    in_parts,
     memory_shapes,
     row_arrays,
+    run_in_parts,
     where_rows_are,
 )
 from sparsekern.kernels.native import cuda_library, pointers
@@ -43,15 +42,15 @@ from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
 
 _plans = Plans()
 
-# Scratch that a captured graph writes to for as long as it is replayed, which nobody tells us.
+# Scratch memory of captured graphs. It is never freed, because a graph may be replayed at any time.
 _captured: list[Tensor] = []
 
-# The counter of fold_moments by stream: two of them may run at once.
+# The counter of fold_moments for each stream, because launches on two streams may run at once.
 _tickets: dict[int, Tensor] = {}
 
 _MOMENT_DTYPES = (torch.int64, torch.int64, *[torch.float32] * 5)
 
-# What rows and their numbers have to be below in csrc/cuda/table.cuh.
+# Upper limit (exclusive) of the number of rows in csrc/cuda/table.cuh.
 _MOST_ROWS = 1 << 31
 
 
@@ -102,7 +101,7 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     device = table.sums.device
     channels, rows = table.channel_dot.numel(), table.sums.shape[0]
     fits = tuple(array.dtype for array in arrays) == _MOMENT_DTYPES
-    found = pointers.of_arrays(arrays, device) if fits else None
+    found = pointers.addresses_of_arrays(arrays, device) if fits else None
     sizes = [channels + 1, table.gate_rows.numel(), 4 * rows, channels, channels, 1, 1]
     if found is None or [size for _, size in found] != sizes:
         reference.channel_moments_(table)
@@ -113,14 +112,26 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
     if ticket is None or ticket.device != device:
         ticket = _tickets[stream] = torch.zeros((), dtype=torch.int32, device=device)
     moments = cuda_library.Moments(
-        *addresses, pointers.of_tensor(ticket), stream, channels, rows, table.decay, device.index or 0
+        *addresses, pointers.address_of(ticket), stream, channels, rows, table.decay, device.index or 0
     )
     cuda_library.check(_target.library, _target.library.sparsekern_cuda_moments(moments), "the channels")
 
 
 @dataclass(slots=True)
 class _Plan:
-    """How a list is cut, what its tensors have to be, and where its partial sums go."""
+    """The launch parameters of a list, its expected tensors, and the memory of its partial sums.
+
+    Attributes:
+        addresses: the expected tensors; reads their addresses at each call.
+        starts: first row of each tensor, -1 for an untracked one; None when no tensor is tracked.
+        dims: row dimension of each tensor; None when no tensor is tracked.
+        shapes: array of ``Shape``, one per tensor.
+        cuts: array of ``Cut``, one per tensor.
+        partials: number of partial sums; each has four float32 values.
+        scratch: memory of the partial sums; None before the first call.
+        stream: handle of the stream that uses ``scratch``.
+        captured: whether a CUDA graph was captured with ``scratch``.
+    """
 
     addresses: Addresses
     starts: list[int] | None
@@ -133,7 +144,7 @@ class _Plan:
     captured: bool = False
 
     def scratch_on(self, stream: int) -> int | None:
-        """Address of memory for the partial sums, which torch's allocator knows to be used on ``stream``."""
+        """Address of the memory for partial sums, allocated for ``stream``; None when none is needed."""
         if self.partials == 0:
             return None
         if self.scratch is None or self.stream != stream:
@@ -142,10 +153,11 @@ class _Plan:
         if not self.captured and cuda_library.capturing():
             _captured.append(self.scratch)
             self.captured = True
-        return pointers.of_tensor(self.scratch)
+        return pointers.address_of(self.scratch)
 
 
 def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: Rows | None) -> None:
+    """Run an op over a list: in one native call where possible, else in parts."""
     if not lists[0]:
         return
 
@@ -159,10 +171,15 @@ def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: R
         )
 
     if not run(lists, rows):
-        in_parts(op, run, _walkable, fallback, lists, options, rows)
+        run_in_parts(op, run, _takes_kind, fallback, lists, options, rows)
 
 
 def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
+    """Run ``plan``. Returns False, and changes nothing, when a tensor does not match the plan.
+
+    Raises:
+        RuntimeError: the kernels could not be launched.
+    """
     table = None if rows is None else rows.table
     scaled = options.get("grad_scale") is not None
     addresses = plan.addresses.read(op, lists, () if table is None else row_arrays(table), scaled)
@@ -176,7 +193,7 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
         partials=plan.scratch_on(stream),
         stream=stream,
         hyper=_hyper(options, table),
-        # Statistics alone are taken at any rate.
+        # row_statistics_ has no learning rate; any value but 0 updates the statistics.
         lr=_scalar(options.get("lr", 1.0)),
         grad_scale=_scalar(options.get("grad_scale")),
         found_inf=_scalar(options.get("found_inf")),
@@ -188,12 +205,13 @@ def _call(plan: _Plan, op: int, lists: Lists, options: dict[str, Any], rows: Row
     code = _target.library.sparsekern_cuda_step(call)
     cuda_library.check(_target.library, code, f"a list of {len(lists[0])} tensors")
     if op != STATISTICS:
-        # Raw writes do not tell autograd that a saved tensor has changed.
+        # Autograd does not see raw writes, so the version of the tensors is raised here.
         increment_version(lists[0])
     return True
 
 
 def _hyper(options: dict[str, Any], table: RowTable | RowArrays | None) -> cuda_library.Hyper:
+    """The hyperparameters of a call that are plain numbers."""
     hyper = (
         cuda_library.Hyper(tau=1.0, decay=0.0)
         if table is None
@@ -206,20 +224,22 @@ def _hyper(options: dict[str, Any], table: RowTable | RowArrays | None) -> cuda_
 
 
 def _scalar(value: float | Tensor | None) -> cuda_library.Scalar:
+    """A number, or the address and dtype of a one-element tensor."""
     if isinstance(value, Tensor):
-        return cuda_library.Scalar(pointers.of_tensor(value), 0.0, cuda_library.DTYPES[value.dtype])
+        return cuda_library.Scalar(pointers.address_of(value), 0.0, cuda_library.DTYPES[value.dtype])
     return cuda_library.Scalar(None, 0.0 if value is None else value, 0)
 
 
-def _walkable(param: Tensor) -> bool:
+def _takes_kind(param: Tensor) -> bool:
+    """Whether the kernels take the device and dtype of ``param``; `memory_shape` checks the strides."""
     return param.device.type == _target.device_type and param.dtype in cuda_library.DTYPES
 
 
 def _make_plan(params: Sequence[Tensor], rows: Rows | None) -> _Plan | None:
-    """A plan for all of ``params``; None when the kernels cannot walk one of them."""
+    """A plan for all of ``params``; None when the kernels cannot process one of them."""
     checks.inside(rows, params)
     starts, dims = where_rows_are(rows)
-    shapes = memory_shapes(params, starts, dims, _walkable)
+    shapes = memory_shapes(params, starts, dims, _takes_kind)
     if shapes is None:
         return None
     ends = [start + rows for _, rows, _, start in shapes if start >= 0]

@@ -1,4 +1,4 @@
-"""Every op in plain torch: the specification of the other backends, and itself one."""
+"""All ops in plain torch. This backend is the specification of the other backends."""
 
 from sparsekern.kernels.backends.reference.norm_act import norm_act_backward as norm_act_backward
 from sparsekern.kernels.backends.reference.norm_act import norm_act_forward as norm_act_forward

@@ -1,13 +1,13 @@
 """Batch normalisation with its activation, in plain torch: the specification of the fused kernels.
 
-``x`` is ``[N, C, ...]``. With one mean and variance per channel, rounded to the compute type (float64
-for float64, else float32), and everything per channel computed in float64 and then rounded:
+``x`` is ``[N, C, ...]``. Each channel has one mean and one variance, rounded to the compute type (float64
+for float64, else float32). Per-channel values are computed in float64 and then rounded:
 
     scale = gamma / sqrt(var + eps);  shift = beta - mean * scale
     z = x * scale + shift (+ residual);  y = activation(z)
 
-The backward pass recomputes ``z`` by the same expression, so that it decides as the forward pass did
-where ``z`` is within rounding of a kink. Nothing but ``x``, the residual, mean and variance is kept.
+The backward pass recomputes ``z`` with the same expression, so both passes agree on which side of a kink of
+the activation ``z`` is. Only ``x``, the residual, the mean and the variance are stored for it.
 Formulas: Ioffe and Szegedy 2015, "Batch Normalization"; derivatives of the activations as in torch
 (aten/native/cpu/Activation.cpp).
 """
@@ -38,24 +38,25 @@ def norm_act_forward(
     eps: float,
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, mean, var)``: the output, and what the channels were normalised by.
+    """Normalise each channel, add the residual and apply the activation.
 
     Args:
         x: ``[N, C, ...]``; float32, float64, bfloat16 or float16.
-        residual: like ``x``, added before the activation.
+        residual: like ``x``; added before the activation.
         weight, bias: gamma and beta ``[C]``; None for 1 and 0.
         running_mean, running_var: ``[C]``; used unless ``training``.
-        mask: bool ``[C]``; where True the channel's ``x`` is not read and ``z`` is the residual, or 0.
-            Their mean and variance are the running ones, in training the variance without its correction
-            for the number of elements, so that an update of the running ones leaves them as they are.
-        momentum: in training, the share of the batch's statistics that goes into the running ones, in place:
-            as in torch, with the variance of ``elements - 1``.
+        mask: bool ``[C]``; True for a masked channel. Its ``x`` is not read, and its ``z`` is the residual
+            or 0. Its mean and variance are the running ones. In training the variance is multiplied by
+            ``(elements - 1) / elements``, so an update leaves the running variance unchanged.
         activation: one of :data:`ACTIVATIONS`.
-        training: normalise by the batch's own mean and (biased) variance.
+        training: normalise by the mean and the (biased) variance of the batch.
+        eps: added to the variance.
+        momentum: weight of the batch's statistics in the update of the running ones, in training. As in
+            torch, the update uses the unbiased variance (divisor ``elements - 1``) and is in place.
 
     Returns:
-        ``y`` of the shape, dtype and memory format of ``x``; ``mean`` and ``var`` ``[C]``, float64 for
-        float64, else float32.
+        ``(y, mean, var)``. ``y`` has the shape, dtype and memory format of ``x``. ``mean`` and ``var`` are
+        the ``[C]`` statistics that ``x`` was normalised by: float64 for float64 ``x``, else float32.
     """
     dtype = compute_dtype(x)
     values = x.to(dtype)
@@ -75,7 +76,14 @@ def norm_act_forward(
 def track(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: int, momentum: float
 ) -> None:
-    """Blend the statistics of a batch of ``elements`` for each channel into the running ones, in place."""
+    """Update the running statistics from those of a batch, in place.
+
+    Args:
+        running_mean, running_var: ``[C]``; written.
+        mean, var: ``[C]``; mean and biased variance of the batch.
+        elements: number of elements per channel in the batch.
+        momentum: weight of the batch.
+    """
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     unbiased = var * (elements / (elements - 1))
     running_var.lerp_(unbiased.to(running_var.dtype), momentum)
@@ -96,19 +104,19 @@ def norm_act_backward(
     eps: float,
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of ``x``, ``residual``, ``weight`` and ``bias``, and the counts on the way.
+    """Gradients of ``x``, ``residual``, ``weight`` and ``bias``; also updates ``counts``.
 
     Args:
         grad: the gradient of ``y``.
-        mean, var: what :func:`norm_act_forward` returned.
-        counts: updated when given.
+        mean, var: the results of :func:`norm_act_forward`.
+        counts: the statistics of the channels, or None. Written.
 
-    The other arguments are those of the forward pass. A masked channel gets zeros; its residual gets the
-    gradient of its own activation.
+    The other arguments are those of the forward pass. The gradients of a masked channel are 0. Its residual
+    gets the gradient of the activation.
 
     Returns:
-        The first two like ``x`` (the second None without ``residual``), the others ``[C]`` in the
-        compute type.
+        ``(grad_x, grad_residual, grad_weight, grad_bias)``. The first two are like ``x``, and the second is
+        None without ``residual``. The last two are ``[C]`` in the compute type.
     """
     dtype = compute_dtype(x)
     values = x.to(dtype)
@@ -141,13 +149,15 @@ def count(
     live: Tensor,
     elements: int,
 ) -> None:
-    """Fold one pass into the means, and set the thresholds of the next.
+    """Update the means of ``counts`` with one pass, and set the thresholds of the next pass.
 
     Args:
-        exceeding: float64 ``[C]``; elements above their threshold.
+        counts: the statistics of the channels. Written.
+        exceeding: float64 ``[C]``; number of elements above their threshold.
         grad_sq: float64 ``[C]``; sums of the squared gradients.
-        live: bool ``[C]``; not masked.
-        elements: of a channel.
+        weight, bias: gamma and beta ``[C]``; None for 1 and 0.
+        live: bool ``[C]``; True for channels that are not masked.
+        elements: number of elements per channel.
     """
     gamma_sq = 1.0 if weight is None else weight.double().square()
     beta_sq = 0.0 if bias is None else bias.double().square()
@@ -167,7 +177,7 @@ def count(
 def _initial(
     running_mean: Tensor | None, running_var: Tensor | None, x: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Copies of the running mean and variance; 0 and 1 where there are none."""
+    """Copies of the running mean and variance in ``dtype``; 0 and 1 for None."""
     mean = x.new_zeros(x.shape[1], dtype=dtype) if running_mean is None else running_mean.to(dtype, copy=True)
     var = x.new_ones(x.shape[1], dtype=dtype) if running_var is None else running_var.to(dtype, copy=True)
     return mean, var
@@ -207,8 +217,10 @@ def _grad_of_input(
     elements: int,
     training: bool,
 ) -> Tensor:
-    """``scale * (dz - mean(dz) - (x - mean) * mean(dz * (x - mean)) / (var + eps))``; in evaluation the
-    means are not of this batch, and do not depend on it."""
+    """Gradient of ``x``: ``scale * (dz - mean(dz) - (x - mean) * mean(dz * (x - mean)) / (var + eps))``.
+
+    In evaluation it is ``scale * dz``, because the statistics do not depend on the batch.
+    """
     scale = _scale(weight, var, eps)
     grad = dz * _spread(scale.to(dz.dtype), dz)
     if not training:
@@ -223,6 +235,7 @@ def _threshold(counts: ChannelCounts | None, mean: Tensor) -> Tensor:
 
 
 def _spread(per_channel: Tensor, like: Tensor) -> Tensor:
+    """Values ``[C]`` in a shape that broadcasts over ``like`` ``[N, C, ...]``."""
     return per_channel.reshape([-1 if d == 1 else 1 for d in range(like.dim())])
 
 
@@ -241,7 +254,7 @@ def _activate(z: Tensor, activation: str) -> Tensor:
 
 
 def _gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    """The gradient of ``z`` from that of ``activation(z)``."""
+    """Gradient of ``z``, from ``grad``, the gradient of ``activation(z)``."""
     if activation == "relu":
         return torch.where(z <= 0, 0, grad)
     if activation == "relu6":

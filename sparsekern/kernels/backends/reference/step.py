@@ -1,23 +1,22 @@
-"""The step in plain torch: the specification that every other backend equals, and itself a backend.
+"""The step in plain torch. This backend is the specification of the other backends.
 
 A backend is a module with the five functions below and the two of
-:mod:`~sparsekern.kernels.backends.reference.norm_act`, called with arguments that were already checked
-(:mod:`sparsekern.kernels.checks`). All tensors of a call lie on one device; ``params``, ``grads`` and the
-state lists are as long as each other and of one floating dtype. ``rows`` says which rows the
-tensors have; it is None when none of them is tracked. ``rows.table`` may be any object with the
-attributes of ``RowArrays``.
+:mod:`~sparsekern.kernels.backends.reference.norm_act`. The callers have checked the arguments
+(:mod:`sparsekern.kernels.checks`). All tensors of a call are on one device. ``params``, ``grads`` and the
+state lists have the same length and one floating dtype. ``rows`` gives the rows of the tensors; it is None
+when no tensor is tracked. ``rows.table`` may be any object with the attributes of ``RowArrays``.
 
 Arithmetic. The compute type is float64 for float64 tensors and float32 for all others; 16-bit
 tensors are widened at the load and rounded once at the store, and an update reads the unrounded
-state. Scalars are formed in float64 and rounded once to the compute type. Every operation written
-here is one rounding, in the order written (no fused multiply-add), so a backend may be compared
-element by element.
+state. Scalars are computed in float64 and rounded once to the compute type. Each operation in this file
+rounds once, in the order of the code (no fused multiply-add), so backends can be compared element by
+element.
 
-Rows. A row with ``countdown == 0`` is *masked*: nothing of it is read or written, its gradient
-included (it was zeroed when the mask was set), and its sums are 0. Rows are taken along a logical
-dimension, so memory formats make no difference; the sum over a row may be taken in any order.
+Rows. A row with ``countdown == 0`` is *masked*: the step neither reads nor writes its parameter, gradient
+and state, and its sums are 0. The parameter and the state were zeroed when the mask was set. Rows run along
+a logical dimension, so the memory format makes no difference. The sum over a row may be taken in any order.
 
-Nothing here reads a device value into Python: conditions are tensors.
+No function reads a device value into Python: conditions are tensors.
 """
 
 from __future__ import annotations
@@ -49,22 +48,27 @@ def sgd_step_(
     found_inf: Tensor | None,
     rows: Rows | None,
 ) -> None:
-    """One step of SGD with everything that the rows ask for, in place.
+    """One step of SGD with penalties, statistics, declines and masks of rows, in place.
+
+    When ``lr`` is 0, the step updates no statistics and no countdowns.
 
     Args:
+        params: the parameters. Written.
+        grads: their gradients. Written only with ``grad_scale``.
         momentum_buffers: empty when ``momentum`` is 0. With ``first`` they are set to the gradient
-            and their content is not read; they come zeroed, because masked rows are not written.
+            and not read. The caller zeroes new buffers, because masked rows are not written.
         lr: a float, or a one-element floating tensor on the device of the parameters.
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        first: the buffers are new.
         grad_scale: one-element float32; gradients are divided by it and stored back.
-        found_inf: one-element float32; when it is 1 nothing at all changes.
-
-    When ``lr`` is 0 the rows do not take part: no statistics, no decline.
+        found_inf: one-element float32; when it is 1, nothing changes.
+        rows: the rows of ``params``; None when no tensor is tracked.
     """
-    go, learn = _conditions(lr, found_inf, params)
+    go, update_statistics = _conditions(lr, found_inf, params)
     lr = _rate(lr)
     grad_scale = None if grad_scale is None else grad_scale.clone()
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        row = _rows_of(rows, i, param, learn)
+        row = _rows_of(rows, i, param, update_statistics)
         keep = _and(row.live, go) if row else go
         w = _widen(param)
         d = _gradient(grad, w.dtype, grad_scale, maximize, keep)
@@ -111,19 +115,22 @@ def adam_step_(
     found_inf: Tensor | None,
     rows: Rows | None,
 ) -> None:
-    """One step of Adam (``decoupled``: AdamW) with everything that the rows ask for, in place.
+    """One step of Adam (``decoupled``: AdamW) with penalties, statistics, declines and masks, in place.
 
     Args:
-        max_exp_avg_sqs: empty unless ``amsgrad``.
-        steps: float32, one element each: steps made so far; incremented here, before they are used.
+        exp_avgs, exp_avg_sqs: running means of the gradient and its square. Written.
+        max_exp_avg_sqs: empty unless ``amsgrad``. Written.
+        steps: float32, one element each; number of earlier steps. Incremented before use.
+        beta1, beta2, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.Adam``.
+        decoupled: weight decay and penalties shrink the parameter (AdamW), not the gradient.
 
     The other arguments are as in :func:`sgd_step_`.
     """
-    go, learn = _conditions(lr, found_inf, params)
+    go, update_statistics = _conditions(lr, found_inf, params)
     lr = _rate(lr)
     grad_scale = None if grad_scale is None else grad_scale.clone()
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        row = _rows_of(rows, i, param, learn)
+        row = _rows_of(rows, i, param, update_statistics)
         keep = _and(row.live, go) if row else go
         step = steps[i]
         step += 1 if go is None else go.to(step.dtype)
@@ -157,10 +164,10 @@ def adam_step_(
 
 @torch.no_grad()
 def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: Rows) -> None:
-    """The statistics of a step alone, before an optimizer that knows nothing of rows makes its own.
+    """Only the statistics of a step; called before the step of an external optimizer.
 
-    Fills ``sums`` and updates ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step
-    does; parameters and gradients are only read.
+    The function writes ``sums``, ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step does.
+    Parameters and gradients are only read.
     """
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, None)
@@ -170,15 +177,15 @@ def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: 
 
 @torch.no_grad()
 def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
-    """Penalty, decline and mask alone, after an optimizer that knows nothing of rows made its step.
+    """Only the penalty, decline and mask of a step; called after the step of an external optimizer.
 
-    Masked rows become 0; the others are multiplied by ``1 - lr * penalty``, and declining ones then
-    fall as in a step. With ``lr`` 0 nothing but the mask takes place.
+    Masked rows become 0. The other rows are multiplied by ``1 - lr * penalty``, and declining rows then
+    shrink as in a step. With ``lr`` 0 only the mask is applied.
     """
-    _, learn = _conditions(lr, None, params)
+    _, update_statistics = _conditions(lr, None, params)
     lr = _rate(lr)
     for i, param in enumerate(params):
-        row = _rows_of(rows, i, param, learn)
+        row = _rows_of(rows, i, param, update_statistics)
         if row:
             w = _widen(param)
             w = row.decline(_shrink(w, lr, 0.0, row))
@@ -188,28 +195,42 @@ def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> No
 
 @torch.no_grad()
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
-    """Fold the dots of the last step into the means per channel; once per step, after all lists.
+    """Update the means per channel with the dots of the last step; called once per step, after all lists.
 
-    Per channel, ``x`` is the sum over its gates' rows of ``dot`` (float32, any order), and
-    ``channel_dot = decay * channel_dot + (1 - decay) * x``, likewise ``channel_dot_sq`` with
-    ``x * x``; ``updates`` rises by 1. The dots and ``pending`` are then set to 0. When ``pending``
-    is 0 (no step since, or one that changed nothing) nothing changes.
+    For each channel, ``x`` is the sum of ``dot`` over the rows of its gates (float32, any order). The update
+    is ``channel_dot = decay * channel_dot + (1 - decay) * x``, and likewise ``channel_dot_sq`` with
+    ``x * x``. ``updates`` rises by 1. Then the dots and ``pending`` are set to 0. When ``pending`` is 0 (no
+    step since the last call, or a skipped step), the means and ``updates`` do not change.
     """
-    learn = table.pending != 0
+    update_statistics = table.pending != 0
     dot = table.sums[:, DOT].index_select(0, table.gate_rows)
     x = torch.segment_reduce(dot, "sum", offsets=table.gate_offsets, initial=0)
-    _blend(table.channel_dot, x, table.decay, learn)
-    _blend(table.channel_dot_sq, x * x, table.decay, learn)
-    table.updates.add_(learn)
+    _blend(table.channel_dot, x, table.decay, update_statistics)
+    _blend(table.channel_dot_sq, x * x, table.decay, update_statistics)
+    table.updates.add_(update_statistics)
     table.sums[:, DOT] = 0
     table.pending.zero_()
 
 
 class _RowStep:
-    """The rows of one tensor during one step."""
+    """The rows of one tensor during one step.
+
+    Attributes:
+        size: number of elements of a row.
+        shape: shape in which per-row values broadcast over the tensor.
+        update_statistics: bool ``[]``, whether the step updates statistics and countdowns; None for True.
+        alive: bool ``[rows]``; rows that are not masked. ``live`` is the same in ``shape``.
+        declining: bool ``[rows]``; rows that shrink in this step.
+        ending: bool in ``shape``; rows that become 0 in this step.
+    """
 
     def __init__(
-        self, table: RowTable | RowArrays, param: Tensor, start: int, dim: int, learn: Tensor | None
+        self,
+        table: RowTable | RowArrays,
+        param: Tensor,
+        start: int,
+        dim: int,
+        update_statistics: Tensor | None,
     ) -> None:
         self.table = table
         self.dim = dim
@@ -218,24 +239,25 @@ class _RowStep:
         self.shape = [1] * param.dim()
         self.shape[dim] = self.rows
         self.slice = slice(start, start + self.rows)
-        self.learn = learn
+        self.update_statistics = update_statistics
         self.penalty = table.penalty[self.slice].double()
         self.elements = table.elements[self.slice]
         self.countdown = table.countdown[self.slice]
         self.alive = self.countdown != 0
         self.live = self.spread(self.alive)
-        self.declining = _and(self.countdown > 0, learn)
-        self.ending = self.spread(_and(self.countdown == 1, learn))
+        self.declining = _and(self.countdown > 0, update_statistics)
+        self.ending = self.spread(_and(self.countdown == 1, update_statistics))
 
     def spread(self, values: Tensor) -> Tensor:
         """Per-row values in a shape that broadcasts over the tensor."""
         return values.reshape(self.shape)
 
     def _fold(self, values: Tensor) -> Tensor:
+        """Sum over each row, ``[rows]``."""
         return values.movedim(self.dim, 0).reshape(self.rows, self.size).sum(1)
 
     def statistics(self, w: Tensor, d: Tensor) -> None:
-        """Sums, mean activity and next thresholds, from the parameter before its update."""
+        """Update sums, activity and thresholds from the parameter before its update and its gradient."""
         table = self.table
         threshold = table.threshold[self.slice]
         exceeds = d.abs() > self.spread(threshold)
@@ -245,16 +267,16 @@ class _RowStep:
         counted = self.alive & finite
         sums = torch.where(counted[:, None], sums, 0)
         spoilt = (self.alive & ~finite).sum()
-        table.nonfinite.add_(spoilt if self.learn is None else spoilt * self.learn)
-        _store(table.sums[self.slice], sums, self.learn)
-        counted = _and(counted, self.learn)
+        table.nonfinite.add_(spoilt if self.update_statistics is None else spoilt * self.update_statistics)
+        _store(table.sums[self.slice], sums, self.update_statistics)
+        counted = _and(counted, self.update_statistics)
         share = sums[:, COUNT] / self.elements
         _blend(table.activity[self.slice], share, table.decay, counted)
         _store(threshold, self._next_threshold(sums, counted), counted)
-        _store(table.pending, torch.ones_like(table.pending), self.learn)
+        _store(table.pending, torch.ones_like(table.pending), self.update_statistics)
 
     def _next_threshold(self, sums: Tensor, counted: Tensor) -> Tensor:
-        """``tau * rms of |d| * norm over the counted rows / norm``, with a row's norm; float64."""
+        """``tau * rms / norm`` of each row; ``rms`` is that of ``|d| * norm`` over the counted rows."""
         weight_sq = sums[:, WEIGHT_SQ].double()
         total = (sums[:, GRAD_SQ].double() * weight_sq).sum()
         rms = (total / (counted * self.elements.double()).sum()).sqrt()
@@ -262,45 +284,51 @@ class _RowStep:
         return torch.where(weight_sq == 0, torch.inf, threshold).float()
 
     def decline(self, w: Tensor) -> Tensor:
-        """``w`` times ``(k - 1) / k`` in declining rows; in their last step exactly 0."""
+        """``w``, times ``(k - 1) / k`` in rows with ``k`` steps left; exactly 0 in the last step."""
         steps = self.countdown.to(w.dtype)
         factor = torch.where(self.declining, (steps - 1) / steps, 1)
         return self.clear(w * self.spread(factor))
 
     def clear(self, values: Tensor) -> Tensor:
-        """Zero the rows that end their decline in this step: from the next on they are masked."""
+        """``values`` with 0 in the rows whose decline ends in this step. These rows become masked."""
         return torch.where(self.ending, 0, values)
 
     def count_down(self) -> None:
+        """Subtract 1 from the countdown of declining rows, in place."""
         self.countdown -= self.declining.to(self.countdown.dtype)
 
 
-def _rows_of(rows: Rows | None, i: int, param: Tensor, learn: Tensor | None) -> _RowStep | None:
+def _rows_of(rows: Rows | None, i: int, param: Tensor, update_statistics: Tensor | None) -> _RowStep | None:
     if rows is None or rows.table is None or rows.starts[i] < 0:
         return None
-    return _RowStep(rows.table, param, rows.starts[i], rows.dims[i], learn)
+    return _RowStep(rows.table, param, rows.starts[i], rows.dims[i], update_statistics)
 
 
 def _conditions(
     lr: float | Tensor, found_inf: Tensor | None, params: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Whether anything changes, and whether the rows take part; None stands for certainly."""
+    """Conditions of a step.
+
+    Returns:
+        ``(go, update_statistics)``, bool ``[]``: whether the step is made, and whether it updates
+        statistics and countdowns. None stands for True.
+    """
     go = None if found_inf is None else found_inf.reshape(()) != 1
     if isinstance(lr, Tensor):
         return go, _and(lr.reshape(()) != 0, go)
     if lr == 0 and params:
-        # A tensor although known here: "certainly not" would be a third case everywhere below.
+        # A tensor, although the value is known: a Python False would be a third case for all callers.
         return go, torch.zeros((), dtype=torch.bool, device=params[0].device)
     return go, go
 
 
 def _rate(lr: float | Tensor) -> float | Tensor:
-    """``lr`` as a float or 0-dim float64, in memory of its own: it is read before anything is written."""
+    """``lr`` as a float or 0-dim float64 tensor. The tensor is a copy, in case the step writes to ``lr``."""
     return lr.reshape(()).to(torch.float64, copy=True) if isinstance(lr, Tensor) else lr
 
 
 def _and(condition: Tensor, other: Tensor | None) -> Tensor:
-    """Both; None stands for certainly."""
+    """Both conditions; None stands for True."""
     return condition if other is None else condition & other
 
 
@@ -317,17 +345,19 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _store(target: Tensor, value: Tensor, keep: Tensor | None) -> None:
+    """Write ``value`` where ``keep`` is True, in place; None stands for True."""
     target.copy_(value if keep is None else torch.where(keep, value, target))
 
 
 def _blend(mean: Tensor, value: Tensor, decay: float, keep: Tensor | None) -> None:
+    """Update an exponential mean where ``keep`` is True, in place."""
     _store(mean, mean * _scalar(decay, mean) + value * _scalar(1 - decay, mean), keep)
 
 
 def _gradient(
     grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool, keep: Tensor | None
 ) -> Tensor:
-    """The unscaled gradient in the compute type; under a scale also stored, with torch's sign."""
+    """The unscaled gradient, negated with ``maximize``. With a scale it is also stored, never negated."""
     d = grad.to(dtype)
     if grad_scale is not None:
         d = d / _scalar(grad_scale, d)
@@ -336,7 +366,7 @@ def _gradient(
 
 
 def _l2(weight_decay: float, row: _RowStep | None, w: Tensor) -> Tensor | None:
-    """What times W is added to the gradient: ``weight_decay + penalty``; None for nothing."""
+    """Factor of ``w`` in the gradient: ``weight_decay + penalty``; None for 0 without rows."""
     if row:
         return row.spread((weight_decay + row.penalty).to(w.dtype))
     return None if weight_decay == 0 else _scalar(weight_decay, w)
@@ -350,14 +380,14 @@ def _shrink(w: Tensor, lr: float | Tensor, weight_decay: float, row: _RowStep | 
 
 
 def _sqrt(values: Tensor) -> Tensor:
-    """Correctly rounded, which torch's own is not for float32 on a CPU (MKL's is the last bit off)."""
+    """Correctly rounded square root. torch's float32 root on a CPU (from MKL) can be one bit off."""
     if values.is_cpu and values.dtype == torch.float32:
         return values.double().sqrt().float()
     return values.sqrt()
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """torch.lerp's two formulas, whose choice keeps both ends exact."""
+    """``torch.lerp`` with its two formulas: weight 0 gives exactly ``start``, weight 1 exactly ``end``."""
     if weight < 0.5:
         return start + _scalar(weight, start) * (end - start)
     return end - (end - start) * (1 - _scalar(weight, start))

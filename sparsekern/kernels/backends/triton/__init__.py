@@ -1,4 +1,4 @@
-"""Triton kernels of everything, for GPUs where nothing was compiled."""
+"""Triton kernels of all operations, for GPUs without the compiled CUDA library."""
 
 from sparsekern.kernels.backends.triton.norm_act import norm_act_backward as norm_act_backward
 from sparsekern.kernels.backends.triton.norm_act import norm_act_forward as norm_act_forward

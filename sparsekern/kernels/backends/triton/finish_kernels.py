@@ -1,4 +1,4 @@
-"""What follows the chunks of a step, as ``csrc/cuda/finish.cu``, and the means per channel."""
+"""The second launch of a step, as in ``csrc/cuda/finish.cu``, and the means per channel."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that mypy knows.
@@ -37,7 +37,7 @@ from sparsekern.kernels.backends.triton.table import (
 
 @triton.jit
 def _statistics(table, entry, BLOCK: tl.constexpr):
-    """Sums, mean activity and next thresholds of a tensor."""
+    """Store the sums, mean activities and next thresholds of a tensor's rows."""
     start, rows = tl.load(entry + START), tl.load(entry + ROWS)
     elements = array(table, ELEMENTS, tl.float32)
     squares = tl.zeros((BLOCK,), tl.float64)
@@ -49,7 +49,7 @@ def _statistics(table, entry, BLOCK: tl.constexpr):
         squares += tl.where(counts, grad_sq.to(tl.float64) * weight_sq.to(tl.float64), 0)
         counted += counts.to(tl.int64)
         spoilt += spoils.to(tl.int64)
-    # With nothing counted there is nothing to store.
+    # If no row counts, no threshold is stored; the maximum only avoids a division by 0.
     number_of = tl.maximum(tl.sum(counted, 0), 1).to(tl.float64) * tl.load(elements + start).to(tl.float64)
     reach = number(table, TAU) * tl.sqrt(tl.sum(squares, 0) / number_of)
     decay = number(table, DECAY)
@@ -83,13 +83,13 @@ def finish(
     FLAGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program for each tensor folds the sums of its rows and updates what is kept from step to step.
+    """Add up the sums of a tensor's rows and update its state between steps; one program per tensor.
 
     Args:
-        table, shapes, lr, found_inf, OP, FLAGS: as of the step.
-        BLOCK: rows that are looked at at once.
+        table, shapes, lr, found_inf, OP, FLAGS: as in ``step_kernels.step``.
+        BLOCK: number of rows that are processed at once.
     """
-    _, go, learn = conditions(table, lr, found_inf)
+    _, go, update_statistics = conditions(table, lr, found_inf)
     if go:
         tensor = tl.program_id(0).to(tl.int64)
         entry = shapes + tensor * FIELDS
@@ -98,7 +98,7 @@ def finish(
             tl.store(step, tl.load(step) + 1)
         if TRACKS & FLAGS:
             start, rows = tl.load(entry + START), tl.load(entry + ROWS)
-            if (start >= 0) & learn:
+            if (start >= 0) & update_statistics:
                 if OP != IS_MASK:
                     _statistics(table, entry, BLOCK)
                 if OP != IS_STATISTICS:
@@ -122,10 +122,23 @@ def fold_channels(
     fresh,
     BLOCK: tl.constexpr,
 ):
-    """The means of the dots of channels: a program for each ``BLOCK`` of them."""
+    """Update the means per channel of the dot and its square; one program per ``BLOCK`` channels.
+
+    Args:
+        offsets: int64 ``[channels + 1]``, where each channel's entries begin in ``gates``.
+        gates: int64 ``[G]``, rows of the channels' gates.
+        sums: float32 ``[rows, 4]``.
+        means: float32 ``[channels]``, running means of the dot.
+        mean_squares: float32 ``[channels]``, running means of its square.
+        pending: one element; 0 leaves the means unchanged.
+        channels: number of channels.
+        keep: weight of the old means.
+        fresh: weight of the new values.
+        BLOCK: number of channels per program.
+    """
     channel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = channel < channels
-    learn = tl.load(pending) != 0
+    update_statistics = tl.load(pending) != 0
     begin = tl.load(offsets + channel, mask=there, other=0)
     end = tl.load(offsets + channel + 1, mask=there, other=0)
     x = tl.zeros((BLOCK,), tl.float32)
@@ -135,5 +148,5 @@ def fold_channels(
         x += tl.load(sums + row * 4 + DOT, mask=more, other=0)
     mean = tl.load(means + channel, mask=there, other=0)
     square = tl.load(mean_squares + channel, mask=there, other=0)
-    tl.store(means + channel, mean * keep + x * fresh, mask=only_if(learn, there))
-    tl.store(mean_squares + channel, square * keep + x * x * fresh, mask=only_if(learn, there))
+    tl.store(means + channel, mean * keep + x * fresh, mask=only_if(update_statistics, there))
+    tl.store(mean_squares + channel, square * keep + x * x * fresh, mask=only_if(update_statistics, there))

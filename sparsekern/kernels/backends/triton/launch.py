@@ -1,4 +1,4 @@
-"""What all launches of Triton kernels have in common."""
+"""Types, options and device of all launches of Triton kernels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ STORAGE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-"""Types of tensors."""
+"""Triton types of the supported tensor dtypes."""
 
 DEVICE_TYPE = "cpu" if triton.knobs.runtime.interpret else "cuda"
-"""Where tensors have to be."""
+"""Device type of all tensors; ``"cpu"`` in Triton's interpreter."""
 
 OPTIONS = {"enable_fp_fusion": False}
-"""Multiplications and additions are rounded one by one, as in the reference."""
+"""Compiler options: without fusion, each multiplication and addition is rounded, as in the reference."""
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
+    """A context with the device of ``tensor`` as the current device, on which kernels are launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def compute_type(dtype: torch.dtype) -> Any:
-    """The type of the arithmetic on tensors of ``dtype``."""
+    """The Triton type of arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
     return tl.float64 if dtype is torch.float64 else tl.float32

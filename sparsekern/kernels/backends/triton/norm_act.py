@@ -1,12 +1,12 @@
 """Normalisation with its activation in Triton; compiled and tested in its interpreter, never run on a GPU.
 
-The twin of :mod:`sparsekern.kernels.backends.cuda.norm_act`, in the same passes. Element (o, c, i) of x is
-at ``(o * channels + c) * inner + i``. A tile is ``CHANNELS`` times ``OUTER * INNER`` elements, the latter as
-one axis; a program takes some tiles of the same channels one after the other (``turns``) and leaves partial
-sums in float64, which a small launch merges in the order of the programs. How tensors are cut depends on
-shapes alone, and nothing is added atomically.
+This backend is the counterpart of :mod:`sparsekern.kernels.backends.cuda.norm_act` and has the same passes.
+Element (o, c, i) of x is at ``(o * channels + c) * inner + i``. A tile has ``CHANNELS`` times
+``OUTER * INNER`` elements, in two axes. A program processes ``turns`` tiles of the same channels one after
+the other and stores partial sums in float64. A small launch merges these in the order of the programs. The
+division of tensors depends on shapes alone, and there are no atomic additions.
 
-With ``TRITON_INTERPRET=1``, set before triton is imported, it takes tensors on the CPU.
+With ``TRITON_INTERPRET=1``, set before triton is imported, the backend takes tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -23,24 +23,33 @@ from sparsekern.kernels.backends.triton import norm_backward_kernels, norm_forwa
 from sparsekern.kernels.backends.triton.launch import OPTIONS, compute_type, device_of
 from sparsekern.kernels.counts import ChannelCounts
 
-# Elements of a tile, and the warps of a program: eight elements for each thread. With sixteen the sums spill.
+# Elements per tile and warps per program, for 8 elements per thread. With 16 the sums spill registers.
 _TILE, WARPS = 2048, 8
 
-# Channels of a tile where they lie side by side.
+# Most channels per tile if channels are adjacent in memory.
 _CHANNELS = 128
 
-# Tiles that a program takes at least, and programs of a large tensor, about.
+# Least number of tiles per program, and approximate number of programs for a large tensor.
 _LEAST_TURNS, _PROGRAMS = 2, 1024
 
-# Partial sums that are read at once where they are merged, and channels.
+# Partial sums and channels that a merging program reads at once.
 _PIECES, _MERGED = 64, 16
 
-# Channels that the program which counts reads at once.
+# Channels that the `count` kernel reads at once.
 _COUNTED = 1024
 
 
 class Cut(NamedTuple):
-    """How the channels are shared out."""
+    """Division of a tensor into tiles and programs.
+
+    Attributes:
+        tile_channels: channels per tile.
+        tile_outer: outer indices per tile.
+        tile_inner: inner elements per tile.
+        turns: tiles that a program processes one after the other.
+        groups: programs along the channels.
+        pieces: programs for the same channels.
+    """
 
     tile_channels: int
     tile_outer: int
@@ -51,7 +60,7 @@ class Cut(NamedTuple):
 
 
 def cut_of(layout: Layout) -> Cut:
-    """Tiles, how many a program takes one after the other, and how many programs there are."""
+    """The division of a tensor with this layout; it depends on the shape alone."""
     channels = min(_CHANNELS, triton.next_power_of_2(layout.channels)) if layout.inner == 1 else 1
     inner = min(_TILE, triton.next_power_of_2(layout.inner))
     outer = _TILE // (channels * inner) or 1
@@ -171,7 +180,7 @@ def norm_act_backward(
             *operands, sums, grad_x, grad_residual, *shape, TRAINING=training, **options
         )
         if counts is not None:
-            # Through torch, so that autograd knows of the writes.
+            # torch copies the results, so that autograd sees the writes.
             new = [torch.empty_like(counts.threshold), torch.empty_like(counts.activity)]
             norm_backward_kernels.count[(1,)](
                 sums,
@@ -199,16 +208,17 @@ def norm_act_backward(
 
 
 def _shape(layout: Layout) -> tuple[int, int, int]:
-    """As the kernels take it."""
+    """Channels, outer size and inner size: the order of the kernels' arguments."""
     return layout.channels, layout.outer, layout.inner
 
 
 def _elements(layout: Layout) -> tuple[int, int]:
-    """Channels, and the elements of each."""
+    """The number of channels, and the elements of each."""
     return layout.channels, layout.outer * layout.inner
 
 
 def _tile(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of kernels that process tiles."""
     return {
         "turns": cut.turns,
         "CHANNELS": cut.tile_channels,
@@ -221,6 +231,7 @@ def _tile(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _merge(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of kernels that merge partial sums."""
     return {
         "pieces": cut.pieces,
         "CHANNELS": _MERGED,
@@ -231,9 +242,10 @@ def _merge(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _parts(layout: Layout, cut: Cut, x: Tensor) -> Tensor:
-    """Four numbers of every piece of every channel."""
+    """Memory for the partial sums: float64 ``[4, pieces, channels]``."""
     return torch.empty(4, cut.pieces, layout.channels, dtype=torch.float64, device=x.device)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
+    """The bool mask as uint8, which the kernels read; None stays None."""
     return None if mask is None else mask.contiguous().view(torch.uint8)

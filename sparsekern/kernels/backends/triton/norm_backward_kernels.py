@@ -1,4 +1,4 @@
-"""The gradients of a normalisation with its activation, and the counts on the way."""
+"""The backward pass of a normalisation with its activation, and its counts of gradients."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that mypy knows.
@@ -44,7 +44,7 @@ def sum_up(
     INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Sums of dz, dz * (x - mean) and dz * dz, and how many |dz| exceed the threshold."""
+    """Store the sums of dz, dz * (x - mean) and dz * dz, and the number of |dz| above the threshold."""
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)[:, None]
     scale, shift = affine(weight, bias, mean, var, channel, there, EPS)
@@ -71,6 +71,7 @@ def sum_up(
 
 @triton.jit
 def _sum_of_parts(parts, which: tl.constexpr, pieces, channel, channels, there, PIECES: tl.constexpr):
+    """Add up the partial sums ``which`` of channels, in float64."""
     found = tl.zeros((channel.shape[0], PIECES), tl.float64)
     for first in range(0, pieces, PIECES):
         piece = first + tl.arange(0, PIECES)
@@ -94,6 +95,7 @@ def merge_sums(
     PIECES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
+    """Add up the partial sums and store the gradients of weight and bias."""
     channel, there = channels_here(channels, CHANNELS)
     rstd = 1.0 / tl.sqrt(vector(var, channel, there, 1, COMPUTE) + EPS)
     for which in tl.static_range(4):
@@ -102,7 +104,7 @@ def merge_sums(
         if which == 0:
             tl.store(grad_bias + channel, found.to(COMPUTE), mask=there)
         if which == 1:
-            # The variance of a masked channel may be anything.
+            # The variance of a masked channel is arbitrary, so its gradient is set to 0.
             of_weight = tl.where(live_of(mask, channel, there), found * rstd, 0)
             tl.store(grad_weight + channel, of_weight.to(COMPUTE), mask=there)
 
@@ -132,7 +134,7 @@ def descend(
     INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The gradients of x and the residual."""
+    """Store the gradients of ``x`` and the residual."""
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)[:, None]
     scale, shift = affine(weight, bias, mean, var, channel, there, EPS)
@@ -159,7 +161,7 @@ def descend(
 
 @triton.jit
 def _counted(sums, weight, bias, mask, first, channels, BLOCK: tl.constexpr):
-    """Channels, which of them count, the squares of their norms and of their gradients."""
+    """Channels, whether they exist, whether they count, squared parameter norms and sums of dz * dz."""
     channel = first + tl.arange(0, BLOCK)
     there = channel < channels
     gamma = vector(weight, channel, there, 1, tl.float64)
@@ -186,6 +188,7 @@ def count(
     DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Store the new activities and thresholds of all channels, in one program."""
     of_channel = tl.full((BLOCK,), elements, tl.float64)
     squares = tl.zeros((BLOCK,), tl.float64)
     number = tl.zeros((BLOCK,), tl.float64)
@@ -193,7 +196,7 @@ def count(
         _, _, counts, norm_sq, grad_sq = _counted(sums, weight, bias, mask, first, channels, BLOCK)
         squares += tl.where(counts, grad_sq * norm_sq, 0)
         number += counts.to(tl.float64)
-    # With nothing counted there is nothing to store.
+    # If no channel counts, nothing changes; the maximum only avoids a division by 0.
     rms = tl.sqrt(tl.sum(squares, 0) / (tl.maximum(tl.sum(number, 0), 1) * of_channel))
     for first in range(0, channels, BLOCK):
         channel, there, counts, norm_sq, _ = _counted(sums, weight, bias, mask, first, channels, BLOCK)

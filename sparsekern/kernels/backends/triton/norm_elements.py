@@ -1,4 +1,13 @@
-"""What the kernels of a normalisation do with an element, a channel, and a partial sum."""
+"""Functions of the normalisation kernels for elements, channels and partial sums.
+
+All normalisation kernels name their arguments and values alike:
+
+* ``channels, outer, inner``: the sizes of ``x``; ``turns``: tiles that a program processes.
+* ``parts``: float64 ``[4, pieces, channels]``, partial sums; ``elements``: elements per channel.
+* ``channel``: indices of a program's channels; ``there``: whether they exist; ``live``: and are not masked.
+* ``at``: offsets of a tile's elements; ``inside``: whether they exist.
+* ``CHANNELS, OUTER, INNER``: the size of a tile; ``COMPUTE``: type of the arithmetic on elements.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that mypy knows.
@@ -17,7 +26,7 @@ RELU, RELU6, HARDSWISH, SILU = (
 
 @triton.jit
 def vector(address, channel, there, missing, COMPUTE: tl.constexpr):
-    """Numbers of channels in float64; ``missing`` where there is no such vector."""
+    """One float64 value per channel; ``missing`` if the vector ``address`` is None."""
     if address is None:
         return tl.full(channel.shape, missing, tl.float64)
     else:
@@ -26,7 +35,7 @@ def vector(address, channel, there, missing, COMPUTE: tl.constexpr):
 
 @triton.jit
 def live_of(mask, channel, there):
-    """Which channels there are and are not masked."""
+    """Whether channels exist and are not masked."""
     if mask is None:
         return there
     else:
@@ -35,7 +44,7 @@ def live_of(mask, channel, there):
 
 @triton.jit
 def affine(weight, bias, mean, var, channel, there, EPS: tl.constexpr):
-    """gamma / sqrt(var + eps) and what is added, in float64 as in the reference."""
+    """Scale gamma / sqrt(var + eps) and shift beta - mean * scale, in float64 as in the reference."""
     rstd = 1.0 / tl.sqrt(vector(var, channel, there, 1, tl.float64) + EPS)
     scale = vector(weight, channel, there, 1, tl.float64) * rstd
     moved = vector(mean, channel, there, 0, tl.float64) * scale
@@ -44,14 +53,14 @@ def affine(weight, bias, mean, var, channel, there, EPS: tl.constexpr):
 
 @triton.jit
 def channels_here(channels, CHANNELS: tl.constexpr):
-    """The channels of this program, and whether there are so many."""
+    """The channel indices of this program, and whether each is less than ``channels``."""
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     return channel, channel < channels
 
 
 @triton.jit
 def places(turn, turns, channel, channels, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Where the elements of a tile lie, and which of them there are in every channel."""
+    """Offsets of a tile's elements ``[channels, OUTER * INNER]``, and whether they exist ``[1, ...]``."""
     tile = tl.program_id(1).to(tl.int64) * turns + turn
     across = tl.cdiv(inner, INNER)
     place = tl.arange(0, OUTER * INNER)
@@ -63,6 +72,7 @@ def places(turn, turns, channel, channels, outer, inner, OUTER: tl.constexpr, IN
 
 @triton.jit
 def _sigmoid(z):
+    """1 / (1 + exp(-z)), with a correctly rounded division."""
     grown = 1 + tl.exp(-z)
     if z.dtype == tl.float32:
         return tl.div_rn(tl.full(z.shape, 1, tl.float32), grown)
@@ -72,11 +82,13 @@ def _sigmoid(z):
 
 @triton.jit
 def _between_0_and_6(z):
+    """``z`` limited to [0, 6]; NaN stays NaN."""
     return tl.where(z <= 0, 0, tl.where(z > 6, 6, z))
 
 
 @triton.jit
 def activated(z, ACTIVATION: tl.constexpr):
+    """The activation of ``z``."""
     if ACTIVATION == RELU:
         return tl.where(z <= 0, 0, z)
     elif ACTIVATION == RELU6:
@@ -91,7 +103,7 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gradient_of(grad, z, ACTIVATION: tl.constexpr):
-    """The gradient of z from that of what it is activated to."""
+    """The gradient of ``z`` from ``grad``, the gradient of the activation's result."""
     if ACTIVATION == RELU:
         return tl.where(z <= 0, 0, grad)
     elif ACTIVATION == RELU6:
@@ -107,7 +119,7 @@ def gradient_of(grad, z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def normal(x, residual, at, live, there, scale, shift, COMPUTE: tl.constexpr):
-    """x, and what enters the activation; of masked channels only the residual."""
+    """``x`` and the input of the activation, which is the residual alone in masked channels."""
     value = tl.load(x + at, mask=live, other=0).to(COMPUTE)
     z = tl.where(live, value * scale.to(COMPUTE)[:, None] + shift.to(COMPUTE)[:, None], 0)
     if residual is not None:
@@ -117,11 +129,13 @@ def normal(x, residual, at, live, there, scale, shift, COMPUTE: tl.constexpr):
 
 @triton.jit
 def store_part(parts, which: tl.constexpr, value, channel, channels, there):
+    """Store this program's partial sum ``which`` of channels."""
     at = (tl.program_id(1).to(tl.int64) + which * tl.num_programs(1)) * channels + channel
     tl.store(parts + at, value, mask=there)
 
 
 @triton.jit
 def load_parts(parts, which: tl.constexpr, piece, pieces, channel, channels, there):
+    """Load partial sums ``[channels, pieces]`` number ``which``; 0 where there are none."""
     at = (piece.to(tl.int64) + which * pieces)[None, :] * channels + channel[:, None]
     return tl.load(parts + at, mask=there[:, None] & (piece < pieces)[None, :], other=0)

@@ -1,4 +1,4 @@
-"""Mean and variance of channels, and what is normalised and activated with them."""
+"""The forward pass of a normalisation: mean and variance of channels, normalisation, activation."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that mypy knows.
@@ -35,10 +35,10 @@ def moments(
     INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Count, mean and squared distances from it, of a range of positions.
+    """Store the count, the mean and the sum of squared distances from it, for a program's tiles.
 
-    Every place in the tile adds up about the first element that it reads. That one is among its elements, so
-    however far off it is, little is lost where its distance is taken out again.
+    Every position in the tile sums differences from the first element that it reads (the pivot). The pivot is
+    one of the summed elements, so the correction at the end loses little precision, however large it is.
     """
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)[:, None]
@@ -68,7 +68,7 @@ def moments(
 
 @triton.jit
 def _merged(number, means, distances):
-    """Counts, means and squared distances of parts ``[channels, parts]``, together."""
+    """Merge counts, means and squared distances of parts ``[channels, parts]`` into ``[channels]``."""
     count = tl.sum(number, 1)
     some = tl.where(count > 0, count, 1)
     mean = tl.sum(tl.where(number > 0, number * means, 0), 1) / some
@@ -91,6 +91,7 @@ def merge_moments(
     PIECES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
+    """Merge the partial moments of channels, and store the mean and the biased variance."""
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)
     count = tl.zeros((CHANNELS,), tl.float64)
@@ -138,6 +139,7 @@ def normalise(
     INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
+    """Store the activated result of the normalisation."""
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)[:, None]
     scale, shift = affine(weight, bias, mean, var, channel, there, EPS)

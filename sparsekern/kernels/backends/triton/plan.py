@@ -1,4 +1,4 @@
-"""How a list of tensors is cut into chunks, and the table on the device that says where its tensors are."""
+"""Division of a list of tensors into chunks, and the device table with the addresses of its tensors."""
 
 from __future__ import annotations
 
@@ -21,26 +21,36 @@ from sparsekern.kernels.native import cuda_library, pointers
 from sparsekern.kernels.rows import Rows
 
 _LONG, _MEDIUM, _SHORT, _BEHIND = 0, 2, 4, 5
-"""Variants for tensors with aligned accesses; where there may be others, the next one has none."""
+"""Indices in ``VARIANTS``. ``_LONG`` and ``_MEDIUM`` use aligned accesses of 16 bytes; the next index of each
+is the same variant without them. ``_BEHIND`` is for short rows behind an outer dimension."""
 
-# Tiles of a chunk: enough that what a program costs does not show, few enough to share out small networks.
+# Tiles per chunk: enough to hide the cost of a program, few enough to divide small networks among programs.
 _TURNS = 8
 
-# Elements of a piece of a long row, and of the longest row that is not cut.
+# Elements of a piece of a long row, and of the longest row that is not divided into pieces.
 _PIECE, _WHOLE = 8 * 1024, 16 * 1024
 
-# Elements of which accesses of sixteen bytes are made up in every dtype.
+# A multiple of this number of elements allows accesses of 16 bytes in every dtype.
 _ALIGNED = 16
 
-# What DLPack calls a CPU and a CUDA device, and the latter with ROCm.
+# DLPack's device types: 1 is CPU, 2 is CUDA, 10 is ROCm.
 _DLPACK_TYPE = 1 if DEVICE_TYPE == "cpu" else 2 if torch.version.hip is None else 10
 
-# Memory that captured graphs read for as long as they are replayed, which nobody tells us.
+# Memory that captured CUDA graphs read on replay. It is never freed, because nothing reports the last replay.
 captured: list[tuple[Tensor, ...]] = []
 
 
 class Cut(NamedTuple):
-    """How a tensor is cut: steps of a chunk along outer indices, rows and inner elements."""
+    """Division of a tensor into chunks.
+
+    Attributes:
+        variant: index in ``VARIANTS``.
+        outer_step: outer indices per chunk.
+        row_step: rows per chunk.
+        inner_step: inner elements per chunk.
+        pieces: chunks that share the same rows.
+        chunks: number of all chunks.
+    """
 
     variant: int
     outer_step: int
@@ -51,7 +61,7 @@ class Cut(NamedTuple):
 
 
 def cut_of(outer: int, rows: int, inner: int) -> Cut:
-    """It depends on the shape alone."""
+    """The division of a tensor ``[outer, rows, inner]``; it depends on the shape alone."""
     if inner > 256:
         variant = _LONG
     elif inner > 32:
@@ -72,7 +82,22 @@ def cut_of(outer: int, rows: int, inner: int) -> Cut:
 
 @dataclass(slots=True)
 class Plan:
-    """How a list is cut, what its tensors have to be, and what the device was told of them."""
+    """Division of a list into chunks, the expected tensors, and their tables on the device.
+
+    Attributes:
+        addresses: checks the tensors of a call and reads their addresses.
+        starts: first row of each parameter in the row arrays, -1 for none; None without rows.
+        dims: row dimension of each parameter; None without rows.
+        shapes: int64 ``[tensors, FIELDS]`` on the device.
+        owners: int32 ``[chunks]`` on the device, the tensor of each chunk.
+        variants: int64 ``[tensors]``, indices in ``VARIANTS``.
+        partials: number of rows of partial sums.
+        table: the device table of the last call outside a graph capture, or None.
+        scratch: memory for the partial sums, float32 with 4 numbers per row, or None.
+        spare: pinned host memory that is kept for the next graph capture, or None.
+        stream: stream of the last call outside a graph capture; -1 for none.
+        sent: content of ``table`` as numbers and addresses, or None.
+    """
 
     addresses: Addresses
     starts: list[int] | None
@@ -88,10 +113,16 @@ class Plan:
     sent: tuple[bytes, bytes] | None = None
 
     def table_on(self, stream: int, numbers: bytes, addresses: bytes) -> Tensor:
-        """The table that says so, for kernels that are launched next on ``stream``."""
+        """The device table with this content, for kernels that are launched next on ``stream``.
+
+        Args:
+            stream: handle of the current stream; 0 on the CPU.
+            numbers: hyperparameters, float64 in the order of ``NUMBERS``.
+            addresses: int64 addresses of the tensors, then of the row arrays.
+        """
         device, content = self.addresses.device, (numbers, addresses)
         if _is_capturing(device):
-            # What was pinned before is taken: memory may not be pinned now.
+            # Memory cannot be pinned during a capture, so memory that was pinned earlier is used.
             host, self.spare = self.spare, None
             if host is None:
                 host = self._pinned()
@@ -105,41 +136,51 @@ class Plan:
                 return self.table
             if self.spare is None:
                 self.spare = self._pinned()
-            # New memory each time, which torch does not give to others before it was read.
+            # Each call pins new memory. torch does not reuse it before the copy has read it.
             host, table, scratch = self._pinned(), self.table, self.scratch
             self.sent = content
-        host.numpy()[:] = self._words(numbers, addresses, pointers.of_tensor(scratch))
+        host.numpy()[:] = self._words(numbers, addresses, pointers.address_of(scratch))
         table.copy_(host, non_blocking=True)
         return table
 
     def _words(self, numbers: bytes, addresses: bytes, scratch: int) -> np.ndarray:
-        """What is written of it in :mod:`~sparsekern.kernels.backends.triton.table`."""
+        """The int64 content of the table; see :mod:`sparsekern.kernels.backends.triton.table`."""
         of = np.frombuffer(addresses, np.int64)
-        of_lists, of_arrays = (
+        addresses_of_lists, addresses_of_arrays = (
             of[: -cuda_library.ROW_ARRAYS].reshape(SLOTS, -1),
             of[-cuda_library.ROW_ARRAYS :],
         )
-        unaligned = (of_lists[:STEPS] % 16 != 0).any(0)
+        unaligned = (addresses_of_lists[:STEPS] % 16 != 0).any(0)
         variants = self.variants + (unaligned & np.isin(self.variants, (_LONG, _MEDIUM)))
         head = [len(variants), scratch]
-        return np.concatenate([np.frombuffer(numbers, np.int64), head, of_arrays, of_lists.ravel(), variants])
+        return np.concatenate(
+            [
+                np.frombuffer(numbers, np.int64),
+                head,
+                addresses_of_arrays,
+                addresses_of_lists.ravel(),
+                variants,
+            ]
+        )
 
     def _new(self) -> tuple[Tensor, Tensor]:
+        """New device memory for the table and the partial sums."""
         device, tensors = self.addresses.device, len(self.variants)
         words = HEAD.value + (SLOTS + 1) * tensors
         table = torch.empty(words, dtype=torch.int64, device=device)
         return table, torch.empty(max(1, self.partials) * 4, dtype=torch.float32, device=device)
 
     def _pinned(self) -> Tensor:
+        """New host memory for the table, pinned for a CUDA device."""
         words = HEAD.value + (SLOTS + 1) * len(self.variants)
         return torch.empty(words, dtype=torch.int64, pin_memory=self.addresses.device.type == "cuda")
 
 
 def make_plan(params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
-    """A plan for all of ``params``; None when the kernels cannot walk one of them."""
+    """A plan for all of ``params``; None when the kernels do not support one of them."""
     checks.inside(rows, params)
     starts, dims = where_rows_are(rows)
-    shapes = memory_shapes(params, starts, dims, walkable)
+    shapes = memory_shapes(params, starts, dims, takes_kind)
     if shapes is None:
         return None
     device = params[0].device
@@ -168,9 +209,10 @@ def make_plan(params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
 
 
 def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
     return device.type == "cuda" and cuda_library.capturing()
 
 
-def walkable(param: Tensor) -> bool:
-    """Whether the kernels take tensors of its dtype on its device."""
+def takes_kind(param: Tensor) -> bool:
+    """Whether the kernels support the dtype and device of ``param``."""
     return param.device.type == DEVICE_TYPE and param.dtype in STORAGE

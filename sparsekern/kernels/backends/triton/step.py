@@ -1,12 +1,12 @@
-"""The steps in Triton: two launches per list, equal to the reference.
+"""Optimizer steps in Triton: two launches per list, equal to the reference.
 
-The twin of :mod:`sparsekern.kernels.backends.cuda`, for GPUs where nothing was compiled; tested in Triton's
-interpreter, never run on a GPU. What the kernels need to know of a list lies in a table on the device, which
-is sent there when something of it has changed: the address of a gradient, or a number, such as a learning
-rate, that is not a tensor. A training that goes on with the memory it has sends nothing. A captured graph
-has a table of its own.
+This backend is the counterpart of :mod:`sparsekern.kernels.backends.cuda` for GPUs without the compiled CUDA
+library. It is tested in Triton's interpreter and has never run on a GPU. A table on the device describes each
+list to the kernels. The table is sent again only when its content changes: the address of a gradient, or a
+number that is not a tensor, such as a learning rate. A training loop with constant addresses and numbers
+sends nothing. Each captured graph has its own table.
 
-With ``TRITON_INTERPRET=1``, set before triton is imported, it takes tensors on the CPU.
+With ``TRITON_INTERPRET=1``, set before triton is imported, the backend takes tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sparsekern.kernels.backends import reference
-from sparsekern.kernels.backends.lists import ADAM, MASK, SGD, STATISTICS, Lists, Plans, in_parts, row_arrays
+from sparsekern.kernels.backends.lists import (
+    ADAM,
+    MASK,
+    SGD,
+    STATISTICS,
+    Lists,
+    Plans,
+    row_arrays,
+    run_in_parts,
+)
 from sparsekern.kernels.backends.triton import finish_kernels, step_kernels
 from sparsekern.kernels.backends.triton.launch import DEVICE_TYPE, OPTIONS, STORAGE, compute_type, device_of
-from sparsekern.kernels.backends.triton.plan import Plan, make_plan, walkable
+from sparsekern.kernels.backends.triton.plan import Plan, make_plan, takes_kind
 from sparsekern.kernels.backends.triton.table import NUMBERS
 from sparsekern.kernels.backends.triton.table import OPTIONS as FLAGS
 from sparsekern.kernels.native import cuda_library
@@ -32,10 +41,10 @@ from sparsekern.kernels.rows import DOT, ChannelArrays, RowArrays, Rows, RowTabl
 
 _plans = Plans()
 
-# Warps of a program. With four of them kernels of float64 would spill.
+# Warps per program. With 4 warps the float64 kernels spill registers.
 WARPS = {dtype: 8 if dtype is torch.float64 else 4 for dtype in STORAGE}
 
-# Rows that a program finishes at once, and channels that one folds.
+# Rows per block of the `finish` kernel, and channels per program of `fold_channels`.
 _FINISHED, _FOLDED = 512, 256
 
 
@@ -102,6 +111,7 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
 
 
 def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: Rows | None) -> None:
+    """Run one operation on a list, in parts or with the reference where the kernels do not support it."""
     if not lists[0]:
         return
 
@@ -115,10 +125,11 @@ def _step(op: int, fallback: Any, lists: Lists, options: dict[str, Any], rows: R
         )
 
     if not run(lists, rows):
-        in_parts(op, run, walkable, fallback, lists, options, rows)
+        run_in_parts(op, run, takes_kind, fallback, lists, options, rows)
 
 
 def _call(plan: Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows | None) -> bool:
+    """Launch the kernels for one list; False if its tensors do not fit the plan."""
     table = None if rows is None else rows.table
     scaled = options.get("grad_scale") is not None
     addresses = plan.addresses.read(op, lists, () if table is None else row_arrays(table), scaled)
@@ -145,17 +156,18 @@ def _call(plan: Plan, op: int, lists: Lists, options: dict[str, Any], rows: Rows
         if tracks or op == ADAM:
             finish_kernels.finish[(len(lists[0]),)](*known, lr, found_inf, BLOCK=_FINISHED, **compiled)
     if op != STATISTICS:
-        # Raw writes do not tell autograd that a saved tensor has changed.
+        # Autograd does not see the kernels' writes. The version tells it that a saved tensor has changed.
         increment_version(lists[0])
     return True
 
 
 def _tensor(value: float | Tensor | None) -> Tensor | None:
+    """``value`` if it is a tensor, else None."""
     return value if isinstance(value, Tensor) else None
 
 
 def _flags(op: int, options: dict[str, Any], tracks: bool) -> int:
-    """What is compiled into the kernels."""
+    """The options that are compiled into the kernels, as bits in the order of ``table.OPTIONS``."""
     given = {
         "has_momentum": op == SGD and options["momentum"] != 0,
         "from_mean": op == ADAM and 1 - options["beta1"] < 0.5,
@@ -165,8 +177,8 @@ def _flags(op: int, options: dict[str, Any], tracks: bool) -> int:
 
 
 def _numbers(options: dict[str, Any], table: RowTable | RowArrays | None) -> bytes:
-    """What the table begins with."""
-    # Statistics alone are taken at any rate.
+    """The hyperparameters at the beginning of the table, float64 in the order of ``NUMBERS``."""
+    # `row_statistics_` has no rate. With 0 the kernels would skip the rows.
     given = {"lr": 1.0, "tau": 1.0, "decay": 0.0} | options
     if table is not None:
         given |= {"tau": table.tau, "decay": table.decay}

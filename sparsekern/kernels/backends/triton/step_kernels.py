@@ -1,6 +1,6 @@
-"""The first launch of a step: one program for each chunk of a list of tensors, as ``csrc/cuda/step.cuh``.
+"""The first launch of a step, as in ``csrc/cuda/step.cuh``: one program for each chunk of a list of tensors.
 
-All multiplications and additions are rounded one by one, in the order of the reference.
+Each multiplication and addition is rounded separately, in the order of the reference.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -55,22 +55,33 @@ VARIANTS = tl.constexpr(
         (8, 32, 4, False),
     )
 )
-"""How tensors are walked: outer indices, rows and inner elements of a tile, and whether its accesses are of
-sixteen bytes. For long rows, medium ones, short ones, and short ones behind an outer dimension."""
+"""Tile of each variant: outer indices, rows, inner elements, and whether its accesses have 16 bytes. Variants
+are long rows (2), medium rows (2), short rows, and short rows behind an outer dimension."""
 
 
 @triton.jit
 def _factors(
-    table, start, row, there, rate, learn, OP: tl.constexpr, FLAGS: tl.constexpr, COMPUTE: tl.constexpr
+    table,
+    start,
+    row,
+    there,
+    rate,
+    update_statistics,
+    OP: tl.constexpr,
+    FLAGS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
-    """Of rows: whether they are live, whether they end, what the weight decays by, and its decline."""
+    """Values per row: whether it is live, whether its fade-out ends, its weight decay, its fade-out factor.
+
+    The weight decay is a coefficient of the gradient, or a factor of the weight if it is decoupled.
+    """
     tracked = only_if(start >= 0, there)
     penalty = tl.load(array(table, PENALTY, tl.float32) + start + row, mask=tracked, other=0)
     left = tl.load(array(table, COUNTDOWN, tl.int32) + start + row, mask=tracked, other=-1)
     decay = number(table, WEIGHT_DECAY) + penalty.to(tl.float64)
     if OP == IS_MASK or DECOUPLED & FLAGS:
         decay = 1 - rate * decay
-    declines = only_if(learn, left > 0)
+    declines = only_if(update_statistics, left > 0)
     steps = tl.where(declines, left, 1).to(COMPUTE)
     decline = tl.where(declines, divided(steps - 1, steps), 1)
     return left != 0, declines & (left == 1), decay.to(COMPUTE), decline
@@ -95,7 +106,7 @@ def _tile(
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Elements of some rows: everything read once and written once. Gives what the sums are taken of."""
+    """Step the elements of a tile, each read and written once; return the summands of the four sums."""
     weights = address(table, PARAM, tensor, STORAGE, ALIGNED)
     w = tl.load(weights + at, mask=inside, other=0).to(COMPUTE)
     d = tl.zeros(w.shape, COMPUTE)
@@ -136,7 +147,7 @@ def _some_rows(
     piece,
     scale,
     rate,
-    learn,
+    update_statistics,
     hyper,
     OP: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -146,12 +157,14 @@ def _some_rows(
     INNERS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """What a chunk has of some rows, tile by tile, and their sums."""
+    """Step a chunk's part of some rows, tile by tile, and store their sums."""
     start, rows, inner = tl.load(entry + START), tl.load(entry + ROWS), tl.load(entry + INNER)
     if ALIGNED:
         inner = tl.multiple_of(inner, 16)
-    live, ends, decay, decline = _factors(table, start, row, there, rate, learn, OP, FLAGS, COMPUTE)
-    # Most rows ask the mask for nothing: their memory is left alone.
+    live, ends, decay, decline = _factors(
+        table, start, row, there, rate, update_statistics, OP, FLAGS, COMPUTE
+    )
+    # The mask op changes few rows. The memory of unchanged rows is not accessed.
     works = there & (~live | (decay != 1) | (decline != 1)) if OP == IS_MASK else there & live
     if OP >= IS_STATISTICS:
         works = only_if(start >= 0, works)
@@ -188,7 +201,7 @@ def _some_rows(
             )
             count, dot, grad_sq, weight_sq = count + one, dot + two, grad_sq + three, weight_sq + four
     if TRACKS & FLAGS and OP != IS_MASK:
-        counted = only_if((start >= 0) & learn, there)
+        counted = only_if((start >= 0) & update_statistics, there)
         store_sums(table, entry, piece, row, counted, count, dot, grad_sq, weight_sq)
 
 
@@ -200,7 +213,7 @@ def _walk(
     chunk,
     scale,
     rate,
-    learn,
+    update_statistics,
     OP: tl.constexpr,
     FLAGS: tl.constexpr,
     STORAGE: tl.constexpr,
@@ -210,7 +223,7 @@ def _walk(
     INNERS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """A chunk of a tensor, some rows after others. Chunks of the same rows follow each other, as pieces."""
+    """Step a chunk of a tensor, some rows at a time. The pieces of the same rows are consecutive chunks."""
     entry = shapes + tensor * FIELDS
     outer, rows, inner = tl.load(entry + OUTER), tl.load(entry + ROWS), tl.load(entry + INNER)
     outer_step, row_step = tl.load(entry + OUTER_STEP), tl.load(entry + ROW_STEP)
@@ -237,7 +250,7 @@ def _walk(
             piece,
             scale,
             rate,
-            learn,
+            update_statistics,
             hyper,
             OP,
             FLAGS,
@@ -262,17 +275,21 @@ def step(
     STORAGE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """A program makes the step of one chunk.
+    """Step one chunk per program.
 
     Args:
-        table, shapes: as above.
-        owners: int32, of which tensor each chunk is.
-        lr, grad_scale, found_inf: one element each, or None; without ``lr`` it is the table's.
-        OP: one of the ops.
-        FLAGS: of :data:`OPTIONS`.
-        STORAGE, COMPUTE: the types of the tensors and of the arithmetic.
+        table: int64, see :mod:`~sparsekern.kernels.backends.triton.table`.
+        shapes: int64 ``[tensors, FIELDS]``, see the same module.
+        owners: int32 ``[chunks]``, index of each chunk's tensor.
+        lr: one element, or None for the rate in ``table``.
+        grad_scale: one element by which gradients are divided, or None.
+        found_inf: one element, 1 to skip the step, or None.
+        OP: the operation, one of the ``IS_`` constants.
+        FLAGS: bits of the names in ``table.OPTIONS``.
+        STORAGE: type of the tensors.
+        COMPUTE: type of the arithmetic.
     """
-    rate, go, learn = conditions(table, lr, found_inf)
+    rate, go, update_statistics = conditions(table, lr, found_inf)
     if go:
         program = tl.program_id(0)
         tensor = tl.load(owners + program).to(tl.int64)
@@ -290,7 +307,7 @@ def step(
                     chunk,
                     scale,
                     rate,
-                    learn,
+                    update_statistics,
                     OP,
                     FLAGS,
                     STORAGE,

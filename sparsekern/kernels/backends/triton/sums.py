@@ -1,4 +1,4 @@
-"""The four sums of rows: where the chunks of a step leave them, and what comes of them in the end."""
+"""The four sums per row: storing those of each chunk, and adding them up after all chunks."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that mypy knows.
@@ -24,13 +24,13 @@ COUNT, DOT, GRAD_SQ, WEIGHT_SQ = (
     tl.constexpr(column) for column in (_rows.COUNT, _rows.DOT, _rows.GRAD_SQ, _rows.WEIGHT_SQ)
 )
 
-# Float32 numbers of a row, and their bytes.
+# Number of float32 sums per row, and their size in bytes.
 _WIDTH, _BYTES = tl.constexpr(4), tl.constexpr(16)
 
 
 @triton.jit
 def _place(table, entry, piece):
-    """Where the rows of a tensor have their sums: in the row arrays, or where a piece of them has."""
+    """Pointer to the sums of a tensor's rows: in the row arrays, or in the partial sums of ``piece``."""
     whole = tl.load(table + SUMS) + tl.load(entry + START) * _BYTES
     part = tl.load(table + PARTIALS) + (tl.load(entry + PARTIAL) + piece * tl.load(entry + ROWS)) * _BYTES
     return tl.where(tl.load(entry + PIECES) == 1, whole, part).to(tl.pointer_type(tl.float32))
@@ -38,12 +38,13 @@ def _place(table, entry, piece):
 
 @triton.jit
 def _over_all_but_rows(tile):
+    """Sums of a tile ``[outer, rows, inner]`` per row, float32."""
     return tl.sum(tl.sum(tile, 2), 0).to(tl.float32)
 
 
 @triton.jit
 def store_sums(table, entry, piece, row, there, count, dot, grad_sq, weight_sq):
-    """What a chunk found about rows, in tiles ``[outer, rows, inner]``."""
+    """Store the sums of a chunk's rows, given as tiles ``[outer, rows, inner]``."""
     out = _place(table, entry, piece) + row * _WIDTH
     tl.store(out + COUNT, _over_all_but_rows(count), mask=there)
     tl.store(out + DOT, _over_all_but_rows(dot), mask=there)
@@ -53,7 +54,7 @@ def store_sums(table, entry, piece, row, there, count, dot, grad_sq, weight_sq):
 
 @triton.jit
 def _folded(table, entry, row, there, column: tl.constexpr):
-    """One sum of rows, their pieces in order and in float64: each of them has been rounded already."""
+    """One sum of each row: the rounded sums of its pieces, added in order in float64."""
     at = row * _WIDTH + column
     found = tl.load(_place(table, entry, 0) + at, mask=there, other=0).to(tl.float64)
     for piece in range(1, tl.load(entry + PIECES)):
@@ -63,12 +64,13 @@ def _folded(table, entry, row, there, column: tl.constexpr):
 
 @triton.jit
 def _is_finite(value):
+    """Whether ``value`` is neither infinite nor NaN."""
     return value - value == 0
 
 
 @triton.jit
 def sums_of(table, entry, row, there):
-    """The sums of rows, which of these count, and which are live but not finite."""
+    """The four sums of rows, whether rows are live with finite sums, and whether live without finite sums."""
     left = tl.load(array(table, COUNTDOWN, tl.int32) + tl.load(entry + START) + row, mask=there, other=0)
     live = left != 0
     count = _folded(table, entry, row, live, COUNT)

@@ -1,4 +1,9 @@
-"""The updates of elements, in torch's order of operations, and what they need of their tensor."""
+"""The updates of elements, in torch's order of operations, and their hyperparameters per tensor.
+
+In the updates, ``at`` are offsets of a tile's elements, and ``inside`` tells whether they are processed.
+``clears`` tells whether their row becomes zero. ``w`` are weights, and ``d`` are gradients that include
+coupled weight decay.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that mypy knows.
@@ -29,7 +34,7 @@ from sparsekern.kernels.backends.triton.table import (
 
 @triton.jit
 def divided(a, b):
-    """Correctly rounded, which the division of float32 is not."""
+    """The correctly rounded ``a / b``; Triton's float32 division is not correctly rounded."""
     if a.dtype == tl.float32:
         return tl.div_rn(a, b)
     else:
@@ -38,6 +43,7 @@ def divided(a, b):
 
 @triton.jit
 def _square_root(a):
+    """The correctly rounded square root."""
     if a.dtype == tl.float32:
         return tl.sqrt_rn(a)
     else:
@@ -46,7 +52,7 @@ def _square_root(a):
 
 @triton.jit
 def _power(base, exponent):
-    """``base`` to a whole number, by squaring."""
+    """``base`` to the power of a non-negative integer, float64, by repeated squaring."""
     result = tl.full((), 1, tl.float64)
     while exponent > 0:
         result = tl.where(exponent & 1 == 1, result * base, result)
@@ -57,9 +63,13 @@ def _power(base, exponent):
 
 @triton.jit
 def hyper_of(table, tensor, rate, OP: tl.constexpr, COMPUTE: tl.constexpr):
-    """What an update has for all elements of a tensor: for SGD the first three alone."""
+    """Hyperparameters of an update for all elements of a tensor.
+
+    Adam has six: step size, inverse root of the second bias correction, 1 - beta1, beta2, 1 - beta2, eps.
+    SGD has three (rate, momentum, 1 - dampening), padded to six with copies of the last one.
+    """
     if OP == IS_ADAM:
-        # The counter is advanced after this launch.
+        # The next launch increments the step counter.
         count = (tl.load(address(table, STEP_COUNT, tensor, tl.float32)) + 1).to(tl.int64)
         beta1, beta2 = number(table, BETA1), number(table, BETA2)
         step_size = rate / (1 - _power(beta1, count))
@@ -86,7 +96,7 @@ def sgd(
     STORAGE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """New weights. The buffers are read and written."""
+    """Return the new weights of SGD, and update the momentum buffers in memory."""
     if HAS_MOMENTUM & FLAGS:
         buffers = address(table, STATE, tensor, STORAGE, ALIGNED)
         buffer = d
@@ -111,13 +121,13 @@ def adam(
     STORAGE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """New weights. The states are read and written."""
+    """Return the new weights of Adam, and update its state in memory."""
     step_size, inverse_root, share, beta2, fresh, eps = hyper
     means = address(table, STATE, tensor, STORAGE, ALIGNED)
     squares = address(table, STATE + 1, tensor, STORAGE, ALIGNED)
     mean = tl.load(means + at, mask=inside, other=0).to(d.dtype)
     square = tl.load(squares + at, mask=inside, other=0).to(d.dtype)
-    # The two formulas of torch.lerp.
+    # torch.lerp uses one formula for weights below 0.5 and another one from 0.5 on.
     mean = mean + share * (d - mean) if FROM_MEAN & FLAGS else d - (d - mean) * (1 - share)
     square = square * beta2 + d * fresh * d
     tl.store(means + at, tl.where(clears, 0, mean).to(STORAGE), mask=inside)
@@ -126,7 +136,7 @@ def adam(
     if AMSGRAD & FLAGS:
         tops = address(table, STATE + 2, tensor, STORAGE, ALIGNED)
         highest = tl.load(tops + at, mask=inside, other=0).to(d.dtype)
-        # NaN is the larger.
+        # NaN counts as the larger value.
         top = tl.where((square > highest) | (square != square), square, highest)
         tl.store(tops + at, tl.where(clears, 0, top).to(STORAGE), mask=inside)
     return w - divided(step_size * mean, _square_root(top) * inverse_root + eps)
