@@ -109,7 +109,8 @@ def shadowed(package: Path | None = None, paths: Sequence[str] | None = None) ->
 
 def has_core(package: Path) -> bool:
     """Whether a compiled core for this Python lies in the directory of a package."""
-    return any((package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+    folder = package / "kernels" / "native"
+    return any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
 
 
 def lines(info: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from sparsekern import info as _info
 from sparsekern.kernels import native as _native
 
 ROOT = Path(__file__).parents[1]
-WITHOUT = "import runpy, sys; sys.modules['sparsekern._C'] = None; "
+WITHOUT = "import runpy, sys; sys.modules['sparsekern.kernels.native._C'] = None; "
 
 
 def make_package(folder: Path, core: bool) -> Path:
@@ -21,7 +21,9 @@ def make_package(folder: Path, core: bool) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     if core:
-        (package / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+        folder = package / "kernels" / "native"
+        folder.mkdir(parents=True)
+        (folder / f"_C{EXTENSION_SUFFIXES[0]}").touch()
     return package
 
 
