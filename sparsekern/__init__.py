@@ -23,6 +23,7 @@ __all__ = [
     "allocate",
     "compact",
     "criteria",
+    "fusion",
     "latency",
     "load",
     "nn",

@@ -11,11 +11,11 @@ import pytest
 MODULES = [
     "sparsekern",
     "sparsekern.compact",
+    "sparsekern.fusion",
     "sparsekern.graph",
     "sparsekern.integrations.lightning",
     "sparsekern.integrations.transformers",
     "sparsekern.latency",
-    "sparsekern.modules",
     "sparsekern.nn",
     "sparsekern.optim",
     "sparsekern.prune",
@@ -44,7 +44,7 @@ def test_shows_its_own_public_names_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["criteria", "allocate"])
 def test_everything_that_a_user_can_pass_is_shown(name: str) -> None:
     """Classes of the module without an underscore, other than helpers that no argument takes."""
-    module = importlib.import_module(f"sparsekern.prune.{name}")
+    module = importlib.import_module(f"sparsekern.prune.decide.{name}")
     base = module.Criterion if name == "criteria" else module.Allocator
     own = {
         key

@@ -3,3 +3,13 @@
 from sparsekern.fusion.replace import Fusion as Fusion
 from sparsekern.fusion.replace import fuse as fuse
 from sparsekern.fusion.replace import unfuse as unfuse
+
+__all__ = [
+    "Fusion",
+    "fuse",
+    "unfuse",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

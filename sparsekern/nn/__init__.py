@@ -10,6 +10,16 @@ from sparsekern.nn.attention import MultiheadAttention as MultiheadAttention
 from sparsekern.nn.norm_act import FusedActivation as FusedActivation
 from sparsekern.nn.norm_act import NormAct2d as NormAct2d
 
+__all__ = [
+    "FusedActivation",
+    "MultiheadAttention",
+    "NormAct2d",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def __getattr__(name: str) -> Any:
     if name in ("Fusion", "fuse", "unfuse"):

@@ -194,3 +194,13 @@ def test_names_of_the_package() -> None:
     expected: list[Any] = [MultiheadAttention, NormAct2d, fuse, unfuse]
     assert [sparsekern.nn.MultiheadAttention, sparsekern.nn.NormAct2d] == expected[:2]
     assert [sparsekern.fusion.fuse, sparsekern.fusion.unfuse] == expected[2:]
+
+
+@pytest.mark.parametrize("name", ["Fusion", "fuse", "unfuse"])
+def test_the_old_names_warn_for_a_release(name: str) -> None:
+    import sparsekern
+
+    with pytest.warns(DeprecationWarning, match=f"sparsekern.nn.{name} is now sparsekern.fusion.{name}"):
+        assert getattr(sparsekern.nn, name) is getattr(sparsekern.fusion, name)
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        sparsekern.nn.other  # noqa: B018
