@@ -29,21 +29,21 @@ LINES = int(os.environ.get("SPARSEKERN_INTERRUPTIONS", "2"))
 FILES = tuple(
     f"sparsekern/{name}.py"
     for name in (
-        "prune/events",
-        "prune/masking",
-        "prune/places",
-        "prune/network",
-        "prune/decision",
-        "prune/statistics",
-        "prune/activations",
-        "prune/resume",
-        "prune/checkpoint",
-        "compact/_atomic",
+        "prune/run/events",
+        "prune/state/masking",
+        "prune/state/places",
+        "prune/state/network",
+        "prune/decide/policy",
+        "prune/state/statistics",
+        "prune/state/activations",
+        "prune/save/resume",
+        "prune/save/checkpoint",
+        "compact/transaction",
         "compact/shrink",
         "compact/optimizer_state",
-        "compact/parallel",
+        "distributed/data_parallel",
         "compact/surgery",
-        "_rows",
+        "kernels/rows",
     )
 )
 DOUBLE = torch.float64
