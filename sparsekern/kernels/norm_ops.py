@@ -109,7 +109,7 @@ class _NormAct(torch.autograd.Function):
     ) -> Tensor:
         running_mean, running_var, mask, counts, activation, training, eps, momentum = others
         backend = choose(x.device)
-        if momentum and training and not getattr(backend, "CHECKS_MEMORY", False):
+        if momentum and training and not backend.CHECKS_MEMORY:
             written = {"running_mean": running_mean, "running_var": running_var}
             check_memory(written, {"x": x, "residual": residual, "weight": weight, "bias": bias})
         y: Tensor
@@ -146,7 +146,7 @@ def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     if counts is not None:
         # The arrays may have been replaced since the forward pass.
         check_counts(counts, x)
-        if not getattr(backend, "CHECKS_MEMORY", False):
+        if not backend.CHECKS_MEMORY:
             check_memory(
                 named_counts(counts), {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var}
             )

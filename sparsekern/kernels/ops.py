@@ -317,7 +317,7 @@ def _fold(table: RowTable | ChannelArrays) -> None:
     if not 0 <= table.decay < 1:
         _checks.number("decay", table.decay, 0, 1, open_high=True)
     # Native code for the CPU checks the arrays when it reads their addresses.
-    if not getattr(backend, "CHECKS_MEMORY", False) or type(table.sums) is FakeTensor:
+    if not backend.CHECKS_MEMORY or type(table.sums) is FakeTensor:
         _checks.channels(table)
     if type(table.sums) is not FakeTensor:
         backend.channel_moments_(table)

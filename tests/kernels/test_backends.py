@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 from sparsekern.kernels import backends, native
+from sparsekern.kernels import checks as _checks
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.ops import channel_moments_
+from sparsekern.kernels.rows import RowTable
 
 CPU = torch.device("cpu")
 
@@ -147,3 +151,24 @@ assert ["SPARSEKERN_NO_NATIVE=1 is set" in str(w.message) for w in seen] == [Tru
     environment.pop("SPARSEKERN_BACKEND", None)
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_backends_have_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    names = ("reference", "cpu", "cuda", "triton")
+    if importlib.util.find_spec("triton") is None:
+        names = names[:-1]
+    modules = [importlib.import_module(f"sparsekern.kernels.backends.{name}") for name in names]
+    public = [{name for name in vars(m) if not name.startswith("_")} - {"step", "norm_act"} for m in modules]
+    for module, found in zip(modules, public, strict=True):
+        assert public[0] <= found, module.__name__
+
+
+def test_native_code_checks_the_channel_arrays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking them in Python takes longer than the step of a small network."""
+    if backends.why_not("cpu", "cpu") is not None:
+        pytest.skip("needs the compiled core")
+    monkeypatch.setattr(_checks, "channels", lambda table: pytest.fail("checked in Python"))
+    weight = torch.ones(2, 3)
+    table = RowTable([(weight, 0)], [[0], [1]])
+    channel_moments_(table)

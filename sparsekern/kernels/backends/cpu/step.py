@@ -44,9 +44,6 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 _MISFIT = -1
 
-CHECKS_MEMORY = True
-"""Native code of this backend checks the channel arrays and the memory that tensors of a norm share."""
-
 _plans = Plans()
 
 

@@ -7,3 +7,6 @@ from sparsekern.kernels.backends.cuda.step import channel_moments_ as channel_mo
 from sparsekern.kernels.backends.cuda.step import row_mask_ as row_mask_
 from sparsekern.kernels.backends.cuda.step import row_statistics_ as row_statistics_
 from sparsekern.kernels.backends.cuda.step import sgd_step_ as sgd_step_
+
+CHECKS_MEMORY = False
+"""The ops check the channel arrays and the memory that tensors of a norm share."""

@@ -7,3 +7,6 @@ from sparsekern.kernels.backends.reference.step import channel_moments_ as chann
 from sparsekern.kernels.backends.reference.step import row_mask_ as row_mask_
 from sparsekern.kernels.backends.reference.step import row_statistics_ as row_statistics_
 from sparsekern.kernels.backends.reference.step import sgd_step_ as sgd_step_
+
+CHECKS_MEMORY = False
+"""The ops check the channel arrays and the memory that tensors of a norm share."""
