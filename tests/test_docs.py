@@ -1,7 +1,8 @@
-"""What the documentation says about the tree is true: code of the glossary, files of csrc, links between pages."""
+"""What the documentation says about the tree is true: places in the code, files, links, messages."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -27,7 +28,11 @@ def test_a_term_of_the_glossary_is_in_the_code(line: str) -> None:
 def test_the_table_of_csrc_names_every_file() -> None:
     """By its name, or by its stem for a header with its source file; and every name is that of a file."""
     table = (ROOT / "csrc" / "README.md").read_text().partition("## Files")[2]
-    named = {Path(name).name for cell in re.findall(r"^\| (.*?) \|", table, re.M) for name in re.findall(r"`(.+?)`", cell)}
+    named = {
+        Path(name).name
+        for cell in re.findall(r"^\| (.*?) \|", table, re.M)
+        for name in re.findall(r"`(.+?)`", cell)
+    }
     files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     assert [str(path.relative_to(ROOT)) for path in files if not {path.name, path.stem} & named] == []
     assert named <= {path.name for path in files} | {path.stem for path in files}
@@ -38,3 +43,23 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)?(?:#[\w-]*)?\)", text):
         assert not target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def texts_of_the_source() -> str:
+    """Every string constant of the package; parts of f-strings are apart from each other."""
+    found = []
+    for path in (ROOT / "sparsekern").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_that_troubleshooting_lists_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\*\*(.+?)\*\*", page, re.M)))
+    assert len(messages) >= 25
+    source = texts_of_the_source() + (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    for message in messages:
+        for part in message.split("..."):
+            assert part.strip(" ,;:'") in source, f"{message}: no message with {part!r}"
