@@ -31,17 +31,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-# Relative to ROOT, where ninja runs: an unpacked sdist can go on with the objects of its tree.
+# Relative to ROOT, where ninja runs, so that an unpacked sdist can use the objects of the tree it came from.
 CSRC = Path("csrc")
 
 # No fused multiply-add and no reassociation: all instruction sets compute the same bits. The two relaxations
 # change no result; they let the compiler vectorise square roots and selections.
 KERNEL_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wextra"
-# Whatever is found ends the process. Less optimisation: what is instrumented takes minutes to optimise.
+# Any finding ends the process. Optimisation is lower, because instrumented code takes minutes to optimise.
 SANITIZE_FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-# The same arithmetic on a GPU: nvcc would contract, too. Kernels are compiled for each of these architectures
-# that nvcc knows, and the last is kept as PTX for those to come.
+# The same arithmetic on a GPU: by default nvcc contracts, too. Kernels are compiled for each of these
+# architectures that nvcc supports, and the last one also as PTX, for later architectures.
 CUDA_FLAGS = (
     "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG -Werror all-warnings "
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static"
@@ -51,7 +51,7 @@ ISA_FLAGS = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4 -
 
 
 def compiler() -> list[str] | None:
-    """The command of the C++ compiler, None when there is none."""
+    """The command of the C++ compiler; None if there is none."""
     configured = sysconfig.get_config_var("CXX") or ""
     for command in (os.environ.get("CXX", ""), configured, "g++", "clang++"):
         words = shlex.split(command)
@@ -65,7 +65,7 @@ def python_include() -> str:
 
 
 def why_pure() -> str | None:
-    """Why no native code can or shall be built here; None when it is to be built."""
+    """The reason why no native code is built here; None if it is built."""
     if os.environ.get("SPARSEKERN_NO_NATIVE") == "1":
         return "SPARSEKERN_NO_NATIVE=1"
     if sys.platform not in ("linux", "darwin"):
@@ -84,7 +84,7 @@ def why_pure() -> str | None:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, None when there is none."""
+    """The command of the CUDA compiler; None if there is none."""
     for command in (os.environ.get("CUDACXX", ""), "nvcc", "/usr/local/cuda/bin/nvcc"):
         found = shutil.which(command) if command else None
         if found:
@@ -93,7 +93,7 @@ def nvcc() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """Why no CUDA kernels can or shall be built here; None when they are to be built."""
+    """The reason why no CUDA kernels are built here; None if they are built."""
     if os.environ.get("SPARSEKERN_NO_CUDA") == "1":
         return "SPARSEKERN_NO_CUDA=1"
     if sys.platform != "linux":
@@ -105,7 +105,7 @@ def why_no_cuda() -> str | None:
 
 
 def architectures(command: str) -> list[int]:
-    """Those of CUDA_ARCHITECTURES that this nvcc compiles for."""
+    """The architectures of CUDA_ARCHITECTURES that this nvcc supports."""
     result = subprocess.run([command, "--list-gpu-code"], capture_output=True, text=True)
     known = set(result.stdout.split())
     return [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]

@@ -50,9 +50,9 @@ Call = Callable[[Op, Problem], None]
 
 # Layouts and states of rows that the interpreter gets.
 INTERPRETED = (
-    ("contiguous", "some masked, some declining"),
-    ("channels_last", "all declining"),
-    ("permuted", "some masked, some declining"),
+    ("contiguous", "some masked, some fading"),
+    ("channels_last", "all fading"),
+    ("permuted", "some masked, some fading"),
     ("all with holes", "all masked"),
 )
 

@@ -32,14 +32,14 @@ UPDATES = {
     "SgdLb1": "SGD momentum",
     "AdamLb0": "Adam(W)",
     "AdamLb1": "Adam(W) amsgrad",
-    "Look": "statistics",
-    "Mask": "mask",
+    "ExternalStatistics": "statistics",
+    "ExternalMask": "mask",
 }
 PASSES = {
     "Moments": "norm moments",
     "Normalise": "norm forward",
-    "SumUp": "norm sums",
-    "Descend": "norm gradients",
+    "GradSums": "norm sums",
+    "Backward": "norm gradients",
 }
 SMALL = {
     "fold_channels": "channels",

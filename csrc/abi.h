@@ -1,7 +1,7 @@
 // The only contract between Python and native code: plain structs of addresses and numbers.
 //
-// This header is also compiled into the per-ISA files, so it holds no inline function: the linker keeps one
-// copy of such a function, and it might be the one made of instructions that the machine lacks.
+// The files of each ISA include this header, so it holds no inline function: the linker keeps one copy of an inline
+// function, and that copy might use instructions that the machine lacks.
 #pragma once
 
 #include <stdint.h>
@@ -13,21 +13,21 @@ enum Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 enum Op : int32_t { kSgd, kAdam, kStatistics, kMask, kOps };
 
-// The lists of a call, in this order. SGD keeps its momentum in kState0; Adam has exp_avg, exp_avg_sq,
+// The lists of tensors of a call, in this order. SGD keeps its momentum in kState0; Adam has exp_avg, exp_avg_sq,
 // max_exp_avg_sq there and one float per tensor in kStep.
 enum Slot : int32_t { kParam, kGrad, kState0, kState1, kState2, kStep, kSlots };
 
 enum Error : int32_t { kOk = 0, kNullPointer = 1, kParallelFailed = 2 };
 
-// A dense tensor as it lies in memory: element (o, r, i) is at (o * rows + r) * inner + i.
-// `start` is its first row in the flat arrays; -1 when it is not tracked, and then it is one row.
+// A dense tensor in memory: element (o, r, i) is at (o * rows + r) * inner + i. `start` is the index of its first row
+// in the flat arrays, or -1 for a tensor without tracked rows, which is treated as one row.
 struct Shape {
   int64_t outer, rows, inner;
   int64_t start;
 };
 
-// A piece of one tensor, the unit of work. A row that is cut (into equal ranges of outer, or of inner elements)
-// leaves one partial sum per cut; `piece` says which.
+// A chunk of one tensor, the unit of work. A row may be divided among several chunks, by ranges of outer indices or of
+// inner elements; each of them writes one partial sum, and `piece` is its number.
 struct Chunk {
   int32_t tensor, piece;
   int64_t outer_begin, outer_end;
@@ -35,15 +35,15 @@ struct Chunk {
   int64_t inner_begin, inner_end;
 };
 
-// Where the sums of a tensor's rows go: one piece, straight into the flat array; several, into `partials`
-// at (offset + piece * rows + row) * 4.
+// Where the sums of a tensor's rows are stored: in the flat array if a row is one piece, else in `partials` at
+// (offset + piece * rows + row) * 4.
 struct Pieces {
   int64_t count, offset;
 };
 
-// The flat arrays of a RowTable (sparsekern/kernels/rows.py says what they hold): type, name, and elements for each row, 0
-// where there is one for the whole table. The names and their order stand here and in Python; the module exports these,
-// and a test compares them.
+// The flat arrays of a RowTable, which sparsekern/kernels/rows.py describes: type, name, and elements per row (0: one
+// element for the whole table). Python lists the same names in the same order; the module exports these, and a test
+// compares them.
 // clang-format off
 #define SPARSEKERN_ROW_ARRAYS(field) \
   field(float, penalty, 1)           \
@@ -62,7 +62,7 @@ struct RowArrays {
 #undef SPARSEKERN_FIELD
 };
 
-// The hyperparameters of a step: type and name. Options of Python travel in this order; the module exports the names.
+// The hyperparameters of a step: type and name. Python passes its options in this order; the module exports the names.
 // clang-format off
 #define SPARSEKERN_HYPER(field)                           \
   field(double, lr) field(double, weight_decay)           \
@@ -93,42 +93,42 @@ struct Job {
   void* const* addresses[kSlots];  // [slot][tensor]
   const AdamBias* bias;            // [tensor], Adam only
   float* partials;
-  RowArrays rows;  // all null when nothing is tracked
+  RowArrays rows;  // all null if no tensor is tracked
   Hyper hyper;
-  int32_t statistics;  // fill sums, means and thresholds
+  int32_t statistics;  // update sums, means and thresholds
   int32_t fade;        // apply and advance the countdowns
 };
 
-// What follows a batch normalisation. All of them are 0 at 0.
+// The activation behind a batch normalisation. Each of them is 0 at 0.
 enum Activation : int32_t { kIdentity, kRelu, kRelu6, kHardswish, kSilu, kActivations };
 
 // A batch normalisation with its activation, or its gradient. Element (o, c, i) of the data is at
-// (o * channels + c) * inner + i. Where inner is 1, a row holds the channels as often as makes it a multiple of
-// kNormWidth.
+// (o * channels + c) * inner + i. If inner is 1, a row repeats the channels until its length is a multiple of
+// kNormWidth, and `channels` is that length.
 constexpr int64_t kNormWidth = 64;
 
 struct NormJob {
   int64_t outer, channels, inner;
-  const void *x, *residual, *grad;  // null where there is none
+  const void *x, *residual, *grad;  // null if absent
   void *y, *grad_x, *grad_residual;
-  // One number for each channel of a row, of the compute type.
+  // One number of the compute type for each channel of a row.
   const void *scale, *shift;          // z = x * scale + shift + residual
   const void *mean, *slope, *offset;  // grad_x = dz * scale (+ (x - mean) * slope + offset)
   const void* threshold;
-  const void* live;  // all bits set, or none in masked channels
-  int32_t centred;   // whether the part in parentheses is there
+  const void* live;  // a mask: all bits set, or 0 in masked channels
+  int32_t centred;   // the part in parentheses is added
 };
 
-// A part of the data: one channel, or, where inner is 1, all channels of some rows. What is summed goes to `out`, in
-// planes of as many numbers as there are channels in a row.
+// A piece of the data: one channel, or all channels of some rows if inner is 1. Sums go to `out`, in planes of one
+// number for each channel of a row.
 struct NormPiece {
   int64_t outer_begin, outer_end;
   int64_t channel;
   double* out;
 };
 
-// Planes of a piece.
-enum NormMoment : int32_t { kMeanOf, kDeviation, kMoments };  // deviation: summed squares of what is centred
+// Planes of a piece. The deviation is the sum of squared distances from the mean.
+enum NormMoment : int32_t { kMeanOf, kDeviation, kMoments };
 enum NormSum : int32_t { kGradSum, kGradDot, kGradSq, kGradCount, kNormSums };
 
 struct NormKernels {
@@ -138,7 +138,7 @@ struct NormKernels {
   void (*backward[kActivations])(const NormJob*, const NormPiece*);
 };
 
-// What one ISA offers.
+// The kernels of one ISA.
 struct Kernels {
   void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
   void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk

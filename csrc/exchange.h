@@ -1,5 +1,5 @@
-// The part of DLPack 1.x that reads a tensor: its C structs, by which torch (2.10 and later) tells where a tensor
-// lies without a call into Python. Half a microsecond for a tensor's address, sizes and strides becomes a hundredth.
+// The C structs of DLPack 1.x that describe a tensor. torch 2.10 and later fills them without a call into Python:
+// address, sizes and strides of a tensor take 5 ns instead of 500 ns.
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +26,7 @@ struct DLPackExchangeAPI {
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
-  int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // borrowed; nonzero: a Python error is set
+  int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // borrowed; nonzero if a Python error is set
   void* current_work_stream;
 };
 

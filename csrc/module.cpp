@@ -1,6 +1,6 @@
-// The Python module. It turns lists of tensors into tables of addresses, compares them with what the plan was made
-// for, and calls the kernels without the GIL. Arguments are checked in Python; what is compared here is what could have
-// changed since then.
+// The Python module. It turns lists of tensors into tables of addresses, compares the tensors with those that the plan
+// was made for, and calls the kernels without the GIL. Python checks arguments when it makes a plan; this file compares
+// what may have changed since then.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,7 +25,7 @@ namespace py = pybind11;
 namespace sparsekern {
 namespace {
 
-constexpr int kMisfit = -1;
+constexpr int kMismatch = -1;
 
 #define SPARSEKERN_FIELD(Type, name) #name,
 constexpr std::array kHyperNames = {SPARSEKERN_HYPER(SPARSEKERN_FIELD)};
@@ -43,40 +43,40 @@ py::tuple names_of(const std::array<const char*, n>& names) {
   return result;
 }
 
-// Sizes and strides of a tensor, as the plan expects them.
-struct Layout {
+// Sizes and strides that the plan expects of a tensor.
+struct TensorLayout {
   std::vector<int64_t> sizes, strides;
-  int64_t bytes;  // it has no holes
+  int64_t bytes;  // dense, so that size in bytes and extent are the same
 
   bool matches(const DLTensor& tensor) const {
     if (tensor.ndim != static_cast<int32_t>(sizes.size())) return false;
     for (size_t d = 0; d < sizes.size(); ++d) {
-      // The stride of a dimension of one element says nothing.
+      // The stride of a dimension of size 1 has no meaning.
       if (tensor.shape[d] != sizes[d] || (sizes[d] != 1 && tensor.strides[d] != strides[d])) return false;
     }
     return true;
   }
 };
 
-// What the tensors of a list have to be.
+// What the plan expects of the tensors of a list.
 struct ListLayout {
   Dtype dtype;
-  std::vector<Layout> layouts;
-  int64_t table_rows;  // rows that the flat arrays must have at least
+  std::vector<TensorLayout> layouts;
+  int64_t table_rows;  // minimum number of rows of the flat arrays
   Device device;
-  Disjoint disjoint[kOps] = {};  // what the last call of each op found
+  Disjoint disjoint[kOps] = {};  // addresses of the last call of each op
 };
 
-// A plan with the list for which it holds.
+// A plan and the list that it was made for.
 struct ListPlan {
   Plan plan;
   ListLayout list;
 };
 
-// The addresses of all lists of a call.
+// The addresses of the tensors of a call, by slot.
 using Addresses = std::vector<void*>[kSlots];
 
-// False when a tensor is not what is expected.
+// Fills `addresses`. False if a tensor differs from what is expected.
 bool read_lists(const ListLayout& expected, const py::tuple& lists, Addresses& addresses) {
   if (lists.size() > kSlots) return false;
   for (size_t slot = 0; slot < lists.size(); ++slot) {
@@ -98,13 +98,13 @@ bool read_lists(const ListLayout& expected, const py::tuple& lists, Addresses& a
   return true;
 }
 
-// The flat arrays of a RowTable, and how many rows all of them have.
+// The flat arrays of a RowTable and their common number of rows.
 struct Table {
   RowArrays arrays;
   int64_t rows;
 };
 
-// An array: contiguous and of exactly this shape.
+// Reads a contiguous array of exactly this shape.
 template <class T, size_t n>
 bool read_exact(py::handle object, Device device, uint8_t code, const std::array<int64_t, n>& shape, T** out) {
   DLTensor tensor;
@@ -116,7 +116,7 @@ bool read_exact(py::handle object, Device device, uint8_t code, const std::array
          (tensor.data != nullptr || count_elements(tensor) == 0);
 }
 
-// How long an array is; 0 for what is no tensor, which does not fit afterwards.
+// The length of an array; 0 for an object that is not a tensor, which no later check accepts.
 int64_t length_of(py::handle object) {
   DLTensor tensor;
   return read_tensor(object.ptr(), &tensor) && tensor.ndim > 0 ? tensor.shape[0] : 0;
@@ -126,7 +126,7 @@ using Single = std::array<int64_t, 0>;
 using Flat = std::array<int64_t, 1>;
 using Quads = std::array<int64_t, 2>;
 
-// One array of a table: `per_row` numbers for each of `rows`, or one number where that is 0.
+// Reads one array of a table: `per_row` numbers for each row, or a single number if `per_row` is 0.
 template <int per_row, class T>
 bool read_row_array(py::handle object, Device device, int64_t rows, T** out) {
   constexpr uint8_t kCode = std::is_floating_point_v<T> ? uint8_t{kDLFloat} : uint8_t{kDLInt};
@@ -147,7 +147,7 @@ bool read_rows(const ListLayout& expected, const py::tuple& arrays, Table* table
   return fits;
 }
 
-// The same of addresses and numbers of elements.
+// The same, from addresses and numbers of elements.
 bool read_rows_at(const ListLayout& expected, const std::vector<std::pair<uintptr_t, int64_t>>& arrays, Table* table) {
   if (arrays.size() != kRowArrays) return false;
   table->rows = arrays[0].second;
@@ -161,7 +161,7 @@ bool read_rows_at(const ListLayout& expected, const std::vector<std::pair<uintpt
   return fits;
 }
 
-// Whether what a call writes shares memory with nothing else of it. Gradients are written under a scale alone.
+// Whether memory that a call writes is disjoint from its other memory. Gradients are written only if they are scaled.
 bool is_disjoint(ListLayout& list, int op, bool scaled, const Addresses& addresses, const Table& table) {
   Spans written, read;
   written.reserve(addresses[kParam].size() * kSlots);
@@ -195,21 +195,21 @@ Hyper read_hyper(const py::tuple& values) {
   return hyper;
 }
 
-bool all_there(const std::vector<void*>& addresses, size_t n) {
+bool none_is_null(const std::vector<void*>& addresses, size_t n) {
   if (addresses.size() != n) return false;
   for (const void* address : addresses)
     if (address == nullptr) return false;
   return true;
 }
 
-// Whether every address that the kernels will follow was given.
+// Whether every address that the kernels will read is present.
 bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& addresses, const RowArrays& rows) {
   const size_t n = plan.list.layouts.size();
-  bool ok = all_there(addresses[kParam], n);
-  if (op != kMask) ok = ok && all_there(addresses[kGrad], n);
-  if (op == kAdam || (op == kSgd && hyper.momentum != 0)) ok = ok && all_there(addresses[kState0], n);
-  if (op == kAdam) ok = ok && all_there(addresses[kState1], n) && all_there(addresses[kStep], n);
-  if (op == kAdam && hyper.amsgrad) ok = ok && all_there(addresses[kState2], n);
+  bool ok = none_is_null(addresses[kParam], n);
+  if (op != kMask) ok = ok && none_is_null(addresses[kGrad], n);
+  if (op == kAdam || (op == kSgd && hyper.momentum != 0)) ok = ok && none_is_null(addresses[kState0], n);
+  if (op == kAdam) ok = ok && none_is_null(addresses[kState1], n) && none_is_null(addresses[kStep], n);
+  if (op == kAdam && hyper.amsgrad) ok = ok && none_is_null(addresses[kState2], n);
   if (plan.plan.tracks()) {
 #define SPARSEKERN_FIELD(Type, name, per_row) ok = ok && rows.name;
     SPARSEKERN_ROW_ARRAYS(SPARSEKERN_FIELD)
@@ -221,8 +221,8 @@ bool complete(const ListPlan& plan, Op op, const Hyper& hyper, const Addresses& 
 int run(ListPlan& plan, Op op, Addresses& addresses, const Table& table, const Hyper& hyper, bool update_statistics,
         int64_t threads) {
   if (!complete(plan, op, hyper, addresses, table.arrays)) return kNullPointer;
-  if (!is_disjoint(plan.list, op, hyper.scaled, addresses, table)) return kMisfit;
-  // The kernels index every list by tensor, also those that they then leave alone.
+  if (!is_disjoint(plan.list, op, hyper.scaled, addresses, table)) return kMismatch;
+  // The kernels index every list by tensor, including lists that they do not use.
   for (auto& list : addresses) list.resize(plan.list.layouts.size(), nullptr);
   Job job = {};
   for (int slot = 0; slot < kSlots; ++slot) job.addresses[slot] = addresses[slot].data();
@@ -240,17 +240,17 @@ Op checked(int op) {
   return static_cast<Op>(op);
 }
 
-// kMisfit: a tensor is not what the plan was made for, or shares memory, and nothing has been done.
+// One step. Returns kMismatch, and does nothing, if a tensor differs from what the plan was made for or shares memory.
 int step(ListPlan& plan, int op, const py::tuple& lists, const py::tuple& arrays, const py::tuple& hyper,
          bool update_statistics, int64_t threads) {
   Addresses addresses;
   Table table = {};
-  if (!read_lists(plan.list, lists, addresses)) return kMisfit;
-  if (plan.plan.tracks() && !read_rows(plan.list, arrays, &table)) return kMisfit;
+  if (!read_lists(plan.list, lists, addresses)) return kMismatch;
+  if (plan.plan.tracks() && !read_rows(plan.list, arrays, &table)) return kMismatch;
   return run(plan, checked(op), addresses, table, read_hyper(hyper), update_statistics, threads);
 }
 
-// The same with addresses that Python read and compared, of the arrays also how many elements they have.
+// The same with addresses that Python read and compared; arrays come with their numbers of elements.
 int step_at(ListPlan& plan, int op, const std::vector<std::vector<uintptr_t>>& lists,
             const std::vector<std::pair<uintptr_t, int64_t>>& arrays, const py::tuple& hyper, bool update_statistics,
             int64_t threads) {
@@ -259,7 +259,7 @@ int step_at(ListPlan& plan, int op, const std::vector<std::vector<uintptr_t>>& l
   for (size_t slot = 0; slot < lists.size(); ++slot)
     for (const uintptr_t address : lists[slot]) addresses[slot].push_back(reinterpret_cast<void*>(address));
   Table table = {};
-  if (plan.plan.tracks() && !read_rows_at(plan.list, arrays, &table)) return kMisfit;
+  if (plan.plan.tracks() && !read_rows_at(plan.list, arrays, &table)) return kMismatch;
   return run(plan, checked(op), addresses, table, read_hyper(hyper), update_statistics, threads);
 }
 
@@ -275,8 +275,8 @@ Spans read_spans(const ChannelArrays& channel) {
           Span::of(channel.gate_rows, channel.gates * sizeof(int64_t))};
 }
 
-// False: an array is not what it should be, shares memory with one that is written, or a gate is no row; nothing has
-// been done.
+// Updates the means per channel. False, and nothing is done, if an array is not as expected or shares memory with one
+// that is written, or if a gate is not a row of the table.
 bool step_channels(const py::tuple& arrays, double decay) {
   if (arrays.size() != 7) return false;
   ChannelArrays channel = {};
@@ -323,8 +323,8 @@ ListPlan make_plan(int dtype, const Layouts& layouts, const std::vector<std::arr
   return {Plan(std::move(cut)), make_layout(dtype, layouts, table_rows, kCpu)};
 }
 
-// For kernels elsewhere, which Python calls by itself: the addresses of all lists, [kSlots][tensors], and then of the
-// flat arrays, null where there are none. None: a tensor is not what is expected, or shares memory.
+// For kernels of other libraries, which Python calls: the addresses of all lists, [kSlots][tensors], then those of the
+// flat arrays, null if absent. Returns None if a tensor differs from what is expected or shares memory.
 py::object addresses_of(ListLayout& expected, const py::tuple& lists, const py::tuple& arrays, int op, bool scaled) {
   Addresses addresses;
   Table table = {};

@@ -15,23 +15,23 @@ namespace py = pybind11;
 namespace sparsekern {
 namespace {
 
-constexpr int kMisfit = -1;
+constexpr int kMismatch = -1;
 
-// What a tensor of a call is: data like x, a vector of a number per channel in the compute type, or the mask and the
-// arrays of the counts.
+// Kinds of tensors of a call: data of the shape of x, one number of the compute type per channel, the mask, and the
+// arrays of the gradient counts (float32: per channel, or a single number).
 enum Kind { kData, kVector, kMasked, kPerChannel, kSingle };
 
-// The tensors of a call by the names of the fields of NormCall, NormForward and NormBackward.
+// The kinds of the tensors of a call, in the order of the fields of NormCall, NormForward and NormBackward.
 constexpr std::array<Kind, 5> kInputs = {kData, kData, kVector, kVector, kMasked};
 constexpr std::array<Kind, 5> kForward = {kVector, kVector, kData, kVector, kVector};
 constexpr std::array<Kind, 10> kBackward = {kData,   kVector, kVector,     kData,       kData,
                                             kVector, kVector, kPerChannel, kPerChannel, kSingle};
 
-// Their addresses; null for what there is not.
+// Their addresses; null if absent.
 template <size_t n>
 using Addresses = std::array<void*, n>;
 
-// Which of them are written to, beside results, whose memory is new.
+// Which of them are updated in place. Results are not listed: their memory is new.
 constexpr std::array<size_t, 2> kWrittenForward = {0, 1};
 constexpr std::array<size_t, 3> kWrittenBackward = {7, 8, 9};
 
@@ -45,7 +45,7 @@ int64_t bytes_of_kind(Kind kind, const NormCall& call) {
   }
 }
 
-// Whether what is written shares no memory with another tensor of the call.
+// Whether tensors that are updated in place share no memory with another tensor of the call.
 template <size_t n, size_t m>
 bool is_disjoint(const NormCall& call, const Addresses<5>& inputs, const Addresses<n>& own,
                  const std::array<Kind, n>& kinds, const std::array<size_t, m>& writes) {
@@ -60,7 +60,7 @@ bool is_disjoint(const NormCall& call, const Addresses<5>& inputs, const Address
   return !any_overlap(written, read);
 }
 
-// Reads the tensors of a call where they lie as the kernels walk them.
+// Reads the tensors of a call, if their memory layout is one that the kernels support.
 class Reader {
  public:
   explicit Reader(py::handle x) : fits_(read_tensor(x.ptr(), kCpu, &x_) && find_dtype() && find_order()) {}
@@ -100,7 +100,7 @@ class Reader {
   bool is_like_x(const DLTensor& tensor) const {
     if (tensor.ndim != x_.ndim || !has_dtype(tensor, dtype_)) return false;
     for (int32_t d = 0; d < x_.ndim; ++d) {
-      // The stride of a dimension of one element says nothing.
+      // The stride of a dimension of size 1 has no meaning.
       if (tensor.shape[d] != x_.shape[d] || (x_.shape[d] != 1 && tensor.strides[d] != x_.strides[d])) return false;
     }
     return true;
@@ -118,7 +118,7 @@ class Reader {
     return false;
   }
 
-  // Channels last or else contiguous, as layout_of in sparsekern/kernels/backends/norm_layout.py has it.
+  // Channels last, else contiguous: the order of layout_of in sparsekern/kernels/backends/norm_layout.py.
   bool find_order() {
     const int64_t count = count_elements(x_);
     if (x_.ndim < 2 || count == 0) return false;
@@ -166,7 +166,7 @@ int run_forward(NormCall call, const Addresses<5>& inputs, const Addresses<5>& o
   if (!complete(call, inputs, activation, training, eps) || !to.y || !to.mean || !to.var ||
       (momentum != 0 && (!to.running_mean || !to.running_var)))
     return kNullPointer;
-  if (momentum != 0 && !is_disjoint(call, inputs, own, kForward, kWrittenForward)) return kMisfit;
+  if (momentum != 0 && !is_disjoint(call, inputs, own, kForward, kWrittenForward)) return kMismatch;
   const py::gil_scoped_release release;
   return norm_act_forward(call, to, *runtime.kernels, runtime.parallel_for, threads);
 }
@@ -180,17 +180,17 @@ int run_backward(NormCall call, const Addresses<5>& inputs, const Addresses<10>&
       !to.grad_weight || !to.grad_bias || (call.residual && !to.grad_residual) ||
       (to.threshold && (!to.activity || !to.updates)))
     return kNullPointer;
-  if (to.threshold && !is_disjoint(call, inputs, own, kBackward, kWrittenBackward)) return kMisfit;
+  if (to.threshold && !is_disjoint(call, inputs, own, kBackward, kWrittenBackward)) return kMismatch;
   const py::gil_scoped_release release;
   return norm_act_backward(call, to, *runtime.kernels, runtime.parallel_for, threads);
 }
 
-// kMisfit: a tensor is not what the kernels walk as it lies, or shares memory, and nothing has been done.
+// Returns kMismatch, and does nothing, if the kernels do not support a tensor's memory layout or tensors share memory.
 int forward(const py::tuple& inputs, const py::tuple& own, int activation, bool training, double eps, double momentum,
             int64_t threads) {
   const Reader reader(inputs[0]);
   Addresses<5> from, to;
-  if (!reader.read(inputs, kInputs, from) || !reader.read(own, kForward, to)) return kMisfit;
+  if (!reader.read(inputs, kInputs, from) || !reader.read(own, kForward, to)) return kMismatch;
   return run_forward(reader.call(), from, to, activation, training, eps, momentum, threads);
 }
 
@@ -199,12 +199,12 @@ int backward(const py::tuple& inputs, const py::tuple& own, int activation, bool
   const Reader reader(inputs[0]);
   Addresses<5> from;
   Addresses<10> to;
-  if (!reader.read(inputs, kInputs, from) || !reader.read(own, kBackward, to)) return kMisfit;
+  if (!reader.read(inputs, kInputs, from) || !reader.read(own, kBackward, to)) return kMismatch;
   return run_backward(reader.call(), from, to, activation, training, eps, tau, decay, threads);
 }
 
-// The same with addresses that Python read, of data that lies as the other two would have it. With each address comes
-// how many bytes lie there, so that what is too short is not followed.
+// The same with addresses that Python read, of data in a layout that the kernels support. Each address comes with its
+// number of bytes, so that an array that is too short is refused.
 using Place = std::pair<uintptr_t, int64_t>;
 
 NormCall make_call(int dtype, const std::array<int64_t, 3>& shape) {

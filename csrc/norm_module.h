@@ -1,4 +1,4 @@
-// The part of the Python module that normalises.
+// The part of the Python module for batch normalisation with its activation.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// Whether tensors of a call share memory. Kernels write and read in an order of their own, in several threads: where
-// what is written overlaps with anything else, the result would depend on that order.
+// Checks that the tensors of a call do not share memory. Threads read and write in no fixed order, so if memory that is
+// written overlaps with other memory of the call, the result depends on that order.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct Span {
     return {begin, begin + static_cast<uintptr_t>(bytes)};
   }
 
-  // What is empty overlaps with nothing.
+  // An empty span overlaps with nothing.
   bool overlaps(const Span& other) const {
     return begin < end && other.begin < other.end && begin < other.end && other.begin < end;
   }
@@ -28,7 +28,7 @@ struct Span {
 
 using Spans = std::vector<Span>;
 
-// For the few tensors of a normalisation or of the channels.
+// Compares every pair; for the few tensors of a normalisation or of the channels.
 inline bool any_overlap(const Spans& written, const Spans& read) {
   for (size_t i = 0; i < written.size(); ++i) {
     for (size_t j = i + 1; j < written.size(); ++j)
@@ -39,8 +39,8 @@ inline bool any_overlap(const Spans& written, const Spans& read) {
   return false;
 }
 
-// The same for the lists of a step, most of which lie at every call where they lay at the call before: what was found
-// disjoint is compared alone, which takes a hundredth of the time.
+// The same check for the lists of a step, which are at the same addresses in most calls. Spans that were disjoint in
+// the last call are only compared with those of this call, which takes a hundredth of the time.
 class Disjoint {
  public:
   bool holds(const Spans& written, const Spans& read) {
@@ -65,7 +65,7 @@ class Disjoint {
     return true;
   }
 
-  // The sorted spans do not overlap, so that their ends rise with their beginnings.
+  // The sorted spans do not overlap, so their ends are sorted as well.
   bool is_written(const Span& span) const {
     const auto first_behind = std::lower_bound(sorted_.begin(), sorted_.end(), Span{span.end, span.end});
     return first_behind != sorted_.begin() && std::prev(first_behind)->end > span.begin;

@@ -39,7 +39,7 @@ int64_t count_elements(const DLTensor& tensor) {
 }
 
 bool is_contiguous(const DLTensor& tensor) {
-  // The strides of an array without elements say nothing.
+  // The strides of an array without elements have no meaning.
   if (count_elements(tensor) == 0) return true;
   int64_t stride = 1;
   for (int32_t d = tensor.ndim - 1; d >= 0; --d) {

@@ -1,4 +1,5 @@
-// What the process hands over once (sparsekern/kernels/native/__init__.py), and tensors read by it: where they lie, and as what.
+// What Python registers once per process (sparsekern/kernels/native/__init__.py): kernels, torch's thread pool and
+// DLPack's exchange API. And functions that read address, sizes, strides and dtype of a tensor through that API.
 #pragma once
 
 #include <Python.h>
@@ -23,8 +24,8 @@ struct Runtime {
 
 extern Runtime runtime;
 
-// `capsule`: torch.Tensor.__dlpack_c_exchange_api__; `types`: a tuple of the classes whose instances it may be asked
-// about. 1 when it is taken, 0 when it is of another kind, -1 when a Python error is set.
+// Registers the exchange API. `capsule` is torch.Tensor.__dlpack_c_exchange_api__; `types` is a tuple of the classes
+// that it can read. Returns 1 if it was registered, 0 if its version is another one, -1 if a Python error is set.
 int set_exchange(PyObject* capsule, PyObject* types);
 
 struct Device {
@@ -33,10 +34,10 @@ struct Device {
 
 constexpr Device kCpu = {kDLCPU, 0};
 
-// Reads a plain dense tensor. False when `object` is anything else, or when this torch offers no such reading.
+// Reads a plain dense tensor. False if `object` is anything else or no exchange API is registered.
 bool read_tensor(PyObject* object, DLTensor* out);
 
-// The same of a tensor that has memory on `device`.
+// The same; also false if the tensor has no memory on `device`.
 bool read_tensor(PyObject* object, Device device, DLTensor* out);
 
 int64_t count_elements(const DLTensor& tensor);

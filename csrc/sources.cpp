@@ -11,7 +11,7 @@ namespace py = pybind11;
 namespace sparsekern {
 namespace {
 
-// The scalar type of a gradient, as DLPack has it.
+// The scalar type of a gradient, in DLPack's numbers.
 struct Type {
   uint8_t code, bits;
 
@@ -25,14 +25,14 @@ bool read_type(PyObject* grad, Type* type) {
   return true;
 }
 
-// Everything that the lists of a step were made from, by identity: parameters, which of them have a gradient and of
-// what type, and the state. Whoever asks keeps the objects alive (`held`): a reference from here would be hidden from
-// Python's garbage collector, and a parameter may lead back to its optimizer.
+// The identity of everything that the lists of a step were made from: the parameters, which of them have a gradient and
+// of which type, and the state. The caller keeps the objects alive (`held`). A reference from here would be invisible
+// to Python's garbage collector, and a parameter may refer to its optimizer.
 class Sources {
  public:
-  // The gradients that there are, in order. None where anything differs, or a gradient is no plain dense tensor.
+  // Returns the existing gradients in order, or None if anything differs or a gradient is not a plain dense tensor.
   py::object grads(const py::list& groups, py::handle state) const {
-    py::list found(present_);
+    py::list found(with_grad_);
     size_t at = 0;
     Py_ssize_t with_grad = 0;
     if (groups.size() != sizes_.size() || !same_state(state)) return py::none();
@@ -54,8 +54,8 @@ class Sources {
     return std::move(found);
   }
 
-  // What there is now; false where a gradient is no plain dense tensor, and then this is of no use.
-  bool take(const py::list& groups, py::handle state, py::list& held) {
+  // Records the present objects. False if a gradient is not a plain dense tensor; the record is then unusable.
+  bool record(const py::list& groups, py::handle state, py::list& held) {
     for (const py::handle group : groups) {
       const py::object params = params_of(group);
       if (!params) return false;
@@ -65,7 +65,7 @@ class Sources {
         Source source = {param.ptr(), !grad.is_none(), {}};
         if (source.has_grad && !read_type(grad.ptr(), &source.type)) return false;
         params_.push_back(source);
-        present_ += source.has_grad;
+        with_grad_ += source.has_grad;
         held.append(param);
       }
     }
@@ -92,13 +92,13 @@ class Sources {
     Type type;
   };
 
-  // The state of a parameter, and how many values it has; -1 when it is no dict.
+  // The state of a parameter and its number of values, or -1 if it is not a dict.
   struct State {
     PyObject* object;
     Py_ssize_t size;
   };
 
-  // The values of a dict, one after the other and then null.
+  // Iterates over the values of a dict; null at the end.
   class Items {
    public:
     explicit Items(PyObject* dict) : dict_(dict) {}
@@ -112,7 +112,7 @@ class Sources {
     Py_ssize_t position_ = 0;
   };
 
-  // Null when they are in no list.
+  // The parameters of a group, or null if they are not in a list.
   static py::object params_of(py::handle group) {
     py::object params = group["params"];
     return PyList_Check(params.ptr()) ? params : py::object();
@@ -145,10 +145,10 @@ class Sources {
   std::vector<Source> params_;
   std::vector<State> states_;
   std::vector<PyObject*> values_;
-  size_t present_ = 0;
+  size_t with_grad_ = 0;
 };
 
-// A key for a list of objects: their addresses, one after the other.
+// A key for a sequence of objects: the bytes of their addresses.
 py::bytes identities(const py::handle& objects) {
   const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(objects.ptr(), "objects: not a sequence"));
   if (!list) throw py::error_already_set();
@@ -162,7 +162,7 @@ void define_sources(py::module_& module) {
   py::class_<Sources>(module, "Sources", py::module_local()).def("grads", &Sources::grads);
   module.def("sources", [](const py::list& groups, py::handle state, py::list held) -> py::object {
     Sources sources;
-    if (!sources.take(groups, state, held)) return py::none();
+    if (!sources.record(groups, state, held)) return py::none();
     return py::cast(std::move(sources));
   });
   module.def("identities", identities);

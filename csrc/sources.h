@@ -1,4 +1,5 @@
-// The part of the Python module that watches what an optimizer's lists were made from.
+// The part of the Python module that checks whether an optimizer's parameters, gradients and state are still the
+// objects that its lists were made from.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -88,7 +88,7 @@ ARMS: dict[str, Arm] = {
     "magnitude": Arm("filter norm alone", lambda seed: criteria.Magnitude()),
     "redundancy": Arm("redundancy alone", lambda seed: Redundancy()),
     "activation": Arm(
-        "default, counting at the activations (`nn.fuse`)",
+        "default, counting at the activations (`fusion.fuse`)",
         lambda seed: Redundancy(of=Taylor() * GradientCount(level="activation")),
         fused=True,
     ),

@@ -1,4 +1,4 @@
-// Which instruction sets there are, and the kernels of each.
+// Selects the kernels of an instruction set at run time.
 #pragma once
 
 #include <string>
@@ -7,8 +7,8 @@
 
 namespace sparsekern {
 
-// The kernels of `name`, or of the best ISA of this machine when it is empty. Throws std::invalid_argument for a
-// name that does not exist or that this machine cannot run. `chosen` receives the name.
+// Returns the kernels of ISA `name`, or of the fastest ISA of this machine if `name` is empty, and stores its name in
+// `chosen`. Throws std::invalid_argument if `name` is unknown or this machine cannot run it.
 const Kernels& choose_kernels(const std::string& name, std::string& chosen);
 
 }  // namespace sparsekern

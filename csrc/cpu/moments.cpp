@@ -5,7 +5,7 @@ namespace sparsekern {
 bool gates_fit(const ChannelArrays& arrays) {
   const int64_t* offsets = arrays.gate_offsets;
   if (offsets[0] != 0 || offsets[arrays.channels] != arrays.gates) return false;
-  // A number below 0 has the highest bit; without branches, so that the loops become vectors.
+  // A negative number has its highest bit set. There are no branches, so that the compiler vectorises the loops.
   const auto gates = static_cast<uint64_t>(arrays.gates), rows = static_cast<uint64_t>(arrays.rows);
   uint64_t below = 0;
   for (int64_t c = 0; c < arrays.channels; ++c) {

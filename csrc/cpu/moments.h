@@ -1,11 +1,11 @@
-// The means per channel, once per step.
+// The running means per channel (gradient times weight of its gates, and its square), updated once per step.
 #pragma once
 
 #include <cstdint>
 
 namespace sparsekern {
 
-// The arrays of a RowTable that make up its channels (sparsekern/kernels/rows.py).
+// The arrays of a RowTable that describe its channels (sparsekern/kernels/rows.py).
 struct ChannelArrays {
   int64_t channels, gates, rows;
   const int64_t* gate_offsets;  // [channels + 1]
@@ -17,10 +17,10 @@ struct ChannelArrays {
   float* pending;
 };
 
-// Whether the offsets rise from 0 to the number of gates, and every gate is a row.
+// Whether the offsets rise from 0 to the number of gates and every gate is a row of the table.
 bool gates_fit(const ChannelArrays& arrays);
 
-// To be called with gates that fit.
+// Updates the means. Requires gates_fit().
 void channel_moments(const ChannelArrays& arrays, double decay);
 
 }  // namespace sparsekern

@@ -9,8 +9,8 @@
 namespace sparsekern {
 
 // Data and vectors as in sparsekern/kernels/backends/reference/norm_act.py. Element (o, c, i) of the data is at
-// (o * channels + c) * inner + i. Vectors have one number per channel, of the compute type unless said otherwise; null
-// where there is none.
+// (o * channels + c) * inner + i. A vector has one number per channel, of the compute type unless its type says
+// otherwise; null if absent.
 struct NormCall {
   Dtype dtype;
   Activation activation;
@@ -23,7 +23,7 @@ struct NormCall {
 };
 
 struct NormForward {
-  void *running_mean, *running_var;  // updated by this share of the batch's
+  void *running_mean, *running_var;  // updated: momentum is the weight of this batch
   double momentum;
   void *y, *mean, *var;
 };
@@ -31,7 +31,7 @@ struct NormForward {
 struct NormBackward {
   const void *grad, *mean, *var;
   void *grad_x, *grad_residual, *grad_weight, *grad_bias;
-  float *threshold, *activity, *updates;  // all null where nothing is counted
+  float *threshold, *activity, *updates;  // all null if gradients are not counted
   double tau, decay;
 };
 

@@ -1,5 +1,5 @@
-// The one seam for threads: torch's own pool, through the C function that libtorch_cpu exports. A pool of our own
-// would fight torch's for the cores and ignore torch.set_num_threads.
+// Threads are those of torch's own pool, through the C function that libtorch_cpu exports. A second pool would compete
+// with torch's for the cores and ignore torch.set_num_threads.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,8 @@ namespace sparsekern {
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
 
-// Runs work(i) for every i below `count` on at most `threads` threads, which take the next index as they get
-// free: chunks of masked rows cost little, so equal shares would not be equal work. False when torch failed.
+// Runs work(i) for every i below `count` on at most `threads` threads. A thread takes the next index when it is free:
+// chunks of masked rows cost little, so equal shares would not be equal work. False if torch failed.
 template <class Work>
 bool parallel_for(ParallelFor torch_parallel_for, int64_t threads, int64_t count, const Work& work) {
   if (threads <= 1 || count <= 1 || torch_parallel_for == nullptr) {

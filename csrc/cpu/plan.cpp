@@ -9,27 +9,26 @@ namespace sparsekern {
 
 namespace {
 
-// Elements of a chunk: enough to hide what a chunk costs, few enough to share out small networks.
+// Elements of a chunk: enough to amortise its overhead, few enough to use all threads on small networks.
 constexpr int64_t kChunk = 32 * 1024;
 
-// The same where rows lie scattered and a chunk has to gather the sums of all of its rows.
+// The same if rows are not contiguous (outer > 1) and a chunk has to keep the sums of all of its rows.
 constexpr int64_t kScatteredChunk = 128 * 1024;
 
-// Columns that a chunk takes from the [rows, inner] plane when there are outer indices to go through: a tile of
-// cpu/isa/column_tiles.h.
+// Columns of the [rows, inner] plane in a chunk of such a tensor: one tile of cpu/isa/column_tiles.h.
 constexpr int64_t kColumns = 2048;
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Counts the steps of Adam's tensors up and gives their bias corrections.
+// Increments the step counters of Adam's tensors and returns their bias corrections.
 std::vector<AdamBias> adam_bias(const Job& job, size_t tensors) {
   std::vector<AdamBias> bias(tensors);
   for (size_t i = 0; i < tensors; ++i) {
     float* count = static_cast<float*>(job.addresses[kStep][i]);
     *count += 1;
-    // Nearly always the same for all tensors, and two powers cost more than a small tensor's update.
+    // The count is nearly always that of the tensor before, and two powers cost more than the update of a small tensor.
     if (i > 0 && *count == *static_cast<const float*>(job.addresses[kStep][i - 1])) {
       bias[i] = bias[i - 1];
       continue;
@@ -77,7 +76,7 @@ void Plan::cut(int32_t tensor) {
 }
 
 Error Plan::run(Job job, const Kernels& kernels, Op op, Dtype dtype, ParallelFor parallel, int64_t threads) const {
-  // Scratch belongs to the call, so that one plan may run in two threads of Python at once.
+  // Scratch memory belongs to the call, so two Python threads may run one plan at the same time.
   const auto left = std::make_unique<std::atomic<int32_t>[]>(shapes_.size());
   for (size_t i = 0; i < shapes_.size(); ++i) left[i].store(chunks_of_[i], std::memory_order_relaxed);
   const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(partial_rows_) * 4]);
@@ -92,7 +91,7 @@ Error Plan::run(Job job, const Kernels& kernels, Op op, Dtype dtype, ParallelFor
   const auto work = [&](int64_t i) {
     const Chunk& chunk = chunks_[static_cast<size_t>(i)];
     work_on_chunk(&job, &chunk);
-    // Whoever ends a tensor's last chunk sees the sums of the others and finishes its rows.
+    // The thread that ends a tensor's last chunk sees the sums of all its chunks, and finishes its rows.
     if (left[static_cast<size_t>(chunk.tensor)].fetch_sub(1, std::memory_order_acq_rel) == 1)
       kernels.finish(&job, chunk.tensor);
   };

@@ -1,4 +1,4 @@
-// How a list of tensors is cut into chunks, and one call over them.
+// A native plan: how a list of tensors is divided into chunks, and one step over them.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace sparsekern {
 
-// The chunk table of one list. It depends on shapes alone, so that results are the same at any number of threads
-// and whatever is masked. Immutable.
+// The chunks of one list of tensors. They depend on shapes alone, so results are the same for any number of threads and
+// any mask. Immutable.
 class Plan {
  public:
   explicit Plan(std::vector<Shape> shapes);
@@ -19,7 +19,7 @@ class Plan {
   int64_t elements() const { return elements_; }
   bool tracks() const { return tracks_; }
 
-  // One step over the list. The addresses, bias, rows and hyperparameters of `job` are filled in by the caller.
+  // Runs one step over the list. The caller fills in the addresses, rows, hyperparameters and flags of `job`.
   Error run(Job job, const Kernels& kernels, Op op, Dtype dtype, ParallelFor parallel, int64_t threads) const;
 
  private:

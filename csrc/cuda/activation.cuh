@@ -1,5 +1,5 @@
-// What follows a normalisation, and its gradient, in the order of operations of the reference
-// (sparsekern/kernels/backends/reference/norm_act.py). Comparisons are such that NaN stays NaN.
+// The activations and their gradients, in the order of operations of the reference
+// (sparsekern/kernels/backends/reference/norm_act.py). The comparisons keep NaN.
 #pragma once
 
 #include "numbers.cuh"
@@ -32,7 +32,7 @@ __device__ inline C activate(C z) {
   return z;
 }
 
-// The gradient of z from that of activate(z).
+// The gradient with respect to z, from that with respect to activate(z).
 template <int32_t kActivation, class C>
 __device__ inline C gradient_of(C grad, [[maybe_unused]] C z) {
   if constexpr (kActivation == kRelu) return z <= C(0) ? C(0) : grad;

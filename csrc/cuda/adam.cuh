@@ -1,12 +1,13 @@
-// Adam and AdamW of one element, in torch's order of operations, but that the root of the bias correction is multiplied
-// by (cpu/adam.h says why).
+// Adam and AdamW for one element, in torch's order of operations with one exception: the code multiplies by the
+// reciprocal square root of the bias correction (csrc/cpu/isa/adam.h says why).
 #pragma once
 
+#include "../update.h"
 #include "factors.cuh"
 
 namespace sparsekern::cuda {
 
-// Bias corrections in float64. A power takes longer than an element, so the first two threads of the block take one
+// Bias corrections in float64. A power takes longer than an element, so the first two threads of the block compute one
 // each. Called by whole blocks.
 struct AdamBias {
   double step_size, inverse_root;
@@ -39,14 +40,14 @@ struct Adam {
     const AdamBias bias(table.hyper, entry.step, conditions.lr);
     step_size = static_cast<C>(bias.step_size);
     inverse_root = static_cast<C>(bias.inverse_root);
-    // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
-    // share of the way.
+    // torch.lerp has two formulas, chosen by its weight so that both ends are exact: start + weight * (end - start)
+    // below 0.5, else end - (1 - weight) * (end - start).
     const C weight = static_cast<C>(1 - table.hyper.beta1);
     lerp_weight = lerp_from_start ? weight : -(C(1) - weight);
   }
 
   __device__ bool ignores_states() const { return false; }
-  __device__ bool leaves(const Factors<C>&) const { return false; }
+  __device__ bool skips(const Factors<C>&) const { return false; }
 
   __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
     if (decoupled) {

@@ -6,23 +6,23 @@ namespace sparsekern::cuda {
 
 namespace {
 
-// Elements of a chunk: enough that what a block costs does not show, few enough to share out small networks.
+// Elements of a chunk: enough to amortise the cost of a block, few enough to use the whole device on small networks.
 constexpr int64_t kChunk = 8 * 1024;
 
-// Longest row that is not cut.
+// Longest row that is not divided.
 constexpr int64_t kWholeRow = 2 * kChunk;
 
-// Longest row that a warp takes: with four of them in a chunk, and longer ones, half of the block would be idle.
+// Longest row for one warp. With longer rows a chunk has fewer than four, and half of the block would be idle.
 constexpr int64_t kWarpRow = kChunk / 4;
 
-// Iterations of a block over short rows. An iteration waits for memory three times, however much it loads.
+// Iterations of a block over short rows. An iteration waits for memory three times, independent of how much it loads.
 constexpr int64_t kIterations = 4;
 
-// Columns of a tile, in packs: half a kilobyte in a row of memory, so that chunks reach through many outer indices and
-// there are few partial sums.
+// Columns of a tile, in packs: 512 contiguous bytes, so that a chunk covers many outer indices and there are few
+// partial sums.
 constexpr int64_t kTileColumns = 32;
 
-// Elements of the smallest tile of a normalisation: a pack or more for each thread.
+// Elements of the smallest tile of a normalisation: at least one pack for each thread.
 constexpr int64_t kLeastTile = 4 * 1024;
 
 constexpr int64_t kBlockThreads = 256, kWarpThreads = 32;
@@ -31,7 +31,7 @@ int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Threads for a row: one for each pack, and in short rows, many of whose elements belong to none, one for each element.
+// Threads for a row: one for each pack, or one for each element in short rows, which contain few whole packs.
 int32_t lanes_of(int64_t inner, int64_t pack) {
   if (inner > kWarpRow) return kBlockThreads;
   const int64_t useful = inner < kWarpThreads ? inner : divide_up(inner, pack);
@@ -52,7 +52,7 @@ Cut cut_of(const Shape& shape, int64_t element_size) {
     cut.lanes = lanes_of(shape.inner, pack);
     row_step = std::min(kChunk / cut.inner_step, kIterations * kBlockThreads / cut.lanes);
   } else {
-    // Rounded up: where packs do not fit into rows, a tile of several rows has a thread for every element.
+    // Rounded up: if packs do not fit into rows, a tile of several rows has a thread for every element.
     row_step = kTileColumns / divide_up(shape.inner, pack);
   }
   row_step = std::max<int64_t>(1, std::min(row_step, shape.rows));
@@ -74,7 +74,7 @@ NormCut norm_cut(int64_t outer, int64_t channels, int64_t inner, int64_t element
   cut.slots = 1;
   while (2 * cut.slots <= most_slots && cut.slots * cut.width < channels) cut.slots *= 2;
   const int64_t across = cut.slots * cut.width, ways = kBlockThreads / (cut.lanes * cut.slots);
-  // A multiple of what the block reads at once. Rows that lanes of a warp share are not cut.
+  // A multiple of what the block reads at once. Rows that the lanes of a warp share are not divided.
   cut.inner_step = cut.lanes < kBlockThreads ? inner : divide_up(elements, kBlockThreads * pack) * kBlockThreads * pack;
   cut.inner_step = std::min(inner, cut.inner_step);
   cut.outer_step = divide_up(std::max<int64_t>(1, elements / (across * cut.inner_step)), ways) * ways;

@@ -1,18 +1,18 @@
-// How tensors are cut into chunks.
+// How tensors are divided among thread blocks, for steps and for normalisations.
 #pragma once
 
 #include "abi.h"
 
 namespace sparsekern::cuda {
 
-// The cut of one tensor, without the place of its partial sums. Which thread adds up what depends on it, so it knows
-// shape and dtype and nothing else.
+// Divides one tensor; the caller sets `partial`. The order of additions depends on the result, so it is a function of
+// shape and dtype alone.
 Cut cut_of(const Shape& shape, int64_t element_size);
 
-// How the channels of x[outer][channels][inner] are shared out. A block works on a tile: some neighbouring channels, in
-// a range of outer indices and of inner ones. Its threads are lanes within slots within ways: `lanes` neighbours share
-// `width` channels, `slots` times `width` channels are taken at once, and `ways` share the outer indices. All three are
-// powers of two.
+// How the channels of x[outer][channels][inner] are divided. A block works on a tile: some neighbouring channels over a
+// range of outer and of inner indices. Its threads are lanes within slots within ways: `lanes` neighbouring threads
+// share `width` channels, the block works on `slots` times `width` channels at once, and `ways` share the outer
+// indices. All three are powers of two.
 struct NormCut {
   int64_t outer_step, inner_step;  // of a tile
   int64_t inner_pieces, pieces;    // tiles of the same channels, along inner and in all
@@ -20,8 +20,8 @@ struct NormCut {
   int32_t lanes, slots, width;
 };
 
-// `tiles`: how many there are at most, about, in a large tensor. Which thread adds up what depends on the cut, so it
-// knows shape and dtype and nothing else.
+// Divides x into about `tiles` tiles at most. The order of additions depends on the result, so it is a function of
+// shape, dtype and `tiles` alone.
 NormCut norm_cut(int64_t outer, int64_t channels, int64_t inner, int64_t element_size, int64_t tiles);
 
 }  // namespace sparsekern::cuda

@@ -1,4 +1,4 @@
-// What a step and its rows ask of the update of an element.
+// The conditions of a step that only the device knows, and the factors of a row in the update of its elements.
 #pragma once
 
 #include "numbers.cuh"
@@ -6,7 +6,7 @@
 
 namespace sparsekern::cuda {
 
-// Known on the device only: whether anything changes, and whether the rows take part.
+// Known on the device only: the learning rate, whether the step is applied, and whether rows are updated.
 struct Conditions {
   double lr;
   bool apply, update_statistics;
@@ -20,7 +20,7 @@ __device__ inline Conditions conditions_of(const Table& table) {
 
 template <class C>
 struct Factors {
-  C decay;      // multiplies the weight (AdamW, mask), or times the weight is added to the gradient
+  C decay;      // multiplies the weight (AdamW, mask); else decay * weight is added to the gradient
   C fade;       // multiplies the new weight
   bool masked;  // nothing is read or written
   bool ends;    // weight and state become 0

@@ -1,26 +1,26 @@
-// The second launch of a step: one block for each tensor folds the sums of its rows, in the order of their pieces, and
-// updates means, thresholds, countdowns and the step counter.
+// The second launch of a step. One block for each tensor folds the partial sums of its rows in the order of their
+// pieces, and updates means, thresholds, countdowns and the step counter.
 #include "factors.cuh"
 #include "kernels.h"
 
 namespace sparsekern::cuda {
 namespace {
 
-// What was found about the rows of a tensor.
-struct Found {
-  double total;  // of the squares of (gradient times norm of its row)
-  int32_t counted, spoilt;
+// Rows of a tensor that are counted, live rows with a sum that is not finite, and a sum over the counted rows.
+struct RowCounts {
+  double total;  // squares of (gradient element * norm of its row)
+  int32_t counted, nonfinite;
 
-  __device__ void operator+=(const Found& other) {
+  __device__ void operator+=(const RowCounts& other) {
     total += other.total;
     counted += other.counted;
-    spoilt += other.spoilt;
+    nonfinite += other.nonfinite;
   }
 };
 
-// What every thread found, together; all threads get it.
-__device__ Found fold(const Found& mine) {
-  __shared__ Found all[kFinishThreads];
+// Adds up the counts of all threads of the block and gives every thread the total.
+__device__ RowCounts fold(const RowCounts& mine) {
+  __shared__ RowCounts all[kFinishThreads];
   all[threadIdx.x] = mine;
   for (int reach = kFinishThreads / 2; reach > 0; reach /= 2) {
     __syncthreads();
@@ -37,21 +37,22 @@ __device__ void fold_pieces(const Table& table, const Entry& entry, int32_t row,
   }
 }
 
-// Sums and mean activity of one row. A row that is masked or whose sums are not finite does not count, and has sums of
-// 0; the threshold of another one (never negative otherwise) is marked as due.
-__device__ void look_at_row(const Table& table, const Entry& entry, int32_t row, Found& found) {
+// Folds the sums of a row and updates its mean activity. A row is counted if it is not masked and its four sums are
+// finite. The sums of other rows become 0. The threshold of a counted row is marked as due with a negative number,
+// which a threshold never is.
+__device__ void update_mean(const Table& table, const Entry& entry, int32_t row, RowCounts& rows) {
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   float* out = table.rows.sums + r * kSums;
   float sums[kSums] = {out[0], out[1], out[2], out[3]};
-  const bool alive = table.rows.countdown[r] != 0;
-  if (alive && entry.pieces > 1) fold_pieces(table, entry, row, sums);
-  const bool sound = finite(sums[0]) && finite(sums[1]) && finite(sums[2]) && finite(sums[3]);
-  const bool counts = alive && sound;
-  for (int s = 0; s < kSums; ++s) out[s] = counts ? sums[s] : 0.0f;
-  found.spoilt += alive && !sound;
-  if (!counts) return;
-  ++found.counted;
-  found.total += static_cast<double>(sums[2]) * static_cast<double>(sums[3]);
+  const bool live = table.rows.countdown[r] != 0;
+  if (live && entry.pieces > 1) fold_pieces(table, entry, row, sums);
+  const bool is_finite = finite(sums[0]) && finite(sums[1]) && finite(sums[2]) && finite(sums[3]);
+  const bool is_counted = live && is_finite;
+  for (int s = 0; s < kSums; ++s) out[s] = is_counted ? sums[s] : 0.0f;
+  rows.nonfinite += live && !is_finite;
+  if (!is_counted) return;
+  ++rows.counted;
+  rows.total += static_cast<double>(sums[2]) * static_cast<double>(sums[3]);
   const float keep = static_cast<float>(table.hyper.decay), one_minus_decay = static_cast<float>(1 - table.hyper.decay);
   table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / table.rows.elements[r] * one_minus_decay;
   table.rows.threshold[r] = -1.0f;
@@ -65,21 +66,21 @@ __device__ void set_threshold(const Table& table, const Entry& entry, int32_t ro
       weight_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(scaled_rms / sqrt(weight_sq));
 }
 
-// Called by whole blocks. A row is looked at by the same thread throughout.
+// Called by whole blocks. One thread works on a row from beginning to end.
 __device__ void finish_statistics(const Table& table, const Entry& entry) {
-  Found mine = {};
+  RowCounts mine = {};
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
-    look_at_row(table, entry, row, mine);
-  const Found found = fold(mine);
-  const double elements = static_cast<double>(found.counted) * static_cast<double>(table.rows.elements[entry.start]);
-  const double scaled_rms = table.hyper.tau * sqrt(found.total / elements);
+    update_mean(table, entry, row, mine);
+  const RowCounts rows = fold(mine);
+  const double elements = static_cast<double>(rows.counted) * static_cast<double>(table.rows.elements[entry.start]);
+  const double scaled_rms = table.hyper.tau * sqrt(rows.total / elements);
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
     set_threshold(table, entry, row, scaled_rms);
   if (threadIdx.x > 0) return;
   *table.rows.pending = 1;
-  if (found.spoilt > 0)
+  if (rows.nonfinite > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(table.rows.nonfinite),
-              static_cast<unsigned long long>(found.spoilt));
+              static_cast<unsigned long long>(rows.nonfinite));
 }
 
 __global__ void __launch_bounds__(kFinishThreads) finish(const Table __grid_constant__ table) {

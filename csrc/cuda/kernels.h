@@ -1,4 +1,4 @@
-// Every launch there is, for the host code that makes them.
+// The launches of a step, for the host code.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,15 +7,15 @@
 
 namespace sparsekern::cuda {
 
-// The variants of the first launch. What else differs (nesterov, decoupled ...) is looked up in the table.
-enum Kernel { kSgdPlain, kSgdMomentum, kAdamPlain, kAdamAmsgrad, kExternalStatistics, kClear };
+// The variants of the first launch. The table holds all other options, such as nesterov and decoupled.
+enum Kernel { kSgdPlain, kSgdMomentum, kAdamPlain, kAdamAmsgrad, kExternalStatistics, kExternalMask };
 
 cudaError_t step_float32(Kernel kernel, const Table& table, cudaStream_t stream);
 cudaError_t step_float64(Kernel kernel, const Table& table, cudaStream_t stream);
 cudaError_t step_bfloat16(Kernel kernel, const Table& table, cudaStream_t stream);
 cudaError_t step_float16(Kernel kernel, const Table& table, cudaStream_t stream);
 
-// The second launch: what is left to do for each tensor after its last chunk.
+// The second launch: the rows of each tensor after its last chunk (finish.cu).
 cudaError_t finish_step(const Table& table, cudaStream_t stream);
 
 cudaError_t fold_moments(const Moments& moments, cudaStream_t stream);

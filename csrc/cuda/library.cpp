@@ -1,4 +1,4 @@
-// The functions that Python calls: lists of addresses become tables, tables become launches.
+// The exported functions of the CUDA library. They turn lists of addresses into tables and launch kernels on them.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -16,19 +16,19 @@ namespace {
 
 std::atomic<int64_t> launches = 0;
 
-// What an op needs to be given, and which kernel makes it.
-struct Needs {
+// The kernel of an op, its number of state lists, and whether it needs gradients.
+struct Requirements {
   Kernel kernel;
   int32_t states;
   bool grad;
 };
 
-Needs needs_of(const Call& call) {
+Requirements requirements_of(const Call& call) {
   switch (call.op) {
-    case kSgd: return call.hyper.momentum == 0 ? Needs{kSgdPlain, 0, true} : Needs{kSgdMomentum, 1, true};
-    case kAdam: return call.hyper.amsgrad ? Needs{kAdamAmsgrad, 3, true} : Needs{kAdamPlain, 2, true};
+    case kSgd: return call.hyper.momentum == 0 ? Requirements{kSgdPlain, 0, true} : Requirements{kSgdMomentum, 1, true};
+    case kAdam: return call.hyper.amsgrad ? Requirements{kAdamAmsgrad, 3, true} : Requirements{kAdamPlain, 2, true};
     case kStatistics: return {kExternalStatistics, 0, true};
-    default: return {kClear, 0, false};
+    default: return {kExternalMask, 0, false};
   }
 }
 
@@ -36,7 +36,7 @@ bool is_given(const Scalar& scalar) {
   return scalar.address != nullptr || scalar.value != 0;
 }
 
-// Makes the device of a call the current one for as long as this lives.
+// Makes the device of a call the current one during its lifetime.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -57,7 +57,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// The table without its entries; false when an address is missing.
+// Fills the table except for its entries. False if an address is missing.
 bool fill_head(const Call& call, Table& table) {
   table.hyper = call.hyper;
   table.hyper.decoupled = call.op == kMask || call.hyper.decoupled;
@@ -86,8 +86,8 @@ bool fill_head(const Call& call, Table& table) {
   return !cut_rows || call.partials != nullptr;
 }
 
-// One tensor's entry; false when an address is missing.
-bool fill_entry(const Call& call, const Needs& needs, int64_t tensor, int32_t first_chunk, Entry& entry) {
+// Fills the entry of one tensor. False if an address is missing.
+bool fill_entry(const Call& call, const Requirements& needs, int64_t tensor, int32_t first_chunk, Entry& entry) {
   const Shape& shape = call.shapes[tensor];
   const Cut& cut = call.cuts[tensor];
   const int slots = kState0 + needs.states;
@@ -129,10 +129,10 @@ cudaError_t launch(const Call& call, Kernel kernel, const Table& table) {
 }
 
 int run(const Call& call) {
-  const Needs needs = needs_of(call);
+  const Requirements needs = requirements_of(call);
   Table table;
   if (!fill_head(call, table)) return -kNullPointer;
-  // Everything is looked at before anything is launched.
+  // All tensors are checked before the first launch.
   for (int64_t i = 0; i < call.tensors; ++i)
     if (!fill_entry(call, needs, i, 0, table.entries[0])) return -kNullPointer;
   const DeviceGuard guard(call.device);
@@ -156,8 +156,7 @@ int run(const Call& call) {
 using namespace sparsekern;
 using namespace sparsekern::cuda;
 
-// Of the structs above, so that Python finds out when it mirrors others: Shape, Cut, Call, Moments, RowArrays,
-// Norm.
+// The sizes of the structs that Python mirrors, so that it can detect a library of another version.
 SPARSEKERN_EXPORT void sparsekern_cuda_sizes(int64_t* sizes) {
   sizes[0] = sizeof(Shape);
   sizes[1] = sizeof(Cut);
@@ -167,7 +166,7 @@ SPARSEKERN_EXPORT void sparsekern_cuda_sizes(int64_t* sizes) {
   sizes[5] = sizeof(Norm);
 }
 
-// Cuts a list of tensors; gives the number of partial sums (of four floats each) that a call over it needs.
+// Divides a list of tensors and returns the number of partial sums, of four floats each, that a call over it needs.
 SPARSEKERN_EXPORT int64_t sparsekern_cuda_cut(const Shape* shapes, int64_t tensors, int64_t element_size, Cut* cuts) {
   int64_t partials = 0;
   for (int64_t i = 0; i < tensors; ++i) {
@@ -178,13 +177,13 @@ SPARSEKERN_EXPORT int64_t sparsekern_cuda_cut(const Shape* shapes, int64_t tenso
   return partials;
 }
 
-// Doubles of scratch for a normalisation of x[outer][channels][inner].
+// Size in doubles of the scratch memory for a normalisation of x[outer][channels][inner].
 SPARSEKERN_EXPORT int64_t sparsekern_cuda_norm_scratch(int64_t outer, int64_t channels, int64_t inner,
                                                        int64_t element_size) {
   return norm_scratch(outer, channels, inner, element_size);
 }
 
-// These give 0, an error of CUDA that ended the call, or the negative of an Error, when nothing was launched.
+// The following functions return 0, a CUDA error, or the negative of an Error if nothing was launched.
 SPARSEKERN_EXPORT int sparsekern_cuda_step(const Call* call) {
   return run(*call);
 }
@@ -215,7 +214,7 @@ SPARSEKERN_EXPORT const char* sparsekern_cuda_error(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// Launches made by this process.
+// Number of launches of this process.
 SPARSEKERN_EXPORT int64_t sparsekern_cuda_launches() {
   return launches;
 }

@@ -1,4 +1,4 @@
-// The means per channel, once per step: one thread for each channel adds up its gates.
+// The running means per channel, updated once per step. One thread for each channel adds up its gates.
 #include "kernels.h"
 
 namespace sparsekern::cuda {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kDot = 1;
 
-// Whether this block is the last one to get here. Called by whole blocks.
+// Whether this is the last block to call it. Called by whole blocks.
 __device__ bool is_last_block(uint32_t* ticket) {
   __shared__ bool last;
   __threadfence();
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) fold_channels(const Moments __grid_c
     moments.dot[channel] = moments.dot[channel] * keep + x * one_minus_decay;
     moments.dot_sq[channel] = moments.dot_sq[channel] * keep + x * x * one_minus_decay;
   }
-  // A row may be the gate of several channels: its dot goes when all have been read.
+  // A row may be the gate of several channels, so its dot is cleared after all channels have read it.
   if (!is_last_block(moments.ticket)) return;
   for (int64_t row = threadIdx.x; row < moments.rows; row += kThreads) moments.sums[row * kSums + kDot] = 0;
   if (threadIdx.x > 0) return;

@@ -1,4 +1,4 @@
-// A normalisation as a sequence of launches.
+// The sequence of launches of a normalisation, forward and backward.
 #include "norm.h"
 
 #include <initializer_list>
@@ -6,32 +6,33 @@
 namespace sparsekern::cuda {
 namespace {
 
-// Tiles of a large tensor, about. Passes that fold keep few, as each leaves something to merge; the others have many,
-// so that the last of them to end do not keep the device waiting.
-constexpr int64_t kFoldedTiles = 1024, kOtherTiles = 8 * 1024;
+// Approximate number of tiles of a large tensor. Passes that take sums have few, because each leaves sums to merge.
+// Other passes have many, so that the device is not idle while the last ones end.
+constexpr int64_t kTilesToMerge = 1024, kTiles = 8 * 1024;
 
 int64_t element_size(int32_t dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
 
-bool all_there(std::initializer_list<const void*> addresses) {
+bool none_is_null(std::initializer_list<const void*> addresses) {
   for (const void* address : addresses)
     if (address == nullptr) return false;
   return true;
 }
 
-bool has_what_forward_needs(const Norm& norm) {
-  if (norm.training) return all_there({norm.x, norm.out, norm.mean, norm.var, norm.scratch});
-  return all_there({norm.x, norm.out, norm.mean, norm.var, norm.running_mean, norm.running_var});
+bool forward_is_complete(const Norm& norm) {
+  if (norm.training) return none_is_null({norm.x, norm.out, norm.mean, norm.var, norm.scratch});
+  return none_is_null({norm.x, norm.out, norm.mean, norm.var, norm.running_mean, norm.running_var});
 }
 
-bool has_what_backward_needs(const Norm& norm) {
+bool backward_is_complete(const Norm& norm) {
   if (norm.residual != nullptr && norm.grad_residual == nullptr) return false;
-  if (norm.threshold != nullptr && !all_there({norm.activity, norm.updates})) return false;
-  return all_there({norm.x, norm.grad, norm.out, norm.mean, norm.var, norm.grad_weight, norm.grad_bias, norm.scratch});
+  if (norm.threshold != nullptr && !none_is_null({norm.activity, norm.updates})) return false;
+  return none_is_null(
+      {norm.x, norm.grad, norm.out, norm.mean, norm.var, norm.grad_weight, norm.grad_bias, norm.scratch});
 }
 
-// The launches of one op; the first error ends it.
+// The launches of one op. After an error nothing more is launched.
 class Sequence {
  public:
   Sequence(const Norm& norm, std::atomic<int64_t>& launches)
@@ -49,10 +50,10 @@ class Sequence {
                      : norm_.dtype == kBFloat16 ? norm_bfloat16
                                                 : norm_float16;
     launch([=](const NormCall& call, cudaStream_t stream) { return run(pass, call, stream); },
-           pass == kTakeMoments || pass == kSumUp ? kFoldedTiles : kOtherTiles);
+           pass == kMomentsPass || pass == kGradSumsPass ? kTilesToMerge : kTiles);
   }
 
-  void between(cudaError_t (*run)(const NormCall&, cudaStream_t)) { launch(run, kFoldedTiles); }
+  void merge(cudaError_t (*run)(const NormCall&, cudaStream_t)) { launch(run, kTilesToMerge); }
 
   int error = 0;
 
@@ -74,28 +75,28 @@ class Sequence {
 }  // namespace
 
 int run_norm_forward(const Norm& norm, std::atomic<int64_t>& launches) {
-  if (!has_what_forward_needs(norm)) return -kNullPointer;
+  if (!forward_is_complete(norm)) return -kNullPointer;
   Sequence sequence(norm, launches);
   if (norm.training) {
-    sequence.pass(kTakeMoments);
-    sequence.between(fold_norm_moments);
+    sequence.pass(kMomentsPass);
+    sequence.merge(fold_norm_moments);
   }
-  sequence.pass(kNormalise);
+  sequence.pass(kNormalisePass);
   return sequence.error;
 }
 
 int run_norm_backward(const Norm& norm, std::atomic<int64_t>& launches) {
-  if (!has_what_backward_needs(norm)) return -kNullPointer;
+  if (!backward_is_complete(norm)) return -kNullPointer;
   Sequence sequence(norm, launches);
-  sequence.pass(kSumUp);
-  sequence.between(fold_norm_sums);
-  sequence.pass(kDescend);
-  if (norm.threshold != nullptr) sequence.between(count_norm);
+  sequence.pass(kGradSumsPass);
+  sequence.merge(fold_norm_sums);
+  sequence.pass(kBackwardPass);
+  if (norm.threshold != nullptr) sequence.merge(count_norm);
   return sequence.error;
 }
 
 int64_t norm_scratch(int64_t outer, int64_t channels, int64_t inner, int64_t element_size) {
-  const NormCut cut = norm_cut(outer, channels, inner, element_size, kFoldedTiles);
+  const NormCut cut = norm_cut(outer, channels, inner, element_size, kTilesToMerge);
   return (1 + cut.pieces) * channels * kParts;
 }
 

@@ -1,5 +1,5 @@
-// Between the passes of a normalisation and after them: what the tiles found becomes a number per channel. A warp for
-// each channel merges its tiles, and one block the counts of all channels.
+// The small launches between and after the passes of a normalisation. One warp for each channel merges its tiles, and
+// one block updates the gradient counts of all channels.
 #include "norm_parts.cuh"
 
 namespace sparsekern::cuda {
@@ -11,7 +11,7 @@ __device__ int64_t channel_of_warp() {
   return static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x / kWarp;
 }
 
-// Everything that was found about a channel, in the first lane of the calling warp.
+// Merges all tiles of a channel. The first lane of the calling warp has the result.
 template <class Part>
 __device__ Part merge_pieces(const NormCall& call, int64_t channel) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) store_moments(const NormCall __grid_
     const double elements = elements_of(norm);
     const C factor = static_cast<C>((elements - 1) / elements);
     mean = number_of<C>(norm.running_mean, channel, 0);
-    // Rounded as in the compute type.
+    // Rounded to the compute type, as in the reference.
     var = static_cast<C>(number_of<C>(norm.running_var, channel, 1)) * factor;
   } else {
     const ChannelMoments all = merge_pieces<ChannelMoments>(call, channel);
@@ -59,18 +59,18 @@ __global__ void __launch_bounds__(kThreads) store_sums(const NormCall __grid_con
   if (threadIdx.x % kWarp != 0) return;
   for (int i = 0; i < kParts; ++i) folded_sums_of(call, channel)[i] = all.values[i];
   const double rstd = 1 / sqrt(number_of<C>(norm.var, channel, 1) + norm.eps);
-  // The variance of a masked channel may be anything.
+  // The variance of a masked channel is arbitrary.
   static_cast<C*>(norm.grad_weight)[channel] = masked ? C(0) : static_cast<C>(all.values[1] * rstd);
   static_cast<C*>(norm.grad_bias)[channel] = static_cast<C>(all.values[0]);
 }
 
-// Of all channels: the squares of (gradient times norm of its channel), and how many were counted.
+// Over the counted channels: the sum of the squares of (gradient * norm of its channel), and their number.
 struct Total {
   double squares;
   int64_t channels;
 };
 
-// What every thread found, together; all threads get it.
+// Adds up the totals of all threads of the block and gives every thread the result.
 __device__ Total total_of_block(const Total& mine) {
   __shared__ Total all[kFinishThreads];
   all[threadIdx.x] = mine;

@@ -1,4 +1,5 @@
-// What a tile contributes to its channels, in float64: folded in an order that depends on shapes alone.
+// What a tile stores for each of its channels, in float64, and how tiles are merged, in an order that depends on shapes
+// alone.
 #pragma once
 
 #include "norm.h"
@@ -7,7 +8,7 @@
 
 namespace sparsekern::cuda {
 
-// Sums of dz, dz * (x - mean) and dz * dz, and how many |dz| exceed the threshold.
+// The sums of dz, dz * (x - mean) and dz * dz, and the number of |dz| above the threshold.
 struct GradSums {
   double values[kParts];
 
@@ -16,8 +17,8 @@ struct GradSums {
   }
 };
 
-// Number of elements, their mean and the sum of their squared distances from it.
-// Merged as by Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
+// Number of elements, their mean, and the sum of their squared distances from it, merged as in Chan, Golub and LeVeque
+// 1983, "Algorithms for computing the sample variance".
 struct ChannelMoments {
   double values[kParts];
 
@@ -27,9 +28,9 @@ struct ChannelMoments {
 
   __device__ void merge(const ChannelMoments& other) {
     if (other.count() == 0) return;
-    const double both = count() + other.count(), share = other.count() / both, apart = other.mean() - mean();
-    values[2] += other.distances() + apart * apart * (count() * share);
-    values[1] += apart * share;
+    const double both = count() + other.count(), share = other.count() / both, difference = other.mean() - mean();
+    values[2] += other.distances() + difference * difference * (count() * share);
+    values[1] += difference * share;
     values[0] = both;
   }
 };
@@ -44,7 +45,7 @@ __device__ inline void merge_lanes(Part& part, int lanes) {
   }
 }
 
-// In the scratch: of every channel the sums that were made of its pieces, and then of every channel its pieces.
+// The scratch memory holds the merged sums of every channel, then the parts of every channel's pieces.
 __device__ inline double* folded_sums_of(const NormCall& call, int64_t channel) {
   return call.norm.scratch + channel * kParts;
 }
@@ -52,7 +53,7 @@ __device__ inline double* part_of(const NormCall& call, int64_t channel, int64_t
   return call.norm.scratch + (call.norm.channels + channel * call.cut.pieces + piece) * kParts;
 }
 
-// A number of a channel; `missing` where there is no such vector.
+// The number of a channel in a vector, or `missing` if the vector is null.
 template <class C>
 __device__ inline double number_of(const void* vector, int64_t channel, double missing) {
   return vector == nullptr ? missing : static_cast<double>(static_cast<const C*>(vector)[channel]);

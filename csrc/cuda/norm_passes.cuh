@@ -1,11 +1,12 @@
-// The four passes of a normalisation over its tensors: what one thread does with a pack of elements, or with one.
-// Elements of a pack belong to one channel (kStep 0) or to a channel each (kStep 1). A pass has
-//   Channel  what it has to know of a channel, made once per tile
-//   Sums     what a thread adds up for a channel, and Part, what becomes of it
-//   read     what it needs of the pack at an index, and use, what it does with that
-//   kLoopPrefetchDistance   how many packs a thread reads before it uses the first: together 16 KB and more of a
-//   multiprocessor's
-//            blocks are on their way from memory, what its latency asks for
+// The four passes of a normalisation over its tensors: the work of one thread on a pack of elements or on one element.
+// The elements of a pack belong to one channel (kStep 0) or to one channel each (kStep 1). A pass provides
+//
+//   Channel         the numbers of a channel that it needs, computed once per tile
+//   Sums, Part      what a thread sums for a channel, and the form in which a tile stores it; kFolds: there are sums
+//   read, use       loads a pack; computes with it and stores results
+//   kPacksInFlight  packs that a thread loads before it uses the first one. The blocks of a multiprocessor then have 16
+//   KB
+//                   or more of loads in flight, as many as the latency of memory requires
 #pragma once
 
 #include "activation.cuh"
@@ -14,7 +15,7 @@
 
 namespace sparsekern::cuda {
 
-// Which thread has which element must not depend on addresses, so what is not aligned is read in the same packs.
+// The assignment of elements to threads must not depend on addresses, so unaligned tensors are read in the same packs.
 template <int kCount, class S>
 __device__ __forceinline__ Pack<S, kCount> load(const S* address, [[maybe_unused]] bool aligned) {
   if constexpr (kCount == 1) {
@@ -40,7 +41,7 @@ __device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address, [
   }
 }
 
-// Whether a pack has a channel that is not masked: else nothing is read of x.
+// Whether a pack has a channel that is not masked. If not, x is not read.
 template <int kCount, int kStep, class Channel>
 __device__ __forceinline__ bool any_live(const Channel* channels) {
   bool live = false;
@@ -51,7 +52,7 @@ __device__ __forceinline__ bool any_live(const Channel* channels) {
 
 struct NoSums {};
 
-// gamma / sqrt(var + eps) and what is added, in float64 as in the reference.
+// scale = gamma / sqrt(var + eps) and shift = beta - mean * scale, in float64 as in the reference.
 struct Affine {
   double scale, shift;
 };
@@ -63,14 +64,14 @@ __device__ inline Affine affine_of(const Norm& norm, int64_t channel, C mean, C 
   return {scale, number_of<C>(norm.bias, channel, 0) - static_cast<double>(mean) * scale};
 }
 
-// Mean and squared distances, about the first element that the thread reads: that one is among them, so however far
-// off it is, little is lost where its distance is taken out again.
+// Mean and squared distances, taken about the first element that the thread reads. That element is one of those summed,
+// so little precision is lost when the sums are shifted to the mean, however far the element is from it.
 template <class S>
 struct MomentsPass {
   using C = typename Compute<S>::Type;
   using Part = ChannelMoments;
   static constexpr bool kFolds = true;
-  static constexpr int kLoopPrefetchDistance = 2;
+  static constexpr int kPacksInFlight = 2;
 
   struct Channel {
     bool masked;
@@ -97,9 +98,9 @@ struct MomentsPass {
       Sums& of = sums[k * kStep];
       const C value = widen(x.values[k]);
       if ((kStep == 1 || k == 0) && of.count == 0) of.pivot = value;
-      const C apart = value - of.pivot;
-      of.sum += apart;
-      of.square += apart * apart;
+      const C difference = value - of.pivot;
+      of.sum += difference;
+      of.square += difference * difference;
       ++of.count;
     }
   }
@@ -117,7 +118,7 @@ struct NormalisePass {
   using Part = ChannelMoments;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
-  static constexpr int kLoopPrefetchDistance = 2;
+  static constexpr int kPacksInFlight = 2;
 
   struct Channel {
     C scale, shift;
@@ -166,7 +167,7 @@ struct NormalisePass {
   }
 };
 
-// What both passes of the backward pass begin with.
+// The inputs of both backward passes: a pack of x, residual and grad.
 template <class S, int32_t kActivation, int kCount>
 struct Incoming {
   using C = typename Compute<S>::Type;
@@ -174,7 +175,7 @@ struct Incoming {
   Pack<S, kCount> x = {}, residual = {}, grad = {};
   bool adds;
 
-  // `live`: there is a channel that is not masked; `residuals`: those of masked channels are asked for.
+  // `live`: some channel is not masked. `residuals`: residuals of masked channels are needed.
   __device__ __forceinline__ Incoming(const NormCall& call, int64_t at, bool live, bool residuals) {
     const Norm& norm = call.norm;
     adds = norm.residual != nullptr;
@@ -184,7 +185,7 @@ struct Incoming {
     if (live || needs_residual) grad = load<kCount>(static_cast<const S*>(norm.grad) + at, call.aligned);
   }
 
-  // The gradient of what enters the activation.
+  // The gradient with respect to the input of the activation.
   template <class Channel>
   __device__ __forceinline__ C dz(int k, const Channel& channel) const {
     C z = channel.masked ? C(0) : widen(x.values[k]) * channel.scale + channel.shift;
@@ -194,11 +195,11 @@ struct Incoming {
 };
 
 template <class S, int32_t kActivation>
-struct SumUpPass {
+struct GradSumsPass {
   using C = typename Compute<S>::Type;
   using Part = GradSums;
   static constexpr bool kFolds = true;
-  static constexpr int kLoopPrefetchDistance = 1;
+  static constexpr int kPacksInFlight = 1;
 
   struct Channel {
     C scale, shift, mean, threshold;
@@ -248,12 +249,12 @@ struct SumUpPass {
 
 // The gradients of x and the residual.
 template <class S, int32_t kActivation>
-struct DescendPass {
+struct BackwardPass {
   using C = typename Compute<S>::Type;
   using Part = GradSums;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
-  static constexpr int kLoopPrefetchDistance = 1;
+  static constexpr int kPacksInFlight = 1;
 
   struct Channel {
     C scale, shift, mean, slope, offset;

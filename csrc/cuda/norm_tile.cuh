@@ -1,14 +1,14 @@
-// A pass of a normalisation: one block for each tile.
+// The kernel of a pass of a normalisation, with one block for each tile.
 #pragma once
 
 #include "norm_passes.cuh"
 
 namespace sparsekern::cuda {
 
-// Channels of a tile at most: 32 packs of eight, or one for each thread.
+// Maximum number of channels of a tile: 32 packs of eight, or one for each thread.
 constexpr int kTileChannels = 256;
 
-// Where a thread stands in its tile.
+// The position of a thread in its tile.
 struct Place {
   int64_t channel_begin, outer_begin, outer_end, inner_begin, inner_end, piece;
   int32_t lane, slot, way, ways;
@@ -22,8 +22,8 @@ __device__ inline Place place_of(const NormCall& call) {
   at.channel_begin = blockIdx.x / cut.pieces * cut.slots * cut.width;
   at.outer_begin = at.piece / cut.inner_pieces * cut.outer_step;
   at.inner_begin = at.piece % cut.inner_pieces * cut.inner_step;
-  at.outer_end = least(call.norm.outer, at.outer_begin + cut.outer_step);
-  at.inner_end = least(call.norm.inner, at.inner_begin + cut.inner_step);
+  at.outer_end = minimum(call.norm.outer, at.outer_begin + cut.outer_step);
+  at.inner_end = minimum(call.norm.inner, at.inner_begin + cut.inner_step);
   at.lane = thread % cut.lanes;
   at.slot = thread / cut.lanes % cut.slots;
   at.way = thread / block_slots;
@@ -31,12 +31,12 @@ __device__ inline Place place_of(const NormCall& call) {
   return at;
 }
 
-// The packs at `first`, `first + step` ... before `end`.
+// Applies a pass to the packs at `first`, `first + step`, ... below `end`.
 template <int kCount, int kStep, class Pass>
 __device__ __forceinline__ void pass_over(const Pass& pass, int64_t first, int64_t end, int64_t step,
                                           const typename Pass::Channel* channels, typename Pass::Sums* sums) {
   using In = decltype(pass.template read<kCount, kStep>(first, channels));
-  if constexpr (Pass::kLoopPrefetchDistance == 2) {
+  if constexpr (Pass::kPacksInFlight == 2) {
     for (; first + step < end; first += 2 * step) {
       const In one = pass.template read<kCount, kStep>(first, channels);
       const In two = pass.template read<kCount, kStep>(first + step, channels);
@@ -50,8 +50,7 @@ __device__ __forceinline__ void pass_over(const Pass& pass, int64_t first, int64
   }
 }
 
-// Every channel's elements in one piece each: packs as they are aligned with the tensor, and one by one what is left at
-// both ends.
+// For inner > 1: whole packs at multiples of the pack size, and single elements at both ends of a channel's plane.
 template <class S, class Pass>
 __device__ __forceinline__ void pass_over_planes(const Pass& pass, const NormCall& call, const Place& at,
                                                  const typename Pass::Channel* channel, typename Pass::Sums* sums) {
@@ -71,7 +70,7 @@ __device__ __forceinline__ void pass_over_planes(const Pass& pass, const NormCal
   }
 }
 
-// Channels side by side, kWidth of them for each thread.
+// For inner == 1: neighbouring channels, kWidth of them for each thread.
 template <int kWidth, class Pass>
 __device__ __forceinline__ void pass_over_channels(const Pass& pass, const NormCall& call, const Place& at,
                                                    const typename Pass::Channel* channels, typename Pass::Sums* sums) {
@@ -80,8 +79,8 @@ __device__ __forceinline__ void pass_over_channels(const Pass& pass, const NormC
                        sums);
 }
 
-// What the threads of a block found about each channel, merged: lanes by halves, ways one after the other. `width`
-// says which of its channels every thread has in `sums`. Called by whole blocks.
+// Merges the sums of the threads of a block for each channel: lanes by halves, then ways one after the other. `sums` is
+// of channel number `width` of each thread. Called by whole blocks.
 template <class Pass>
 __device__ inline void fold_tile(const NormCall& call, const Place& at, int32_t width,
                                  const typename Pass::Sums& sums) {
@@ -91,7 +90,7 @@ __device__ inline void fold_tile(const NormCall& call, const Place& at, int32_t 
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
   Part part = Pass::part(sums);
   merge_lanes(part, lanes);
-  __syncthreads();  // whoever read what was here before has done so
+  __syncthreads();  // earlier reads of `parts` are complete
   if (thread % lanes == 0) parts[thread / lanes] = part;
   __syncthreads();
   const int64_t channel = at.channel_begin + thread * call.cut.width + width;
@@ -109,7 +108,7 @@ __device__ inline void run_tile(const Pass& pass, const NormCall& call, const Pl
   typename Pass::Sums sums[kWidth] = {};
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) channels[k] = of_tile[at.slot * kWidth + k];
-  // Past the last channel there is nothing but what the fold asks for.
+  // Threads past the last channel only take part in the fold.
   if (at.channel_begin + at.slot * kWidth < call.norm.channels) {
     if (kWidth == 1 && call.norm.inner > 1) {
       pass_over_planes<S>(pass, call, at, channels, sums);
@@ -123,7 +122,7 @@ __device__ inline void run_tile(const Pass& pass, const NormCall& call, const Pl
   }
 }
 
-// As csrc/cuda/step.cuh has it.
+// Minimum number of blocks per multiprocessor, as in step.cuh.
 constexpr int kNormBlocks = 2;
 
 template <class S, class Pass>
@@ -166,10 +165,10 @@ cudaError_t launch_norm_of(const NormCall& call, cudaStream_t stream) {
 template <class S>
 cudaError_t launch_norm_pass(NormPass pass, const NormCall& call, cudaStream_t stream) {
   switch (pass) {
-    case kTakeMoments: return launch_norm<S, MomentsPass<S>>(call, stream);
-    case kNormalise: return launch_norm_of<S, NormalisePass>(call, stream);
-    case kSumUp: return launch_norm_of<S, SumUpPass>(call, stream);
-    default: return launch_norm_of<S, DescendPass>(call, stream);
+    case kMomentsPass: return launch_norm<S, MomentsPass<S>>(call, stream);
+    case kNormalisePass: return launch_norm_of<S, NormalisePass>(call, stream);
+    case kGradSumsPass: return launch_norm_of<S, GradSumsPass>(call, stream);
+    default: return launch_norm_of<S, BackwardPass>(call, stream);
   }
 }
 

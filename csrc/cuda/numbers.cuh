@@ -1,4 +1,4 @@
-// Types of tensors and of what is computed with them.
+// Storage types, their compute types and conversions, and small functions of numbers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -53,11 +53,11 @@ __device__ inline void narrow(float x, Float16* out) {
 }
 
 template <class T>
-__device__ inline T least(T a, T b) {
+__device__ inline T minimum(T a, T b) {
   return a < b ? a : b;
 }
 
-// Correctly rounded, as every operation here.
+// Correctly rounded, like every operation here.
 __device__ inline float square_root(float x) {
   return sqrtf(x);
 }

@@ -1,4 +1,4 @@
-// Sixteen bytes of a tensor at a time, or one element.
+// Loads and stores of a pack: sixteen bytes of a tensor, or one element.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,8 +21,8 @@ __device__ __forceinline__ Pack<S, kCount> load(const S* address) {
   return *static_cast<const Type*>(__builtin_assume_aligned(address, sizeof(Type)));
 }
 
-// By an intrinsic (of the usual caching): the compiler takes the copy of a struct apart, and for sm_80 and sm_90 it
-// does not put the stores of the elements together again.
+// An intrinsic with the default caching stores a pack: the compiler splits the copy of a struct into elements, and for
+// sm_80 and sm_90 it does not merge their stores again.
 template <int kCount, class S>
 __device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address) {
   if constexpr (kCount == kPack<S>) {

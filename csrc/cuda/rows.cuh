@@ -1,11 +1,12 @@
-// Rows that lie in one piece: a power of two of threads for each, from one for a row of one element to the whole block.
+// The loop of a block for contiguous rows. A power of two of threads works on each row: from 1 for rows of one element
+// to the whole block.
 #pragma once
 
 #include "worker.cuh"
 
 namespace sparsekern::cuda {
 
-// A chunk of a tensor: one block's work.
+// A chunk of a tensor: the work of one block.
 struct Chunk {
   int64_t outer_begin, outer_end;
   int64_t inner_begin, inner_end;
@@ -13,9 +14,9 @@ struct Chunk {
   int32_t piece;
 };
 
-// The elements [begin, end), shared by `lanes` threads of which this is number `lane`: packs as they are aligned with
-// the tensor, and one by one what is left at both ends. The thread that adds an element up thus depends on addresses:
-// torch gives every tensor of its own an aligned one.
+// Updates the elements [begin, end), which `lanes` threads share; this is thread `lane`. It works on packs at multiples
+// of the pack size, and on single elements at both ends. Without alignment all elements are single ones, so the order
+// of additions then differs; the memory that torch allocates for a tensor is aligned.
 template <class S, class Update, class C>
 __device__ __forceinline__ void update_row(const Worker<S, Update>& work, int64_t begin, int64_t end, int lane,
                                            int lanes, bool aligned, const Factors<C>& row, C threshold, Sums<C>& sums) {
@@ -35,7 +36,7 @@ __device__ inline void update_rows(const Table& table, const Entry& entry, const
   using C = typename Compute<S>::Type;
   const int lanes = entry.lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
-  // All threads take the same number of iterations, because they meet in the sums.
+  // All threads run the same number of iterations, because the fold of the sums synchronises them.
   for (int32_t first = chunk.row_begin; first < chunk.row_end; first += kThreads / lanes) {
     const int32_t row = first + group;
     Sums<C> sums = {};
@@ -43,7 +44,7 @@ __device__ inline void update_rows(const Table& table, const Entry& entry, const
       const Factors<C> factors = factors_of<C>(table, entry, row, conditions);
       const C threshold = work.statistics ? table.rows.threshold[entry.start + row] : C(0);
       const int64_t begin = row * entry.inner;
-      if (!work.leaves(factors))
+      if (!work.skips(factors))
         update_row(work, begin + chunk.inner_begin, begin + chunk.inner_end, lane, lanes, entry.aligned, factors,
                    threshold, sums);
     }

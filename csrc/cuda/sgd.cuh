@@ -1,6 +1,7 @@
-// SGD of one element, in torch's order of operations.
+// SGD for one element, in torch's order of operations.
 #pragma once
 
+#include "../update.h"
 #include "factors.cuh"
 
 namespace sparsekern::cuda {
@@ -19,9 +20,9 @@ struct Sgd {
         first(table.hyper.first),
         nesterov(table.hyper.nesterov) {}
 
-  // Whether what the states hold is not used.
+  // The first step does not use the contents of the momentum buffer.
   __device__ bool ignores_states() const { return first; }
-  __device__ bool leaves(const Factors<C>&) const { return false; }
+  __device__ bool skips(const Factors<C>&) const { return false; }
 
   __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
     if (decays) d = d + w * row.decay;

@@ -1,4 +1,4 @@
-// The first launch of a step: one block for each chunk of a list of tensors.
+// The first launch of a step, with one block for each chunk of a list of tensors.
 #pragma once
 
 #include "adam.cuh"
@@ -10,7 +10,7 @@
 
 namespace sparsekern::cuda {
 
-// The tensor that chunk `chunk` of a launch belongs to.
+// The entry of the tensor that chunk `chunk` of a launch belongs to.
 __device__ inline const Entry& entry_of(const Table& table, int32_t chunk) {
   int32_t low = 0, high = table.tensors;
   while (high - low > 1) {
@@ -24,18 +24,18 @@ __device__ inline const Entry& entry_of(const Table& table, int32_t chunk) {
   return table.entries[low];
 }
 
-// Chunk `index` of a tensor; those of the same rows follow each other, piece by piece.
+// Chunk `index` of a tensor. The pieces of the same rows have consecutive indices.
 __device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
   const int32_t piece = index % entry.pieces;
   const int32_t row = index / entry.pieces * entry.row_step;
   const int32_t inner_pieces = static_cast<int32_t>((entry.inner + entry.inner_step - 1) / entry.inner_step);
   const int64_t outer = piece / inner_pieces * entry.outer_step, inner = piece % inner_pieces * entry.inner_step;
-  return {outer, least(entry.outer, outer + entry.outer_step), inner, least(entry.inner, inner + entry.inner_step),
-          row,   least(entry.rows, row + entry.row_step),      piece};
+  return {outer, minimum(entry.outer, outer + entry.outer_step), inner, minimum(entry.inner, inner + entry.inner_step),
+          row,   minimum(entry.rows, row + entry.row_step),      piece};
 }
 
-// Blocks that a multiprocessor has registers for at least. With three or more of them some kernels would spill; two
-// have 32 KB on their way from memory, twice what its latency asks for.
+// Minimum number of blocks that fit the registers of a multiprocessor. With three, some kernels would spill. Two have
+// 32 KB of loads in flight, twice what the latency of memory requires.
 constexpr int kBlocks = 2;
 
 template <class S, class Update>

@@ -1,5 +1,7 @@
-// The four sums of a row: taken by many threads, folded in an order that depends on shapes alone.
+// The four sums of a row. Many threads take them; they are folded in an order that depends on shapes alone.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include "table.cuh"
 
@@ -24,7 +26,8 @@ struct Sums {
   }
 };
 
-// Adds up neighbouring `lanes` (of a warp at most); the first of them has the result. Called by whole warps.
+// Adds up the sums of `lanes` neighbouring threads, at most a warp. The first of them has the result. Called by whole
+// warps.
 template <class C>
 __device__ inline void fold_lanes(Sums<C>& sums, int lanes) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -38,19 +41,19 @@ __device__ inline void fold_lanes(Sums<C>& sums, int lanes) {
   }
 }
 
-// Adds up all threads of the block; the first one has the result. Called by whole blocks.
+// Adds up the sums of all threads of the block. The first one has the result. Called by whole blocks.
 template <class C>
 __device__ inline void fold_block(Sums<C>& sums) {
   __shared__ Sums<C> of_warps[kThreads / kWarp];
   fold_lanes(sums, kWarp);
-  __syncthreads();  // whoever read what was here before has done so
+  __syncthreads();  // earlier reads of `of_warps` are complete
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sums;
   __syncthreads();
   if (threadIdx.x == 0)
     for (int warp = 1; warp < kThreads / kWarp; ++warp) sums += of_warps[warp];
 }
 
-// Adds up all[i + j * stride] over j < count for one i, each thread being one (i, j). Called by whole blocks.
+// Adds up all[i + j * stride] over j < count for each i. Each thread is one (i, j). Called by whole blocks.
 template <class C>
 __device__ inline void fold_strided(Sums<C>* all, int at, int j, int count, int stride) {
   int reach = 1;

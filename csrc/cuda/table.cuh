@@ -1,5 +1,5 @@
-// The arguments of a launch: everything about hundreds of tensors, by value. So a launch needs no memory of its own,
-// and a captured graph keeps what it was captured with.
+// The arguments of a launch: the table of up to kTableTensors tensors, passed by value. A launch thus needs no device
+// memory of its own, and a captured CUDA graph keeps its arguments.
 #pragma once
 
 #include "abi.h"
@@ -23,10 +23,10 @@ struct Entry {
   int32_t rows, start;
   int32_t row_step, pieces, lanes;
   int32_t first_chunk : 31;
-  uint32_t aligned : 1;  // all addresses to 16 bytes
+  uint32_t aligned : 1;  // all addresses are aligned to 16 bytes
 };
 
-// What fits beside the rest into the 32764 bytes that a kernel's arguments may have.
+// As many as fit into the 32764 bytes that the arguments of a kernel may have.
 constexpr int kTableTensors = 290;
 
 struct Table {
@@ -35,10 +35,10 @@ struct Table {
   float* partials;
   Scalar lr, grad_scale, found_inf;
   int32_t tensors, chunks;
-  int32_t scaled, skippable;  // there is a gradient scale; there is a found_inf
-  int32_t statistics;         // the op takes them where a tensor is tracked
+  int32_t scaled, skippable;  // grad_scale is present; found_inf is present
+  int32_t statistics;         // the op takes statistics of tracked tensors
   int32_t fades;              // the op applies and advances countdowns
-  int32_t counts;             // the op counts steps
+  int32_t counts;             // the op increments step counters
   int32_t tracks;             // some tensor of the list is tracked
   Entry entries[kTableTensors];
 };

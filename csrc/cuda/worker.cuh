@@ -1,4 +1,5 @@
-// One thread's work on an element of a tensor or on a pack of them: everything read once, everything written once.
+// The work of one thread on an element or a pack of elements: loads everything once, takes statistics, applies the
+// Update (csrc/update.h) and stores everything once.
 #pragma once
 
 #include "../update.h"
@@ -21,13 +22,13 @@ class Worker {
         maximize_(table.hyper.maximize),
         statistics(table.statistics && entry.start >= 0 && conditions.update_statistics) {}
 
-  // Whether there is nothing to do for a row with these factors.
-  __device__ bool leaves(const Factors<C>& row) const {
-    return (row.masked && !Update::kClearsMasked) || update_.leaves(row);
+  // Whether a row with these factors needs no work.
+  __device__ bool skips(const Factors<C>& row) const {
+    return (row.masked && !Update::kClearsMasked) || update_.skips(row);
   }
 
-  // Elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or that of a pack with all addresses
-  // aligned.
+  // Updates elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or the size of a pack if all
+  // addresses are aligned.
   template <int kCount>
   __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
     Pack<S, kCount> weights = load<kCount>(list(kParam) + at), gradients = {}, states[kStates] = {};
@@ -63,7 +64,7 @@ class Worker {
 
   __device__ S* list(int slot) const { return static_cast<S*>(entry_.address[slot]); }
 
-  // In the compute type, unscaled (and then stored so) and with the sign that is descended.
+  // The gradient in the compute type, unscaled (and then stored unscaled), and negated if `maximize` is set.
   __device__ C gradient(S* stored) const {
     C d = widen(*stored);
     if (scaled_) {

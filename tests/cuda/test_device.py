@@ -63,13 +63,13 @@ def _compare(backend: ModuleType, name: str, want: Problem) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_op(backend: ModuleType, name: str, dtype: torch.dtype) -> None:
-    _compare(backend, name, problem(dtype, "contiguous", "some masked, some declining", seed=1))
+    _compare(backend, name, problem(dtype, "contiguous", "some masked, some fading", seed=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics", "mask"])
 def test_layout(backend: ModuleType, name: str, layout: str) -> None:
-    _compare(backend, name, problem(torch.float32, layout, "some masked, some declining", seed=2))
+    _compare(backend, name, problem(torch.float32, layout, "some masked, some fading", seed=2))
 
 
 class _Training:

@@ -58,14 +58,14 @@ def _compare(backend: Any, op: Op, want: Problem, steps: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_op(emulated: Any, name: str, dtype: torch.dtype) -> None:
-    want = problem(dtype, "contiguous", "some masked, some declining", seed=1)
+    want = problem(dtype, "contiguous", "some masked, some fading", seed=1)
     _compare(emulated, OPS[name], want, steps=2)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics", "mask"])
 def test_layout(emulated: Any, name: str, layout: str) -> None:
-    want = problem(torch.float32, layout, "some masked, some declining", seed=2)
+    want = problem(torch.float32, layout, "some masked, some fading", seed=2)
     _compare(emulated, OPS[name], want, steps=1)
 
 
@@ -79,7 +79,7 @@ def test_row_state(emulated: Any, name: str, dtype: torch.dtype, row_state: str)
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
 @pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), 1e30])
 def test_spoilt_gradients(emulated: Any, name: str, spoiler: float) -> None:
-    want = problem(torch.float32, "contiguous", "some masked, some declining", seed=4)
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=4)
     for guarded in want.tensors["grads"]:
         if guarded.view.numel() > 4:
             guarded.view.view(-1)[[1, -2]] = spoiler
@@ -88,7 +88,7 @@ def test_spoilt_gradients(emulated: Any, name: str, spoiler: float) -> None:
 
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
 def test_list_without_rows(emulated: Any, name: str) -> None:
-    want = problem(torch.float32, "contiguous", "some masked, some declining", seed=6)
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=6)
     want.starts = [-1] * len(want.starts)
     _compare(emulated, OPS[name], want, steps=2)
 
@@ -96,7 +96,7 @@ def test_list_without_rows(emulated: Any, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["sgd scaled maximize", "adamw scaled", "statistics", "mask"])
 def test_large(emulated: Any, name: str, dtype: torch.dtype) -> None:
-    want = problem(dtype, "contiguous", "some masked, some declining", seed=7, shapes=LARGE)
+    want = problem(dtype, "contiguous", "some masked, some fading", seed=7, shapes=LARGE)
     _compare(emulated, OPS[name], want, steps=1)
 
 
@@ -107,7 +107,7 @@ def test_addresses_that_are_not_aligned(
 ) -> None:
     """Element by element; an access of sixteen bytes would be an error of the emulation."""
     monkeypatch.setattr(cases, "GUARD", cases.GUARD - 1)
-    want = problem(dtype, "contiguous", "some masked, some declining", seed=8)
+    want = problem(dtype, "contiguous", "some masked, some fading", seed=8)
     _compare(emulated, OPS[name], want, steps=1)
 
 
@@ -116,7 +116,7 @@ def test_addresses_that_are_not_aligned(
 def test_no_order_of_blocks_and_threads_changes_a_bit(
     emulated: Any, emulated_library: ctypes.CDLL, name: str, shapes: Any
 ) -> None:
-    start = problem(torch.float32, "contiguous", "some masked, some declining", seed=9, shapes=shapes)
+    start = problem(torch.float32, "contiguous", "some masked, some fading", seed=9, shapes=shapes)
     results = []
     for order in (0, 1, 2, 3):
         emulated_library.emulation_order(order)
@@ -191,7 +191,7 @@ def test_an_optimizer_steps_on_it(emulated: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_addresses_read_in_python(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["adamw amsgrad"]
-    direct = problem(torch.float32, "channels_last", "some masked, some declining")
+    direct = problem(torch.float32, "channels_last", "some masked, some fading")
     around = direct.clone()
     _call(emulated, op, direct)
     monkeypatch.setattr(native, "exchanges", False)

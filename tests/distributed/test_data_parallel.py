@@ -143,7 +143,7 @@ def test_wrappers_are_looked_through() -> None:
     assert len(set(names)) == 1
 
 
-def _foreign_group() -> str:
+def _unknown_group() -> str:
     try:
         start("alone", process_group="gloo")
     except ValueError as error:
@@ -152,7 +152,7 @@ def _foreign_group() -> str:
 
 
 def test_a_group_is_given_as_one() -> None:
-    assert "process_group: got 'gloo', expected a torch.distributed.ProcessGroup" in _foreign_group()
+    assert "process_group: got 'gloo', expected a torch.distributed.ProcessGroup" in _unknown_group()
 
 
 def _each_its_own() -> list[int]:

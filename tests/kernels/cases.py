@@ -168,8 +168,8 @@ STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 # Share of masked rows, and share of fading rows among the others.
 ROW_STATES: dict[str, tuple[float, float]] = {
     "all live": (0.0, 0.0),
-    "some masked, some declining": (0.4, 0.3),
-    "all declining": (0.0, 1.0),
+    "some masked, some fading": (0.4, 0.3),
+    "all fading": (0.0, 1.0),
     "all masked": (1.0, 0.0),
 }
 
@@ -199,10 +199,10 @@ def problem(
     table.threshold[::5] = float("inf")
     table.activity.copy_(torch.rand(len(table.penalty), generator=generator))
     table.sums.copy_(randn((len(table.penalty), 4)))
-    masked, declining = ROW_STATES[row_state]
+    masked, fading = ROW_STATES[row_state]
     drawn = torch.rand(len(table.penalty), generator=generator)
     steps_left = torch.randint(1, 4, drawn.shape, generator=generator, dtype=torch.int32)
-    table.countdown[drawn < masked + (1 - masked) * declining] = 0
+    table.countdown[drawn < masked + (1 - masked) * fading] = 0
     table.countdown.copy_(torch.where(table.countdown == 0, steps_left, table.countdown))
     table.countdown[drawn < masked] = 0
 

@@ -39,9 +39,9 @@ def step(rows: list[Row], made: int, options: dict[str, Any], *, tau: float, dec
             row.d = [d / options["grad_scale"] for d in row.d]
     learns = options["lr"] != 0
     gradients = [[-d if options["maximize"] else d for d in row.d] for row in live]
-    spoilt = 0
+    nonfinite = 0
     if learns:
-        spoilt = statistics(rows, live, gradients, tau, decay)
+        nonfinite = statistics(rows, live, gradients, tau, decay)
     for row, gradient in zip(live, gradients, strict=True):
         for i, d in enumerate(gradient):
             if "beta1" in options:
@@ -49,8 +49,8 @@ def step(rows: list[Row], made: int, options: dict[str, Any], *, tau: float, dec
             else:
                 _sgd(row, i, d, options)
         if learns:
-            decline(row)
-    return spoilt
+            fade(row)
+    return nonfinite
 
 
 def statistics(
@@ -79,7 +79,7 @@ def statistics(
     return len(live) - len(counted)
 
 
-def decline(row: Row) -> None:
+def fade(row: Row) -> None:
     k = row.countdown
     if k > 0:
         row.w = [w * (k - 1) / k if k > 1 else 0.0 for w in row.w]

@@ -97,7 +97,7 @@ def test_thresholds_without_any_gradient() -> None:
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_decline_is_linear_to_an_exact_zero_and_stays_there(kind: str, dtype: torch.dtype) -> None:
+def test_a_fade_is_linear_to_an_exact_zero_and_stays_there(kind: str, dtype: torch.dtype) -> None:
     start = torch.tensor([1.0, -3.0, 0.37, 2.0]).to(dtype)
     table = RowTable([(Parameter(start.clone()), 0)], [])
     table.countdown.copy_(torch.tensor([5, 5, 3, LIVE], dtype=torch.int32))
@@ -132,7 +132,7 @@ def test_decline_is_linear_to_an_exact_zero_and_stays_there(kind: str, dtype: to
         assert not m[:3].any() and not v[:3].any()
 
 
-def test_a_row_loses_its_state_when_its_decline_ends() -> None:
+def test_a_row_loses_its_state_when_its_fade_ends() -> None:
     param = Parameter(torch.ones(2))
     table = RowTable([(param, 0)], [])
     table.countdown[0] = 1

@@ -50,13 +50,13 @@ class _Step:
         elif name == "adam scaled":
             options = ADAM | {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
             _ops.adam_step_(*lists, self.m, self.v, [], self.steps, **options, rows=self.rows)
-        elif name == "around a foreign step":
+        elif name == "around an external step":
             _ops.row_statistics_(*lists, rows=self.rows)
             _ops.row_mask_(self.params, lr=0.1, rows=self.rows)
         _ops.channel_moments_(self.table)
 
 
-CALLS = ["sgd", "sgd without rows", "adam tensor lr", "adam scaled", "around a foreign step"]
+CALLS = ["sgd", "sgd without rows", "adam tensor lr", "adam scaled", "around an external step"]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -70,7 +70,7 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = _Step()
     step.call(name)
     monkeypatch.undo()
-    assert len(calls) == (3 if "foreign" in name else 2)
+    assert len(calls) == (3 if "external" in name else 2)
     for op, args, kwargs in calls:
         torch.library.opcheck(op, args, kwargs)
 
@@ -104,7 +104,7 @@ def test_fake_tensors_take_the_dispatcher() -> None:
         step.rows = Rows(table, [0], [0])
         table.gate_offsets, table.gate_rows = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
         step.table = table
-        for name in ("sgd", "sgd without rows", "around a foreign step"):
+        for name in ("sgd", "sgd without rows", "around an external step"):
             step.call(name)
 
 
@@ -121,7 +121,7 @@ WORKING = [name for name, works, _ in backends.available() if works]
 
 
 @pytest.mark.parametrize("backend", WORKING)
-@pytest.mark.parametrize("name", ["sgd", "adam tensor lr", "around a foreign step"])
+@pytest.mark.parametrize("name", ["sgd", "adam tensor lr", "around an external step"])
 def test_autograd_sees_that_parameters_were_written(
     name: str, backend: str, force_backend: Callable[[str], None]
 ) -> None:
@@ -141,5 +141,5 @@ def test_one_native_call_for_each_list(name: str, backend: str, force_backend: C
     step.call(name)
     before = native.native_call_count()
     step.call(name)
-    lists = 2 if "foreign" in name else 1
+    lists = 2 if "external" in name else 1
     assert native.native_call_count() - before == (lists if backend == "cpu" else 0)

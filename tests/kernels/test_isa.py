@@ -55,11 +55,11 @@ for shape, dim in shapes:
     def some(seed):
         order = torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))
         return bits[order].repeat(2)[:size].view(shape).clone()
-    for declining in False, True:
+    for fading in False, True:
         w, d, m, v = map(some, range(4))
         table = RowTable([(w, dim)], [torch.arange(w.shape[dim]).numpy()])
         table.threshold.fill_(0.5)
-        if declining:
+        if fading:
             table.countdown[::3] = 4
         rows = Rows(table, [0], [dim])
         options = dict(lr=0.1, weight_decay=0.01, maximize=False, grad_scale=None, found_inf=None, rows=rows)
@@ -164,7 +164,7 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
 @pytest.mark.parametrize("op", ["adamw", "sgd momentum", "statistics", "mask"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "all with holes"])
 def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, op: str) -> None:
-    direct = cases.problem(torch.float32, layout, "some masked, some declining")
+    direct = cases.problem(torch.float32, layout, "some masked, some fading")
     around = direct.clone()
     call = cases.OPS[op]
     call.call(getattr(cpu, call.name), direct)

@@ -56,7 +56,7 @@ def _compare(route: Callable[[Op, Problem], None], op: Op, want: Problem, steps:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_op(route: Callable[[Op, Problem], None], name: str, dtype: torch.dtype) -> None:
-    want = problem(dtype, "contiguous", "some masked, some declining", seed=1)
+    want = problem(dtype, "contiguous", "some masked, some fading", seed=1)
     _compare(route, OPS[name], want, steps=3)
 
 
@@ -65,7 +65,7 @@ def test_op(route: Callable[[Op, Problem], None], name: str, dtype: torch.dtype)
     "name", ["sgd momentum", "sgd scaled", "adamw amsgrad", "adamw scaled", "statistics", "mask"]
 )
 def test_layout(route: Callable[[Op, Problem], None], name: str, layout: str) -> None:
-    want = problem(torch.float32, layout, "some masked, some declining", seed=2)
+    want = problem(torch.float32, layout, "some masked, some fading", seed=2)
     _compare(route, OPS[name], want, steps=2)
 
 
@@ -78,7 +78,7 @@ def test_row_state(
     _compare(route, OPS[name], problem(dtype, "channels_last", row_state, seed=3), steps=4)
 
 
-@pytest.mark.parametrize("row_state", ["all live", "some masked, some declining"])
+@pytest.mark.parametrize("row_state", ["all live", "some masked, some fading"])
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw"])
@@ -94,7 +94,7 @@ def test_row_length(
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
 @pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), 1e30])
 def test_spoilt_gradients(route: Callable[[Op, Problem], None], name: str, spoiler: float) -> None:
-    want = problem(torch.float32, "contiguous", "some masked, some declining", seed=4)
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=4)
     for guarded in want.tensors["grads"]:
         if guarded.view.numel() > 4:
             guarded.view.view(-1)[[1, -2]] = spoiler
@@ -119,7 +119,7 @@ def test_expanded_gradients(route: Callable[[Op, Problem], None], name: str) -> 
 
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "statistics"])
 def test_list_without_rows(route: Callable[[Op, Problem], None], name: str) -> None:
-    want = problem(torch.float32, "contiguous", "some masked, some declining", seed=6)
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=6)
     want.starts = [-1] * len(want.starts)
     _compare(route, OPS[name], want, steps=2)
 

@@ -15,9 +15,9 @@ from torch.nn import Parameter
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.rows import LIVE, Rows, RowTable
 
-# Rows in every state; spoilt: whether the gradient of the row contains a NaN.
+# Rows in every state, and whether the gradient of each contains a NaN.
 COUNTDOWNS = [LIVE, 0, 1, LIVE, 2, 0, LIVE, 5]
-SPOILT = [False, True, False, True, False, False, False, False]
+WITH_NAN = [False, True, False, True, False, False, False, False]
 SETTINGS = [name for name, op in OPS.items() if op.name in ("sgd_step_", "adam_step_")]
 
 
@@ -33,7 +33,7 @@ def _lists(tensor: Tensor, dim: int) -> list[list[float]]:
     return tensor.detach().movedim(dim, 0).flatten(1).tolist()
 
 
-class _Side:
+class _TrackedTensor:
     """One tensor with rows and state, as tensors and as the oracle's rows."""
 
     def __init__(self, dim: int, op: Op) -> None:
@@ -53,7 +53,7 @@ class _Side:
         table.threshold.copy_(torch.tensor([0.5, 1, 0.25, 0.5, 1, float("inf"), 0, 0.75]))
         table.activity.copy_(torch.arange(8) / 8)
         self.grad = randn()
-        self.grad.movedim(dim, 0)[torch.tensor(SPOILT), 1] = float("nan")
+        self.grad.movedim(dim, 0)[torch.tensor(WITH_NAN), 1] = float("nan")
         self.step = torch.tensor(2.0)
         names = [name for name in op.lists if name not in ("params", "grads", "steps", "")]
         self.state = {name: randn().abs() for name in names}
@@ -103,45 +103,45 @@ class _Side:
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_step_by_the_definitions(name: str, dim: int) -> None:
-    side = _Side(dim, OPS[name])
-    options = _values(side.op.options)
-    spoilt = 0
+    tensor = _TrackedTensor(dim, OPS[name])
+    options = _values(tensor.op.options)
+    nonfinite = 0
     for made in (2, 3, 4):
         if "tensor lr" in name:
             # Float32 rounds the learning rate; the oracle gets the rounded one.
-            options["lr"] = side.op.options["lr"].item()
-        side.call()
-        spoilt += oracle.step(side.rows, made, options, tau=0.9, decay=0.75)
-        side.assert_equal()
-        if side.op.options["grad_scale"] is None:
+            options["lr"] = tensor.op.options["lr"].item()
+        tensor.call()
+        nonfinite += oracle.step(tensor.rows, made, options, tau=0.9, decay=0.75)
+        tensor.assert_equal()
+        if tensor.op.options["grad_scale"] is None:
             continue
-        side.grad.copy_(torch.ones_like(side.grad))
-        for row in side.rows:
+        tensor.grad.copy_(torch.ones_like(tensor.grad))
+        for row in tensor.rows:
             row.d = [1.0] * len(row.d)
-    assert side.table.nonfinite.item() == spoilt
-    assert side.table.pending.item() == float("0" not in name and "inf" not in name)
-    assert side.step.item() == (2.0 if "inf" in name or "sgd" in name else 5.0)
+    assert tensor.table.nonfinite.item() == nonfinite
+    assert tensor.table.pending.item() == float("0" not in name and "inf" not in name)
+    assert tensor.step.item() == (2.0 if "inf" in name or "sgd" in name else 5.0)
 
 
 def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
     """Around an external optimizer: the same statistics, then penalty and fade without its update."""
-    side = _Side(0, OPS["adamw"])
-    rows = side.table.rows_of([side.param])
-    before = side.param.detach().clone()
-    reference.row_statistics_([side.param], [side.grad], rows=rows)
-    assert torch.equal(side.param, before)
-    live = [row for row in side.rows if row.countdown != 0]
-    oracle.statistics(side.rows, live, [row.d for row in live], 0.9, 0.75)
-    side.assert_equal()
+    tensor = _TrackedTensor(0, OPS["adamw"])
+    rows = tensor.table.rows_of([tensor.param])
+    before = tensor.param.detach().clone()
+    reference.row_statistics_([tensor.param], [tensor.grad], rows=rows)
+    assert torch.equal(tensor.param, before)
+    live = [row for row in tensor.rows if row.countdown != 0]
+    oracle.statistics(tensor.rows, live, [row.d for row in live], 0.9, 0.75)
+    tensor.assert_equal()
     with torch.no_grad():
-        side.param[1] = 3.0
-    reference.row_mask_([side.param], lr=0.1, rows=rows)
+        tensor.param[1] = 3.0
+    reference.row_mask_([tensor.param], lr=0.1, rows=rows)
     for row in live:
         row.w = [w * (1 - 0.1 * row.penalty) for w in row.w]
-        oracle.decline(row)
-    want = torch.tensor([row.w for row in side.rows], dtype=torch.float64)
-    torch.testing.assert_close(side.param.detach().flatten(1), want, rtol=1e-13, atol=0)
-    assert side.table.countdown.tolist() == [LIVE, 0, 0, LIVE, 1, 0, LIVE, 4]
+        oracle.fade(row)
+    want = torch.tensor([row.w for row in tensor.rows], dtype=torch.float64)
+    torch.testing.assert_close(tensor.param.detach().flatten(1), want, rtol=1e-13, atol=0)
+    assert tensor.table.countdown.tolist() == [LIVE, 0, 0, LIVE, 1, 0, LIVE, 4]
 
 
 @pytest.mark.parametrize("name", OPS)

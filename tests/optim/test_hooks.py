@@ -67,7 +67,7 @@ def test_statistics_are_those_of_our_own_step(make: Make) -> None:
             torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_penalty_decline_and_mask(make: Make) -> None:
+def test_penalty_fade_and_mask(make: Make) -> None:
     params, others = parameters(), parameters()
     hooked, plain = make(params), make(others)
     table = table_of(params)

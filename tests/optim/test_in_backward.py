@@ -45,7 +45,7 @@ def test_equals_step_bit_for_bit(under: OptimizerFactory, options: dict[str, Any
         assert_pair(optimizers, tables)
 
 
-def test_masks_declines_and_penalties_too(under: OptimizerFactory) -> None:
+def test_masks_fades_and_penalties_too(under: OptimizerFactory) -> None:
     models, optimizers, tables = pair(under)
     if tables[0] is None:
         return

@@ -157,7 +157,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def foreign(path: Path) -> None:
+def of_another_tool(path: Path) -> None:
     path.write_bytes(b"\x89PNG and something else")
 
 
@@ -187,7 +187,7 @@ DAMAGES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (truncated, ValueError, "cannot be read"),
     (half, ValueError, "cannot be read"),
     (empty, ValueError, "cannot be read"),
-    (foreign, ValueError, "cannot be read"),
+    (of_another_tool, ValueError, "cannot be read"),
     (with_code, ValueError, "cannot be read"),
     (other_content, ValueError, "was not written by Pruner.save_checkpoint"),
     (newer, ValueError, "has format version 9, expected 1"),

@@ -93,7 +93,7 @@ def test_masks_stay_and_training_goes_on_after_them() -> None:
         assert not torch.equal(param, before[name])
 
 
-def test_gates_of_the_condemned_fall_in_a_straight_line() -> None:
+def test_gates_of_fading_channels_fall_linearly() -> None:
     torch.manual_seed(0)
     model = Plain()
     # With a learning rate that small, only fading moves a gate.
@@ -256,7 +256,7 @@ def test_a_duplicate_is_folded_with_almost_no_change_of_the_output() -> None:
     assert (after - before).abs().max() < 0.05 * before.abs().max()
 
 
-def test_abort_pardons_the_condemned() -> None:
+def test_abort_restores_fading_channels() -> None:
     torch.manual_seed(0)
     model = Plain()
     optimizer = adamw(list(model.parameters()))

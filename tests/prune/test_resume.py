@@ -74,12 +74,12 @@ def test_the_state_of_another_network_is_refused_and_changes_nothing() -> None:
     torch.manual_seed(0)
     wide = Plain(width=24)
     optimizer = sparsekern.optim.AdamW(wide.parameters())
-    foreign = Pruner(wide, optimizer, batch(0), keep=0.3, steps=STEPS, events=4).state_dict()
+    other = Pruner(wide, optimizer, batch(0), keep=0.3, steps=STEPS, events=4).state_dict()
     model, optimizer, pruner = parts()
     train(model, optimizer, range(6))
     before = pruner.state_dict()
     with pytest.raises(ValueError, match="state: got the channels of another network"):
-        pruner.load_state_dict(foreign)
+        pruner.load_state_dict(other)
     assert torch.equal(pruner.state_dict()["channels"], before["channels"])
     assert pruner.metrics()["step"] == 6
 

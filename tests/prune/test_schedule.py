@@ -18,7 +18,7 @@ def test_events_lie_between_warmup_and_finish() -> None:
     assert schedule.finish == 60
 
 
-def test_declines_end_where_the_next_event_begins() -> None:
+def test_fades_end_where_the_next_event_begins() -> None:
     schedule = cubic(steps=137, events=7)
     ends = [event.step + event.fade_steps for event in schedule.events]
     assert ends == [*(event.step for event in schedule.events[1:]), schedule.finish]

@@ -33,7 +33,7 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-500])
 
 
-def foreign(path):
+def of_another_tool(path):
     path.write_bytes(b"\x89PNG and something else")
 
 
@@ -49,7 +49,7 @@ def with_code(path):
     torch.save({"format": os.getcwd, "state": {}}, path)
 
 
-@pytest.mark.parametrize("damage", [truncated, foreign, empty, other_content, with_code, os.remove])
+@pytest.mark.parametrize("damage", [truncated, of_another_tool, empty, other_content, with_code, os.remove])
 def test_what_is_no_checkpoint_is_refused(path, damage):
     damage(path)
     with pytest.raises(InputError, match=r"--resume: .*checkpoint\.pt .*expected"):

@@ -66,7 +66,7 @@ def _compare(op: Op, want: Problem, steps: int = 1) -> None:
 
 
 def _problem(dtype: torch.dtype = torch.float32, layout: str = "contiguous", **options: Any) -> Problem:
-    row_state = options.pop("row_state", "some masked, some declining")
+    row_state = options.pop("row_state", "some masked, some fading")
     return problem(dtype, layout, row_state, **{"shapes": SHAPES, **options})
 
 
@@ -89,7 +89,7 @@ def test_layout(name: str, layout: str) -> None:
     _compare(OPS[name], _problem(layout=layout, seed=3))
 
 
-@pytest.mark.parametrize("row_state", ["all live", "all declining", "all masked"])
+@pytest.mark.parametrize("row_state", ["all live", "all fading", "all masked"])
 @pytest.mark.parametrize("name", ["adamw", "mask"])
 def test_row_state(name: str, row_state: str) -> None:
     _compare(OPS[name], _problem(torch.bfloat16, row_state=row_state, seed=4), steps=2)

@@ -1,4 +1,4 @@
-// Activations on vectors: the value at z, and the gradient of z from that of the value. Formulas as in torch.
+// Activations on vectors: the value at z, and the gradient with respect to z. The formulas are torch's.
 #pragma once
 
 #include "lanes.h"
@@ -43,11 +43,11 @@ struct Hardswish {
   }
 };
 
-// e^x for x <= 0 within 2 ulp, by range reduction and a polynomial (Cephes, expf.c); no smaller than e^-87.
+// e^x for x <= 0 within 2 ulp, by range reduction and a polynomial (Cephes, expf.c); at least e^-87.
 SPARSEKERN_INLINE VectorOf<float> exp_of_negative(VectorOf<float> x) {
   using V = Vectors<float>;
   using Vector = V::Vector;
-  // Added to a number below 2^22 it leaves the nearest integer in the last bits.
+  // The sum with a number below 2^22 has the nearest integer in its last bits.
   constexpr float kRound = 12582912.0f;
   x = x < -87.0f ? Vector{} - 87.0f : x;
   const Vector shifted = x * 1.44269504088896341f + kRound;
@@ -63,7 +63,8 @@ SPARSEKERN_INLINE VectorOf<float> exp_of_negative(VectorOf<float> x) {
   return p * (Vector)power;
 }
 
-// The C library's, one by one: the same whatever the vectors' width, and float64 is for checks more than for speed.
+// Calls the C library for each lane, so that the result does not depend on the width of a vector. float64 serves
+// checks, not speed.
 SPARSEKERN_INLINE VectorOf<double> exp_of_negative(VectorOf<double> x) {
   for (int l = 0; l < Vectors<double>::kWidth; ++l) x[l] = __builtin_exp(x[l]);
   return x;

@@ -1,6 +1,6 @@
-// Adam and AdamW, in torch's order of operations with one exception: torch divides by the root of the bias correction,
-// this multiplies by its reciprocal. Adam's speed is limited by the dividers, which the square root and the other
-// division already keep busy.
+// Adam and AdamW in torch's order of operations, with one exception: torch divides by the square root of the bias
+// correction; this code multiplies by its reciprocal. The divider units limit the speed of Adam, and the square root
+// and the other division already keep them busy.
 #pragma once
 
 #include "../../update.h"
@@ -23,8 +23,8 @@ SPARSEKERN_INLINE Floats square_root(Floats x) {
 }
 #endif
 
-// a where all bits of `which` are set, b where none is. A conditional on a constant of the loop would keep it from
-// becoming vectors.
+// Returns `a` if all bits of `which` are set and `b` if none is. A conditional expression on a loop constant would keep
+// the compiler from vectorising the loop.
 template <class C>
 inline C select(typename IntegerOf<C>::Type which, C a, C b) {
   using Integer = typename IntegerOf<C>::Type;
@@ -38,7 +38,7 @@ SPARSEKERN_INLINE Floats select(Vectors<float>::Integer which, Floats a, Floats 
 }
 #endif
 
-// The numbers of a step and what it does with them, to one element or to a vector of them (T).
+// The constants of a step and its arithmetic, for one element or a vector of elements (T).
 template <class C>
 struct AdamStep {
   C lerp_weight, beta2, one_minus_beta2, eps, size, inverse_root;
@@ -56,8 +56,8 @@ struct AdamStep {
     v = square(v, d);
   }
 
-  // torch.lerp has two formulas, chosen by its weight so that both of its ends are exact: from either end on, by its
-  // share of the way.
+  // torch.lerp has two formulas, chosen by its weight so that both ends are exact: start + weight * (end - start) below
+  // 0.5, else end - (1 - weight) * (end - start).
   template <class T>
   SPARSEKERN_INLINE T mean(T old, T d) const {
     return select(lerp_from_start, old, d) + lerp_weight * (d - old);
@@ -90,7 +90,7 @@ struct Adam {
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if (decoupled) {
       with_decay<true>(at, n, d, decay, fade, statistics);
-    } else if (is_nothing(decay)) {
+    } else if (is_zero(decay)) {
       with_decay<false>(at, n, d, NoDecay<C>(), fade, statistics);
     } else {
       with_decay<false>(at, n, d, decay, fade, statistics);
@@ -98,7 +98,7 @@ struct Adam {
   }
 
 #if defined(__AVX512F__)
-  // Rows from `at` on, with their statistics, where expands_row_values() says that whole registers are worked on.
+  // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     S* const arrays[] = {param + at, mean + at, square + at};
     decoupled ? fused_update_rows(rows, arrays, ds, vector_step<true>())
@@ -121,10 +121,10 @@ struct Adam {
     prefetch_far(square + at);
   }
 
-  // Whether one loop takes the statistics and makes the update: where the registers suffice for both.
+  // One loop takes the statistics and makes the update, if there are enough registers for both.
   bool fuses_statistics() const { return kVectorBytes == 64 && !amsgrad; }
 
-  // Whether the loop takes factors and thresholds of four elements together.
+  // The loop reads one factor and one threshold for every four elements.
   bool expands_row_values() const { return kFusesStatistics<C> && !amsgrad; }
 
  private:
@@ -143,7 +143,7 @@ struct Adam {
     }
   }
 
-  // What is done to a vector of elements.
+  // The update of a vector of elements.
   template <bool kDecoupled>
   SPARSEKERN_INLINE auto vector_step() const {
     using Vector = typename Vectors<C>::Vector;

@@ -1,6 +1,5 @@
-// bfloat16 as bits, with the one rounding that torch uses: to nearest, ties to even, every NaN to the same one.
-//
-// Included inside the namespace of each ISA, so that every ISA has its own copy.
+// Storage types and their compute types. bfloat16 is stored as bits and rounded as in torch: to nearest, ties to even,
+// and every NaN to 0x7fc0.
 #pragma once
 
 #include "isa.h"

@@ -1,6 +1,7 @@
-// One chunk of a tensor: which loop takes its rows.
+// The kernel of one chunk: selects the loop for its rows (row_runs.h, long_rows.h or column_tiles.h).
 #pragma once
 
+#include "../../update.h"
 #include "column_tiles.h"
 #include "long_rows.h"
 #include "row_runs.h"
@@ -24,12 +25,12 @@ class ChunkKernel {
   }
 
  private:
-  // A tensor without rows: one row without statistics, fade or mask.
+  // A tensor that is not tracked: one row without statistics, fade or mask.
   void untracked() const {
     const C decay = decay_of<C>(view_.job.hyper, 0);
     const int64_t step = view_.gradient.longest(), end = view_.chunk.inner_end;
     for (int64_t at = view_.chunk.inner_begin, n; at < end; at += n) {
-      n = least(step, end - at);
+      n = minimum(step, end - at);
       view_.gradient.with_gradient(at, n, nullptr, [&](const auto* d) {
         view_.update.update(at, n, d, Same<C>{decay}, SameFade<C>{1}, NoStatistics());
       });

@@ -1,4 +1,4 @@
-// What all ways through a chunk share: its tensor, its gradient, and where the sums of its rows go.
+// What all loops over a chunk use: its tensor, its gradient, and where the sums of its rows are stored.
 #pragma once
 
 #include "gradient_reader.h"
@@ -35,15 +35,15 @@ struct ChunkView {
 
   C threshold_of(int64_t row) const { return statistics ? C(job.rows.threshold[shape.start + row]) : C(0); }
 
-  // The first element of a row, and the one behind its last, where all of a row lies in one piece.
+  // Begin and end of the elements of a row in this chunk, for tensors with outer == 1.
   int64_t begin_of(int64_t row) const { return row * shape.inner + chunk.inner_begin; }
   int64_t end_of(int64_t row) const { return row * shape.inner + chunk.inner_end; }
 
-  // How many elements of this chunk there are from `at` on; what lies behind may be another thread's.
+  // Number of elements of this chunk from `at` on. Memory behind them may belong to another thread.
   int64_t readable_from(int64_t at) const { return end_of(chunk.row_end - 1) - at; }
 
-  // Ends the fades that end in this step, of `rows` rows of `width` elements from `begin` on. `fade` has `values`
-  // numbers for each row.
+  // Sets weights and state to 0 in those of `rows` rows, of `width` elements each from `begin` on, whose fade ends in
+  // this step. `fade` has `values` numbers for each row.
   void end_rows(const C* fade, int64_t begin, int64_t rows, int64_t width, int64_t values) const {
     for (int64_t r = 0; r < rows; ++r)
       if (fade[r * values] == 0) update.end(begin + r * width, width);

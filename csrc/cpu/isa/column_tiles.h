@@ -1,6 +1,6 @@
-// Short rows, and rows behind an outer dimension: tiles of neighbouring columns of the [rows, inner] plane, through all
-// of the chunk's outer indices, in the order of memory. Masked rows among others are read and kept: to leave them out
-// would cost more.
+// The loop for short rows and for rows that are not contiguous (outer > 1). It processes tiles of neighbouring columns
+// of the [rows, inner] plane over all outer indices of the chunk, in memory order. Masked rows between others are read
+// and written back unchanged, which costs less than skipping them.
 #pragma once
 
 #include "chunk_view.h"
@@ -9,7 +9,7 @@ SPARSEKERN_BEGIN_ISA
 
 constexpr uintptr_t kPage = 4096;
 
-// What the columns of a tile need; the thresholds a quarter of a page away from the sums (place_tile says why).
+// Sums and thresholds of the columns of a tile, a quarter of a page apart for the reason given at place_tile().
 template <class C>
 struct Tile {
   Columns<C> columns;
@@ -31,17 +31,17 @@ class ColumnTiles {
     const int64_t widest = sums_by_row() ? kBlock : kTile;
     const int64_t rows_a_tile = width > widest ? 1 : widest / width;
     for (int64_t row = chunk.row_begin; row < chunk.row_end; row += rows_a_tile)
-      tile(row, least(rows_a_tile, chunk.row_end - row), width);
+      tile(row, minimum(rows_a_tile, chunk.row_end - row), width);
   }
 
  private:
-  // Short rows in one piece have their sums taken one by one, but are updated together.
+  // Contiguous short rows: the sums are taken row by row, and all rows are updated together.
   bool sums_by_row() const { return view_.shape.outer == 1 && view_.shape.inner >= kLongRow; }
 
-  // Whether an element is all that there is of a row.
+  // Every row is a single element.
   bool single() const { return view_.shape.outer == 1 && view_.shape.inner == 1; }
 
-  // Whether the loop over a tile of such rows expands their factors and thresholds itself.
+  // The loop over a tile of rows of four elements expands factors and thresholds itself.
   bool in_fours(int64_t width) const {
     return width == 4 && view_.update.expands_row_values() && !view_.job.hyper.scaled;
   }
@@ -92,8 +92,8 @@ class ColumnTiles {
     }
   }
 
-  // Half a page away from the parameter's place in its page. A load waits for an earlier store that differs in the
-  // upper bits of the address alone, and planes of whole pages would keep sums and parameters that close all along.
+  // Places the tile half a page away from the parameter's offset in its page. A load waits for an earlier store whose
+  // address differs in the upper bits only, and in planes of whole pages sums and parameters would conflict all along.
   void place_tile() {
     const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
     const S* const first = view_.weight + column_address(view_.chunk.outer_begin, view_.chunk.row_begin);
@@ -105,10 +105,10 @@ class ColumnTiles {
     return (outer * view_.shape.rows + row) * view_.shape.inner + view_.chunk.inner_begin;
   }
 
-  // The columns of a tile at one outer index, the first of them that of `row` at address `begin`.
+  // The columns of a tile at one outer index. The first of them belongs to `row` and is element `begin`.
   void column_blocks(int64_t begin, int64_t row, int64_t columns, bool same) {
     for (int64_t column = 0; column < columns; column += kBlock) {
-      const int64_t n = least(kBlock, columns - column), readable = columns - column;
+      const int64_t n = minimum(kBlock, columns - column), readable = columns - column;
       const C* fade = same ? nullptr : factors_.fade + column;
       view_.gradient.with_gradient(begin + column, n, fade, [&](const auto* d) {
         column_block(begin + column, n, readable, d, row, column, same);
@@ -151,7 +151,7 @@ class ColumnTiles {
   }
 
   const ChunkView<S, Update>& view_;
-  // Columns that share a number in the arrays of factors and thresholds.
+  // Columns for each number in the arrays of factors and thresholds.
   int64_t columns_a_value_ = 1;
   ColumnFactors<C> factors_;
   Tile<C>* tile_;

@@ -1,4 +1,4 @@
-// The two passes around the step of an optimizer that knows nothing of rows.
+// The two passes around the step of an external optimizer: statistics before it, penalty, fade and mask after it.
 #pragma once
 
 #include "../../update.h"
@@ -7,7 +7,7 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Statistics alone, before it.
+// Before the step: statistics.
 template <class S>
 struct ExternalStatistics {
   using C = typename Compute<S>::Type;
@@ -29,7 +29,7 @@ struct ExternalStatistics {
   const S* param;
 };
 
-// Penalty, fade and mask, after it: masked rows are set to 0, since that step may have moved them.
+// After the step: penalty, fade and mask. Masked rows are set to 0, because the optimizer may have changed them.
 template <class S>
 struct ExternalMask {
   using C = typename Compute<S>::Type;
@@ -38,7 +38,7 @@ struct ExternalMask {
   ExternalMask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
 
   void update(int64_t at, int64_t n, const C*, Same<C> decay, SameFade<C> fade, NoStatistics) const {
-    // Most rows ask for nothing: leave their memory alone.
+    // Most rows have no penalty and no fade; their memory is not touched.
     if (decay.value == 1 && fade.value == 1) return;
     loop(param + at, n, decay, fade);
   }

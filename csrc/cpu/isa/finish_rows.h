@@ -1,4 +1,5 @@
-// The rows of one tensor after all of its chunks: sums folded, means, next thresholds, countdowns.
+// What is done for the rows of a tensor after its last chunk: fold partial sums, update means and thresholds, count
+// down.
 #pragma once
 
 #include "../../abi.h"
@@ -7,7 +8,7 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Partial sums are added in the order of their pieces.
+// Adds partial sums in the order of their pieces.
 inline void fold_pieces(const Job& job, const Shape& shape, const Pieces& pieces) {
   float* __restrict sums = job.rows.sums + shape.start * kSums;
   for (int64_t p = 0; p < pieces.count; ++p) {
@@ -21,37 +22,37 @@ inline int32_t finite(float x) {
   return (__builtin_bit_cast(uint32_t, x) & kExponent) != kExponent;
 }
 
-// What was found about the rows of a tensor.
-struct Found {
-  int32_t counted, spoilt;
+// Rows of a tensor that are counted, and live rows with a sum that is not finite.
+struct RowCounts {
+  int32_t counted, nonfinite;
 };
 
-// Rows that are neither masked nor have a sum that is not finite count: their mean activity is updated, and their
-// threshold (never negative otherwise) marked as due.
-inline Found look_at_rows(const Job& job, const Shape& shape) {
+// Updates the mean activity of the counted rows and marks their thresholds as due with a negative number, which a
+// threshold never is. A row is counted if it is not masked and its four sums are finite.
+inline RowCounts update_means(const Job& job, const Shape& shape) {
   const float* __restrict sums = job.rows.sums + shape.start * kSums;
   const int32_t* __restrict countdown = job.rows.countdown + shape.start;
   float* __restrict activity = job.rows.activity + shape.start;
   float* __restrict threshold = job.rows.threshold + shape.start;
   const float keep = float(job.hyper.decay), one_minus_decay = float(1 - job.hyper.decay);
   const float size = job.rows.elements[shape.start];
-  Found found = {0, 0};
+  RowCounts rows = {0, 0};
   for (int64_t r = 0; r < shape.rows; ++r) {
     const float* s = sums + r * kSums;
-    const int32_t alive = countdown[r] != 0;
-    const int32_t sound = finite(s[0]) & finite(s[1]) & finite(s[2]) & finite(s[3]);
-    const int32_t counts = alive & sound;
-    found.counted += counts;
-    found.spoilt += alive & ~sound;
+    const int32_t live = countdown[r] != 0;
+    const int32_t is_finite = finite(s[0]) & finite(s[1]) & finite(s[2]) & finite(s[3]);
+    const int32_t is_counted = live & is_finite;
+    rows.counted += is_counted;
+    rows.nonfinite += live & ~is_finite;
     const float old_mean = activity[r], old_threshold = threshold[r];
     const float mean = old_mean * keep + s[0] / size * one_minus_decay;
-    activity[r] = counts ? mean : old_mean;
-    threshold[r] = counts ? -1.0f : old_threshold;
+    activity[r] = is_counted ? mean : old_mean;
+    threshold[r] = is_counted ? -1.0f : old_threshold;
   }
-  return found;
+  return rows;
 }
 
-// Sums of rows that do not count become 0.
+// Sets the sums of rows that are not counted to 0.
 inline void clear_sums(const Job& job, const Shape& shape) {
   float* sums = job.rows.sums + shape.start * kSums;
   const float* threshold = job.rows.threshold + shape.start;
@@ -60,7 +61,7 @@ inline void clear_sums(const Job& job, const Shape& shape) {
       for (int s = 0; s < kSums; ++s) sums[r * kSums + s] = 0;
 }
 
-// Root of the mean of (gradient * norm of its row) squared over the rows that count.
+// Root mean square of (gradient element * norm of its row) over the counted rows.
 inline double rms_of(const Job& job, const Shape& shape, int32_t counted) {
   const float* __restrict sums = job.rows.sums + shape.start * kSums;
   double lane[kLanes] = {}, product[kBlock];
@@ -92,10 +93,10 @@ inline void set_thresholds(const Job& job, const Shape& shape, double scaled_rms
 
 inline void finish_statistics(const Job& job, const Shape& shape, const Pieces& pieces) {
   if (pieces.count > 1) fold_pieces(job, shape, pieces);
-  const Found found = look_at_rows(job, shape);
-  if (found.counted < shape.rows) clear_sums(job, shape);
-  set_thresholds(job, shape, job.hyper.tau * rms_of(job, shape, found.counted));
-  if (found.spoilt) __atomic_fetch_add(job.rows.nonfinite, int64_t(found.spoilt), __ATOMIC_RELAXED);
+  const RowCounts rows = update_means(job, shape);
+  if (rows.counted < shape.rows) clear_sums(job, shape);
+  set_thresholds(job, shape, job.hyper.tau * rms_of(job, shape, rows.counted));
+  if (rows.nonfinite) __atomic_fetch_add(job.rows.nonfinite, int64_t(rows.nonfinite), __ATOMIC_RELAXED);
 }
 
 void finish(const Job* job, int32_t tensor) {

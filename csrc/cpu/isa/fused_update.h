@@ -1,5 +1,5 @@
-// Loops that take the statistics of some elements and update them, then go on to the next ones: the sums are added up
-// while the dividers work on the elements before.
+// Fused statistics-and-update loops: they take the statistics of some elements, update them, and continue with the
+// next. The sums are computed while the divider units work on the elements before.
 #pragma once
 
 #include "registers.h"
@@ -8,8 +8,8 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Prefetch distance of the loops that the compiler vectorises, in elements. Statistics make the loop longer, and the
-// machine's own prefetcher then starts too late.
+// Prefetch distance of the loops that the compiler vectorises, in elements. With statistics an iteration takes longer,
+// and the hardware prefetcher starts too late.
 constexpr int64_t kLoopPrefetchDistance = 128;
 
 // Prefetch distance of the loops in registers, in elements. Below about 2 KB prefetching gains nothing; 2 to 3 KB is up
@@ -17,7 +17,7 @@ constexpr int64_t kLoopPrefetchDistance = 128;
 template <class S, int kArrays>
 constexpr int64_t kPrefetchDistance = (kArrays < 3 ? 3072 : 2304) / sizeof(S);
 
-// The same in rows of `width` elements.
+// The same distance in rows of `width` elements.
 template <class S, int kArrays>
 constexpr int64_t rows_ahead(int64_t width) {
   return (kPrefetchDistance<S, kArrays> + width - 1) / width;
@@ -43,7 +43,7 @@ SPARSEKERN_INLINE void fused_register(int64_t parts, int64_t i, const typename R
     update(at, from, vector_d, updated);
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) rounded[a][part] = R::round_number(updated[a]);
-    // One comparison looks for NaN in two vectors.
+    // One comparison finds NaN in two vectors.
     bool nan = R::any_nan(updated[0], updated[kArrays - 1]);
     if constexpr (kArrays == 3) nan |= R::any_nan(updated[1], updated[1]);
     if (__builtin_expect(nan, 0)) {
@@ -57,8 +57,8 @@ SPARSEKERN_INLINE void fused_register(int64_t parts, int64_t i, const typename R
 // Updates n elements of kArrays arrays, of which the first holds the weights, one register at a time. `update(i, old,
 // d, updated)` gets the vectors of the arrays and of the gradient at element i.
 //
-// The next registers are loaded before these are stored: a load waits for an earlier store whose address differs from
-// its own in the upper bits alone, and tensors often lie like that.
+// The next registers are loaded before these are stored: a load waits for an earlier store whose address differs in the
+// upper bits only, and the arrays of a tensor often have such addresses.
 template <class S, int kArrays, class Decay, class Fade, class Statistics, class Update>
 SPARSEKERN_INLINE void fused_update(int64_t n, S* const (&arrays)[kArrays], const S* __restrict ds, Decay decay,
                                     Fade fade, Statistics statistics, Update step) {
@@ -104,18 +104,18 @@ SPARSEKERN_INLINE void fused_update(int64_t n, S* const (&arrays)[kArrays], cons
   statistics.end(local);
 }
 
-// Rows of a tile, with the factors of each.
+// The live rows of a tile, with their factors and thresholds.
 struct RowRun {
-  // `live` holds the numbers in the tile of `count` rows of `width` elements, then padding: prefetched, never used.
+  // `live` lists the indices in the tile of `count` rows of `width` elements, then padding: prefetched, never used.
   int64_t count, width;
   const int32_t* live;
   const float *decay, *fade, *threshold;  // one for each row of the tile
   float* sums;                            // four for each
 };
 
-// The same for the rows of a run, each at least half a vector long, with the statistics of each. Loads continue across
-// the ends of rows, so that every load is further on than the stores before it and waits for none of them. The prefetch
-// follows the order of the rows: memory between them may belong to masked rows.
+// The same for a run of rows of at least half a vector each, with statistics for each row. Loads continue across the
+// ends of rows, so that every load is ahead of the stores before it and waits for none of them. The prefetch follows
+// the order of the rows, because memory between them may belong to masked rows.
 template <class S, int kArrays, class Update>
 SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
                                          Update update) {
@@ -158,7 +158,7 @@ SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[
     }
     prefetch(begin + last + gap);
     fused_register<0, S>(parts, begin + last, old, d, statistics, sums, of_row, rounded);
-    // Of the last row its own once more.
+    // After the last row this loads that row again.
     load(r + 1 < rows.count ? rows.live[r + 1] * rows.width : begin, head);
 #pragma GCC unroll 4
     for (int a = 0; a < kArrays; ++a) R::store_first(R::join(rounded[a]), arrays[a] + begin + last, left);
@@ -174,7 +174,7 @@ SPARSEKERN_INLINE void for_elements(int64_t n, const S*, const C*, NoStatistics,
   for (int64_t i = 0; i < n; ++i) element(i);
 }
 
-// The same with the statistics of every sixteen elements before their update.
+// The same; takes the statistics of every sixteen elements before their update.
 template <class S, class C, class Statistics, class Prefetch, class Element>
 SPARSEKERN_INLINE void for_elements(int64_t n, const S* w, const C* d, Statistics statistics, Prefetch prefetch,
                                     Element element) {

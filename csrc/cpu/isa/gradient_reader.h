@@ -1,4 +1,4 @@
-// The gradient of a chunk as an update wants it: in the compute type, unscaled, with the sign that is descended.
+// Reads the gradient of a chunk for an update: in the compute type, unscaled, and negated if `maximize` is set.
 #pragma once
 
 #include "../../abi.h"
@@ -6,10 +6,6 @@
 #include "fused_update.h"
 
 SPARSEKERN_BEGIN_ISA
-
-inline int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 template <class S, class Update>
 class GradientReader {
@@ -27,8 +23,8 @@ class GradientReader {
   // Whether the gradient is used as it is stored: no scale, no change of sign.
   bool unmodified() const { return unmodified_; }
 
-  // Calls work(d) with the gradient of n elements from `at` on. `fade` has one value for each of them, negative where
-  // the row is masked and its stored gradient stays as it is; null where no row is masked.
+  // Calls work(d) with the gradient of n elements from `at` on. `fade` has one value for each of them; a negative one
+  // marks a masked row, whose stored gradient is not changed. `fade` is null if no row is masked.
   template <class Work>
   SPARSEKERN_INLINE void with_gradient(int64_t at, int64_t n, const C* fade, Work work) const {
     if constexpr (Update::kReadsGrad && kFusesStatistics<C> && !__is_same(S, C)) {
@@ -38,18 +34,18 @@ class GradientReader {
     work(read(at, n, buffer, fade));
   }
 
-  // Elements to take at once: what the first-level cache holds between statistics and update, or what the buffer of
-  // the gradient holds.
+  // Maximum number of elements per call: as many as stay in the first-level cache between statistics and update, or as
+  // many as the gradient's buffer holds.
   int64_t longest() const { return direct() && fuses_ ? INT64_MAX : kBlock; }
 
  private:
   static constexpr int64_t kBufferSize = kBlock + kLanes;
 
-  // Whether the update reads the gradient where it lies, in whatever type.
+  // Whether the update reads the gradient in place, in its storage type.
   bool direct() const { return unmodified_ && (__is_same(S, C) || (kFusesStatistics<C> && fuses_)); }
 
-  // Read where it lies if nothing has to be done to it, else put into `buffer`. An unscaled gradient is stored back,
-  // as torch does it.
+  // Returns the stored gradient if it can be used unchanged, else a converted copy in `buffer`. An unscaled gradient is
+  // also stored back, as in torch.
   const C* read(int64_t at, int64_t n, C* buffer, const C* fade) const {
     if constexpr (!Update::kReadsGrad) return nullptr;
     if constexpr (__is_same(S, C)) {

@@ -1,9 +1,10 @@
-// The namespace of one instruction set. Every header of this folder opens and closes it by these macros, so that each
-// kernels_<isa>.cpp has its own copy of everything: a copy made for one ISA must never be linked into another.
+// The namespace of one instruction set. Every header of this folder opens and closes it with these macros, so that each
+// kernels_<isa>.cpp has its own copy of every function: the linker must never replace a copy made for one ISA with that
+// of another.
 #pragma once
 
 #if defined(__AVX512F__)
-// GCC 12 warns of the header's own "undefined" vectors.
+// GCC 12 warns about uninitialised vectors of its own header.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
@@ -24,3 +25,11 @@
   }                        \
   }                        \
   }
+
+SPARSEKERN_BEGIN_ISA
+
+inline int64_t minimum(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+SPARSEKERN_END_ISA

@@ -1,8 +1,9 @@
-// The table of one ISA: every CPU loop for every dtype. kernels_<isa>.cpp names the ISA and includes this file.
+// The kernel table of one ISA: every CPU loop for every dtype. kernels_<isa>.cpp defines SPARSEKERN_ISA and includes
+// this file.
 //
-// Plain loops that the compiler vectorises. No STL and nothing else that leaves inline functions with external
-// linkage. Sums are taken in sixteen lanes that are written out in the source, so that the order of additions, and with
-// it every bit of the result, is the same whatever the width of the machine's vectors.
+// The headers use no STL and nothing else that creates inline functions with external linkage. Sums are taken in
+// sixteen lanes that are written out in the source, so the order of additions, and every bit of the result, does not
+// depend on the width of the machine's vectors.
 #pragma once
 
 #include "../../abi.h"
@@ -27,7 +28,7 @@ struct Entry {
   }
 };
 
-// Of one dtype, by activation in the order of abi.h.
+// The kernels of one dtype, by activation in the order of abi.h.
 #define SPARSEKERN_FOR_ACTIVATIONS(of) {of(Identity), of(Relu), of(Relu6), of(Hardswish), of(Silu)}
 #define SPARSEKERN_FORWARD(Act) norm_pass<Forward, S, Act>
 #define SPARSEKERN_SUMS(Act) norm_grad_sums<S, Act>

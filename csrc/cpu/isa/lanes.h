@@ -1,4 +1,4 @@
-// The four sums of a row in sixteen lanes, in as many vectors of this ISA as that takes.
+// Vectors of this ISA, and the four sums of a row in sixteen lanes, which are one or more of such vectors.
 #pragma once
 
 #include "bfloat16.h"
@@ -15,7 +15,7 @@ constexpr int kVectorBytes = 16;
 
 constexpr int kLanes = 16;
 
-// For functions that work on sums: sums stay in registers only where everything that touches them is inlined.
+// For functions that work on sums: sums stay in registers only if every function that uses them is inlined.
 #define SPARSEKERN_ALWAYS __attribute__((always_inline))
 #define SPARSEKERN_INLINE SPARSEKERN_ALWAYS inline
 
@@ -57,8 +57,8 @@ struct Vectors {
 #if defined(__AVX512F__)
   typedef uint16_t Words __attribute__((vector_size(64)));
 
-  // Halves a * 16 to a * 16 + 15 of a register become the upper halves of floats: one instruction, where a conversion
-  // of integers and a shift were two to five.
+  // Widens bfloat16 numbers a * 16 to a * 16 + 15 of a register to floats. This takes one instruction; conversion of
+  // integers and a shift take two to five.
   template <int a>
   SPARSEKERN_INLINE static Vector widened(__m512i halves) {
     Words from;
@@ -66,7 +66,7 @@ struct Vectors {
     return (Vector)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)from, halves);
   }
 
-  // Rounded as `narrow` rounds, unless it is NaN; the result is in the upper halves.
+  // Rounds as `narrow` does, but not NaN; the result is in the upper halves.
   SPARSEKERN_INLINE static __m512i rounded_number(Vector vector) {
     const __m512i bits = (__m512i)vector;
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
@@ -74,13 +74,13 @@ struct Vectors {
     return _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
   }
 
-  // The same, NaN included.
+  // The same, including NaN.
   SPARSEKERN_INLINE static __m512i rounded(Vector vector) {
     const __mmask16 nan = _mm512_cmp_ps_mask((__m512)vector, (__m512)vector, _CMP_UNORD_Q);
     return _mm512_mask_mov_epi32(rounded_number(vector), nan, _mm512_set1_epi32(0x7fc00000));
   }
 
-  // The upper halves of a and then of b.
+  // The upper halves of the lanes of `a`, then those of `b`.
   SPARSEKERN_INLINE static __m512i upper_halves(__m512i a, __m512i b) {
     Words from;
     for (int w = 0; w < 32; ++w) from[w] = 2 * w + 1;
@@ -101,7 +101,7 @@ struct Vectors {
 
   SPARSEKERN_INLINE static void store(Vector vector, C* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
 
-  // Rounded as `narrow` rounds.
+  // Rounds as `narrow` does.
   SPARSEKERN_INLINE static void store(Vector vector, BFloat16* to) {
 #if defined(__AVX512F__)
     const __m512i halves = upper_halves(rounded(vector), __m512i{});
@@ -117,10 +117,10 @@ struct Vectors {
 #endif
   }
 
-  // To add to zeros would cost an addition: it makes 0 of -0.
+  // Adding to zeros would cost an addition, because it changes -0 to 0; subtracting zeros costs nothing.
   SPARSEKERN_INLINE static Vector repeat(C value) { return value - Vector{}; }
 
-  // Each of the numbers four times.
+  // Repeats each number four times.
   SPARSEKERN_INLINE static Vector fourfold(const C* from) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(C) == 4) {
@@ -133,14 +133,15 @@ struct Vectors {
     return vector;
   }
 
-  // Elements from `count` on become 0, whatever stands there.
+  // Replaces the elements from `count` on by 0, even NaN.
   SPARSEKERN_INLINE static Vector first(Vector vector, int64_t count) {
     Integers index;
     for (int l = 0; l < kWidth; ++l) index[l] = l;
     return (Vector)((Integers)vector & (index < Integer(count)));
   }
 
-  // In every four lanes the elements i, j of `a` and then of `b`; i and j number them from the first of the four.
+  // In every four lanes: elements i and j of `a`, then of `b`, counted from the first of the four lanes. Interleaved: i
+  // of `a`, i of `b`, j of `a`, j of `b`.
   template <int i, int j, bool kInterleaved>
   SPARSEKERN_INLINE static Vector pick(Vector a, Vector b) {
     Integers from;
@@ -153,8 +154,8 @@ struct Vectors {
     return shuffle(a, b, from);
   }
 
-  // For vectors of four lanes and more. Four of them, each with four neighbouring lanes added up, side by side
-  // in those four lanes.
+  // For vectors of four and more lanes: adds up every four neighbouring lanes of each of four vectors and returns the
+  // four sums side by side in those lanes.
   SPARSEKERN_INLINE static Vector quads(Vector a, Vector b, Vector c, Vector d) {
     const Vector ab = pick<0, 1, true>(a, b) + pick<2, 3, true>(a, b);
     const Vector cd = pick<0, 1, true>(c, d) + pick<2, 3, true>(c, d);
@@ -166,13 +167,13 @@ struct Vectors {
     return (Vector)((Integers)vector & kMagnitude);
   }
 
-  // 1 where the absolute value exceeds the threshold, else 0.
+  // 1 in lanes whose absolute value exceeds the threshold, else 0.
   SPARSEKERN_INLINE static Vector exceeds(Vector vector, Vector threshold) {
     const Vector one = Vector{} + C(1);
     return (Vector)((Integers)one & (magnitude(vector) > threshold));
   }
 
-  // Adds that to `count`.
+  // Adds exceeds(vector, threshold) to `count`.
   SPARSEKERN_INLINE static void count_exceeding(Vector& count, Vector vector, Vector threshold) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(C) == 4) {
@@ -199,7 +200,7 @@ struct LanesOf<C, 0> {
   void store(C*, C*, C*, C*) const {}
 };
 
-// One vector after the other by recursion: an array of vectors would live in memory and not in registers.
+// Recursion over vectors: the compiler would keep an array of vectors in memory and not in registers.
 template <class C, int kVectors>
 struct LanesOf : LanesOf<C, kVectors - 1> {
   using V = Vectors<C>;
@@ -207,14 +208,14 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
 
   typename V::Vector count = {}, dot = {}, grad_sq = {}, weight_sq = {};
 
-  // Sixteen elements, with the thresholds from place `i` on (values.h).
+  // Adds sixteen elements; `threshold` is one of values.h, read from index `i` on.
   template <class S, class D, class Threshold>
   SPARSEKERN_INLINE void add(const S* w, const D* d, Threshold threshold, int64_t i) {
     add_vector(V::load(w), V::load(d), threshold.vector(i));
     Rest::add(w + V::kWidth, d + V::kWidth, threshold, i + V::kWidth);
   }
 
-  // The first `n` of sixteen elements.
+  // Adds the first `n` of sixteen elements.
   template <class S, class D, class Threshold>
   SPARSEKERN_INLINE void add_first(const S* w, const D* d, int64_t n, Threshold threshold, int64_t i) {
     add_vector(V::first(V::load(w), n), V::first(V::load(d), n), threshold.vector(i));
@@ -235,7 +236,7 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
     }
   }
 
-  // Sixteen elements in one vector.
+  // Adds the elements of one vector.
   SPARSEKERN_INLINE void add_vector(typename V::Vector w, typename V::Vector d, typename V::Vector threshold) {
     V::count_exceeding(count, d, threshold);
     dot += w * d;

@@ -1,7 +1,7 @@
-// Batch normalisation with its activation: what happens to a vector of elements, and the way through the data.
+// Batch normalisation with its activation: the arithmetic for a vector of elements, and the loops over the data.
 //
-// Either the elements of one channel are neighbours, and a run of them is gone through, or (inner is 1) the channels
-// are, and a column of them is gone through row by row. In both the numbers of the channels stay in registers.
+// If inner > 1, the elements of one channel are neighbours and a loop runs over them. If inner is 1, the channels are
+// neighbours, and a loop runs down a few columns of them, row by row. Both keep the channels' numbers in registers.
 #pragma once
 
 #include "../../abi.h"
@@ -9,28 +9,24 @@
 
 SPARSEKERN_BEGIN_ISA
 
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 template <class S>
 SPARSEKERN_INLINE S* at(S* data, int64_t i) {
   return data ? data + i : nullptr;
 }
 
-// Rows that are gone through column by column.
+// Rows of a block that is processed column by column.
 constexpr int64_t kNormRows = 64;
 
-// Vectors in a column: neighbouring lines of the cache, or the memory would be read by leaps.
+// Vectors across a column. With fewer, a row would be read in pieces smaller than neighbouring cache lines.
 constexpr int kColumn = 4;
 
-// What is done to each of some neighbouring vectors; an array would live in memory and not in registers.
+// A Term for each of kVectors neighbouring vectors. The compiler would keep an array in memory and not in registers.
 template <class Term, int kVectors>
 struct Chain {
   Term first;
   Chain<Term, kVectors - 1> rest;
 
-  // `make(v)` gives that of vector v.
+  // `make(v)` returns the term of vector v.
   template <class Make>
   SPARSEKERN_INLINE explicit Chain(const Make& make, int v = 0) : first(make(v)), rest(make, v + 1) {}
 };
@@ -54,7 +50,8 @@ struct NormInput {
   Integers live;
   bool centred;
 
-  // The data from element `i` on, with the numbers of a channel, or of as many from it on as a vector has lanes.
+  // The data from element `i` on, with the numbers of `channel`, or of as many channels from it on as a vector has
+  // lanes.
   NormInput(const NormJob& job, int64_t channel, int64_t i)
       : x(at(static_cast<const S*>(job.x), i)),
         residual(at(static_cast<const S*>(job.residual), i)),
@@ -76,7 +73,7 @@ struct NormInput {
     return same;
   }
 
-  // Zeros in masked channels, whatever stands there.
+  // Zeros in masked channels, even for NaN.
   SPARSEKERN_INLINE Vector only_live(Vector values) const { return (Vector)((Integers)values & live); }
 
   SPARSEKERN_INLINE Vector x_at(int64_t i) const { return only_live(V::load(x + i)); }
@@ -86,8 +83,8 @@ struct NormInput {
     return residual ? z + V::load(residual + i) : z;
   }
 
-  // Keeps a load apart from the mask of what is done with it: a load under a mask waits for all that the mask comes
-  // from, and the pass took nearly twice as long.
+  // Keeps the compiler from merging a load with the mask of a later operation. A masked load waits for everything that
+  // the mask depends on, and the pass took nearly twice as long.
   SPARSEKERN_INLINE static Vector loaded(Vector vector) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(vector));
@@ -100,21 +97,21 @@ struct NormInput {
     return Act::gradient(loaded(V::load(grad + i)), z_of(x_i, i));
   }
 
-  // The last few elements of a run or row, in buffers that end in zeros.
+  // Buffers, padded with zeros, for the last elements of a run, which do not fill a vector.
   struct Buffers {
     S x[kLanes] = {}, residual[kLanes] = {}, grad[kLanes] = {};
   };
-  SPARSEKERN_INLINE NormInput rest(Buffers& buffers, int64_t begin, int64_t n) const {
-    NormInput rest = *this;
+  SPARSEKERN_INLINE NormInput tail(Buffers& buffers, int64_t begin, int64_t n) const {
+    NormInput tail = *this;
     const auto take = [&](const S*& data, S* buffer) {
       if (data == nullptr) return;
       __builtin_memcpy(buffer, data + begin, static_cast<uint64_t>(n) * sizeof(S));
       data = buffer;
     };
-    take(rest.x, buffers.x);
-    take(rest.residual, buffers.residual);
-    take(rest.grad, buffers.grad);
-    return rest;
+    take(tail.x, buffers.x);
+    take(tail.residual, buffers.residual);
+    take(tail.grad, buffers.grad);
+    return tail;
   }
 };
 
@@ -130,7 +127,7 @@ struct Forward {
     Input::V::store(Act::value(input.z_of(input.x_at(i), i)), y + i);
   }
 
-  void rest(const Input& input, int64_t begin, int64_t n) const {
+  void tail(const Input& input, int64_t begin, int64_t n) const {
     Forward buffered = *this;
     S buffer[Input::V::kWidth];
     buffered.y = buffer;
@@ -157,7 +154,7 @@ struct Backward {
     if (grad_residual) Input::V::store(dz, grad_residual + i);
   }
 
-  void rest(const Input& input, int64_t begin, int64_t n) const {
+  void tail(const Input& input, int64_t begin, int64_t n) const {
     Backward buffered = *this;
     S buffer[2][Input::V::kWidth];
     buffered.grad_x = buffer[0];
@@ -186,7 +183,7 @@ inline void norm_column(const NormJob& job, int64_t row, int64_t rows, int64_t c
   for (int64_t r = 0; r < rows; ++r) run(pass, inputs, r * job.channels);
 }
 
-// The runs of a channel.
+// Applies a pass to every run of a channel.
 template <class Pass, class S>
 inline void norm_runs(const NormJob& job, const NormPiece& piece) {
   constexpr int64_t kWidth = NormInput<S>::V::kWidth;
@@ -198,23 +195,23 @@ inline void norm_runs(const NormJob& job, const NormPiece& piece) {
     for (; i + kWidth <= end; i += kWidth) pass.vector(input, i);
     if (i == end) continue;
     typename NormInput<S>::Buffers buffers;
-    pass.rest(input.rest(buffers, i, end - i), i, end - i);
+    pass.tail(input.tail(buffers, i, end - i), i, end - i);
   }
 }
 
-// The columns of the rows of a piece, block by block.
+// Calls column(first row, rows, first channel) for every column of every block of rows of a piece.
 template <class S, class Column>
-inline void in_columns(const NormJob& job, const NormPiece& piece, const Column& column) {
+inline void for_columns(const NormJob& job, const NormPiece& piece, const Column& column) {
   for (int64_t row = piece.outer_begin; row < piece.outer_end; row += kNormRows)
     for (int64_t c = 0; c < job.channels; c += kColumn * NormInput<S>::V::kWidth)
-      column(row, smaller(kNormRows, piece.outer_end - row), c);
+      column(row, minimum(kNormRows, piece.outer_end - row), c);
 }
 
 template <template <class, class> class Kind, class S, template <class> class Act>
 inline void norm_pass(const NormJob* job, const NormPiece* piece) {
   using Pass = Kind<S, Act<typename Compute<S>::Type>>;
   if (job->inner > 1) return norm_runs<Pass, S>(*job, *piece);
-  in_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) { norm_column<Pass, S>(*job, row, rows, c); });
+  for_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) { norm_column<Pass, S>(*job, row, rows, c); });
 }
 
 SPARSEKERN_END_ISA

@@ -1,13 +1,12 @@
-// The sums of a batch normalisation: the moments of its input, and what its gradient needs.
-//
-// Summed in sixteen lanes of the compute type over a block, and then in float64.
+// The sums of a batch normalisation: the moments of its input, and the sums that its gradient needs. They are taken in
+// lanes of the compute type over a block, and in float64 over blocks.
 #pragma once
 
 #include "norm.h"
 
 SPARSEKERN_BEGIN_ISA
 
-// Elements of a run that are summed in the compute type.
+// Elements that are summed in the compute type before their sum goes to float64.
 constexpr int64_t kNormBlock = 2048;
 
 // kCount sums in each lane of some vectors.
@@ -18,14 +17,14 @@ struct SumLanesOf {
   typename V::Vector sum[kCount] = {};
   SumLanesOf<C, kCount, kVectors - 1> rest;
 
-  // Adds what the terms find from place `i` on.
+  // Adds the terms of the elements from `i` on.
   template <class Terms>
   SPARSEKERN_INLINE void add(const Terms& terms, int64_t i) {
     terms.first(i, sum);
     rest.add(terms.rest, i + V::kWidth);
   }
 
-  // To `lanes`, in planes of `plane` numbers.
+  // Stores the lanes of each sum in `lanes`, in planes of `plane` numbers.
   SPARSEKERN_INLINE void store(C* lanes, int64_t plane) const {
     for (int s = 0; s < kCount; ++s) V::store(sum[s], lanes + s * plane);
     rest.store(lanes + V::kWidth, plane);
@@ -39,7 +38,7 @@ struct SumLanesOf<C, kCount, 0> {
   void store(C*, int64_t) const {}
 };
 
-// Vectors of sixteen lanes.
+// Vectors that sixteen lanes take.
 template <class C>
 constexpr int kLaneVectors = kLanes * sizeof(C) / kVectorBytes;
 
@@ -54,13 +53,13 @@ SPARSEKERN_INLINE void widen(const double* from, FourDoubles& four) {
 
 SPARSEKERN_INLINE void widen(const float* from, FourDoubles& four) {
 #if defined(__AVX512F__)
-  four = (FourDoubles)_mm256_cvtps_pd(_mm_loadu_ps(from));  // gcc 12 makes ten instructions of the line below
+  four = (FourDoubles)_mm256_cvtps_pd(_mm_loadu_ps(from));  // GCC 12 compiles the line below to ten instructions
 #else
   four = FourDoubles{from[0], from[1], from[2], from[3]};
 #endif
 }
 
-// Adds all lanes of each sum, in float64 and in a fixed order that is short to wait for.
+// Adds up the lanes of each sum in float64, in a fixed order with few dependent additions.
 template <class C, int kCount>
 SPARSEKERN_INLINE void fold(const SumLanes<C, kCount>& sums, double (&total)[kCount]) {
   C lanes[kCount][kLanes];
@@ -73,7 +72,7 @@ SPARSEKERN_INLINE void fold(const SumLanes<C, kCount>& sums, double (&total)[kCo
   }
 }
 
-// x - centre and its square, of the first `n` elements from each place on.
+// x - centre and its square; elements from `n` on count as 0.
 template <class S>
 struct Deviation {
   using C = typename Compute<S>::Type;
@@ -90,12 +89,12 @@ struct Deviation {
   }
 };
 
-// Means and summed squared deviations of `n` numbers each, joined by `m` more whose sums about `centre` are given
-// (Chan, Golub and LeVeque 1979). Centred on the mean of those before them, no sum of squares is much larger than what
-// it leads to.
+// Updates `count` means and summed squared deviations of `n` numbers each with `m` more numbers, given by their sums
+// and sums of squares about `centre` (Chan, Golub and LeVeque 1979). Centring on the mean so far avoids cancellation:
+// no sum of squares is much larger than the deviation that results from it.
 template <class C, class Sum>
-inline void join(double n, double* __restrict mean, double* __restrict deviation, double m, const C* centre,
-                 const Sum* sum, const Sum* sum_sq, int64_t count) {
+inline void merge_moments(double n, double* __restrict mean, double* __restrict deviation, double m, const C* centre,
+                          const Sum* sum, const Sum* sum_sq, int64_t count) {
   const double inverse = 1 / m, share = m / (n + m), between = n * share;
   for (int64_t l = 0; l < count; ++l) {
     const double own = double(sum[l]) * inverse, distance = double(centre[l]) + own - mean[l];
@@ -104,7 +103,7 @@ inline void join(double n, double* __restrict mean, double* __restrict deviation
   }
 }
 
-// Adds x - centre and its square of a run of `n` elements.
+// Adds x - centre and its square for a run of `n` elements.
 template <class S, class Sums>
 inline void add_deviations(Sums& sums, const S* x, int64_t n, typename Compute<S>::Type centre) {
   using C = typename Compute<S>::Type;
@@ -121,12 +120,12 @@ inline void add_deviations(Sums& sums, const S* x, int64_t n, typename Compute<S
   sums.add(terms(buffer, n - i), 0);
 }
 
-// The runs of a channel in parts of at most kNormBlock elements: part(first element of the data, elements).
+// Divides the runs of a channel into parts of at most kNormBlock elements and calls part(first element, elements).
 template <class Part>
-inline void in_parts(const NormJob& job, const NormPiece& piece, const Part& part) {
+inline void for_parts(const NormJob& job, const NormPiece& piece, const Part& part) {
   for (int64_t o = piece.outer_begin; o < piece.outer_end; ++o)
     for (int64_t i = 0; i < job.inner; i += kNormBlock)
-      part((o * job.channels + piece.channel) * job.inner + i, smaller(kNormBlock, job.inner - i));
+      part((o * job.channels + piece.channel) * job.inner + i, minimum(kNormBlock, job.inner - i));
 }
 
 template <class S>
@@ -144,27 +143,27 @@ inline void moments_of_channel(const NormJob& job, const NormPiece& piece) {
   };
   Sums sums;
   int64_t held = 0;
-  C centre = C(mean_of(x + piece.channel * job.inner, smaller(kNormBlock, job.inner)));
-  const auto settle = [&] {
+  C centre = C(mean_of(x + piece.channel * job.inner, minimum(kNormBlock, job.inner)));
+  const auto merge = [&] {
     double total[2] = {};
     fold<C, 2>(sums, total);
-    join(n, &mean, &deviation, double(held), &centre, &total[0], &total[1], 1);
+    merge_moments(n, &mean, &deviation, double(held), &centre, &total[0], &total[1], 1);
     n += double(held);
     centre = C(mean);
     sums = Sums{};
     held = 0;
   };
-  in_parts(job, piece, [&](int64_t i, int64_t count) {
+  for_parts(job, piece, [&](int64_t i, int64_t count) {
     add_deviations(sums, x + i, count, centre);
     held += count;
-    if (held >= kNormBlock) settle();
+    if (held >= kNormBlock) merge();
   });
-  if (held > 0) settle();
+  if (held > 0) merge();
   piece.out[kMeanOf * job.channels + piece.channel] = mean;
   piece.out[kDeviation * job.channels + piece.channel] = deviation;
 }
 
-// The same of each channel of a column over some rows: `sums` has two planes of as many numbers.
+// The same sums for each channel of a column over some rows; `sums` has two planes.
 template <class S, class C>
 inline void sum_deviations(const S* x, int64_t stride, int64_t rows, const C* centre, C* sums) {
   using V = Vectors<C>;
@@ -175,7 +174,7 @@ inline void sum_deviations(const S* x, int64_t stride, int64_t rows, const C* ce
   lanes.store(sums, kColumn * V::kWidth);
 }
 
-// A column of a block of `rows` rows, after `before` others of its piece.
+// Adds a block of `rows` rows to the moments of a column; `before` rows of its piece came before them.
 template <class S>
 inline void moments_of_column(const NormJob& job, const NormPiece& piece, int64_t before, int64_t rows, int64_t c) {
   using C = typename Compute<S>::Type;
@@ -190,10 +189,10 @@ inline void moments_of_column(const NormJob& job, const NormPiece& piece, int64_
   }
   for (int64_t l = 0; l < kChannels; ++l) centre[l] = C(mean[l]);
   sum_deviations(x, job.channels, rows, centre, sums[0]);
-  join(double(before), mean, deviation, double(rows), centre, sums[0], sums[1], kChannels);
+  merge_moments(double(before), mean, deviation, double(rows), centre, sums[0], sums[1], kChannels);
 }
 
-// dz, dz * (x - mean), dz^2, and how many exceed the threshold.
+// The sums of dz, dz * (x - mean) and dz^2, and the number of |dz| above the threshold.
 template <class S, class Act>
 struct GradTerm {
   using V = typename NormInput<S>::V;
@@ -213,18 +212,18 @@ inline void grad_sums_of_channel(const NormJob& job, const NormPiece& piece) {
   using Input = NormInput<S>;
   using C = typename Input::C;
   using Terms = Chain<GradTerm<S, Act>, kLaneVectors<C>>;
-  // Made where it stays: a copy would be read in wide words before the narrow ones have been written.
+  // Constructed in place: a copy would read in wide words what was just written in narrow ones, and wait for it.
   const Terms terms([&](int) { return GradTerm<S, Act>{Input(job, piece.channel, 0)}; });
   double total[kNormSums] = {};
   SumLanes<C, kNormSums> sums;
   int64_t held = 0;
-  in_parts(job, piece, [&](int64_t begin, int64_t count) {
+  for_parts(job, piece, [&](int64_t begin, int64_t count) {
     const int64_t end = begin + count;
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) sums.add(terms, i);
     if (i < end) {
       typename Input::Buffers buffers;
-      sums.add(Terms([&](int) { return GradTerm<S, Act>{terms.first.input.rest(buffers, i, end - i)}; }), 0);
+      sums.add(Terms([&](int) { return GradTerm<S, Act>{terms.first.input.tail(buffers, i, end - i)}; }), 0);
     }
     held += count;
     if (held < kNormBlock) return;
@@ -254,7 +253,7 @@ inline void grad_sums_of_column(const NormJob& job, const NormPiece& piece, int6
 template <class S>
 inline void norm_moments(const NormJob* job, const NormPiece* piece) {
   if (job->inner > 1) return moments_of_channel<S>(*job, *piece);
-  in_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) {
+  for_columns<S>(*job, *piece, [&](int64_t row, int64_t rows, int64_t c) {
     moments_of_column<S>(*job, *piece, row - piece->outer_begin, rows, c);
   });
 }
@@ -263,8 +262,8 @@ template <class S, template <class> class Act>
 inline void norm_grad_sums(const NormJob* job, const NormPiece* piece) {
   using A = Act<typename Compute<S>::Type>;
   if (job->inner > 1) return grad_sums_of_channel<S, A>(*job, *piece);
-  in_columns<S>(*job, *piece,
-                [&](int64_t row, int64_t rows, int64_t c) { grad_sums_of_column<S, A>(*job, *piece, row, rows, c); });
+  for_columns<S>(*job, *piece,
+                 [&](int64_t row, int64_t rows, int64_t c) { grad_sums_of_column<S, A>(*job, *piece, row, rows, c); });
 }
 
 SPARSEKERN_END_ISA

@@ -1,12 +1,12 @@
-// A register full of a tensor's elements as they lie in memory, and the vectors of the compute type in it. Where the
-// loops of fused_update.h work on whole registers.
+// A 64-byte register of a tensor's elements in their storage type, and the vectors of the compute type in it (AVX-512).
+// The loops of fused_update.h work on such registers.
 #pragma once
 
 #include "lanes.h"
 
 SPARSEKERN_BEGIN_ISA
 
-// Where one loop in whole registers has room for statistics and update.
+// Whether one loop has enough registers for statistics and update.
 template <class C>
 constexpr bool kFusesStatistics = kVectorBytes == 64 && sizeof(C) == 4;
 
@@ -23,7 +23,7 @@ struct Registers<float> {
   SPARSEKERN_INLINE static Whole load(const float* from) { return Vectors<float>::load(from); }
   SPARSEKERN_INLINE static void store(Whole whole, float* to) { Vectors<float>::store(whole, to); }
 
-  // The first n elements; the others are 0, and are not read.
+  // Loads the first n elements; the others are 0, and their memory is not read.
   SPARSEKERN_INLINE static Whole load_first(const float* from, int64_t n) {
     return (Whole)_mm512_maskz_loadu_ps(first(n), from);
   }
@@ -36,7 +36,7 @@ struct Registers<float> {
     return whole;
   }
 
-  // Vectors on their way into memory.
+  // Updated vectors, rounded to the storage type but not joined yet.
   using Rounded = Vector;
   SPARSEKERN_INLINE static Rounded round(Vector vector) { return vector; }
   SPARSEKERN_INLINE static Rounded round_number(Vector vector) { return vector; }
@@ -59,7 +59,7 @@ struct Registers<BFloat16> {
   SPARSEKERN_INLINE static Whole load_first(const BFloat16* from, int64_t n) {
     return _mm512_maskz_loadu_epi16(first(n), from);
   }
-  // Half a register where that suffices: a load waits for a store before it that might have covered it.
+  // Stores half a register if that is enough: a later load waits for a masked store that may overlap with it.
   SPARSEKERN_INLINE static void store_first(Whole whole, BFloat16* to, int64_t n) {
     if (n <= kElements / 2) {
       _mm256_mask_storeu_epi16(to, __mmask16(first(n)), _mm512_castsi512_si256(whole));

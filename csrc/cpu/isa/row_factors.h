@@ -1,4 +1,4 @@
-// The factors that a row's penalty, countdown and mask give to the update of its elements.
+// The factors of a row in the update of its elements, computed from its penalty, countdown and mask.
 #pragma once
 
 #include "../../abi.h"
@@ -35,14 +35,14 @@ inline Factors<C> factors_of(const Job& job, const Shape& shape, int64_t row) {
   return {decay_of<C>(job.hyper, job.rows.penalty[r]), fade_of<C>(job, job.rows.countdown[r])};
 }
 
-// Whether the rows of a tile have the same factors.
+// How the factors of the rows of a tile compare.
 enum RowMix { kAllMasked, kUniform, kMixed };
 
-// Elements that `spread` writes at least.
+// Minimum number of elements that `spread` writes.
 constexpr int64_t kSpread = 32;
 
-// Writes the value of each row to each of its `width` columns. Short rows write past their end, where the next row
-// writes afterwards: a loop of fixed length is one or two stores.
+// Writes the value of each row to its `width` columns. A short row writes past its end, and the next row overwrites
+// that: a loop of fixed length compiles to one or two stores.
 template <class C, class T>
 inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, int64_t width) {
   if (width == 1) {
@@ -60,10 +60,10 @@ inline void spread(C* __restrict out, const T* __restrict values, int64_t rows, 
   }
 }
 
-// Most rows that fused_update.h prefetches.
+// Maximum number of rows that fused_update.h prefetches ahead.
 constexpr int64_t kMaxRowsAhead = 192;
 
-// Factors of a tile of rows, and then of its columns.
+// The factors of a tile: first one for each row, and after widen() one for each column.
 template <class C>
 struct ColumnFactors {
   C decay[kTile + kSpread], fade[kTile + kSpread];
@@ -82,7 +82,7 @@ struct ColumnFactors {
     if (any == 0) return kAllMasked;
     decay[0] = decay_of<C>(job.hyper, penalty[0]);
     any_ends = false;
-    // Negative in all of them: no row is masked or fades.
+    // All countdowns are negative: no row is masked or fading.
     if (!differ && all < 0) return kUniform;
     const Hyper hyper = job.hyper;
     for (int64_t r = 0; r < rows; ++r) decay[r] = decay_of<C>(hyper, penalty[r]);
@@ -93,15 +93,15 @@ struct ColumnFactors {
     return kMixed;
   }
 
-  // Gives all rows the factors of the first.
+  // Copies the factors of the first row to all rows.
   void repeat(int64_t rows) {
     const C first = decay[0];
     for (int64_t r = 0; r < rows; ++r) decay[r] = first;
     for (int64_t r = 0; r < rows; ++r) fade[r] = 1;
   }
 
-  // Lists the rows that are not masked, then `more` numbers of rows behind the tile for the prefetch. Without a branch:
-  // masks are random, and a wrong prediction costs as much as a short row.
+  // Lists the rows that are not masked, then `more` indices behind the tile for the prefetch; returns the number of
+  // rows. The loop has no branch: masks are random, and a mispredicted branch costs as much as a short row.
   int64_t list_live(int64_t rows, int64_t more) {
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {

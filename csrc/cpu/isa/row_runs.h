@@ -1,5 +1,5 @@
-// Short rows in one piece, one after the other through one loop in registers (AVX-512). Its few registers for each row
-// make rows of 9 to 40 elements twice as fast as their statistics one by one before an update of all together.
+// The loop for contiguous short rows with AVX-512: one fused loop runs through all live rows of a tile. For rows of 9
+// to 40 elements it is twice as fast as taking the statistics row by row before updating all rows together.
 #pragma once
 
 #include "chunk_view.h"
@@ -7,7 +7,7 @@
 #if defined(__AVX512F__)
 SPARSEKERN_BEGIN_ISA
 
-// Shortest row with a loop of its own; shorter ones go one after the other through one loop, where registers allow it.
+// Shortest row that has a loop of its own (long_rows.h).
 constexpr int64_t kOwnLoopRow = 256;
 
 template <class S, class Update>
@@ -31,7 +31,7 @@ class RowRuns {
     if constexpr (kFusesStatistics<C> && Update::kTakesRowRuns) {
       const Chunk& chunk = view_.chunk;
       for (int64_t row = chunk.row_begin; row < chunk.row_end; row += kTile)
-        update_tile(row, least(kTile, chunk.row_end - row), chunk.inner_end - chunk.inner_begin);
+        update_tile(row, minimum(kTile, chunk.row_end - row), chunk.inner_end - chunk.inner_begin);
     }
   }
 

@@ -1,4 +1,4 @@
-// The four sums of a row (count, dot, grad_sq, weight_sq): folded and stored.
+// Folds the lanes of the four sums of a row (count, dot, grad_sq, weight_sq) and stores the sums.
 #pragma once
 
 #include "lanes.h"
@@ -18,20 +18,20 @@ inline void store_four(const typename FourOf<C>::Type& four, float* out) {
   for (int s = 0; s < kSums; ++s) out[s] = float(four[s]);
 }
 
-// From four lanes of each sum to the four sums of each lane.
+// Transposes four lanes of each sum to the four sums of each lane.
 template <class C>
 inline void transpose(const typename FourOf<C>::Type (&sums)[kSums], typename FourOf<C>::Type (&lanes)[4]) {
   for (int l = 0; l < 4; ++l) lanes[l] = typename FourOf<C>::Type{sums[0][l], sums[1][l], sums[2][l], sums[3][l]};
 }
 
 #if defined(__AVX512F__)
-// Quarters i and j of a and then of b, and so side by side what is left of two sums.
+// Quarters i and j of `a`, then of `b`.
 template <int i, int j>
 SPARSEKERN_INLINE __m512 quarters(__m512 a, __m512 b) {
   return _mm512_shuffle_f32x4(a, b, i | j << 2 | i << 4 | j << 6);
 }
 
-// As the function below, whose order of additions is this one, too: 16 to 4 lanes of two sums at a time.
+// The function below for AVX-512, with the same order of additions: 16 to 4 lanes, of two sums at a time.
 SPARSEKERN_INLINE void store_row(const Lanes<float>& sums, float* out) {
   const __m512 count = (__m512)sums.count, dot = (__m512)sums.dot;
   const __m512 grad_sq = (__m512)sums.grad_sq, weight_sq = (__m512)sums.weight_sq;
@@ -61,11 +61,11 @@ inline void store_row(const Lanes<C>& sums, float* out) {
   store_four<C>((lane[0] + lane[2]) + (lane[1] + lane[3]), out);
 }
 
-// Columns whose sums are kept at a time.
+// Maximum number of columns of a tile.
 constexpr int64_t kTile = 2048;
 
-// Sums of short or interleaved rows, folded at the end: one lane per column of a tile, or the four sums of four
-// neighbouring columns where a row is made of such (quads), which is a quarter of the memory.
+// Sums of the columns of a tile, folded into rows at its end: one lane per column, or, if the width of a row is a
+// multiple of four (quads), the four sums of every four neighbouring columns, which take a quarter of the memory.
 template <class C>
 struct Columns {
   bool quads;
@@ -94,7 +94,7 @@ inline void columns_of(const Lanes<C>& lanes, typename FourOf<C>::Type (&sums)[k
   }
 }
 
-// Stores the sums of the first n of sixteen columns, or of all.
+// Stores the sums of the first n of sixteen columns; all of them if n is larger.
 template <class C>
 inline void store_singles(const Lanes<C>& lanes, int64_t n, float* out) {
   typename FourOf<C>::Type sums[kLanes];
@@ -109,7 +109,7 @@ SPARSEKERN_INLINE void store_singles(const Lanes<float>& lanes, int64_t n, float
   const __m512d low = (__m512d)_mm512_unpacklo_ps(count, dot), high = (__m512d)_mm512_unpackhi_ps(count, dot);
   const __m512d low_sq = (__m512d)_mm512_unpacklo_ps(grad_sq, weight_sq);
   const __m512d high_sq = (__m512d)_mm512_unpackhi_ps(grad_sq, weight_sq);
-  // Of the columns 0, 4, 8 and 12, of those behind them, and so on.
+  // `a` has the sums of columns 0, 4, 8 and 12, `b` those of columns 1, 5, 9 and 13, and so on.
   const __m512 a = (__m512)_mm512_unpacklo_pd(low, low_sq), b = (__m512)_mm512_unpackhi_pd(low, low_sq);
   const __m512 c = (__m512)_mm512_unpacklo_pd(high, high_sq), d = (__m512)_mm512_unpackhi_pd(high, high_sq);
   const __m512 ab_first = quarters<0, 1>(a, b), cd_first = quarters<0, 1>(c, d);
@@ -128,7 +128,7 @@ SPARSEKERN_INLINE void store_singles(const Lanes<float>& lanes, int64_t n, float
 }
 #endif
 
-// Folds `width` neighbouring columns into each of `rows` rows, in their order.
+// Adds up the `width` columns of each of `rows` rows, in order, and stores the sums of each row.
 template <class C>
 inline void store_columns(const Columns<C>& columns, int64_t rows, int64_t width, float* __restrict out) {
   using Four = typename FourOf<C>::Type;

@@ -1,4 +1,4 @@
-// SGD, in torch's order of operations.
+// SGD with momentum, dampening and Nesterov's momentum, in torch's order of operations.
 #pragma once
 
 #include "../../update.h"
@@ -6,12 +6,12 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Shortest update without statistics that is left to the loop that the compiler unrolls.
+// Shortest update without statistics that uses the loop that the compiler unrolls.
 constexpr int64_t kUnrolled = 128;
 
 enum SgdMode { kPlain, kFirst, kFirstNesterov, kDampened, kHeavyBall, kNesterov };
 
-// The numbers of a step and what it does with them, to one element or to a vector of them (T).
+// The constants of a step and its arithmetic, for one element or a vector of elements (T).
 template <class C>
 struct SgdStep {
   C lr, momentum, one_minus_dampening;
@@ -54,7 +54,7 @@ struct Sgd {
 
   template <class D, class Decay, class Fade, class Statistics>
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
-    if (is_nothing(decay)) {
+    if (is_zero(decay)) {
       dispatch(at, n, d, NoDecay<C>(), fade, statistics);
     } else {
       dispatch(at, n, d, decay, fade, statistics);
@@ -62,7 +62,7 @@ struct Sgd {
   }
 
 #if defined(__AVX512F__)
-  // Rows from `at` on, with their statistics, where expands_row_values() says that whole registers are worked on.
+  // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     with_mode([&](auto mode) {
       with_step<mode.value>(
@@ -109,13 +109,14 @@ struct Sgd {
     with_mode([&](auto mode) { fused_or_apart<mode.value>(at, n, d, rest...); });
   }
 
-  // One loop in registers takes the statistics and makes the update: two loops, the first of which fills the cache,
-  // take up to 60 % longer. It prefetches, which an update alone does not need and which costs 25 % on lists that fit
-  // the third-level cache; so the compiler's loop takes an update that treats all elements alike.
+  // One loop in registers takes the statistics and makes the update; two loops, the first of which fills the cache,
+  // take up to 60 % longer. The fused loop prefetches. An update without statistics does not need that, and it costs 25
+  // % on lists that fit the third-level cache, so such an update uses the compiler's loop if all its elements have one
+  // fade.
   template <Mode kMode, class D, class Decay, class Fade, class Statistics>
   void fused_or_apart(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     static_assert(kFusesStatistics<C> || __is_same(D, C), "gradients are widened where they lie by these loops alone");
-    constexpr bool kUpdateAlone = __is_same(S, C) && kAlike<Fade> && __is_same(Statistics, NoStatistics);
+    constexpr bool kUpdateAlone = __is_same(S, C) && kIsUniform<Fade> && __is_same(Statistics, NoStatistics);
     if constexpr (kFusesStatistics<C> && __is_same(D, S)) {
       if (!kUpdateAlone || n < kUnrolled) return registers<kMode>(at, n, d, decay, fade, statistics);
     }
@@ -125,7 +126,7 @@ struct Sgd {
     }
   }
 
-  // Hands work(arrays, step) the arrays from `at` on and what is done to a vector of their elements.
+  // Calls work(arrays, step) with the arrays from element `at` on and the update of a vector of their elements.
   template <Mode kMode, class Work>
   SPARSEKERN_INLINE void with_step(int64_t at, Work work) const {
     using Vector = typename Vectors<C>::Vector;

@@ -1,5 +1,5 @@
-// The statistics of rows, columns and single elements, which a loop accumulates sixteen elements at a time before it
-// updates them.
+// The statistics of rows, of columns and of single elements. A loop adds sixteen elements at a time before it updates
+// them.
 #pragma once
 
 #include "row_sums.h"
@@ -7,20 +7,20 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Elements looked at before they are updated: four arrays of this many floats stay in a first-level cache between the
-// two passes. 4096 leaves it and costs a quarter of the speed.
+// Elements of a block whose statistics are taken before its update. Four arrays of 512 floats stay in the first-level
+// cache between the two loops; with 4096 they do not, and the step is a quarter slower.
 constexpr int64_t kBlock = 512;
 
-// Shortest row that is summed in lanes; shorter ones go column by column.
+// Shortest row that is summed in lanes; shorter rows are summed column by column.
 constexpr int64_t kLongRow = 8;
 
-// Asks for memory that is needed later than in the next few hundred nanoseconds.
+// Prefetches into the second-level cache: memory that is needed in several hundred nanoseconds or later.
 inline void prefetch_far(const void* at) {
   __builtin_prefetch(at, 0, 2);
 }
 
-// n < 16 elements from where sixteen may be read: from where they lie if `readable` of them can be looked at, else from
-// a copy.
+// The last n < 16 elements, at an address from which sixteen can be read: in place if at least sixteen elements are
+// `readable`, else in a copy.
 template <class T>
 struct Last {
   T copy[kLanes];
@@ -33,19 +33,19 @@ struct Last {
   }
 };
 
-struct Nothing {};
+struct Empty {};
 
 struct NoStatistics {
   int64_t readable;
 
-  Nothing begin() const { return {}; }
-  void end(Nothing) const {}
+  Empty begin() const { return {}; }
+  void end(Empty) const {}
 
   template <class Vector>
-  SPARSEKERN_INLINE void add_vector(Nothing, int64_t, Vector, Vector) const {}
+  SPARSEKERN_INLINE void add_vector(Empty, int64_t, Vector, Vector) const {}
 };
 
-// Of one row, with its threshold. `readable` elements may be looked at.
+// Statistics of one row with one threshold. `readable` is the number of elements that may be read.
 template <class C>
 struct RowStatistics {
   using Local = Lanes<C>;
@@ -71,10 +71,10 @@ struct RowStatistics {
   }
 };
 
-// Of columns, with a threshold each: every column has a lane.
+// Statistics of columns with a threshold each. Every column has a lane.
 template <class C>
 struct ColumnStatistics {
-  using Local = Nothing;
+  using Local = Empty;
   Lanes<C>* sums;
   int64_t readable;
   Each<C> threshold;
@@ -97,10 +97,10 @@ struct ColumnStatistics {
   }
 };
 
-// The same where rows are made of quads, four neighbouring columns: the four sums of a quad lie side by side.
+// The same for rows that are made of quads (four neighbouring columns). The four sums of a quad are side by side.
 template <class C, class Threshold>
 struct QuadStatistics {
-  using Local = Nothing;
+  using Local = Empty;
   C* sums;
   int64_t readable;
   Threshold threshold;
@@ -129,10 +129,10 @@ struct QuadStatistics {
   }
 };
 
-// Of rows of one element: the four sums of each are stored at once, side by side.
+// Statistics of rows of one element. The four sums of each are stored at once, side by side.
 template <class C>
 struct SingleStatistics {
-  using Local = Nothing;
+  using Local = Empty;
   float* sums;
   int64_t count, readable;
   Each<C> threshold;

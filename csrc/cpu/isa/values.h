@@ -1,11 +1,12 @@
-// Numbers that go with the elements of a loop (decays, fades, thresholds), for one element or for a vector of them.
+// Per-element values of a loop (decays, fades, thresholds), for one element or a vector of elements: the same for all,
+// one for each, or one for every four. And the effect of a fade on an updated element.
 #pragma once
 
 #include "lanes.h"
 
 SPARSEKERN_BEGIN_ISA
 
-// The same for all ...
+// One value for all elements.
 template <class C>
 struct Same {
   using Vector = typename Vectors<C>::Vector;
@@ -15,7 +16,7 @@ struct Same {
   SPARSEKERN_INLINE Vector vector(int64_t) const { return Vectors<C>::repeat(value); }
 };
 
-// ... one for each ...
+// A value for each element.
 template <class C>
 struct Each {
   using Vector = typename Vectors<C>::Vector;
@@ -25,8 +26,8 @@ struct Each {
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::load(value + i); }
 };
 
-// ... or one for every four, where rows are so short: a quarter of the memory, and what a tile needs stays in the
-// first-level cache.
+// A value for every four elements, for rows of four: with a quarter of the memory a tile stays in the first-level
+// cache.
 template <class C>
 struct EachFour {
   using Vector = typename Vectors<C>::Vector;
@@ -36,7 +37,7 @@ struct EachFour {
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::fourfold(value + i / 4); }
 };
 
-// No weight decay on the gradient: adding 0 times the weight would make NaN of an infinite one.
+// No weight decay on the gradient. Adding 0 times the weight would turn an infinite weight into NaN.
 template <class C>
 struct NoDecay {
   using Vector = typename Vectors<C>::Vector;
@@ -46,11 +47,11 @@ struct NoDecay {
 };
 
 template <class C>
-inline bool is_nothing(Same<C> decay) {
+inline bool is_zero(Same<C> decay) {
   return decay.value == 0;
 }
 template <class Decay>
-inline bool is_nothing(Decay) {
+inline bool is_zero(Decay) {
   return false;
 }
 
@@ -59,11 +60,11 @@ constexpr bool kDecays = true;
 template <class C>
 constexpr bool kDecays<NoDecay<C>> = false;
 
-// Fade of a masked row, whose elements stay as they are. Of others it multiplies the new weight; 0 ends a fade,
-// and then weights and state are set to 0, whatever they were.
+// The fade of a masked row, whose elements do not change. Other fades multiply the new weight; a fade of 0 is the last
+// one, and then weights and state become 0, even NaN.
 constexpr int kMasked = -1;
 
-// What a fade makes of an updated element: of rows none of which is masked ...
+// One fade for all elements, none of which is masked.
 template <class C>
 struct SameFade {
   C value;
@@ -79,11 +80,11 @@ struct SameFade {
 };
 
 template <class Fade>
-constexpr bool kAlike = false;
+constexpr bool kIsUniform = false;
 template <class C>
-constexpr bool kAlike<SameFade<C>> = true;
+constexpr bool kIsUniform<SameFade<C>> = true;
 
-// ... or with masked ones among them.
+// A fade for each element; some may be masked and keep their old value.
 template <class C, class Values>
 struct RowFades {
   using Vector = typename Vectors<C>::Vector;

@@ -1,0 +1,65 @@
+"""What the documentation says about the tree is true: places in the code, files, links, messages."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
+TERMS = [line for line in GLOSSARY.splitlines() if re.match(r"\| (?!term |word )\w", line)]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("line", TERMS, ids=[line.split("|")[1].strip() for line in TERMS])
+def test_a_term_of_the_glossary_is_in_the_code(line: str) -> None:
+    named = re.findall(r"`(\w+)` in `([\w/.]+)`", line.split("|")[3])
+    assert named, line
+    for name, path in named:
+        file = ROOT / ("" if path.startswith("csrc/") else "sparsekern") / path
+        assert file.is_file(), path
+        assert re.search(rf"\b{name}\b", file.read_text()), f"{path} has no {name}"
+
+
+def test_the_table_of_csrc_names_every_file() -> None:
+    """By its name, or by its stem for a header with its source file; and every name is that of a file."""
+    table = (ROOT / "csrc" / "README.md").read_text().partition("## Files")[2]
+    named = {
+        Path(name).name
+        for cell in re.findall(r"^\| (.*?) \|", table, re.M)
+        for name in re.findall(r"`(.+?)`", cell)
+    }
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert [str(path.relative_to(ROOT)) for path in files if not {path.name, path.stem} & named] == []
+    assert named <= {path.name for path in files} | {path.stem for path in files}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)?(?:#[\w-]*)?\)", text):
+        assert not target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def texts_of_the_source() -> str:
+    """Every string constant of the package; parts of f-strings are apart from each other."""
+    found = []
+    for path in (ROOT / "sparsekern").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_that_troubleshooting_lists_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\*\*(.+?)\*\*", page, re.M)))
+    assert len(messages) >= 25
+    source = texts_of_the_source() + (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    for message in messages:
+        for part in message.split("..."):
+            assert part.strip(" ,;:'") in source, f"{message}: no message with {part!r}"
