@@ -1,5 +1,5 @@
 // The namespace of one instruction set. Every header of this folder opens and closes it by these macros, so that each
-// kernels_<isa>.cpp has its own copy of everything: a copy made for one ISA must never be linked into another.
+// file of kernels/ has its own copy of everything: a copy made for one ISA must never be linked into another.
 #pragma once
 
 #if defined(__AVX512F__)
