@@ -1,4 +1,4 @@
-"""Builds the native kernels with ninja: for the CPU where there is a compiler, for CUDA where there is nvcc.
+"""Builds the native kernels with ninja: for the CPU where there is a compiler, for the GPUs of this machine.
 
 Everything else about the package stands in pyproject.toml, except for what depends on the address of the
 repository. torch is not needed: the kernels take addresses.
@@ -6,13 +6,16 @@ repository. torch is not needed: the kernels take addresses.
 Environment:
     SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository, for the links of the package's page.
     SPARSEKERN_NO_NATIVE=1: build no native code; the package then runs on its reference backend.
-    SPARSEKERN_NO_CUDA=1: build no CUDA kernels.
+    SPARSEKERN_CUDA=1: build CUDA kernels although no GPU is visible. 0: build none.
+    SPARSEKERN_CUDA_ARCHITECTURES, TORCH_CUDA_ARCH_LIST: build CUDA kernels for these, such as "8.0;9.0+PTX".
     SPARSEKERN_SANITIZE=1: build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer.
+    MAX_JOBS: number of compilers at work at the same time; all cores by default.
     CXX, CUDACXX: the compilers.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -31,6 +34,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from cuda_targets import CudaBuild, cuda_build, nvcc  # noqa: E402
+
 # Relative to ROOT, where ninja runs, so that an unpacked sdist can use the objects of the tree it came from.
 CSRC = Path("csrc")
 
@@ -40,14 +47,13 @@ KERNEL_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-ex
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wextra"
 # Any finding ends the process. Optimisation is lower, because instrumented code takes minutes to optimise.
 SANITIZE_FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-# The same arithmetic on a GPU: by default nvcc contracts, too. Kernels are compiled for each of these
-# architectures that nvcc supports, and the last one also as PTX, for later architectures.
+# The same arithmetic on a GPU: by default nvcc contracts, too.
 CUDA_FLAGS = (
     "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -DNDEBUG -Werror all-warnings "
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static"
 )
-CUDA_ARCHITECTURES = (80, 90, 100)
 ISA_FLAGS = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4 -mprefer-vector-width=512"}
+DTYPES = ("float32", "float64", "bfloat16")
 
 
 def compiler() -> list[str] | None:
@@ -83,36 +89,18 @@ def why_pure() -> str | None:
     return None
 
 
-def nvcc() -> str | None:
-    """The command of the CUDA compiler; None if there is none."""
-    for command in (os.environ.get("CUDACXX", ""), "nvcc", "/usr/local/cuda/bin/nvcc"):
-        found = shutil.which(command) if command else None
-        if found:
-            return found
-    return None
-
-
-def why_no_cuda() -> str | None:
-    """The reason why no CUDA kernels are built here; None if they are built."""
-    if os.environ.get("SPARSEKERN_NO_CUDA") == "1":
-        return "SPARSEKERN_NO_CUDA=1"
-    if sys.platform != "linux":
-        return f"they are not built on {sys.platform}"
-    command = nvcc()
-    if command is None:
-        return "there is no nvcc"
-    return None if architectures(command) else f"{command} compiles for none of {CUDA_ARCHITECTURES}"
-
-
-def architectures(command: str) -> list[int]:
-    """The architectures of CUDA_ARCHITECTURES that this nvcc supports."""
-    result = subprocess.run([command, "--list-gpu-code"], capture_output=True, text=True)
-    known = set(result.stdout.split())
-    return [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
-
-
-def isas() -> list[str]:
-    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
+def isas(command: list[str]) -> list[str]:
+    """The instruction sets that the compiler knows of those of this machine's architecture."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["baseline"]
+    known = []
+    for isa, flags in ISA_FLAGS.items():
+        probe = [*command, *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            known.append(isa)
+        else:
+            print(f"sparsekern: {command[0]} does not know {flags}: building without {isa}", file=sys.stderr)
+    return known
 
 
 def ninja_text(target: Path, build: Path) -> str:
@@ -122,14 +110,13 @@ def ninja_text(target: Path, build: Path) -> str:
     command = compiler()
     assert command is not None
     includes = f"-isystem {pybind11.get_include()} -isystem {python_include()}"
+    known = isas(command)
     with_python = ("module", "norm_module", "runtime", "sources")
     sources = [(name, CSRC / f"{name}.cpp", f"-O2 {includes}") for name in with_python]
-    sources += [
-        (name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("dispatch", "moments", "norm_act", "plan")
-    ]
-    for isa in isas():
-        path = CSRC / "cpu" / f"kernels_{isa}.cpp"
-        sources.append((path.stem, path, f"{KERNEL_FLAGS} {ISA_FLAGS[isa]}"))
+    sources += [(name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("moments", "norm_act", "plan")]
+    has = " ".join(f"-DSPARSEKERN_HAS_{isa.upper()}" for isa in known)
+    sources.append(("dispatch", CSRC / "cpu" / "dispatch.cpp", f"-O2 {has}"))
+    sources += [kernel for isa in reversed(known) for kernel in kernel_sources(isa)]
     sanitize = SANITIZE_FLAGS if os.environ.get("SPARSEKERN_SANITIZE") == "1" else ""
     link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
@@ -149,13 +136,27 @@ def ninja_text(target: Path, build: Path) -> str:
     return "\n".join(lines)
 
 
+def kernel_sources(isa: str) -> list[tuple[str, Path, str]]:
+    """Object name, path and flags of all kernels of an instruction set: a file for each op and dtype."""
+    flags = f"{KERNEL_FLAGS} {ISA_FLAGS[isa]} -DSPARSEKERN_ISA={isa}"
+    folder = CSRC / "cpu" / "kernels"
+    sources = [
+        (f"{isa}_{op}_{dtype}", folder / f"{op}.cpp", f"{flags} -DSPARSEKERN_DTYPE={dtype}")
+        for op in ("adam", "sgd", "norm", "external")
+        for dtype in DTYPES
+    ]
+    return [*sources, (f"{isa}_finish", folder / "finish.cpp", flags)]
+
+
 def cuda_ninja_text(target: Path, build: Path) -> str:
     """The build of the CUDA library, which is linked by nvcc and knows nothing of Python."""
     command = nvcc()
     assert command is not None
-    numbers = architectures(command)
-    targets = [f"-gencode arch=compute_{n},code=sm_{n}" for n in numbers]
-    targets.append(f"-gencode arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+    targets = []
+    for entry in cuda().targets:
+        number = entry.removesuffix("+PTX")
+        kinds = ("compute", "sm") if entry.endswith("+PTX") else ("sm",)
+        targets += [f"-gencode arch=compute_{number},code={kind}_{number}" for kind in kinds]
     lines = [
         f"builddir = {escape(build)}",
         f"nvcc = {shlex.quote(command)}",
@@ -180,6 +181,16 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def jobs() -> list[str]:
+    """Ninja's option for MAX_JOBS."""
+    stated = os.environ.get("MAX_JOBS", "")
+    if not stated:
+        return []
+    if not stated.isdecimal() or int(stated) < 1:
+        raise SystemExit(f"MAX_JOBS: got {stated!r}, expected a positive number")
+    return ["-j", stated]
+
+
 class NinjaBuild(build_ext):
     """``build_ext`` that leaves the compiling to ninja: in parallel, and again only what has changed."""
 
@@ -198,8 +209,7 @@ class NinjaBuild(build_ext):
                     "the package is installed without them."
                 )
         elif self.ninja("cuda", cuda_ninja_text, target) != 0:
-            # The extension is optional: setuptools makes a warning of this, and goes on.
-            raise CompileError("sparsekern: the CUDA kernels did not compile (see above) and are left out")
+            raise CompileError("sparsekern: the CUDA kernels did not compile (see above)")
 
     def objects(self) -> Path:
         """Where compiled files are kept. An editable installation is given a folder that is removed after it,
@@ -223,7 +233,7 @@ class NinjaBuild(build_ext):
             program = str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
             program = "ninja"
-        return subprocess.run([program, "-f", str(description)], cwd=ROOT).returncode
+        return subprocess.run([program, "-f", str(description), *jobs()], cwd=ROOT).returncode
 
 
 def repository() -> str:
@@ -260,23 +270,35 @@ def urls(address: str) -> dict[str, str]:
     }
 
 
+@functools.cache
+def cuda() -> CudaBuild:
+    return cuda_build()
+
+
 NATIVE = Extension("sparsekern.kernels.native._C", sources=[])
-CUDA = Extension("sparsekern.kernels.native._cuda_kernels", sources=[], optional=True)
-extensions = []
-reason = why_pure()
-if reason is None:
-    extensions.append(NATIVE)
-    reason_of_cuda = why_no_cuda()
-    if reason_of_cuda is None:
-        extensions.append(CUDA)
-    else:
-        print(f"sparsekern: building without CUDA kernels: {reason_of_cuda}", file=sys.stderr)
-else:
-    print(f"sparsekern: building without native kernels: {reason}", file=sys.stderr)
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": NinjaBuild},
-    long_description=absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), repository()),
-    long_description_content_type="text/markdown",
-    project_urls=urls(repository()),
-)
+CUDA = Extension("sparsekern.kernels.native._cuda_kernels", sources=[])
+
+
+def extensions() -> list[Extension]:
+    """What is built here; what is not is said on the standard error stream."""
+    reason = why_pure()
+    if reason is not None:
+        print(f"sparsekern: building without native kernels: {reason}", file=sys.stderr)
+        return []
+    if not cuda().targets:
+        print(f"sparsekern: building without CUDA kernels: {cuda().reason}", file=sys.stderr)
+        return [NATIVE]
+    print(f"sparsekern: building CUDA kernels for {', '.join(cuda().targets)}", file=sys.stderr)
+    # Where nobody asked for them, setuptools makes a warning of a failure and goes on.
+    CUDA.optional = not cuda().asked
+    return [NATIVE, CUDA]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": NinjaBuild},
+        long_description=absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), repository()),
+        long_description_content_type="text/markdown",
+        project_urls=urls(repository()),
+    )

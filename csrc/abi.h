@@ -142,7 +142,7 @@ struct NormKernels {
 struct Kernels {
   void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
   void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk
-  NormKernels norm[kDtypes];
+  const NormKernels* norm[kDtypes];  // null for a dtype that the ISA has no kernels for
 };
 
 }  // namespace sparsekern

@@ -4,17 +4,37 @@
 
 namespace sparsekern {
 
-namespace baseline {
-extern const Kernels kernels;
-}
+using ChunkFunction = void(const Job*, const Chunk*);
+using FinishFunction = void(const Job*, int32_t);
 
-#if defined(__x86_64__)
-namespace v3 {
-extern const Kernels kernels;
-}
-namespace v4 {
-extern const Kernels kernels;
-}
+// What the files of kernels/ define for an ISA, and its table.
+#define SPARSEKERN_KERNELS_OF(isa)                                           \
+  namespace isa {                                                            \
+  ChunkFunction sgd_float32, sgd_float64, sgd_bfloat16;                      \
+  ChunkFunction adam_float32, adam_float64, adam_bfloat16;                   \
+  ChunkFunction statistics_float32, statistics_float64, statistics_bfloat16; \
+  ChunkFunction mask_float32, mask_float64, mask_bfloat16;                   \
+  FinishFunction finish_rows;                                                \
+  extern const NormKernels norm_float32, norm_float64, norm_bfloat16;        \
+  const Kernels kernels = {                                                  \
+      {                                                                      \
+          {sgd_float32, sgd_float64, sgd_bfloat16},                          \
+          {adam_float32, adam_float64, adam_bfloat16},                       \
+          {statistics_float32, statistics_float64, statistics_bfloat16},     \
+          {mask_float32, mask_float64, mask_bfloat16},                       \
+      },                                                                     \
+      finish_rows,                                                           \
+      {&norm_float32, &norm_float64, &norm_bfloat16},                        \
+  };                                                                         \
+  }
+
+// The build says which ISAs its compiler knows; every compiler knows the baseline.
+SPARSEKERN_KERNELS_OF(baseline)
+#if defined(SPARSEKERN_HAS_V3)
+SPARSEKERN_KERNELS_OF(v3)
+#endif
+#if defined(SPARSEKERN_HAS_V4)
+SPARSEKERN_KERNELS_OF(v4)
 #endif
 
 namespace {
@@ -25,22 +45,29 @@ struct Isa {
   bool works;
 };
 
+#if defined(__x86_64__)
+bool runs_v3() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+bool runs_v4() {
+  return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 }  // namespace
 
 const Kernels& choose_kernels(const std::string& name, std::string& chosen) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v3_works = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  const bool v4_works = v3_works && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
-#endif
   // Best first.
   const Isa isas[] = {
-#if defined(__x86_64__)
-      {"v4", v4::kernels, v4_works},
-      {"v3", v3::kernels, v3_works},
+#if defined(SPARSEKERN_HAS_V4)
+      {"v4", v4::kernels, runs_v4()},
+#endif
+#if defined(SPARSEKERN_HAS_V3)
+      {"v3", v3::kernels, runs_v3()},
 #endif
       {"baseline", baseline::kernels, true},
   };

@@ -115,7 +115,7 @@ class Norm {
   Norm(const NormCall& call, const Kernels& kernels, ParallelFor parallel, int64_t threads)
       : call_(call),
         division_(call),
-        kernels_(kernels.norm[call.dtype]),
+        kernels_(*kernels.norm[call.dtype]),
         parallel_(parallel),
         threads_(std::min(threads, std::max<int64_t>(1, int64_t(elements()) * call.channels / kPiece))),
         numbers_(static_cast<size_t>(kNumbers * division_.width)),

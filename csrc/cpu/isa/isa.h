@@ -1,5 +1,5 @@
 // The namespace of one instruction set. Every header of this folder opens and closes it with these macros, so that each
-// kernels_<isa>.cpp has its own copy of every function: the linker must never replace a copy made for one ISA with that
+// file of kernels/ has its own copy of every function: the linker must never replace a copy made for one ISA with that
 // of another.
 #pragma once
 

@@ -150,7 +150,10 @@ def load() -> ctypes.CDLL | None:
     ]
     path = next((path for path in files if path.is_file()), None)
     if path is None:
-        reason = "the CUDA kernels were not built at installation (no nvcc, or SPARSEKERN_NO_CUDA=1)"
+        reason = (
+            "the CUDA kernels were not built at installation: no GPU was visible or nvcc was missing; "
+            "with SPARSEKERN_CUDA=1 they are built without a GPU"
+        )
         return None
     try:
         return bind(path)

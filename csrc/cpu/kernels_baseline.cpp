@@ -1,2 +1,0 @@
-#define SPARSEKERN_ISA baseline
-#include "isa/kernels.h"

@@ -1,2 +1,0 @@
-#define SPARSEKERN_ISA v3
-#include "isa/kernels.h"

@@ -1,2 +1,0 @@
-#define SPARSEKERN_ISA v4
-#include "isa/kernels.h"
