@@ -30,7 +30,7 @@ from sparsekern.prune.decide.budget import (
     round_to_choices,
 )
 from sparsekern.prune.decide.names import resolve_allocate, resolve_select
-from sparsekern.prune.preparation import check_counted, prunable_graph
+from sparsekern.prune.prunable import prunable_graph
 from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.masking import Masks
@@ -133,7 +133,7 @@ def prune_once(
         work = compact(model, Plan({})).eval().requires_grad_(True)
         rows = ChannelRows(work, task.graph, {id(p) for p in work.parameters()}, decay=DECAY)
         activations = Activations(work, task.graph, counting=select.needs_activations, decay=DECAY)
-        check_counted(select, activations)
+        criteria.check_counted(select, activations)
         activations.attach()
         _gather_rows(work, rows.table, activations, given if select.needs_gradients else None)
         activations.detach()

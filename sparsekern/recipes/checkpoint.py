@@ -24,7 +24,9 @@ from sparsekern.files.schema import (
     Kind,
     Whole,
 )
-from sparsekern.prune.state.content import GENERATORS, OPTIMIZER, STATE
+from sparsekern.prune.save.generators import GENERATORS
+from sparsekern.prune.save.schema import OPTIMIZER
+from sparsekern.prune.state.schema import STATE
 from sparsekern.recipes.errors import InputError
 
 FORMAT = "sparsekern checkpoint 1"

@@ -156,7 +156,7 @@ def test_a_nan_gradient_never_enters_the_statistics() -> None:
     with pytest.warns(UserWarning, match="rows of gradients with NaN or infinity were left out"):
         optimizer.step()
     assert pruner.metrics()["nonfinite"] == 6
-    table = pruner._rows.table
+    table = pruner._network.rows.table
     assert all(bool(torch.isfinite(array).all()) for array in (table.activity, table.channel_dot_sq))
 
 
@@ -196,9 +196,11 @@ def test_complex_parameters_are_refused_by_the_step() -> None:
 
 def test_auto_rounding_falls_back_where_the_network_is_narrow() -> None:
     """With widths of 16, 32 and 16, multiples of 16 leave too many channels, and smaller multiples do not."""
-    chosen = {keep: build(keep=keep, shrink=True)._policy.round_to for keep in (0.6, 0.3, 0.12, 0.02)}
+    chosen = {
+        keep: build(keep=keep, shrink=True)._settings.policy.round_to for keep in (0.6, 0.3, 0.12, 0.02)
+    }
     assert chosen == {0.6: 16, 0.3: 8, 0.12: 4, 0.02: 1}
-    assert build(keep=0.3, round_to="auto")._policy.round_to == 8
+    assert build(keep=0.3, round_to="auto")._settings.policy.round_to == 8
     with pytest.raises(ValueError, match=r"^keep: got 0.3 of macs, expected at least .*round_to=16"):
         build(keep=0.3, shrink=True, round_to=16)
     with pytest.raises(ValueError, match=r"^keep: got 1e-06 .*round_to=1\b"):

@@ -120,7 +120,7 @@ def test_copies_are_saved_with_the_run_and_brought_to_its_size(tmp_path: Path) -
     ):
         assert torch.equal(own, other)
         assert size.shape == own.shape
-    with pytest.raises(ValueError, match="checkpoint: with 1 copies of the model, expected 0"):
+    with pytest.raises(ValueError, match="checkpoint: got 1 copies of the model, expected 0"):
         parts()[2].load_checkpoint(tmp_path / "checkpoint.pt")
 
 
@@ -211,9 +211,9 @@ def test_what_is_no_checkpoint_is_refused_and_changes_nothing(
 
 OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"width": 24}, "state: got the channels of another network"),
-    ({"keep": 0.5}, "state: was saved with keep=0.3, expected 0.5"),
-    ({"shrink": False}, "state: was saved with shrink=True, expected False"),
-    ({"ours": False}, "checkpoint: its optimizer is AdamW, expected RMSprop"),
+    ({"keep": 0.5}, "^state: got one saved with keep=0.3, expected keep=0.5"),
+    ({"shrink": False}, "^state: got one saved with shrink=True, expected shrink=False"),
+    ({"ours": False}, "^checkpoint: got AdamW as its optimizer, expected RMSprop"),
 ]
 
 

@@ -39,7 +39,7 @@ def test_stages_are_those_that_the_training_goes_through(network: type[nn.Module
         assert following is None or following.start == stage.stop
         for step in range(stage.start, stage.stop):
             assert sum(p.numel() for p in model.parameters()) == pytest.approx(stage.params, rel=0.12)
-            spent += pruner.graph.cost(pruner._masks.state >= 0).macs
+            spent += pruner.graph.cost(pruner._network.masks.state >= 0).macs
             train(model, optimizer, range(step, step + 1))
     dense = STEPS * forecast.stages[0].macs
     # The forecast does not know which layers stay wide: the budget fixes the parameters, not the MACs.

@@ -37,8 +37,8 @@ def steps(model: nn.Module, optimizer: Any, count: int = STEPS) -> None:
 def gone(pruner: Pruner) -> float:
     """The largest absolute value in masked rows of trained parameters."""
     largest = 0.0
-    for view in pruner._rows.table.views:
-        rows = view.param.detach().movedim(view.dim, 0)[pruner._rows.table.countdown[view.slice] == 0]
+    for view in pruner._network.rows.table.views:
+        rows = view.param.detach().movedim(view.dim, 0)[pruner._network.rows.table.countdown[view.slice] == 0]
         largest = max(largest, float(rows.abs().max()) if rows.numel() else 0.0)
     return largest
 
@@ -228,7 +228,7 @@ def test_two_pruners_under_one_optimizer_prune_as_under_one_each(
                 optimizer.zero_grad()
     for mine, his in zip(ours, theirs, strict=True):
         assert mine.finished and mine.metrics() == his.metrics()
-        rows = mine._rows.table.state_dict(), his._rows.table.state_dict()
+        rows = mine._network.rows.table.state_dict(), his._network.rows.table.state_dict()
         for name in rows[0]:
             assert torch.equal(torch.as_tensor(rows[0][name]), torch.as_tensor(rows[1][name])), name
     for param, other in zip(together.parameters(), apart.parameters(), strict=True):

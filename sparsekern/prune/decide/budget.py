@@ -1,4 +1,4 @@
-"""Budgets, floors and rounding: checks of the user's arguments, and whether the graph can meet them."""
+"""Budgets, floors and rounding: checks of the user's arguments, and whether the network can meet them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def check_unit(of: object) -> Unit:
         if of == unit:
             return unit
     raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
+
+
+def check_penalty(penalty: object) -> float:
+    """Return ``penalty`` as a float, or raise a ValueError."""
+    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
+        raise ValueError(f"penalty: got {penalty!r}, expected a finite number >= 0")
+    return float(penalty)
 
 
 def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.statistics import Statistics, effective_filters
 
@@ -275,6 +276,15 @@ def _criterion(value: Criterion | float) -> Criterion:
 def default() -> Criterion:
     """The default criterion: Taylor times the gradient count, with duplicates removed first."""
     return Redundancy(of=Taylor() * GradientCount())
+
+
+def check_counted(select: Criterion, activations: Activations) -> None:
+    """Raise a ValueError if ``select`` needs counts of activations and no module of the model counts them."""
+    if select.needs_activations and not len(activations):
+        raise ValueError(
+            f"select: got {select!r} for a model without a NormAct2d that has channels to prune, expected "
+            f"sparsekern.fusion.fuse(model, example_inputs) before, or level='weight'"
+        )
 
 
 def saliency(select: Criterion, statistics: Statistics) -> np.ndarray:

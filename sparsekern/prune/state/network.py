@@ -25,9 +25,9 @@ from sparsekern.graph import ChannelGraph
 from sparsekern.kernels.rows import RowTable
 from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.state.activations import Activations
-from sparsekern.prune.state.content import STATE, check_countdowns, counted_rule, rows_rule
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.places import tensors_of
+from sparsekern.prune.state.schema import STATE, check_countdowns, counted_rule, rows_rule
 from sparsekern.prune.state.sharded import Handle, attach
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
 
@@ -53,22 +53,30 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | optim.Unwrapped,
+        optimizer: optim.Unwrapped,
         graph: ChannelGraph,
-        *,
         decay: float,
-        counting: bool = False,
+        counting: bool,
         also: Sequence[nn.Module],
         state_cutter: StateCutter | None,
     ) -> None:
-        """Make rows and masks of all channels; with ``counting`` fused normalisations count gradients.
+        """Make rows and masks of all channels.
+
+        Args:
+            model: the model without a wrapper.
+            optimizer: the optimizer inside its wrappers.
+            graph: the channels of the model.
+            decay: decay per step of the running means of statistics, in [0, 1).
+            counting: whether fused normalisations count gradients.
+            also: copies of the model that are masked and cut with it.
+            state_cutter: cuts optimizer state whose shape is not that of its parameter.
 
         Raises:
             TypeError, ValueError: an entry of ``also`` is not a copy of the model.
         """
         check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
-        self._unwrapped = optim.unwrap_optimizer(optimizer)
-        self.model, self.optimizer, self.graph = model, self._unwrapped.optimizer, graph
+        self._unwrapped = optimizer
+        self.model, self.optimizer, self.graph = model, optimizer.optimizer, graph
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.latency: LatencyModel | None = None
         self.whole = graph.cost(np.ones(graph.num_channels, bool))
@@ -128,10 +136,21 @@ class Network:
 
     def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
         """A network for a copy of the model with its own optimizer, before any step."""
-        options: dict[str, Any] = {"decay": self.rows.table.decay, "counting": self.activations.counting}
-        own = Network(model, optimizer, self.graph, also=(), state_cutter=self._state_cutter, **options)
+        decay, counting = self.rows.table.decay, self.activations.counting
+        unwrapped = optim.unwrap_optimizer(optimizer)
+        own = Network(model, unwrapped, self.graph, decay, counting, (), self._state_cutter)
         own.latency, own._whole_latency = self.latency, self._whole_latency
         return own
+
+    def fingerprint(self) -> list[str]:
+        """Names of all groups with their widths before any cut; networks with the same channels share it."""
+        groups = zip(self.graph.groups, self.widths.tolist(), strict=True)
+        return [f"{group.name}:{width}" for group, width in groups]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the statistics."""
+        return self.rows.table.countdown.device
 
     @property
     def sharded(self) -> bool:

@@ -1,4 +1,4 @@
-"""Training steps of copies, to measure their time and the size of an optimizer's state."""
+"""Trial steps: training steps of copies, to measure their time and the size of an optimizer's state."""
 
 from __future__ import annotations
 
