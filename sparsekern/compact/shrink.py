@@ -181,11 +181,16 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
         known = {name for entry in tensors for name in entry.names}
         if known.issuperset(live.plan.tensors):
             if any(id(entry.tensor) in live.parts for entry in tensors):
-                raise ValueError(f"{label}: shares tensors with the model, expected a copy of it")
+                raise ValueError(
+                    f"{label}: got a module that shares tensors with the model, expected a copy of the model"
+                )
             try:
                 return _Surgery(candidate, live.plan, label)
             except ValueError as error:
-                raise ValueError(f"{label}: not a copy of the model as it is: {error}") from None
+                raise ValueError(
+                    f"{label}: got a module of other sizes, expected a copy of the model as it is now: "
+                    f"{error}"
+                ) from None
     missing = sorted(live.plan.tensors.keys() - known)
     raise ValueError(
         f"{label}: got a {type(unwrap(module)).__name__} without {shorten(missing)}, expected a copy of the "

@@ -120,7 +120,10 @@ def part_of(tensor: Tensor) -> Part:
     cuts = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
     plain = all(type(placements[axis]) is module.Shard for axis in cuts)
     if len(cuts) > 1 or not plain:
-        raise ValueError(f"model: a parameter is placed as {placements}, expected one Shard, else Replicate")
+        raise ValueError(
+            f"model: got a parameter with the placements {placements}, expected one Shard, and Replicate in "
+            f"all other mesh dimensions"
+        )
     if not cuts:
         # All processes of the mesh hold the same values. The group of its last dimension represents them.
         return Part(None, 0, 0, 1, mesh.get_group(mesh.ndim - 1))
@@ -157,7 +160,9 @@ def check_plain(label: str, tensors: Iterable[tuple[str, Tensor]], why: str) -> 
     """
     for name, tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
-            raise ValueError(f"{label}: {name!r} is a {type(tensor).__name__}, expected plain tensors: {why}")
+            raise ValueError(
+                f"{label}: got a {type(tensor).__name__} as {name!r}, expected plain tensors: {why}"
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -183,8 +188,9 @@ def check_not_flattened(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise ValueError(
-                f"model: {name or 'it'} is a FullyShardedDataParallel, which flattens parameters into one "
-                f"without channels, expected a model sharded by torch.distributed.fsdp.fully_shard"
+                f"model: got a FullyShardedDataParallel as {name or 'the model'}, which flattens parameters "
+                f"so that they have no channels, expected a model sharded by "
+                f"torch.distributed.fsdp.fully_shard"
             )
 
 

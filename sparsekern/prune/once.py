@@ -193,13 +193,13 @@ def _check_calibration(select: criteria.Criterion, given: Calibration) -> None:
         return
     missing = None
     if not given:
-        missing = "calibration: got None, expected batches"
+        missing = "calibration: got None, expected batches to compute gradients from"
     elif given.loss is None and given.forward_loss is None:
-        missing = "loss: got None, expected a function (or forward_loss, for batches of any form)"
+        missing = "loss: got None, expected a function, or forward_loss for batches of any form"
     if missing is not None:
         raise ValueError(
-            f"{missing} to take gradients from, as select={select!r} ranks channels by them; "
-            f"criteria.Magnitude() does not"
+            f"{missing}: select={select!r} ranks channels by gradients; criteria.Magnitude() ranks them "
+            f"without"
         )
 
 
@@ -259,7 +259,7 @@ def _check_loss(value: object, number: int) -> None:
         problem = f"{value.item()}"
     if problem is not None:
         raise ValueError(
-            f"loss: gave {problem} for batch {number}, expected one finite number with a gradient"
+            f"loss: got {problem} for batch {number}, expected one finite number with a gradient"
         )
 
 

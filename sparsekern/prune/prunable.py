@@ -54,8 +54,8 @@ def prunable_graph(
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
         raise ValueError(
-            f"model: {type(model).__name__} has no channel that can be removed, expected at least one "
-            f"({reasons})"
+            f"model: got a {type(model).__name__} without a channel that can be removed, expected at least "
+            f"one ({reasons}); print(sparsekern.trace(model, example_inputs)) shows all reasons"
         )
     return graph
 
@@ -70,6 +70,6 @@ def _check_held(parameters: Mapping[str, nn.Parameter], trained: set[int]) -> No
     missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in trained]
     if missing:
         raise ValueError(
-            f"optimizer: does not hold {len(missing)} trainable parameters of the model "
-            f"({', '.join(missing[:3])}), expected all that require a gradient"
+            f"optimizer: got one without {len(missing)} trainable parameters of the model "
+            f"({', '.join(missing[:3])}), expected all that require a gradient; add them to its groups"
         )

@@ -65,8 +65,8 @@ class Schedule:
         first, last = max(1, round(warmup * steps)), round(finish * steps)
         if last - first < 1:
             raise ValueError(
-                f"steps: got {steps}, expected enough for one event between warmup={warmup} and "
-                f"finish={finish} of the training"
+                f"steps: got {steps}, expected enough steps for one event between warmup={warmup} and "
+                f"finish={finish} of the training; raise steps or finish"
             )
         count = min(events, last - first)
         starts = [first + round(i * (last - first) / count) for i in range(count)]
@@ -151,13 +151,15 @@ def _is_plain(plain: Any) -> bool:
 
 def _check(steps: object, warmup: object, finish: object, events: object) -> None:
     if not _is_whole(steps):
-        raise ValueError(f"steps: got {steps!r}, expected the number of optimizer steps, at least 1")
+        raise ValueError(
+            f"steps: got {steps!r}, expected a whole number >= 1, the optimizer steps of the training"
+        )
     if not isinstance(warmup, (int, float)) or not 0 <= warmup < 1:
         raise ValueError(f"warmup: got {warmup!r}, expected a share of the steps in [0, 1)")
     if not isinstance(finish, (int, float)) or not warmup < finish <= 1:
         raise ValueError(f"finish: got {finish!r}, expected a share in (warmup={warmup!r}, 1]")
     if not _is_whole(events):
-        raise ValueError(f"events: got {events!r}, expected a whole number, at least 1")
+        raise ValueError(f"events: got {events!r}, expected a whole number >= 1")
 
 
 def _is_whole(value: object) -> bool:

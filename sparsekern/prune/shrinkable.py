@@ -19,7 +19,9 @@ from sparsekern.prune.trial_steps import copy_of
 
 # Sizes of the first dimension of stand-ins; each further dimension is 1 larger, so that all differ.
 _SIZES = (3, 5)
-_ADVICE = "expected state of each parameter's own shape; shrink=False, or a state_cutter that cuts it"
+_ADVICE = (
+    "expected state of each parameter's shape; pass shrink=False, or a state_cutter that cuts this state"
+)
 
 
 def check_shrinkable(
@@ -58,8 +60,9 @@ def _check_state(unwrapped: Unwrapped) -> None:
     optimizer = unwrapped.optimizer
     if unwrapped.parts:
         raise ValueError(
-            f"shrink: got True with {_named(optimizer)}, which deals its parameters out to "
-            f"{len(unwrapped.parts)} further optimizers, expected shrink=False, or one that steps them itself"
+            f"shrink: got True with {_named(optimizer)}, which divides its parameters among "
+            f"{len(unwrapped.parts)} other optimizers, expected False, or an optimizer that updates all of "
+            f"its parameters itself"
         )
     if isinstance(optimizer, RowOptimizer):
         return
@@ -74,8 +77,8 @@ def _check_state(unwrapped: Unwrapped) -> None:
     for name in grown[0]:
         if grown[0][name] != grown[1].get(name):
             raise ValueError(
-                f"optimizer: {_named(optimizer)} keeps tensors that grow with its parameters in {name!r}, "
-                f"{_ADVICE}"
+                f"optimizer: got {_named(optimizer)} with tensors in {name!r} whose sizes depend on those of "
+                f"its parameters, {_ADVICE}"
             )
 
 
@@ -107,8 +110,8 @@ def _check(optimizer: Optimizer, unwrapped: Unwrapped) -> None:
         for name, value in values.items():
             if not follows_shape(value, param):
                 raise ValueError(
-                    f"optimizer: {_named(optimizer)} keeps {name!r} of a parameter {list(param.shape)} as "
-                    f"{_kind(value)}, {_ADVICE}"
+                    f"optimizer: got {_named(optimizer)} whose state {name!r} of a parameter of shape "
+                    f"{list(param.shape)} is {_kind(value)}, {_ADVICE}"
                 )
 
 

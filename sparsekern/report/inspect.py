@@ -44,14 +44,17 @@ def find_model(target: str) -> nn.Module:
         module = importlib.import_module(module_name)
     except Exception as error:
         reason = blame(error) or f"{type(error).__name__}: {error}"
-        raise ValueError(f"target: cannot import {module_name!r}: {reason}") from error
+        raise ValueError(
+            f"target: got {target!r}, whose module {module_name!r} cannot be imported, expected "
+            f"module:factory: {reason}"
+        ) from error
     if mismatch() is not None and used_by(module_name.partition(".")[0]):
         warn_of_mismatch()
     try:
         factory = operator.attrgetter(path)(module)
     except AttributeError as error:
         raise ValueError(
-            f"target: {module_name!r} has no {path!r}, expected a factory of a network"
+            f"target: got {target!r}, but {module_name!r} has no {path!r}, expected a factory of a network"
         ) from error
     if isinstance(factory, nn.Module):
         return factory
@@ -59,9 +62,14 @@ def find_model(target: str) -> nn.Module:
         model = factory()
     except Exception as error:
         reason = blame(error) or f"{type(error).__name__}: {error}"
-        raise ValueError(f"target: {target} called without arguments raised {reason}") from error
+        raise ValueError(
+            f"target: got {target!r}, which fails without arguments, expected a factory that needs none: "
+            f"{reason}"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"target: {target} gave {type(model).__name__}, expected a torch.nn.Module")
+        raise ValueError(
+            f"target: got {target!r}, which returns a {type(model).__name__}, expected a torch.nn.Module"
+        )
     return model
 
 

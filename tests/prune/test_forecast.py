@@ -135,7 +135,7 @@ def test_decisions_are_tried_for_any_optimizer_and_criterion() -> None:
 
 
 def test_a_loss_that_fails_is_named() -> None:
-    with pytest.raises(ValueError, match="^measure: a step on these inputs fails"):
+    with pytest.raises(ValueError, match="^measure: got inputs on which a training step fails"):
         parts()[2].forecast(measure=lambda model: model(torch.zeros(1, 7, 8, 8)))
 
 
@@ -155,7 +155,7 @@ def test_bad_questions() -> None:
     for ranks in (0, 1.5, True):
         with pytest.raises(ValueError, match="^ranks: got"):
             pruner.forecast(ranks=ranks)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^measure: a step on these inputs fails"):
+    with pytest.raises(ValueError, match="^measure: got inputs on which a training step fails"):
         pruner.forecast(measure=torch.zeros(1, 7, 8, 8))
     train(model, optimizer, range(STEPS))
     with pytest.raises(RuntimeError, match="^forecast: got a model that has been cut"):

@@ -29,6 +29,7 @@ LINES = int(os.environ.get("SPARSEKERN_INTERRUPTIONS", "2"))
 FILES = tuple(
     f"sparsekern/{name}.py"
     for name in (
+        "prune/pruner",
         "prune/run/events",
         "prune/state/masking",
         "prune/state/places",
@@ -38,6 +39,7 @@ FILES = tuple(
         "prune/state/activations",
         "prune/save/saved_state",
         "prune/save/checkpoint",
+        "prune/save/generators",
         "compact/transaction",
         "compact/shrink",
         "compact/optimizer_state",

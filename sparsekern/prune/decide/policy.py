@@ -158,7 +158,7 @@ class Policy:
         """
         of = None if of is None else check_unit(of)
         if keep is None:
-            raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
+            raise ValueError(f"keep: got None with of={of!r}, expected the share of that cost that stays")
         share = check_keep(keep)
         network.rows.table.settle()
         live = network.masks.unmasked

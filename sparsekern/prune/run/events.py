@@ -164,7 +164,7 @@ class Events:
         if count > self._nonfinite_seen:
             new, self._nonfinite_seen = count - self._nonfinite_seen, count
             warnings.warn(
-                f"{new} rows of gradients with NaN or infinity were left out of the pruning statistics; "
-                f"nonfinite='raise' stops at the first one",
+                f"gradient: got NaN or infinity in {new} rows, expected finite values; the pruning "
+                f"statistics leave these rows out, and nonfinite='raise' stops at the first one",
                 stacklevel=2,
             )

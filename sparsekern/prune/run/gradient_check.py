@@ -48,7 +48,7 @@ class GradientCheck:
         # Only one process sees a given part of a sharded gradient, but all processes have to stop.
         if self._ranks.any(bool(bad)):
             raise FloatingPointError(
-                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "
+                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'parameters of other ranks'} "
                 f"({len(bad)} parameters here), expected finite values; nonfinite='ignore' lets the "
                 f"optimizer go on"
             )

@@ -134,9 +134,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is truncated, damaged, or not a checkpoint.
     """
     content = read_plain(path)
-    where = f"path: {os.fspath(path)!r}"
+    where = f"path: got {os.fspath(path)!r}, which"
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{where} was not written by Pruner.save_checkpoint")
+        raise ValueError(f"{where} was not written by Pruner.save_checkpoint, expected a file that was")
     if content.get("version") != VERSION:
         raise ValueError(f"{where} has format version {content.get('version')!r}, expected {VERSION}")
     try:

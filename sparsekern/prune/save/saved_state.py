@@ -109,8 +109,8 @@ class SavedState:
             return saved
         if own.after(step) is None:
             raise ValueError(
-                f"steps: got {steps}, whose last event comes after step {own.events[-1].step}, for a state "
-                f"after step {step} that has not met its budget; expected more steps"
+                f"steps: got {steps}, so that the last event comes after step {own.events[-1].step}, for a "
+                f"state after step {step} that has not met its budget; expected more steps"
             )
         return own
 

@@ -153,7 +153,10 @@ def optimizer_rule(
     theirs = [len(group["params"]) for group in state["param_groups"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     if theirs != ours:
-        raise ValueError(f"checkpoint: of an optimizer with groups of {theirs} parameters, expected {ours}")
+        raise ValueError(
+            f"checkpoint['optimizer']: got groups of {theirs} parameters, expected {ours}; make the "
+            f"optimizer with the same groups as the saved one"
+        )
     entries: dict[Any, Rule] = {}
     pairs = set()
     for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):

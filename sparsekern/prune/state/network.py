@@ -106,7 +106,7 @@ class Network:
             ValueError: channels were already cut out, so the latency of the dense network is not known.
         """
         if not self._removed.removes_nothing:
-            raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")
+            raise ValueError("of: got 'latency' for a model that has been cut, expected one of full size")
         with ranks.agreeing("timing the model") as check:
             latency = measure(
                 self.model, self.graph, example[0], example_kwargs=example[1], round_to=round_to, cache=cache
@@ -125,7 +125,10 @@ class Network:
         if of != "latency":
             return None, int(getattr(self.whole, of))
         if self.latency is None:
-            raise ValueError("of: got 'latency', which was not measured; expected of='latency' of the Pruner")
+            raise ValueError(
+                "of: got 'latency' with a Pruner that has not measured it, expected 'macs' or 'params'; make "
+                "the Pruner with of='latency'"
+            )
         return self.latency, self._whole_latency
 
     def share(self, of: str, kept: np.ndarray) -> float:
@@ -190,8 +193,8 @@ class Network:
         if metadata.get("assign_to_params_buffers"):
             raise RuntimeError(
                 f"load_state_dict: got assign=True for a {type(module).__name__} that a Pruner watches, "
-                f"expected assign=False: the optimizer would go on with parameters that the model no longer "
-                f"has; or call pruner.detach() first, and make the optimizer and a Pruner anew afterwards"
+                f"expected assign=False: the optimizer would update parameters that the model no longer has; "
+                f"or call pruner.detach() first, and make a new optimizer and a new Pruner afterwards"
             )
 
     def after_load(self, module: nn.Module) -> None:
@@ -225,7 +228,7 @@ class Network:
                 return (
                     f"model: got {now} in place of the parameter {name!r} that the optimizer and the Pruner "
                     f"hold, expected the same object; write into it (load_state_dict, parameter.data.copy_), "
-                    f"or make the optimizer and a Pruner anew for the model as it is"
+                    f"or make a new optimizer and a new Pruner for this model"
                 )
             if tensor is None or tuple(tensor.shape) != slots.shape:
                 shape = None if tensor is None else list(tensor.shape)
@@ -369,8 +372,8 @@ class Network:
         lost = int(((channels != CUT) & ~ours).sum())
         if lost:
             raise ValueError(
-                f"state: has {lost} channels that were cut out of this model since; expected a model of full "
-                f"size, with a Pruner of its own, to load it into"
+                f"state: got {lost} channels that have been cut out of this model since, expected none; load "
+                f"the state into a model of full size with a Pruner of its own"
             )
         kept = channels[self.rows.numbers] != CUT
         # Each of these calls raises if the state does not fit; nothing has changed yet.
