@@ -9,21 +9,16 @@ from torch import Tensor
 from sparsekern.compact import Plan, plan_of, shrink
 from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
-from sparsekern.recipes._torchvision import blame, warn_of_mismatch  # must be imported before lightning
+from sparsekern.recipes._torchvision import blaming, warn_of_mismatch  # must be imported before lightning
 
 # isort: split
 
 warn_of_mismatch()
-try:
+with blaming():
     try:
         import lightning.pytorch as pl
     except ImportError:
         import pytorch_lightning as pl  # type: ignore[no-redef]
-except Exception as error:
-    reason = blame(error)
-    if reason is None:
-        raise
-    raise ImportError(reason, name="torchvision") from error
 
 __all__ = ["PruningCallback"]
 

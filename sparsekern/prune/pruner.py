@@ -69,10 +69,10 @@ class Pruner:
         min_channels: channels that every group keeps at least, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns whose shape, outputs and inputs stay as they are.
         exact: False also allows channels whose removal changes values of others (:func:`sparsekern.trace`).
-        penalty: extra decay of the gates of the next channels to go, >= 0: until the next event they are
-            multiplied by about ``exp(-penalty)``, besides their training.
-        nonfinite: response to NaN or infinity in gradients, which never enter the statistics: ``"ignore"``;
-            or ``"raise"`` a FloatingPointError before the step, for a pass over the gradients and a sync.
+        penalty: extra decay >= 0 of the gates of channels that would go at the next event. Until then they
+            are multiplied by about ``exp(-penalty)``, in addition to their training.
+        nonfinite: response to NaN or infinity in gradients, which no statistics count: ``"ignore"`` goes on,
+            ``"raise"`` checks all gradients before each step and raises a FloatingPointError.
         shrink: cut masked channels out of the live model at every event, see :meth:`shrink`, so that steps
             cost as much as those of the smaller network, see :class:`sparsekern.prune.schedule.Schedule`.
         also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel``.
@@ -163,8 +163,8 @@ class Pruner:
 
         Args:
             keep: None plans the channels that are not masked; the compact model then equals the masked one.
-                A share of the dense cost plans that budget anew among them, from the present statistics.
-            of: the cost of that share, None for the Pruner's own; ``"latency"`` only if it is the own one.
+                A share of the dense cost plans that budget; the compact model then computes something else.
+            of: the cost of that share; None for the Pruner's own. ``"latency"`` only for a Pruner of latency.
 
         Raises:
             ValueError: ``keep`` or ``of`` is not valid, or floors and frozen layers do not allow ``keep``.
@@ -210,7 +210,7 @@ class Pruner:
             Whether there were masked channels to cut.
 
         Raises:
-            TypeError, ValueError: the optimizer's state cannot be cut, or ``also`` has no copy of the model.
+            TypeError, ValueError: optimizer state cannot be cut, or an entry of ``also`` is not a copy.
             RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed after
                 any exception. Ctrl-C waits until everything is smaller.
         """

@@ -43,10 +43,9 @@ def find_model(target: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        reason = blame(error) or f"{type(error).__name__}: {error}"
         raise ValueError(
             f"target: got {target!r}, whose module {module_name!r} cannot be imported, expected "
-            f"module:factory: {reason}"
+            f"module:factory: {_cause(error)}"
         ) from error
     if mismatch() is not None and used_by(module_name.partition(".")[0]):
         warn_of_mismatch()
@@ -61,16 +60,20 @@ def find_model(target: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        reason = blame(error) or f"{type(error).__name__}: {error}"
         raise ValueError(
             f"target: got {target!r}, which fails without arguments, expected a factory that needs none: "
-            f"{reason}"
+            f"{_cause(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"target: got {target!r}, which returns a {type(model).__name__}, expected a torch.nn.Module"
         )
     return model
+
+
+def _cause(error: BaseException) -> str:
+    """The cause of a failed import or call, as text."""
+    return blame(error) or f"{type(error).__name__}: {error}"
 
 
 def make_input(spec: str) -> Tensor:

@@ -1,4 +1,7 @@
-"""The choice at an event: the channels that go, and the channels that are penalised until the next event."""
+"""The choice at an event: the channels that go under its budget, and those that are penalised until the next.
+
+The budget is in MACs, parameters or, with the latency model of the network, nanoseconds.
+"""
 
 from __future__ import annotations
 

@@ -56,11 +56,12 @@ class Problem:
             object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 
     def cost(self, kept: np.ndarray) -> float:
-        """Cost of the network with the channels ``kept``, in units of ``of``."""
+        """Cost of the network with the channels ``kept`` (bool ``[C]``), in units of ``of``."""
         return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
 
     def price(self, kept: np.ndarray) -> np.ndarray:
-        """The saving by each channel's removal, float64 ``[C]``; 0 for channels not ``kept``."""
+        """The saving by each channel's removal, float64 ``[C]``; 0 for channels not ``kept`` (bool "
+        "``[C]``)."""
         return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
 
 

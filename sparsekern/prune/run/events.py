@@ -1,4 +1,4 @@
-"""Decisions between the steps of a training; each one completes or changes nothing."""
+"""What happens at an event: channels are chosen, fade out, are masked and cut, as a whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hook by which a Pruner watches an optimizer.
+"""The hooks by which a Pruner watches an optimizer's steps.
 
 It works on after nobody references the Pruner any more, until another Pruner replaces it.
 """

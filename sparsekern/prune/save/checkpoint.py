@@ -1,4 +1,4 @@
-"""A checkpoint: a whole training in one file, with model, optimizer, Pruner, generators and extra values."""
+"""Writing and reading a checkpoint: model, optimizer, Pruner, generators and extra values in one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The states of a channel: live, fading out, masked; folding adds a removed channel to its partner."""
+"""The states of a channel: live, fading out, masked; masks become zeros in weights and optimizer state here.
+
+Folding adds a removed channel to its partner.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from sparsekern import optim
 from sparsekern.compact import Plan, check_copies, make_plan
 from sparsekern.compact.load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
-from sparsekern.compact.plan import shorten
 from sparsekern.compact.shrink import cut_all, inside
 from sparsekern.compact.surgery import match, registered
 from sparsekern.distributed.ranks import Ranks
@@ -30,6 +29,7 @@ from sparsekern.prune.state.places import tensors_of
 from sparsekern.prune.state.schema import STATE, check_countdowns, counted_rule, rows_rule
 from sparsekern.prune.state.sharded import Handle, attach
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
+from sparsekern.prune.state.written import replaced_tensor, written_masked
 
 CUT = 3
 """State of a channel that was cut out of the live network, besides the states of :mod:`masking`."""
@@ -212,7 +212,7 @@ class Network:
         Raises:
             RuntimeError: masked rows are not zero, or a parameter is another object; the text names them.
         """
-        problem = self._replaced() or self._written()
+        problem = self._replaced() or written_masked(self.graph, self.masks)
         if ranks is not None and ranks.any(bool(problem)) and not problem:
             problem = "masked rows: got some that are not zero in other processes, expected zeros everywhere"
         if problem:
@@ -220,35 +220,7 @@ class Network:
 
     def _replaced(self) -> str:
         settle(self.model)
-        tensors = tensors_of(self.model)
-        for name, slots in self.graph.tensors.items():
-            tensor = tensors.get(name)
-            if slots.kind == "parameter" and tensor is not self.parameters[name]:
-                now = "none of that name" if tensor is None else "another object of that name"
-                return (
-                    f"model: got {now} in place of the parameter {name!r} that the optimizer and the Pruner "
-                    f"hold, expected the same object; write into it (load_state_dict, parameter.data.copy_), "
-                    f"or make a new optimizer and a new Pruner for this model"
-                )
-            if tensor is None or tuple(tensor.shape) != slots.shape:
-                shape = None if tensor is None else list(tensor.shape)
-                return (
-                    f"model: got {name!r} of shape {shape}, expected {list(slots.shape)} as the Pruner left "
-                    f"it; write values of that shape into it"
-                )
-        return ""
-
-    def _written(self) -> str:
-        counts = self.masks.unclean()
-        if not counts.any():
-            return ""
-        own = [(int(counts[group.channels].sum()), group.name) for group in self.graph.groups]
-        found = [f"{name} ({count})" for count, name in own if count]
-        return (
-            f"masked rows: got {int(counts.sum())} that are not zero, of {shorten(found)}, expected zeros: "
-            f"weights were written after their channels had been masked; call pruner.remask() to zero them "
-            f"again, or take weights from after pruner.finished"
-        )
+        return replaced_tensor(self.graph, self.parameters, tensors_of(self.model))
 
     def remask(self) -> int:
         """See :meth:`sparsekern.Pruner.remask`; returns the number of rows that were not zero.
