@@ -135,8 +135,8 @@ class Forecaster:
         now, whole = self._network.graph.num_channels, self._network.rows.total
         if now != whole:
             raise RuntimeError(
-                f"forecast: got a model with {now} of its {whole} channels, expected one of full size; call "
-                f"it before the training begins"
+                f"forecast: got a model that has been cut to {now} of {whole} channels, expected one of full "
+                f"size; call it before the training begins"
             )
         loss = loss_to_time(measure, forward_loss, self._example, self._network.model)
         schedule = self._events.schedule

@@ -112,7 +112,7 @@ def test_forecast_takes_them() -> None:
         ),
         ({"forward_loss": 3}, "^forward_loss: got int, expected a function"),
         ({"loss": "mse"}, "^loss: got str, expected a function"),
-        ({}, "^loss: got None, expected a function .or forward_loss"),
+        ({}, "^loss: got None, expected a function, or forward_loss"),
         (
             {"calibration": None, "forward_loss": lambda m, b: m(b[0]).sum()},
             "^calibration: got None with forw",
