@@ -223,7 +223,7 @@ class Plan:
         entries = _expect(document, "tensors", dict)
         claimed, tensors = {}, {}
         for name, entry in entries.items():
-            with _of_tensor(name):
+            with _naming_tensor(name):
                 claimed[name] = tuple(_expect(entry, "shape", list))
         if shapes is not None:
             check_shapes(claimed, shapes)
@@ -233,7 +233,7 @@ class Plan:
                 f"{_MOST_INDICES} where they are not given)"
             )
         for name, entry in entries.items():
-            with _of_tensor(name):
+            with _naming_tensor(name):
                 tensors[name] = _tensor_from_json(entry, claimed[name], sets)
         return cls(tensors)
 
@@ -280,7 +280,7 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
 
 
 @contextmanager
-def _of_tensor(name: str) -> Iterator[None]:
+def _naming_tensor(name: str) -> Iterator[None]:
     """Put the tensor's name in front of a ``ValueError`` of the block."""
     try:
         yield

@@ -227,7 +227,7 @@ def copy_module(
     contract = sys.modules["torch.distributed._composable.contract"]
     keys = (contract.STATE_KEY, contract.REGISTRY_KEY)
     hooks = [hook for module in modules for held in _hooks(module) for hook in held.values()]
-    memo |= {id(hook): _GONE for hook in hooks if _of_fsdp(hook)}
+    memo |= {id(hook): _GONE for hook in hooks if _is_fsdp_hook(hook)}
     memo |= {id(module.__dict__[key]): _GONE for module in sharded for key in keys}
     classes = [type(module) for module in sharded]
     try:
@@ -262,7 +262,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
     return [value for name, value in module.__dict__.items() if name.endswith("_hooks") and value]
 
 
-def _of_fsdp(hook: Any) -> bool:
+def _is_fsdp_hook(hook: Any) -> bool:
     """Whether ``fully_shard`` registered the hook."""
     # torch wraps the hooks of state dicts in another object.
     function = getattr(hook, "hook", hook)

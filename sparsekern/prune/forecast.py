@@ -193,7 +193,7 @@ def _estimate(
 
 def _evenly(network: Network, policy: Policy, shares: Sequence[float]) -> list[tuple[Plan, Cost]]:
     """Plan and cost of every stage, the dense one first, if every layer keeps an equal share of its width."""
-    graph, everything = network.graph, np.ones(network.graph.num_channels, bool)
+    graph, everything = network.graph, network.graph.all_channels()
     sizes = []
     for share in (1.0, *shares):
         kept = Uniform()(policy.problem(network, np.zeros(len(everything)), everything, share))
@@ -214,7 +214,7 @@ def _fast_forward(
         For each stage the plan and its cost, and the seconds that the events took.
     """
     trial = Trial(network.model, network.optimizer, Plan({}), loss)
-    own = network.twin(trial.model, trial.optimizer)
+    own = network.for_copy(trial.model, trial.optimizer)
     sizes = [_size(own)]
     if schedule is None:
         return sizes, 0.0
@@ -234,7 +234,7 @@ def _fast_forward(
 
 
 def _size(network: Network) -> tuple[Plan, Cost]:
-    everything = np.ones(network.graph.num_channels, bool)
+    everything = network.graph.all_channels()
     return network.plan(everything), network.graph.cost(everything)
 
 

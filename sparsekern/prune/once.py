@@ -34,7 +34,7 @@ from sparsekern.prune.prunable import prunable_graph
 from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.masking import Masks
-from sparsekern.prune.state.statistics import ChannelRows, gather, weigh
+from sparsekern.prune.state.statistics import ChannelRows, gather, sum_weight_squares
 
 # Decay of the exponential means: close enough to 1 that over a few batches they equal plain means to a few %.
 DECAY = 0.999
@@ -174,7 +174,7 @@ def task_of(
     trained = {id(p) for p in parameters.values()}
     graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
     floors = resolve_floors(min_channels, graph)
-    live = np.ones(graph.num_channels, bool)
+    live = graph.all_channels()
 
     def problem_of(multiple: int) -> Problem:
         pricing = None
@@ -211,7 +211,7 @@ def _gather_rows(
 ) -> None:
     """Fill the table from the gradients of the batches, or from the weights alone if ``given`` is None."""
     if given is None:
-        weigh(table)
+        sum_weight_squares(table)
         return
     for number, loss_of in enumerate(given.losses(work)):
         if number == 0 and activations.counting:

@@ -18,7 +18,7 @@ from sparsekern.prune.decide.allocate import WITHOUT_DATA
 from sparsekern.prune.decide.budget import check_keep, check_unit
 from sparsekern.prune.decide.criteria import Magnitude
 from sparsekern.prune.once import task_of
-from sparsekern.prune.state.statistics import of_weights
+from sparsekern.prune.state.statistics import weight_statistics
 from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mismatch
 
 
@@ -103,5 +103,5 @@ def plan_by_weights(
         ValueError: an argument is out of range, or the network cannot be traced or pruned so far.
     """
     task = task_of(model, inputs, keep=check_keep(keep), of=check_unit(of), round_to=round_to)
-    saliency = Magnitude()(of_weights(model, task.graph))
+    saliency = Magnitude()(weight_statistics(model, task.graph))
     return task.graph, WITHOUT_DATA(replace(task, saliency=saliency))

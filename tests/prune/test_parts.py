@@ -1,9 +1,10 @@
-"""The parts of a Pruner: each keeps its state to itself, and a Pruner that cannot be attached leaves no trace."""
+"""The parts of a Pruner keep their state to themselves, and one that cannot be attached leaves no hook."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +23,10 @@ OF_TORCH = {"_BatchNorm", "_buffers", "_optimizer_step_post_hooks", "_parameters
 def private(tree: ast.AST, *, own: bool) -> Iterator[str]:
     """Private attributes that the code reads or sets, of ``self`` and ``cls`` or of other objects."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            if own == (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
-                yield node.attr
+        if not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
+            continue
+        if own == (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            yield node.attr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

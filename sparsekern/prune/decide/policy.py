@@ -138,7 +138,7 @@ class Policy:
         """
         floors = resolve_floors(min_channels, network.graph)
         check_counted(self.select, network.activations)
-        everything = np.ones(network.graph.num_channels, bool)
+        everything = network.graph.all_channels()
 
         def problem_of(multiple: int) -> Problem:
             if self.of == "latency":

@@ -51,7 +51,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.whole:
-            object.__setattr__(self, "whole", self.cost(np.ones(self.graph.num_channels, bool)))
+            object.__setattr__(self, "whole", self.cost(self.graph.all_channels()))
         if not len(self.widths):
             object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 

@@ -74,12 +74,12 @@ class Network:
         Raises:
             TypeError, ValueError: an entry of ``also`` is not a copy of the model.
         """
-        check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
+        check_copies(model, make_plan(graph, graph.all_channels()), also)
         self._unwrapped = optimizer
         self.model, self.optimizer, self.graph = model, optimizer.optimizer, graph
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.latency: LatencyModel | None = None
-        self.whole = graph.cost(np.ones(graph.num_channels, bool))
+        self.whole = graph.cost(graph.all_channels())
         self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
         self.rows = ChannelRows(model, graph, trained_by(self.optimizer), decay=decay)
@@ -114,7 +114,7 @@ class Network:
             check()
         latency.values = ranks.first(latency.values)
         self.latency = latency
-        self._whole_latency = latency.cost(np.ones(self.graph.num_channels, bool))
+        self._whole_latency = latency.cost(self.graph.all_channels())
 
     def priced(self, of: str) -> tuple[LatencyModel | None, float]:
         """The latency model if ``of`` is latency, else None; and the cost of the model before any cut.
@@ -137,7 +137,7 @@ class Network:
         cost = getattr(self.graph.cost(kept), of) if latency is None else latency.cost(kept)
         return float(cost) / max(whole, 1e-30)
 
-    def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
+    def for_copy(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
         """A network for a copy of the model with its own optimizer, before any step."""
         decay, counting = self.rows.table.decay, self.activations.counting
         unwrapped = optim.unwrap_optimizer(optimizer)
@@ -230,7 +230,7 @@ class Network:
         """
         if problem := self._replaced():
             raise RuntimeError(problem)
-        count = int(self.masks.unclean().sum())
+        count = int(self.masks.count_written().sum())
         self.masks.zero()
         return count
 

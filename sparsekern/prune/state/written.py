@@ -41,7 +41,7 @@ def replaced_tensor(
 
 def written_masked(graph: ChannelGraph, masks: Masks) -> str:
     """A message that names the groups whose masked rows are not zero; empty if all are zero."""
-    counts = masks.unclean()
+    counts = masks.count_written()
     if not counts.any():
         return ""
     own = [(int(counts[group.channels].sum()), group.name) for group in graph.groups]
