@@ -41,6 +41,11 @@ class PruningCallback(Pruning, pl.Callback):
             module.
         steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
         options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
+
+    Raises:
+        ValueError: in ``fit``, the number of steps is not known, the checkpoint is of a run without this
+            callback, or an argument of the Pruner is not valid.
+        RuntimeError: in ``fit``, the callback has served another one.
     """
 
     def __init__(

@@ -35,6 +35,11 @@ class PruningCallback(Pruning, TrainerCallback):
         example_inputs: see :class:`sparsekern.Pruner`.
         steps: optimizer steps of the training; default ``max_steps`` of the Trainer's state.
         options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
+
+    Raises:
+        ValueError: in ``Trainer(...)``, ``load_best_model_at_end`` is set; in ``train()``, the checkpoint is
+            of a run without this callback, or an argument of the Pruner is not valid.
+        RuntimeError: in ``train()``, the callback has served another one.
     """
 
     def __init__(
@@ -56,8 +61,8 @@ class PruningCallback(Pruning, TrainerCallback):
         """Make the Pruner; a checkpoint's optimizer state is loaded already, its weights are held back."""
         if self.pruner is not None or self._held is None:
             raise RuntimeError(
-                "callback: got one that has pruned already, expected a new one in Trainer(callbacks=...) for "
-                "each train()"
+                "callback: got one that has pruned already or was added after the Trainer was made, expected "
+                "a new one in Trainer(callbacks=...) for each train()"
             )
         weights, saved = self._held.take(), state.stateful_callbacks.get(_KEY)
         check_both(weights, saved, "resume_from_checkpoint")

@@ -267,7 +267,7 @@ def test_residuals_compiled_models_and_no_grad() -> None:
         ({"batches": 0}, "^batches: got 0"),
         ({"round_to": -1}, "^round_to: got -1"),
         ({"calibration": None}, "^calibration: got None, expected batches .*Magnitude"),
-        ({"loss": None}, "^loss: got None, expected a function .*Taylor"),
+        ({"loss": None}, "^loss: got None, expected a function, .*Taylor"),
         ({"calibration": []}, "^calibration: got no batch"),
         ({"loss": lambda outputs, targets: outputs}, r"^loss: got Tensor \[4, 4\] for batch 0"),
         ({"loss": lambda outputs, targets: torch.zeros(())}, "^loss: got a value that depends on no param"),
