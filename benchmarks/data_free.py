@@ -17,7 +17,7 @@ from torchvision import models
 import sparsekern.recipes._torchvision  # noqa: F401  # has to come before torchvision
 from sparsekern.prune.decide import allocate, criteria
 from sparsekern.prune.once import task_of
-from sparsekern.prune.state.statistics import of_weights
+from sparsekern.prune.state.statistics import weight_statistics
 from sparsekern.recipes.models import UNet
 
 ALLOCATORS = {
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"{'network':20}{'allocator':14}{'first':>8}{'least':>8}{'median':>8}{'largest':>8}")
     for name, (model, size) in networks().items():
         task = task_of(model.eval(), torch.zeros(1, 3, size, size), keep=keep, of="macs", round_to=1)
-        saliency = criteria.Magnitude()(of_weights(model, task.graph))
+        saliency = criteria.Magnitude()(weight_statistics(model, task.graph))
         for label, allocator in ALLOCATORS.items():
             kept = allocator(replace(task, saliency=saliency))
             shares = [float(kept[group.channels].mean()) for group in task.graph.groups]

@@ -29,7 +29,7 @@ from sparsekern import compact, criteria, latency, trace
 from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.decide.allocate import Global, Problem
-from sparsekern.prune.state.statistics import of_weights
+from sparsekern.prune.state.statistics import weight_statistics
 
 RESULTS = Path(__file__).parent / "results"
 CASES = ("mobilenetv3-seg", "unet-8m")
@@ -54,7 +54,7 @@ def network(name: str, size: int) -> tuple[nn.Module, Tensor]:
 
 def magnitudes(model: nn.Module, graph: ChannelGraph) -> np.ndarray:
     """The norm of every channel's filters over the mean of its group, so that all layers count alike."""
-    found = of_weights(model, graph)
+    found = weight_statistics(model, graph)
     saliency = criteria.Magnitude()(found)
     return saliency / found.per_group(lambda live: float(live.mean()), saliency)
 

@@ -38,8 +38,8 @@ def load(module: nn.Module | Path, path: Path | None = None) -> nn.Module:
         path: the file, after a module.
 
     Raises:
-        TypeError: ``module`` is neither a module nor a path, ``path`` is no name of a file, or there is a
-            path too many or too few.
+        TypeError: ``module`` is neither a module nor a path, ``path`` is not a file name, or there
+            is one path too many or too few.
         OSError: the file cannot be read; names ``path``.
         ValueError: the file is damaged, was not written by :func:`sparsekern.save`, was changed since, or
             holds another network than ``module``; names ``path`` and the factory that the file names.

@@ -111,7 +111,7 @@ BAD = {
     "no number": (["--steps", "many"], "Invalid value for '--steps'"),
     "unknown option": (["--stepz", "3"], "--stepz"),
     "model": (["--model", "vgg"], "--model: got 'vgg', expected one of unet"),
-    "select": (["--select", "best"], "--select: got 'best', expected joint"),
+    "select": (["--select", "best"], "--select: got 'best', expected names joined by"),
     "round to": (["--round-to", "x"], "--round-to: got 'x', expected"),
     "crop": (["--crop", "16"], "--crop: got 16, expected"),
     "threads": (["--threads", "-1"], "--threads: got -1, expected"),

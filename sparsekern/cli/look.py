@@ -50,7 +50,7 @@ def inspect(
     """Show what of a network can be pruned: its groups, what they cost, and a plan by their weights."""
     from sparsekern.graph import trace
     from sparsekern.prune.decide.criteria import Magnitude
-    from sparsekern.prune.state.statistics import of_weights
+    from sparsekern.prune.state.statistics import weight_statistics
     from sparsekern.report import picture, tables
     from sparsekern.report.inspect import find_model, make_input, plan_by_weights
 
@@ -66,7 +66,7 @@ def inspect(
     else:
         graph, kept = plan_by_weights(model, example, keep=keep, of=of, round_to=number_or_text(round_to))
     console.print(str(graph), soft_wrap=True)
-    saliency = Magnitude()(of_weights(model, graph))
+    saliency = Magnitude()(weight_statistics(model, graph))
     console.print(tables.sensitivity_table(tables.sensitivities(graph, saliency), "magnitude"))
     if kept is not None:
         console.print(tables.kept_table(graph, kept, f"Kept at {keep:.0%} of {of}, by magnitude"))

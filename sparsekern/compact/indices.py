@@ -20,11 +20,14 @@ def check_indices(indices: object, size: int, dim: int) -> Indices:
     array = np.asarray(indices)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
-            f"keep: dimension {dim} has {array.dtype} {list(array.shape)}, "
-            "expected at least one integer index in one dimension"
+            f"keep: got {array.dtype} {list(array.shape)} for dimension {dim}, expected integer indices of "
+            f"shape [n] with n >= 1"
         )
     if array[0] < 0 or array[-1] >= size or (array[1:] <= array[:-1]).any():
-        raise ValueError(f"keep: dimension {dim} expects increasing indices in [0, {size})")
+        raise ValueError(
+            f"keep: got indices of dimension {dim} that are out of range or out of order, expected "
+            f"increasing ones in [0, {size})"
+        )
     if array.dtype == np.int64 and not array.flags.writeable:
         return array
     array = array.astype(np.int64)
@@ -45,7 +48,7 @@ class Runs:
 
     def __init__(self, text: object) -> None:
         if not isinstance(text, str) or not _RUNS.fullmatch(text):
-            raise ValueError(f"text: indices {describe(text)}, expected runs such as '0-3,7'")
+            raise ValueError(f"text: got {describe(text)} as indices, expected runs such as '0-3,7'")
         bounds = [run.partition("-") for run in text.split(",")]
         self._pairs = [(int(first), int(last or first)) for first, _, last in bounds]
         flat = [-1, *(bound for pair in self._pairs for bound in pair)]
@@ -65,7 +68,8 @@ class Runs:
         """
         if not self._rises or self.last >= size:
             raise ValueError(
-                f"keep: dimension {dim} expects at least one and increasing indices in [0, {size})"
+                f"keep: got indices of dimension {dim} that are none, out of range or out of order, expected "
+                f"at least one, and increasing ones in [0, {size})"
             )
         if self._array is None:
             parts = [np.arange(first, last + 1, dtype=np.int64) for first, last in self._pairs]

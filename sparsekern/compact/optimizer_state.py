@@ -157,6 +157,6 @@ def _part_of_state(value: Any, part: TensorPlan) -> TensorPlan | None:
 def _unknown(optimizer: Optimizer, parameter: str, param: Tensor, name: str, value: Any) -> str:
     what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return (
-        f"optimizer: {type(optimizer).__name__} keeps {name!r} of parameter {parameter} "
-        f"{list(param.shape)} as {what}, expected the parameter's shape; state_cutter has to cut it"
+        f"optimizer: got a {type(optimizer).__name__} whose state {name!r} of parameter {parameter} "
+        f"{list(param.shape)} is {what}, expected the parameter's shape; pass a state_cutter that cuts it"
     )

@@ -73,7 +73,7 @@ class TensorPlan:
     def then(self, later: TensorPlan) -> TensorPlan:
         """This plan followed by ``later``, which is relative to ``new_shape``."""
         if later.shape != self.new_shape:
-            raise ValueError(f"later: made for shape {later.shape}, expected {self.new_shape}")
+            raise ValueError(f"later: got a part of shape {later.shape}, expected {self.new_shape}")
         keep = dict(self.keep)
         for dim, indices in later.keep.items():
             keep[dim] = keep[dim][indices] if dim in keep else indices
@@ -86,12 +86,15 @@ class TensorPlan:
     def after(self, done: TensorPlan) -> TensorPlan:
         """The rest of this plan after ``done`` was carried out: ``done.then(result)`` equals this plan."""
         if done.shape != self.shape:
-            raise ValueError(f"done: made for shape {done.shape}, expected {self.shape}")
+            raise ValueError(f"done: got a part of shape {done.shape}, expected {self.shape}")
         keep = dict(self.keep)
         for dim, left in done.keep.items():
             wanted = keep.get(dim, np.arange(self.shape[dim]))
             if not np.isin(wanted, left).all():
-                raise ValueError(f"done: removed indices of dimension {dim} that this plan keeps")
+                raise ValueError(
+                    f"done: got a part without indices of dimension {dim} that this plan keeps, expected one "
+                    f"that keeps them"
+                )
             keep[dim] = np.searchsorted(left, wanted)
         return TensorPlan(done.new_shape, keep, self.sizes)
 
@@ -209,26 +212,28 @@ class Plan:
         try:
             document = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"text: not JSON ({error})") from None
+            raise ValueError(f"text: got no valid JSON, expected a plan as JSON ({error})") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"text: not a plan, expected an object with format {FORMAT!r}")
+            raise ValueError(f"text: got JSON that is not a plan, expected an object of format {FORMAT!r}")
         if document.get("version") != VERSION:
-            raise ValueError(f"text: plan of version {describe(document.get('version'))}, expected {VERSION}")
+            raise ValueError(
+                f"text: got a plan of version {describe(document.get('version'))}, expected {VERSION}"
+            )
         sets = [Runs(runs) for runs in _expect(document, "indices", list)]
         entries = _expect(document, "tensors", dict)
         claimed, tensors = {}, {}
         for name, entry in entries.items():
-            with _of_tensor(name):
+            with _naming_tensor(name):
                 claimed[name] = tuple(_expect(entry, "shape", list))
         if shapes is not None:
             check_shapes(claimed, shapes)
         elif (count := sum(runs.count for runs in sets)) > _MOST_INDICES:
             raise ValueError(
-                f"text: indices stand for {count}, beyond any dimension (at most {_MOST_INDICES} where "
-                f"the shapes of the tensors are not given)"
+                f"text: got {count} indices, expected no more than the shapes of the tensors have (at most "
+                f"{_MOST_INDICES} where they are not given)"
             )
         for name, entry in entries.items():
-            with _of_tensor(name):
+            with _naming_tensor(name):
                 tensors[name] = _tensor_from_json(entry, claimed[name], sets)
         return cls(tensors)
 
@@ -256,7 +261,7 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
         raise ValueError(f"kept: got {mask.dtype} {list(mask.shape)}, expected bool [{graph.num_channels}]")
     empty = [group.name for group in graph.groups if not mask[group.channels].any()]
     if empty:
-        raise ValueError(f"kept: no channel is left of {shorten(empty)}, expected at least one per group")
+        raise ValueError(f"kept: got no channel of {shorten(empty)}, expected at least one of every group")
     stays_of = np.append(mask, True)  # the last entry stands for index -1: slots without a channel
     parts: dict[bytes, Indices] = {}
     tensors = {}
@@ -275,7 +280,7 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
 
 
 @contextmanager
-def _of_tensor(name: str) -> Iterator[None]:
+def _naming_tensor(name: str) -> Iterator[None]:
     """Put the tensor's name in front of a ``ValueError`` of the block."""
     try:
         yield
@@ -290,7 +295,8 @@ def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) 
         dim = int(text) if _DIMENSION.fullmatch(text) else -1
         if dim < 0 or type(number) is not int or not 0 <= number < len(sets):
             raise ValueError(
-                f"keep has {describe(text)}: {describe(number)}, expected dimension: set of indices"
+                f"keep: got {describe(text)}: {describe(number)}, expected dimension: number of a set of "
+                f"indices"
             )
         if dim >= len(shape):
             raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
@@ -299,7 +305,7 @@ def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) 
     for path, size in _expect(entry, "sizes", dict).items() if "sizes" in entry else ():
         if not isinstance(size, list):
             raise ValueError(
-                f"sizes has {describe(path)}: {describe(size)}, expected [dimension, indices per unit]"
+                f"sizes: got {describe(path)}: {describe(size)}, expected [dimension, indices per unit]"
             )
         sizes[path] = tuple(size)
     return TensorPlan(shape, keep, sizes)
@@ -317,12 +323,15 @@ def check_shapes(claimed: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tu
     """
     missing = claimed.keys() - shapes.keys()
     if missing:
-        raise ValueError(f"plan: made for another model, this one has no tensor {shorten(sorted(missing))}")
+        raise ValueError(
+            f"plan: got a plan for another model with {shorten(sorted(missing))}, expected only tensors that "
+            f"this model has"
+        )
     for name, shape in claimed.items():
         if shapes[name] != shape:
             raise ValueError(
-                f"plan: made for another model, tensor {name!r} has shape {list(shapes[name])}, "
-                f"expected {list(shape)}"
+                f"plan: got a plan for a model whose {name!r} has shape {list(shape)}, expected "
+                f"{list(shapes[name])} as in this model"
             )
 
 
@@ -350,15 +359,16 @@ def _check_size(path: object, size: object, shape: tuple[int, ...], left: tuple[
     fits = _is_whole(dim) and _is_whole(per) and 0 <= dim < len(shape) and per >= 1
     if not fits or left[dim] % per:
         raise ValueError(
-            f"sizes: {describe(path)} counts dimension {describe(dim)} of {shape} by {describe(per)}, of "
-            f"which {left[dim] if fits else 'none'} stay"
+            f"sizes: got {describe(path)} as dimension {describe(dim)} over {describe(per)} indices per "
+            f"unit, expected whole units of a tensor of shape {shape} with "
+            f"{left[dim] if fits else 'no'} indices left there"
         )
 
 
 def _expect(document: object, key: str, kind: type) -> Any:
     value = document.get(key) if isinstance(document, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(f"text: {key!r} is {type(value).__name__}, expected {kind.__name__}")
+        raise ValueError(f"text: got {type(value).__name__} as {key!r}, expected {kind.__name__}")
     return value
 
 

@@ -59,7 +59,7 @@ def shrink(
             is changed in these cases.
     """
     with all_or_nothing() as undo:
-        cut_all(model, plan, undo, optimizer=optimizer, also=also, state_cutter=state_cutter)
+        cut_all(unwrap(model), plan, undo, optimizer=optimizer, also=also, state_cutter=state_cutter)
 
 
 def cut_all(
@@ -75,7 +75,7 @@ def cut_all(
     """Cut as :func:`shrink` does, as a part of a larger transaction.
 
     Args:
-        model: see :func:`shrink`.
+        model: the model without a wrapper.
         plan: see :func:`shrink`.
         undo: receives the callbacks that restore everything.
         optimizer: see :func:`shrink`.
@@ -86,7 +86,7 @@ def cut_all(
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
-    live = _Surgery(unwrap(model), plan, "model")
+    live = _Surgery(model, plan, "model")
     copies = [_copy_of(module, live, f"also[{index}]") for index, module in enumerate(also)]
     state = None
     if optimizer is not None:
@@ -109,6 +109,9 @@ def cut_all(
 def check_cuttable(model: nn.Module) -> None:
     """Check the conditions of :func:`shrink` that hold for every plan.
 
+    Args:
+        model: the model, possibly wrapped.
+
     Raises:
         ValueError: a tensor is sharded, or a ``DistributedDataParallel`` wrapper cannot be rebuilt.
     """
@@ -120,6 +123,11 @@ def check_cuttable(model: nn.Module) -> None:
 
 def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> list[dict[int, TensorPlan]]:
     """Check that every entry of ``also`` has copies of the tensors named in ``plan``.
+
+    Args:
+        model: the model, possibly wrapped.
+        plan: a plan for the model in its present size.
+        also: the copies, bare or inside a wrapper such as an ``AveragedModel``.
 
     Returns:
         For each copy, the part of each tensor that ``plan`` keeps, by the tensor's ``id``.
@@ -181,11 +189,16 @@ def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:
         known = {name for entry in tensors for name in entry.names}
         if known.issuperset(live.plan.tensors):
             if any(id(entry.tensor) in live.parts for entry in tensors):
-                raise ValueError(f"{label}: shares tensors with the model, expected a copy of it")
+                raise ValueError(
+                    f"{label}: got a module that shares tensors with the model, expected a copy of the model"
+                )
             try:
                 return _Surgery(candidate, live.plan, label)
             except ValueError as error:
-                raise ValueError(f"{label}: not a copy of the model as it is: {error}") from None
+                raise ValueError(
+                    f"{label}: got a module of other sizes, expected a copy of the model as it is now: "
+                    f"{error}"
+                ) from None
     missing = sorted(live.plan.tensors.keys() - known)
     raise ValueError(
         f"{label}: got a {type(unwrap(module)).__name__} without {shorten(missing)}, expected a copy of the "

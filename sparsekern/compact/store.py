@@ -70,7 +70,9 @@ class Stored:
         try:
             return parse_json(self.metadata.get(_MADE_BY, "null"))
         except ValueError:
-            raise ValueError(f"path: {self.path!r} names its maker in no JSON") from None
+            raise ValueError(
+                f"path: got {self.path!r}, whose entry 'made_by' is not valid JSON, expected a file of save()"
+            ) from None
 
 
 def save(
@@ -112,7 +114,9 @@ def save(
             _write(tensors, temporary, metadata)
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
-        raise ValueError(f"module: {shorten(names)} is {error}, which safetensors cannot hold") from None
+        raise ValueError(
+            f"module: got {shorten(names)} of dtype {error}, expected dtypes that safetensors can hold"
+        ) from None
 
 
 def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -143,7 +147,7 @@ def fill(module: nn.Module, stored: Stored) -> nn.Module:
     """The result of ``load`` for a file that :func:`read` has read."""
     tensors = registered(module)
     metadata, values = stored.metadata, stored.values
-    where, held = f"path: {stored.path!r}", f"holds a {metadata['class'][:60]}"
+    where = f"path: got {stored.path!r}, which holds a {metadata['class'][:60]}"
     try:
         done = plan_of(module)
         shapes = shapes_of(tensors) | {name: part.shape for name, part in done.tensors.items()}
@@ -154,11 +158,13 @@ def fill(module: nn.Module, stored: Stored) -> nn.Module:
         Entries(TEXT, TEXT).check(tied, "tied")
         values = _by_name(values, tied)
     except ValueError as error:
-        raise ValueError(f"{where} does not fit {type(module).__name__}, it {held}: {error}") from None
+        raise ValueError(
+            f"{where}, expected a file that fits this {type(module).__name__}: {error}"
+        ) from None
     problems = list(_mismatches(tensors, parts, values))
     if problems:
         raise ValueError(
-            f"{where} {held}, expected the tensors of this {type(module).__name__}: {shorten(problems)}"
+            f"{where}, expected the tensors of this {type(module).__name__}: {shorten(problems)}"
         )
     loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
     remember(module, loaded, tensors, parts)
@@ -170,7 +176,7 @@ def _plain(made_by: Mapping[str, Any]) -> str:
         return json.dumps(dict(made_by), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"made_by: got what is no plain data ({error}), expected what JSON can hold"
+            f"made_by: got a value that JSON cannot hold ({error}), expected dicts, lists, texts and numbers"
         ) from None
 
 
@@ -185,11 +191,15 @@ def _check_storable(module: nn.Module, entries: list[Registered]) -> None:
     for name, part in module.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(
-                f"module: {name or type(part).__name__!r} has extra state, expected tensors only"
+                f"module: got extra state of {name or type(part).__name__!r}, expected only tensors in its "
+                f"state_dict()"
             )
     for entry in entries:
         if entry.tensor.is_meta:
-            raise ValueError(f"module: {entry.names[0]!r} is on the meta device, it has no values")
+            raise ValueError(
+                f"module: got {entry.names[0]!r} on the meta device, without values, expected a tensor with "
+                f"values"
+            )
 
 
 def _on_host(entries: Iterable[Registered]) -> dict[str, Tensor]:
@@ -232,13 +242,15 @@ def read(path: str | os.PathLike[str]) -> Stored:
     """
     path = Path(path)
     _check_complete(path)
-    where = f"path: {os.fspath(path)!r}"
+    where = f"path: got {os.fspath(path)!r}, which"
     try:
         # Metadata and tensors come from one handle, as another process may replace the file at any time.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or any(key not in metadata for key in _KEYS):
-                raise ValueError(f"{where} was not written by sparsekern, no plan is in it")
+                raise ValueError(
+                    f"{where} was not written by sparsekern, expected a file of sparsekern.save()"
+                )
             if metadata["version"] != VERSION:
                 raise ValueError(f"{where} has format version {metadata['version'][:20]}, expected {VERSION}")
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -248,9 +260,9 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise OSError(f"path: cannot read {os.fspath(path)!r}: {error}") from error
     except Exception as error:
         # A SafetensorError, or any error that torch raises for unknown dtypes and invalid shapes.
-        raise ValueError(f"{where} is damaged: {error}") from error
+        raise ValueError(f"{where} is damaged, expected a complete file: {error}") from error
     if _digest(metadata, values) != metadata["sha256"]:
-        raise ValueError(f"{where} was changed after it was saved, its checksum does not match")
+        raise ValueError(f"{where} was changed after it was saved, expected one whose checksum is right")
     return Stored(os.fspath(path), metadata, values)
 
 
@@ -261,14 +273,16 @@ def _check_complete(path: Path) -> None:
         OSError: ``path`` cannot be read.
         ValueError: the file is truncated, or it is not a safetensors file.
     """
-    where = f"path: {os.fspath(path)!r}"
+    where = f"path: got {os.fspath(path)!r}, which"
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         # The limit guards against files of other formats, whose first eight bytes are no length.
         start = file.read(min(length, size, _LONGEST_HEADER))
     if size < 8 or not start.startswith(b"{") or length > _LONGEST_HEADER:
-        raise ValueError(f"{where} is not a safetensors file ({size} bytes)")
+        raise ValueError(
+            f"{where} is not a safetensors file ({size} bytes), expected a file of sparsekern.save()"
+        )
     if len(start) < length:
         raise ValueError(f"{where} is truncated: {size} bytes, expected {8 + length} or more")
     try:
@@ -317,8 +331,8 @@ def _filled(entry: Registered, parts: Mapping[int, TensorPlan], values: Mapping[
     if not entry.persistent:
         if tensor.is_meta:
             raise ValueError(
-                f"module: buffer {entry.names[0]!r} is on the meta device and not part of files, "
-                "expected its values"
+                f"module: got the buffer {entry.names[0]!r} on the meta device, without values, expected "
+                f"values, because files do not hold it"
             )
         return cut(tensor, parts[id(tensor)])
     value: Any = next(values[name] for name in entry.names if name in values)

@@ -133,7 +133,10 @@ def match(plan: Plan, tensors: list[Registered]) -> dict[int, TensorPlan]:
         shape = tuple(entry.tensor.shape)
         for name, part in named:
             if part != named[0][1]:
-                raise ValueError(f"plan: {named[0][0]!r} and {name!r} are tied but differ")
+                raise ValueError(
+                    f"plan: got different parts of {named[0][0]!r} and {name!r}, expected the same of both, "
+                    f"as they are one tensor"
+                )
         parts[id(entry.tensor)] = named[0][1] if named else TensorPlan(shape)
     return parts
 
@@ -205,7 +208,10 @@ def build(
         try:
             small = copy_module(model, dict(memo))
         except Exception as error:
-            raise ValueError(f"model: {type(model).__name__} cannot be deep-copied: {error}") from error
+            raise ValueError(
+                f"model: got a {type(model).__name__} that copy.deepcopy cannot copy, expected one that it "
+                f"can: {error}"
+            ) from error
         for entry in tensors:
             _copy_attributes(entry.tensor, memo[id(entry.tensor)])
     _check_copy(small, tensors, memo)
@@ -249,16 +255,18 @@ def _check_model(model: object) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"model: {name or 'it'} is a {type(module).__name__}, whose layers cannot be "
-                "changed; expected the module before scripting"
+                f"model: got a {type(module).__name__} as {name or 'the model'}, expected the module before "
+                f"scripting, whose layers can be changed"
             )
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if nn.parameter.is_lazy(tensor):
-        raise ValueError(f"model: {name!r} is not initialised, run the model once")
+        raise ValueError(
+            f"model: got {name!r} without values, expected initialised tensors; run the model once"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"model: {name!r} is {tensor.layout}, expected a dense tensor")
+        raise ValueError(f"model: got {name!r} of layout {tensor.layout}, expected a dense tensor")
 
 
 def _check_copy(small: nn.Module, tensors: list[Registered], memo: Mapping[int, Any]) -> None:
@@ -267,6 +275,6 @@ def _check_copy(small: nn.Module, tensors: list[Registered], memo: Mapping[int, 
     wrong = [name for name in expected if found.get(name) is not expected[name]]
     if wrong or found.keys() != expected.keys():
         raise ValueError(
-            f"model: {type(small).__name__} does not copy as torch modules do "
-            f"({shorten(wrong or sorted(found))}); expected a __deepcopy__ that uses its memo"
+            f"model: got a {type(small).__name__} whose copy has other tensors "
+            f"({shorten(wrong or sorted(found))}), expected a __deepcopy__ that uses its memo"
         )

@@ -47,7 +47,7 @@ def verify(
         found = _run(small, args, kwargs)
     differences = [_difference(a, b, where) for where, a, b in _pair(expected, found)]
     if not differences:
-        raise ValueError("model: its output is empty, expected at least one tensor")
+        raise ValueError("model: got an empty output, expected at least one tensor")
     return max(differences)
 
 
@@ -97,8 +97,8 @@ def _pair(expected: list[Leaf], found: list[Leaf]) -> Iterator[tuple[str, Any, A
     if theirs != ours:
         missing = sorted(set(theirs) ^ set(ours))
         raise ValueError(
-            f"small: its output has {len(ours)} pieces, expected {len(theirs)} as of model; "
-            f"they differ in {', '.join(missing[:5])}"
+            f"small: got an output of {len(ours)} values, expected {len(theirs)} like that of model; only "
+            f"one of the two has {', '.join(missing[:5])}"
         )
     for (where, a), (_, b) in zip(expected, found, strict=True):
         yield where, a, b
@@ -107,17 +107,21 @@ def _pair(expected: list[Leaf], found: list[Leaf]) -> Iterator[tuple[str, Any, A
 def _difference(a: Any, b: Any, where: str) -> float:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         if type(a) is not type(b):
-            raise ValueError(f"small: {where} is {type(b).__name__}, expected {type(a).__name__} as of model")
+            raise ValueError(
+                f"small: got {type(b).__name__} as {where}, expected {type(a).__name__} like that of model"
+            )
         if a is None or isinstance(a, (str, bytes)):
             return 0.0 if a == b else float("inf")
         if not isinstance(a, (int, float, complex)):
             raise ValueError(
-                f"model: {where} is {type(a).__name__}, expected tensors, numbers, and dicts, "
-                "lists, tuples and dataclasses of them"
+                f"model: got {type(a).__name__} as {where}, expected tensors, numbers, and dicts, lists, "
+                f"tuples and dataclasses of them"
             )
         a, b = torch.tensor(a), torch.tensor(b)
     if a.shape != b.shape:
-        raise ValueError(f"small: {where} is {list(b.shape)}, expected {list(a.shape)} as of model")
+        raise ValueError(
+            f"small: got shape {list(b.shape)} of {where}, expected {list(a.shape)} like that of model"
+        )
     a, b = _exact(a), _exact(b)
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):

@@ -45,19 +45,22 @@ def check_rebuildable(wrapper: Any) -> None:
     }
     for option, given in reasons.items():
         if given:
-            raise ValueError(f"model: its DistributedDataParallel has {option}, which cannot be cut in place")
+            raise ValueError(
+                f"model: got a DistributedDataParallel with {option}, which cannot be rebuilt for smaller "
+                f"tensors, expected one without"
+            )
     known = (type(None), torch.distributed.ProcessGroup)
     for hook, state in wrapper._comm_hooks:
         if not isinstance(state, known):
             raise ValueError(
-                f"model: its DistributedDataParallel has the communication hook {_name(hook)} with a "
-                f"{type(state).__name__}, which may know the sizes of buckets; expected a hook whose state "
-                f"is None or a process group"
+                f"model: got a DistributedDataParallel whose communication hook {_name(hook)} has a "
+                f"{type(state).__name__} as state, which may depend on the sizes of buckets, expected a hook "
+                f"whose state is None or a process group"
             )
     if not wrapper._comm_hooks and (builtin := _builtin_hook(wrapper)):
         raise ValueError(
-            f"model: its DistributedDataParallel has torch's built-in communication hook {builtin}, which "
-            f"cannot be registered anew; expected one of torch.distributed.algorithms.ddp_comm_hooks"
+            f"model: got a DistributedDataParallel with torch's built-in communication hook {builtin}, which "
+            f"cannot be registered a second time, expected one of torch.distributed.algorithms.ddp_comm_hooks"
         )
 
 

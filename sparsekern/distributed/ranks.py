@@ -154,16 +154,19 @@ class Ranks:
             return
         failed = [rank for rank, words in enumerate(every) if words[-1] == _FAILED]
         if failed:
-            raise RuntimeError(f"{what}: {_named(failed)} failed, expected a result from all {self.size}")
+            raise RuntimeError(
+                f"{what}: got a failure of {_named(failed)}, expected success of all {self.size}; their "
+                f"errors have the cause"
+            )
         # Among equally frequent messages, that of the lowest rank counts as the common one.
         common = Counter(every).most_common(1)[0][0]
         others = [rank for rank, words in enumerate(every) if words != common]
         # All processes detect the difference, so all of them reach this collective call.
         cause = "" if explain is None else explain(self.gather(told))
         raise RuntimeError(
-            f"{what}: {_named(others)} of {self.size} differ from rank {every.index(common)}, expected the "
-            f"same everywhere: equal arguments and models, and gradients averaged over all ranks"
-            + (f"; {cause}" if cause else "")
+            f"{what}: got other values in {_named(others)} of {self.size} than in rank "
+            f"{every.index(common)}, expected equal arguments and models, and gradients averaged over all "
+            f"ranks" + (f"; {cause}" if cause else "")
         )
 
 

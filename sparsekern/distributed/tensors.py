@@ -120,7 +120,10 @@ def part_of(tensor: Tensor) -> Part:
     cuts = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
     plain = all(type(placements[axis]) is module.Shard for axis in cuts)
     if len(cuts) > 1 or not plain:
-        raise ValueError(f"model: a parameter is placed as {placements}, expected one Shard, else Replicate")
+        raise ValueError(
+            f"model: got a parameter with the placements {placements}, expected one Shard, and Replicate in "
+            f"all other mesh dimensions"
+        )
     if not cuts:
         # All processes of the mesh hold the same values. The group of its last dimension represents them.
         return Part(None, 0, 0, 1, mesh.get_group(mesh.ndim - 1))
@@ -157,7 +160,9 @@ def check_plain(label: str, tensors: Iterable[tuple[str, Tensor]], why: str) -> 
     """
     for name, tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
-            raise ValueError(f"{label}: {name!r} is a {type(tensor).__name__}, expected plain tensors: {why}")
+            raise ValueError(
+                f"{label}: got a {type(tensor).__name__} as {name!r}, expected plain tensors: {why}"
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -183,8 +188,9 @@ def check_not_flattened(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise ValueError(
-                f"model: {name or 'it'} is a FullyShardedDataParallel, which flattens parameters into one "
-                f"without channels, expected a model sharded by torch.distributed.fsdp.fully_shard"
+                f"model: got a FullyShardedDataParallel as {name or 'the model'}, which flattens parameters "
+                f"so that they have no channels, expected a model sharded by "
+                f"torch.distributed.fsdp.fully_shard"
             )
 
 
@@ -221,7 +227,7 @@ def copy_module(
     contract = sys.modules["torch.distributed._composable.contract"]
     keys = (contract.STATE_KEY, contract.REGISTRY_KEY)
     hooks = [hook for module in modules for held in _hooks(module) for hook in held.values()]
-    memo |= {id(hook): _GONE for hook in hooks if _of_fsdp(hook)}
+    memo |= {id(hook): _GONE for hook in hooks if _is_fsdp_hook(hook)}
     memo |= {id(module.__dict__[key]): _GONE for module in sharded for key in keys}
     classes = [type(module) for module in sharded]
     try:
@@ -256,7 +262,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
     return [value for name, value in module.__dict__.items() if name.endswith("_hooks") and value]
 
 
-def _of_fsdp(hook: Any) -> bool:
+def _is_fsdp_hook(hook: Any) -> bool:
     """Whether ``fully_shard`` registered the hook."""
     # torch wraps the hooks of state dicts in another object.
     function = getattr(hook, "hook", hook)

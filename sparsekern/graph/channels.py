@@ -46,6 +46,10 @@ class ChannelGraph:
         """The number of channels, C."""
         return len(self.group_of)
 
+    def all_channels(self) -> np.ndarray:
+        """Make the mask that keeps every channel, bool [C], all True."""
+        return np.ones(self.num_channels, bool)
+
     def cost(self, kept: np.ndarray) -> Cost:
         """Compute the cost of the network with only some of its channels.
 

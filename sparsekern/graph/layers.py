@@ -141,7 +141,7 @@ def _linear(layer: _Layer, weight: Part) -> Sizes:
 
 def _embedding(layer: _Layer, weight: Part) -> Sizes:
     if 0 in weight.keep:
-        raise ValueError(f"plan: removes entries of the vocabulary of {layer.name!r}")
+        raise ValueError(f"plan: got a part of the vocabulary of {layer.name!r}, expected all of it")
     return {"embedding_dim": weight.new_shape[1]}
 
 
@@ -161,7 +161,7 @@ def _group_norm(layer: _Layer) -> Sizes:
 def _layer_norm(layer: _Layer) -> Sizes:
     shape = layer.features().new_shape
     if any(part.new_shape != shape for part in layer.parts.values()):
-        raise ValueError(f"plan: the tensors of {layer.name!r} keep different shapes")
+        raise ValueError(f"plan: got different shapes for the tensors of {layer.name!r}, expected one shape")
     return {"normalized_shape": shape}
 
 

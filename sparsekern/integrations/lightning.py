@@ -9,21 +9,16 @@ from torch import Tensor
 from sparsekern.compact import Plan, plan_of, shrink
 from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
-from sparsekern.recipes._torchvision import blame, warn_of_mismatch  # must be imported before lightning
+from sparsekern.recipes._torchvision import blaming, warn_of_mismatch  # must be imported before lightning
 
 # isort: split
 
 warn_of_mismatch()
-try:
+with blaming():
     try:
         import lightning.pytorch as pl
     except ImportError:
         import pytorch_lightning as pl  # type: ignore[no-redef]
-except Exception as error:
-    reason = blame(error)
-    if reason is None:
-        raise
-    raise ImportError(reason, name="torchvision") from error
 
 __all__ = ["PruningCallback"]
 
@@ -46,6 +41,11 @@ class PruningCallback(Pruning, pl.Callback):
             module.
         steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
         options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
+
+    Raises:
+        ValueError: in ``fit``, the number of steps is not known, the checkpoint is of a run without this
+            callback, or an argument of the Pruner is not valid.
+        RuntimeError: in ``fit``, the callback has served another one.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class PruningCallback(Pruning, pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hold back the weights of a checkpoint, which may be smaller than the module."""
         if stage == "fit" and self.pruner is not None:
-            raise RuntimeError("callback: has pruned already, expected a new one for another Trainer.fit")
+            raise RuntimeError(
+                "callback: got one that has pruned already, expected a new one for each Trainer.fit()"
+            )
         self._held = HeldWeights(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,7 +78,10 @@ class PruningCallback(Pruning, pl.Callback):
         inputs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs))
         steps = trainer.estimated_stepping_batches if self._steps is None else self._steps
         if not 1 <= steps < float("inf"):
-            raise ValueError(f"steps: the trainer estimates {steps}, expected an explicit number")
+            raise ValueError(
+                f"steps: got {steps} as the trainer's estimate, expected a number >= 1; pass steps= to the "
+                f"callback"
+            )
         optimizer = optimizer_of(module, trainer.optimizers)
         self.pruner = Pruner(module, optimizer, inputs, steps=int(steps), **self._options)
         if weights is not None and self._restored is not None:

@@ -32,7 +32,9 @@ class Pruning:
             RuntimeError: the training has not started.
         """
         if self.pruner is None:
-            raise RuntimeError("pruner: there is none yet, expected the training to have started")
+            raise RuntimeError(
+                "pruner: got none yet, expected a training that has started; use it after that"
+            )
         return self.pruner.compact()
 
 
@@ -69,7 +71,9 @@ def check_both(weights: object | None, state: object | None, argument: str) -> N
         ValueError: there are weights without a Pruner's state; the error names ``argument``.
     """
     if weights is not None and state is None:
-        raise ValueError(f"{argument}: got a checkpoint of a run without the callback, expected one with it")
+        raise ValueError(
+            f"{argument}: got a checkpoint of a run without PruningCallback, expected one with it"
+        )
 
 
 def optimizer_of(module: nn.Module, optimizers: Sequence[Optimizer]) -> Optimizer:
@@ -79,7 +83,7 @@ def optimizer_of(module: nn.Module, optimizers: Sequence[Optimizer]) -> Optimize
         ValueError: ``optimizers`` is empty.
     """
     if not optimizers:
-        raise ValueError("optimizer: the trainer has none, expected one that trains the model")
+        raise ValueError("optimizer: got a trainer without one, expected one that trains the model")
     own = {id(param) for param in module.parameters()}
     return max(
         optimizers, key=lambda o: sum(id(p) in own for group in o.param_groups for p in group["params"])
@@ -111,7 +115,7 @@ def from_text(text: str) -> dict[str, Any]:
         Entries(TEXT, Anything()).check(found, "its content")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"state: got a text that is damaged ({error}), expected that of a callback"
+            f"state: got a damaged text ({error}), expected the state that a callback saved"
         ) from None
     own: dict[str, Any] = found
     return own

@@ -35,6 +35,11 @@ class PruningCallback(Pruning, TrainerCallback):
         example_inputs: see :class:`sparsekern.Pruner`.
         steps: optimizer steps of the training; default ``max_steps`` of the Trainer's state.
         options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
+
+    Raises:
+        ValueError: in ``Trainer(...)``, ``load_best_model_at_end`` is set; in ``train()``, the checkpoint is
+            of a run without this callback, or an argument of the Pruner is not valid.
+        RuntimeError: in ``train()``, the callback has served another one.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class PruningCallback(Pruning, TrainerCallback):
         """Hold back the weights of a checkpoint, which may be smaller than the model."""
         if args.load_best_model_at_end:
             raise ValueError(
-                "load_best_model_at_end: got True, expected False: the best model may be one with channels "
+                "load_best_model_at_end: got True, expected False: the best model may still have channels "
                 "that are pruned at the end"
             )
         self._held = HeldWeights(kwargs["model"])
@@ -55,7 +60,10 @@ class PruningCallback(Pruning, TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the Pruner; a checkpoint's optimizer state is loaded already, its weights are held back."""
         if self.pruner is not None or self._held is None:
-            raise RuntimeError("callback: expected a new one for each train(), in Trainer(callbacks=...)")
+            raise RuntimeError(
+                "callback: got one that has pruned already or was added after the Trainer was made, expected "
+                "a new one in Trainer(callbacks=...) for each train()"
+            )
         weights, saved = self._held.take(), state.stateful_callbacks.get(_KEY)
         check_both(weights, saved, "resume_from_checkpoint")
         model, optimizer = kwargs["model"], kwargs["optimizer"]

@@ -55,7 +55,7 @@ def lay_axes(
     axes: list[Axis] = []
     known: dict[tuple[int, ...], int] = {}
     of_operation = np.full((len(operations), 2), -1, np.int64)
-    everything = np.ones(graph.num_channels, bool)
+    everything = graph.all_channels()
     full = graph.costs.sizes(everything)
     share = graph.costs.share
     moves = np.count_nonzero(share, axis=1)

@@ -111,7 +111,9 @@ class Cache:
             with replacing(self.path, "cache") as temporary:
                 temporary.write_text(json.dumps(document, indent=0, sort_keys=True) + "\n")
         except (OSError, ValueError) as error:
-            self._warn(f"cannot be written ({error}); the next run measures again")
+            self._warn(
+                f"which cannot be written ({error}), expected a writable file; the next run measures again"
+            )
 
     def _load(self) -> dict[str, float]:
         """The timings in the file; empty if it is missing or, with a warning, unreadable."""
@@ -124,14 +126,14 @@ class Cache:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            self._warn(f"not a file of latencies ({error}); everything is measured anew")
+            self._warn(f"which is not a file of latencies ({error}); all latencies are measured again")
             return {}
 
     def _warn(self, what: str) -> None:
         """Warn about the file, once per cache."""
         if not self._warned:
             self._warned = True
-            warnings.warn(f"cache: {self.path}: {what}", stacklevel=4)
+            warnings.warn(f"cache: got {self.path}, {what}", stacklevel=4)
 
 
 def _seconds(document: Any) -> dict[str, float]:

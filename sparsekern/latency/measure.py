@@ -88,7 +88,7 @@ def measure(
 
 def _calls(graph: ChannelGraph, axes: list[Axis], axes_of: np.ndarray) -> dict[tuple[int, int, int], Call]:
     """The calls to time, by index of the operation and positions on the grids of its axes."""
-    full = graph.costs.sizes(np.ones(graph.num_channels, bool))
+    full = graph.costs.sizes(graph.all_channels())
     calls = {}
     for number, operation in enumerate(graph.operations):
         own = [axes[axis] for axis in axes_of[number] if axis >= 0]

@@ -1,4 +1,4 @@
-"""Pruning: from statistics to masks."""
+"""Pruning: choosing channels from statistics of a training, and masking them."""
 
 from sparsekern.prune.decide import allocate as allocate
 from sparsekern.prune.decide import criteria as criteria

@@ -58,9 +58,9 @@ def run_batch(model: nn.Module, inputs: Any, name: str) -> Any:
     except (TypeError, AttributeError) as error:
         keys = f" with {', '.join(map(str, inputs))}" if isinstance(inputs, Mapping) else ""
         raise ValueError(
-            f"{name}: got a batch whose inputs, a {type(inputs).__name__}{keys}, the model does not take "
-            f"({error}), expected (inputs, targets) with a tensor, a tuple of positional or a dict of "
-            f"keyword arguments; forward_loss(model, batch) takes batches of any form"
+            f"{name}: got a batch with inputs of type {type(inputs).__name__}{keys}, which the model does "
+            f"not accept ({error}), expected (inputs, targets) with a tensor, a tuple of positional or a "
+            f"dict of keyword arguments; pass forward_loss(model, batch) for batches of any other form"
         ) from error
 
 
@@ -76,8 +76,8 @@ def check_losses(loss: object, forward_loss: object) -> None:
             raise TypeError(f"{name}: got {type(value).__name__}, expected a function")
     if loss is not None and forward_loss is not None:
         raise ValueError(
-            "forward_loss: got a function beside loss, expected one of the two: loss(outputs, targets) for "
-            "batches (inputs, targets), or forward_loss(model, batch) for any batch"
+            "forward_loss: got a function as well as loss, expected only one of them; loss(outputs, targets) "
+            "serves batches (inputs, targets), forward_loss(model, batch) serves any batch"
         )
 
 
@@ -104,7 +104,7 @@ class Calibration:
             raise ValueError(f"batches: got {most!r}, expected a whole number >= 1")
         check_losses(loss, forward_loss)
         if source is None and forward_loss is not None:
-            raise ValueError("calibration: got None with forward_loss, expected the batches that it takes")
+            raise ValueError("calibration: got None with forward_loss, expected batches for forward_loss")
         self.loss, self.forward_loss = loss, forward_loss
         self._most, self._given = most, source is not None
         self._source: Iterable[Any] = () if source is None else source

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -14,11 +15,14 @@ from sparsekern.compact import Plan
 from sparsekern.compact.plan import make_plan
 from sparsekern.compact.transaction import all_or_nothing
 from sparsekern.graph.cost import Cost
+from sparsekern.prune.calibration import ForwardLoss
 from sparsekern.prune.decide.allocate import Uniform
 from sparsekern.prune.decide.policy import Policy
-from sparsekern.prune.probe import Loss, Trial, state_bytes, time_steps, trying
+from sparsekern.prune.decide.settings import Settings
+from sparsekern.prune.run.events import Events
 from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.state.network import Network
+from sparsekern.prune.trial_steps import Loss, Trial, loss_to_time, state_bytes, time_steps, trying
 
 # Number of network sizes at which steps are timed; times of other sizes are interpolated.
 _POINTS = 4
@@ -102,31 +106,61 @@ class Forecast:
         return "\n".join(lines)
 
 
-def forecast(
-    network: Network,
-    policy: Policy,
-    schedule: Schedule,
-    *,
-    steps: int,
-    shrinks: bool,
-    ranks: int,
-    loss: Loss | None,
-    made: float,
-) -> Forecast:
-    """See :meth:`sparsekern.Pruner.forecast`.
+class Forecaster:
+    """Computes forecasts of a training that has not begun.
 
     Args:
-        loss: the loss of the timed training steps; None for no timing.
-        made: seconds that the construction of the Pruner took.
+        network: the network at full size.
+        settings: the settings of the Pruner.
+        events: the progress of the training, with its schedule.
+        example: positional and keyword arguments of a forward pass.
+        begin: ``time.perf_counter()`` when the construction of the Pruner began; it ends here.
     """
-    events = schedule.events if shrinks else ()
+
+    def __init__(
+        self,
+        network: Network,
+        settings: Settings,
+        events: Events,
+        example: tuple[tuple[Any, ...], Mapping[str, Any]],
+        begin: float,
+    ) -> None:
+        self._network, self._settings, self._events, self._example = network, settings, events, example
+        self._setup_seconds = perf_counter() - begin
+
+    def forecast(self, ranks: int, measure: Any, forward_loss: ForwardLoss | None) -> Forecast:
+        """See :meth:`sparsekern.Pruner.forecast`."""
+        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+            raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
+        now, whole = self._network.graph.num_channels, self._network.rows.total
+        if now != whole:
+            raise RuntimeError(
+                f"forecast: got a model that has been cut to {now} of {whole} channels, expected one of full "
+                f"size; call it before the training begins"
+            )
+        loss = loss_to_time(measure, forward_loss, self._example, self._network.model)
+        schedule = self._events.schedule
+        return _estimate(self._network, self._settings, schedule, ranks, loss, self._setup_seconds)
+
+
+def _estimate(
+    network: Network,
+    settings: Settings,
+    schedule: Schedule,
+    ranks: int,
+    loss: Loss | None,
+    setup_seconds: float,
+) -> Forecast:
+    """The forecast, with times of training steps if their ``loss`` is given."""
+    policy, steps = settings.policy, settings.timing.steps
+    events = schedule.events if settings.shrink else ()
     starts = [0, *(event.step + event.fade_steps for event in events)]
     pruner_seconds = None
     if loss is None:
         sizes = _evenly(network, policy, [event.share for event in events])
     else:
-        sizes, deciding = _fast_forward(network, policy, schedule if shrinks else None, loss)
-        pruner_seconds = made + deciding
+        sizes, deciding = _fast_forward(network, policy, schedule if settings.shrink else None, loss)
+        pruner_seconds = setup_seconds + deciding
     costs = [cost for _, cost in sizes]
     seconds = None if loss is None else _seconds(network, sizes, loss)
     own, state = _parameter_bytes(network.model), state_bytes(network.optimizer)
@@ -159,7 +193,7 @@ def forecast(
 
 def _evenly(network: Network, policy: Policy, shares: Sequence[float]) -> list[tuple[Plan, Cost]]:
     """Plan and cost of every stage, the dense one first, if every layer keeps an equal share of its width."""
-    graph, everything = network.graph, np.ones(network.graph.num_channels, bool)
+    graph, everything = network.graph, network.graph.all_channels()
     sizes = []
     for share in (1.0, *shares):
         kept = Uniform()(policy.problem(network, np.zeros(len(everything)), everything, share))
@@ -180,7 +214,7 @@ def _fast_forward(
         For each stage the plan and its cost, and the seconds that the events took.
     """
     trial = Trial(network.model, network.optimizer, Plan({}), loss)
-    own = network.twin(trial.model, trial.optimizer)
+    own = network.for_copy(trial.model, trial.optimizer)
     sizes = [_size(own)]
     if schedule is None:
         return sizes, 0.0
@@ -200,7 +234,7 @@ def _fast_forward(
 
 
 def _size(network: Network) -> tuple[Plan, Cost]:
-    everything = np.ones(network.graph.num_channels, bool)
+    everything = network.graph.all_channels()
     return network.plan(everything), network.graph.cost(everything)
 
 

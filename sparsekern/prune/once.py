@@ -30,11 +30,11 @@ from sparsekern.prune.decide.budget import (
     round_to_choices,
 )
 from sparsekern.prune.decide.names import resolve_allocate, resolve_select
-from sparsekern.prune.preparation import check_counted, prunable_graph
+from sparsekern.prune.prunable import prunable_graph
 from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.masking import Masks
-from sparsekern.prune.state.statistics import ChannelRows, gather, weigh
+from sparsekern.prune.state.statistics import ChannelRows, gather, sum_weight_squares
 
 # Decay of the exponential means: close enough to 1 that over a few batches they equal plain means to a few %.
 DECAY = 0.999
@@ -133,7 +133,7 @@ def prune_once(
         work = compact(model, Plan({})).eval().requires_grad_(True)
         rows = ChannelRows(work, task.graph, {id(p) for p in work.parameters()}, decay=DECAY)
         activations = Activations(work, task.graph, counting=select.needs_activations, decay=DECAY)
-        check_counted(select, activations)
+        criteria.check_counted(select, activations)
         activations.attach()
         _gather_rows(work, rows.table, activations, given if select.needs_gradients else None)
         activations.detach()
@@ -174,7 +174,7 @@ def task_of(
     trained = {id(p) for p in parameters.values()}
     graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
     floors = resolve_floors(min_channels, graph)
-    live = np.ones(graph.num_channels, bool)
+    live = graph.all_channels()
 
     def problem_of(multiple: int) -> Problem:
         pricing = None
@@ -193,13 +193,13 @@ def _check_calibration(select: criteria.Criterion, given: Calibration) -> None:
         return
     missing = None
     if not given:
-        missing = "calibration: got None, expected batches"
+        missing = "calibration: got None, expected batches to compute gradients from"
     elif given.loss is None and given.forward_loss is None:
-        missing = "loss: got None, expected a function (or forward_loss, for batches of any form)"
+        missing = "loss: got None, expected a function, or forward_loss for batches of any form"
     if missing is not None:
         raise ValueError(
-            f"{missing} to take gradients from, as select={select!r} ranks channels by them; "
-            f"criteria.Magnitude() does not"
+            f"{missing}: select={select!r} ranks channels by gradients; criteria.Magnitude() ranks them "
+            f"without"
         )
 
 
@@ -211,7 +211,7 @@ def _gather_rows(
 ) -> None:
     """Fill the table from the gradients of the batches, or from the weights alone if ``given`` is None."""
     if given is None:
-        weigh(table)
+        sum_weight_squares(table)
         return
     for number, loss_of in enumerate(given.losses(work)):
         if number == 0 and activations.counting:
@@ -259,7 +259,7 @@ def _check_loss(value: object, number: int) -> None:
         problem = f"{value.item()}"
     if problem is not None:
         raise ValueError(
-            f"loss: gave {problem} for batch {number}, expected one finite number with a gradient"
+            f"loss: got {problem} for batch {number}, expected one finite number with a gradient"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.compact import Plan, check_cuttable, compact, make_plan
+from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.compact.optimizer_state import StateCutter
-from sparsekern.compact.transaction import all_or_nothing, uninterrupted
 from sparsekern.compact.verify import as_arguments
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.distributed.tensors import unwrap
@@ -23,85 +21,73 @@ from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune.calibration import ForwardLoss
 from sparsekern.prune.decide import criteria
 from sparsekern.prune.decide.allocate import Allocator
-from sparsekern.prune.decide.budget import Unit, check_keep, check_unit, resolve_floors, round_to_choices
-from sparsekern.prune.decide.names import resolve_allocate, resolve_select
+from sparsekern.prune.decide.budget import Unit, check_keep, round_to_choices
 from sparsekern.prune.decide.policy import Policy
-from sparsekern.prune.forecast import Forecast, forecast
-from sparsekern.prune.optimizer_check import StateCheck, check_state
-from sparsekern.prune.preparation import check_counted, check_options, prunable_graph
-from sparsekern.prune.probe import loss_to_time
+from sparsekern.prune.decide.settings import Settings
+from sparsekern.prune.forecast import Forecast, Forecaster
+from sparsekern.prune.prunable import prunable_graph
 from sparsekern.prune.run import progress
-from sparsekern.prune.run.events import Events, unfinished
+from sparsekern.prune.run.budget_warning import BudgetWarning
+from sparsekern.prune.run.events import Events
+from sparsekern.prune.run.gradient_check import GradientCheck, check_nonfinite
 from sparsekern.prune.run.watch import Watch, abandoned
-from sparsekern.prune.save.resume import Resumable
-from sparsekern.prune.schedule import Schedule
-from sparsekern.prune.state.finite import GradientCheck
-from sparsekern.prune.state.masking import Masks
+from sparsekern.prune.save.checkpoint import Checkpoint
+from sparsekern.prune.save.saved_state import SavedState
+from sparsekern.prune.schedule import Timing
+from sparsekern.prune.shrinkable import check_shrinkable
 from sparsekern.prune.state.network import Network
-from sparsekern.prune.state.statistics import ChannelRows, trained_by
+from sparsekern.prune.state.statistics import trained_by
+
+Path = str | os.PathLike[str]
 
 
-class Pruner(Resumable):
-    """Prunes a model's channels while an optimizer trains it.
+class Pruner:
+    """Prunes a model's channels while an optimizer trains it; training code needs no further call.
 
-    Training code needs no further call. The optimizer's steps gather statistics of gradients and apply
-    penalties and masks: in the same pass for :mod:`sparsekern.optim`, through hooks around the step for any
-    other optimizer. At each event the Pruner chooses channels. Their gates fade to zero until the next event
-    masks them. The last event meets the budget.
+    The optimizer's steps gather statistics of gradients and apply penalties and masks: in the same pass for
+    :mod:`sparsekern.optim`, through hooks around the step for any other optimizer. At each event the Pruner
+    chooses channels. Their gates fade to zero until the next event masks them. The last one meets the budget.
 
     Args:
-        model: the model to prune, on the device where it is trained. It may come from ``torch.compile`` or
-            ``DistributedDataParallel``, or be sharded by ``fully_shard``. Every process makes a Pruner.
-        optimizer: holds the model's trainable parameters. It may be one of ``torch.optim`` or a user's own,
-            and may be wrapped by accelerate, Lightning, a Lookahead or similar.
-        example_inputs: a tensor or a tuple of the positional arguments of ``model``, of a size that the model
-            is used with. MACs are those of one forward pass on them.
-        example_kwargs: keyword arguments of ``model`` for the same forward pass.
+        model: the model on the device where it is trained, possibly inside ``torch.compile`` or
+            ``DistributedDataParallel``, or sharded by ``fully_shard``. Every process makes a Pruner.
+        optimizer: holds the model's trainable parameters; of ``torch.optim`` or any other, possibly wrapped.
+        example_inputs: a tensor or a tuple of the positional arguments of ``model``; costs are those of one
+            forward pass on them, with the keyword arguments ``example_kwargs``.
         keep: share of the dense cost that stays, in (0, 1].
-        of: the cost: ``"macs"``, ``"params"`` or ``"latency"``. Latency is the time of a forward pass on this
-            machine with the current threads (:mod:`sparsekern.latency`); ``round_to="auto"`` suits it.
+        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``, the time of a forward pass on this machine
+            with the current threads (:mod:`sparsekern.latency`); ``round_to="auto"`` suits it.
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
             as ``"taylor"`` or ``"taylor * gradient-count"``.
-        allocate: decides the widths of the groups, default :class:`sparsekern.allocate.Global`; or its name.
-        warmup: share of ``steps`` before the first event.
-        finish: share of ``steps`` by which the budget is met. The remaining steps train the smaller network.
+        allocate: sets the widths of the groups, default :class:`sparsekern.allocate.Global`; or its name.
+        warmup: share of ``steps`` before the first event, in [0, 1).
+        finish: share of ``steps`` by which the budget is met. The other steps train the smaller network.
         events: number of times that channels are chosen between ``warmup`` and ``finish``.
         round_to: group widths are multiples of this number, or stay unchanged. ``"auto"`` chooses it for the
             device, and a smaller one where ``keep`` needs it. Default: ``"auto"`` with ``shrink``, else 1.
         min_channels: channels that every group keeps at least, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns whose shape, outputs and inputs stay as they are.
-        exact: False also allows channels whose removal changes the values of other channels, see
-            :func:`sparsekern.trace`. A warning names their groups.
-        penalty: extra decay of the gates of the channels that would go at the next event. From one event to
-            the next it multiplies them by about ``exp(-penalty)``, besides their training; 0 for none.
-        nonfinite: response to gradients with NaN or infinity, which never enter the statistics. ``"ignore"``
-            leaves the update to the optimizer. ``"raise"`` checks all gradients before each step, those of
-            its closure if it has one, and raises a FloatingPointError before anything changes. The check
-            costs a pass over the gradients and, on a GPU, a synchronisation.
-        shrink: cut masked channels out of the live model and the optimizer's state at every event, see
-            :meth:`shrink`. Steps then cost as much as those of the smaller network. The state must have each
-            parameter's shape (or see ``state_cutter``). Channels chosen at one event leave at the next, so
-            the training costs the area under a staircase of ``events`` steps.
-            :class:`sparsekern.prune.schedule.Schedule` has figures, :meth:`forecast` computes those of a
-            model.
-        also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel`` of
-            ``torch.optim.swa_utils``.
-        state_cutter: for an optimizer whose state has other shapes than its parameters:
-            ``(parameter, name, value, TensorPlan) -> smaller value``.
-        cache: directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's
-            cache.
-        process_group: the processes that train this model together and check that their decisions agree. None
-            means those of ``DistributedDataParallel``, else the default group if there is one.
+        exact: False also allows channels whose removal changes values of others (:func:`sparsekern.trace`).
+        penalty: extra decay >= 0 of the gates of channels that would go at the next event. Until then they
+            are multiplied by about ``exp(-penalty)``, in addition to their training.
+        nonfinite: response to NaN or infinity in gradients, which no statistics count: ``"ignore"`` goes on,
+            ``"raise"`` checks all gradients before each step and raises a FloatingPointError.
+        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`, so that steps
+            cost as much as those of the smaller network, see :class:`sparsekern.prune.schedule.Schedule`.
+        also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel``.
+        state_cutter: ``(parameter, name, value, TensorPlan) -> smaller value`` for unusual optimizer state.
+        cache: directory of timings for latency; default ``$SPARSEKERN_CACHE``, else the user's cache.
+        process_group: the processes that train this model together; None for those of
+            ``DistributedDataParallel``, else the default group if there is one.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, see :func:`sparsekern.optim.unwrap_optimizer`.
-        ValueError: an argument is out of range, no channel can be removed, ``keep`` is below the smallest
-            share that floors and frozen layers allow, the optimizer lacks trainable parameters of the model,
-            the model does not accept ``example_inputs``, or ``shrink`` is True for a sharded model. Nothing
-            has changed.
+        ValueError: an argument is out of range, no channel can be removed, floors and frozen layers do not
+            allow ``keep``, the optimizer lacks trainable parameters of the model, the model does not accept
+            ``example_inputs``, or it is sharded and ``shrink`` is True.
         RuntimeError: the optimizer's steps already drive a Pruner of some of the parameters, or the processes
-            differ in their arguments or models, here or at a later decision.
+            differ in their arguments or models. Nothing has changed after any exception.
     """
 
     def __init__(
@@ -128,89 +114,44 @@ class Pruner(Resumable):
         shrink: bool = False,
         also: Sequence[nn.Module] = (),
         state_cutter: StateCutter | None = None,
-        cache: str | os.PathLike[str] | None = None,
+        cache: Path | None = None,
         process_group: Any = None,
     ) -> None:
         begin = perf_counter()
-        self._keep = check_keep(keep)
-        of = check_unit(of)
-        select, allocate = resolve_select(select), resolve_allocate(allocate)
-        check_options(penalty, nonfinite)
-        self._schedule = Schedule.cubic(
-            steps=steps, keep=self._keep, warmup=warmup, finish=finish, events=events
-        )
-        given, model = model, unwrap(model)
-        if shrink:
-            check_cuttable(model)
-        self._optimizer = optimizer = (unwrapped := unwrap_optimizer(optimizer)).optimizer
-        orphans = abandoned(optimizer, model)
-        if checks_state := shrink and state_cutter is None:
-            check_state(unwrapped)
-        self._steps = steps
-        self._timing = {"warmup": warmup, "finish": finish, "events": events}
-        self._example = as_arguments(example_inputs, example_kwargs)
-        self._shrinks = bool(shrink)
-        graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
-        self._policy = Policy(
-            select,
-            allocate,
-            of,
-            resolve_floors(min_channels, graph),
-            1,  # `rounded` replaces it once the widths of the network are known
-            float(penalty),
-        )
-        choices = round_to_choices(round_to, model, self._shrinks)
-        # Averages over about one interval between events, so each decision uses fresh statistics.
-        interval = max(10, self._schedule.events[0].fade_steps)
-        self._network = Network(
-            model,
-            unwrapped,
-            graph,
-            decay=1 - 1 / interval,
-            counting=self._policy.select.needs_activations,
-            also=also,
-            state_cutter=state_cutter,
-        )
-        check_counted(self._policy.select, self._network.activations)
-        self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
-        time = functools.partial(self._network.time, self._example, cache=cache, ranks=self._ranks)
-        self._policy = self._policy.rounded(self._network, choices, self._keep, time)
-        with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
-            check(self._settings(), self._fingerprint(), nonfinite)
-        self._events = Events(self._network, self._policy, self._schedule, self._ranks, shrinks=self._shrinks)
-        self._warned: tuple[Any, ...] = ()
-        self._watch = Watch(self, self._network, self._events)
-        hooks = self._watch.hooks
-        for watch in orphans:
-            watch.detach()
-        if nonfinite == "raise":
-            # The check runs before the statistics read the gradients, and torch.compile does not trace it.
-            check_gradients = torch.compiler.disable(GradientCheck(self._network, self._ranks))
-            hooks.append(optimizer.register_step_pre_hook(check_gradients))
-        # A decision that an earlier step left undone runs before anything reads the gradients of this step.
-        catch_up = torch.compiler.disable(self._events.before_step)
-        hooks.append(optimizer.register_step_pre_hook(catch_up))
-        self._network.attach()
-        if checks_state:
-            hooks.append(StateCheck(unwrapped))
-        hooks.append(optimizer.register_step_post_hook(self._watch))
-        self._seconds = perf_counter() - begin
+        share, policy = check_keep(keep), Policy.of_arguments(select, allocate, of, penalty)
+        checks_gradients = check_nonfinite(nonfinite)
+        timing = Timing(steps, warmup, finish, events)
+        schedule = timing.schedule(share)
+        wrapped, model, unwrapped = model, unwrap(model), unwrap_optimizer(optimizer)
+        replaced = abandoned(unwrapped.optimizer, model)
+        state_check = check_shrinkable(model, unwrapped, state_cutter) if shrink else None
+        example, trained = as_arguments(example_inputs, example_kwargs), trained_by(unwrapped.optimizer)
+        graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
+        choices = round_to_choices(round_to, model, bool(shrink))
+        counting = policy.select.needs_activations
+        network = Network(model, unwrapped, graph, schedule.decay, counting, also, state_cutter)
+        ranks = Ranks(wrapped, process_group, network.device)
+        time = functools.partial(network.time, example, cache=cache, ranks=ranks)
+        policy = policy.fitted(network, share, min_channels, choices, time)
+        settings = Settings(share, policy, timing, bool(shrink))
+        with ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
+            check(settings.to_plain(), network.fingerprint(), nonfinite)
+        self._network, self._ranks, self._settings = network, ranks, settings
+        self._events = Events(network, policy, schedule, ranks, shrinks=bool(shrink))
+        self._budget_warning = BudgetWarning(settings, network, self._events)
+        self._saved_state = SavedState(settings, network, self._events)
+        self._checkpoint = Checkpoint(self._saved_state, network, ranks)
+        self._watch = Watch(self, network, self._events)
+        self._watch.attach(replaced, GradientCheck(network, ranks) if checks_gradients else None, state_check)
+        self._forecaster = Forecaster(network, settings, self._events, example, begin)
 
     def __repr__(self) -> str:
-        return progress.described(self._network, self._events, self._keep, self._policy.of, self._steps)
+        return progress.described(self._network, self._events, self._settings)
 
     @property
     def graph(self) -> ChannelGraph:
         """The channels of the live model, their groups and their cost."""
         return self._network.graph
-
-    @property
-    def _masks(self) -> Masks:
-        return self._network.masks
-
-    @property
-    def _rows(self) -> ChannelRows:
-        return self._network.rows
 
     @property
     def finished(self) -> bool:
@@ -222,57 +163,45 @@ class Pruner(Resumable):
 
         Args:
             keep: None plans the channels that are not masked; the compact model then equals the masked one.
-                A share of the dense cost plans that budget anew among the channels that are not masked, from
-                the statistics gathered or loaded so far; the compact model then computes something else.
-            of: the cost that ``keep`` is a share of; None for the Pruner's own. ``"latency"`` is allowed only
-                if the Pruner's own cost is latency.
+                A share of the dense cost plans that budget; the compact model then computes something else.
+            of: the cost of that share; None for the Pruner's own. ``"latency"`` only for a Pruner of latency.
 
         Raises:
-            ValueError: ``keep`` is out of range or below the smallest share that floors and frozen layers
-                allow, or ``of`` is not a known cost, or comes without ``keep``.
+            ValueError: ``keep`` or ``of`` is not valid, or floors and frozen layers do not allow ``keep``.
             RuntimeError: weights were written into masked rows, see :meth:`remask`.
 
         Warns:
             UserWarning: without ``keep``, as for :meth:`compact`.
         """
-        if of is not None:
-            check_unit(of)
         self._network.check_masked()
-        if keep is None:
-            if of is not None:
-                raise ValueError(f"keep: got None with of={of!r}, expected the share of it that stays")
-            self._warn_of_unfinished()
-            return self._network.plan(self._masks.unmasked)
-        share = check_keep(keep)
-        self._rows.table.settle()
-        return self._network.plan(self._policy.widths(self._network, share, of))
+        if keep is not None or of is not None:
+            return self._network.plan(self._settings.policy.widths(self._network, keep, of))
+        self._budget_warning.warn()
+        return self._network.plan(self._network.masks.unmasked)
 
     def compact(self) -> nn.Module:
-        """A copy of the model without its masked channels; it computes the same outputs as the masked model.
+        """A copy of the model without its masked channels; its outputs equal those of the masked model.
 
-        Channels that are still fading out are kept; wait for :attr:`finished`. For a sharded model all
-        processes have to call this. It gathers one tensor at a time, and each process gets a plain module.
+        Channels that still fade out are kept; wait for :attr:`finished`. For a sharded model all processes
+        have to call this, and each gets a plain module.
 
         Raises:
-            RuntimeError: weights were written into masked rows, see :meth:`remask`, or a parameter of the
-                model is another object than the one that the optimizer holds.
+            RuntimeError: weights were written into masked rows (:meth:`remask`), or a parameter was replaced.
 
         Warns:
             UserWarning: the budget is not met yet; the text names the share reached and the reason.
         """
         self._network.check_masked(self._ranks if self._network.sharded else None)
-        self._warn_of_unfinished()
-        return compact(self._network.model, make_plan(self.graph, self._masks.unmasked))
+        self._budget_warning.warn()
+        return compact(self._network.model, make_plan(self.graph, self._network.masks.unmasked))
 
     def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
         """Cut the masked channels out of the live model now, with its optimizer's state.
 
-        Modules, parameters, buffers and the optimizer with its groups and state stay the same objects and
-        become smaller. Gradients, statistics and masks follow. Hooks, learning rate schedulers and gradient
-        scalers keep working. The next step has the loss of the masked model, up to rounding. Numbers differ
-        where random numbers are drawn by size (dropout) or an optimizer reads a whole tensor (Adafactor's
-        scale). ``torch.compile`` compiles once more at the next call, and a captured CUDA graph has to be
-        captured anew. With ``shrink=True`` the Pruner does this at every event.
+        All modules, tensors and groups stay the same objects, and hooks, learning rate schedulers and
+        gradient scalers keep working. The next step has the loss of the masked model, up to rounding and
+        random numbers drawn by size (dropout). ``torch.compile`` compiles once more, and a captured CUDA
+        graph has to be captured anew.
 
         Args:
             also: further copies of the model, such as an ``AveragedModel``, besides the Pruner's own.
@@ -281,90 +210,56 @@ class Pruner(Resumable):
             Whether there were masked channels to cut.
 
         Raises:
-            TypeError, ValueError: the optimizer has state that cannot be cut, or an entry of ``also`` is not
-                a copy of the model.
+            TypeError, ValueError: optimizer state cannot be cut, or an entry of ``also`` is not a copy.
             RuntimeError: weights were written into masked rows, see :meth:`remask`. Nothing has changed after
                 any exception. Ctrl-C waits until everything is smaller.
         """
-        with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
-            self._network.check_masked()
-            cut = self._network.shrink(undo, also, ready)
-            done()
-        return cut
+        return self._events.shrink(also)
 
     def remask(self) -> int:
         """Zero the rows of masked channels, the columns that read them, and their optimizer state again.
 
-        ``load_state_dict`` of the model, of its modules and of the optimizer does this by itself. Call it
-        after weights were written in another way to channels that were already masked (``parameter.data``,
-        ``nn.init``, an average that is copied back). Such weights make the masked network differ from the
-        compact one. Until this is called, :meth:`compact`, :meth:`plan`, :meth:`shrink`,
-        :meth:`save_checkpoint` and the optimizer's next step with a decision raise a RuntimeError.
+        Call it after weights were written to masked channels in another way than ``load_state_dict``, which
+        does this by itself (``parameter.data``, ``nn.init``). Until then :meth:`compact`, :meth:`plan`,
+        :meth:`shrink`, :meth:`save_checkpoint` and the next step with a decision raise a RuntimeError.
 
         Returns:
             The number of rows that were not zero.
 
         Raises:
-            RuntimeError: a parameter of the model is another object than the one that the optimizer holds.
+            RuntimeError: a parameter was replaced: the model and the optimizer hold different objects.
         """
         return self._network.remask()
 
     def forecast(
-        self,
-        *,
-        ranks: int = 1,
-        measure: Any = False,
-        forward_loss: ForwardLoss | None = None,
+        self, *, ranks: int = 1, measure: Any = False, forward_loss: ForwardLoss | None = None
     ) -> Forecast:
         """The cost of the training, stage by stage; call this before the training begins.
 
-        The final widths are not known yet. Without ``measure`` the forecast assumes that all layers keep an
-        equal share, within floors and ``round_to``. With ``measure`` it makes the decisions on a copy, from
-        the gradients of the first few steps. Without ``shrink`` every step costs as much as a dense one.
-
         Args:
             ranks: processes that average their gradients.
-            measure: whether and on which inputs to time the decisions, and training steps of copies of the
-                model at a few sizes, on this machine. True uses the example inputs. A tensor, a tuple of
-                positional or a dict of keyword arguments gives other inputs. In both cases the loss is the
-                mean square of the outputs. A function takes a copy and returns the training's own loss on a
-                batch of its choice. ``torch.compile`` compiles again afterwards.
-            forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``,
-                which may then have any form.
+            measure: False assumes that all layers keep an equal share, within floors and ``round_to``.
+                Anything else makes the decisions on a copy, from gradients of its first few steps, and times
+                them and training steps on this machine. True uses the example inputs; a tensor, a tuple of
+                positional or a dict of keyword arguments gives others; the loss is the mean square of the
+                outputs. A function takes a copy of the model and returns the loss on a batch of its choice.
+            forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``.
 
         Raises:
             TypeError: ``forward_loss`` is not a function.
-            ValueError: ``ranks`` is not a whole number of at least 1, a step on these inputs fails, or
+            ValueError: ``ranks`` is not a whole number >= 1, a step on these inputs fails, or
                 ``forward_loss`` comes without a batch.
             RuntimeError: channels have already been cut out of the model.
         """
-        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
-            raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
-        if self.graph.num_channels != self._rows.total:
-            raise RuntimeError("forecast: got a model that has been cut, expected one of full size")
-        loss = loss_to_time(measure, forward_loss, self._example, self._network.model)
-        return forecast(
-            self._network,
-            self._policy,
-            self._schedule,
-            steps=self._steps,
-            shrinks=self._shrinks,
-            ranks=ranks,
-            loss=loss,
-            made=self._seconds,
-        )
+        return self._forecaster.forecast(ranks, measure, forward_loss)
 
     def abort(self) -> int:
-        """Undo the latest decision as far as possible: channels that are fading out live again.
-
-        Their gates keep the values that they have faded to, and train on from there.
+        """Make the channels that are fading out live again; they train on from their faded gates.
 
         Returns:
             The number of channels that live again.
         """
-        with uninterrupted():
-            self._rows.table.settle()
-            return int(self._masks.restore().sum())
+        return self._events.abort()
 
     def detach(self) -> None:
         """Stop watching the optimizer. Masked channels then stay zero only until a step trains them."""
@@ -376,22 +271,83 @@ class Pruner(Resumable):
         ``step``: optimizer steps so far; ``macs``, ``params``: cost without the masked channels;
         ``macs_share``, ``params_share``: the same as shares of the dense cost; ``kept``: channels that are
         not masked; ``channels``: channels at first; ``condemned``: channels that are fading out;
-        ``nonfinite``: rows of gradients left out of the statistics; ``finished``: 0 or 1. :meth:`widths` has
-        each layer's width.
+        ``nonfinite``: rows of gradients left out of the statistics; ``finished``: 0 or 1.
         """
         return progress.metrics(self._network, self._events)
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """The width of each group: ``{name: (channels that are not masked, channels at first)}``.
-
-        Where several groups share a name, the second one is called ``name#2``, and so on.
-        """
+        """``{group: (channels that are not masked, channels at first)}``; a repeated name gets ``#2``, ..."""
         return progress.widths(self._network)
 
-    def _warn_of_unfinished(self) -> None:
-        """Warn once for every state in which the network does not meet the budget yet."""
-        text = unfinished(self._network, self._policy.of, self._keep, self._events, self._steps)
-        state = self._events.step, self._masks.state.tobytes()
-        if text and state != self._warned:
-            self._warned = state
-            warnings.warn(text, UserWarning, stacklevel=3)
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the state that a resumed training needs besides the model and the optimizer.
+
+        ``torch.load(weights_only=True)`` reads it. Counts of activations are those of this process alone.
+        """
+        return self._saved_state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
+        """Go on from a :meth:`state_dict`, in a full-size model or one of the size in the state.
+
+        This cuts the model, its optimizer's state and its copies to their size in the state; load their
+        values afterwards. With other ``steps`` than the saved ones the training is extended: events after the
+        saved step are those of this Pruner's schedule, and none if all are over.
+
+        Args:
+            state: a result of :meth:`state_dict`.
+            also: as for :meth:`shrink`.
+
+        Raises:
+            ValueError: the state has another network or other settings, or needs more ``steps`` to meet its
+                budget. Nothing has changed after any exception. Ctrl-C waits until everything is loaded.
+        """
+        self._saved_state.load(state, also)
+
+    def save_checkpoint(self, path: Path, **extra: Any) -> None:
+        """Write model, optimizer, Pruner, copies, random generators and ``extra`` to one file.
+
+        An existing file stays until the new one is complete and on the disk. If several processes train
+        together, all have to call this. The first one writes, with the generators of all.
+
+        Args:
+            path: a file name.
+            extra: tensors and plain values by name, such as ``scheduler=scheduler.state_dict()``.
+
+        Raises:
+            OSError: ``path`` cannot be written.
+            ValueError: a value of ``extra`` has another type, or the model is sharded. Nothing is written.
+            RuntimeError: the writing process failed, or weights were written into masked rows.
+        """
+        self._checkpoint.save(path, extra)
+
+    def load_checkpoint(self, path: Path, *, also: Sequence[nn.Module] = ()) -> dict[str, Any]:
+        """Go on from :meth:`save_checkpoint`, bit by bit, in a full-size model with its optimizer and Pruner.
+
+        Other ``steps`` extend the training, see :meth:`load_state_dict`; the caller extends a learning rate
+        schedule. Every process has to call this; more processes than before reuse the saved generators.
+
+        Args:
+            path: the file; no code from it is run.
+            also: further copies of the model to cut to its size. The file does not hold their values.
+
+        Returns:
+            The extra values.
+
+        Raises:
+            OSError: ``path`` cannot be read.
+            ValueError: the file is damaged or not a checkpoint, or belongs to another network, optimizer or
+                settings, or the model is sharded.
+            RuntimeError: another process failed or read another file. Nothing has changed after any error.
+        """
+        return self._checkpoint.load(path, also)
+
+
+def check_run(
+    pruner: Pruner, state: Mapping[str, Any], weights: Mapping[str, Any], optimizer: Mapping[str, Any]
+) -> None:
+    """Check that a Pruner, its model and its optimizer can load these state dicts, before any of them does.
+
+    Raises:
+        ValueError: one of them does not fit. Nothing has changed.
+    """
+    pruner._checkpoint.check(state, weights, optimizer)

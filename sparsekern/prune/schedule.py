@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -65,8 +65,8 @@ class Schedule:
         first, last = max(1, round(warmup * steps)), round(finish * steps)
         if last - first < 1:
             raise ValueError(
-                f"steps: got {steps}, expected enough for one event between warmup={warmup} and "
-                f"finish={finish} of the training"
+                f"steps: got {steps}, expected enough steps for one event between warmup={warmup} and "
+                f"finish={finish} of the training; raise steps or finish"
             )
         count = min(events, last - first)
         starts = [first + round(i * (last - first) / count) for i in range(count)]
@@ -78,6 +78,14 @@ class Schedule:
             ),
             last,
         )
+
+    @property
+    def decay(self) -> float:
+        """Decay per step of the running means of statistics.
+
+        The means cover about one interval between events, so each decision uses fresh statistics.
+        """
+        return 1 - 1 / max(10, self.events[0].fade_steps)
 
     def to_plain(self) -> dict[str, Any]:
         """The schedule as plain values, for a state."""
@@ -95,8 +103,8 @@ class Schedule:
         """
         if not _is_plain(plain):
             raise ValueError(
-                f"state['schedule']: got {str(plain)[:80]!r}, expected events [step, share, decline] in "
-                f"order of step, and the step of the finish"
+                f"state['schedule']: got {str(plain)[:80]!r}, expected events [step, share, "
+                f"fade_steps] in order of step, and the step of the finish"
             )
         return cls(tuple(Event(*entry) for entry in plain["events"]), plain["finish"])
 
@@ -107,6 +115,24 @@ class Schedule:
     def after(self, step: int) -> Event | None:
         """The first event later than ``step``, or None."""
         return next((event for event in self.events if event.step > step), None)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The arguments of a Pruner that determine its schedule, besides ``keep``; see :meth:`Schedule.cubic`."""
+
+    steps: int
+    warmup: float
+    finish: float
+    events: int
+
+    def schedule(self, keep: float) -> Schedule:
+        """The schedule that brings the cost to the share ``keep``.
+
+        Raises:
+            ValueError: see :meth:`Schedule.cubic`.
+        """
+        return Schedule.cubic(keep=keep, **asdict(self))
 
 
 def _is_plain(plain: Any) -> bool:
@@ -123,12 +149,19 @@ def _is_plain(plain: Any) -> bool:
     return steps == sorted(set(steps)) and type(plain.get("finish")) is int and plain["finish"] > steps[-1]
 
 
-def _check(steps: int, warmup: float, finish: float, events: int) -> None:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: got {steps!r}, expected the number of optimizer steps, at least 1")
-    if not 0 <= warmup < 1:
+def _check(steps: object, warmup: object, finish: object, events: object) -> None:
+    if not _is_whole(steps):
+        raise ValueError(
+            f"steps: got {steps!r}, expected a whole number >= 1, the optimizer steps of the training"
+        )
+    if not isinstance(warmup, (int, float)) or not 0 <= warmup < 1:
         raise ValueError(f"warmup: got {warmup!r}, expected a share of the steps in [0, 1)")
-    if not warmup < finish <= 1:
+    if not isinstance(finish, (int, float)) or not warmup < finish <= 1:
         raise ValueError(f"finish: got {finish!r}, expected a share in (warmup={warmup!r}, 1]")
-    if not isinstance(events, int) or events < 1:
-        raise ValueError(f"events: got {events!r}, expected a whole number, at least 1")
+    if not _is_whole(events):
+        raise ValueError(f"events: got {events!r}, expected a whole number >= 1")
+
+
+def _is_whole(value: object) -> bool:
+    """Whether ``value`` is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

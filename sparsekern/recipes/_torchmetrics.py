@@ -5,16 +5,11 @@ torchmetrics imports an installed torchvision for image metrics that are not use
 
 from __future__ import annotations
 
-from sparsekern.recipes._torchvision import blame  # must be imported before torchmetrics
+from sparsekern.recipes._torchvision import blaming  # must be imported before torchmetrics
 
 # isort: split
 
-try:
+with blaming():
     from torchmetrics.classification import MulticlassConfusionMatrix as MulticlassConfusionMatrix
-except Exception as error:
-    reason = blame(error)
-    if reason is None:
-        raise
-    raise ImportError(reason, name="torchvision") from error
 
 __all__ = ["MulticlassConfusionMatrix"]

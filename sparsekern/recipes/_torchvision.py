@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -68,6 +70,22 @@ def blame(error: BaseException) -> str | None:
         seen.append(f"{type(cause).__name__}: {cause}")
         cause = cause.__cause__ or cause.__context__
     return mismatch() if any("torchvision" in text for text in seen) else None
+
+
+@contextmanager
+def blaming() -> Iterator[None]:
+    """Replace an exception of the block's imports by one with the text of `mismatch()`, if it is the cause.
+
+    Raises:
+        ImportError: an import failed because of torchvision.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = blame(error)
+        if reason is None:
+            raise
+        raise ImportError(reason, name="torchvision") from error
 
 
 def _version(package: str) -> str:

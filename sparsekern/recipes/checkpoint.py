@@ -24,7 +24,9 @@ from sparsekern.files.schema import (
     Kind,
     Whole,
 )
-from sparsekern.prune.state.content import GENERATORS, OPTIMIZER, STATE
+from sparsekern.prune.save.generators import GENERATORS
+from sparsekern.prune.save.schema import OPTIMIZER
+from sparsekern.prune.state.schema import STATE
 from sparsekern.recipes.errors import InputError
 
 FORMAT = "sparsekern checkpoint 1"
@@ -66,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     content = _load(path, "--resume", "a checkpoint.pt of a run")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"--resume: {path} is no checkpoint of a run; expected a checkpoint.pt")
+        raise InputError(f"--resume: {path} is not a checkpoint of a run; expected a checkpoint.pt")
     state = content.get("state")
     if not isinstance(state, dict) or content.keys() != {"format", "state"}:
         raise InputError(f"--resume: {path} is damaged or was changed; expected a checkpoint.pt of a run")
@@ -87,11 +89,11 @@ def load_backbone(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise InputError(f"--backbone: {path} is no state dict; expected one of torchvision's")
+        raise InputError(f"--backbone: {path} is not a state dict; expected one of torchvision's")
     if not has_checksums(path) and not _has_its_name(path):
         warnings.warn(
-            f"--backbone: {path} is in the format that torch wrote before 1.6, expected one with checksums; "
-            f"damage to its values goes unnoticed until it is written anew with torch.save",
+            f"--backbone: got {path} in the format that torch wrote before 1.6, expected one with checksums, "
+            f"which show damage; write it again with torch.save",
             stacklevel=2,
         )
     return content
@@ -111,7 +113,7 @@ def _has_its_name(path: Path) -> bool:
 
 def _load(path: Path, argument: str, expected: str, *, legacy: bool = False) -> Any:
     if not path.is_file():
-        raise InputError(f"{argument}: {path} is no file; expected {expected}")
+        raise InputError(f"{argument}: {path} is not a file; expected {expected}")
     try:
         return read_plain(path, legacy=legacy)
     except (OSError, ValueError) as error:

@@ -88,7 +88,7 @@ def _table(rows: list[Row]) -> ClassTable:
                 raise ValueError(f"the name {name!r} comes twice")
             names.append(name)
     if len(names) < 2:
-        raise ValueError(f"it names {len(names)} classes, not at least 2 with the background")
+        raise ValueError(f"it names {len(names)} classes, expected at least 2 with the background")
     for known in (values, colours):
         if known and len(set(known.values()) - {VOID}) != len(names):
             raise ValueError("some classes have a value or colour and others have none")
@@ -123,7 +123,7 @@ def _json_rows(content: Any) -> list[Row]:
         if all(type(value) is int for value in content.values()):
             return [(name, value, None) for name, value in content.items()]
         return [(name, None, _colour(value)) for name, value in content.items()]
-    raise ValueError("it is no list of names, and no object of names or colours")
+    raise ValueError("it is neither a list of names nor an object of names or colours")
 
 
 def _named(entry: dict[str, Any]) -> Row:

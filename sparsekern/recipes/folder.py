@@ -214,7 +214,7 @@ def read_list(path: Path) -> Pairs:
             pairs.setdefault(split, []).append(pair)
         seen.setdefault(pair.image, line)
         faults += [
-            f"line {line}: {file} is not there" for file in (pair.image, pair.mask) if not file.is_file()
+            f"line {line}: {file} does not exist" for file in (pair.image, pair.mask) if not file.is_file()
         ]
     if not faults and not pairs:
         faults.append("it has no rows")

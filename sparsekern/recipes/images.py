@@ -133,7 +133,7 @@ def _opened(path: Path, argument: str) -> Iterator[Image.Image]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{argument}: {path} is not there; expected an image") from error
+        raise InputError(f"{argument}: {path} does not exist; expected an image") from error
     except (
         UnidentifiedImageError,
         Image.DecompressionBombError,

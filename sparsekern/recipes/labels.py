@@ -107,8 +107,8 @@ class Coder:
         if key not in self._codes:
             if len(self._codes) == CODES:
                 raise InputError(
-                    f"--data: {path} brings the masks to more than {CODES} different values; expected one "
-                    f"for each class (numbered objects have to become one class)"
+                    f"--data: {path} and the masks before it have more than {CODES} different values; "
+                    f"expected one value for each class (numbered objects have to become one class)"
                 )
             self._codes[key] = len(self._codes)
             self._files.append([])

@@ -129,7 +129,7 @@ class NetworkSpec:
         channels = output_channels(self.classes)
         if self.model == "unet":
             if backbone is not None:
-                raise InputError("--backbone is for mobilenetv3; expected none with --model unet")
+                raise InputError("--backbone: got one with --model unet, expected none or mobilenetv3")
             decoder = cast(Decoder, self.decoder)
             return UNet(3, channels, width=int(self.width or 32), depth=self.depth, decoder=decoder)
         variant = VARIANTS[self.model]
@@ -139,8 +139,8 @@ class NetworkSpec:
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(
-                f"--backbone does not fit --model {self.model} ({reason}); expected the state dict of "
-                f"torchvision's mobilenet_v3_{variant}"
+                f"--backbone: got weights that do not fit --model {self.model} ({reason}), expected the "
+                f"state dict of torchvision's mobilenet_v3_{variant}"
             ) from error
 
     def __str__(self) -> str:
@@ -182,7 +182,7 @@ class NetworkSpec:
             reading = Reading(**{name: data["reading"][name] for name in entries})
         except (KeyError, TypeError) as error:
             raise InputError(
-                f"made_by: got an entry that lacks {error}, expected one that a training wrote"
+                f"made_by: got an entry without {error}, expected one that a training wrote"
             ) from None
         return cls(model, width, depth, decoder, classes, mean, std, reading)
 

@@ -123,7 +123,7 @@ def check_data(path: Path | None, saved: Saved | None, given: bool) -> Path:
         )
     if not _is_generated(path) and not path.exists() and saved is not None and not given:
         raise InputError(
-            f"--data: {path}, which {saved.path} remembers, is not there; expected --data with the place "
+            f"--data: {path}, which {saved.path} remembers, does not exist; expected --data with the place "
             f"where the images are now"
         )
     return path

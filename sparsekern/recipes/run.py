@@ -230,7 +230,7 @@ def _compaction(small: nn.Module, trainer: Trainer) -> dict[str, Any]:
     difference = sparsekern.verify(masked, compact, trainer.example.double())
     if not difference <= TOLERANCE:
         raise RuntimeError(
-            f"the compact network differs from the masked one by {difference:.1e} of the output's "
+            f"compact: got outputs that differ from those of the masked network by {difference:.1e} of their "
             f"scale in float64, expected at most {TOLERANCE:.0e}; please report this"
         )
     widths = trainer.pruner.widths()
@@ -265,7 +265,10 @@ def _check_stored(small: nn.Module, path: Path) -> None:
     loaded = sparsekern.load(path).state_dict()
     for name, value in small.state_dict().items():
         if not torch.equal(value, loaded[name]):
-            raise RuntimeError(f"{path} does not hold {name} as it was saved; please report this")
+            raise RuntimeError(
+                f"path: got {path} with other values of {name}, expected those that were saved; please "
+                f"report this"
+            )
 
 
 def _figures(

@@ -19,16 +19,16 @@ def read_spec(stored: Stored) -> NetworkSpec:
     made_by = stored.made_by
     if made_by is None:
         raise InputError(
-            f"path: {stored.path!r} does not say which factory makes its {stored.metadata['class']}; "
-            "expected load(module, path) with the full-size network as its factory makes it"
+            f"path: got {stored.path!r}, which does not name the factory of its {stored.metadata['class']}, "
+            f"expected a file that does; or call load(module, path) with the full-size network"
         )
     try:
         return NetworkSpec.from_json(made_by)
     except InputError as error:
         version = made_by.get("sparsekern") if isinstance(made_by, dict) else None
         raise InputError(
-            f"path: {stored.path!r} names a network that cannot be built here (written by sparsekern "
-            f"{version}): {str(error).removeprefix('--')}"
+            f"path: got {stored.path!r} of sparsekern {version}, expected a network that this version can "
+            f"build: {str(error).removeprefix('--')}"
         ) from None
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sparsekern.files.schema import Anything, Fields, Items, Kind, OneOf, Whole, like
-from sparsekern.prune.save.checkpoint import check_training, in_own_memory
-from sparsekern.prune.save.resume import check_run
-from sparsekern.prune.state.content import STATE
+from sparsekern.prune.pruner import check_run
+from sparsekern.prune.save.check import check_training
+from sparsekern.prune.save.checkpoint import in_own_memory
+from sparsekern.prune.state.schema import STATE
 from sparsekern.recipes.batches import Batches
 from sparsekern.recipes.checkpoint import RUN
 from sparsekern.recipes.data import Split

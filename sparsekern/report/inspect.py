@@ -18,7 +18,7 @@ from sparsekern.prune.decide.allocate import WITHOUT_DATA
 from sparsekern.prune.decide.budget import check_keep, check_unit
 from sparsekern.prune.decide.criteria import Magnitude
 from sparsekern.prune.once import task_of
-from sparsekern.prune.state.statistics import of_weights
+from sparsekern.prune.state.statistics import weight_statistics
 from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mismatch
 
 
@@ -43,26 +43,37 @@ def find_model(target: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        reason = blame(error) or f"{type(error).__name__}: {error}"
-        raise ValueError(f"target: cannot import {module_name!r}: {reason}") from error
+        raise ValueError(
+            f"target: got {target!r}, whose module {module_name!r} cannot be imported, expected "
+            f"module:factory: {_cause(error)}"
+        ) from error
     if mismatch() is not None and used_by(module_name.partition(".")[0]):
         warn_of_mismatch()
     try:
         factory = operator.attrgetter(path)(module)
     except AttributeError as error:
         raise ValueError(
-            f"target: {module_name!r} has no {path!r}, expected a factory of a network"
+            f"target: got {target!r}, but {module_name!r} has no {path!r}, expected a factory of a network"
         ) from error
     if isinstance(factory, nn.Module):
         return factory
     try:
         model = factory()
     except Exception as error:
-        reason = blame(error) or f"{type(error).__name__}: {error}"
-        raise ValueError(f"target: {target} called without arguments raised {reason}") from error
+        raise ValueError(
+            f"target: got {target!r}, which fails without arguments, expected a factory that needs none: "
+            f"{_cause(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"target: {target} gave {type(model).__name__}, expected a torch.nn.Module")
+        raise ValueError(
+            f"target: got {target!r}, which returns a {type(model).__name__}, expected a torch.nn.Module"
+        )
     return model
+
+
+def _cause(error: BaseException) -> str:
+    """The cause of a failed import or call, as text."""
+    return blame(error) or f"{type(error).__name__}: {error}"
 
 
 def make_input(spec: str) -> Tensor:
@@ -92,5 +103,5 @@ def plan_by_weights(
         ValueError: an argument is out of range, or the network cannot be traced or pruned so far.
     """
     task = task_of(model, inputs, keep=check_keep(keep), of=check_unit(of), round_to=round_to)
-    saliency = Magnitude()(of_weights(model, task.graph))
+    saliency = Magnitude()(weight_statistics(model, task.graph))
     return task.graph, WITHOUT_DATA(replace(task, saliency=saliency))

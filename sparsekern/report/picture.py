@@ -92,7 +92,7 @@ def draw(graph: ChannelGraph, kept: np.ndarray | None = None) -> Drawing:
         graph: the graph to show.
         kept: bool ``[C]``, channels that a plan keeps; None for all channels.
     """
-    everything = np.ones(graph.num_channels, bool)
+    everything = graph.all_channels()
     chosen = everything if kept is None else kept
     top = MARGIN + 2 * ROW
     page = Drawing(

@@ -36,7 +36,7 @@ class Sensitivity:
 
 def sensitivities(graph: ChannelGraph, saliency: np.ndarray) -> list[Sensitivity]:
     """The sensitivity of every group for ``saliency``, float64 ``[C]``."""
-    everything = np.ones(graph.num_channels, bool)
+    everything = graph.all_channels()
     whole = graph.cost(everything)
     found = []
     for group in graph.groups:
@@ -79,7 +79,7 @@ def _graded(lost: float, share: float) -> Text:
 
 def kept_table(graph: ChannelGraph, kept: np.ndarray, title: str = "Channels kept") -> Table:
     """The kept channels of every group (``kept``: bool ``[C]``) with bars, and the cost of the network."""
-    everything = np.ones(graph.num_channels, bool)
+    everything = graph.all_channels()
     whole, left = graph.cost(everything), graph.cost(kept)
     table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
     table.add_column("group", footer="parameters\nMACs")

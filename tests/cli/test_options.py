@@ -85,7 +85,7 @@ def test_every_range_is_checked_before_the_data(name, capsys, tmp_path, monkeypa
 
 
 def test_too_few_steps_for_an_event_are_refused_before_the_data(capsys):
-    assert "error: --steps: got 1, expected enough for one event" in refused(["--steps", "1"], capsys)
+    assert "error: --steps: got 1, expected enough steps for one event" in refused(["--steps", "1"], capsys)
 
 
 def test_the_old_names_of_warmup(capsys, monkeypatch):

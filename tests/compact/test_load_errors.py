@@ -78,19 +78,19 @@ def test_a_changed_value_is_noticed(path: Path, where: int) -> None:
     data = bytearray(path.read_bytes())
     data[where] ^= 1
     path.write_bytes(data)
-    refused(path, "was changed after it was saved, its checksum does not match")
+    refused(path, "was changed after it was saved, expected one whose checksum is right")
 
 
 def test_a_changed_plan_is_noticed(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"0,3-5,7', b'"1,3-5,7').replace(b"0,3-5,7", b"1,3-5,7"))
     assert path.read_bytes() != data
-    refused(path, "its checksum does not match")
+    refused(path, "expected one whose checksum is right")
 
 
 def test_a_changed_name_is_noticed(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"act.weight":', b'"art.weight":'))
-    refused(path, "its checksum does not match")
+    refused(path, "expected one whose checksum is right")
 
 
 def test_a_newer_version_is_refused(path: Path) -> None:
@@ -100,14 +100,14 @@ def test_a_newer_version_is_refused(path: Path) -> None:
 
 def test_an_inconsistent_plan_is_refused(path: Path) -> None:
     rewrite(path, plan="{}")
-    refused(path, "does not fit Chain, it holds a Chain: text: not a plan")
+    refused(path, "holds a Chain, expected a file that fits this Chain: text: got JSON that is not a plan")
     rewrite(path, plan=chain_plan(Chain(), (0, 1)).to_json())
     refused(path, r"'stem.weight' is \[5, 3, 3, 3\] instead of \[2, 3, 3, 3\]")
     whole = plan_for(Chain(), {"norm.weight": {0: KEPT}})
     rewrite(path, plan=whole.to_json())
     refused(path, r"'stem.weight' is \[5, 3, 3, 3\] instead of \[8, 3, 3, 3\]")
     rewrite(path, plan=Plan({}).to_json(), tied="[]")
-    refused(path, "does not fit Chain")
+    refused(path, "expected a file that fits this Chain")
 
 
 def test_a_plan_whose_layers_do_not_fit_each_other_is_refused(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_another_network_is_refused(path: Path) -> None:
     with (
         unchanged(fresh),
         pytest.raises(
-            ValueError, match=r"does not fit Sequential, it holds a Chain: plan: made for another model"
+            ValueError,
+            match=r"holds a Chain, expected a file that fits this Sequential: plan: got a plan for a",
         ),
     ):
         load(fresh, path)

@@ -155,8 +155,8 @@ def test_state_of_another_shape_is_an_error_and_changes_nothing() -> None:
     optimizer = PerRow(model.parameters(), lr=0.01)
     step(model, optimizer)
     message = (
-        r"^optimizer: PerRow keeps 'rows' of parameter 'stem.weight' \[8, 3, 3, 3\] as a tensor of shape "
-        r"\[8\], expected the parameter's shape; state_cutter has to cut it$"
+        r"^optimizer: got a PerRow whose state 'rows' of parameter 'stem.weight' \[8, 3, 3, 3\] is a "
+        r"tensor of shape \[8\], expected the parameter's shape; pass a state_cutter that cuts it$"
     )
     with unchanged(model), pytest.raises(ValueError, match=message):
         shrink(model, chain_plan(model), optimizer=optimizer)
@@ -202,7 +202,7 @@ def test_what_is_no_copy_is_refused_and_nothing_is_changed() -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         (nn.Linear(2, 2), ValueError, r"^also\[1\]: got a Linear without act.weight, depth.bias"),
         (other, ValueError, r"^also\[1\]: not a copy of the model as it is: .*'stem.weight' has shape"),
-        (model, ValueError, r"^also\[1\]: shares tensors with the model"),
+        (model, ValueError, r"^also\[1\]: got a module that shares tensors with the model"),
         ("ema", TypeError, r"^also\[1\]: got str, expected an nn.Module"),
     ]
     fine = chain()
@@ -272,7 +272,7 @@ def test_a_plan_for_the_whole_model_says_what_is_left_of_a_shrunk_one() -> None:
     shrink(model, chain_plan(model, (0, 2, 4, 7)))
     assert verify(compact(model, plan), expected, INPUT) == 0
     assert plan_of(compact(model, plan)) == plan
-    with pytest.raises(ValueError, match="plan: made for another model, tensor 'stem.weight'"):
+    with pytest.raises(ValueError, match="plan: got a plan for a model whose 'stem.weight'"):
         compact(model, chain_plan(chain(), (0, 5)))
 
 

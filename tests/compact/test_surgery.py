@@ -296,19 +296,29 @@ def misfits() -> Iterator[tuple[Any, Any, type[Exception], str]]:
         Tied(),
         good,
         ValueError,
-        r"plan: made for another model, this one has no tensor act.weight, .* and 4 more",
+        r"plan: got a plan for another model with act.weight, .* and 4 more",
     )
     yield (
         compact(model, chain_plan(model, (0, 1, 2, 3, 4))),
         good,
         ValueError,
-        r"plan: made for another model, tensor 'stem.weight' has shape \[5, 3, 3, 3\], "
-        r"expected \[8, 3, 3, 3\]",
+        r"plan: got a plan for a model whose 'stem.weight' has shape \[8, 3, 3, 3\], expected "
+        r"\[5, 3, 3, 3\] as in this model",
     )
-    yield nn.Sequential(nn.LazyLinear(3)), Plan({}), ValueError, "'0.weight' is not initialised"
-    yield Stubborn(2, 2), Plan({}), ValueError, "model: Stubborn does not copy .*__deepcopy__"
-    yield Locked(2, 2), Plan({}), ValueError, "model: Locked cannot be deep-copied: not to be"
-    yield scripted(), Plan({}), ValueError, "model: 0 is a .*expected the module before scripting"
+    yield nn.Sequential(nn.LazyLinear(3)), Plan({}), ValueError, "model: got '0.weight' without values"
+    yield (
+        Stubborn(2, 2),
+        Plan({}),
+        ValueError,
+        "model: got a Stubborn whose copy has other tensors .*__deepcopy__",
+    )
+    yield (
+        Locked(2, 2),
+        Plan({}),
+        ValueError,
+        "model: got a Locked that copy.deepcopy cannot copy.*: not to be",
+    )
+    yield scripted(), Plan({}), ValueError, "model: got a .* as 0, expected the module before scripting"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

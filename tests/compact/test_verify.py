@@ -124,8 +124,8 @@ def test_nothing_against_something_is_infinite() -> None:
         (lambda x: [x, x], lambda x: [x], r"output\[1\]"),
         (lambda x: x, lambda x: x[:2], r"output is \[2\], expected \[3\]"),
         (lambda x: [x], lambda x: [None], r"output\[0\] is NoneType, expected Tensor"),
-        (lambda x: object(), lambda x: object(), "model: output is object, expected tensors"),
-        (lambda x: [], lambda x: [], "model: its output is empty"),
+        (lambda x: object(), lambda x: object(), "model: got object as output, expected tensors"),
+        (lambda x: [], lambda x: [], "model: got an empty output"),
     ],
 )
 def test_different_structures_are_refused(one: Any, other: Any, message: str) -> None:

@@ -56,14 +56,14 @@ def _written() -> tuple[str, str, bool, list[Tensor]]:
     """Masked rows of rank 1 are written between two events."""
     own = start("parallel", **ARGUMENTS)
     step = 0
-    while not (own.pruner._masks.state == MASKED).any():
+    while not (own.pruner._network.masks.state == MASKED).any():
         own.train(range(step, step + 1))
         step += 1
     if own.rank == 1:
         channels = own.pruner.graph.tensors["stem.0.weight"].channels[0]
         assert channels is not None
-        own.inner.stem[0].weight.data[own.pruner._masks.state[channels] == MASKED] = 1
-        own.inner.stem[1].weight.data[own.pruner._masks.state[channels] == MASKED] = 1
+        own.inner.stem[0].weight.data[own.pruner._network.masks.state[channels] == MASKED] = 1
+        own.inner.stem[1].weight.data[own.pruner._network.masks.state[channels] == MASKED] = 1
     first = next(error for i in range(step, 14) if (error := _stepped(own, i)))
     try:
         own.pruner.shrink()
@@ -81,7 +81,7 @@ def _written_in_parts() -> tuple[str, int, str]:
     own.train(range(14))
     channels = own.pruner.graph.tensors["bare.weight"].channels[0]
     assert channels is not None
-    gone = np.flatnonzero((channels >= 0) & (own.pruner._masks.state[channels] == MASKED))
+    gone = np.flatnonzero((channels >= 0) & (own.pruner._network.masks.state[channels] == MASKED))
     held = local(own.inner.bare.weight)
     here = 0 if own.rank == 0 else len(channels) - len(held)
     rows = [row - here for row in gone.tolist() if here <= row < here + len(held)]

@@ -11,7 +11,7 @@ from distributed.training import STEPS, batch, loss_of, start
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from benchmarks.processes import run
-from sparsekern.prune.run.steps import Rates, differing_rates
+from sparsekern.prune.run.step_count import Rates, differing_rates
 
 
 def _trained(how: str, optimizer: str, zero_at: tuple[int, ...], rank: int | None, silent: bool) -> str:

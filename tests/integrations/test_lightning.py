@@ -160,15 +160,15 @@ def test_the_optimizer_that_holds_the_module_is_watched(tmp_path: Path) -> None:
 
 def test_a_callback_serves_one_fit(tmp_path: Path) -> None:
     callback = PruningCallback(keep=0.4, events=1)
-    with pytest.raises(RuntimeError, match="pruner: there is none yet"):
+    with pytest.raises(RuntimeError, match="pruner: got none yet"):
         callback.compact()
     fit(tmp_path, callback, max_epochs=1)
-    with pytest.raises(RuntimeError, match="callback: has pruned already"):
+    with pytest.raises(RuntimeError, match="callback: got one that has pruned already"):
         fit(tmp_path, callback)
 
 
 def test_an_endless_training_needs_steps(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="steps: the trainer estimates inf, expected an explicit number"):
+    with pytest.raises(ValueError, match="steps: got inf as the trainer's estimate, expected a number"):
         fit(tmp_path, PruningCallback(keep=0.4), max_epochs=-1)
 
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, None, max_epochs=1)
     module = Module()
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match="ckpt_path: got a checkpoint of a run without the callback"):
+    with pytest.raises(ValueError, match="ckpt_path: got a checkpoint of a run without PruningCallback"):
         fit(tmp_path, PruningCallback(keep=0.4), module=module, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert_same(module.state_dict(), before)
 

@@ -114,10 +114,10 @@ def test_the_curves_are_logged(tmp_path: Path) -> None:
 
 def test_a_callback_serves_one_training(tmp_path: Path) -> None:
     callback = PruningCallback(example(), keep=0.5, events=1)
-    with pytest.raises(RuntimeError, match="pruner: there is none yet"):
+    with pytest.raises(RuntimeError, match="pruner: got none yet"):
         callback.compact()
     trainer = train(tmp_path, callback, max_steps=5)
-    with pytest.raises(RuntimeError, match="callback: expected a new one for each train"):
+    with pytest.raises(RuntimeError, match="callback: got one that has pruned already"):
         trainer.train()
 
 

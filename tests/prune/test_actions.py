@@ -353,7 +353,7 @@ class Actions(RuleBasedStateMachine):
             channels = slots.channels[slots.row_dim]
             if channels is None:
                 continue
-            gone = torch.from_numpy((channels >= 0) & (self.pruner._masks.state[channels] == MASKED))
+            gone = torch.from_numpy((channels >= 0) & (self.pruner._network.masks.state[channels] == MASKED))
             param = parameters[name]
             for value in self.optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:

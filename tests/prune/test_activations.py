@@ -35,7 +35,7 @@ def pruned(model: nn.Module, select: criteria.Criterion | None = COUNT, **option
 
 
 def run(model: nn.Module, pruner: Pruner, steps: range) -> None:
-    train(model, pruner._optimizer, steps, dtype=torch.float64)
+    train(model, pruner._network.optimizer, steps, dtype=torch.float64)
 
 
 def statistics(pruner: Pruner) -> Statistics:
@@ -161,13 +161,13 @@ def test_resumed_bit_by_bit(stop: int, shrink: bool) -> None:
     model = fused()
     pruner = pruned(model, **options)
     run(model, pruner, range(stop))
-    states = copy.deepcopy([model.state_dict(), pruner._optimizer.state_dict(), pruner.state_dict()])
+    states = copy.deepcopy([model.state_dict(), pruner._network.optimizer.state_dict(), pruner.state_dict()])
     run(model, pruner, range(stop, STEPS))
     resumed = fused(seed=1)
     its_pruner = pruned(resumed, **options)
     its_pruner.load_state_dict(states[2])
     resumed.load_state_dict(states[0])
-    its_pruner._optimizer.load_state_dict(states[1])
+    its_pruner._network.optimizer.load_state_dict(states[1])
     run(resumed, its_pruner, range(stop, STEPS))
     for (name, mine), other in zip(resumed.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(mine, other), name
@@ -234,7 +234,7 @@ def test_going_back_to_an_earlier_state_counts_again() -> None:
     model = fused()
     pruner = pruned(model)
     run(model, pruner, range(2))
-    every = (pruner, model, pruner._optimizer)
+    every = (pruner, model, pruner._network.optimizer)
     saved = copy.deepcopy([part.state_dict() for part in every])
     run(model, pruner, range(2, STEPS))
     ended = copy.deepcopy(model.state_dict())

@@ -108,28 +108,29 @@ def test_forecast_takes_them() -> None:
     [
         (
             {"loss": LOSS, "forward_loss": lambda m, b: m(b[0]).sum()},
-            "^forward_loss: got a function beside loss",
+            "^forward_loss: got a function as well as loss",
         ),
         ({"forward_loss": 3}, "^forward_loss: got int, expected a function"),
         ({"loss": "mse"}, "^loss: got str, expected a function"),
-        ({}, "^loss: got None, expected a function .or forward_loss"),
+        ({}, "^loss: got None, expected a function, or forward_loss"),
         (
             {"calibration": None, "forward_loss": lambda m, b: m(b[0]).sum()},
             "^calibration: got None with forw",
         ),
         (
             {"calibration": [{"image": 1, "label": 2}], "loss": LOSS},
-            "^calibration: got a batch whose inputs, a dict with image, label, the model does not take",
+            "^calibration: got a batch with inputs of type dict with image, label, which the model does not",
         ),
         (
             {"calibration": [{"image": 1, "label": 2}], "select": criteria.Magnitude()},
-            "^calibration: got a batch whose inputs, a dict with image, label, the model does not take",
+            "^calibration: got a batch with inputs of type dict with image, label, which the model does not",
         ),
         (
             {"calibration": [(batch(0), TARGETS, 3)], "loss": LOSS},
-            r"^calibration: got a batch whose inputs, a tuple, .*forward_loss\(model, batch\) takes",
+            r"^calibration: got a batch with inputs of type tuple, .*forward_loss\(model, batch\) for "
+            r"batches",
         ),
-        ({"forward_loss": lambda m, b: m(b[0])}, "^loss: gave Tensor"),
+        ({"forward_loss": lambda m, b: m(b[0])}, "^loss: got Tensor"),
     ],
 )
 def test_combinations_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
@@ -140,14 +141,14 @@ def test_combinations_that_do_not_fit_are_named(changes: dict[str, Any], message
 
 @pytest.mark.parametrize("measure", [True, False, None, lambda model: model(batch(0)).sum()])
 def test_forecast_wants_a_batch_for_forward_loss(measure: Any) -> None:
-    with pytest.raises(ValueError, match="^measure: got .*with forward_loss, expected the batch"):
+    with pytest.raises(ValueError, match="^measure: got .*with forward_loss, expected a batch"):
         small_pruner().forecast(measure=measure, forward_loss=lambda model, sample: model(sample).sum())
 
 
 def test_a_batch_that_fails_leaves_the_statistics_as_they_were() -> None:
     model = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="^batches: got a batch whose inputs, a dict with image"):
+    with pytest.raises(ValueError, match="^batches: got a batch with inputs of type dict with image"):
         sparsekern.recalibrate(model, [example(), {"image": example()}])
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -120,7 +120,7 @@ def test_copies_are_saved_with_the_run_and_brought_to_its_size(tmp_path: Path) -
     ):
         assert torch.equal(own, other)
         assert size.shape == own.shape
-    with pytest.raises(ValueError, match="checkpoint: with 1 copies of the model, expected 0"):
+    with pytest.raises(ValueError, match="checkpoint: got 1 copies of the model, expected 0"):
         parts()[2].load_checkpoint(tmp_path / "checkpoint.pt")
 
 
@@ -211,9 +211,9 @@ def test_what_is_no_checkpoint_is_refused_and_changes_nothing(
 
 OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"width": 24}, "state: got the channels of another network"),
-    ({"keep": 0.5}, "state: was saved with keep=0.3, expected 0.5"),
-    ({"shrink": False}, "state: was saved with shrink=True, expected False"),
-    ({"ours": False}, "checkpoint: its optimizer is AdamW, expected RMSprop"),
+    ({"keep": 0.5}, "^state: got one saved with keep=0.3, expected keep=0.5"),
+    ({"shrink": False}, "^state: got one saved with shrink=True, expected shrink=False"),
+    ({"ours": False}, "^checkpoint: got AdamW as its optimizer, expected RMSprop"),
 ]
 
 
@@ -232,7 +232,9 @@ def test_a_model_that_is_smaller_already_cannot_go_back(written: Path) -> None:
     run = parts()
     train(*run[:2], range(STEPS))
     metrics = run[2].metrics()
-    with pytest.raises(ValueError, match=r"^state: has \d+ channels that were cut out of this model since"):
+    with pytest.raises(
+        ValueError, match=r"^state: got \d+ channels that have been cut out of this model since"
+    ):
         run[2].load_checkpoint(written)
     assert run[2].metrics() == metrics
 
@@ -242,7 +244,7 @@ def test_other_groups_of_the_optimizer_are_refused(written: Path) -> None:
     model = Plain()
     optimizer = sparsekern.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=1e-3)
     pruner = Pruner(model, optimizer, batch(0), keep=0.3, steps=STEPS, events=4, shrink=True, round_to=2)
-    with pytest.raises(ValueError, match="^checkpoint: of an optimizer with groups of"):
+    with pytest.raises(ValueError, match="^checkpoint\\['optimizer'\\]: got groups of"):
         pruner.load_checkpoint(written)
     assert pruner.metrics()["params_share"] == 1
 

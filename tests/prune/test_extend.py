@@ -61,7 +61,7 @@ def test_after_the_last_event_the_finished_network_is_trained_on(
     tmp_path: Path, step: int, shrink: bool
 ) -> None:
     before = stopped(step, tmp_path / "a.pt", shrink=shrink)
-    assert before._schedule.after(step) is None
+    assert before._events.schedule.after(step) is None
     model, optimizer, pruner = parts(LONGER, shrink=shrink)
     pruner.load_checkpoint(tmp_path / "a.pt")
     assert pruner.finished is before.finished

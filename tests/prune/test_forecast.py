@@ -39,7 +39,7 @@ def test_stages_are_those_that_the_training_goes_through(network: type[nn.Module
         assert following is None or following.start == stage.stop
         for step in range(stage.start, stage.stop):
             assert sum(p.numel() for p in model.parameters()) == pytest.approx(stage.params, rel=0.12)
-            spent += pruner.graph.cost(pruner._masks.state >= 0).macs
+            spent += pruner.graph.cost(pruner._network.masks.state >= 0).macs
             train(model, optimizer, range(step, step + 1))
     dense = STEPS * forecast.stages[0].macs
     # The forecast does not know which layers stay wide: the budget fixes the parameters, not the MACs.
@@ -135,7 +135,7 @@ def test_decisions_are_tried_for_any_optimizer_and_criterion() -> None:
 
 
 def test_a_loss_that_fails_is_named() -> None:
-    with pytest.raises(ValueError, match="^measure: a step on these inputs fails"):
+    with pytest.raises(ValueError, match="^measure: got inputs on which a training step fails"):
         parts()[2].forecast(measure=lambda model: model(torch.zeros(1, 7, 8, 8)))
 
 
@@ -155,7 +155,7 @@ def test_bad_questions() -> None:
     for ranks in (0, 1.5, True):
         with pytest.raises(ValueError, match="^ranks: got"):
             pruner.forecast(ranks=ranks)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^measure: a step on these inputs fails"):
+    with pytest.raises(ValueError, match="^measure: got inputs on which a training step fails"):
         pruner.forecast(measure=torch.zeros(1, 7, 8, 8))
     train(model, optimizer, range(STEPS))
     with pytest.raises(RuntimeError, match="^forecast: got a model that has been cut"):

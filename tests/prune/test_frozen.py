@@ -134,7 +134,7 @@ def test_what_is_not_trained_at_all_stays() -> None:
 def test_norms_without_an_affine_stay_with_a_reason() -> None:
     model = network(lambda c: nn.BatchNorm2d(c, affine=False))
     with pytest.raises(
-        ValueError, match=r"no channel that can be removed.*batch_norm in 1, which has no affine"
+        ValueError, match=r"without a channel that can be removed.*batch_norm in 1, which has no affine"
     ):
         trained(model, False, sparsekern.optim.SGD)
 

@@ -29,6 +29,7 @@ LINES = int(os.environ.get("SPARSEKERN_INTERRUPTIONS", "2"))
 FILES = tuple(
     f"sparsekern/{name}.py"
     for name in (
+        "prune/pruner",
         "prune/run/events",
         "prune/state/masking",
         "prune/state/places",
@@ -36,8 +37,9 @@ FILES = tuple(
         "prune/decide/policy",
         "prune/state/statistics",
         "prune/state/activations",
-        "prune/save/resume",
+        "prune/save/saved_state",
         "prune/save/checkpoint",
+        "prune/save/generators",
         "compact/transaction",
         "compact/shrink",
         "compact/optimizer_state",
@@ -71,7 +73,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Prune
         for module in model.modules()
     ]
     grads = [None if p.grad is None else copied(p.grad) for p in model.parameters()]
-    elements, masks = pruner._rows.table.elements, pruner._network.activations.mask
+    elements, masks = pruner._network.rows.table.elements, pruner._network.activations.mask
     parts_ = (model.state_dict(), optimizer.state_dict(), pruner.state_dict(), elements, masks)
     return copied(parts_), grads, sizes, plan_of(model).to_json(), pruner.graph.num_channels
 
@@ -81,7 +83,7 @@ def backward(model: nn.Module, step: int) -> None:
 
 
 def decisions(pruner: Pruner) -> list[int]:
-    return [*(event.step for event in pruner._schedule.events), pruner._schedule.finish]
+    return [*(event.step for event in pruner._events.schedule.events), pruner._events.schedule.finish]
 
 
 def undisturbed(shrink: bool, select: sparsekern.criteria.Criterion | None) -> tuple[list[Any], list[int]]:

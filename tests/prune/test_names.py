@@ -50,7 +50,10 @@ def test_every_name_is_taken_by_both_doors() -> None:
         select="taylor",
         allocate="flat",
     )
-    assert pruner._policy.select == criteria.Taylor() and pruner._policy.allocate == allocate.Flat()
+    assert (
+        pruner._settings.policy.select == criteria.Taylor()
+        and pruner._settings.policy.allocate == allocate.Flat()
+    )
 
 
 @pytest.mark.parametrize(

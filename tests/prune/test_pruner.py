@@ -77,9 +77,9 @@ def test_masks_stay_and_training_goes_on_after_them() -> None:
     pruner = Pruner(model, optimizer, batch(0), keep=0.3, steps=STEPS, events=4)
     train(model, optimizer, range(STEPS))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state = pruner._masks.state.copy()
+    state = pruner._network.masks.state.copy()
     train(model, optimizer, range(STEPS, STEPS + 5))
-    assert (pruner._masks.state == state).all()
+    assert (pruner._network.masks.state == state).all()
     masked = state == MASKED
     for name, slots in pruner.graph.tensors.items():
         if slots.kind != "parameter" or slots.row_dim is None:
@@ -102,7 +102,7 @@ def test_gates_of_fading_channels_fall_linearly() -> None:
         model, optimizer, batch(0), keep=0.5, steps=20, events=1, warmup=0.25, finish=0.75, penalty=0.0
     )
     train(model, optimizer, range(5))
-    fading = np.flatnonzero(pruner._masks.state == 1)
+    fading = np.flatnonzero(pruner._network.masks.state == 1)
     stem = next(group for group in pruner.graph.groups if "stem" in group.name)
     channel = int(np.intersect1d(fading, stem.channels)[0]) - int(stem.channels[0])
     seen = [float(model.stem[1].weight[channel].detach())]
@@ -250,7 +250,7 @@ def test_a_duplicate_is_folded_with_almost_no_change_of_the_output() -> None:
         model.stem[1].running_var[[1, 3, 5]] = 4
     before = model(batch(99, dtype=torch.float64)).detach()
     train(model, optimizer, range(2), torch.float64)
-    assert set(np.flatnonzero(pruner._masks.state)) >= {1, 3, 5} - {0}
+    assert set(np.flatnonzero(pruner._network.masks.state)) >= {1, 3, 5} - {0}
     model.eval()
     after = model(batch(99, dtype=torch.float64)).detach()
     assert (after - before).abs().max() < 0.05 * before.abs().max()

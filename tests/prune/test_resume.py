@@ -87,9 +87,9 @@ def test_the_state_of_another_network_is_refused_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep": 0.4}, "saved with keep=0.4, expected 0.3"),
-        ({"events": 5}, "saved with events=5, expected 4"),
-        ({"finish": 0.7}, "saved with finish=0.7, expected 0.6"),
+        ({"keep": 0.4}, "saved with keep=0.4, expected keep=0.3"),
+        ({"events": 5}, "saved with events=5, expected events=4"),
+        ({"finish": 0.7}, "saved with finish=0.7, expected finish=0.6"),
         ({"select": sparsekern.criteria.Taylor()}, "saved with select="),
     ],
 )

@@ -36,7 +36,7 @@ def watched(scales: torch.Tensor | None) -> tuple[Pruner, Statistics]:
         optimizer.step()
         optimizer.zero_grad()
     everything = np.ones(pruner.graph.num_channels, bool)
-    return pruner, gather(pruner._rows, pruner.graph, everything, dict(model.named_parameters()))
+    return pruner, gather(pruner._network.rows, pruner.graph, everything, dict(model.named_parameters()))
 
 
 def test_counts_ranking_and_plan_do_not_depend_on_the_scale_of_filters() -> None:

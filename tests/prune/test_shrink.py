@@ -150,7 +150,7 @@ def test_rows_statistics_and_optimizer_state_are_exactly_the_kept_slices(
 ) -> None:
     model, optimizer, pruner = parts(Residual, make)
     losses(model, optimizer, range(STEPS))
-    kept, rows = pruner._masks.unmasked, pruner._rows
+    kept, rows = pruner._network.masks.unmasked, pruner._network.rows
     row_kept = np.append(kept, True)[rows.channel_of]
     table = {name: v.clone() for name, v in rows.table.state_dict().items() if isinstance(v, Tensor)}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -158,12 +158,12 @@ def test_rows_statistics_and_optimizer_state_are_exactly_the_kept_slices(
     groups, identities = optimizer.param_groups, [id(p) for p in model.parameters()]
     assert pruner.shrink()
     for name in ("penalty", "countdown", "sums", "threshold", "activity"):
-        assert torch.equal(getattr(pruner._rows.table, name), table[name][torch.from_numpy(row_kept)])
+        assert torch.equal(getattr(pruner._network.rows.table, name), table[name][torch.from_numpy(row_kept)])
     for name in ("channel_dot", "channel_dot_sq"):
-        assert torch.equal(getattr(pruner._rows.table, name), table[name][torch.from_numpy(kept)])
-    assert torch.equal(pruner._rows.table.updates, table["updates"])
-    assert (pruner._rows.is_gate == rows.is_gate[row_kept]).all()
-    assert (pruner._rows.is_producer == rows.is_producer[row_kept]).all()
+        assert torch.equal(getattr(pruner._network.rows.table, name), table[name][torch.from_numpy(kept)])
+    assert torch.equal(pruner._network.rows.table.updates, table["updates"])
+    assert (pruner._network.rows.is_gate == rows.is_gate[row_kept]).all()
+    assert (pruner._network.rows.is_producer == rows.is_producer[row_kept]).all()
     assert optimizer.param_groups is groups
     assert [id(p) for p in model.parameters()] == identities
     plan = pruner.plan()
@@ -196,7 +196,7 @@ def test_budgets_floors_and_balance_are_those_of_the_whole_network() -> None:
 
 def test_everything_about_the_pruner_goes_on_working(tmp_path: Path) -> None:
     model, optimizer, pruner = parts(shrink=True)
-    at_event = pruner._schedule.events[1].step
+    at_event = pruner._events.schedule.events[1].step
     losses(model, optimizer, range(at_event + 1))
     metrics = pruner.metrics()
     kept, channels = zip(*pruner.widths().values(), strict=True)
@@ -356,8 +356,8 @@ def test_what_is_no_copy_is_refused_at_construction() -> None:
 
 
 def test_round_to_auto_is_the_default_with_shrink() -> None:
-    assert parts(round_to=None, shrink=True, keep=0.6)[2]._policy.round_to == 16
-    assert parts(round_to=None)[2]._policy.round_to == 1
+    assert parts(round_to=None, shrink=True, keep=0.6)[2]._settings.policy.round_to == 16
+    assert parts(round_to=None)[2]._settings.policy.round_to == 1
 
 
 def test_hooks_go_on_being_called_with_the_smaller_tensors() -> None:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from sparsekern import Pruner
-from sparsekern.prune.save import checkpoint
+from sparsekern.prune.save import checkpoint, generators
 
 Run = tuple[nn.Module, Optimizer, Pruner]
 Change = Callable[[Any], None]
@@ -35,7 +35,7 @@ def everything(run: Run) -> list[bytes]:
     """All that a load could change: weights, optimizer, Pruner, copies, generators."""
     model, optimizer, pruner = run
     state: list[Any] = [own.state_dict() for own in (model, optimizer, pruner, *pruner._network.also)]
-    return [bits(part) for part in (*state, pruner.metrics(), checkpoint.random_state(model))]
+    return [bits(part) for part in (*state, pruner.metrics(), generators.random_state(model))]
 
 
 def averaged(seed: int) -> Run:

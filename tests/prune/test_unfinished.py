@@ -121,16 +121,16 @@ SCALED: dict[str, Make] = {
 def test_skipped_steps_postpone_events(make: Make) -> None:
     skip = {0, 1, 4, 5, 6, 9, 16, 17}
     model, optimizer, pruner = parts(make)
-    due = [*(event.step for event in pruner._schedule.events), FINISH]
-    made, before = 0, pruner._masks.state.copy()
+    due = [*(event.step for event in pruner._events.schedule.events), FINISH]
+    made, before = 0, pruner._network.masks.state.copy()
     for step in range(FINISH + len(skip)):
         assert not pruner.finished
         amp(model, optimizer, range(step, step + 1), skip)
         made += step not in skip
         assert pruner.metrics()["step"] == made
-        if not np.array_equal(pruner._masks.state, before):
+        if not np.array_equal(pruner._network.masks.state, before):
             assert step not in skip and made in due
-            before = pruner._masks.state.copy()
+            before = pruner._network.masks.state.copy()
     assert pruner.finished
     assert pruner.metrics()["macs_share"] <= 0.2
     assert not warned(lambda: pruner.compact())

@@ -58,7 +58,7 @@ def revived(model: nn.Module, pruner: Pruner) -> int:
             channels = slots.channels[slots.row_dim]
             if channels is None:
                 continue
-            for row in np.flatnonzero((channels >= 0) & (pruner._masks.state[channels] == MASKED)):
+            for row in np.flatnonzero((channels >= 0) & (pruner._network.masks.state[channels] == MASKED)):
                 count += bool((parameters[name].select(slots.row_dim, int(row)) != 0).any())
     return count
 
@@ -106,7 +106,7 @@ def test_state_of_a_dense_training_revives_nothing(make: str) -> None:
     _, other, _ = parts(1, make)
     optimizer.load_state_dict(other.state_dict())
     slots = pruner.graph.tensors["body.0.weight"]
-    gone = np.flatnonzero(pruner._masks.state[slots.channels[0]] == MASKED)
+    gone = np.flatnonzero(pruner._network.masks.state[slots.channels[0]] == MASKED)
     for value in optimizer.state[model.body[0].weight].values():
         if value.ndim:
             assert value.any() and not value[torch.from_numpy(gone)].any()
@@ -193,16 +193,16 @@ def test_a_write_is_an_error_until_remask(write: Callable[[nn.Module], None], tm
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_the_next_event_looks_and_goes_on_after_remask(make: str) -> None:
     model, optimizer, pruner = parts(9, make)
-    last = max(event.step for event in pruner._schedule.events)
-    assert (pruner._masks.state == MASKED).any() and last > 9 - 4
+    last = max(event.step for event in pruner._events.schedule.events)
+    assert (pruner._network.masks.state == MASKED).any() and last > 9 - 4
     _slow_weights(model)
-    before = pruner._masks.state.copy()
+    before = pruner._network.masks.state.copy()
     if make == "torch.SGD":  # its hooks zero masked rows after every step, so there is nothing to detect
         train(model, optimizer, range(9, STEPS), DOUBLE)
         return assert_exact(model, pruner)
     with pytest.raises(RuntimeError, match="masked rows"):
         train(model, optimizer, range(9, STEPS), DOUBLE)
-    assert (pruner._masks.state == before).all()
+    assert (pruner._network.masks.state == before).all()
     with pytest.raises(RuntimeError, match="masked rows"):
         optimizer.step()
     assert pruner.remask()
@@ -213,11 +213,11 @@ def test_the_next_event_looks_and_goes_on_after_remask(make: str) -> None:
 
 def test_fading_channels_take_what_is_loaded_and_still_go() -> None:
     model, optimizer, pruner = parts(3)
-    fading = pruner._masks.state == FADING
+    fading = pruner._network.masks.state == FADING
     assert fading.any()
     model.load_state_dict(dense())
     train(model, optimizer, range(3, STEPS), DOUBLE)
-    assert (pruner._masks.state[fading] == MASKED).all()
+    assert (pruner._network.masks.state[fading] == MASKED).all()
     assert_exact(model, pruner)
 
 
@@ -225,7 +225,9 @@ def test_fading_channels_take_what_is_loaded_and_still_go() -> None:
 @pytest.mark.parametrize("where", ["column", "statistic"])
 def test_what_is_not_finite_beside_masked_rows_counts(where: str, value: float) -> None:
     model, _, pruner = parts()
-    gone = int(np.flatnonzero(pruner._masks.state[pruner.graph.tensors["stem.1.weight"].channels[0]])[0])
+    gone = int(
+        np.flatnonzero(pruner._network.masks.state[pruner.graph.tensors["stem.1.weight"].channels[0]])[0]
+    )
     place = model.body[0].weight.data[:, gone] if where == "column" else model.stem[1].running_mean[gone]
     place.fill_(7)
     assert_exact(model, pruner)  # a finite number there is multiplied by zero

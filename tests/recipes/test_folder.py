@@ -277,7 +277,7 @@ LISTS = {
         f"image,mask,split\n{row(0, 'train')}\n{row(0, 'test')}\n",
         "line 3 has .*n0.png again, after line 2",
     ),
-    "no file": (f"image,mask\n{row(9)}\n", "line 2: .*images/n9.png is not there; line 2: .*masks/n9.png"),
+    "no file": (f"image,mask\n{row(9)}\n", "line 2: .*images/n9.png does not exist; line 2: .*masks/n9.png"),
     "no mask": ("image,mask\nfiles/images/n0.png,\n", "line 2 lacks an image or a mask"),
     "no train": (f"image,mask,split\n{row(0, 'test')}\n", "no row of the split train"),
 }

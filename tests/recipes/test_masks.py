@@ -215,7 +215,7 @@ def test_many_objects_are_more_values_than_a_byte_has(tmp_path):
     )
     for index in range(4):
         Image.new("RGB", (100, 1)).save(root / "images" / f"n{index}.png")
-    with pytest.raises(InputError, match="more than 256 different values; expected one for each class"):
+    with pytest.raises(InputError, match="more than 256 different values; expected one value for each class"):
         load(root)
 
 

@@ -103,7 +103,7 @@ def test_checkpoints_are_taken_when_due(tmp_path):
 
 def test_a_compact_network_that_differs_is_an_error_and_not_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(sparsekern, "verify", lambda *arguments: 1e-3)
-    with pytest.raises(RuntimeError, match=r"differs from the masked one by 1\.0e-03"):
+    with pytest.raises(RuntimeError, match=r"differ from those of the masked network by 1\.0e-03"):
         execute(SETTINGS, DATA, tmp_path, arguments={})
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "run.json").exists()

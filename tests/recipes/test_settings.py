@@ -75,9 +75,9 @@ def test_backbone_weights_must_fit():
     weights = models.mobilenet_v3_small().state_dict()
     model = build_model(Settings(model="mobilenetv3-small"), weights)
     assert torch.equal(model.backbone[0][0].weight, weights["features.0.0.weight"])
-    with pytest.raises(InputError, match=r"--backbone does not fit --model mobilenetv3 "):
+    with pytest.raises(InputError, match=r"--backbone: got weights that do not fit --model mobilenetv3 "):
         build_model(Settings(model="mobilenetv3"), weights)
-    with pytest.raises(InputError, match="--backbone is for mobilenetv3"):
+    with pytest.raises(InputError, match="--backbone: got one with --model unet, expected none"):
         build_model(Settings(), weights)
 
 

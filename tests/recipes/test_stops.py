@@ -285,7 +285,7 @@ def test_a_run_and_its_data_may_move(data, stopped, finished, tmp_path, capsys):
     )
     assert run(["train", "--resume", str(moved)]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'gone'}, which {path} remembers, is not there; expected --data" in error
+    assert f"{tmp_path / 'gone'}, which {path} remembers, does not exist; expected --data" in error
     assert run(["train", "--resume", str(moved), "--data", str(images)]) == 0
     assert_same_network(moved / "model.safetensors", finished / "model.safetensors")
 

@@ -142,12 +142,24 @@ def test_a_network_is_found_by_its_name(module: str, name: str, width: int) -> N
     [
         ("inspected", "^target: got 'inspected', expected module:factory"),
         (":Net", "^target: got ':Net'"),
-        ("nowhere:Net", "^target: cannot import 'nowhere': ModuleNotFoundError"),
-        ("faulty:Net", "^target: cannot import 'faulty': .*nothing_of_that_name"),
-        ("inspected:Nothing", "^target: 'inspected' has no 'Nothing'"),
-        ("inspected:words", "^target: inspected:words gave str, expected a torch.nn.Module"),
-        ("inspected:broken", "^target: inspected:broken called without arguments raised OSError: no weights"),
-        ("inspected:number", "^target: inspected:number called without arguments raised TypeError"),
+        (
+            "nowhere:Net",
+            "^target: got 'nowhere:Net', whose module 'nowhere' cannot be imported, .*: ModuleNotFoundError",
+        ),
+        (
+            "faulty:Net",
+            "^target: got 'faulty:Net', whose module 'faulty' cannot be imported, .*nothing_of_that_name",
+        ),
+        ("inspected:Nothing", "^target: got 'inspected:Nothing', but 'inspected' has no 'Nothing'"),
+        (
+            "inspected:words",
+            "^target: got 'inspected:words', which returns a str, expected a torch.nn.Module",
+        ),
+        (
+            "inspected:broken",
+            "^target: got 'inspected:broken', which fails without arguments, .*: OSError: no weights",
+        ),
+        ("inspected:number", "^target: got 'inspected:number', which fails without arguments, .*: TypeError"),
     ],
 )
 def test_what_is_no_network_is_named(module: str, target: str, message: str) -> None:
@@ -202,7 +214,10 @@ def test_the_command_shows_everything(
         (["inspected:Net", "--input", "1,3,16,16", "--svg", "nowhere/x.svg"], "its directory does not exist"),
         (["inspected:Net", "--input", "wide"], "--input: got 'wide'"),
         (["inspected:Net"], "--input"),
-        (["nowhere:Net", "--input", "1,3,16,16"], "target: cannot import"),
+        (
+            ["nowhere:Net", "--input", "1,3,16,16"],
+            "target: got 'nowhere:Net', whose module 'nowhere' cannot be imported",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -70,7 +70,7 @@ def _layout(source: Source, graph: ChannelGraph) -> Layout:
         if name not in numbers or source.tensors[numbers[name]].shape != slots.shape
     ]
     if wrong:
-        raise ValueError(f"graph: made for another model, this one has no tensor {wrong[0]!r} of its shape")
+        raise ValueError(f"graph: got one of another model with {wrong[0]!r}, expected tensors of this model")
     return Layout(
         {numbers[name]: slots.shape for name, slots in graph.tensors.items()},
         {numbers[name]: slots.channels for name, slots in graph.tensors.items()},

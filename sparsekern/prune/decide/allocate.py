@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsekern.prune.decide.exchange import exchange
 from sparsekern.prune.decide.problem import Blocks, Pricing, Problem
+from sparsekern.prune.decide.swap import swap_blocks
 
 __all__ = [
     "Allocator",
@@ -80,8 +80,8 @@ class Global(Allocator):
         for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
             stays = self._remove(problem, blocks, stays, removable)
         if problem.pricing is not None:
-            # Latency changes in steps, so an exchange can still use a rest of the budget.
-            stays = exchange(problem, blocks, stays)
+            # Latency changes in steps, so a swap of blocks can still use a rest of the budget.
+            stays = swap_blocks(problem, blocks, stays)
         return blocks.kept(stays, problem.graph.num_channels)
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:

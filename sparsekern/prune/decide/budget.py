@@ -1,4 +1,4 @@
-"""Budgets, floors and rounding: checks of the user's arguments, and whether the graph can meet them."""
+"""Budgets, floors and rounding: checks of the user's arguments, and whether the network can meet them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def check_unit(of: object) -> Unit:
         if of == unit:
             return unit
     raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
+
+
+def check_penalty(penalty: object) -> float:
+    """Return ``penalty`` as a float, or raise a ValueError."""
+    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
+        raise ValueError(f"penalty: got {penalty!r}, expected a finite number >= 0")
+    return float(penalty)
 
 
 def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool) -> tuple[int, ...]:
@@ -70,11 +77,12 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
     rules = {"*": min_channels} if isinstance(min_channels, int) else dict(min_channels)
     for pattern, number in rules.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"min_channels: got {number!r} for {pattern!r}, expected at least 1")
+            raise ValueError(f"min_channels: got {number!r} for {pattern!r}, expected a whole number >= 1")
         if not any(fnmatchcase(group.name, pattern) for group in graph.groups):
             names = ", ".join(group.name for group in graph.groups[:5])
             raise ValueError(
-                f"min_channels: {pattern!r} matches no group, expected a pattern of names like {names}"
+                f"min_channels: got {pattern!r}, which matches no group, expected a pattern of group names, "
+                f"such as {names}"
             )
     floors = [
         next((number for pattern, number in rules.items() if fnmatchcase(group.name, pattern)), 1)
@@ -112,8 +120,8 @@ def check_feasible(problem: Problem, keep: float) -> None:
     # Rounded up, so that the value in the error is feasible.
     smallest_keep = np.ceil(reachable * 1e4) / 1e4
     raise ValueError(
-        f"keep: got {keep!r} of {problem.of}, expected at least {smallest_keep:.4f}, the smallest that "
+        f"keep: got {keep!r} of {problem.of}, expected at least {smallest_keep:.4f}, the smallest share that "
         f"floors and frozen layers allow; the costliest floor is {costliest.name} with {floor} channels "
-        f"(min_channels and round_to={problem.round_to}), and {len(problem.graph.frozen)} entries are not "
-        f"prunable (see print(sparsekern.trace(model, example_inputs)))"
+        f"(min_channels and round_to={problem.round_to}), and {len(problem.graph.frozen)} tensors and "
+        f"modules are frozen: print(sparsekern.trace(model, example_inputs)) shows why"
     )

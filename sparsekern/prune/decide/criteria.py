@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.statistics import Statistics, effective_filters
 
@@ -107,7 +108,10 @@ class GradientCount(Criterion):
         share = statistics.activity
         if self.level == "activation":
             if statistics.activation_counts is None:
-                raise ValueError("level: got 'activation' for statistics without counts of activations")
+                raise ValueError(
+                    "level: got 'activation' for statistics without counts of activations, expected "
+                    "'weight'; sparsekern.fusion.fuse(model, example_inputs) makes a model that counts them"
+                )
             share = statistics.activation_counts
         if not self.relative:
             return share
@@ -269,12 +273,21 @@ def _criterion(value: Criterion | float) -> Criterion:
         return value
     if isinstance(value, (int, float)) and value >= 0:
         return _Constant(float(value))
-    raise TypeError(f"a criterion combines with criteria and numbers >= 0, got {value!r}")
+    raise TypeError(f"criterion: got {value!r} beside * or +, expected a criterion or a number >= 0")
 
 
 def default() -> Criterion:
     """The default criterion: Taylor times the gradient count, with duplicates removed first."""
     return Redundancy(of=Taylor() * GradientCount())
+
+
+def check_counted(select: Criterion, activations: Activations) -> None:
+    """Raise a ValueError if ``select`` needs counts of activations and no module of the model counts them."""
+    if select.needs_activations and not len(activations):
+        raise ValueError(
+            f"select: got {select!r} for a model without a NormAct2d that has channels to prune, expected "
+            f"one; call sparsekern.fusion.fuse(model, example_inputs) first, or use level='weight'"
+        )
 
 
 def saliency(select: Criterion, statistics: Statistics) -> np.ndarray:
@@ -286,9 +299,9 @@ def saliency(select: Criterion, statistics: Statistics) -> np.ndarray:
     found = np.asarray(select(statistics), np.float64)
     if found.shape != (statistics.graph.num_channels,) or not np.isfinite(found).all():
         raise ValueError(
-            f"select: {select!r} gave an array of shape {found.shape} with "
-            f"{int((~np.isfinite(found)).sum())} non-finite values, expected "
-            f"[{statistics.graph.num_channels}] finite ones"
+            f"select: got saliencies of shape {list(found.shape)} with {int((~np.isfinite(found)).sum())} "
+            f"values that are not finite from {select!r}, expected shape [{statistics.graph.num_channels}] "
+            f"and finite values"
         )
     return found
 

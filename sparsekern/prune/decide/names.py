@@ -46,7 +46,9 @@ def resolve_select(select: object) -> criteria.Criterion:
         product: criteria.Criterion | None = None
         for name in map(_plain, term.split("*")):
             if name not in CRITERIA:
-                raise ValueError(f"select: got {select!r}, expected {', '.join(CRITERIA)}, joined by * and +")
+                raise ValueError(
+                    f"select: got {select!r}, expected names joined by * and +: {', '.join(CRITERIA)}"
+                )
             product = CRITERIA[name]() if product is None else product * CRITERIA[name]()
         assert product is not None
         total = product if total is None else total + product

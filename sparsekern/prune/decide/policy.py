@@ -1,17 +1,29 @@
-"""The choice at an event: the channels that go, and the channels that are penalised until the next event."""
+"""The choice at an event: the channels that go under its budget, and those that are penalised until the next.
+
+The budget is in MACs, parameters or, with the latency model of the network, nanoseconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from sparsekern.prune.decide.allocate import Allocator, Problem
-from sparsekern.prune.decide.budget import check_feasible, first_feasible
-from sparsekern.prune.decide.criteria import Criterion, Partners, saliency
+from sparsekern.prune.decide.budget import (
+    Unit,
+    check_feasible,
+    check_keep,
+    check_penalty,
+    check_unit,
+    first_feasible,
+    resolve_floors,
+)
+from sparsekern.prune.decide.criteria import Criterion, Partners, check_counted, saliency
+from sparsekern.prune.decide.names import resolve_allocate, resolve_select
 from sparsekern.prune.schedule import Event
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.network import Network
@@ -56,18 +68,33 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """The settings that determine decisions, besides the statistics; see the arguments of a Pruner.
+    """The rules that determine decisions, besides the statistics; see the arguments of a Pruner.
 
     Attributes:
-        floors: int64 ``[groups]``; channels that every group keeps at least.
+        select: gives every channel its saliency.
+        allocate: sets the widths of the groups.
+        of: the cost that the budget limits.
+        penalty: extra decay of the gates of the next channels to go.
+        floors: int64 ``[groups]``; channels that every group keeps at least. Empty before :meth:`fitted`.
+        round_to: the multiple of group widths. 1 before :meth:`fitted`.
     """
 
     select: Criterion
     allocate: Allocator
-    of: str
-    floors: np.ndarray
-    round_to: int
+    of: Unit
     penalty: float
+    floors: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    round_to: int = 1
+
+    @classmethod
+    def of_arguments(cls, select: object, allocate: object, of: object, penalty: object) -> Policy:
+        """The policy of these arguments of a Pruner, before the network is known.
+
+        Raises:
+            ValueError: an argument is not valid.
+        """
+        of = check_unit(of)
+        return cls(resolve_select(select), resolve_allocate(allocate), of, check_penalty(penalty))
 
     def problem(
         self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
@@ -88,32 +115,55 @@ class Policy:
             pricing,
         )
 
-    def rounded(
-        self, network: Network, choices: Sequence[int], keep: float, time: Callable[[int], None]
+    def fitted(
+        self,
+        network: Network,
+        keep: float,
+        min_channels: int | Mapping[str, int],
+        choices: Sequence[int],
+        time: Callable[[int], None],
     ) -> Policy:
-        """The same policy with the first ``round_to`` of ``choices`` that can meet ``keep``.
+        """The same policy with the floors and the ``round_to`` for a network.
 
-        ``time`` measures the latency of the network for one choice, if the cost is latency.
+        Args:
+            network: the network at full size.
+            keep: the share of the cost that the policy has to be able to reach.
+            min_channels: as for :class:`sparsekern.Pruner`.
+            choices: numbers for ``round_to``; the first one that can meet ``keep`` is used.
+            time: measures the latency of the network for one of ``choices``; called if the cost is latency.
 
         Raises:
-            ValueError: no choice can meet it, see :func:`sparsekern.prune.decide.budget.check_feasible`.
+            ValueError: ``min_channels`` is not valid, ``select`` needs counts of activations that no module
+                makes, or no choice can meet ``keep`` (:func:`sparsekern.prune.decide.budget.check_feasible`).
         """
-        everything = np.ones(network.graph.num_channels, bool)
+        floors = resolve_floors(min_channels, network.graph)
+        check_counted(self.select, network.activations)
+        everything = network.graph.all_channels()
 
         def problem_of(multiple: int) -> Problem:
             if self.of == "latency":
                 time(multiple)
-            own = replace(self, round_to=multiple)
+            own = replace(self, floors=floors, round_to=multiple)
             return own.problem(network, np.zeros(len(everything)), everything, keep)
 
-        return replace(self, round_to=first_feasible(choices, problem_of, keep).round_to)
+        return replace(self, floors=floors, round_to=first_feasible(choices, problem_of, keep).round_to)
 
-    def widths(self, network: Network, share: float, of: str | None = None) -> np.ndarray:
-        """The channels (bool ``[C]``) that would stay if the budget were ``share`` from now on.
+    def widths(self, network: Network, keep: object, of: object = None) -> np.ndarray:
+        """The channels (bool ``[C]``) that would stay if the budget were ``keep`` from now on.
+
+        Args:
+            network: the network.
+            keep: share of the dense cost, in (0, 1].
+            of: the cost; None for that of the policy.
 
         Raises:
-            ValueError: floors and frozen layers do not allow this share.
+            ValueError: ``keep`` or ``of`` is not valid, or floors and frozen layers do not allow ``keep``.
         """
+        of = None if of is None else check_unit(of)
+        if keep is None:
+            raise ValueError(f"keep: got None with of={of!r}, expected the share of that cost that stays")
+        share = check_keep(keep)
+        network.rows.table.settle()
         live = network.masks.unmasked
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         problem = self.problem(network, self.saliency(statistics), statistics.live, share, of)

@@ -51,16 +51,17 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.whole:
-            object.__setattr__(self, "whole", self.cost(np.ones(self.graph.num_channels, bool)))
+            object.__setattr__(self, "whole", self.cost(self.graph.all_channels()))
         if not len(self.widths):
             object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 
     def cost(self, kept: np.ndarray) -> float:
-        """Cost of the network with the channels ``kept``, in units of ``of``."""
+        """Cost of the network with the channels ``kept`` (bool ``[C]``), in units of ``of``."""
         return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
 
     def price(self, kept: np.ndarray) -> np.ndarray:
-        """The saving by each channel's removal, float64 ``[C]``; 0 for channels not ``kept``."""
+        """The saving by each channel's removal, float64 ``[C]``; 0 for channels not ``kept`` (bool "
+        "``[C]``)."""
         return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
 
 

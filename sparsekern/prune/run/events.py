@@ -1,18 +1,19 @@
-"""Decisions between the steps of a training; each one completes or changes nothing."""
+"""What happens at an event: channels are chosen, fade out, are masked and cut, as a whole or not at all."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from sparsekern.compact.transaction import all_or_nothing, uninterrupted
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.prune.decide.policy import Choice, Policy
-from sparsekern.prune.run.steps import Rates, SkippedSteps, differing_rates, idle
+from sparsekern.prune.run.step_count import Rates, SkippedSteps, differing_rates, idle
 from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.state.masking import FADING
 from sparsekern.prune.state.network import Network
@@ -85,6 +86,20 @@ class Events:
         if self.next is not None and self.step >= self.next:
             self._decide(self.next)
 
+    def shrink(self, also: Sequence[nn.Module]) -> bool:
+        """See :meth:`sparsekern.Pruner.shrink`."""
+        with all_or_nothing() as undo, self._ranks.changing("shrinking the model") as (ready, done):
+            self._network.check_masked()
+            cut = self._network.shrink(undo, also, ready)
+            done()
+        return cut
+
+    def abort(self) -> int:
+        """See :meth:`sparsekern.Pruner.abort`."""
+        with uninterrupted():
+            self._network.rows.table.settle()
+            return int(self._network.masks.restore().sum())
+
     def _decide(self, due: int) -> None:
         """Do all the work due after step ``due``, or change nothing and leave it to the next step."""
         ranks, network = self._ranks, self._network
@@ -149,43 +164,7 @@ class Events:
         if count > self._nonfinite_seen:
             new, self._nonfinite_seen = count - self._nonfinite_seen, count
             warnings.warn(
-                f"{new} rows of gradients with NaN or infinity were left out of the pruning statistics; "
-                f"nonfinite='raise' stops at the first one",
+                f"gradient: got NaN or infinity in {new} rows, expected finite values; the pruning "
+                f"statistics leave these rows out, and nonfinite='raise' stops at the first one",
                 stacklevel=2,
             )
-
-
-def unfinished(network: Network, of: str, keep: float, events: Events, steps: int) -> str:
-    """The reason why the network does not meet its budget yet, as a message; empty if it does.
-
-    Args:
-        network: the network and its masks.
-        of, keep: the cost, and the share of it that the user asked for.
-        events: the progress of the training.
-        steps: optimizer steps of the whole training.
-    """
-    state = network.masks.state
-    fading = state == FADING
-    latency, whole = network.priced(of)
-    unmasked = network.masks.unmasked
-    cost = float(getattr(network.graph.cost(unmasked), of)) if latency is None else latency.cost(unmasked)
-    share = cost / max(whole, 1e-30)
-    if not fading.any() and share <= keep * (1 + 1e-9):
-        return ""
-    done, finish = events.done(), events.schedule.finish
-    if not done:
-        reason = (
-            f"the {type(network.optimizer).__name__} given to the Pruner has not made a step: another "
-            f"optimizer steps, or optimizer.step() was never called"
-        )
-    elif done < finish:
-        reason = f"{done} of {steps} steps are done, and the budget is met at step {finish}"
-    elif fading.any():
-        left = int(np.max(network.masks.countdowns(), initial=0))
-        reason = f"{int(fading.sum())} channels still fade out, for {left} more steps"
-    else:
-        reason = "decisions were undone by abort()"
-    return (
-        f"pruner: got {share:.1%} of the dense {of}, expected at most {keep:.1%}: {reason}; "
-        f"go on until pruner.finished"
-    )

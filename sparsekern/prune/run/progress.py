@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from sparsekern.prune.decide.settings import Settings
 from sparsekern.prune.run.events import Events
 from sparsekern.prune.state.masking import FADING
 from sparsekern.prune.state.network import Network
@@ -40,8 +41,9 @@ def widths(network: Network) -> dict[str, tuple[int, int]]:
     return found
 
 
-def described(network: Network, events: Events, keep: float, of: str, steps: int) -> str:
+def described(network: Network, events: Events, settings: Settings) -> str:
     """A Pruner's ``repr``: its model and optimizer, the budget, and the progress."""
+    keep, of, steps = settings.keep, settings.policy.of, settings.timing.steps
     share = network.share(of, network.masks.unmasked)
     return (
         f"Pruner({type(network.model).__name__}, {type(network.optimizer).__name__}, keep={keep:g}, "

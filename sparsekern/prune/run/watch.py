@@ -1,4 +1,4 @@
-"""The hook by which a Pruner watches an optimizer.
+"""The hooks by which a Pruner watches an optimizer's steps.
 
 It works on after nobody references the Pruner any more, until another Pruner replaces it.
 """
@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsekern.prune.run.events import Events
+from sparsekern.prune.run.gradient_check import GradientCheck
+from sparsekern.prune.shrinkable import StateCheck
 from sparsekern.prune.state.network import Network
 
 
@@ -34,6 +36,36 @@ class Watch:
         self.parameters = {id(param) for param in network.model.parameters()}
         self.hooks: list[Any] = []
         self._network, self._events = network, events
+
+    def attach(
+        self, replaced: list[Watch], gradient_check: GradientCheck | None, state_check: StateCheck | None
+    ) -> None:
+        """Register all hooks with the optimizer and the modules; after an exception none is left.
+
+        Args:
+            replaced: watches to detach first, see :func:`abandoned`.
+            gradient_check: the check before each step, None for no check.
+            state_check: the check after the first step, None for no check.
+        """
+        for watch in replaced:
+            watch.detach()
+        optimizer = self._network.optimizer
+        try:
+            if gradient_check is not None:
+                # The check runs before the statistics read the gradients; torch.compile does not trace it.
+                check = torch.compiler.disable(gradient_check)
+                self.hooks.append(optimizer.register_step_pre_hook(check))
+            # A decision that an earlier step left undone runs before anything reads the gradients of this
+            # step.
+            catch_up = torch.compiler.disable(self._events.before_step)
+            self.hooks.append(optimizer.register_step_pre_hook(catch_up))
+            self._network.attach()
+            if state_check is not None:
+                self.hooks.append(optimizer.register_step_post_hook(torch.compiler.disable(state_check)))
+            self.hooks.append(optimizer.register_step_post_hook(self))
+        except BaseException:
+            self.detach()
+            raise
 
     # A compiled step must not trace the work of events.
     @torch.compiler.disable

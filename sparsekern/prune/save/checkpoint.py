@@ -1,11 +1,10 @@
-"""A whole training in one file: model, optimizer, Pruner, random generators and the user's values."""
+"""Writing and reading a checkpoint: model, optimizer, Pruner, generators and extra values in one file."""
 
 from __future__ import annotations
 
 import io
 import os
 import pickle
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,23 +15,93 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from sparsekern.compact.transaction import all_or_nothing
+from sparsekern.distributed.ranks import Ranks
+from sparsekern.distributed.tensors import check_plain
 from sparsekern.files.atomic import read_plain, replacing, save_plain, target
-from sparsekern.prune.state.content import (
-    CHECKPOINT,
-    FORMAT,
-    METADATA,
-    OPTIMIZER,
-    VERSION,
-    numpy_state,
-    optimizer_rule,
-    python_state,
-    tensors_rule,
-)
+from sparsekern.prune.save import generators
+from sparsekern.prune.save.check import check_checkpoint, check_training, classes
+from sparsekern.prune.save.saved_state import SavedState
+from sparsekern.prune.save.schema import CHECKPOINT, FORMAT, METADATA, VERSION
+from sparsekern.prune.state.network import Network
 
 _PLAIN = (bool, int, float, str, type(None))
 
-Shapes = Mapping[int, tuple[int, ...]]
-"""Future shapes by ``id`` of tensors."""
+
+class Checkpoint:
+    """Saves a training to a file and goes on from it.
+
+    Args:
+        saved: the part of the content that belongs to the Pruner.
+        network: the model, its optimizer and its copies.
+        ranks: the processes of the training.
+    """
+
+    def __init__(self, saved: SavedState, network: Network, ranks: Ranks) -> None:
+        self._saved, self._network, self._ranks = saved, network, ranks
+
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any]) -> None:
+        """See :meth:`sparsekern.Pruner.save_checkpoint`."""
+        network = self._network
+        _check_whole(network.model)
+        with self._ranks.agreeing("saving a checkpoint") as check:
+            network.check_masked()
+            check()
+        # Each process has its own generators and counts of activations.
+        own = generators.random_state(network.model), network.activations.state_dict()
+        random, counted = map(list, zip(*self._ranks.gather(own), strict=True))
+        with self._ranks.agreeing(f"writing {os.fspath(path)!r}") as check:
+            if self._ranks.rank == 0:
+                content = {
+                    "classes": classes(network.model, network.optimizer),
+                    "model": network.model.state_dict(),
+                    "optimizer": network.optimizer.state_dict(),
+                    "pruner": self._saved.state_dict(),
+                    "also": [module.state_dict() for module in network.also],
+                    "random": random,
+                    "activations": counted,
+                    "extra": extra,
+                }
+                write(path, content)
+            check()
+
+    def load(self, path: str | os.PathLike[str], also: Sequence[nn.Module]) -> dict[str, Any]:
+        """See :meth:`sparsekern.Pruner.load_checkpoint`."""
+        network, ranks = self._network, self._ranks
+        _check_whole(network.model)
+        with ranks.agreeing(f"reading {os.fspath(path)!r}") as check:
+            content = read(path)
+            state = content["pruner"]
+            if "activations" in state:
+                counted = content["activations"]
+                state |= {"activations": counted[ranks.rank % len(counted)]}
+            shapes = network.shapes(self._saved.check(state))
+            check_checkpoint(content, network.model, network.optimizer, network.also, shapes)
+            check(state["step"], state["channels"].numpy())
+        random = content["random"][ranks.rank % len(content["random"])]
+        with all_or_nothing() as undo, ranks.changing(f"loading {os.fspath(path)!r}") as (ready, done):
+            self._saved.load_within(undo, state, also, ready)
+            restored_by(undo, (network.model, *network.also), network.optimizer)
+            network.model.load_state_dict(content["model"])
+            network.optimizer.load_state_dict(in_own_memory(content["optimizer"]))
+            for module, own in zip(network.also, content["also"], strict=True):
+                module.load_state_dict(own)
+            generators.set_random_state(random, network.model)
+            done()
+        extra: dict[str, Any] = content["extra"]
+        return extra
+
+    def check(
+        self, state: Mapping[str, Any], weights: Mapping[str, Any], optimizer: Mapping[str, Any]
+    ) -> None:
+        """Check that the Pruner, its model and its optimizer can load these state dicts.
+
+        Raises:
+            ValueError: one of them does not fit.
+        """
+        network = self._network
+        shapes = network.shapes(self._saved.check(state))
+        check_training(weights, optimizer, network.model, network.optimizer, shapes)
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -65,9 +134,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is truncated, damaged, or not a checkpoint.
     """
     content = read_plain(path)
-    where = f"path: {os.fspath(path)!r}"
+    where = f"path: got {os.fspath(path)!r}, which"
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{where} was not written by Pruner.save_checkpoint")
+        raise ValueError(f"{where} was not written by Pruner.save_checkpoint, expected a file that was")
     if content.get("version") != VERSION:
         raise ValueError(f"{where} has format version {content.get('version')!r}, expected {VERSION}")
     try:
@@ -77,72 +146,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where} is damaged or was changed: {error}") from None
     return content
-
-
-def classes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Class names for a checkpoint; sparsekern's optimizers read the state of torch's of the same name."""
-    return {"model": type(model).__qualname__, "optimizer": type(optimizer).__qualname__}
-
-
-def check(
-    content: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    also: Sequence[nn.Module],
-    shapes: Shapes,
-) -> None:
-    """Check that all of a checkpoint fits; ``shapes`` has the future shapes of ``model`` and ``also``.
-
-    Raises:
-        ValueError: an entry does not fit.
-    """
-    for kind, name in classes(model, optimizer).items():
-        if content["classes"][kind] != name:
-            raise ValueError(f"checkpoint: its {kind} is {content['classes'][kind]}, expected {name}")
-    check_training(content["model"], content["optimizer"], model, optimizer, shapes)
-    if len(content["also"]) != len(also):
-        raise ValueError(
-            f"checkpoint: with {len(content['also'])} copies of the model, expected {len(also)} as given to "
-            f"the Pruner as also="
-        )
-    for index, (module, own) in enumerate(zip(also, content["also"], strict=True)):
-        tensors_rule(module, shapes).check(own, f"checkpoint['also'][{index}]")
-    for rank, state in enumerate(content["random"]):
-        for own, device in zip(state["cuda"], _devices(model), strict=False):
-            _check_generator(own, device, f"checkpoint['random'][{rank}]['cuda']")
-
-
-def check_training(
-    weights: Mapping[str, Any],
-    state: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    shapes: Shapes,
-) -> None:
-    """Check that ``model`` and ``optimizer`` can load ``weights`` and ``state`` at ``shapes``.
-
-    Raises:
-        ValueError: an entry does not fit; the text names it.
-    """
-    expected = model.state_dict(keep_vars=True)
-    differing = sorted(weights.keys() ^ expected.keys())
-    if differing:
-        raise ValueError(f"checkpoint: of another network, {differing[0]!r} is in one of the two only")
-    try:
-        tensors_rule(model, shapes).check(weights, "checkpoint['model']")
-    except ValueError as error:
-        raise ValueError(f"{error}; the checkpoint is of another network or was changed") from None
-    OPTIMIZER.check(state, "checkpoint['optimizer']")
-    optimizer_rule(optimizer, state, shapes).check(state, "checkpoint['optimizer']")
-
-
-def _check_generator(state: Tensor, device: torch.device, name: str) -> None:
-    try:
-        torch.Generator(device).set_state(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{name}: got {list(state.shape)}, expected the state of a generator: {error}"
-        ) from None
 
 
 def in_own_memory(state: Any) -> Any:
@@ -162,34 +165,13 @@ def in_own_memory(state: Any) -> Any:
     return pytree.tree_map_only(Tensor, own, state)
 
 
-def random_state(model: nn.Module) -> dict[str, Any]:
-    """The states of the generators of torch, NumPy and Python, as tensors and plain values."""
-    numpy_state = np.random.get_state(legacy=False)
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device) for device in _devices(model)],
-        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: Mapping[str, Any], model: nn.Module) -> None:
-    """Restore the generators to a result of :func:`random_state`."""
-    torch.set_rng_state(state["torch"])
-    for own, device in zip(state["cuda"], _devices(model), strict=False):
-        torch.cuda.set_rng_state(own, device)
-    np.random.set_state(numpy_state(state["numpy"]))
-    random.setstate(python_state(state["python"]))
-
-
 def restored_by(undo: ExitStack, modules: Iterable[nn.Module], optimizer: Optimizer) -> None:
     """Register on ``undo`` callbacks that restore the weights, the optimizer's state and the generators.
 
     ``modules`` holds the model first and then its copies.
     """
     kept = tuple(modules)
-    undo.callback(set_random_state, random_state(kept[0]), kept[0])
+    undo.callback(generators.set_random_state, generators.random_state(kept[0]), kept[0])
     # Loading replaces an optimizer's state and groups by new objects, so the old ones stay valid.
     undo.callback(optimizer.__setstate__, {"state": optimizer.state, "param_groups": optimizer.param_groups})
     for module in kept:
@@ -215,6 +197,10 @@ def _check_plain(name: str, value: Any) -> None:
         ) from None
 
 
-def _devices(model: nn.Module) -> list[torch.device]:
-    # Reading the generator of any other GPU would allocate memory on it.
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+def _check_whole(model: nn.Module) -> None:
+    check_plain(
+        "model",
+        model.named_parameters(),
+        "save state_dict() of model, optimizer and Pruner with torch.distributed.checkpoint where they are "
+        "sharded",
+    )

@@ -163,8 +163,8 @@ class Activations:
             if not isinstance(other, Tensor) or other.shape != own.shape or other.dtype != own.dtype:
                 found = type(other).__name__ if not isinstance(other, Tensor) else list(other.shape)
                 raise ValueError(
-                    f"state['activations'][{name!r}]: got {found}, expected {own.dtype} {list(own.shape)}: a "
-                    f"model with the same fused normalisations"
+                    f"state['activations'][{name!r}]: got {found}, expected {own.dtype} {list(own.shape)}; "
+                    f"load it into a model with the same fused normalisations"
                 )
 
     def _channels(self) -> np.ndarray:

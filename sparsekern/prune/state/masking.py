@@ -1,4 +1,7 @@
-"""The states of a channel: live, fading out, masked; folding adds a removed channel to its partner."""
+"""The states of a channel: live, fading out, masked; masks become zeros in weights and optimizer state here.
+
+Folding adds a removed channel to its partner.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from sparsekern.graph import ChannelGraph, Group
 from sparsekern.kernels.rows import LIVE as LIVE_ROW
 from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.partners import Partners
-from sparsekern.prune.state.places import Kind, clear, places, tensors_of, unclean
+from sparsekern.prune.state.places import Kind, clear, places, tensors_of, written_entries
 from sparsekern.prune.state.statistics import ChannelRows
 
 LIVE, FADING, MASKED = range(3)
@@ -128,7 +131,7 @@ class Masks:
             if tensor is None or (only is not None and id(tensor) not in only):
                 continue
             span = self._rows.span(place.name) if place.kind is Kind.ROW else None
-            entries = place.of(masked) if span is None else np.flatnonzero(ended[span])
+            entries = place.indices(masked) if span is None else np.flatnonzero(ended[span])
             if not len(entries):
                 continue
             clear(tensor, place, entries, undo)
@@ -139,7 +142,7 @@ class Masks:
         if self._activations is not None:
             self._activations.set_masked(masked)
 
-    def unclean(self) -> np.ndarray:
+    def count_written(self) -> np.ndarray:
         """int64 ``[C]``; the number of each masked channel's entries that would change the network's output.
 
         These are rows that are not zero, and NaN or infinity in the columns that read them or in their
@@ -149,8 +152,8 @@ class Masks:
         if not masked.any():
             return count
         for tensors in (self._tensors(), *map(tensors_of, self._copies)):
-            found = [(place, place.of(masked)) for place in self._places if place.name in tensors]
-            for (place, _), bad in zip(found, unclean(tensors, found), strict=True):
+            found = [(place, place.indices(masked)) for place in self._places if place.name in tensors]
+            for (place, _), bad in zip(found, written_entries(tensors, found), strict=True):
                 np.add.at(count, place.channels[bad], 1)
         return count
 

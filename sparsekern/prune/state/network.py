@@ -16,7 +16,6 @@ from sparsekern import optim
 from sparsekern.compact import Plan, check_copies, make_plan
 from sparsekern.compact.load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
-from sparsekern.compact.plan import shorten
 from sparsekern.compact.shrink import cut_all, inside
 from sparsekern.compact.surgery import match, registered
 from sparsekern.distributed.ranks import Ranks
@@ -25,11 +24,12 @@ from sparsekern.graph import ChannelGraph
 from sparsekern.kernels.rows import RowTable
 from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.state.activations import Activations
-from sparsekern.prune.state.content import STATE, check_countdowns, counted_rule, rows_rule
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.places import tensors_of
+from sparsekern.prune.state.schema import STATE, check_countdowns, counted_rule, rows_rule
 from sparsekern.prune.state.sharded import Handle, attach
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
+from sparsekern.prune.state.written import replaced_tensor, written_masked
 
 CUT = 3
 """State of a channel that was cut out of the live network, besides the states of :mod:`masking`."""
@@ -53,25 +53,33 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | optim.Unwrapped,
+        optimizer: optim.Unwrapped,
         graph: ChannelGraph,
-        *,
         decay: float,
-        counting: bool = False,
+        counting: bool,
         also: Sequence[nn.Module],
         state_cutter: StateCutter | None,
     ) -> None:
-        """Make rows and masks of all channels; with ``counting`` fused normalisations count gradients.
+        """Make rows and masks of all channels.
+
+        Args:
+            model: the model without a wrapper.
+            optimizer: the optimizer inside its wrappers.
+            graph: the channels of the model.
+            decay: decay per step of the running means of statistics, in [0, 1).
+            counting: whether fused normalisations count gradients.
+            also: copies of the model that are masked and cut with it.
+            state_cutter: cuts optimizer state whose shape is not that of its parameter.
 
         Raises:
             TypeError, ValueError: an entry of ``also`` is not a copy of the model.
         """
-        check_copies(model, make_plan(graph, np.ones(graph.num_channels, bool)), also)
-        self._unwrapped = optim.unwrap_optimizer(optimizer)
-        self.model, self.optimizer, self.graph = model, self._unwrapped.optimizer, graph
+        check_copies(model, make_plan(graph, graph.all_channels()), also)
+        self._unwrapped = optimizer
+        self.model, self.optimizer, self.graph = model, optimizer.optimizer, graph
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.latency: LatencyModel | None = None
-        self.whole = graph.cost(np.ones(graph.num_channels, bool))
+        self.whole = graph.cost(graph.all_channels())
         self._whole_latency = 0.0
         self.widths = np.array([len(group.channels) for group in graph.groups])
         self.rows = ChannelRows(model, graph, trained_by(self.optimizer), decay=decay)
@@ -98,7 +106,7 @@ class Network:
             ValueError: channels were already cut out, so the latency of the dense network is not known.
         """
         if not self._removed.removes_nothing:
-            raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")
+            raise ValueError("of: got 'latency' for a model that has been cut, expected one of full size")
         with ranks.agreeing("timing the model") as check:
             latency = measure(
                 self.model, self.graph, example[0], example_kwargs=example[1], round_to=round_to, cache=cache
@@ -106,7 +114,7 @@ class Network:
             check()
         latency.values = ranks.first(latency.values)
         self.latency = latency
-        self._whole_latency = latency.cost(np.ones(self.graph.num_channels, bool))
+        self._whole_latency = latency.cost(self.graph.all_channels())
 
     def priced(self, of: str) -> tuple[LatencyModel | None, float]:
         """The latency model if ``of`` is latency, else None; and the cost of the model before any cut.
@@ -117,7 +125,10 @@ class Network:
         if of != "latency":
             return None, int(getattr(self.whole, of))
         if self.latency is None:
-            raise ValueError("of: got 'latency', which was not measured; expected of='latency' of the Pruner")
+            raise ValueError(
+                "of: got 'latency' with a Pruner that has not measured it, expected 'macs' or 'params'; make "
+                "the Pruner with of='latency'"
+            )
         return self.latency, self._whole_latency
 
     def share(self, of: str, kept: np.ndarray) -> float:
@@ -126,12 +137,23 @@ class Network:
         cost = getattr(self.graph.cost(kept), of) if latency is None else latency.cost(kept)
         return float(cost) / max(whole, 1e-30)
 
-    def twin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
+    def for_copy(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Network:
         """A network for a copy of the model with its own optimizer, before any step."""
-        options: dict[str, Any] = {"decay": self.rows.table.decay, "counting": self.activations.counting}
-        own = Network(model, optimizer, self.graph, also=(), state_cutter=self._state_cutter, **options)
+        decay, counting = self.rows.table.decay, self.activations.counting
+        unwrapped = optim.unwrap_optimizer(optimizer)
+        own = Network(model, unwrapped, self.graph, decay, counting, (), self._state_cutter)
         own.latency, own._whole_latency = self.latency, self._whole_latency
         return own
+
+    def fingerprint(self) -> list[str]:
+        """Names of all groups with their widths before any cut; networks with the same channels share it."""
+        groups = zip(self.graph.groups, self.widths.tolist(), strict=True)
+        return [f"{group.name}:{width}" for group, width in groups]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the statistics."""
+        return self.rows.table.countdown.device
 
     @property
     def sharded(self) -> bool:
@@ -171,8 +193,8 @@ class Network:
         if metadata.get("assign_to_params_buffers"):
             raise RuntimeError(
                 f"load_state_dict: got assign=True for a {type(module).__name__} that a Pruner watches, "
-                f"expected assign=False: the optimizer would go on with parameters that the model no longer "
-                f"has; or call pruner.detach() first, and make the optimizer and a Pruner anew afterwards"
+                f"expected assign=False: the optimizer would update parameters that the model no longer has; "
+                f"or call pruner.detach() first, and make a new optimizer and a new Pruner afterwards"
             )
 
     def after_load(self, module: nn.Module) -> None:
@@ -190,7 +212,7 @@ class Network:
         Raises:
             RuntimeError: masked rows are not zero, or a parameter is another object; the text names them.
         """
-        problem = self._replaced() or self._written()
+        problem = self._replaced() or written_masked(self.graph, self.masks)
         if ranks is not None and ranks.any(bool(problem)) and not problem:
             problem = "masked rows: got some that are not zero in other processes, expected zeros everywhere"
         if problem:
@@ -198,35 +220,7 @@ class Network:
 
     def _replaced(self) -> str:
         settle(self.model)
-        tensors = tensors_of(self.model)
-        for name, slots in self.graph.tensors.items():
-            tensor = tensors.get(name)
-            if slots.kind == "parameter" and tensor is not self.parameters[name]:
-                now = "none of that name" if tensor is None else "another object of that name"
-                return (
-                    f"model: got {now} in place of the parameter {name!r} that the optimizer and the Pruner "
-                    f"hold, expected the same object; write into it (load_state_dict, parameter.data.copy_), "
-                    f"or make the optimizer and a Pruner anew for the model as it is"
-                )
-            if tensor is None or tuple(tensor.shape) != slots.shape:
-                shape = None if tensor is None else list(tensor.shape)
-                return (
-                    f"model: got {name!r} of shape {shape}, expected {list(slots.shape)} as the Pruner left "
-                    f"it; write values of that shape into it"
-                )
-        return ""
-
-    def _written(self) -> str:
-        counts = self.masks.unclean()
-        if not counts.any():
-            return ""
-        own = [(int(counts[group.channels].sum()), group.name) for group in self.graph.groups]
-        found = [f"{name} ({count})" for count, name in own if count]
-        return (
-            f"masked rows: got {int(counts.sum())} that are not zero, of {shorten(found)}, expected zeros: "
-            f"weights were written after their channels had been masked; call pruner.remask() to zero them "
-            f"again, or take weights from after pruner.finished"
-        )
+        return replaced_tensor(self.graph, self.parameters, tensors_of(self.model))
 
     def remask(self) -> int:
         """See :meth:`sparsekern.Pruner.remask`; returns the number of rows that were not zero.
@@ -236,7 +230,7 @@ class Network:
         """
         if problem := self._replaced():
             raise RuntimeError(problem)
-        count = int(self.masks.unclean().sum())
+        count = int(self.masks.count_written().sum())
         self.masks.zero()
         return count
 
@@ -350,8 +344,8 @@ class Network:
         lost = int(((channels != CUT) & ~ours).sum())
         if lost:
             raise ValueError(
-                f"state: has {lost} channels that were cut out of this model since; expected a model of full "
-                f"size, with a Pruner of its own, to load it into"
+                f"state: got {lost} channels that have been cut out of this model since, expected none; load "
+                f"the state into a model of full size with a Pruner of its own"
             )
         kept = channels[self.rows.numbers] != CUT
         # Each of these calls raises if the state does not fit; nothing has changed yet.

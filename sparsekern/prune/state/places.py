@@ -44,7 +44,7 @@ class Place:
     dim: int
     channels: np.ndarray
 
-    def of(self, chosen: np.ndarray) -> np.ndarray:
+    def indices(self, chosen: np.ndarray) -> np.ndarray:
         """The indices, int64, of the channels ``chosen`` (bool ``[C]``)."""
         return np.flatnonzero((self.channels >= 0) & chosen[self.channels])
 
@@ -97,7 +97,7 @@ def clear(tensor: Tensor, place: Place, entries: np.ndarray, undo: ExitStack | N
 
 
 @torch.no_grad()
-def unclean(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.ndarray]]) -> list[np.ndarray]:
+def written_entries(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.ndarray]]) -> list[np.ndarray]:
     """The entries of each place that change the masked network's output, as int64 indices.
 
     The function synchronises with the device once. It checks only this process's part of a sharded tensor.

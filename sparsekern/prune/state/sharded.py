@@ -304,6 +304,7 @@ def _common_group(parts: Sequence[Part | None]) -> Any:
     ranks = {tuple(dist.get_process_group_ranks(group)) for group in groups}
     if len(ranks) > 1:
         raise ValueError(
-            f"model: its parameters are cut over different processes {sorted(ranks)}, expected one mesh"
+            f"model: got parameters sharded over different processes {sorted(ranks)}, expected one device "
+            f"mesh"
         )
     return groups[0]

@@ -191,7 +191,7 @@ class Statistics:
 
 
 @torch.no_grad()
-def weigh(table: RowTable) -> None:
+def sum_weight_squares(table: RowTable) -> None:
     """Fill in the table's sums of squared weights, which otherwise a step computes."""
     for view in table.views:
         rows = view.param.movedim(view.dim, 0).reshape(view.rows, -1)
@@ -216,7 +216,7 @@ def gather(
     share = rows.mean_over_producers(activity)
     taylor = np.sqrt(dot_sq)
     if rows.stands_in.any():
-        taylor = np.where(rows.stands_in, np.maximum(taylor, _of_directions(rows)), taylor)
+        taylor = np.where(rows.stands_in, np.maximum(taylor, _directional_taylor(rows)), taylor)
     counted = None if activations is None else activations.shares(graph.num_channels)
     return Statistics(
         graph=graph,
@@ -231,7 +231,7 @@ def gather(
     )
 
 
-def _of_directions(rows: ChannelRows) -> np.ndarray:
+def _directional_taylor(rows: ChannelRows) -> np.ndarray:
     """``||gradient|| * ||filter|| / sqrt(elements)`` of each channel in the last step, float64 ``[C]``.
 
     A normalisation removes a filter's scale, so ``gradient . filter`` is 0 even for an important filter. This
@@ -244,12 +244,12 @@ def _of_directions(rows: ChannelRows) -> np.ndarray:
     return np.sqrt(np.bincount(rows.channel_of[filters], weights=squares, minlength=rows.num_channels))
 
 
-def of_weights(model: nn.Module, graph: ChannelGraph) -> Statistics:
+def weight_statistics(model: nn.Module, graph: ChannelGraph) -> Statistics:
     """Statistics of the weights alone; ``activity`` and ``taylor`` are 0."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = ChannelRows(model, graph, {id(param) for param in parameters.values()}, decay=0.0)
-    weigh(rows.table)
-    return gather(rows, graph, np.ones(graph.num_channels, bool), parameters)
+    sum_weight_squares(rows.table)
+    return gather(rows, graph, graph.all_channels(), parameters)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class LRASPP(nn.Module):
         super().__init__()
         for name, value in (("classes", classes), ("inter_channels", inter_channels)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name}: got {value}, expected a whole number >= 1")
         self.backbone = backbone
         self.classifier = LRASPPHead(backbone.low_channels, backbone.high_channels, classes, inter_channels)
 

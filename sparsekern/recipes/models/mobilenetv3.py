@@ -175,9 +175,9 @@ class MobileNetV3Features(nn.Sequential):
 
     def __init__(self, variant: Variant = "large", *, multiplier: float = 1.0, dilated: bool = False) -> None:
         if variant not in BLOCKS:
-            raise ValueError(f'variant must be "large" or "small", got {variant!r}')
+            raise ValueError(f"variant: got {variant!r}, expected 'large' or 'small'")
         if not multiplier > 0:
-            raise ValueError(f"multiplier must be positive, got {multiplier}")
+            raise ValueError(f"multiplier: got {multiplier}, expected a number > 0")
         channels = round_channels(STEM * multiplier)
         layers: list[nn.Module] = [ConvNormAct(3, channels, 3, stride=2, activation=nn.Hardswish)]
         strided = [0]

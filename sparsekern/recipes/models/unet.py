@@ -79,9 +79,9 @@ class UNet(nn.Module):
         sizes = {"in_channels": in_channels, "classes": classes, "width": width, "depth": depth}
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name}: got {value}, expected a whole number >= 1")
         if decoder not in ("transposed", "bilinear"):
-            raise ValueError(f'decoder must be "transposed" or "bilinear", got {decoder!r}')
+            raise ValueError(f"decoder: got {decoder!r}, expected 'transposed' or 'bilinear'")
         widths = [width * 2**level for level in range(depth + 1)]
         self.encoder = nn.ModuleList(
             DoubleConv(a, b) for a, b in zip([in_channels, *widths], widths, strict=False)

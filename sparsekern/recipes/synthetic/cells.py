@@ -1,4 +1,4 @@
-"""Microscopy-like images of cell nuclei, generated with their masks.
+"""Microscopy-like images of cell nuclei, Generator with their masks.
 
 Nuclei are ellipses with uneven outline, brightness and texture on a background with gradient and haze.
 Debris, blur and noise make the task non-trivial. A third of the images shows stained tissue in bright light
@@ -12,26 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from sparsekern.recipes.data import Split
-from sparsekern.recipes.synthetic.fields import blur, clouds, generated, uniform
+from sparsekern.recipes.synthetic.fields import Generator, blur, clouds, uniform
 
 NUCLEI = 26  # drawn per image; a random share of them lies outside the image or is left out
 DEBRIS = 14
 
 
-def generate(count: int, size: int = 128, seed: int = 0) -> Split:
-    """`count` images of `size` x `size` pixels with masks (1 = nucleus).
-
-    The same arguments give the same images on the same machine; different seeds, different ones.
-
-    Raises:
-        ValueError: `count` or `size` is too small.
-    """
-    return generated(_render, count, size, seed)
-
-
-def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images float32 `[N, 3, S, S]` and masks `[N, S, S]`."""
+@Generator
+def generate(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images float32 `[N, 3, S, S]` and masks `[N, S, S]` (1 = nucleus)."""
     typical = size * uniform(random, (count, 1), 0.035, 0.085)
     inside, rim = _ellipses(count, NUCLEI, size, typical, random)
     present = uniform(random, (count, NUCLEI), 0, 1) < uniform(random, (count, 1), 0.3, 1.0)

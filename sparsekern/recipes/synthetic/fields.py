@@ -1,7 +1,8 @@
-"""Random fields and filters that the generators share."""
+"""The shared parts of the generators: random fields, filters, and the conversion to images with masks."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -45,24 +46,37 @@ def grid(size: int) -> tuple[Tensor, Tensor]:
     return line.view(-1, 1), line.view(1, -1)
 
 
-def generated(render: Render, count: int, size: int, seed: int) -> Split:
-    """`count` images with masks, drawn by `render`.
+class Generator:
+    """Makes images with masks, of one kind; a decorator for the function that draws them.
 
     Args:
         render: `(count, size, random)` to images float32 `[N, 3, S, S]` in [0, 1] and classes `[N, S, S]`.
-        count: number of images.
-        size: height and width of the images in pixels.
-        seed: seed of all random numbers.
-
-    Raises:
-        ValueError: `count` is below 1, or `size` below 16 pixels.
     """
-    for name, value, least in (("count", count, 1), ("size", size, SMALLEST)):
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
-    random = torch.Generator().manual_seed(seed)
-    parts = [render(min(CHUNK, count - start), size, random) for start in range(0, count, CHUNK)]
-    images = torch.cat([image.clamp(0, 1).mul(255).round().to(torch.uint8) for image, _ in parts])
-    pixels = images.movedim(1, -1).contiguous().numpy()
-    labels = torch.cat([mask.to(torch.uint8) for _, mask in parts]).numpy()
-    return Split.from_arrays([f"{i:04d}.png" for i in range(count)], list(pixels), list(labels))
+
+    def __init__(self, render: Render) -> None:
+        self._render = render
+        functools.update_wrapper(self, render)
+
+    def __call__(self, count: int, size: int = 128, seed: int = 0) -> Split:
+        """`count` images with masks.
+
+        The same arguments give the same images on the same machine; another seed gives other images.
+
+        Args:
+            count: number of images, at least 1.
+            size: height and width of the images in pixels, at least 16.
+            seed: seed of all random numbers.
+
+        Raises:
+            ValueError: `count` or `size` is too small.
+        """
+        for name, value, least in (("count", count, 1), ("size", size, SMALLEST)):
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+        random = torch.Generator().manual_seed(seed)
+        starts = range(0, count, CHUNK)
+        parts = [self._render(min(CHUNK, count - start), size, random) for start in starts]
+        images = torch.cat([image.clamp(0, 1).mul(255).round().to(torch.uint8) for image, _ in parts])
+        pixels = images.movedim(1, -1).contiguous().numpy()
+        labels = torch.cat([mask.to(torch.uint8) for _, mask in parts]).numpy()
+        return Split.from_arrays([f"{i:04d}.png" for i in range(count)], list(pixels), list(labels))

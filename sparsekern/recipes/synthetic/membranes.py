@@ -1,4 +1,4 @@
-"""Electron-microscopy-like sections of tissue, generated with the masks of its cell membranes.
+"""Electron-microscopy-like sections of tissue, Generator with the masks of its cell membranes.
 
 Cells are regions around random centres with curved borders. Their membranes are dark lines of uneven width,
 which vanish where the cut runs along them; the mask continues there. Mitochondria, vesicles and rods
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern.recipes.data import Split
-from sparsekern.recipes.synthetic.fields import blur, clouds, generated, grid, uniform
+from sparsekern.recipes.synthetic.fields import Generator, blur, clouds, grid, uniform
 
 REFERENCE = 96  # pixels; widths and lengths below are those of an image of this size
 CELLS = 34  # centres per image; some lie outside the image
@@ -22,19 +21,9 @@ MITOCHONDRIA, VESICLES = 9, 26
 RIM = 1.6  # thickness of the rim of a mitochondrion, in pixels of the reference
 
 
-def generate(count: int, size: int = 128, seed: int = 0) -> Split:
-    """`count` images of `size` x `size` pixels with masks (1 = membrane).
-
-    The same arguments give the same images on the same machine; different seeds, different ones.
-
-    Raises:
-        ValueError: `count` or `size` is too small.
-    """
-    return generated(_render, count, size, seed)
-
-
-def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images float32 `[N, 3, S, S]`, all channels equal, and masks `[N, S, S]`."""
+@Generator
+def generate(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images float32 `[N, 3, S, S]`, all channels equal, and masks `[N, S, S]` (1 = membrane)."""
     scale = size / REFERENCE
     place = _warped(random, count, size)
     border, cell = _cells(random, count, size, place)

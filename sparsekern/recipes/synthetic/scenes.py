@@ -1,4 +1,4 @@
-"""Street-like scenes of eight classes, generated with their label maps.
+"""Street-like scenes of eight classes, Generator with their label maps.
 
 Things stand on the ground, get smaller with distance, and hide the things behind them. Ground, sky and
 buildings fill most pixels; persons, poles and signs fill a few percent. The hood of the camera's car and
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsekern.recipes.data import Split
-from sparsekern.recipes.synthetic.fields import blur, clouds, generated, grid, uniform
+from sparsekern.recipes.synthetic.fields import Generator, blur, clouds, grid, uniform
 
 GROUND, SKY, BUILDING, VEGETATION, VEHICLE, PERSON, POLE, SIGN = CLASSES = range(8)
 NAMES = ("ground", "sky", "building", "vegetation", "vehicle", "person", "pole", "sign")
@@ -22,19 +21,9 @@ VOID = 255
 BUILDINGS, THINGS = 7, 16  # drawn per image
 
 
-def generate(count: int, size: int = 128, seed: int = 0) -> Split:
-    """`count` images of `size` x `size` pixels with label maps of `CLASSES` and `VOID`.
-
-    The same arguments give the same images on the same machine; different seeds, different ones.
-
-    Raises:
-        ValueError: `count` or `size` is too small.
-    """
-    return generated(_render, count, size, seed)
-
-
-def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images float32 `[N, 3, S, S]` and classes int64 `[N, S, S]`."""
+@Generator
+def generate(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images float32 `[N, 3, S, S]` and label maps int64 `[N, S, S]` of `NAMES` and `VOID`."""
     horizon = uniform(random, (count,), 0.3, 0.5)
     canvas = _Canvas(random, count, size)
     _backdrop(canvas, horizon)

@@ -1,4 +1,4 @@
-"""Retina images, generated with the masks of their vessels.
+"""Retina images, Generator with the masks of their vessels.
 
 Vessels are thin branching trees on 3 to 8 % of the pixels. Their contrast fades along the branches and across
 the field down to the noise, while the mask follows them to their ends. Wide faint vessels of the layer
@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsekern.recipes.data import Split
-from sparsekern.recipes.synthetic.fields import blur, clouds, generated, grid, uniform
+from sparsekern.recipes.synthetic.fields import Generator, blur, clouds, grid, uniform
 
 REFERENCE = 96  # pixels; widths and lengths below are those of an image of this size
 STRIDE = 0.6  # distance of two points of a vessel, in pixels of the reference
@@ -29,19 +28,9 @@ SPOTS = 10  # haemorrhages and exudates
 ABSORPTION = (0.3, 1.0, 0.75)
 
 
-def generate(count: int, size: int = 128, seed: int = 0) -> Split:
-    """`count` images of `size` x `size` pixels with masks (1 = vessel).
-
-    The same arguments give the same images on the same machine; different seeds, different ones.
-
-    Raises:
-        ValueError: `count` or `size` is too small.
-    """
-    return generated(_render, count, size, seed)
-
-
-def _render(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images float32 `[N, 3, S, S]` and masks `[N, S, S]`."""
+@Generator
+def generate(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images float32 `[N, 3, S, S]` and masks `[N, S, S]` (1 = vessel)."""
     disc = uniform(random, (2, count), -0.1, 1.1) * size
     points = _grow(count, size, disc.numpy(), _numpy_generator(random))
     depth, mask = _draw(points, count, size)

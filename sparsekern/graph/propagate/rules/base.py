@@ -61,7 +61,7 @@ def register_rule(
     def enter(function: RuleFunction) -> RuleFunction:
         for name in names:
             if name in RULES:
-                raise ValueError(f"register_rule: {name!r} already has a rule")
+                raise ValueError(f"name: got {name!r}, which already has a rule, expected another op")
             RULES[name] = Rule(function, pure, view, norm)
         return function
 

@@ -1,4 +1,4 @@
-"""Checks before a training: whether the arguments are valid, and which channels can be removed."""
+"""Which channels of a model can be pruned, given the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -9,32 +9,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from sparsekern.graph import ChannelGraph, dry_run, trace
-from sparsekern.prune.decide import criteria
-from sparsekern.prune.state.activations import Activations
-
-NONFINITE = ("ignore", "raise")
 
 _IDLE = (
     "its weights and gates are not trained, so nothing is known of its channels (when the Pruner is "
     "made, the optimizer has to hold them, and they have to require a gradient)"
 )
-
-
-def check_options(penalty: object, nonfinite: object) -> None:
-    """Raise a ValueError for the first of these arguments of a Pruner that is not valid."""
-    if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
-        raise ValueError(f"penalty: got {penalty!r}, expected a number >= 0")
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {NONFINITE}")
-
-
-def check_counted(select: criteria.Criterion, activations: Activations) -> None:
-    """Raise a ValueError if ``select`` needs counts of activations and no module of the model counts them."""
-    if select.needs_activations and not len(activations):
-        raise ValueError(
-            f"select: got {select!r} for a model without a NormAct2d that has channels to prune, expected "
-            f"sparsekern.fusion.fuse(model, example_inputs) before, or level='weight'"
-        )
 
 
 def prunable_graph(
@@ -75,8 +54,8 @@ def prunable_graph(
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])
         raise ValueError(
-            f"model: {type(model).__name__} has no channel that can be removed, expected at least one "
-            f"({reasons})"
+            f"model: got a {type(model).__name__} without a channel that can be removed, expected at least "
+            f"one ({reasons}); print(sparsekern.trace(model, example_inputs)) shows all reasons"
         )
     return graph
 
@@ -91,6 +70,6 @@ def _check_held(parameters: Mapping[str, nn.Parameter], trained: set[int]) -> No
     missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in trained]
     if missing:
         raise ValueError(
-            f"optimizer: does not hold {len(missing)} trainable parameters of the model "
-            f"({', '.join(missing[:3])}), expected all that require a gradient"
+            f"optimizer: got one without {len(missing)} trainable parameters of the model "
+            f"({', '.join(missing[:3])}), expected all that require a gradient; add them to its groups"
         )

@@ -1,4 +1,4 @@
-"""Training steps of copies, to measure their time and the size of an optimizer's state."""
+"""Trial steps: training steps of copies, to measure their time and the size of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def loss_to_time(
     is_function = callable(measure) and not isinstance(measure, Tensor)
     if forward_loss is not None:
         if measure is None or isinstance(measure, bool) or is_function:
-            raise ValueError(
-                f"measure: got {measure!r} with forward_loss, expected the batch that forward_loss takes"
-            )
+            raise ValueError(f"measure: got {measure!r} with forward_loss, expected a batch for forward_loss")
         batch = moved(measure, next(model.parameters()).device)
         return lambda trial: forward_loss(trial, batch)
     if measure is None or measure is False:
@@ -99,7 +97,9 @@ class Trial:
             self._loss(self.model).backward()
             self.optimizer.step()
         except Exception as error:
-            raise ValueError(f"measure: a step on these inputs fails: {error}") from error
+            raise ValueError(
+                f"measure: got inputs on which a training step fails, expected inputs to train on: {error}"
+            ) from error
         self.optimizer.zero_grad()
 
 
@@ -157,7 +157,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     try:
         probe.step()
     except Exception as error:
-        raise ValueError(f"optimizer: a copy of {type(optimizer).__name__} cannot step: {error}") from error
+        raise ValueError(
+            f"optimizer: got a {type(optimizer).__name__} whose copy cannot make a step, expected one that "
+            f"can be copied: {error}"
+        ) from error
     total = 0
     for param in params:
         own = tiny[id(param)]
@@ -192,6 +195,9 @@ def copy_of(optimizer: torch.optim.Optimizer, replaced: Mapping[int, nn.Paramete
         if hasattr(own, name) or callable(value):
             continue
         if isinstance(value, nn.Module):
-            raise TypeError(f"optimizer: {type(optimizer).__name__} holds a module in {name!r}")
+            raise TypeError(
+                f"optimizer: got a {type(optimizer).__name__} that holds a module in {name!r}, expected one "
+                f"without modules, which can be copied for a copy of the model"
+            )
         setattr(own, name, copy.deepcopy(value, known))
     return own

@@ -11,6 +11,19 @@ from sparsekern.distributed.tensors import local
 from sparsekern.optim.hooks import with_gradients
 from sparsekern.prune.state.network import Network
 
+NONFINITE = ("ignore", "raise")
+
+
+def check_nonfinite(nonfinite: object) -> bool:
+    """Whether gradients are checked, for the argument ``nonfinite`` of a Pruner.
+
+    Raises:
+        ValueError: ``nonfinite`` is not one of ``NONFINITE``.
+    """
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite: got {nonfinite!r}, expected one of {', '.join(map(repr, NONFINITE))}")
+    return nonfinite == "raise"
+
 
 class GradientCheck:
     """A hook before an optimizer's steps that checks all gradients, after each call of a closure if given.
@@ -35,7 +48,7 @@ class GradientCheck:
         # Only one process sees a given part of a sharded gradient, but all processes have to stop.
         if self._ranks.any(bool(bad)):
             raise FloatingPointError(
-                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'what other ranks hold'} "
+                f"gradient: got NaN or infinity in {', '.join(bad[:3]) or 'parameters of other ranks'} "
                 f"({len(bad)} parameters here), expected finite values; nonfinite='ignore' lets the "
                 f"optimizer go on"
             )

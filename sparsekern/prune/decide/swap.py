@@ -1,4 +1,4 @@
-"""Exchanges blocks of channels after a greedy choice, to use up the budget."""
+"""Swaps blocks of channels between groups after a greedy choice, to use up the budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHANGES = 48
 TRIES = 192
 
 
-def exchange(problem: Problem, blocks: Blocks, stays: np.ndarray) -> np.ndarray:
+def swap_blocks(problem: Problem, blocks: Blocks, stays: np.ndarray) -> np.ndarray:
     """Improve ``stays`` (bool ``[blocks]``) by single changes that add saliency within the budget.
 
     A change restores the next block of one group. It may remove the last block of another group, if that

@@ -1,4 +1,4 @@
-"""Which optimizer steps count for a schedule."""
+"""Counting of optimizer steps: which of them trained, and with which learning rates."""
 
 from __future__ import annotations
 

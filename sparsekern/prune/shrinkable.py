@@ -1,4 +1,4 @@
-"""The check before a training that shrinks: whether the optimizer's state can be cut like its parameters."""
+"""Checks for a training that shrinks: whether the model and the optimizer's state can be cut."""
 
 from __future__ import annotations
 
@@ -7,22 +7,48 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
-from sparsekern.compact.optimizer_state import follows_shape
+from sparsekern.compact import check_cuttable
+from sparsekern.compact.optimizer_state import StateCutter, follows_shape
 from sparsekern.optim import RowOptimizer, Unwrapped
-from sparsekern.prune.probe import copy_of
+from sparsekern.prune.trial_steps import copy_of
 
 # Sizes of the first dimension of stand-ins; each further dimension is 1 larger, so that all differ.
 _SIZES = (3, 5)
-_ADVICE = "expected state of each parameter's own shape; shrink=False, or a state_cutter that cuts it"
+_ADVICE = (
+    "expected state of each parameter's shape; pass shrink=False, or a state_cutter that cuts this state"
+)
 
 
-def check_state(unwrapped: Unwrapped) -> None:
+def check_shrinkable(
+    model: nn.Module, unwrapped: Unwrapped, state_cutter: StateCutter | None
+) -> StateCheck | None:
+    """Check before a training that its model and its optimizer's state can be cut at every event.
+
+    Args:
+        model: the model without a wrapper.
+        unwrapped: the optimizer inside its wrappers.
+        state_cutter: cuts state of other shapes than its parameters; its presence ends the checks of state.
+
+    Returns:
+        A hook that checks the state of the first step; None if no check is needed.
+
+    Raises:
+        ValueError: the model cannot be cut, or a tensor of the optimizer's state has another shape than its
+            parameter.
+    """
+    check_cuttable(model)
+    if state_cutter is not None:
+        return None
+    _check_state(unwrapped)
+    return StateCheck(unwrapped)
+
+
+def _check_state(unwrapped: Unwrapped) -> None:
     """Check that each tensor of the optimizer's state has the shape of its parameter.
 
     This checks the state that exists. Two steps of copies with small parameters show the state that the
@@ -34,8 +60,9 @@ def check_state(unwrapped: Unwrapped) -> None:
     optimizer = unwrapped.optimizer
     if unwrapped.parts:
         raise ValueError(
-            f"shrink: got True with {_named(optimizer)}, which deals its parameters out to "
-            f"{len(unwrapped.parts)} further optimizers, expected shrink=False, or one that steps them itself"
+            f"shrink: got True with {_named(optimizer)}, which divides its parameters among "
+            f"{len(unwrapped.parts)} other optimizers, expected False, or an optimizer that updates all of "
+            f"its parameters itself"
         )
     if isinstance(optimizer, RowOptimizer):
         return
@@ -50,8 +77,8 @@ def check_state(unwrapped: Unwrapped) -> None:
     for name in grown[0]:
         if grown[0][name] != grown[1].get(name):
             raise ValueError(
-                f"optimizer: {_named(optimizer)} keeps tensors that grow with its parameters in {name!r}, "
-                f"{_ADVICE}"
+                f"optimizer: got {_named(optimizer)} with tensors in {name!r} whose sizes depend on those of "
+                f"its parameters, {_ADVICE}"
             )
 
 
@@ -59,21 +86,17 @@ class StateCheck:
     """A hook after an optimizer's steps that checks the state made by the first step.
 
     It serves optimizers that cannot be copied, and those whose state depends on the size of a parameter.
+
+    Raises:
+        ValueError: a tensor of the state has another shape than its parameter.
     """
 
     def __init__(self, unwrapped: Unwrapped) -> None:
         self._unwrapped = unwrapped
         # A hook cannot remove itself while hooks are being called.
         self._done = False
-        self._handle: RemovableHandle = unwrapped.optimizer.register_step_post_hook(
-            torch.compiler.disable(self._look)
-        )
 
-    def remove(self) -> None:
-        """Remove the hook."""
-        self._handle.remove()
-
-    def _look(self, optimizer: Optimizer, *_: Any) -> None:
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._done and any(self._unwrapped.states):
             _check(optimizer, self._unwrapped)
             self._done = True
@@ -87,8 +110,8 @@ def _check(optimizer: Optimizer, unwrapped: Unwrapped) -> None:
         for name, value in values.items():
             if not follows_shape(value, param):
                 raise ValueError(
-                    f"optimizer: {_named(optimizer)} keeps {name!r} of a parameter {list(param.shape)} as "
-                    f"{_kind(value)}, {_ADVICE}"
+                    f"optimizer: got {_named(optimizer)} whose state {name!r} of a parameter of shape "
+                    f"{list(param.shape)} is {_kind(value)}, {_ADVICE}"
                 )
 
 

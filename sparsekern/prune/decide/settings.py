@@ -1,0 +1,41 @@
+"""The settings of a Pruner that a resumed training must have in common with the saved one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsekern.prune.decide.policy import Policy
+from sparsekern.prune.schedule import Timing
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The arguments of a Pruner after their checks, with names replaced by objects.
+
+    Attributes:
+        keep: share of the dense cost that stays, in (0, 1].
+        policy: the rules by which channels are chosen.
+        timing: the steps at which channels are chosen.
+        shrink: whether every event cuts masked channels out of the live model.
+    """
+
+    keep: float
+    policy: Policy
+    timing: Timing
+    shrink: bool
+
+    def to_plain(self) -> dict[str, Any]:
+        """The settings as plain values, for a state."""
+        policy = self.policy
+        return {
+            "keep": self.keep,
+            "of": policy.of,
+            **asdict(self.timing),
+            "select": repr(policy.select),
+            "allocate": repr(policy.allocate),
+            "round_to": policy.round_to,
+            "floors": policy.floors.tolist(),
+            "penalty": policy.penalty,
+            "shrink": self.shrink,
+        }
