@@ -14,13 +14,24 @@ from torch.optim.sgd import sgd
 from sparsekern.bench.problem import Problem
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import reference
+from sparsekern.kernels.options import (
+    ADAM,
+    MASK,
+    SGD,
+    STATISTICS,
+    AdamOptions,
+    MaskOptions,
+    SgdOptions,
+    StatisticsOptions,
+)
 from sparsekern.kernels.rows import Rows
 
 Run = Callable[[], Any]
 Call = Callable[[Problem], Run]
 
-ADAM: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "lr": 1e-3}
-SGD: dict[str, Any] = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "lr": 1e-3}
+# Hyperparameters that sparsekern's options and torch's functions name alike.
+ADAM_VALUES: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "lr": 1e-3}
+SGD_VALUES: dict[str, Any] = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "lr": 1e-3}
 _OFF: dict[str, Any] = {"maximize": False, "grad_scale": None, "found_inf": None}
 
 # Bytes per row: penalty, elements, countdown, threshold and activity are read (4 bytes each); four sums,
@@ -44,44 +55,45 @@ def _sgd_lists(problem: Problem) -> tuple[Any, ...]:
 
 def adam_step(problem: Problem, ops: ModuleType = _ops) -> Run:
     """The op ``adam_step_`` as AdamW calls it; ``ops`` may be a backend."""
-    options: dict[str, Any] = {"decoupled": True, "amsgrad": False, "rows": rows_of(problem)}
-    return functools.partial(ops.adam_step_, *_adam_lists(problem), **ADAM, **_OFF, **options)
+    options = AdamOptions(decoupled=True, **ADAM_VALUES)
+    return functools.partial(ops.step_, ADAM, _adam_lists(problem), options, rows_of(problem))
 
 
 def torch_adam(problem: Problem, **choice: bool) -> Run:
     """torch's functional AdamW; ``choice`` is ``fused=True`` or ``foreach=True``."""
     options: dict[str, Any] = {"decoupled_weight_decay": True, "amsgrad": False, "capturable": False}
-    options |= ADAM | _OFF | choice
+    options |= ADAM_VALUES | _OFF | choice
     return torch.no_grad()(functools.partial(adam, *_adam_lists(problem), **options))
 
 
 def sgd_step(problem: Problem, ops: ModuleType = _ops) -> Run:
     """The op ``sgd_step_`` as SGD with momentum calls it; ``ops`` may be a backend."""
-    options: dict[str, Any] = {"nesterov": False, "first": False, "rows": rows_of(problem)}
-    return functools.partial(ops.sgd_step_, *_sgd_lists(problem), **SGD, **_OFF, **options)
+    return functools.partial(ops.step_, SGD, _sgd_lists(problem), SgdOptions(**SGD_VALUES), rows_of(problem))
 
 
 def torch_sgd(problem: Problem, **choice: bool) -> Run:
     """torch's functional SGD with momentum; ``choice`` is ``fused=True`` or ``foreach=True``."""
-    options: dict[str, Any] = {"nesterov": False} | SGD | _OFF | choice
+    options: dict[str, Any] = {"nesterov": False} | SGD_VALUES | _OFF | choice
     return torch.no_grad()(functools.partial(sgd, *_sgd_lists(problem), **options))
 
 
 def row_statistics(problem: Problem, ops: ModuleType = _ops) -> Run:
     """The op ``row_statistics_``; ``ops`` may be a backend."""
-    return functools.partial(ops.row_statistics_, problem.params, problem.grads, rows=rows_of(problem))
+    lists = (problem.params, problem.grads)
+    return functools.partial(ops.step_, STATISTICS, lists, StatisticsOptions(), rows_of(problem))
 
 
 def row_mask(problem: Problem, ops: ModuleType = _ops) -> Run:
     """The op ``row_mask_``: penalty, fade-out and mask; ``ops`` may be a backend."""
-    return functools.partial(ops.row_mask_, problem.params, lr=ADAM["lr"], rows=rows_of(problem))
+    options = MaskOptions(ADAM_VALUES["lr"])
+    return functools.partial(ops.step_, MASK, (problem.params,), options, rows_of(problem))
 
 
 def channel_moments(problem: Problem, ops: ModuleType = _ops) -> Run:
     """The op ``channel_moments_``, which updates the means per channel; ``ops`` may be a backend."""
     table = problem.table
     assert table is not None
-    reference.row_statistics_(problem.params, problem.grads, rows=table.rows_of(problem.params))
+    row_statistics(problem, reference)()
 
     def run() -> None:
         # A step sets `pending`; without it the op does nothing.

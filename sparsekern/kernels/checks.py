@@ -14,7 +14,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekern.kernels import memory as _memory
-from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable, check_gates
+from sparsekern.kernels.rows import (
+    ROW_ARRAYS,
+    ROW_INPUTS,
+    ChannelArrays,
+    RowArrays,
+    Rows,
+    RowTable,
+    check_gates,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes of parameters that the backends take."""
@@ -93,8 +101,8 @@ def tensors(lists: Mapping[str, Sequence[Tensor]], rows: Rows | None, read: Sequ
     written = {name: values for name, values in lists.items() if name not in read}
     others = {name: lists[name] for name in read}
     if rows is not None and rows.table is not None:
-        for name in RowArrays._fields[:-2]:
-            side = others if name in ("penalty", "elements") else written
+        for name in ROW_ARRAYS:
+            side = others if name in ROW_INPUTS else written
             side[f"rows.table.{name}"] = [getattr(rows.table, name)]
     _written(written, others)
 
@@ -204,27 +212,28 @@ def scalar(name: str, value: object, device: torch.device) -> None:
     whole(name, value)
 
 
-def rate(lr: float | Tensor | None) -> None:
-    """Check that a learning rate is finite. A tensor on a GPU is not read, because the host would wait.
+def rate(lr: Tensor, device: torch.device) -> None:
+    """Check a learning rate that is a tensor. One on a GPU is not read, because the host would wait.
 
     Raises:
-        ValueError: ``lr`` is not finite.
+        ValueError: ``lr`` is not one floating-point element on ``device``, or is not finite.
     """
-    if lr is None:
-        return
-    if isinstance(lr, Tensor):
-        if lr.device.type != "cpu" or type(lr) is FakeTensor:
-            return
-        lr = float(lr)
-    if not -_INF < lr < _INF:
-        raise ValueError(f"lr: got {lr!r}, expected a finite number")
+    scalar("lr", lr, device)
+    if lr.device.type == "cpu" and type(lr) is not FakeTensor:
+        finite("lr", float(lr))
 
 
-def finite(**numbers: float) -> None:
-    """Raise ``ValueError`` for the first number that is not finite."""
-    for name, value in numbers.items():
-        if not -_INF < value < _INF:
-            raise ValueError(f"{name}: got {value!r}, expected a finite number")
+def finite(name: str, value: float) -> None:
+    """Check that ``value`` is a finite number.
+
+    Raises:
+        TypeError: ``value`` is no number.
+        ValueError: ``value`` is NaN or infinite.
+    """
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+    if not -_INF < value < _INF:
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
 
 
 def adam(beta1: float, beta2: float, eps: float) -> None:

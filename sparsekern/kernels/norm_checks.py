@@ -15,29 +15,20 @@ from sparsekern.kernels import memory as _memory
 from sparsekern.kernels.activations import ACTIVATIONS, compute_dtype
 from sparsekern.kernels.checks import DTYPES, count, means, number, own_memory, whole
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 _INF = float("inf")
 
 
-def check(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    counts: ChannelCounts | None,
-    activation: str,
-    training: bool,
-    eps: float,
-    momentum: float,
-) -> None:
+def check(inputs: NormInputs, running: Running, options: NormOptions, counts: ChannelCounts | None) -> None:
     """Check that the arguments of ``norm_act`` match each other.
 
     Raises:
         TypeError, ValueError: an argument does not match; the message names it.
     """
+    x, residual, weight, bias, mask = inputs
+    running_mean, running_var = running
+    activation, training, eps, momentum = options
     check_activation(activation)
     if not (0 <= eps < _INF and -_INF < momentum < _INF):
         number("eps", eps, 0, _INF, open_high=True)
@@ -71,17 +62,10 @@ def check(
 
 
 def check_forward_op(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
+    inputs: NormInputs,
+    running: Running,
+    options: NormOptions,
     counts: Sequence[Tensor],
-    activation: str,
-    training: bool,
-    eps: float,
     tau: float,
     decay: float,
 ) -> None:
@@ -90,27 +74,20 @@ def check_forward_op(
     Raises:
         TypeError, ValueError: an argument does not match; the message names it.
     """
-    _given(x=x)
+    named = inputs._asdict() | {"running_mean": running.mean, "running_var": running.var}
+    _check_given(named, ("x",))
     found = _counts_of(counts, tau, decay)
-    operands = (x, residual, weight, bias, running_mean, running_var, mask)
-    check(*operands, found, activation, training, eps, 0.0)
-    names = ("x", "residual", "weight", "bias", "running_mean", "running_var", "mask")
-    check_memory({}, dict(zip(names, operands, strict=True)) | named_counts(found))
+    check(inputs, running, options, found)
+    check_memory({}, named | named_counts(found))
 
 
 def check_backward_op(
     grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: NormInputs,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor | None,
+    options: NormOptions,
     counts: Sequence[Tensor],
-    activation: str,
-    training: bool,
-    eps: float,
     tau: float,
     decay: float,
 ) -> ChannelCounts | None:
@@ -122,9 +99,11 @@ def check_backward_op(
     Raises:
         TypeError, ValueError: an argument does not match; the message names it.
     """
-    _given(grad=grad, x=x, mean=mean, var=var)
+    named = {"grad": grad, **inputs._asdict(), "mean": mean, "var": var}
+    _check_given(named, ("grad", "x", "mean", "var"))
     found = _counts_of(counts, tau, decay)
-    check(x, residual, weight, bias, None, None, mask, found, activation, True, eps, 0.0)
+    check(inputs, Running(), options._replace(training=True, momentum=0.0), found)
+    x = inputs.x
     if _kind(grad) != _kind(x):
         raise ValueError(f"grad: got {_described(grad)}, expected {_described(x)} as x")
     expected = (x.shape[1:2], compute_dtype(x), x.device, torch.strided)
@@ -134,9 +113,7 @@ def check_backward_op(
                 f"{name}: got {_described(vector)}, expected {expected[1]} [{x.shape[1]}] on {x.device}, as "
                 f"norm_act returned it"
             )
-    operands = (grad, x, residual, weight, bias, mean, var, mask)
-    names = ("grad", "x", "residual", "weight", "bias", "mean", "var", "mask")
-    check_memory(named_counts(found), dict(zip(names, operands, strict=True)))
+    check_memory(named_counts(found), named)
     return found
 
 
@@ -165,15 +142,21 @@ def named_counts(counts: ChannelCounts | None) -> dict[str, Tensor]:
     return {f"counts.{name}": getattr(counts, name) for name in ("threshold", "activity", "updates")}
 
 
-def _given(**tensors: Tensor | None) -> None:
-    """Check that no tensor is None, because the dispatcher accepts None for any tensor.
+def _check_given(tensors: Mapping[str, Tensor | None], needed: Sequence[str]) -> None:
+    """Check that operands of an op have sizes: the dispatcher takes None and nested tensors for any tensor.
+
+    Args:
+        tensors: the operands by name.
+        needed: names of the operands that may not be None.
 
     Raises:
-        TypeError: a tensor is None.
+        TypeError: an operand is missing or a nested tensor.
     """
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in needed:
             raise TypeError(f"{name}: got None, expected a tensor")
+        if tensor is not None and tensor.is_nested:
+            raise TypeError(f"{name}: got a nested tensor, expected a dense one")
 
 
 def _counts_of(arrays: Sequence[Tensor], tau: float, decay: float) -> ChannelCounts | None:

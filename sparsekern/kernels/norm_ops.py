@@ -6,7 +6,7 @@ go directly to the backend. The dispatcher and its way back into Python take lon
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,45 +24,35 @@ from sparsekern.kernels.norm_checks import (
     named_counts,
 )
 from sparsekern.kernels.ops import traced
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 _LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
 
+# The fields of NormInputs, and of NormOptions without the momentum: an op writes no running statistics.
+_INPUTS = ", ".join(f"Tensor{'?' if name != 'x' else ''} {name}" for name in NormInputs._fields)
 _OPTIONS = "*, str activation, bool training, float eps, float tau, float decay"
-_AFFINE = "Tensor? weight, Tensor? bias"
 _LIBRARY.define(
-    f"norm_act(Tensor x, Tensor? residual, {_AFFINE}, Tensor? running_mean, Tensor? running_var, "
-    f"Tensor? mask, Tensor[] counts, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"norm_act({_INPUTS}, Tensor? running_mean, Tensor? running_var, Tensor[] counts, {_OPTIONS}) "
+    f"-> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"norm_act_backward(Tensor grad, Tensor x, Tensor? residual, {_AFFINE}, Tensor mean, Tensor var, "
-    f"Tensor? mask, Tensor(a!)[] counts, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"norm_act_backward(Tensor grad, {_INPUTS}, Tensor mean, Tensor var, Tensor(a!)[] counts, {_OPTIONS}) "
+    f"-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def norm_act(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    counts: ChannelCounts | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    momentum: float = 0.0,
+    inputs: NormInputs, running: Running, options: NormOptions, counts: ChannelCounts | None = None
 ) -> Tensor:
     """Batch normalisation with its activation, differentiable once.
 
     The backward pass needs only ``x``, ``residual`` and per-channel vectors, so only these are saved.
 
     Args:
+        inputs: the data, the affine parameters and the mask.
+        running: the running statistics; used unless training, and written in training with a momentum.
+        options: the options.
         counts: statistics that the backward pass updates, or None.
-
-    The other arguments are those of
-    :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`.
 
     Returns:
         ``y``, with the shape, dtype and memory format of ``x``.
@@ -70,20 +60,19 @@ def norm_act(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
-    operands = (x, residual, weight, bias, running_mean, running_var, mask)
-    check(*operands, counts, activation, training, eps, momentum)
-    if not traced(x):
-        vectors, options = (running_mean, running_var, mask), (activation, training, eps)
-        y: Tensor = _NormAct.apply(*map(_resolved, operands[:4]), (*vectors, counts, *options, momentum))
+    check(inputs, running, options, counts)
+    if not traced(inputs.x):
+        y: Tensor = _NormAct.apply(*map(_resolved, inputs[:4]), (inputs.mask, running, options, counts))
         return y
     arrays, tau, decay = ([], 1.0, 0.0) if counts is None else (counts.arrays, counts.tau, counts.decay)
+    activation, training, eps, momentum = options
     y, mean, var = torch.ops.sparsekern.norm_act.default(
-        *operands, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
+        *inputs, *running, arrays, activation=activation, training=training, eps=eps, tau=tau, decay=decay
     )
-    if training and momentum and running_mean is not None and running_var is not None:
+    if training:
         # A differentiable op may not write to its arguments, so the running statistics are updated here.
         with torch.no_grad():
-            reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
+            reference_norm.track(running, mean, var, inputs.x.numel() // inputs.x.shape[1], momentum)
     return y
 
 
@@ -105,30 +94,19 @@ class _NormAct(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        others: tuple[Any, ...],
+        others: tuple[Tensor | None, Running, NormOptions, ChannelCounts | None],
     ) -> Tensor:
-        running_mean, running_var, mask, counts, activation, training, eps, momentum = others
+        mask, running, options, counts = others
+        inputs = NormInputs(x, residual, weight, bias, mask)
         backend = choose(x.device)
-        if momentum and training and not backend.CHECKS_MEMORY:
-            written = {"running_mean": running_mean, "running_var": running_var}
+        if options.momentum and options.training and not backend.CHECKS_MEMORY:
+            written = {"running_mean": running.mean, "running_var": running.var}
             check_memory(written, {"x": x, "residual": residual, "weight": weight, "bias": bias})
         y: Tensor
-        y, mean, var = backend.norm_act_forward(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            mask,
-            activation=activation,
-            training=training,
-            eps=eps,
-            momentum=momentum,
-        )
+        y, mean, var = backend.norm_act_forward(inputs, running, options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
-        ctx.others = backend, counts, activation, training, eps
+        ctx.save_for_backward(*inputs, mean, var)
+        ctx.others = backend, options, counts
         return y
 
     @staticmethod
@@ -141,8 +119,10 @@ def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     """Gradients of the five arguments of ``_NormAct.forward``; None for all of them without ``grad``."""
     if grad is None:
         return None, None, None, None, None
-    x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
-    backend, counts, activation, training, eps = ctx.others
+    *saved, mean, var = ctx.saved_tensors
+    inputs = NormInputs(*saved)
+    x, _, weight, bias, _ = inputs
+    backend, options, counts = ctx.others
     if counts is not None:
         # The arrays may have been replaced since the forward pass.
         check_counts(counts, x)
@@ -151,18 +131,7 @@ def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
                 named_counts(counts), {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var}
             )
     grad_x, grad_residual, grad_weight, grad_bias = backend.norm_act_backward(
-        _resolved(grad),
-        x,
-        residual,
-        weight,
-        bias,
-        mean,
-        var,
-        mask,
-        activation=activation,
-        training=training,
-        eps=eps,
-        counts=counts,
+        _resolved(grad), inputs, mean, var, options, counts
     )
     return grad_x, grad_residual, _given(grad_weight, weight), _given(grad_bias, bias), None
 
@@ -177,76 +146,77 @@ def _given(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    counts: list[Tensor],
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    tau: float,
-    decay: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    operands = (x, residual, weight, bias, running_mean, running_var, mask)
-    check_forward_op(*operands, counts, activation, training, eps, tau, decay)
-    found: tuple[Tensor, Tensor, Tensor] = choose(x.device).norm_act_forward(
-        *operands, activation=activation, training=training, eps=eps
-    )
+class _OfOp(NamedTuple):
+    """The keyword arguments of both ops."""
+
+    activation: str
+    training: bool
+    eps: float
+    tau: float
+    decay: float
+
+    @property
+    def options(self) -> NormOptions:
+        """The options of the normalisation."""
+        return NormOptions(self.activation, self.training, self.eps)
+
+
+def _forward_arguments(
+    operands: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[NormInputs, Running, NormOptions]:
+    """The checked arguments of ``norm_act``."""
+    inputs, running, counts = NormInputs(*operands[:5]), Running(*operands[5:7]), operands[7]
+    given = _OfOp(**keywords)
+    check_forward_op(inputs, running, given.options, counts, given.tau, given.decay)
+    return inputs, running, given.options
+
+
+def _backward_arguments(
+    operands: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Tensor, NormInputs, Tensor, Tensor, NormOptions, ChannelCounts | None]:
+    """The checked arguments of ``norm_act_backward``."""
+    grad, inputs, (mean, var, counts) = operands[0], NormInputs(*operands[1:6]), operands[6:]
+    given = _OfOp(**keywords)
+    found = check_backward_op(grad, inputs, mean, var, given.options, counts, given.tau, given.decay)
+    return grad, inputs, mean, var, given.options, found
+
+
+def _forward(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, running, options = _forward_arguments(operands, keywords)
+    found: tuple[Tensor, Tensor, Tensor] = choose(inputs.x.device).norm_act_forward(inputs, running, options)
     return found
 
 
-def _forward_fake(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_forward_op(x, *operands, **options)
-    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
-    return torch.empty_like(x), vector, torch.empty_like(vector)
+def _forward_fake(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (x, *_), _, _ = _forward_arguments(operands, keywords)
+    return torch.empty_like(x), *_fake_vectors(x)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mask: Tensor | None,
-    counts: list[Tensor],
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    tau: float,
-    decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands = (grad, x, residual, weight, bias, mean, var, mask)
-    found = check_backward_op(*operands, counts, activation, training, eps, tau, decay)
-    grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(
-        *operands, activation=activation, training=training, eps=eps, counts=found
-    )
+def _backward(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = _backward_arguments(operands, keywords)
+    x = arguments[1].x
+    grad_x, grad_residual, grad_weight, grad_bias = choose(x.device).norm_act_backward(*arguments)
     # An op always returns the same number of tensors, so an empty one stands for None.
     return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, residual: Tensor | None, *operands: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_backward_op(grad, x, residual, *operands, **options)
-    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
+def _backward_fake(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, (x, residual, *_), *_ = _backward_arguments(operands, keywords)
     grad_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
-    return torch.empty_like(x), grad_residual, vector, torch.empty_like(vector)
+    return torch.empty_like(x), grad_residual, *_fake_vectors(x)
+
+
+def _fake_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two vectors ``[C]`` in the compute type."""
+    vector = x.new_empty(x.shape[1], dtype=reference_norm.compute_dtype(x))
+    return vector, torch.empty_like(vector)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    x, residual, weight, bias, _, _, mask, counts = inputs
+    *operands, _, _, counts = inputs
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, residual, weight, bias, mean, var, mask)
+    ctx.save_for_backward(*operands, mean, var)
     # Not saved with save_for_backward: the backward pass of another call writes to the counts, and autograd
     # would then reject this one.
     ctx.counts = counts
@@ -254,20 +224,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, residual, weight, bias, mean, var, mask = ctx.saved_tensors
+    *operands, mean, var = ctx.saved_tensors
+    _, residual, weight, bias, _ = operands
     grad_x, grad_residual, grad_weight, grad_bias = torch.ops.sparsekern.norm_act_backward.default(
-        grad, x, residual, weight, bias, mean, var, mask, ctx.counts, **ctx.options
+        grad, *operands, mean, var, ctx.counts, **ctx.options
     )
-    return (
-        grad_x,
-        None if residual is None else grad_residual,
-        _given(grad_weight, weight),
-        _given(grad_bias, bias),
-        None,
-        None,
-        None,
-        [None] * len(ctx.counts),
-    )
+    grad_residual = None if residual is None else grad_residual
+    of_inputs = NormInputs(grad_x, grad_residual, _given(grad_weight, weight), _given(grad_bias, bias))
+    return *of_inputs, *Running(), [None] * len(ctx.counts)
 
 
 _LIBRARY.impl("norm_act", _forward, "CompositeExplicitAutograd")

@@ -1,8 +1,8 @@
-"""The step ops: functions, schemas and fakes.
+"""The step ops: the front function, schemas and fakes.
 
-The optimizers call the functions in this module. In eager mode a function calls the backend of the device
-directly, because the torch dispatcher takes longer than a step over a small list of tensors. Under tracing
-(``torch.compile``, ``torch.export``, fake tensors, tensor subclasses) it calls ``torch.ops.sparsekern``.
+The optimizers call :func:`step_`. In eager mode it calls the backend of the device directly, because the
+torch dispatcher takes longer than a step over a small list of tensors. Under tracing (``torch.compile``,
+``torch.export``, fake tensors, tensor subclasses) it calls ``torch.ops.sparsekern``.
 
 The ops work in place and return nothing, so the fakes only check the arguments. On both paths the arguments
 are checked before data are read or written.
@@ -10,9 +10,8 @@ are checked before data are read or written.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,48 +20,60 @@ from torch.nn import Parameter
 
 from sparsekern.kernels import checks as _checks
 from sparsekern.kernels.backends import choose, reference
-from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
+from sparsekern.kernels.options import (
+    ADAM,
+    FIELDS,
+    LISTS,
+    MASK,
+    NAMES,
+    OPTIONAL,
+    OPTIONS,
+    SGD,
+    STATISTICS,
+    STEPS,
+    Lists,
+    Options,
+    named,
+    read_lists,
+)
+from sparsekern.kernels.rows import (
+    CHANNEL_ARRAYS,
+    ROW_INPUTS,
+    ROW_STATE,
+    ChannelArrays,
+    RowArrays,
+    Rows,
+    RowTable,
+)
 
 _LIBRARY = torch.library.Library("sparsekern", "DEF")
 
-_P = ParamSpec("_P")
-
 # The schemas take the arrays of a RowTable as two lists: arrays that are only read, and arrays that are
 # written. Both lists are empty when no tensor of a call is tracked.
-_ROW_INPUTS = RowArrays._fields[:2]
-_ROW_STATE = RowArrays._fields[2:8]
-_ROWS = "Tensor[] row_inputs, Tensor(r!)[] row_state, int[] starts, int[] dims, float tau, float decay) -> ()"
-_AMP = "Tensor? grad_scale=None, Tensor? found_inf=None, "
+_ROWS = "Tensor[] row_inputs, Tensor(r!)[] row_state, int[] starts, int[] dims, float tau, float decay"
+_SCALARS = {"grad_scale": "Tensor? grad_scale=None", "found_inf": "Tensor? found_inf=None"}
+_TYPES = {"float": "float {0}", "bool": "bool {0}", "float | Tensor": "float {0}, Tensor? tensor_{0}=None"}
 
 
-def _operation(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
-    """A decorator that registers a function as the op with this schema.
+def _schema(op: int) -> str:
+    """The schema of an op, from its lists and the fields of its options."""
+    read = LISTS[STATISTICS] if op == STATISTICS else ()
+    lists = [
+        f"Tensor[] {name}" if name in read else f"Tensor({chr(ord('a') + i)}!)[] {name}"
+        for i, name in enumerate(LISTS[op])
+    ]
+    options = [_TYPES[type_].format(name) for name, type_ in FIELDS[op].items()]
+    scalars = _SCALARS.values() if op in (SGD, ADAM) else ()
+    return f"{NAMES[op]}({', '.join([*lists, '*', *options, *scalars, _ROWS])}) -> ()"
 
-    The decorated function calls the op under tracing, and else the original function directly.
-    """
+
+def _register(schema: str, kernel: Callable[..., None]) -> Any:
+    """Register an op, and return it. ``kernel`` checks fake tensors too, and does nothing else with them."""
     _LIBRARY.define(schema)
-
-    def register(function: Callable[_P, None]) -> Callable[_P, None]:
-        name = function.__name__
-
-        def kernel(*tensors: Any, **options: Any) -> None:
-            function(*tensors, **_gathered(options))
-
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        # The kernel checks fake tensors like others and then calls a backend that does nothing.
-        torch.library.register_fake(f"sparsekern::{name}", kernel, lib=_LIBRARY)
-        operator = getattr(torch.ops.sparsekern, name).default
-
-        @functools.wraps(function)
-        def front(*tensors: Any, **options: Any) -> None:
-            if tensors[0] and traced(tensors[0][0]):
-                operator(*tensors, **_flattened(options))
-            else:
-                function(*tensors, **options)
-
-        return front
-
-    return register
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsekern::{name}", kernel, lib=_LIBRARY)
+    return getattr(torch.ops.sparsekern, name).default
 
 
 def traced(tensor: Tensor) -> bool:
@@ -70,217 +81,94 @@ def traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
-def _flattened(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in the types of the schema, which has neither ``Rows`` nor ``float | Tensor``."""
-    flat = dict(options)
-    if isinstance(flat.get("lr"), Tensor):
-        flat |= {"lr": 0.0, "tensor_lr": flat["lr"]}
-    if "rows" not in flat:
-        return flat
-    rows = flat.pop("rows")
+def step_(
+    op: int,
+    lists: Lists,
+    options: Options,
+    rows: Rows | None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One op over lists of tensors, in place: a step, or the part of a step that concerns rows.
+
+    Args:
+        op: number of the op: ``SGD``, ``ADAM``, ``STATISTICS`` or ``MASK``.
+        lists: the lists of the op by position, :data:`~sparsekern.kernels.options.LISTS`. ``params`` have any
+            shapes, one dtype (float32, float64, bfloat16 or float16) and one device. ``grads`` have the same
+            shapes and dtype, and any strides; only ``grad_scale`` makes the op write them. State is like
+            ``params``, and zeroed when new. ``steps`` are one float32 element per parameter, on the device of
+            ``params`` (without ``found_inf`` also on the CPU). A list that the options do not use is empty.
+        options: the options of the op, an object of :data:`~sparsekern.kernels.options.OPTIONS`.
+        rows: the rows of the parameters, or None.
+        grad_scale: one element; the gradients are divided by it and stored back.
+        found_inf: one element; when it is 1, nothing changes.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has changed then.
+    """
+    if lists[0] and traced(lists[0][0]):
+        _OPERATORS[op](*lists, **_flattened(op, options, rows, grad_scale, found_inf))
+    else:
+        backend = _checked_backend(op, lists, options, rows, grad_scale, found_inf)
+        backend.step_(op, lists, options, rows, grad_scale, found_inf)
+
+
+def _flattened(
+    op: int, options: Options, rows: Rows | None, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> dict[str, Any]:
+    """Keyword arguments of an op, in the types of its schema."""
+    flat: dict[str, Any] = {}
+    for name in FIELDS[op]:
+        value = getattr(options, name)
+        flat |= {name: 0.0, f"tensor_{name}": value} if isinstance(value, Tensor) else {name: value}
+    if op in (SGD, ADAM):
+        flat |= {"grad_scale": grad_scale, "found_inf": found_inf}
     if rows is None or rows.table is None:
         nothing: list[Any] = []
         flat |= dict.fromkeys(("row_inputs", "row_state", "starts", "dims"), nothing)
         return flat | {"tau": 1.0, "decay": 0.0}
     table = rows.table
-    flat["row_inputs"] = [getattr(table, name) for name in _ROW_INPUTS]
-    flat["row_state"] = [getattr(table, name) for name in _ROW_STATE]
-    return flat | {
-        "starts": rows.starts,
-        "dims": rows.dims,
-        "tau": table.tau,
-        "decay": table.decay,
-    }
+    flat["row_inputs"] = [getattr(table, name) for name in ROW_INPUTS]
+    flat["row_state"] = [getattr(table, name) for name in ROW_STATE]
+    return flat | {"starts": rows.starts, "dims": rows.dims, "tau": table.tau, "decay": table.decay}
 
 
-def _gathered(flat: dict[str, Any]) -> dict[str, Any]:
+def _gathered(op: int, flat: dict[str, Any]) -> tuple[Options, Rows | None, Tensor | None, Tensor | None]:
     """The inverse of :func:`_flattened`.
 
     Raises:
-        TypeError, ValueError: ``tau`` or ``decay`` is out of range, or the lists of arrays are incomplete.
+        TypeError, ValueError: a number is out of range, or the lists of arrays are incomplete.
     """
-    options = dict(flat)
-    lr = options.pop("tensor_lr", None)
-    if lr is not None:
-        options["lr"] = lr
-    if "row_inputs" not in options:
-        return options
-    given = {name: options.pop(name) for name in ("row_inputs", "row_state", "starts", "dims")}
-    tau, decay = options.pop("tau"), options.pop("decay")
+    given = dict(flat)
+    values = {name: given.pop(name) for name in FIELDS[op]}
+    for name in values:
+        tensor = given.pop(f"tensor_{name}", None)
+        values[name] = values[name] if tensor is None else tensor
+    options = OPTIONS[op](**values)
+    tau, decay, starts, dims = (given[name] for name in ("tau", "decay", "starts", "dims"))
     _checks.means(tau, decay)
-    arrays = [*given["row_inputs"], *given["row_state"]]
+    arrays, rows = [*given["row_inputs"], *given["row_state"]], None
     if arrays:
-        _checks.count("row_inputs", given["row_inputs"], _ROW_INPUTS)
-        _checks.count("row_state", given["row_state"], _ROW_STATE)
-        options["rows"] = Rows(RowArrays._make([*arrays, tau, decay]), given["starts"], given["dims"])
-        return options
-    for name in ("starts", "dims"):
-        _checks.empty(name, given[name], "row_inputs and row_state are given")
-    return options | {"rows": None}
-
-
-@_operation(
-    "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
-    "float lr, Tensor? tensor_lr=None, float momentum, float dampening, float weight_decay, "
-    "bool nesterov, bool maximize, bool first, " + _AMP + _ROWS
-)
-def sgd_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    rows: Rows | None,
-) -> None:
-    """One SGD step over a list of tensors, with penalties, statistics, declines and masks of their rows.
-
-    Args:
-        params: tensors of any shapes, of one dtype (float32, float64, bfloat16 or float16), on one device.
-            Written.
-        grads: tensors of the same shapes and dtype, with any strides. Written only with ``grad_scale``.
-        momentum_buffers: like ``params``, zeroed when new; empty when ``momentum`` is 0. Written.
-        lr: a float or a one-element tensor on the device of ``params``.
-        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-        first: whether the buffers are new. New buffers become the gradient, without dampening, as in torch.
-        grad_scale: one element; the gradients are divided by it and stored back.
-        found_inf: one element; when it is 1, nothing changes.
-        rows: the rows of the tensors, or None.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; nothing has changed then.
-    """
-    _checks.finite(momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
-    if momentum == 0:
-        _checks.empty("momentum_buffers", lists.pop("momentum_buffers"), "momentum is not 0")
-    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    _checked_backend(lists, scalars, rows, _read_lists(grad_scale)).sgd_step_(
-        params,
-        grads,
-        momentum_buffers,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        first=first,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        rows=rows,
-    )
-
-
-@_operation(
-    "adam_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
-    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, *, "
-    "float lr, Tensor? tensor_lr=None, float beta1, float beta2, float eps, float weight_decay, "
-    "bool decoupled, bool amsgrad, bool maximize, " + _AMP + _ROWS
-)
-def adam_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    amsgrad: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    rows: Rows | None,
-) -> None:
-    """One Adam (``decoupled``: AdamW) step over a list of tensors, as :func:`sgd_step_`.
-
-    Args:
-        exp_avgs, exp_avg_sqs: like ``params``, zeroed when new. Written.
-        max_exp_avg_sqs: like ``params`` with ``amsgrad``, else empty. Written.
-        steps: one float32 element per parameter, on the device of ``params`` (without
-            ``found_inf`` also on the CPU). Incremented.
-        beta1, beta2, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.Adam``.
-        decoupled: weight decay and penalties shrink the parameter (AdamW), not the gradient.
-
-    The other arguments and the errors are those of :func:`sgd_step_`.
-    """
-    _checks.finite(weight_decay=weight_decay)
-    _checks.adam(beta1, beta2, eps)
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if amsgrad:
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+        _checks.count("row_inputs", given["row_inputs"], ROW_INPUTS)
+        _checks.count("row_state", given["row_state"], ROW_STATE)
+        rows = Rows(RowArrays._make([*arrays, tau, decay]), starts, dims)
     else:
-        _checks.empty("max_exp_avg_sqs", max_exp_avg_sqs, "amsgrad is set")
-    lists["steps"] = steps
-    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    if found_inf is not None and params and steps:
-        # Only the device knows `found_inf`, so the device increments the counter.
-        scalars["steps[0]"] = steps[0]
-    _checked_backend(lists, scalars, rows, _read_lists(grad_scale)).adam_step_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        amsgrad=amsgrad,
-        maximize=maximize,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        rows=rows,
-    )
+        _checks.empty("starts", starts, "row_inputs and row_state are given")
+        _checks.empty("dims", dims, "row_inputs and row_state are given")
+    return options, rows, given.get("grad_scale"), given.get("found_inf")
 
 
-@_operation("row_statistics_(Tensor[] params, Tensor[] grads, *, " + _ROWS)
-def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: Rows) -> None:
-    """Only the statistics of a step; call it before the step of an external optimizer.
+def _kernel(op: int) -> Callable[..., None]:
+    """The function behind ``torch.ops.sparsekern``."""
 
-    Args:
-        params, grads: as in :func:`sgd_step_`; only read.
-        rows: the rows of the tensors.
+    def kernel(*lists: Sequence[Tensor], **flat: Any) -> None:
+        arguments = _gathered(op, flat)
+        _checked_backend(op, lists, *arguments).step_(op, lists, *arguments)
 
-    Raises:
-        TypeError, ValueError: an argument does not fit; nothing has changed then.
-    """
-    lists = {"params": params, "grads": grads}
-    _checked_backend(lists, {}, rows, tuple(lists)).row_statistics_(params, grads, rows=rows)
+    return kernel
 
 
-@_operation("row_mask_(Tensor(a!)[] params, *, float lr, Tensor? tensor_lr=None, " + _ROWS)
-def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
-    """Only the penalty, decline and mask of a step; call it after the step of an external optimizer.
-
-    Masked rows become 0. The other rows are multiplied by ``1 - lr * penalty``, and declining rows shrink
-    by one step of their countdown. With ``lr`` 0 only the mask is applied.
-
-    Args:
-        params: as in :func:`sgd_step_`. Written.
-        lr: learning rate of that step; a float or a one-element tensor on the device of ``params``.
-        rows: the rows of the tensors.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; nothing has changed then.
-    """
-    _checked_backend({"params": params}, {"lr": lr}, rows, ()).row_mask_(params, lr=lr, rows=rows)
+_OPERATORS = tuple(_register(_schema(op), _kernel(op)) for op in (SGD, ADAM, STATISTICS, MASK))
 
 
 def channel_moments_(table: RowTable | ChannelArrays) -> None:
@@ -294,20 +182,22 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
             the table; nothing has changed then.
     """
     if traced(table.sums):
-        arrays = [getattr(table, name) for name in ChannelArrays._fields[:-1]]
-        _channel_moments_(arrays[:2], arrays[2:], decay=table.decay)
+        arrays = [getattr(table, name) for name in CHANNEL_ARRAYS]
+        _CHANNEL_MOMENTS(arrays[:2], arrays[2:], decay=table.decay)
     else:
         _fold(table)
 
 
-@_operation(
-    "_channel_moments_(Tensor[] gates, Tensor(a!)[] state, *, float decay) -> ()",
-)
-def _channel_moments_(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
+def _channel_moments_kernel(gates: Sequence[Tensor], state: Sequence[Tensor], *, decay: float) -> None:
     """The op of :func:`channel_moments_`, with the fields of ChannelArrays as two lists."""
-    _checks.count("gates", gates, ChannelArrays._fields[:2])
-    _checks.count("state", state, ChannelArrays._fields[2:-1])
+    _checks.count("gates", gates, CHANNEL_ARRAYS[:2])
+    _checks.count("state", state, CHANNEL_ARRAYS[2:])
     _fold(ChannelArrays._make([*gates, *state, decay]))
+
+
+_CHANNEL_MOMENTS = _register(
+    "_channel_moments_(Tensor[] gates, Tensor(a!)[] state, *, float decay) -> ()", _channel_moments_kernel
+)
 
 
 def _fold(table: RowTable | ChannelArrays) -> None:
@@ -333,40 +223,56 @@ class _Nothing:
 _NOTHING: Any = _Nothing()
 
 
-def _read_lists(grad_scale: Tensor | None) -> tuple[str, ...]:
-    """Names of the lists that a step only reads."""
-    return ("grads",) if grad_scale is None else ()
-
-
 def _checked_backend(
-    lists: Mapping[str, Sequence[Tensor]],
-    scalars: Mapping[str, float | Tensor | None],
+    op: int,
+    lists: Lists,
+    options: Options,
     rows: Rows | None,
-    read: tuple[str, ...],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> Any:
-    """The backend of a call, after the checks that the backend does not make.
-
-    Args:
-        lists: the lists of tensors, ``params`` among them, keyed by the name of the argument.
-        scalars: numbers and one-element tensors, likewise.
-        rows: the rows of ``params``.
-        read: names of the lists that the call only reads.
+    """The backend of a call, after the checks that the backend does not make; arguments as of :func:`step_`.
 
     Raises:
         TypeError, ValueError: an argument does not match.
     """
-    params = lists["params"]
-    _checks.lengths(params, lists, rows)
+    params = lists[0]
+    _check_lengths(op, lists, options, rows)
     if not params:
         return _NOTHING
     device = params[0].device
-    for name, value in scalars.items():
-        _checks.scalar(name, value, device)
-    _checks.rate(scalars.get("lr"))
+    if isinstance(options.lr, Tensor):
+        _checks.rate(options.lr, device)
+    if grad_scale is not None:
+        _checks.scalar("grad_scale", grad_scale, device)
+    if found_inf is not None:
+        _checks.scalar("found_inf", found_inf, device)
+        if op == ADAM:
+            # Only the device knows `found_inf`, so the device increments the counter.
+            _checks.scalar("steps[0]", lists[STEPS][0], device)
     is_fake = type(params[0]) is FakeTensor
     backend = _NOTHING if is_fake else choose(device)
     # Checking each tensor in Python takes longer than the step of a small network. The other backends
     # check the tensors when they read the addresses.
     if is_fake or backend is reference:
-        _checks.tensors(lists, rows, read)
+        used = {
+            name: tensors for name, tensors in named(op, lists).items() if tensors or name not in OPTIONAL
+        }
+        _checks.tensors(used, rows, read_lists(op, grad_scale is not None))
     return backend
+
+
+def _check_lengths(op: int, lists: Lists, options: Options, rows: Rows | None) -> None:
+    """Check that each list has one entry per parameter, or none if the options do not use it.
+
+    Raises:
+        ValueError: a list has another number of entries.
+    """
+    count = len(lists[0])
+    for name, tensors in zip(LISTS[op], lists, strict=True):
+        if name in OPTIONAL and not getattr(options, OPTIONAL[name][0]):
+            _checks.empty(name, tensors, OPTIONAL[name][1])
+        elif len(tensors) != count:
+            _checks.lengths(lists[0], {name: tensors}, None)
+    if rows is not None and rows.table is not None and not len(rows.starts) == len(rows.dims) == count:
+        _checks.lengths(lists[0], {}, rows)

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from sparsekern.files.schema import Anything, Array, Fields, Real
 
 LIVE = -1
-"""Countdown of a live row. That of a declining row is the number of steps left, that of a masked row 0."""
+"""Countdown of a live row. That of a fading row is the number of steps left, that of a masked row 0."""
 
 COUNT, DOT, GRAD_SQ, WEIGHT_SQ = range(4)
 """Columns of :attr:`RowTable.sums`."""
@@ -76,6 +76,16 @@ class ChannelArrays(NamedTuple):
     decay: float
 
 
+ROW_ARRAYS = RowArrays._fields[:-2]
+"""Names of the flat arrays that a step uses, in the order of ``RowArrays`` in csrc/abi.h."""
+
+ROW_INPUTS, ROW_STATE = ROW_ARRAYS[:2], ROW_ARRAYS[2:]
+"""Names of the arrays that a step only reads, and of those that it writes."""
+
+CHANNEL_ARRAYS = ChannelArrays._fields[:-1]
+"""Names of the arrays of ``channel_moments_``, in the order of the native structs."""
+
+
 @dataclass(eq=False, slots=True)
 class Rows:
     """The rows of the tensors of one list.
@@ -104,7 +114,7 @@ class RowTable:
         elements: float32 ``[R]``; number of elements of the row outside of the columns of masked channels, at
             least 1. (In those columns elements and gradients are 0.) All rows of a parameter have the same
             number. It is not in :meth:`state_dict`, because it follows from the masks.
-        countdown: int32 ``[R]``; :data:`LIVE`, the steps left of a decline, or 0 for a masked row.
+        countdown: int32 ``[R]``; :data:`LIVE`, the steps left of a fade-out, or 0 for a masked row.
         sums: float32 ``[R, 4]``; count, dot, grad_sq and weight_sq of the last step. All four are 0 in a
             masked row and in a row with non-finite sums. ``channel_moments_`` reads ``dot`` and sets it to 0.
         threshold: float32 ``[R]``; the next step counts the elements whose ``|gradient|`` exceeds it.
@@ -191,8 +201,8 @@ class RowTable:
     def refresh(self) -> None:
         """Update :attr:`masked`; call this after Python code changed ``countdown``.
 
-        The call waits for the device once. Declines that end later do not change :attr:`masked`. Backends may
-        use it to choose how they process a tensor.
+        The call waits for the device once. Fade-outs that end later do not change :attr:`masked`. Backends
+        may use it to choose how they process a tensor.
         """
         masked = (self.countdown == 0).cpu().numpy()
         self.masked = [int(masked[view.slice].sum()) for view in self.views]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.norm_checks import check_activation
 from sparsekern.kernels.norm_ops import norm_act
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -126,20 +127,14 @@ class NormAct2d(nn.BatchNorm2d):
             return _IN_PLACE[self.activation](z if residual is None else z + residual)
         weight, bias, running_mean, running_var, batches = self._tensors()
         training = self.training
-        y = norm_act(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            self.mask,
-            self.counts,
-            activation=self.activation,
-            training=training or running_mean is None,
-            eps=self.eps,
-            momentum=self._momentum(batches) if training else 0.0,
+        options = NormOptions(
+            self.activation,
+            training or running_mean is None,
+            self.eps,
+            self._momentum(batches) if training else 0.0,
         )
+        inputs = NormInputs(x, residual, weight, bias, self.mask)
+        y = norm_act(inputs, Running(running_mean, running_var), options, self.counts)
         if training and batches is not None:
             batches.add_(1)
         return y

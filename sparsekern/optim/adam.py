@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparsekern.kernels.ops import adam_step_
+from sparsekern.kernels.options import ADAM
 from sparsekern.optim.base import RowOptimizer
-from sparsekern.optim.lists import TensorList, rate
 
 _NAMES = ("step", "exp_avg", "exp_avg_sq")
 _TOP = "max_exp_avg_sq"
@@ -28,6 +27,10 @@ class Adam(RowOptimizer):
         ValueError: a hyperparameter is out of range, or is a tensor with ``foreach`` and not ``capturable``.
         RuntimeError: ``differentiable`` is set, or ``fused`` and ``foreach`` are both set.
     """
+
+    _OP = ADAM
+    _STATE = ("exp_avg", "exp_avg_sq", _TOP, "step")
+    _RENAMED: ClassVar = {"beta1": ("betas", 0), "beta2": ("betas", 1), "decoupled": "decoupled_weight_decay"}
 
     def __init__(
         self,
@@ -75,36 +78,6 @@ class Adam(RowOptimizer):
         if name == "step":
             return torch.zeros((), dtype=torch.float32, device=param.device)
         return torch.zeros_like(param, memory_format=torch.preserve_format)
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        tensors: TensorList,
-        grads: list[Tensor],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        state = tensors.state
-        beta1, beta2 = group["betas"]
-        adam_step_(
-            tensors.params,
-            grads,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state.get(_TOP, []),
-            state["step"],
-            lr=rate(group["lr"], tensors.params[0].device),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            decoupled=group["decoupled_weight_decay"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            rows=tensors.rows,
-        )
 
 
 class AdamW(Adam):

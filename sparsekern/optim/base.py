@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparsekern.distributed.tensors import is_sharded, local, wrapped_like
-from sparsekern.kernels.ops import channel_moments_
+from sparsekern.kernels.ops import channel_moments_, step_
+from sparsekern.kernels.options import OPTIONS
 from sparsekern.kernels.rows import RowTable, RowView
 from sparsekern.optim.kept import Kept
 from sparsekern.optim.lists import (
@@ -25,6 +26,7 @@ from sparsekern.optim.lists import (
     split,
     state_tensors,
 )
+from sparsekern.optim.options import GroupOptions, Source
 
 _attachments = itertools.count(1)
 
@@ -32,9 +34,19 @@ _attachments = itertools.count(1)
 class RowOptimizer(Optimizer):
     """Base of the optimizers that step parameters and process row tables in one pass over memory.
 
-    A subclass names its state (:meth:`_state_names`), creates it (:meth:`_new_state`) and calls its
-    operation (:meth:`_update`).
+    A subclass says which op it calls (:attr:`_OP`) and with which state (:attr:`_STATE`), where the options
+    of that op stand in a parameter group (:attr:`_RENAMED`), names the state of a group
+    (:meth:`_state_names`) and creates it (:meth:`_new_state`).
+
+    Attributes:
+        _OP: number of the op in :mod:`sparsekern.kernels.options`.
+        _STATE: keys of ``state[p]`` in the order of the op's lists behind ``params`` and ``grads``.
+        _RENAMED: as in :class:`~sparsekern.optim.options.GroupOptions`.
     """
+
+    _OP: ClassVar[int]
+    _STATE: ClassVar[tuple[str, ...]]
+    _RENAMED: ClassVar[dict[str, Source]] = {}
 
     # GradScaler reads this flag: the kernels unscale and skip steps themselves, like torch's fused ones.
     _step_supports_amp_scaling = True
@@ -54,6 +66,7 @@ class RowOptimizer(Optimizer):
     def _forget(self) -> None:
         """Reset to no cached lists and no tables."""
         self._kept: Kept | None = None
+        self._options = GroupOptions(OPTIONS[self._OP], self._RENAMED)
         self._sharded = False
         self._tables: tuple[RowTable, ...] = ()
         # Every attachment gets a new string. A compiled step holds the positions of rows as constants,
@@ -158,15 +171,15 @@ class RowOptimizer(Optimizer):
                 parameter. Nothing is changed.
         """
         if self._sharded:
-            return self._uncompiled_step(closure)
-        return self._step(closure)
+            return self._step_uncompiled(closure)
+        return self._step_all(closure)
 
     @torch.compiler.disable
-    def _uncompiled_step(self, closure: Callable[[], float] | None) -> float | None:
+    def _step_uncompiled(self, closure: Callable[[], float] | None) -> float | None:
         # A trace would record the local parts of parameters and gradients as constants.
-        return self._step(closure)
+        return self._step_all(closure)
 
-    def _step(self, closure: Callable[[], float] | None) -> float | None:
+    def _step_all(self, closure: Callable[[], float] | None) -> float | None:
         if "capturable" in self.defaults:
             self._accelerator_graph_capture_health_check()
         loss = None
@@ -179,12 +192,37 @@ class RowOptimizer(Optimizer):
             # GradScaler sums found_inf over devices; the kernels compare it with 1.
             found_inf = found_inf.clamp(max=1)
         for tensors, grads in self._lists():
-            device = tensors.params[0].device
-            scale, inf = _on(grad_scale, device), _on(found_inf, device)
-            self._update(self.param_groups[tensors.group], tensors, grads, scale, inf)
+            self._step_list(tensors, grads, grad_scale, found_inf)
         for table in self._tables:
             channel_moments_(table)
         return loss
+
+    def _step_list(
+        self, tensors: TensorList, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Step one list.
+
+        Args:
+            tensors: parameters and state.
+            grads: their gradients, in the same order.
+            grad_scale: one element, or None; gradients are divided by it.
+            found_inf: one element, or None; 1 skips the step.
+        """
+        params, state, group = tensors.params, tensors.state, self.param_groups[tensors.group]
+        device = params[0].device
+        if tensors.first:
+            # The state starts as zeros, because the step never writes its masked rows.
+            state = {name: [torch.zeros_like(p) for p in params] for name in self._state_names(group)}
+            options = self._options.make(group, device, first=True)
+        else:
+            options = self._options.of(tensors.group, group, device)
+        lists = (params, grads, *[state.get(name, ()) for name in self._STATE])
+        scale, inf = _on(grad_scale, device), _on(found_inf, device)
+        step_(self._OP, lists, options, tensors.rows, scale, inf)
+        # A skipped first step stores no state. With state, the next step would not be the first.
+        if tensors.first and (inf is None or inf.item() != 1):
+            for name, values in state.items():
+                self._store(tensors, name, values)
 
     def step_parameter(self, index: int, param: Tensor) -> None:
         """Step one parameter that has a gradient; the caller must end the step with ``step()``.
@@ -205,7 +243,7 @@ class RowOptimizer(Optimizer):
         table = next((table for table in self._tables if id(param) in table.index), None)
         rows = None if table is None else table.rows_of([param])
         tensors = TensorList(index, first, [local(param)], [0], kept, rows, [param])
-        self._update(group, tensors, [local(param.grad)], None, None)
+        self._step_list(tensors, [local(param.grad)], None, None)
 
     def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
         """All lists of one step, each with its gradients."""
@@ -340,25 +378,6 @@ class RowOptimizer(Optimizer):
 
     def _new_state(self, name: str, param: Tensor) -> Tensor | None:
         """The state of a parameter before its first step; None if that step creates it."""
-        raise NotImplementedError
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        tensors: TensorList,
-        grads: list[Tensor],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Step one list.
-
-        Args:
-            group: the options of the list's group.
-            tensors: parameters and state.
-            grads: their gradients, in the same order.
-            grad_scale: one element on the parameters' device, or None; gradients are divided by it.
-            found_inf: one element on the parameters' device, or None; 1 skips the step.
-        """
         raise NotImplementedError
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsekern.distributed.tensors import local
-from sparsekern.kernels.ops import channel_moments_, row_mask_, row_statistics_
+from sparsekern.kernels.ops import channel_moments_, step_
+from sparsekern.kernels.options import MASK, STATISTICS, MaskOptions, StatisticsOptions
 from sparsekern.kernels.rows import Rows, RowTable
 from sparsekern.optim.lists import check_table, rate, state_tensors
 
@@ -117,7 +118,7 @@ class RowHooks:
         for group, params, rows in taken:
             if group.get("lr", 1.0) != 0:
                 grads = [_gradient(param, group, scale) for param in params]
-                row_statistics_(list(map(local, params)), grads, rows=rows)
+                step_(STATISTICS, (list(map(local, params)), grads), StatisticsOptions(), rows)
         self._taken = taken
 
     @torch.no_grad()
@@ -128,7 +129,7 @@ class RowHooks:
         """
         if any(self.table.masked):
             for _, params, rows in self._taken:
-                row_mask_(list(map(local, params)), lr=0.0, rows=rows)
+                step_(MASK, (list(map(local, params)),), MaskOptions(0.0), rows)
 
     def _lists(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """Tracked parameters of a group that have a gradient, one list per dtype."""
@@ -143,7 +144,7 @@ class RowHooks:
         """Step post-hook: apply penalty, fade-out and masks, then update the means per channel."""
         for group, params, rows in self._taken:
             lr = rate(group.get("lr", 1.0), params[0].device)
-            row_mask_(list(map(local, params)), lr=lr, rows=rows)
+            step_(MASK, (list(map(local, params)),), MaskOptions(lr), rows)
         self._taken = []
         channel_moments_(self.table)
 

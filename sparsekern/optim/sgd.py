@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparsekern.kernels.ops import sgd_step_
+from sparsekern.kernels.options import SGD as SGD_OP
 from sparsekern.optim.base import RowOptimizer
-from sparsekern.optim.lists import TensorList, rate
 
 _BUFFER = "momentum_buffer"
 
@@ -26,6 +24,10 @@ class SGD(RowOptimizer):
         ValueError: a hyperparameter is out of range.
         RuntimeError: ``differentiable`` is set, or ``fused`` and ``foreach`` are both set.
     """
+
+    _OP = SGD_OP
+    _STATE = (_BUFFER,)
+    _RENAMED: ClassVar = {"first": None}
 
     def __init__(
         self,
@@ -78,36 +80,3 @@ class SGD(RowOptimizer):
     def _new_state(self, name: str, param: Tensor) -> Tensor | None:
         # The first step creates the buffer from the gradient without dampening.
         return None
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        tensors: TensorList,
-        grads: list[Tensor],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        params = tensors.params
-        if tensors.first:
-            # The buffers start as zeros, because the step never writes their masked rows.
-            buffers = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in params]
-        else:
-            buffers = tensors.state.get(_BUFFER, [])
-        sgd_step_(
-            params,
-            grads,
-            buffers,
-            lr=rate(group["lr"], params[0].device),
-            momentum=float(group["momentum"]),
-            dampening=float(group["dampening"]),
-            weight_decay=float(group["weight_decay"]),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            first=tensors.first,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            rows=tensors.rows,
-        )
-        # A skipped first step stores no buffer. With one, the next gradient would be dampened.
-        if tensors.first and (found_inf is None or found_inf.item() != 1):
-            self._store(tensors, _BUFFER, buffers)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sparsekern import latency
 from sparsekern.compact import Plan, compact, make_plan
 from sparsekern.distributed.tensors import unwrap
-from sparsekern.kernels.ops import channel_moments_, row_statistics_
+from sparsekern.kernels.ops import channel_moments_, step_
+from sparsekern.kernels.options import STATISTICS, StatisticsOptions
 from sparsekern.kernels.rows import RowTable
 from sparsekern.prune.calibration import Calibration, ForwardLoss, Loss
 from sparsekern.prune.decide import criteria
@@ -245,7 +246,7 @@ def _take(table: RowTable, params: Sequence[Tensor]) -> None:
         lists.setdefault(param.dtype, []).append(param)
     for same in lists.values():
         grads = [param.grad for param in same if param.grad is not None]
-        row_statistics_(same, grads, rows=table.rows_of(same))
+        step_(STATISTICS, (same, grads), StatisticsOptions(), table.rows_of(same))
     channel_moments_(table)
 
 

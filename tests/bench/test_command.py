@@ -98,7 +98,7 @@ def test_a_wrong_result_is_the_exit_code(
     table: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(cpu, "adam_step_", broken("adam_step_", spoil_last_bit, calls))
+    monkeypatch.setattr(cpu, "step_", broken("adam_step_", spoil_last_bit, calls))
     file = tmp_path / "now.json"
     assert bench("--json", str(file)) == 1
     text = capsys.readouterr().out

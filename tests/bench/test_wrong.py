@@ -12,12 +12,14 @@ from bench.small import DTYPES, case, suite
 from torch import Tensor
 
 from sparsekern.bench import check, iteration
+from sparsekern.bench.calls import row_statistics
 from sparsekern.bench.cases import Case
 from sparsekern.bench.comparisons import OPS, build, candidates
 from sparsekern.bench.problem import Problem
 from sparsekern.bench.suite import ABSENT, TIMED, WRONG
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import cpu, reference
+from sparsekern.kernels.options import NAMES
 from sparsekern.kernels.rows import DOT, Rows
 from sparsekern.optim import AdamW
 
@@ -47,13 +49,14 @@ def test_right_in_every_dtype_with_and_without_rows(
 
 
 def broken(name: str, spoil: Callable[..., None], calls: list[str]) -> Callable[..., None]:
-    """The CPU backend's function, whose result is then spoilt."""
-    right = getattr(cpu, name)
+    """The CPU backend's ``step_``, which spoils the result of one op."""
+    right = cpu.step_
 
-    def function(*tensors: Any, **options: Any) -> None:
-        calls.append(name)
-        right(*tensors, **options)
-        spoil(*tensors, **options)
+    def function(op: int, lists: tuple[Any, ...], options: Any, rows: Any, *scalars: Any) -> None:
+        right(op, lists, options, rows, *scalars)
+        if NAMES[op] == name:
+            calls.append(name)
+            spoil(*lists, rows=rows)
 
     return function
 
@@ -108,7 +111,7 @@ def test_a_broken_op_is_reported_and_not_timed(
 ) -> None:
     spoil, _, text = SPOILT[what]
     calls: list[str] = []
-    monkeypatch.setattr(cpu, op, broken(op, spoil, calls))
+    monkeypatch.setattr(cpu, "step_", broken(op, spoil, calls))
     result = suite().result(case(op))
     assert result.status == WRONG
     assert text in str(result.reason)
@@ -124,7 +127,7 @@ def test_whole_steps_and_iterations_find_a_broken_op(
         op.partition("-")[0].partition("_")[0], "adam_step_"
     )
     calls: list[str] = []
-    monkeypatch.setattr(cpu, name, broken(name, spoil_last_bit, calls))
+    monkeypatch.setattr(cpu, "step_", broken(name, spoil_last_bit, calls))
     result = suite().result(case(op))
     assert result.status == WRONG
     assert re.match(r"parameter \d .*: 1 of", str(result.reason))
@@ -178,7 +181,7 @@ def test_sums_may_be_off_by_the_order_of_their_terms(small: str) -> None:
     for problem in problems:
         table = problem.table
         assert table is not None
-        reference.row_statistics_(problem.params, problem.grads, rows=table.rows_of(problem.params))
+        row_statistics(problem, reference)()
     assert problems[0].table is not None
     problems[0].table.sums[:, 1:] *= 1 + 2e-7
     assert check.difference(*problems) is None
@@ -195,7 +198,7 @@ def test_a_backend_that_does_not_work_here_is_left_out(small: str) -> None:
 
 def test_the_backend_is_forced_and_forgotten(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(cpu, "adam_step_", broken("adam_step_", raise_error, calls))
+    monkeypatch.setattr(cpu, "step_", broken("adam_step_", raise_error, calls))
     result = suite().result(case("adam_step_", backend="reference"))
     assert result.status == TIMED and not calls
     problem = Problem.of(case("adam_step_"), AdamW)

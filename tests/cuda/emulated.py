@@ -17,7 +17,6 @@ from unittest.mock import patch
 from sparsekern.kernels.backends import cuda
 from sparsekern.kernels.backends.cuda import norm_act as cuda_norm
 from sparsekern.kernels.backends.cuda import step as cuda_step
-from sparsekern.kernels.backends.lists import Plans
 from sparsekern.kernels.native import cuda_library
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +65,7 @@ def installed(library: ctypes.CDLL) -> Iterator[ModuleType]:
     with (
         patch.object(cuda_step, "_target", target),
         patch.object(cuda_norm, "_target", target),
-        patch.object(cuda_step, "_plans", Plans()),
+        patch.object(cuda_step._steps, "plans", {}),
         patch.object(cuda_library, "stream", lambda device: 0),
         patch.object(cuda_library, "capturing", lambda: False),
     ):

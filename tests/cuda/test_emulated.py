@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import cases
-from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, channel_arrays, problem
+from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, channel_arrays, problem, run_op
 from kernels.tolerance import assert_equal_step
 
 import sparsekern
@@ -41,7 +41,7 @@ LARGE = (
 
 
 def _call(backend: Any, op: Op, on: Problem) -> None:
-    op.call(getattr(backend, op.name), on)
+    op.call(backend, on)
 
 
 def _compare(backend: Any, op: Op, want: Problem, steps: int) -> None:
@@ -155,13 +155,13 @@ def test_one_launch_takes_hundreds_of_tensors(emulated: Any, count: int, launche
     states = [[torch.zeros(3) for _ in params] for _ in range(2)]
     steps = [torch.zeros(()) for _ in params]
     before = cuda_step._target.library.sparsekern_cuda_launches()
-    emulated.adam_step_(params, grads, *states, [], steps, **options, rows=None)
+    run_op(emulated, "adam_step_", params, grads, *states, [], steps, **options, rows=None)
     # The step, and what follows it.
     assert cuda_step._target.library.sparsekern_cuda_launches() - before == 2 * launches
     for param, step in zip(params, steps, strict=True):
         torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
         assert step == 1
-    emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
+    run_op(emulated, "sgd_step_", params, grads, [], **cases.SGD, rows=None)
     # Nothing follows a step that neither counts steps nor has rows.
     assert cuda_step._target.library.sparsekern_cuda_launches() - before == 3 * launches
 
@@ -211,7 +211,7 @@ def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Addresses, "read", without_grads)
     with pytest.raises(RuntimeError, match=r"a list of 3 tensors: an address is missing \(error 1\)"):
-        emulated.sgd_step_(params, grads, [], **cases.SGD, rows=None)
+        run_op(emulated, "sgd_step_", params, grads, [], **cases.SGD, rows=None)
     assert all(torch.equal(param, torch.ones(3)) for param in params)
 
 
@@ -220,7 +220,7 @@ def test_scratch_of_a_captured_graph_is_kept(emulated: Any, monkeypatch: pytest.
     want = problem(torch.float32, "contiguous", "all live", shapes=LARGE)
     op = OPS["sgd"]
     _call(emulated, op, want)
-    (plan,) = cuda_step._plans.by_params.values()
+    (plan,) = cuda_step._steps.plans.values()
     scratch = plan.scratch
     _call(emulated, op, want)
     assert plan.scratch is scratch

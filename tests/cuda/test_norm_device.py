@@ -15,6 +15,7 @@ from sparsekern.kernels.backends import cuda
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.options import NormInputs, Running
 from sparsekern.nn import NormAct2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -22,20 +23,22 @@ DEVICE = torch.device("cuda:0")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, (NormInputs, Running)):
+        return type(value)(*(_moved(entry, device) for entry in value))
     return value.to(device) if isinstance(value, Tensor) else value
 
 
 class _OnDevice:
     """The backend for operands on the CPU, which it moves there and back."""
 
-    def norm_act_forward(self, *operands: Any, **options: Any) -> tuple[Any, ...]:
-        found = cuda.norm_act_forward(*[_moved(operand, DEVICE) for operand in operands], **options)
+    def norm_act_forward(self, *arguments: Any) -> tuple[Any, ...]:
+        found = cuda.norm_act_forward(*[_moved(argument, DEVICE) for argument in arguments])
         return tuple(_moved(tensor, torch.device("cpu")) for tensor in found)
 
-    def norm_act_backward(self, *operands: Any, counts: ChannelCounts, **options: Any) -> tuple[Any, ...]:
+    def norm_act_backward(self, *arguments: Any) -> tuple[Any, ...]:
+        *operands, counts = arguments
         moved = ChannelCounts.of([a.to(DEVICE) for a in counts.arrays], counts.tau, counts.decay)
-        operands = tuple(_moved(operand, DEVICE) for operand in operands)
-        found = cuda.norm_act_backward(*operands, counts=moved, **options)
+        found = cuda.norm_act_backward(*[_moved(operand, DEVICE) for operand in operands], moved)
         for mine, theirs in zip(counts.arrays, moved.arrays, strict=True):
             mine.copy_(theirs)
         return tuple(_moved(tensor, torch.device("cpu")) for tensor in found)

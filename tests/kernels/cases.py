@@ -6,7 +6,7 @@ outside of a view is detected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sparsekern.kernels.options import NAMES, OPTIONS
 from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
 
 GUARD = 64
@@ -252,8 +253,24 @@ class Op:
     lists: tuple[str, ...]
     options: dict[str, Any]
 
-    def call(self, function: Callable[..., None], on: Problem) -> None:
-        function(*(on.list(name) if name else [] for name in self.lists), **self.options, rows=on.rows)
+    def call(self, backend: Any, on: Problem) -> None:
+        lists = (on.list(name) if name else [] for name in self.lists)
+        run_op(backend, self.name, *lists, **self.options, rows=on.rows)
+
+
+def run_op(backend: Any, name: str, *lists: Any, rows: Rows | None, **values: Any) -> None:
+    """One op of a backend, or of the module of the front functions.
+
+    Args:
+        backend: has the function ``step_``.
+        name: name of the op.
+        lists: its lists.
+        rows: the rows.
+        values: the fields of its options, and ``grad_scale`` and ``found_inf``.
+    """
+    op = NAMES.index(name)
+    scalars = [values.pop(scalar, None) for scalar in ("grad_scale", "found_inf")]
+    backend.step_(op, lists, OPTIONS[op](**values), rows, *scalars)
 
 
 SGD = dict(

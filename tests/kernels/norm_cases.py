@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -36,9 +37,13 @@ class NormProblem:
     counts: ChannelCounts | None
     options: dict[str, Any]
 
+    @property
+    def inputs(self) -> NormInputs:
+        return NormInputs(self.x, self.residual, self.weight, self.bias, self.mask)
+
     def forward(self, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
         found: tuple[Tensor, Tensor, Tensor] = backend.norm_act_forward(
-            self.x, self.residual, self.weight, self.bias, *self.running, self.mask, **self.options
+            self.inputs, Running(*self.running), NormOptions(**self.options)
         )
         return found
 
@@ -47,8 +52,8 @@ class NormProblem:
         counts = self.counts
         if counts is not None:
             counts = ChannelCounts.of([array.clone() for array in counts.arrays], counts.tau, counts.decay)
-        operands = (self.residual, self.weight, self.bias, mean, var, self.mask)
-        grads = backend.norm_act_backward(self.grad, self.x, *operands, **self.options, counts=counts)
+        options = NormOptions(**self.options)
+        grads = backend.norm_act_backward(self.grad, self.inputs, mean, var, options, counts)
         return [*grads, *([] if counts is None else counts.arrays)]
 
 

@@ -138,12 +138,12 @@ def test_no_native_by_environment() -> None:
     program = """
 import warnings, torch
 from sparsekern.kernels import ops as _ops
+from sparsekern.kernels.options import SGD, SgdOptions
 param = torch.nn.Parameter(torch.ones(3))
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(2):
-        _ops.sgd_step_([param], [torch.ones(3)], [], lr=0.5, momentum=0.0, dampening=0.0,
-                       weight_decay=0.0, nesterov=False, maximize=False, first=False, rows=None)
+        _ops.step_(SGD, ([param], [torch.ones(3)], []), SgdOptions(lr=0.5), None)
 assert param.tolist() == [0.0, 0.0, 0.0], param
 assert ["SPARSEKERN_NO_NATIVE=1 is set" in str(w.message) for w in seen] == [True], seen
 """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.cases import ADAM, SGD
+from kernels.cases import ADAM, SGD, run_op
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest, force_backend: Callable[[str], None]
 
 def _sgd(table: RowTable, grads: list[Tensor], **options: Any) -> None:
     params = [view.param for view in table.views]
-    _ops.sgd_step_(params, grads, [], **SGD | options, rows=table.rows_of(params))
+    run_op(_ops, "sgd_step_", params, grads, [], **SGD | options, rows=table.rows_of(params))
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -47,7 +47,7 @@ def test_counts_do_not_see_the_scale_of_a_filter_before_a_batch_norm() -> None:
             # This epsilon vanishes beside every variance here; with a usual one the equality is not exact.
             out = F.batch_norm(out, None, None, training=True, eps=1e-30)
             (grad,) = torch.autograd.grad((F.relu(out) * target).sum(), param)
-            _ops.row_statistics_([param], [grad], rows=table.rows_of([param]))
+            run_op(_ops, "row_statistics_", [param], [grad], rows=table.rows_of([param]))
         assert torch.equal(scaled.sums[:, COUNT], plain.sums[:, COUNT])
         assert torch.equal(scaled.threshold, plain.threshold / scales)
     assert torch.equal(scaled.activity, plain.activity)
@@ -59,7 +59,13 @@ def test_a_filter_that_learns_less_is_counted_less() -> None:
     table = RowTable([(Parameter(torch.ones(3, 100)), 0)], [])
     for seed in range(3):
         gradient = _randn(3, 100, seed=seed) * torch.tensor([[1.0], [0.5], [0.1]])
-        _ops.row_statistics_([table.views[0].param], [gradient], rows=table.rows_of([table.views[0].param]))
+        run_op(
+            _ops,
+            "row_statistics_",
+            [table.views[0].param],
+            [gradient],
+            rows=table.rows_of([table.views[0].param]),
+        )
     counts = table.sums[:, COUNT].tolist()
     assert counts[0] > 2 * counts[1] > 0 and counts[2] == 0
 
@@ -83,7 +89,7 @@ def test_only_what_exceeds_the_threshold_counts() -> None:
     table = RowTable([(param, 0)], [])
     table.threshold.copy_(torch.tensor([0.5, 0.0]))
     gradient = torch.tensor([[0.5, -0.5, 0.50001, -1.0], [0.0, 0.0, -0.0, 1e-30]])
-    _ops.row_statistics_([param], [gradient], rows=table.rows_of([param]))
+    run_op(_ops, "row_statistics_", [param], [gradient], rows=table.rows_of([param]))
     assert table.sums[:, COUNT].tolist() == [2, 1]
 
 
@@ -108,12 +114,12 @@ def test_a_fade_is_linear_to_an_exact_zero_and_stays_there(kind: str, dtype: tor
     def run(gradient: Tensor) -> None:
         if kind == "sgd":
             options = SGD | {"momentum": 0.9}
-            _ops.sgd_step_([param], [gradient], [m], **options, rows=rows)
+            run_op(_ops, "sgd_step_", [param], [gradient], [m], **options, rows=rows)
         elif kind == "adamw":
             options = ADAM | {"decoupled": True}
-            _ops.adam_step_([param], [gradient], [m], [v], [], [step], **options, rows=rows)
+            run_op(_ops, "adam_step_", [param], [gradient], [m], [v], [], [step], **options, rows=rows)
         else:
-            _ops.row_mask_([param], lr=0.1, rows=rows)
+            run_op(_ops, "row_mask_", [param], lr=0.1, rows=rows)
 
     with torch.no_grad():
         for k in range(1, 6):
@@ -138,7 +144,9 @@ def test_a_row_loses_its_state_when_its_fade_ends() -> None:
     table.countdown[0] = 1
     states = [torch.ones(2), torch.ones(2), torch.ones(2)]
     rows = table.rows_of([param])
-    _ops.adam_step_(
+    run_op(
+        _ops,
+        "adam_step_",
         [param],
         [torch.tensor([float("nan"), 1.0])],
         *[[state] for state in states],
@@ -160,7 +168,7 @@ def test_penalty_acts_on_its_rows_only_and_with_the_rate() -> None:
     rows = table.rows_of([param])
     zeros = [[torch.zeros(3)] for _ in range(2)]
     options = ADAM | {"lr": 0.1, "decoupled": True}
-    _ops.adam_step_([param], [torch.zeros(3)], *zeros, [], [torch.zeros(())], **options, rows=rows)
+    run_op(_ops, "adam_step_", [param], [torch.zeros(3)], *zeros, [], [torch.zeros(())], **options, rows=rows)
     torch.testing.assert_close(param.detach(), torch.tensor([1.0, 0.95**2, 1.0]))
 
 
@@ -207,7 +215,7 @@ def test_a_parameter_without_gradient_in_a_step_adds_nothing_to_it() -> None:
     _sgd(table, [torch.ones(1), torch.ones(1)], lr=1e-9)
     _ops.channel_moments_(table)
     assert not table.sums[:, DOT].any()
-    _ops.sgd_step_([second], [torch.ones(1)], [], **SGD, rows=table.rows_of([second]))
+    run_op(_ops, "sgd_step_", [second], [torch.ones(1)], [], **SGD, rows=table.rows_of([second]))
     _ops.channel_moments_(table)
     torch.testing.assert_close(table.channel_dot, torch.tensor([0.25, 0.75]))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.cases import ADAM, SGD
+from kernels.cases import ADAM, SGD, run_op
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -32,12 +32,12 @@ class _Call:
 
     def sgd(self) -> None:
         options = SGD | {"momentum": 0.9} | self.options
-        _ops.sgd_step_(self.params, self.grads, self.m, **options, rows=self.rows)
+        run_op(_ops, "sgd_step_", self.params, self.grads, self.m, **options, rows=self.rows)
 
     def adam(self) -> None:
         options = ADAM | self.options
         lists = (self.params, self.grads, self.m, self.v, self.top, self.steps)
-        _ops.adam_step_(*lists, **options, rows=self.rows)
+        run_op(_ops, "adam_step_", *lists, **options, rows=self.rows)
 
 
 def _set(name: str, index: int, value: Any) -> Callable[[_Call], None]:
@@ -153,16 +153,16 @@ def test_a_table_on_another_device_is_named() -> None:
 def test_other_ops_check_too() -> None:
     call = _Call()
     with pytest.raises(ValueError, match=r"grads\[0\]"):
-        _ops.row_statistics_(call.params, call.grads[::-1], rows=call.rows)
+        run_op(_ops, "row_statistics_", call.params, call.grads[::-1], rows=call.rows)
     with pytest.raises(ValueError, match="lr"):
-        _ops.row_mask_(call.params, lr=torch.ones(2), rows=call.rows)
+        run_op(_ops, "row_mask_", call.params, lr=torch.ones(2), rows=call.rows)
 
 
 def test_empty_lists_are_fine() -> None:
-    _ops.sgd_step_([], [], [], **SGD, rows=None)
-    _ops.adam_step_([], [], [], [], [], [], **ADAM, rows=None)
-    _ops.row_statistics_([], [], rows=Rows(None, [], []))
-    _ops.row_mask_([], lr=0.1, rows=Rows(None, [], []))
+    run_op(_ops, "sgd_step_", [], [], [], **SGD, rows=None)
+    run_op(_ops, "adam_step_", [], [], [], [], [], [], **ADAM, rows=None)
+    run_op(_ops, "row_statistics_", [], [], rows=Rows(None, [], []))
+    run_op(_ops, "row_mask_", [], lr=0.1, rows=Rows(None, [], []))
 
 
 @pytest.mark.parametrize(

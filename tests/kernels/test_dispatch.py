@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.cases import ADAM, SGD
+from kernels.cases import ADAM, SGD, run_op
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
@@ -40,19 +40,19 @@ class _Step:
         lists = (self.params, self.grads)
         if name == "sgd":
             options = SGD | {"momentum": 0.9}
-            _ops.sgd_step_(*lists, self.m, **options, rows=self.rows)
+            run_op(_ops, "sgd_step_", *lists, self.m, **options, rows=self.rows)
         elif name == "sgd without rows":
-            _ops.sgd_step_(*lists, [], **SGD, rows=None)
+            run_op(_ops, "sgd_step_", *lists, [], **SGD, rows=None)
         elif name == "adam tensor lr":
             options = ADAM | {"amsgrad": True, "lr": torch.tensor(0.01), "decoupled": True}
             states = (self.m, self.v, self.top, self.steps)
-            _ops.adam_step_(*lists, *states, **options, rows=self.rows)
+            run_op(_ops, "adam_step_", *lists, *states, **options, rows=self.rows)
         elif name == "adam scaled":
             options = ADAM | {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
-            _ops.adam_step_(*lists, self.m, self.v, [], self.steps, **options, rows=self.rows)
+            run_op(_ops, "adam_step_", *lists, self.m, self.v, [], self.steps, **options, rows=self.rows)
         elif name == "around an external step":
-            _ops.row_statistics_(*lists, rows=self.rows)
-            _ops.row_mask_(self.params, lr=0.1, rows=self.rows)
+            run_op(_ops, "row_statistics_", *lists, rows=self.rows)
+            run_op(_ops, "row_mask_", self.params, lr=0.1, rows=self.rows)
         _ops.channel_moments_(self.table)
 
 
@@ -113,7 +113,7 @@ def test_a_subclass_of_parameter_is_stepped() -> None:
         pass
 
     param = Named(torch.ones(3))
-    _ops.sgd_step_([param], [torch.ones(3)], [], **SGD, rows=None)
+    run_op(_ops, "sgd_step_", [param], [torch.ones(3)], [], **SGD, rows=None)
     assert torch.equal(param, torch.full((3,), 1 - 0.05))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernels.cases import run_op
 from kernels.tolerance import assert_elementwise
 from torch import Tensor
 from torch.nn import Parameter
@@ -69,7 +70,7 @@ class Call:
 
     def make(self, ops: Any) -> None:
         rows = Rows(self.arrays, self.starts, self.dims)
-        getattr(ops, self.op)(*self.lists.values(), **self.options, rows=rows)
+        run_op(ops, self.op, *self.lists.values(), **self.options, rows=rows)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that an op can write to."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernels import cases
+from kernels.cases import run_op
 
 from sparsekern.kernels import native
 from sparsekern.kernels import ops as _ops
@@ -34,7 +35,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             unused = cases.problem(dtype, layout, row_state, shapes=shapes)
             for op in cases.OPS.values():
                 problem = unused.clone()
-                op.call(getattr(_ops, op.name), problem)
+                op.call(_ops, problem)
                 for entry in problem.entries().values():
                     digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
 print(native.isa(), digest.hexdigest())
@@ -45,6 +46,7 @@ print(native.isa(), digest.hexdigest())
 # and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and columns.
 EVERY_BFLOAT16 = """
 import hashlib, torch
+from kernels.cases import run_op
 from sparsekern.kernels import native, ops as _ops
 from sparsekern.kernels.rows import Rows, RowTable
 digest = hashlib.sha256()
@@ -65,8 +67,8 @@ for shape, dim in shapes:
         options = dict(lr=0.1, weight_decay=0.01, maximize=False, grad_scale=None, found_inf=None, rows=rows)
         betas = dict(beta1=0.9, beta2=0.99, eps=1e-8, decoupled=True, amsgrad=False)
         momentum = dict(momentum=0.9, dampening=0.0, nesterov=False, first=False)
-        _ops.adam_step_([w], [d], [m], [v], [], [torch.tensor(3.0)], **betas, **options)
-        _ops.sgd_step_([w], [d], [m], **momentum, **options)
+        run_op(_ops, "adam_step_", [w], [d], [m], [v], [], [torch.tensor(3.0)], **betas, **options)
+        run_op(_ops, "sgd_step_", [w], [d], [m], **momentum, **options)
         for tensor in (w, m, v, table.sums, table.activity):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 print(native.isa(), digest.hexdigest())
@@ -133,7 +135,9 @@ def stepped(threads: int) -> list[torch.Tensor]:
     torch.set_num_threads(threads)
     try:
         for _ in range(3):
-            _ops.adam_step_(
+            run_op(
+                _ops,
+                "adam_step_",
                 params,
                 grads,
                 means,
@@ -167,9 +171,9 @@ def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, 
     direct = cases.problem(torch.float32, layout, "some masked, some fading")
     around = direct.clone()
     call = cases.OPS[op]
-    call.call(getattr(cpu, call.name), direct)
+    call.call(cpu, direct)
     monkeypatch.setattr(native, "exchanges", False)
-    call.call(getattr(cpu, call.name), around)
+    call.call(cpu, around)
     for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
         assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))
 
@@ -187,11 +191,11 @@ def test_storage_exchanged_behind_a_parameter() -> None:
     param = torch.nn.Parameter(torch.ones(4, 3, 2, 2))
     options = cases.SGD | {"lr": 0.5}
     grad = torch.ones(4, 3, 2, 2)
-    cpu.sgd_step_([param], [grad], [], **options, rows=None)
+    run_op(cpu, "sgd_step_", [param], [grad], [], **options, rows=None)
     old = param.data
     for new in (torch.ones(4, 3, 2, 2), torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)):
         param.data = new
-        cpu.sgd_step_([param], [grad], [], **options, rows=None)
+        run_op(cpu, "sgd_step_", [param], [grad], [], **options, rows=None)
         assert torch.equal(param, torch.full_like(param, 0.5))
         assert torch.equal(old, torch.full_like(old, 0.5))
 
@@ -199,6 +203,6 @@ def test_storage_exchanged_behind_a_parameter() -> None:
 def test_writes_are_told_to_autograd() -> None:
     param = torch.nn.Parameter(torch.ones(3))
     loss = (param * param).sum()
-    cpu.sgd_step_([param], [torch.ones(3)], [], **cases.SGD, rows=None)
+    run_op(cpu, "sgd_step_", [param], [torch.ones(3)], [], **cases.SGD, rows=None)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparsekern.kernels.backends import cpu
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.norm_ops import norm_act
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -113,8 +115,7 @@ def test_counts_that_lie_with_gaps() -> None:
     want = given.backward(cpu, mean, var)[4:]
     wide = [torch.stack([array, array], 1) for array in given.counts.arrays]
     counts = ChannelCounts.of([array[:, 0] for array in wide], given.counts.tau, given.counts.decay)
-    operands = (given.residual, given.weight, given.bias, mean, var, given.mask)
-    cpu.norm_act_backward(given.grad, given.x, *operands, **given.options, counts=counts)
+    cpu.norm_act_backward(given.grad, given.inputs, mean, var, NormOptions(**given.options), counts)
     for array, before, after in zip(wide, given.counts.arrays, want, strict=True):
         assert after is not None and torch.equal(array[:, 0], after) and torch.equal(array[:, 1], before)
 
@@ -195,8 +196,7 @@ def test_gradients_of_what_is_not_finite_are_not_counted(
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     grad = torch.ones(2, 4, 3, 3)
     grad[0, 1, 0, 0] = torch.inf
-    options = {"activation": "identity", "training": True, "eps": 1e-5}
-    norm_act(x, None, None, None, None, None, None, counts, **options).backward(grad)
+    norm_act(NormInputs(x), Running(), NormOptions("identity", True, 1e-5), counts).backward(grad)
     assert counts.activity[1] == 0 and counts.threshold[1] == torch.tensor(0.1)
     assert (counts.activity[[0, 2, 3]] > 0).all() and (counts.threshold[[0, 2, 3]] == 1).all()
 
@@ -211,7 +211,7 @@ def test_gradcheck(activation: str, training: bool, memory: str) -> None:
     ]
 
     def function(*inputs: torch.Tensor) -> torch.Tensor:
-        return norm_act(*inputs, *given.running, None, None, **given.options)
+        return norm_act(NormInputs(*inputs), Running(*given.running), NormOptions(**given.options))
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -222,7 +222,7 @@ def test_opcheck(masked: float) -> None:
     given.x.nan_to_num_()
     assert given.counts is not None
     options = {**given.options, "tau": 1.0, "decay": 0.9}
-    operands = (given.x, given.residual, given.weight, given.bias, *given.running, given.mask)
+    operands = (*given.inputs, *given.running)
     for_autograd = [
         t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() and i < 4 else t
         for i, t in enumerate(operands)
@@ -232,7 +232,7 @@ def test_opcheck(masked: float) -> None:
     mean, var = (torch.rand(4) + 0.5 for _ in range(2))
     backward = torch.ops.sparsekern.norm_act_backward.default
     detached = [t.detach() if t is not None else None for t in operands[:4]]
-    args = (given.grad, *detached, mean, var, given.mask, given.counts.arrays)
+    args = (given.grad, *detached, given.mask, mean, var, given.counts.arrays)
     torch.library.opcheck(backward, args, options, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -244,10 +244,10 @@ def test_the_dispatcher_gives_the_same() -> None:
         inputs = [t.clone().requires_grad_() for t in (given.x, given.residual, given.weight, given.bias)]
         counts = ChannelCounts.of([a.clone() for a in given.counts.arrays], 1.5, 0.9)
         if direct:
-            y = norm_act(*inputs, *given.running, None, counts, **given.options)
+            y = norm_act(NormInputs(*inputs), Running(*given.running), NormOptions(**given.options), counts)
         else:
             op = torch.ops.sparsekern.norm_act.default
-            y = op(*inputs, *given.running, None, counts.arrays, **given.options, tau=1.5, decay=0.9)[0]
+            y = op(*inputs, None, *given.running, counts.arrays, **given.options, tau=1.5, decay=0.9)[0]
         y.backward(given.grad)
         results.append([y, *(t.grad for t in inputs), *counts.arrays])
     for one, other in zip(*results, strict=True):
@@ -275,18 +275,16 @@ def test_the_dispatcher_gives_the_same() -> None:
         ({"weight": torch.zeros(4, device="meta")}, r"weight: got torch.float32 \[4\] on meta"),
     ],
 )
-def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
-    tensors = dict.fromkeys(("residual", "weight", "bias", "running_mean", "running_var", "mask", "counts"))
-    arguments = {
-        "x": torch.zeros(2, 4, 2, 2),
-        **tensors,
-        "activation": "relu",
-        "training": True,
-        "eps": 1e-5,
-        **change,
-    }
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    inputs, options = NormInputs(torch.zeros(2, 4, 2, 2)), NormOptions("relu", True, 1e-5)
+    counts = change.pop("counts", None)
+    for name, value in change.items():
+        if name in NormInputs._fields:
+            inputs = inputs._replace(**{name: value})
+        else:
+            options = options._replace(**{name: value})
     with pytest.raises(ValueError, match=message):
-        norm_act(**arguments)  # type: ignore[arg-type]
+        norm_act(inputs, Running(), options, counts)
 
 
 def test_shapes_cover_what_is_cut() -> None:

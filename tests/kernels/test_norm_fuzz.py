@@ -20,6 +20,7 @@ from sparsekern.kernels import norm_ops
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 SHAPES = [(3, 6, 4, 5), (2, 5), (4, 3, 2, 1), (2, 64, 3, 3)]
 VECTORS = ("weight", "bias", "running_mean", "running_var", "mask")
@@ -64,7 +65,9 @@ class Call:
                 given[name] = given[name].detach().requires_grad_()
                 leaves.append(given[name])
         with patch.object(norm_ops, "choose", backend):
-            y = norm_ops.norm_act(**given, counts=counts, **self.options)
+            inputs = NormInputs(*(given[name] for name in NormInputs._fields))
+            running = Running(given["running_mean"], given["running_var"])
+            y = norm_ops.norm_act(inputs, running, NormOptions(**self.options), counts)
             y.backward(grad)
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 

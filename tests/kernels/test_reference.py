@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import oracle
-from kernels.cases import ADAM, OPS, SGD, Op
+from kernels.cases import ADAM, OPS, SGD, Op, run_op
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -73,9 +73,8 @@ class _TrackedTensor:
     def call(self) -> None:
         lists = {"params": [self.param], "grads": [self.grad], "steps": [self.step], "": []}
         lists |= {name: [tensor] for name, tensor in self.state.items()}
-        function = getattr(reference, self.op.name)
         rows = self.table.rows_of([self.param])
-        function(*(lists[name] for name in self.op.lists), **self.op.options, rows=rows)
+        run_op(reference, self.op.name, *map(lists.get, self.op.lists), **self.op.options, rows=rows)
 
     def assert_equal(self) -> None:
         pairs = {
@@ -128,14 +127,14 @@ def test_statistics_and_mask_make_the_rest_of_a_step() -> None:
     tensor = _TrackedTensor(0, OPS["adamw"])
     rows = tensor.table.rows_of([tensor.param])
     before = tensor.param.detach().clone()
-    reference.row_statistics_([tensor.param], [tensor.grad], rows=rows)
+    run_op(reference, "row_statistics_", [tensor.param], [tensor.grad], rows=rows)
     assert torch.equal(tensor.param, before)
     live = [row for row in tensor.rows if row.countdown != 0]
     oracle.statistics(tensor.rows, live, [row.d for row in live], 0.9, 0.75)
     tensor.assert_equal()
     with torch.no_grad():
         tensor.param[1] = 3.0
-    reference.row_mask_([tensor.param], lr=0.1, rows=rows)
+    run_op(reference, "row_mask_", [tensor.param], lr=0.1, rows=rows)
     for row in live:
         row.w = [w * (1 - 0.1 * row.penalty) for w in row.w]
         oracle.fade(row)
@@ -160,7 +159,7 @@ def test_nothing_is_read_from_the_device(name: str) -> None:
     }
     with pytest.raises(RuntimeError):
         bool(table.updates)
-    getattr(reference, op.name)(*tensors, **options, rows=rows)
+    run_op(reference, op.name, *tensors, **options, rows=rows)
     table.gate_offsets, table.gate_rows = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     reference.channel_moments_(table)
 
@@ -228,7 +227,7 @@ def test_sgd_is_torchs(setting: dict[str, Any], dtype: torch.dtype) -> None:
     for lists in (ours, theirs):
         if options["momentum"] == 0:
             lists[2] = []
-    reference.sgd_step_(*ours, **options, rows=None)
+    run_op(reference, "sgd_step_", *ours, **options, rows=None)
     options["is_first_step"] = options.pop("first")
     torch._fused_sgd_(*theirs, **options)
     count = len(ours) - (options["momentum"] == 0)
@@ -244,7 +243,7 @@ def test_adam_is_torchs(setting: dict[str, Any], dtype: torch.dtype) -> None:
     no_top = [] if options["amsgrad"] else [[]]
     made = [0.0, 1.0, 20.0]
     steps = [torch.tensor(step) for step in made]
-    reference.adam_step_(*ours, *no_top, steps, **options, rows=None)
+    run_op(reference, "adam_step_", *ours, *no_top, steps, **options, rows=None)
     rest = dict(options)
     fused = torch._fused_adamw_ if rest.pop("decoupled") else torch._fused_adam_
     # Torch increments the step count before its kernel, and decrements it on found_inf.

@@ -15,18 +15,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsekern.kernels.backends.lists import ADAM, MASK, SGD, STATISTICS
 from sparsekern.kernels.backends.triton import (
     finish_kernels,
     norm_act,
     norm_backward_kernels,
     norm_forward_kernels,
+    plan,
     step_kernels,
 )
-from sparsekern.kernels.backends.triton import step as steps
 from sparsekern.kernels.backends.triton.launch import OPTIONS, STORAGE, compute_type
 from sparsekern.kernels.backends.triton.norm_elements import SILU
 from sparsekern.kernels.backends.triton.table import OPTIONS as FLAGS
+from sparsekern.kernels.options import ADAM, MASK, SGD, STATISTICS
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -45,7 +45,7 @@ ALWAYS = (
     | dict.fromkeys(("lr", "grad_scale", "found_inf"), "*fp32")
     | dict.fromkeys(("offsets", "gates"), "*i64")
     | dict.fromkeys(("means", "mean_squares", "pending"), "*fp32")
-    | {"keep": "fp32", "fresh": "fp32"}
+    | {"decay": "fp32", "one_minus_decay": "fp32"}
 )
 NORM_CONSTANTS = {
     "EPS": 1e-5,
@@ -61,7 +61,7 @@ NORM_CONSTANTS = {
 }
 STEPS: dict[str, tuple[int, set[str]]] = {
     "sgd": (SGD, {"has_momentum", "nesterov"}),
-    "adamw": (ADAM, {"decoupled", "from_mean", "amsgrad"}),
+    "adamw": (ADAM, {"decoupled", "lerp_from_start", "amsgrad"}),
     "statistics": (STATISTICS, set()),
     "mask": (MASK, set()),
 }
@@ -93,7 +93,7 @@ def all_of(dtype: str) -> Iterator[tuple[str, Any, bool]]:
     for name, (op, chosen) in STEPS.items():
         flags = sum(1 << i for i, flag in enumerate(FLAGS) if flag in chosen | {"tracks"})
         constants = {"OP": op, "FLAGS": flags, "STORAGE": STORAGE[DTYPES[dtype]], "BLOCK": 512} | computed
-        yield name, compiled(step_kernels.step, {}, constants, steps.WARPS[DTYPES[dtype]]), True
+        yield name, compiled(step_kernels.step, {}, constants, plan.WARPS[DTYPES[dtype]]), True
         if op in (ADAM, STATISTICS):
             yield f"{name}, finished", compiled(finish_kernels.finish, {}, constants, 4), False
     yield "channels", compiled(finish_kernels.fold_channels, {"sums": "*fp32"}, {"BLOCK": 256}, 4), False

@@ -13,7 +13,6 @@ from kernels.tolerance import assert_equal_step
 import sparsekern
 from sparsekern.kernels import backends, native
 from sparsekern.kernels.backends import reference, triton
-from sparsekern.kernels.backends.lists import Plans
 from sparsekern.kernels.backends.triton import plan as _plan
 from sparsekern.kernels.backends.triton import step as steps
 from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
@@ -51,6 +50,8 @@ LARGE = (
     ((70, 1024), 0),
 )
 
+Plans = dict[bytes, Any]
+
 OTHER_DTYPES = (torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -59,8 +60,8 @@ def _compare(op: Op, want: Problem, steps: int = 1) -> None:
     got = want.clone()
     for _ in range(steps):
         before = want.clone()
-        op.call(getattr(reference, op.name), want)
-        op.call(getattr(triton, op.name), got)
+        op.call(reference, want)
+        op.call(triton, got)
         assert_equal_step(got, want, before)
         got.copy_(want)
 
@@ -120,8 +121,8 @@ def test_large(name: str, dtype: torch.dtype) -> None:
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     """Those of the test alone."""
-    monkeypatch.setattr(steps, "_plans", Plans())
-    return steps._plans
+    monkeypatch.setattr(steps._steps, "plans", {})
+    return steps._steps.plans
 
 
 def test_accesses_are_wide_where_addresses_are_aligned(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +130,7 @@ def test_accesses_are_wide_where_addresses_are_aligned(plans: Plans, monkeypatch
     for guard in (64, 63):
         monkeypatch.setattr(cases, "GUARD", guard)
         _compare(OPS["adamw"], _problem(shapes=(((3, 512, 3, 3), 0), ((6, 4, 4, 4), 0)), seed=8))
-        *_, plan = plans.by_params.values()
+        *_, plan = plans.values()
         found.append([VARIANTS.value[i][3] for i in plan.table[-2:].tolist()])
     assert found == [[True, True], [False, False]]
 
@@ -142,7 +143,7 @@ def test_the_device_is_told_what_has_changed(plans: Plans, monkeypatch: pytest.M
 
     def made(count: int, **options: Any) -> bool:
         sent.clear()
-        Op(op.name, op.lists, op.options | options).call(triton.sgd_step_, want)
+        Op(op.name, op.lists, op.options | options).call(triton, want)
         return len(sent) == count
 
     assert made(1)
@@ -157,11 +158,11 @@ def test_the_device_is_told_what_has_changed(plans: Plans, monkeypatch: pytest.M
 
 def test_a_captured_graph_has_its_own_table(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
     want, op = _problem(shapes=SHAPES[:3]), OPS["sgd"]
-    op.call(triton.sgd_step_, want)
-    (plan,) = plans.by_params.values()
+    op.call(triton, want)
+    (plan,) = plans.values()
     before, spare = plan.table, plan.spare
     monkeypatch.setattr(_plan, "_is_capturing", lambda device: True)
-    op.call(triton.sgd_step_, want)
+    op.call(triton, want)
     host, table, scratch, shapes, owners = _plan.captured.pop()
     assert shapes is plan.shapes and owners is plan.owners
     assert host is spare and torch.equal(host, table)
@@ -213,8 +214,8 @@ def test_addresses_read_in_python(plans: Plans, monkeypatch: pytest.MonkeyPatch)
     """As where there is no compiler."""
     direct = _problem(layout="channels_last")
     around = direct.clone()
-    OPS["adamw amsgrad"].call(triton.adam_step_, direct)
+    OPS["adamw amsgrad"].call(triton, direct)
     monkeypatch.setattr(native, "exchanges", False)
-    OPS["adamw amsgrad"].call(triton.adam_step_, around)
+    OPS["adamw amsgrad"].call(triton, around)
     for mine, other in zip(direct.entries().values(), around.entries().values(), strict=True):
         assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))

@@ -16,6 +16,7 @@ import torch
 
 from sparsekern.kernels import native as _native
 from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.options import HYPER
 
 # Backends for each device type, the preferred one first.
 _DEVICES: dict[str, tuple[str, ...]] = {
@@ -72,9 +73,21 @@ def why_not(name: str, device_type: str) -> str | None:
         return _why_not_triton(device_type)
     if device_type != name:
         return f"it takes tensors on {name}, not on {device_type}"
-    if name == "cuda":
-        return cuda_library.why_not()
-    return None if _native.load() is not None else str(_native.reason)
+    reason = cuda_library.why_not() if name == "cuda" else None
+    return reason if reason is not None else _why_not_core(needed=name == "cpu")
+
+
+def _why_not_core(*, needed: bool) -> str | None:
+    """Reason why the compiled core cannot be used; a missing core is one only where it is needed."""
+    core = _native.load()
+    if core is None:
+        return str(_native.reason) if needed else None
+    if core.HYPER != HYPER:
+        return (
+            f"the compiled core is of another version (it takes {', '.join(core.HYPER)}; expected "
+            f"{', '.join(HYPER)}); {cuda_library.REBUILD}"
+        )
+    return None
 
 
 def _why_not_triton(device_type: str) -> str | None:

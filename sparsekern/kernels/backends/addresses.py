@@ -1,17 +1,22 @@
-"""Addresses of the tensors of one call, for kernels that take addresses."""
+"""Addresses of the tensors of one call, and plans for kernels that take addresses."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sparsekern.kernels import memory as _memory
 from sparsekern.kernels import native
-from sparsekern.kernels.backends.lists import STEPS, Lists, named, read_lists
+from sparsekern.kernels.backends.lists import row_arrays
+from sparsekern.kernels.backends.planned import Plan
 from sparsekern.kernels.native import cuda_library, pointers
+from sparsekern.kernels.options import STATISTICS, STEPS, Lists, Options, named, read_lists
+from sparsekern.kernels.rows import ROW_ARRAYS, RowArrays, Rows, RowTable
 
 SLOTS = STEPS + 1
 """Number of lists of tensors in a call, as in csrc/abi.h."""
@@ -70,7 +75,7 @@ class Addresses:
         padded = [addresses or [0] * len(self.layouts) for addresses in list_addresses]
         padded += [[0] * len(self.layouts)] * (SLOTS - len(list_addresses))
         flat = [address for addresses in padded for address in addresses]
-        flat += [address for address, _ in array_addresses] or [0] * cuda_library.ROW_ARRAYS
+        flat += [address for address, _ in array_addresses] or [0] * len(ROW_ARRAYS)
         return bytes((ctypes.c_uint64 * len(flat))(*flat))
 
     def _has_rows(self, sizes: list[int]) -> bool:
@@ -91,6 +96,60 @@ def _disjoint(op: int, lists: Lists, arrays: tuple[Tensor, ...], scaled: bool) -
     except ValueError:
         return False
     return True
+
+
+@dataclass(slots=True, kw_only=True)
+class AddressPlan(Plan):
+    """A plan for kernels that take addresses and are launched on a stream.
+
+    Attributes:
+        addresses: the expected tensors; reads their addresses at each call.
+    """
+
+    addresses: Addresses
+
+    def run(
+        self,
+        op: int,
+        lists: Lists,
+        options: Options,
+        rows: Rows | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """See :meth:`Plan.run`."""
+        table = None if rows is None else rows.table
+        arrays = () if table is None else row_arrays(table)
+        addresses = self.addresses.read(op, lists, arrays, grad_scale is not None)
+        if addresses is None:
+            return False
+        self.launch(op, addresses, options, table, grad_scale, found_inf)
+        if op != STATISTICS:
+            # Autograd does not see the kernels' writes. The version tells it that a tensor has changed.
+            increment_version(lists[0])
+        return True
+
+    def launch(
+        self,
+        op: int,
+        addresses: bytes,
+        options: Options,
+        table: RowTable | RowArrays | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Launch the kernels of a call.
+
+        Args:
+            addresses: what :meth:`Addresses.read` returned.
+            table: the table of the rows, or None.
+
+        The other arguments are those of :meth:`Plan.run`.
+
+        Raises:
+            RuntimeError: the kernels could not be launched.
+        """
+        raise NotImplementedError
 
 
 _C: Any = native.load()

@@ -1,4 +1,4 @@
-"""Memory layouts of the tensors of a normalisation that the kernels take."""
+"""Memory layouts of the tensors of a normalisation that the kernels take, and tensors made in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparsekern.kernels.activations import compute_dtype
+from sparsekern.kernels.options import NormInputs
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -42,6 +45,35 @@ class Layout(NamedTuple):
             if self.holds(like)
             else torch.empty_like(like, memory_format=self.memory_format)
         )
+
+    def converted(self, inputs: NormInputs) -> NormInputs:
+        """``inputs`` with data in this layout and dense vectors; copies only where they are not."""
+        dtype = compute_dtype(inputs.x)
+        return NormInputs(
+            x=self.dense(inputs.x),
+            residual=None if inputs.residual is None else self.dense(inputs.residual),
+            weight=vector(inputs.weight, dtype),
+            bias=vector(inputs.bias, dtype),
+            mask=None if inputs.mask is None else inputs.mask.contiguous(),
+        )
+
+    def vectors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two uninitialized vectors ``[C]`` in the compute type of ``like``."""
+        one = torch.empty(self.channels, dtype=compute_dtype(like), device=like.device)
+        return one, torch.empty_like(one)
+
+    def gradients(self, inputs: NormInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Uninitialized results of a backward pass, in the order of ``norm_act_backward``."""
+        residual = None if inputs.residual is None else self.empty(inputs.x)
+        return self.empty(inputs.x), residual, *self.vectors(inputs.x)
+
+    def returned_gradients(
+        self, results: tuple[Tensor, Tensor | None, Tensor, Tensor], like: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The results of a backward pass, data with the strides of :meth:`returned`."""
+        grad_x, grad_residual, grad_weight, grad_bias = results
+        residual = None if grad_residual is None else self.returned(grad_residual, like)
+        return self.returned(grad_x, like), residual, grad_weight, grad_bias
 
     def returned(self, result: Tensor, like: Tensor) -> Tensor:
         """``result`` with the strides that an elementwise torch operation on ``like`` gives."""

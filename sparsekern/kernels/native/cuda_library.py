@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from sparsekern.kernels import native
+from sparsekern.kernels.options import FLAGS, NUMBERS
+from sparsekern.kernels.rows import ROW_ARRAYS
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Number of each torch dtype in csrc/abi.h."""
@@ -52,14 +54,7 @@ class Cut(Structure):
 class Hyper(Structure):
     """``Hyper`` of csrc/abi.h, field by field."""
 
-    _fields_ = [
-        *(
-            (name, c_double)
-            for name in ("lr", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps")
-        ),
-        *((name, c_double) for name in ("grad_scale", "tau", "decay")),
-        *((name, c_int32) for name in ("nesterov", "first", "decoupled", "amsgrad", "maximize", "scaled")),
-    ]
+    _fields_ = [*((name, c_double) for name in NUMBERS), *((name, c_int32) for name in FLAGS)]
 
 
 class Scalar(Structure):
@@ -114,9 +109,6 @@ class Norm(Structure):
         *((name, c_int32) for name in ("activation", "training", "dtype", "device")),
     ]
 
-
-ROW_ARRAYS = 8
-"""Number of addresses in ``RowArrays`` of csrc/abi.h."""
 
 _STRUCTS = (Shape, Cut, Call, Moments)
 
@@ -203,7 +195,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.sparsekern_cuda_launches.restype = c_int64
     expected = [
         *map(ctypes.sizeof, _STRUCTS),
-        ROW_ARRAYS * ctypes.sizeof(ctypes.c_void_p),
+        len(ROW_ARRAYS) * ctypes.sizeof(ctypes.c_void_p),
         ctypes.sizeof(Norm),
     ]
     sizes = (c_int64 * len(expected))()

@@ -19,6 +19,7 @@ from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS, compute_
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import pointers
 from sparsekern.kernels.norm_checks import check_memory, named_counts
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -26,80 +27,61 @@ _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 _MISFIT = -1
 
-_INPUTS = ("x", "residual", "weight", "bias", "mask")
-
 _UNCOUNTED: tuple[Tensor | None, ...] = (None, None, None)
 
 
 def norm_act_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    momentum: float = 0.0,
+    inputs: NormInputs, running: Running, options: NormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`."""
-    inputs = (x, residual, weight, bias, mask)
+    activation, training, eps, momentum = options
+    x = inputs[0]
     y, mean, var = torch.empty_like(x), *_vectors(x)
-    own = (running_mean, running_var, y, mean, var)
     numbers = (_NUMBERS[activation], training, eps, momentum, torch.get_num_threads())
-    if _done(_C.norm_forward(inputs, own, *numbers), x):
+    if _done(_C.norm_forward(inputs, (*running, y, mean, var), *numbers), x):
         return y, mean, var
-    written = {"running_mean": running_mean, "running_var": running_var} if momentum else {}
-    check_memory(written, dict(zip(_INPUTS, inputs, strict=True)))
+    written = {"running_mean": running.mean, "running_var": running.var} if momentum else {}
+    check_memory(written, inputs._asdict())
     data, layout, converted = _converted(inputs)
     y = torch.empty_like(data)
-    running = (_vector(running_mean, data), _vector(running_var, data))
-    _call_at(_C.norm_forward_at, layout, converted, (*running, y, mean, var), numbers)
+    used = tuple(_vector(array, data) for array in running)
+    _call_at(_C.norm_forward_at, layout, converted, (*used, y, mean, var), numbers)
     if momentum:
-        _give_back(running, (running_mean, running_var))
+        _give_back(used, running)
     return _as(y, x), mean, var
 
 
 def norm_act_backward(
     grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: NormInputs,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
+    options: NormOptions,
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_backward`."""
-    inputs = (x, residual, weight, bias, mask)
+    x, residual = inputs[:2]
+    assert x is not None
     grad_x = torch.empty_like(x)
     grad_residual = None if residual is None else torch.empty_like(x)
     grad_weight, grad_bias = _vectors(x)
     tau, decay, arrays = 1.0, 0.0, _UNCOUNTED
     if counts is not None:
         tau, decay, arrays = counts.tau, counts.decay, (counts.threshold, counts.activity, counts.updates)
+    activation, training, eps, _ = options
     numbers = (_NUMBERS[activation], training, eps, tau, decay, torch.get_num_threads())
     own = (grad, mean, var, grad_x, grad_residual, grad_weight, grad_bias, *arrays)
     if _done(_C.norm_backward(inputs, own, *numbers), x):
         return grad_x, grad_residual, grad_weight, grad_bias
-    read = dict(zip(_INPUTS, inputs, strict=True)) | {"grad": grad, "mean": mean, "var": var}
-    check_memory(named_counts(counts), read)
+    check_memory(named_counts(counts), inputs._asdict() | {"grad": grad, "mean": mean, "var": var})
     data, layout, converted = _converted(inputs)
     grad_x = torch.empty_like(data)
     grad_residual = None if residual is None else torch.empty_like(data)
     given = (_like(grad, data), _vector(mean, data), _vector(var, data))
-    kept = tuple(None if array is None else array.float().contiguous() for array in arrays)
-    own = (*given, grad_x, grad_residual, grad_weight, grad_bias, *kept)
+    used = tuple(None if array is None else array.float().contiguous() for array in arrays)
+    own = (*given, grad_x, grad_residual, grad_weight, grad_bias, *used)
     _call_at(_C.norm_backward_at, layout, converted, own, numbers)
-    _give_back(kept, arrays)
+    _give_back(used, arrays)
     if grad_residual is not None:
         grad_residual = _as(grad_residual, x)
     return _as(grad_x, x), grad_residual, grad_weight, grad_bias
@@ -130,10 +112,9 @@ def _call_at(
     _done(function(_DTYPES[x.dtype], layout[:3], *addresses, *numbers), x)
 
 
-def _converted(inputs: Sequence[Tensor | None]) -> tuple[Tensor, Layout, tuple[Tensor | None, ...]]:
+def _converted(inputs: NormInputs) -> tuple[Tensor, Layout, tuple[Tensor | None, ...]]:
     """``x``, its layout, and all inputs (``x`` first), in dtypes and memory orders of the kernels."""
     x, residual, weight, bias, mask = inputs
-    assert x is not None
     data, layout = _with_dense_strides(x)
     others = (_like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask))
     return data, layout, (data, *others)

@@ -12,8 +12,6 @@ allocator. The host never waits for the device, and CUDA graphs can capture both
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -22,80 +20,44 @@ from sparsekern.kernels.backends.norm_layout import Layout, layout_of, vector
 from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import cuda_library, pointers
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 _target = cuda_library.Target(cuda_library.load(), "cuda", cuda_library.DEVICE_TYPE)
 
 
 def norm_act_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    momentum: float = 0.0,
+    inputs: NormInputs, running: Running, options: NormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`.
 
     Raises:
         RuntimeError: the kernels could not be launched.
     """
+    x = inputs.x
     if not _fits(x):
-        return reference_norm.norm_act_forward(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            mask,
-            activation=activation,
-            training=training,
-            eps=eps,
-            momentum=momentum,
-        )
+        return reference_norm.norm_act_forward(inputs, running, options)
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
-    y = layout.empty(x)
-    mean = torch.empty(layout.channels, dtype=dtype, device=x.device)
-    var = torch.empty_like(mean)
-    operands = {
-        "x": layout.dense(x),
-        "residual": None if residual is None else layout.dense(residual),
+    y, (mean, var) = layout.empty(x), layout.vectors(x)
+    operands = layout.converted(inputs)._asdict() | {
         "out": y,
-        "weight": vector(weight, dtype),
-        "bias": vector(bias, dtype),
-        "running_mean": vector(running_mean, dtype),
-        "running_var": vector(running_var, dtype),
+        "running_mean": vector(running.mean, dtype),
+        "running_var": vector(running.var, dtype),
         "mean": mean,
         "var": var,
-        "mask": None if mask is None else mask.contiguous(),
-        "scratch": _scratch(x, layout) if training else None,
+        "scratch": _scratch(x, layout) if options.training else None,
     }
-    call = _call(x, layout, operands, activation=activation, training=training, eps=eps)
-    _run("forward", call, x)
-    if training and momentum and running_mean is not None and running_var is not None:
-        reference_norm.track(running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum)
+    _run("forward", x, layout, operands, options)
+    if options.training:
+        reference_norm.track(running, mean, var, x.numel() // x.shape[1], options.momentum)
     return layout.returned(y, x), mean, var
 
 
 def norm_act_backward(
     grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: NormInputs,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
+    options: NormOptions,
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_backward`.
@@ -103,55 +65,26 @@ def norm_act_backward(
     Raises:
         RuntimeError: the kernels could not be launched.
     """
+    x = inputs.x
     arrays = [] if counts is None else counts.arrays
     if not _fits(x) or not all(_is_written(array, x) for array in arrays):
-        return reference_norm.norm_act_backward(
-            grad,
-            x,
-            residual,
-            weight,
-            bias,
-            mean,
-            var,
-            mask,
-            activation=activation,
-            training=training,
-            eps=eps,
-            counts=counts,
-        )
+        return reference_norm.norm_act_backward(grad, inputs, mean, var, options, counts)
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
-    grad_x = layout.empty(x)
-    grad_residual = None if residual is None else layout.empty(x)
-    grad_weight = torch.empty(layout.channels, dtype=dtype, device=x.device)
-    grad_bias = torch.empty_like(grad_weight)
-    operands = {
-        "x": layout.dense(x),
-        "residual": None if residual is None else layout.dense(residual),
+    results = layout.gradients(inputs)
+    operands = layout.converted(inputs)._asdict() | {
         "grad": layout.dense(grad),
-        "out": grad_x,
-        "grad_residual": grad_residual,
-        "weight": vector(weight, dtype),
-        "bias": vector(bias, dtype),
         "mean": vector(mean, dtype),
         "var": vector(var, dtype),
-        "mask": None if mask is None else mask.contiguous(),
-        "grad_weight": grad_weight,
-        "grad_bias": grad_bias,
+        **dict(zip(("out", "grad_residual", "grad_weight", "grad_bias"), results, strict=True)),
         "scratch": _scratch(x, layout),
         **dict(zip(("threshold", "activity", "updates"), arrays, strict=False)),
     }
-    options: dict[str, Any] = {} if counts is None else {"tau": counts.tau, "decay": counts.decay}
-    call = _call(x, layout, operands, activation=activation, training=training, eps=eps, **options)
-    _run("backward", call, x)
+    means = {} if counts is None else {"tau": counts.tau, "decay": counts.decay}
+    _run("backward", x, layout, operands, options, **means)
     if arrays:
         # Autograd does not see raw writes.
         increment_version(arrays)
-    return (
-        layout.returned(grad_x, x),
-        None if grad_residual is None else layout.returned(grad_residual, x),
-        grad_weight,
-        grad_bias,
-    )
+    return layout.returned_gradients(results, x)
 
 
 def _fits(x: Tensor) -> bool:
@@ -170,24 +103,40 @@ def _scratch(x: Tensor, layout: Layout) -> Tensor:
     return torch.empty(numbers, dtype=torch.float64, device=x.device)
 
 
-def _call(
-    x: Tensor, layout: Layout, operands: dict[str, Tensor | None], *, activation: str, **options: Any
-) -> cuda_library.Norm:
-    """The arguments of a library call. The caller keeps ``operands`` alive until the call returns."""
+def _run(
+    direction: str,
+    x: Tensor,
+    layout: Layout,
+    operands: dict[str, Tensor | None],
+    options: NormOptions,
+    **means: float,
+) -> None:
+    """Make a library call.
+
+    Args:
+        direction: ``forward`` or ``backward``.
+        x: the data.
+        layout: the layout of ``x``.
+        operands: the tensors, keyed by the fields of ``cuda_library.Norm``. They are kept alive meanwhile.
+        options: the options.
+        means: ``tau`` and ``decay`` of the counts, if there are any.
+
+    Raises:
+        RuntimeError: the kernels could not be launched.
+    """
     addresses = {name: pointers.address_of(tensor) for name, tensor in operands.items() if tensor is not None}
-    return cuda_library.Norm(
+    call = cuda_library.Norm(
         **addresses,
-        **options,
+        **means,
+        eps=options.eps,
+        training=options.training,
         stream=cuda_library.stream(x.device),
         outer=layout.outer,
         channels=layout.channels,
         inner=layout.inner,
-        activation=reference_norm.ACTIVATIONS.index(activation),
+        activation=reference_norm.ACTIVATIONS.index(options.activation),
         dtype=cuda_library.DTYPES[x.dtype],
         device=x.device.index or 0,
     )
-
-
-def _run(direction: str, call: cuda_library.Norm, x: Tensor) -> None:
     code = getattr(_target.library, f"sparsekern_cuda_norm_{direction}")(call)
     cuda_library.check(_target.library, code, f"a normalisation of {list(x.shape)}")

@@ -22,119 +22,98 @@ from torch import Tensor
 from sparsekern.kernels.activations import ACTIVATIONS as ACTIVATIONS
 from sparsekern.kernels.activations import compute_dtype as compute_dtype
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 
 def norm_act_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    momentum: float = 0.0,
+    inputs: NormInputs, running: Running, options: NormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each channel, add the residual and apply the activation.
 
+    A masked channel has its residual or 0 as ``z``, and the running mean and variance as its own. In training
+    this variance is multiplied by ``(elements - 1) / elements``, so an update leaves the running variance
+    unchanged. As in torch, the update of the running statistics uses the unbiased variance (divisor
+    ``elements - 1``) and is in place.
+
     Args:
-        x: ``[N, C, ...]``; float32, float64, bfloat16 or float16.
-        residual: like ``x``; added before the activation.
-        weight, bias: gamma and beta ``[C]``; None for 1 and 0.
-        running_mean, running_var: ``[C]``; used unless ``training``.
-        mask: bool ``[C]``; True for a masked channel. Its ``x`` is not read, and its ``z`` is the residual
-            or 0. Its mean and variance are the running ones. In training the variance is multiplied by
-            ``(elements - 1) / elements``, so an update leaves the running variance unchanged.
-        activation: one of :data:`ACTIVATIONS`.
-        training: normalise by the mean and the (biased) variance of the batch.
-        eps: added to the variance.
-        momentum: weight of the batch's statistics in the update of the running ones, in training. As in
-            torch, the update uses the unbiased variance (divisor ``elements - 1``) and is in place.
+        inputs: the data, the affine parameters and the mask.
+        running: the running statistics; used unless training. Written in training with a momentum.
+        options: the options.
 
     Returns:
         ``(y, mean, var)``. ``y`` has the shape, dtype and memory format of ``x``. ``mean`` and ``var`` are
         the ``[C]`` statistics that ``x`` was normalised by: float64 for float64 ``x``, else float32.
     """
+    x, mask = inputs.x, inputs.mask
     dtype = compute_dtype(x)
     values = x.to(dtype)
-    mean, var = _initial(running_mean, running_var, x, dtype)
-    if training:
+    mean, var = _initial(running, x, dtype)
+    if options.training:
         over = [d for d in range(x.dim()) if d != 1]
         batch_var, batch_mean = torch.var_mean(values.double(), over, correction=0)
         elements = x.numel() // x.shape[1]
         mean = _where(mask, mean, batch_mean.to(dtype))
         var = _where(mask, var * ((elements - 1) / elements), batch_var.to(dtype))
-        if momentum and running_mean is not None and running_var is not None:
-            track(running_mean, running_var, mean, var, elements, momentum)
-    z = _normalised(values, residual, weight, bias, mean, var, mask, eps)
-    return _activate(z, activation).to(x.dtype), mean, var
+        track(running, mean, var, elements, options.momentum)
+    z = _normalised(values, inputs, mean, var, options.eps)
+    return _activate(z, options.activation).to(x.dtype), mean, var
 
 
-def track(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: int, momentum: float
-) -> None:
-    """Update the running statistics from those of a batch, in place.
+def track(running: Running, mean: Tensor, var: Tensor, elements: int, momentum: float) -> None:
+    """Update the running statistics from those of a batch, in place; not without a momentum.
 
     Args:
-        running_mean, running_var: ``[C]``; written.
+        running: written.
         mean, var: ``[C]``; mean and biased variance of the batch.
         elements: number of elements per channel in the batch.
         momentum: weight of the batch.
     """
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    unbiased = var * (elements / (elements - 1))
-    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    if momentum and running.mean is not None and running.var is not None:
+        running.mean.lerp_(mean.to(running.mean.dtype), momentum)
+        unbiased = var * (elements / (elements - 1))
+        running.var.lerp_(unbiased.to(running.var.dtype), momentum)
 
 
 def norm_act_backward(
     grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: NormInputs,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
+    options: NormOptions,
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of ``x``, ``residual``, ``weight`` and ``bias``; also updates ``counts``.
 
     Args:
         grad: the gradient of ``y``.
+        inputs: those of the forward pass.
         mean, var: the results of :func:`norm_act_forward`.
+        options: those of the forward pass; the momentum is not used.
         counts: the statistics of the channels, or None. Written.
-
-    The other arguments are those of the forward pass. The gradients of a masked channel are 0. Its residual
-    gets the gradient of the activation.
 
     Returns:
         ``(grad_x, grad_residual, grad_weight, grad_bias)``. The first two are like ``x``, and the second is
-        None without ``residual``. The last two are ``[C]`` in the compute type.
+        None without ``residual``. The last two are ``[C]`` in the compute type. The gradients of a masked
+        channel are 0. Its residual gets the gradient of the activation.
     """
+    x, eps = inputs.x, options.eps
     dtype = compute_dtype(x)
     values = x.to(dtype)
-    z = _normalised(values, residual, weight, bias, mean, var, mask, eps)
-    dz = _gradient(grad.to(dtype), z, activation)
+    z = _normalised(values, inputs, mean, var, eps)
+    dz = _gradient(grad.to(dtype), z, options.activation)
     over = [d for d in range(x.dim()) if d != 1]
     elements = x.numel() // x.shape[1]
     centred = values - _spread(mean, x)
-    live = torch.ones_like(mean, dtype=torch.bool) if mask is None else ~mask
+    live = torch.ones_like(mean, dtype=torch.bool) if inputs.mask is None else ~inputs.mask
     sums = [
         torch.where(live, part.double().sum(over), 0)
         for part in (dz, dz * centred, dz * dz, dz.abs() > _spread(_threshold(counts, mean), x))
     ]
-    grad_x = _grad_of_input(dz, centred, weight, var, eps, sums, elements, training)
+    grad_x = _grad_of_input(dz, centred, _scale(inputs.weight, var, eps), var, sums, elements, options)
     grad_x = torch.where(_spread(live, x), grad_x, 0).to(x.dtype)
-    grad_residual = None if residual is None else dz.to(x.dtype)
+    grad_residual = None if inputs.residual is None else dz.to(x.dtype)
     if counts is not None:
-        count(counts, sums[3], sums[2], weight, bias, live, elements)
+        count(counts, sums[3], sums[2], inputs, live, elements)
     rstd = 1 / (var.double() + eps).sqrt()
     grad_weight = torch.where(live, sums[1] * rstd, 0)
     return grad_x, grad_residual, grad_weight.to(dtype), sums[0].to(dtype)
@@ -144,8 +123,7 @@ def count(
     counts: ChannelCounts,
     exceeding: Tensor,
     grad_sq: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: NormInputs,
     live: Tensor,
     elements: int,
 ) -> None:
@@ -155,17 +133,17 @@ def count(
         counts: the statistics of the channels. Written.
         exceeding: float64 ``[C]``; number of elements above their threshold.
         grad_sq: float64 ``[C]``; sums of the squared gradients.
-        weight, bias: gamma and beta ``[C]``; None for 1 and 0.
+        inputs: those of the pass.
         live: bool ``[C]``; True for channels that are not masked.
         elements: number of elements per channel.
     """
-    gamma_sq = 1.0 if weight is None else weight.double().square()
-    beta_sq = 0.0 if bias is None else bias.double().square()
+    gamma_sq = 1.0 if inputs.weight is None else inputs.weight.double().square()
+    beta_sq = 0.0 if inputs.bias is None else inputs.bias.double().square()
     norm_sq = torch.ones_like(grad_sq) * gamma_sq + beta_sq
     counted = live & grad_sq.isfinite() & norm_sq.isfinite()
-    share = (exceeding / elements).float()
+    counted_share = (exceeding / elements).float()
     decay = torch.tensor(counts.decay, dtype=torch.float32)
-    blended = counts.activity * decay + share * torch.tensor(1 - counts.decay, dtype=torch.float32)
+    blended = counts.activity * decay + counted_share * torch.tensor(1 - counts.decay, dtype=torch.float32)
     counts.activity.copy_(torch.where(counted, blended, counts.activity))
     total = torch.where(counted, grad_sq * norm_sq, 0).sum()
     rms = (total / (counted.sum() * elements)).sqrt()
@@ -174,26 +152,18 @@ def count(
     counts.updates.add_(1)
 
 
-def _initial(
-    running_mean: Tensor | None, running_var: Tensor | None, x: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _initial(running: Running, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Copies of the running mean and variance in ``dtype``; 0 and 1 for None."""
-    mean = x.new_zeros(x.shape[1], dtype=dtype) if running_mean is None else running_mean.to(dtype, copy=True)
-    var = x.new_ones(x.shape[1], dtype=dtype) if running_var is None else running_var.to(dtype, copy=True)
+    zeros, ones = (make(x.shape[1], dtype=dtype) for make in (x.new_zeros, x.new_ones))
+    mean = zeros if running.mean is None else running.mean.to(dtype, copy=True)
+    var = ones if running.var is None else running.var.to(dtype, copy=True)
     return mean, var
 
 
-def _normalised(
-    values: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mask: Tensor | None,
-    eps: float,
-) -> Tensor:
-    scale = _scale(weight, var, eps)
+def _normalised(values: Tensor, inputs: NormInputs, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """``z`` of the module's formulas, from ``x`` in the compute type."""
+    bias, mask, residual = inputs.bias, inputs.mask, inputs.residual
+    scale = _scale(inputs.weight, var, eps)
     shift = -mean.double() * scale if bias is None else bias.double() - mean.double() * scale
     z = values * _spread(scale.to(values.dtype), values) + _spread(shift.to(values.dtype), values)
     if mask is not None:
@@ -210,22 +180,20 @@ def _scale(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
 def _grad_of_input(
     dz: Tensor,
     centred: Tensor,
-    weight: Tensor | None,
+    scale: Tensor,
     var: Tensor,
-    eps: float,
     sums: list[Tensor],
     elements: int,
-    training: bool,
+    options: NormOptions,
 ) -> Tensor:
     """Gradient of ``x``: ``scale * (dz - mean(dz) - (x - mean) * mean(dz * (x - mean)) / (var + eps))``.
 
     In evaluation it is ``scale * dz``, because the statistics do not depend on the batch.
     """
-    scale = _scale(weight, var, eps)
     grad = dz * _spread(scale.to(dz.dtype), dz)
-    if not training:
+    if not options.training:
         return grad
-    slope = -scale * (sums[1] / elements) / (var.double() + eps)
+    slope = -scale * (sums[1] / elements) / (var.double() + options.eps)
     offset = -scale * (sums[0] / elements)
     return grad + (centred * _spread(slope.to(dz.dtype), dz) + _spread(offset.to(dz.dtype), dz))
 

@@ -1,9 +1,9 @@
 """The step in plain torch. This backend is the specification of the other backends.
 
-A backend is a module with the five functions below and the two of
+A backend is a module with the functions :func:`step_` and :func:`channel_moments_` and the two of
 :mod:`~sparsekern.kernels.backends.reference.norm_act`. The callers have checked the arguments
-(:mod:`sparsekern.kernels.checks`). All tensors of a call are on one device. ``params``, ``grads`` and the
-state lists have the same length and one floating dtype. ``rows`` gives the rows of the tensors; it is None
+(:mod:`sparsekern.kernels.checks`). All tensors of a call are on one device. Parameters, gradients and state
+have one floating dtype, and their lists one length. ``rows`` gives the rows of the tensors; it is None
 when no tensor is tracked. ``rows.table`` may be any object with the attributes of ``RowArrays``.
 
 Arithmetic. The compute type is float64 for float64 tensors and float32 for all others; 16-bit
@@ -21,176 +21,156 @@ No function reads a device value into Python: conditions are tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekern.kernels.backends.reference.norm_act import norm_act_backward as norm_act_backward
 from sparsekern.kernels.backends.reference.norm_act import norm_act_forward as norm_act_forward
+from sparsekern.kernels.options import AdamOptions, Lists, MaskOptions, Options, SgdOptions, StatisticsOptions
 from sparsekern.kernels.rows import COUNT, DOT, GRAD_SQ, WEIGHT_SQ, ChannelArrays, RowArrays, Rows, RowTable
 
 
 @torch.no_grad()
-def sgd_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+def step_(
+    op: int,
+    lists: Lists,
+    options: Options,
     rows: Rows | None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """One step of SGD with penalties, statistics, declines and masks of rows, in place.
+    """One op over lists of tensors, in place.
 
-    When ``lr`` is 0, the step updates no statistics and no countdowns.
+    ``SGD`` and ``ADAM`` make one step with penalties, statistics, fade-out and masks of rows. With rate 0 a
+    step updates no statistics and no countdowns. ``STATISTICS`` makes only the statistics of a step; it is
+    called before the step of an external optimizer. ``MASK`` makes the rest; it is called after that step.
 
     Args:
-        params: the parameters. Written.
-        grads: their gradients. Written only with ``grad_scale``.
-        momentum_buffers: empty when ``momentum`` is 0. With ``first`` they are set to the gradient
-            and not read. The caller zeroes new buffers, because masked rows are not written.
-        lr: a float, or a one-element floating tensor on the device of the parameters.
-        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-        first: the buffers are new.
+        op: ``SGD``, ``ADAM``, ``STATISTICS`` or ``MASK`` of :mod:`sparsekern.kernels.options`.
+        lists: the lists of the op, :data:`~sparsekern.kernels.options.LISTS`. All are written, except for
+            gradients without ``grad_scale`` and parameters in ``STATISTICS``. The caller zeroes new state,
+            because masked rows are not written. ``steps`` are the numbers of earlier steps; they are
+            incremented before use.
+        options: the options of the op.
+        rows: the rows of the parameters; None when no tensor is tracked.
         grad_scale: one-element float32; gradients are divided by it and stored back.
         found_inf: one-element float32; when it is 1, nothing changes.
-        rows: the rows of ``params``; None when no tensor is tracked.
     """
-    go, update_statistics = _conditions(lr, found_inf, params)
-    lr = _rate(lr)
-    grad_scale = None if grad_scale is None else grad_scale.clone()
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        row = _rows_of(rows, i, param, update_statistics)
-        keep = _and(row.live, go) if row else go
-        w = _widen(param)
-        d = _gradient(grad, w.dtype, grad_scale, maximize, keep)
-        if row:
-            row.statistics(w, d)
-        decay = _l2(weight_decay, row, w)
+    _OPS[op](lists, options, rows, grad_scale, found_inf)
+
+
+State = list[tuple[Tensor, Tensor]]
+"""State tensors and their new values."""
+
+Update = Callable[[int, Tensor, Tensor, "_RowStep | None"], tuple[Tensor, State]]
+"""Computes the new parameter ``i`` and its new state, from the parameter, the gradient and the rows."""
+
+
+def _sgd(
+    lists: Lists, options: SgdOptions, rows: Rows | None, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    buffers, momentum, lr = lists[2], options.momentum, _rate(options.lr)
+
+    def update(i: int, w: Tensor, d: Tensor, row: _RowStep | None) -> tuple[Tensor, State]:
+        decay = _l2(options.weight_decay, row, w)
         if decay is not None:
             d = d + w * decay
-        buf = None
+        state: State = []
         if momentum != 0:
             buf = d
-            if not first:
-                buf = _widen(momentum_buffers[i]) * _scalar(momentum, w)
-                buf = buf + d * _scalar(1 - dampening, w)
-            d = d + buf * _scalar(momentum, w) if nesterov else buf
-        w = w - d * _scalar(lr, w)
-        if row:
-            w = row.decline(w)
-        _store(param, w, keep)
-        if buf is not None:
-            _store(momentum_buffers[i], row.clear(buf) if row else buf, keep)
-        if row:
-            row.count_down()
+            if not options.first:
+                buf = _widen(buffers[i]) * _scalar(momentum, w)
+                buf = buf + d * _scalar(1 - options.dampening, w)
+            d = d + buf * _scalar(momentum, w) if options.nesterov else buf
+            state.append((buffers[i], buf))
+        return w - d * _scalar(lr, w), state
+
+    _update_all(lists, options, rows, grad_scale, found_inf, update)
 
 
-@torch.no_grad()
-def adam_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    amsgrad: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    rows: Rows | None,
+def _adam(
+    lists: Lists, options: AdamOptions, rows: Rows | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """One step of Adam (``decoupled``: AdamW) with penalties, statistics, declines and masks, in place.
+    _, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+    beta1, beta2, lr = options.beta1, options.beta2, _rate(options.lr)
+    made = None if found_inf is None else found_inf.reshape(()) != 1
 
-    Args:
-        exp_avgs, exp_avg_sqs: running means of the gradient and its square. Written.
-        max_exp_avg_sqs: empty unless ``amsgrad``. Written.
-        steps: float32, one element each; number of earlier steps. Incremented before use.
-        beta1, beta2, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.Adam``.
-        decoupled: weight decay and penalties shrink the parameter (AdamW), not the gradient.
-
-    The other arguments are as in :func:`sgd_step_`.
-    """
-    go, update_statistics = _conditions(lr, found_inf, params)
-    lr = _rate(lr)
-    grad_scale = None if grad_scale is None else grad_scale.clone()
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        row = _rows_of(rows, i, param, update_statistics)
-        keep = _and(row.live, go) if row else go
+    def update(i: int, w: Tensor, d: Tensor, row: _RowStep | None) -> tuple[Tensor, State]:
         step = steps[i]
-        step += 1 if go is None else go.to(step.dtype)
-        w = _widen(param)
-        d = _gradient(grad, w.dtype, grad_scale, maximize, keep)
-        if row:
-            row.statistics(w, d)
-        if decoupled:
-            w = _shrink(w, lr, weight_decay, row)
+        step += 1 if made is None else made.to(step.dtype)
+        if options.decoupled:
+            w = _shrink(w, lr, options.weight_decay, row)
         else:
-            decay = _l2(weight_decay, row, w)
+            decay = _l2(options.weight_decay, row, w)
             d = d if decay is None else d + w * decay
         m = _lerp(_widen(exp_avgs[i]), d, 1 - beta1)
         v = _widen(exp_avg_sqs[i]) * _scalar(beta2, w) + d * _scalar(1 - beta2, w) * d
-        top = torch.maximum(_widen(max_exp_avg_sqs[i]), v) if amsgrad else v
+        state = [(exp_avgs[i], m), (exp_avg_sqs[i], v)]
+        top = v
+        if options.amsgrad:
+            top = torch.maximum(_widen(max_exp_avg_sqs[i]), v)
+            state.append((max_exp_avg_sqs[i], top))
         count = step.double()
         step_size = lr / (1 - torch.pow(beta1, count))
         inverse_root = 1 / (1 - torch.pow(beta2, count)).sqrt()
-        denominator = _sqrt(top) * _scalar(inverse_root, w) + _scalar(eps, w)
-        w = w - _scalar(step_size, w) * m / denominator
+        denominator = _sqrt(top) * _scalar(inverse_root, w) + _scalar(options.eps, w)
+        return w - _scalar(step_size, w) * m / denominator, state
+
+    _update_all(lists, options, rows, grad_scale, found_inf, update)
+
+
+def _update_all(
+    lists: Lists,
+    options: SgdOptions | AdamOptions,
+    rows: Rows | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    update: Update,
+) -> None:
+    """The part of a step that all optimizers share: gradients, statistics, fade-out, masks, stores."""
+    params, grads = lists[:2]
+    go, update_statistics = _conditions(options.lr, found_inf, params)
+    grad_scale = None if grad_scale is None else grad_scale.clone()
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        row = _rows_of(rows, i, param, update_statistics)
+        keep = _and(row.live, go) if row else go
+        w = _widen(param)
+        d = _gradient(grad, w.dtype, grad_scale, options.maximize, keep)
         if row:
-            w, m, v, top = row.decline(w), row.clear(m), row.clear(v), row.clear(top)
-        _store(param, w, keep)
-        _store(exp_avgs[i], m, keep)
-        _store(exp_avg_sqs[i], v, keep)
-        if amsgrad:
-            _store(max_exp_avg_sqs[i], top, keep)
+            row.statistics(w, d)
+        w, state = update(i, w, d, row)
+        _store(param, row.fade(w) if row else w, keep)
+        for tensor, value in state:
+            _store(tensor, row.clear(value) if row else value, keep)
         if row:
             row.count_down()
 
 
-@torch.no_grad()
-def row_statistics_(params: Sequence[Tensor], grads: Sequence[Tensor], *, rows: Rows) -> None:
-    """Only the statistics of a step; called before the step of an external optimizer.
-
-    The function writes ``sums``, ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step does.
-    Parameters and gradients are only read.
-    """
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+def _statistics(lists: Lists, options: StatisticsOptions, rows: Rows | None, *_: None) -> None:
+    """Write ``sums``, ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step does."""
+    for i, (param, grad) in enumerate(zip(*lists, strict=True)):
         row = _rows_of(rows, i, param, None)
         if row:
             row.statistics(_widen(param), _widen(grad))
 
 
-@torch.no_grad()
-def row_mask_(params: Sequence[Tensor], *, lr: float | Tensor, rows: Rows) -> None:
-    """Only the penalty, decline and mask of a step; called after the step of an external optimizer.
-
-    Masked rows become 0. The other rows are multiplied by ``1 - lr * penalty``, and declining rows then
-    shrink as in a step. With ``lr`` 0 only the mask is applied.
-    """
-    _, update_statistics = _conditions(lr, None, params)
-    lr = _rate(lr)
+def _mask(lists: Lists, options: MaskOptions, rows: Rows | None, *_: None) -> None:
+    """Set masked rows to 0, multiply the others by ``1 - lr * penalty``, and let fading rows fade further."""
+    (params,) = lists
+    update_statistics = _conditions(options.lr, None, params)[1]
+    lr = _rate(options.lr)
     for i, param in enumerate(params):
         row = _rows_of(rows, i, param, update_statistics)
         if row:
             w = _widen(param)
-            w = row.decline(_shrink(w, lr, 0.0, row))
+            w = row.fade(_shrink(w, lr, 0.0, row))
             _store(param, torch.where(row.live, w, 0), None)
             row.count_down()
+
+
+_OPS: tuple[Callable[..., None], ...] = (_sgd, _adam, _statistics, _mask)
 
 
 @torch.no_grad()
@@ -220,7 +200,7 @@ class _RowStep:
         shape: shape in which per-row values broadcast over the tensor.
         update_statistics: bool ``[]``, whether the step updates statistics and countdowns; None for True.
         alive: bool ``[rows]``; rows that are not masked. ``live`` is the same in ``shape``.
-        declining: bool ``[rows]``; rows that shrink in this step.
+        fading: bool ``[rows]``; rows that shrink in this step.
         ending: bool in ``shape``; rows that become 0 in this step.
     """
 
@@ -245,7 +225,7 @@ class _RowStep:
         self.countdown = table.countdown[self.slice]
         self.alive = self.countdown != 0
         self.live = self.spread(self.alive)
-        self.declining = _and(self.countdown > 0, update_statistics)
+        self.fading = _and(self.countdown > 0, update_statistics)
         self.ending = self.spread(_and(self.countdown == 1, update_statistics))
 
     def spread(self, values: Tensor) -> Tensor:
@@ -283,19 +263,19 @@ class _RowStep:
         threshold = self.table.tau * rms / weight_sq.sqrt()
         return torch.where(weight_sq == 0, torch.inf, threshold).float()
 
-    def decline(self, w: Tensor) -> Tensor:
+    def fade(self, w: Tensor) -> Tensor:
         """``w``, times ``(k - 1) / k`` in rows with ``k`` steps left; exactly 0 in the last step."""
         steps = self.countdown.to(w.dtype)
-        factor = torch.where(self.declining, (steps - 1) / steps, 1)
+        factor = torch.where(self.fading, (steps - 1) / steps, 1)
         return self.clear(w * self.spread(factor))
 
     def clear(self, values: Tensor) -> Tensor:
-        """``values`` with 0 in the rows whose decline ends in this step. These rows become masked."""
+        """``values`` with 0 in the rows whose fade-out ends in this step. These rows become masked."""
         return torch.where(self.ending, 0, values)
 
     def count_down(self) -> None:
-        """Subtract 1 from the countdown of declining rows, in place."""
-        self.countdown -= self.declining.to(self.countdown.dtype)
+        """Subtract 1 from the countdown of fading rows, in place."""
+        self.countdown -= self.fading.to(self.countdown.dtype)
 
 
 def _rows_of(rows: Rows | None, i: int, param: Tensor, update_statistics: Tensor | None) -> _RowStep | None:

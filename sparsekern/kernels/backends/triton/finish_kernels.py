@@ -63,9 +63,9 @@ def _statistics(table, entry, BLOCK: tl.constexpr):
         tl.store(out + GRAD_SQ, tl.where(counts, grad_sq, 0), mask=there)
         tl.store(out + WEIGHT_SQ, tl.where(counts, weight_sq, 0), mask=there)
         activity = array(table, ACTIVITY, tl.float32) + start + row
-        share = tl.div_rn(count, tl.load(elements + start + row, mask=there, other=1))
+        counted_share = tl.div_rn(count, tl.load(elements + start + row, mask=there, other=1))
         blended = tl.load(activity, mask=counts, other=0) * decay.to(tl.float32)
-        tl.store(activity, blended + share * (1 - decay).to(tl.float32), mask=counts)
+        tl.store(activity, blended + counted_share * (1 - decay).to(tl.float32), mask=counts)
         norm = tl.sqrt(tl.where(weight_sq == 0, 1, weight_sq).to(tl.float64))
         threshold = tl.where(weight_sq == 0, float("inf"), reach / norm).to(tl.float32)
         tl.store(array(table, THRESHOLD, tl.float32) + start + row, threshold, mask=counts)
@@ -118,8 +118,8 @@ def fold_channels(
     mean_squares,
     pending,
     channels,
-    keep,
-    fresh,
+    decay,
+    one_minus_decay,
     BLOCK: tl.constexpr,
 ):
     """Update the means per channel of the dot and its square; one program per ``BLOCK`` channels.
@@ -132,8 +132,8 @@ def fold_channels(
         mean_squares: float32 ``[channels]``, running means of its square.
         pending: one element; 0 leaves the means unchanged.
         channels: number of channels.
-        keep: weight of the old means.
-        fresh: weight of the new values.
+        decay: weight of the old means.
+        one_minus_decay: weight of the new values.
         BLOCK: number of channels per program.
     """
     channel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -142,11 +142,15 @@ def fold_channels(
     begin = tl.load(offsets + channel, mask=there, other=0)
     end = tl.load(offsets + channel + 1, mask=there, other=0)
     x = tl.zeros((BLOCK,), tl.float32)
-    for turn in range(0, tl.max(end - begin, 0)):
-        more = begin + turn < end
-        row = tl.load(gates + begin + turn, mask=more, other=0)
+    for gate in range(0, tl.max(end - begin, 0)):
+        more = begin + gate < end
+        row = tl.load(gates + begin + gate, mask=more, other=0)
         x += tl.load(sums + row * 4 + DOT, mask=more, other=0)
     mean = tl.load(means + channel, mask=there, other=0)
     square = tl.load(mean_squares + channel, mask=there, other=0)
-    tl.store(means + channel, mean * keep + x * fresh, mask=only_if(update_statistics, there))
-    tl.store(mean_squares + channel, square * keep + x * x * fresh, mask=only_if(update_statistics, there))
+    tl.store(means + channel, mean * decay + x * one_minus_decay, mask=only_if(update_statistics, there))
+    tl.store(
+        mean_squares + channel,
+        square * decay + x * x * one_minus_decay,
+        mask=only_if(update_statistics, there),
+    )

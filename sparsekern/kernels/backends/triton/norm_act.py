@@ -2,7 +2,7 @@
 
 This backend is the counterpart of :mod:`sparsekern.kernels.backends.cuda.norm_act` and has the same passes.
 Element (o, c, i) of x is at ``(o * channels + c) * inner + i``. A tile has ``CHANNELS`` times
-``OUTER * INNER`` elements, in two axes. A program processes ``turns`` tiles of the same channels one after
+``OUTER * INNER`` elements, in two axes. A program processes ``tiles`` tiles of the same channels one after
 the other and stores partial sums in float64. A small launch merges these in the order of the programs. The
 division of tensors depends on shapes alone, and there are no atomic additions.
 
@@ -22,6 +22,7 @@ from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.backends.triton import norm_backward_kernels, norm_forward_kernels
 from sparsekern.kernels.backends.triton.launch import OPTIONS, compute_type, device_of
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 
 # Elements per tile and warps per program, for 8 elements per thread. With 16 the sums spill registers.
 _TILE, WARPS = 2048, 8
@@ -30,7 +31,7 @@ _TILE, WARPS = 2048, 8
 _CHANNELS = 128
 
 # Least number of tiles per program, and approximate number of programs for a large tensor.
-_LEAST_TURNS, _PROGRAMS = 2, 1024
+_LEAST_TILES, _PROGRAMS = 2, 1024
 
 # Partial sums and channels that a merging program reads at once.
 _PIECES, _MERGED = 64, 16
@@ -46,7 +47,7 @@ class Cut(NamedTuple):
         tile_channels: channels per tile.
         tile_outer: outer indices per tile.
         tile_inner: inner elements per tile.
-        turns: tiles that a program processes one after the other.
+        tiles: tiles that a program processes one after the other.
         groups: programs along the channels.
         pieces: programs for the same channels.
     """
@@ -54,7 +55,7 @@ class Cut(NamedTuple):
     tile_channels: int
     tile_outer: int
     tile_inner: int
-    turns: int
+    tiles: int
     groups: int
     pieces: int
 
@@ -65,37 +66,26 @@ def cut_of(layout: Layout) -> Cut:
     inner = min(_TILE, triton.next_power_of_2(layout.inner))
     outer = _TILE // (channels * inner) or 1
     groups = triton.cdiv(layout.channels, channels)
-    tiles = triton.cdiv(layout.outer, outer) * triton.cdiv(layout.inner, inner)
-    turns = max(_LEAST_TURNS, triton.cdiv(tiles * groups, _PROGRAMS))
-    return Cut(channels, outer, inner, turns, groups, triton.cdiv(tiles, turns))
+    all_tiles = triton.cdiv(layout.outer, outer) * triton.cdiv(layout.inner, inner)
+    tiles = max(_LEAST_TILES, triton.cdiv(all_tiles * groups, _PROGRAMS))
+    return Cut(channels, outer, inner, tiles, groups, triton.cdiv(all_tiles, tiles))
 
 
 def norm_act_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
-    momentum: float = 0.0,
+    inputs: NormInputs, running: Running, options: NormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_forward`."""
+    x = inputs.x
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
-    cut, shape = cut_of(layout), _shape(layout)
-    x_dense, masked, y = layout.dense(x), _bytes(mask), layout.empty(x)
-    mean, var = vector(running_mean, dtype), vector(running_var, dtype)
+    cut, shape, dense = cut_of(layout), _shape(layout), layout.converted(inputs)
+    masked, y = _bytes(dense.mask), layout.empty(x)
+    mean, var = vector(running.mean, dtype), vector(running.var, dtype)
     with device_of(x):
-        if training:
-            used_mean = torch.empty(layout.channels, dtype=dtype, device=x.device)
-            used_var = torch.empty_like(used_mean)
+        if options.training:
+            used_mean, used_var = layout.vectors(x)
             parts = _parts(layout, cut, x)
             norm_forward_kernels.moments[cut.groups, cut.pieces](
-                x_dense, masked, parts, *shape, **_tile(cut, dtype)
+                dense.x, masked, parts, *shape, **_tile(cut, dtype)
             )
             norm_forward_kernels.merge_moments[(triton.cdiv(layout.channels, _MERGED),)](
                 parts, masked, mean, var, used_mean, used_var, *_elements(layout), **_merge(cut, dtype)
@@ -104,67 +94,44 @@ def norm_act_forward(
             assert mean is not None and var is not None
             used_mean, used_var = mean.clone(), var.clone()
         norm_forward_kernels.normalise[cut.groups, cut.pieces](
-            x_dense,
-            None if residual is None else layout.dense(residual),
+            dense.x,
+            dense.residual,
             y,
-            vector(weight, dtype),
-            vector(bias, dtype),
+            dense.weight,
+            dense.bias,
             used_mean,
             used_var,
             masked,
             *shape,
-            EPS=eps,
-            ACTIVATION=reference_norm.ACTIVATIONS.index(activation),
             **_tile(cut, dtype),
+            **_constants(options),
         )
-        if training and momentum and running_mean is not None and running_var is not None:
-            elements = x.numel() // x.shape[1]
-            reference_norm.track(running_mean, running_var, used_mean, used_var, elements, momentum)
+        if options.training:
+            reference_norm.track(running, used_mean, used_var, x.numel() // x.shape[1], options.momentum)
     return layout.returned(y, x), used_mean, used_var
 
 
 def norm_act_backward(
     grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: NormInputs,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor | None,
-    *,
-    activation: str,
-    training: bool,
-    eps: float,
+    options: NormOptions,
     counts: ChannelCounts | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_backward`."""
+    x = inputs.x
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
-    cut, shape = cut_of(layout), _shape(layout)
-    masked, weight, bias = _bytes(mask), vector(weight, dtype), vector(bias, dtype)
-    operands = (
-        layout.dense(grad),
-        layout.dense(x),
-        None if residual is None else layout.dense(residual),
-        weight,
-        bias,
-        vector(mean, dtype),
-        vector(var, dtype),
-        masked,
-    )
-    grad_x = layout.empty(x)
-    grad_residual = None if residual is None else layout.empty(x)
-    grad_weight = torch.empty(layout.channels, dtype=dtype, device=x.device)
-    grad_bias = torch.empty_like(grad_weight)
+    cut, shape, dense = cut_of(layout), _shape(layout), layout.converted(inputs)
+    masked, mean_var = _bytes(dense.mask), (vector(mean, dtype), vector(var, dtype))
+    operands = (layout.dense(grad), *dense[:4], *mean_var, masked)
+    results = grad_x, grad_residual, grad_weight, grad_bias = layout.gradients(inputs)
     parts = _parts(layout, cut, x)
     sums = torch.empty(4, layout.channels, dtype=torch.float64, device=x.device)
     threshold = None if counts is None else counts.threshold
-    options = _tile(cut, dtype) | {
-        "EPS": eps,
-        "ACTIVATION": reference_norm.ACTIVATIONS.index(activation),
-    }
+    constants = _tile(cut, dtype) | _constants(options)
     with device_of(x):
-        norm_backward_kernels.sum_up[cut.groups, cut.pieces](*operands, threshold, parts, *shape, **options)
+        norm_backward_kernels.sum_up[cut.groups, cut.pieces](*operands, threshold, parts, *shape, **constants)
         norm_backward_kernels.merge_sums[(triton.cdiv(layout.channels, _MERGED),)](
             parts,
             masked,
@@ -173,19 +140,19 @@ def norm_act_backward(
             grad_bias,
             sums,
             *_elements(layout),
-            EPS=eps,
+            EPS=options.eps,
             **_merge(cut, dtype),
         )
         norm_backward_kernels.descend[cut.groups, cut.pieces](
-            *operands, sums, grad_x, grad_residual, *shape, TRAINING=training, **options
+            *operands, sums, grad_x, grad_residual, *shape, TRAINING=options.training, **constants
         )
         if counts is not None:
             # torch copies the results, so that autograd sees the writes.
             new = [torch.empty_like(counts.threshold), torch.empty_like(counts.activity)]
             norm_backward_kernels.count[(1,)](
                 sums,
-                weight,
-                bias,
+                dense.weight,
+                dense.bias,
                 masked,
                 counts.threshold,
                 counts.activity,
@@ -199,12 +166,12 @@ def norm_act_backward(
             counts.threshold.copy_(new[0])
             counts.activity.copy_(new[1])
             counts.updates.add_(1)
-    return (
-        layout.returned(grad_x, x),
-        None if grad_residual is None else layout.returned(grad_residual, x),
-        grad_weight,
-        grad_bias,
-    )
+    return layout.returned_gradients(results, x)
+
+
+def _constants(options: NormOptions) -> dict[str, Any]:
+    """Keyword arguments of kernels that apply the activation."""
+    return {"EPS": options.eps, "ACTIVATION": reference_norm.ACTIVATIONS.index(options.activation)}
 
 
 def _shape(layout: Layout) -> tuple[int, int, int]:
@@ -220,7 +187,7 @@ def _elements(layout: Layout) -> tuple[int, int]:
 def _tile(cut: Cut, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments of kernels that process tiles."""
     return {
-        "turns": cut.turns,
+        "tiles": cut.tiles,
         "CHANNELS": cut.tile_channels,
         "OUTER": cut.tile_outer,
         "INNER": cut.tile_inner,
@@ -248,4 +215,4 @@ def _parts(layout: Layout, cut: Cut, x: Tensor) -> Tensor:
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
     """The bool mask as uint8, which the kernels read; None stays None."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+    return None if mask is None else mask.view(torch.uint8)

@@ -36,7 +36,7 @@ def sum_up(
     channels,
     outer,
     inner,
-    turns,
+    tiles,
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -54,8 +54,8 @@ def sum_up(
     dot = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
     square = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
     number = tl.zeros((CHANNELS, OUTER * INNER), tl.int32)
-    for turn in range(turns):
-        at, inside = places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
+    for tile in range(tiles):
+        at, inside = places(tile, tiles, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & live
         value, z = normal(x, residual, at, inside, inside, scale, shift, COMPUTE)
         dz = gradient_of(tl.load(grad + at, mask=inside, other=0).to(COMPUTE), z, ACTIVATION)
@@ -125,7 +125,7 @@ def descend(
     channels,
     outer,
     inner,
-    turns,
+    tiles,
     TRAINING: tl.constexpr,
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -145,8 +145,8 @@ def descend(
     spread = vector(var, channel, there, 1, COMPUTE) + EPS
     slope = (-scale * (dot / elements) / spread).to(COMPUTE)[:, None]
     offset = (-scale * (of_bias / elements)).to(COMPUTE)[:, None]
-    for turn in range(turns):
-        at, inside = places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
+    for tile in range(tiles):
+        at, inside = places(tile, tiles, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & there[:, None]
         value, z = normal(x, residual, at, live & inside, inside, scale, shift, COMPUTE)
         read = inside if residual is not None else inside & live

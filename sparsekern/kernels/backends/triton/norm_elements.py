@@ -2,7 +2,7 @@
 
 All normalisation kernels name their arguments and values alike:
 
-* ``channels, outer, inner``: the sizes of ``x``; ``turns``: tiles that a program processes.
+* ``channels, outer, inner``: the sizes of ``x``; ``tiles``: number of tiles that a program processes.
 * ``parts``: float64 ``[4, pieces, channels]``, partial sums; ``elements``: elements per channel.
 * ``channel``: indices of a program's channels; ``there``: whether they exist; ``live``: and are not masked.
 * ``at``: offsets of a tile's elements; ``inside``: whether they exist.
@@ -59,13 +59,13 @@ def channels_here(channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def places(turn, turns, channel, channels, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+def places(tile, tiles, channel, channels, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
     """Offsets of a tile's elements ``[channels, OUTER * INNER]``, and whether they exist ``[1, ...]``."""
-    tile = tl.program_id(1).to(tl.int64) * turns + turn
+    first = tl.program_id(1).to(tl.int64) * tiles
     across = tl.cdiv(inner, INNER)
     place = tl.arange(0, OUTER * INNER)
-    o = tile // across * OUTER + place // INNER
-    i = tile % across * INNER + place % INNER
+    o = (first + tile) // across * OUTER + place // INNER
+    i = (first + tile) % across * INNER + place % INNER
     at = ((o * channels)[None, :] + channel[:, None]) * inner + i[None, :]
     return at, ((o < outer) & (i < inner))[None, :]
 

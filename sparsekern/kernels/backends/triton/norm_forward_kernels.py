@@ -29,7 +29,7 @@ def moments(
     channels,
     outer,
     inner,
-    turns,
+    tiles,
     CHANNELS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
@@ -42,13 +42,13 @@ def moments(
     """
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)[:, None]
-    at, inside = places(0, turns, channel, channels, outer, inner, OUTER, INNER)
+    at, inside = places(0, tiles, channel, channels, outer, inner, OUTER, INNER)
     pivot = tl.load(x + at, mask=live & inside, other=0).to(COMPUTE)
     total = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
     square = tl.zeros((CHANNELS, OUTER * INNER), COMPUTE)
     number = tl.zeros((CHANNELS, OUTER * INNER), tl.float32)
-    for turn in range(turns):
-        at, inside = places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
+    for tile in range(tiles):
+        at, inside = places(tile, tiles, channel, channels, outer, inner, OUTER, INNER)
         value = tl.load(x + at, mask=live & inside, other=0).to(COMPUTE)
         apart = tl.where(live & inside, value - pivot, 0)
         total += apart
@@ -131,7 +131,7 @@ def normalise(
     channels,
     outer,
     inner,
-    turns,
+    tiles,
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -143,8 +143,8 @@ def normalise(
     channel, there = channels_here(channels, CHANNELS)
     live = live_of(mask, channel, there)[:, None]
     scale, shift = affine(weight, bias, mean, var, channel, there, EPS)
-    for turn in range(turns):
-        at, inside = places(turn, turns, channel, channels, outer, inner, OUTER, INNER)
+    for tile in range(tiles):
+        at, inside = places(tile, tiles, channel, channels, outer, inner, OUTER, INNER)
         inside = inside & there[:, None]
         _, z = normal(x, residual, at, live & inside, inside, scale, shift, COMPUTE)
         tl.store(y + at, activated(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)

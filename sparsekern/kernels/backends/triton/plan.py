@@ -1,4 +1,4 @@
-"""Division of a list of tensors into chunks, and the device table with the addresses of its tensors."""
+"""A list of tensors for the kernels: its chunks, its table on the device, and the launches."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsekern.kernels import checks
-from sparsekern.kernels.backends.addresses import SLOTS, Addresses
-from sparsekern.kernels.backends.lists import STEPS, memory_shapes, where_rows_are
-from sparsekern.kernels.backends.triton.launch import DEVICE_TYPE, STORAGE
-from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
-from sparsekern.kernels.backends.triton.table import FIELDS, HEAD
+from sparsekern.kernels.backends.addresses import SLOTS, Addresses, AddressPlan
+from sparsekern.kernels.backends.lists import MemoryShape, needed_rows
+from sparsekern.kernels.backends.triton import finish_kernels, step_kernels
+from sparsekern.kernels.backends.triton.launch import DEVICE_TYPE, OPTIONS, STORAGE, compute_type, device_of
+from sparsekern.kernels.backends.triton.table import FIELDS, HEAD, NUMBERS
+from sparsekern.kernels.backends.triton.table import OPTIONS as FLAGS
 from sparsekern.kernels.native import cuda_library, pointers
-from sparsekern.kernels.rows import Rows
+from sparsekern.kernels.options import ADAM, HYPER, STEPS, Options, hyper
+from sparsekern.kernels.rows import ROW_ARRAYS, RowArrays, RowTable
 
 _LONG, _MEDIUM, _SHORT, _BEHIND = 0, 2, 4, 5
 """Indices in ``VARIANTS``. ``_LONG`` and ``_MEDIUM`` use aligned accesses of 16 bytes; the next index of each
 is the same variant without them. ``_BEHIND`` is for short rows behind an outer dimension."""
 
 # Tiles per chunk: enough to hide the cost of a program, few enough to divide small networks among programs.
-_TURNS = 8
+_TILES = 8
+
+# Warps per program. With 4 warps the float64 kernels spill registers.
+WARPS = {dtype: 8 if dtype is torch.float64 else 4 for dtype in STORAGE}
+
+# Rows per block of the `finish` kernel.
+_FINISHED = 512
 
 # Elements of a piece of a long row, and of the longest row that is not divided into pieces.
 _PIECE, _WHOLE = 8 * 1024, 16 * 1024
@@ -68,11 +75,11 @@ def cut_of(outer: int, rows: int, inner: int) -> Cut:
         variant = _MEDIUM
     else:
         variant = _SHORT if outer == 1 else _BEHIND
-    outers, many, inners, _ = VARIANTS.value[variant]
+    outers, many, inners, _ = step_kernels.VARIANTS.value[variant]
     inner_step = inner if inner <= _WHOLE else _PIECE
-    turns = max(1, _TURNS // triton.cdiv(inner_step, inners))
-    row_step = min(rows, many * turns) if outer == 1 else many
-    outer_step = 1 if outer == 1 else outers * turns
+    tiles = max(1, _TILES // triton.cdiv(inner_step, inners))
+    row_step = min(rows, many * tiles) if outer == 1 else many
+    outer_step = 1 if outer == 1 else outers * tiles
     pieces = triton.cdiv(outer, outer_step) * triton.cdiv(inner, inner_step)
     chunks = pieces * triton.cdiv(rows, row_step)
     if variant in (_LONG, _MEDIUM) and inner % _ALIGNED != 0:
@@ -80,14 +87,11 @@ def cut_of(outer: int, rows: int, inner: int) -> Cut:
     return Cut(variant, outer_step, row_step, inner_step, pieces, chunks)
 
 
-@dataclass(slots=True)
-class Plan:
+@dataclass(slots=True, kw_only=True)
+class Plan(AddressPlan):
     """Division of a list into chunks, the expected tensors, and their tables on the device.
 
     Attributes:
-        addresses: checks the tensors of a call and reads their addresses.
-        starts: first row of each parameter in the row arrays, -1 for none; None without rows.
-        dims: row dimension of each parameter; None without rows.
         shapes: int64 ``[tensors, FIELDS]`` on the device.
         owners: int32 ``[chunks]`` on the device, the tensor of each chunk.
         variants: int64 ``[tensors]``, indices in ``VARIANTS``.
@@ -99,9 +103,6 @@ class Plan:
         sent: content of ``table`` as numbers and addresses, or None.
     """
 
-    addresses: Addresses
-    starts: list[int] | None
-    dims: list[int] | None
     shapes: Tensor
     owners: Tensor
     variants: np.ndarray
@@ -111,6 +112,41 @@ class Plan:
     spare: Tensor | None = None
     stream: int = -1
     sent: tuple[bytes, bytes] | None = None
+
+    def launch(
+        self,
+        op: int,
+        addresses: bytes,
+        options: Options,
+        table: RowTable | RowArrays | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """See :meth:`AddressPlan.launch`."""
+        device, dtype = self.addresses.device, self.addresses.dtype
+        tracks = table is not None and any(start >= 0 for start in self.starts or ())
+        values = dict(zip(HYPER, hyper(op, options, table), strict=True))
+        lr = options.lr if isinstance(options.lr, Tensor) else None
+        compiled = {"OP": op, "FLAGS": _flags(op, values, tracks), **OPTIONS}
+        with device_of(self.shapes):
+            stream = cuda_library.stream(device) if DEVICE_TYPE == "cuda" else 0
+            numbers = np.array([float(values[name]) for name in NUMBERS]).tobytes()
+            known = self.table_on(stream, numbers, addresses), self.shapes
+            step_kernels.step[(len(self.owners),)](
+                *known,
+                self.owners,
+                lr,
+                grad_scale,
+                found_inf,
+                STORAGE=STORAGE[dtype],
+                COMPUTE=compute_type(dtype),
+                num_warps=WARPS[dtype],
+                **compiled,
+            )
+            if tracks or op == ADAM:
+                finish_kernels.finish[(len(self.variants),)](
+                    *known, lr, found_inf, BLOCK=_FINISHED, **compiled
+                )
 
     def table_on(self, stream: int, numbers: bytes, addresses: bytes) -> Tensor:
         """The device table with this content, for kernels that are launched next on ``stream``.
@@ -147,8 +183,8 @@ class Plan:
         """The int64 content of the table; see :mod:`sparsekern.kernels.backends.triton.table`."""
         of = np.frombuffer(addresses, np.int64)
         addresses_of_lists, addresses_of_arrays = (
-            of[: -cuda_library.ROW_ARRAYS].reshape(SLOTS, -1),
-            of[-cuda_library.ROW_ARRAYS :],
+            of[: -len(ROW_ARRAYS)].reshape(SLOTS, -1),
+            of[-len(ROW_ARRAYS) :],
         )
         unaligned = (addresses_of_lists[:STEPS] % 16 != 0).any(0)
         variants = self.variants + (unaligned & np.isin(self.variants, (_LONG, _MEDIUM)))
@@ -176,13 +212,18 @@ class Plan:
         return torch.empty(words, dtype=torch.int64, pin_memory=self.addresses.device.type == "cuda")
 
 
-def make_plan(params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
-    """A plan for all of ``params``; None when the kernels do not support one of them."""
-    checks.inside(rows, params)
-    starts, dims = where_rows_are(rows)
-    shapes = memory_shapes(params, starts, dims, takes_kind)
-    if shapes is None:
-        return None
+def _flags(op: int, values: dict[str, float], tracks: bool) -> int:
+    """The options that are compiled into the kernels, as bits in the order of ``table.OPTIONS``."""
+    derived = {
+        "has_momentum": values["momentum"] != 0,
+        "lerp_from_start": op == ADAM and 1 - values["beta1"] < 0.5,
+        "tracks": tracks,
+    }
+    return sum(1 << i for i, name in enumerate(FLAGS) if (values | derived)[name])
+
+
+def make_plan(params: Sequence[Tensor], shapes: list[MemoryShape]) -> Plan:
+    """A plan for ``params`` with these shapes in memory."""
     device = params[0].device
     entries = np.empty((len(shapes), FIELDS.value), np.int64)
     variants = np.empty(len(shapes), np.int64)
@@ -196,15 +237,12 @@ def make_plan(params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
         first += cut.chunks
         if start >= 0 and cut.pieces > 1:
             partials += cut.pieces * height
-    ends = [start + height for _, height, _, start in shapes if start >= 0]
     return Plan(
-        Addresses(params, max(ends, default=0), _DLPACK_TYPE),
-        starts,
-        dims,
-        torch.from_numpy(entries).to(device),
-        torch.from_numpy(np.repeat(np.arange(len(shapes), dtype=np.int32), chunks)).to(device),
-        variants,
-        partials,
+        addresses=Addresses(params, needed_rows(shapes), _DLPACK_TYPE),
+        shapes=torch.from_numpy(entries).to(device),
+        owners=torch.from_numpy(np.repeat(np.arange(len(shapes), dtype=np.int32), chunks)).to(device),
+        variants=variants,
+        partials=partials,
     )
 
 

@@ -81,10 +81,10 @@ def _factors(
     decay = number(table, WEIGHT_DECAY) + penalty.to(tl.float64)
     if OP == IS_MASK or DECOUPLED & FLAGS:
         decay = 1 - rate * decay
-    declines = only_if(update_statistics, left > 0)
-    steps = tl.where(declines, left, 1).to(COMPUTE)
-    decline = tl.where(declines, divided(steps - 1, steps), 1)
-    return left != 0, declines & (left == 1), decay.to(COMPUTE), decline
+    fades = only_if(update_statistics, left > 0)
+    steps = tl.where(fades, left, 1).to(COMPUTE)
+    fade = tl.where(fades, divided(steps - 1, steps), 1)
+    return left != 0, fades & (left == 1), decay.to(COMPUTE), fade
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _tile(
     threshold,
     clears,
     decay,
-    decline,
+    fade,
     decays,
     hyper,
     OP: tl.constexpr,
@@ -129,7 +129,7 @@ def _tile(
     elif OP == IS_ADAM:
         w = adam(table, tensor, at, inside, clears, w, d, hyper, FLAGS, STORAGE, ALIGNED)
     if OP != IS_STATISTICS:
-        tl.store(weights + at, tl.where(clears, 0, w * decline).to(STORAGE), mask=inside)
+        tl.store(weights + at, tl.where(clears, 0, w * fade).to(STORAGE), mask=inside)
     return exceeds, dot, grad_sq, weight_sq
 
 
@@ -161,11 +161,9 @@ def _some_rows(
     start, rows, inner = tl.load(entry + START), tl.load(entry + ROWS), tl.load(entry + INNER)
     if ALIGNED:
         inner = tl.multiple_of(inner, 16)
-    live, ends, decay, decline = _factors(
-        table, start, row, there, rate, update_statistics, OP, FLAGS, COMPUTE
-    )
+    live, ends, decay, fade = _factors(table, start, row, there, rate, update_statistics, OP, FLAGS, COMPUTE)
     # The mask op changes few rows. The memory of unchanged rows is not accessed.
-    works = there & (~live | (decay != 1) | (decline != 1)) if OP == IS_MASK else there & live
+    works = there & (~live | (decay != 1) | (fade != 1)) if OP == IS_MASK else there & live
     if OP >= IS_STATISTICS:
         works = only_if(start >= 0, works)
     clears = (ends | ~live)[None, :, None]
@@ -190,7 +188,7 @@ def _some_rows(
                 threshold[None, :, None],
                 clears,
                 decay[None, :, None],
-                decline[None, :, None],
+                fade[None, :, None],
                 decays,
                 hyper,
                 OP,
@@ -206,7 +204,7 @@ def _some_rows(
 
 
 @triton.jit
-def _walk(
+def _step_chunk(
     table,
     shapes,
     tensor,
@@ -300,7 +298,7 @@ def step(
             scale = tl.load(grad_scale).to(COMPUTE)
         for which in tl.static_range(6):
             if variant == which:
-                _walk(
+                _step_chunk(
                     table,
                     shapes,
                     tensor,

@@ -12,14 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsekern.kernels.backends.lists import ADAM, MASK, SGD, STATISTICS, STEPS
+from sparsekern.kernels.options import ADAM, MASK, SGD, STATISTICS, STEPS
+from sparsekern.kernels.options import FLAGS as _FLAGS
+from sparsekern.kernels.options import NUMBERS as _NUMBERS
 
 IS_SGD, IS_ADAM, IS_STATISTICS, IS_MASK = (tl.constexpr(op) for op in (SGD, ADAM, STATISTICS, MASK))
 
-OPTIONS = ("has_momentum", "nesterov", "first", "decoupled", "amsgrad", "maximize", "from_mean", "tracks")
+OPTIONS = (*(name for name in _FLAGS if name != "scaled"), "has_momentum", "lerp_from_start", "tracks")
 """Names of the bits of ``FLAGS``, the options that are compiled into a kernel."""
 
-HAS_MOMENTUM, NESTEROV, FIRST, DECOUPLED, AMSGRAD, MAXIMIZE, FROM_MEAN, TRACKS = (
+NESTEROV, FIRST, DECOUPLED, AMSGRAD, MAXIMIZE, HAS_MOMENTUM, LERP_FROM_START, TRACKS = (
     tl.constexpr(1 << i) for i in range(len(OPTIONS))
 )
 
@@ -31,7 +33,7 @@ OUTER, ROWS, INNER, START, OUTER_STEP, ROW_STEP, INNER_STEP, PIECES, PARTIAL, FI
     tl.constexpr(i) for i in range(FIELDS.value)
 )
 
-NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps", "tau", "decay")
+NUMBERS = tuple(name for name in _NUMBERS if name != "grad_scale")
 """The hyperparameters at the beginning of ``table``."""
 
 LR, WEIGHT_DECAY, MOMENTUM, DAMPENING, BETA1, BETA2, EPS, TAU, DECAY = (

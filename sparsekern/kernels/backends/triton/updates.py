@@ -20,9 +20,9 @@ from sparsekern.kernels.backends.triton.table import (
     DAMPENING,
     EPS,
     FIRST,
-    FROM_MEAN,
     HAS_MOMENTUM,
     IS_ADAM,
+    LERP_FROM_START,
     MOMENTUM,
     NESTEROV,
     STATE,
@@ -74,12 +74,13 @@ def hyper_of(table, tensor, rate, OP: tl.constexpr, COMPUTE: tl.constexpr):
         beta1, beta2 = number(table, BETA1), number(table, BETA2)
         step_size = rate / (1 - _power(beta1, count))
         inverse_root = 1 / tl.sqrt(1 - _power(beta2, count))
-        share, fresh, eps = (1 - beta1).to(COMPUTE), (1 - beta2).to(COMPUTE), number(table, EPS).to(COMPUTE)
-        return step_size.to(COMPUTE), inverse_root.to(COMPUTE), share, beta2.to(COMPUTE), fresh, eps
+        lerp_weight, one_minus_beta2 = (1 - beta1).to(COMPUTE), (1 - beta2).to(COMPUTE)
+        beta2, eps = beta2.to(COMPUTE), number(table, EPS).to(COMPUTE)
+        return step_size.to(COMPUTE), inverse_root.to(COMPUTE), lerp_weight, beta2, one_minus_beta2, eps
     else:
         momentum = number(table, MOMENTUM).to(COMPUTE)
-        fresh = (1 - number(table, DAMPENING)).to(COMPUTE)
-        return rate.to(COMPUTE), momentum, fresh, fresh, fresh, fresh
+        undamped = (1 - number(table, DAMPENING)).to(COMPUTE)
+        return rate.to(COMPUTE), momentum, undamped, undamped, undamped, undamped
 
 
 @triton.jit
@@ -122,14 +123,14 @@ def adam(
     ALIGNED: tl.constexpr,
 ):
     """Return the new weights of Adam, and update its state in memory."""
-    step_size, inverse_root, share, beta2, fresh, eps = hyper
+    step_size, inverse_root, lerp_weight, beta2, one_minus_beta2, eps = hyper
     means = address(table, STATE, tensor, STORAGE, ALIGNED)
     squares = address(table, STATE + 1, tensor, STORAGE, ALIGNED)
     mean = tl.load(means + at, mask=inside, other=0).to(d.dtype)
     square = tl.load(squares + at, mask=inside, other=0).to(d.dtype)
     # torch.lerp uses one formula for weights below 0.5 and another one from 0.5 on.
-    mean = mean + share * (d - mean) if FROM_MEAN & FLAGS else d - (d - mean) * (1 - share)
-    square = square * beta2 + d * fresh * d
+    mean = mean + lerp_weight * (d - mean) if LERP_FROM_START & FLAGS else d - (d - mean) * (1 - lerp_weight)
+    square = square * beta2 + d * one_minus_beta2 * d
     tl.store(means + at, tl.where(clears, 0, mean).to(STORAGE), mask=inside)
     tl.store(squares + at, tl.where(clears, 0, square).to(STORAGE), mask=inside)
     top = square
