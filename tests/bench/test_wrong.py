@@ -47,7 +47,7 @@ def test_right_in_every_dtype_with_and_without_rows(
 
 
 def broken(name: str, spoil: Callable[..., None], calls: list[str]) -> Callable[..., None]:
-    """The CPU backend's function with a corrupted result."""
+    """The CPU backend's function, whose result is then spoilt."""
     right = getattr(cpu, name)
 
     def function(*tensors: Any, **options: Any) -> None:
