@@ -1,7 +1,7 @@
-"""For all tests: where there is no GPU, triton interprets.
+"""For all tests: without a GPU, Triton interprets its kernels.
 
-That is read where triton is imported. ``torch.utils.flop_counter`` does so with sparsekern, which tests
-that come before those of triton have imported.
+Triton reads this variable when it is imported. Importing sparsekern imports ``torch.utils.flop_counter``, and
+that imports Triton, so the variable must be set before any test does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A source tree without its compiled core is named, by `info` and before a benchmark runs."""
+"""`info` and the benchmarks name a source tree without its compiled core."""
 
 from __future__ import annotations
 

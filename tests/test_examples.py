@@ -1,4 +1,4 @@
-"""Every example runs as it stands; those of one process go on from the files that they have left."""
+"""Every example runs unchanged; the examples of one process then continue from the files that they wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
 
 def parameters(output: str) -> int:
-    """Of the compact network; it has to have learnt something."""
+    """The number of parameters of the compact network, whose accuracy must exceed that of guessing."""
     found = RESULT.findall(output)
     assert len(found) == 1, output
     accuracy, count = found[0]

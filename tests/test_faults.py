@@ -1,4 +1,4 @@
-"""The campaign of kills, in small: the command as it stands, three kills, one process."""
+"""A small campaign of kills: the command unchanged, with three kills and one process."""
 
 from __future__ import annotations
 

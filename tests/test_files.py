@@ -1,4 +1,4 @@
-"""One writer for every file: complete or absent, as private as before, and every error names the file."""
+"""All files are written by one function: complete or absent, with the old mode, and errors name the file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mode(path: Path) -> int:
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """A disk on which no file can be longer."""
+    """Limit the size of files, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""The map in CONTRIBUTING is true: every package is on it, and imports go downwards only."""
+"""The map in CONTRIBUTING is true: every package is on it, imports go downwards only, and its files exist."""
 
 from __future__ import annotations
 

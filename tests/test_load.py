@@ -1,4 +1,4 @@
-"""`sparsekern.load`: files that say which network they hold, and what is said of those that do not fit."""
+"""`sparsekern.load`: files that name their network, and the errors for files that do not fit."""
 
 from __future__ import annotations
 

@@ -111,6 +111,10 @@ def _own_loop(scope: dict[str, Any]) -> None:
     assert scope["small"].stem[0].out_channels < 16
 
 
+def _checkpoints(scope: dict[str, Any]) -> None:
+    assert scope["extra"] == {"scheduler": scope["scheduler"].state_dict()}
+
+
 def _trained_network(scope: dict[str, Any]) -> None:
     assert scope["network"].stem[0].out_channels < 16 and scope["plan"].tensors
     assert 0 < scope["milliseconds"] < 1e3
@@ -141,6 +145,7 @@ def _migrating(scope: dict[str, Any]) -> None:
 
 CHECKS = {
     "own-loop": _own_loop,
+    "checkpoints": _checkpoints,
     "trained-network": _trained_network,
     "lightning": _lightning,
     "hugging-face": _hugging_face,

@@ -1,4 +1,4 @@
-"""Patches of triton's interpreter: rounding as on a GPU, and less overhead."""
+"""Patches of Triton's interpreter: rounding as on a GPU, and less overhead."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def _cast_to_nearest(self: Any, source: TensorHandle, dtype: Any) -> TensorHandl
 
 
 def _call(self: Any, *arguments: Any, **options: Any) -> Any:
-    """Of a function from a kernel, without exchanging ``triton.language`` for the interpreter's again.
+    """Call a function from a kernel without replacing ``triton.language`` by the interpreter's version again.
 
-    That takes longer than most functions do.
+    The replacement takes longer than most functions.
     """
     return self.rewrite()(*arguments, **options)
 
 
 def mend() -> None:
-    """From now on, in this process."""
+    """Apply the patches for the rest of this process."""
     InterpreterBuilder.cast_impl = _cast_to_nearest
-    # Functions of triton's own see it under another name than kernels do.
+    # Triton's own functions refer to it by another name than kernels do.
     _patch_lang(tl.zeros.fn)
     InterpretedFunction.__call__ = _call

@@ -1,4 +1,4 @@
-"""A network and lists small enough for tests, in place of the measured ones."""
+"""A network and lists that are small enough for tests and replace the measured ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def suite(placements: int = 1, rounds: int = 2) -> Suite:
-    """One that takes no time."""
+    """A suite that takes no time."""
     return Suite(placements, rounds, shortest=0.0, elements=1000)
 
 

@@ -21,7 +21,7 @@ from sparsekern.kernels.backends import cpu
 
 @pytest.fixture
 def table(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three cases in place of all, one of them not quick, with a stubbed timer."""
+    """Replace all cases by three, one of which is not quick, and the timer by a stub."""
     few = (
         case("adam_step_", quick=True),
         case("sgd-step", tensors="few"),

@@ -22,12 +22,12 @@ if not torch.cuda.is_available():
 if torch.cuda.is_available() or cuda_library.load() is None:
     collect_ignore.append("test_without_gpu.py")
 if COMPILER is None:
-    collect_ignore += ["test_emulated.py", "test_emulation.py", "test_norm_act.py"]
+    collect_ignore += ["test_emulated.py", "test_emulation.py", "test_norm_act.py", "test_sass.py"]
 
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA library, its kernels run by fibers."""
+    """The CUDA library with its kernels compiled for the CPU and run by fibers."""
     folder = tmp_path_factory.getbasetemp()
     # Each worker of pytest-xdist has a folder of its own in that of the run.
     return build(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)

@@ -16,8 +16,15 @@ Body = Callable[["Piece", Tensor], Tensor]
 
 
 class Structure(NamedTuple):
-    """prunable: channels of the whole ``Net``; out: channels that the body returns; anywhere:
-    whether the body keeps the size of the map and takes inputs of any sign."""
+    """A structure with layers of its own.
+
+    Attributes:
+        make: adds the layers to a module.
+        body: the forward pass.
+        prunable: number of channels of the whole ``Net`` that can be removed.
+        out: number of channels that the body returns.
+        anywhere: whether the body keeps the size of the map and takes inputs of any sign.
+    """
 
     make: Callable[[nn.Module], None]
     body: Body

@@ -1,6 +1,7 @@
-"""Compiles the kernels for a GPU, where there need not be one.
+"""Compiles the kernels for a GPU; no GPU is needed.
 
-A script, as triton compiles nothing in a process in which it interprets: ``python compile_kernels.py bf16``.
+This is a script, ``python compile_kernels.py bf16``, because Triton compiles nothing in a process in which it
+interprets.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ STEPS: dict[str, tuple[int, set[str]]] = {
 
 
 def compiled(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> Any:
-    """``kernel`` for :data:`TARGET`, its addresses all to sixteen bytes."""
+    """``kernel`` compiled for :data:`TARGET`, with all addresses aligned to sixteen bytes."""
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else types.get(name, ALWAYS.get(name, "i32")) for name in names
@@ -82,7 +83,7 @@ def compiled(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]
 
 
 def all_of(dtype: str) -> Iterator[tuple[str, Any, bool]]:
-    """Every kernel by name, compiled, and whether it has to have accesses of sixteen bytes."""
+    """Every kernel: its name, the compiled kernel, and whether it must have accesses of sixteen bytes."""
     compute = "fp64" if dtype == "fp64" else "fp32"
     computed = {"COMPUTE": compute_type(DTYPES[dtype])}
     types = dict.fromkeys(TENSORS, f"*{dtype}") | dict.fromkeys(COMPUTED, f"*{compute}")

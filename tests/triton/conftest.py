@@ -1,7 +1,7 @@
-"""Triton kernels on the CPU, in triton's interpreter.
+"""Triton kernels on the CPU, in Triton's interpreter.
 
-What needs a GPU is in `tests/cuda/test_device.py`, which is collected where there is one. There triton
-interprets nothing unless ``TRITON_INTERPRET=1`` says so.
+Tests that need a GPU are in `tests/cuda/test_device.py` and are collected only on a machine with one. There
+Triton interprets nothing unless ``TRITON_INTERPRET=1`` is set.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-# A folder of this name is found in its place where it is not installed.
+# If Triton is not installed, this folder of the same name is found instead.
 _spec = importlib.util.find_spec("triton")
 _installed = _spec is not None and _spec.origin is not None
 collect_ignore_glob = []
