@@ -142,7 +142,7 @@ def kernel_sources(isa: str) -> list[tuple[str, Path, str]]:
     folder = CSRC / "cpu" / "kernels"
     sources = [
         (f"{isa}_{op}_{dtype}", folder / f"{op}.cpp", f"{flags} -DSPARSEKERN_DTYPE={dtype}")
-        for op in ("adam", "sgd", "norm", "external")
+        for op in ("sgd", "adam", "norm", "external")
         for dtype in DTYPES
     ]
     return [*sources, (f"{isa}_finish", folder / "finish.cpp", flags)]
