@@ -117,8 +117,8 @@ BAD = {
     "threads": (["--threads", "-1"], "--threads: got -1, expected"),
     "dense and keep": (["--dense", "--keep", "0.3"], "--keep: got 0.3 with --dense"),
     "dense and shrink": (["--dense", "--shrink"], "--shrink: got it with --dense"),
-    "resume": (["--resume", "nothing.pt"], "--resume: nothing.pt is no file"),
-    "backbone": (["--backbone", "nothing.pth"], "--backbone: nothing.pth is no file"),
+    "resume": (["--resume", "nothing.pt"], "--resume: nothing.pt is not a file"),
+    "backbone": (["--backbone", "nothing.pth"], "--backbone: nothing.pth is not a file"),
     "out": (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written"),
 }
 

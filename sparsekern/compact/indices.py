@@ -17,16 +17,21 @@ _RUNS = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?(,[0-9]{1,18}(-[0-9]{1,18})?)*")
 
 
 def check_indices(indices: object, size: int, dim: int) -> Indices:
+    """The indices of dimension ``dim`` of length ``size`` as an array.
+
+    Raises:
+        ValueError: they are not at least one increasing integer in ``[0, size)``.
+    """
     array = np.asarray(indices)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
-            f"keep: got {array.dtype} {list(array.shape)} for dimension {dim}, expected integer indices of "
-            f"shape [n] with n >= 1"
+            f"keep: got {array.dtype} {list(array.shape)} for dimension {dim}, expected a list or array of "
+            f"at least one integer index"
         )
     if array[0] < 0 or array[-1] >= size or (array[1:] <= array[:-1]).any():
         raise ValueError(
-            f"keep: got indices of dimension {dim} that are out of range or out of order, expected "
-            f"increasing ones in [0, {size})"
+            f"keep: got indices of dimension {dim} that do not increase or leave the range, expected "
+            f"increasing indices in [0, {size})"
         )
     if array.dtype == np.int64 and not array.flags.writeable:
         return array
@@ -68,8 +73,8 @@ class Runs:
         """
         if not self._rises or self.last >= size:
             raise ValueError(
-                f"keep: got indices of dimension {dim} that are none, out of range or out of order, expected "
-                f"at least one, and increasing ones in [0, {size})"
+                f"keep: got indices of dimension {dim} that do not increase or leave the range, expected at "
+                f"least one, and increasing indices in [0, {size})"
             )
         if self._array is None:
             parts = [np.arange(first, last + 1, dtype=np.int64) for first, last in self._pairs]

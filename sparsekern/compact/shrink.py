@@ -87,7 +87,7 @@ def cut_all(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
     live = _Surgery(model, plan, "model")
-    copies = [_copy_of(module, live, f"also[{index}]") for index, module in enumerate(also)]
+    copies = _copies_of(live, also)
     state = None
     if optimizer is not None:
         state = prepare_state(optimizer, live.parts, live.names, state_cutter)
@@ -133,13 +133,12 @@ def check_copies(model: nn.Module, plan: Plan, also: Sequence[nn.Module]) -> lis
         For each copy, the part of each tensor that ``plan`` keeps, by the tensor's ``id``.
 
     Raises:
-        TypeError: an entry is not a module.
+        TypeError: ``also`` is a module itself, or an entry is not a module.
         ValueError: an entry is not a copy of the model.
     """
-    if not also:
+    if not listed(also):
         return []
-    live = _Surgery(unwrap(model), plan, "model")
-    return [_copy_of(module, live, f"also[{index}]").parts for index, module in enumerate(also)]
+    return [copied.parts for copied in _copies_of(_Surgery(unwrap(model), plan, "model"), also)]
 
 
 class _Surgery:
@@ -178,6 +177,26 @@ class _Surgery:
             _assign(tensor, data, grad)
             # Autograd does not notice an assignment to `data`, so the version marks saved tensors as changed.
             increment_version(tensor)
+
+
+def listed(also: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """The copies in ``also``.
+
+    Raises:
+        TypeError: ``also`` is a module itself; some modules are sequences of their own submodules.
+    """
+    if isinstance(also, nn.Module):
+        raise TypeError(f"also: got a {type(also).__name__}, expected a sequence of modules; pass [model]")
+    return tuple(also)
+
+
+def _copies_of(live: _Surgery, also: Sequence[nn.Module]) -> list[_Surgery]:
+    """The same surgery for every copy of the model in ``also``.
+
+    Raises:
+        TypeError, ValueError: see :func:`check_copies`.
+    """
+    return [_copy_of(module, live, f"also[{index}]") for index, module in enumerate(listed(also))]
 
 
 def _copy_of(module: object, live: _Surgery, label: str) -> _Surgery:

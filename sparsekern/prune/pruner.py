@@ -38,7 +38,7 @@ from sparsekern.prune.shrinkable import check_shrinkable
 from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.statistics import trained_by
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 
 class Pruner:
@@ -114,11 +114,11 @@ class Pruner:
         shrink: bool = False,
         also: Sequence[nn.Module] = (),
         state_cutter: StateCutter | None = None,
-        cache: Path | None = None,
+        cache: StrPath | None = None,
         process_group: Any = None,
     ) -> None:
         begin = perf_counter()
-        share, policy = check_keep(keep), Policy.of_arguments(select, allocate, of, penalty)
+        share, policy = check_keep(keep), Policy.from_arguments(select, allocate, of, penalty)
         checks_gradients = check_nonfinite(nonfinite)
         timing = Timing(steps, warmup, finish, events)
         schedule = timing.schedule(share)
@@ -303,7 +303,7 @@ class Pruner:
         """
         self._saved_state.load(state, also)
 
-    def save_checkpoint(self, path: Path, **extra: Any) -> None:
+    def save_checkpoint(self, path: StrPath, **extra: Any) -> None:
         """Write model, optimizer, Pruner, copies, random generators and ``extra`` to one file.
 
         An existing file stays until the new one is complete and on the disk. If several processes train
@@ -320,7 +320,7 @@ class Pruner:
         """
         self._checkpoint.save(path, extra)
 
-    def load_checkpoint(self, path: Path, *, also: Sequence[nn.Module] = ()) -> dict[str, Any]:
+    def load_checkpoint(self, path: StrPath, *, also: Sequence[nn.Module] = ()) -> dict[str, Any]:
         """Go on from :meth:`save_checkpoint`, bit by bit, in a full-size model with its optimizer and Pruner.
 
         Other ``steps`` extend the training, see :meth:`load_state_dict`; the caller extends a learning rate

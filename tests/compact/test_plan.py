@@ -107,7 +107,7 @@ def changed(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "^text: got no valid JSON"),
         ("[]", "is not a plan"),
         ("{}", "is not a plan"),
         (changed(version=2), "version 2, expected 1"),
@@ -118,10 +118,10 @@ def changed(**changes: object) -> str:
         (changed(indices=["2-0"]), "'a': keep: .*at least one"),
         (changed(indices=["0,9"]), r"'a': keep: .*\[0, 4\)"),
         (changed(tensors=[]), "got list as 'tensors'"),
-        (changed(tensors={"a": 1}), "'a': text: 'shape'"),
+        (changed(tensors={"a": 1}), "'a': text: got NoneType as 'shape'"),
         (changed(tensors={"a": {"shape": [4.5], "keep": {}}}), "'a': shape"),
-        (changed(tensors={"a": {"shape": [4], "keep": {"x": 0}}}), "'a': keep has 'x'"),
-        (changed(tensors={"a": {"shape": [4], "keep": {"0": 1}}}), "'a': keep has '0': 1"),
+        (changed(tensors={"a": {"shape": [4], "keep": {"x": 0}}}), "'a': keep: got 'x'"),
+        (changed(tensors={"a": {"shape": [4], "keep": {"0": 1}}}), "'a': keep: got '0': 1"),
         (changed(tensors={"a": {"shape": [4], "keep": {"1": 0}}}), "dimension 1 does not exist"),
     ],
 )

@@ -214,10 +214,10 @@ def with_buffer(buffer: Tensor) -> nn.Module:
     ("module", "kind", "message"),
     [
         ({"weight": 1}, TypeError, "model: got dict, expected an nn.Module"),
-        (nn.Sequential(Extra(2, 2)), ValueError, "module: '0' has extra state"),
-        (nn.Linear(2, 2, device="meta"), ValueError, "module: 'weight' is on the meta device"),
-        (with_buffer(torch.zeros(2, dtype=torch.complex128)), ValueError, "odd is .*complex128"),
-        (with_buffer(torch.eye(2).to_sparse()), ValueError, "'odd' is torch.sparse_coo"),
+        (nn.Sequential(Extra(2, 2)), ValueError, "module: got extra state of '0'"),
+        (nn.Linear(2, 2, device="meta"), ValueError, "module: got 'weight' on the meta device"),
+        (with_buffer(torch.zeros(2, dtype=torch.complex128)), ValueError, "got odd of dtype .*complex128"),
+        (with_buffer(torch.eye(2).to_sparse()), ValueError, "got 'odd' of layout torch.sparse_coo"),
     ],
 )
 def test_what_cannot_be_saved_is_refused(
@@ -232,7 +232,7 @@ def test_buffers_on_meta_that_no_file_holds_are_refused(tmp_path: Path) -> None:
     save(Shared(), tmp_path / "model")
     with torch.device("meta"):
         fresh = Shared()
-    with pytest.raises(ValueError, match="module: buffer 'scale' is on the meta device"):
+    with pytest.raises(ValueError, match="module: got the buffer 'scale' on the meta device"):
         load(fresh, tmp_path / "model")
 
 

@@ -119,11 +119,11 @@ def test_nothing_against_something_is_infinite() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        (lambda x: x, lambda x: (x,), r"1 pieces, expected 1 .*output\[0\]"),
+        (lambda x: x, lambda x: (x,), r"1 values, expected 1 .*output\[0\]"),
         (lambda x: {"a": x}, lambda x: {"b": x}, r"output\['a'\], output\['b'\]"),
         (lambda x: [x, x], lambda x: [x], r"output\[1\]"),
-        (lambda x: x, lambda x: x[:2], r"output is \[2\], expected \[3\]"),
-        (lambda x: [x], lambda x: [None], r"output\[0\] is NoneType, expected Tensor"),
+        (lambda x: x, lambda x: x[:2], r"got shape \[2\] of output, expected \[3\]"),
+        (lambda x: [x], lambda x: [None], r"got NoneType as output\[0\], expected Tensor"),
         (lambda x: object(), lambda x: object(), "model: got object as output, expected tensors"),
         (lambda x: [], lambda x: [], "model: got an empty output"),
     ],

@@ -70,13 +70,18 @@ def test_no_event_before_the_first_step() -> None:
         ("steps", 0),
         ("steps", 1),
         ("steps", 10.0),
+        ("steps", True),
         ("warmup", -0.1),
         ("warmup", 1.0),
+        ("warmup", "0.1"),
+        ("warmup", float("nan")),
         ("finish", 0.1),
         ("finish", 1.5),
+        ("finish", None),
         ("events", 0),
+        ("events", True),
     ],
 )
 def test_an_argument_out_of_range_is_named(argument: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{argument}: got {value}"):
+    with pytest.raises(ValueError, match=f"^{argument}: got {value!r}"):
         cubic(**{argument: value})

@@ -302,7 +302,7 @@ CONTRADICTIONS = {
     "data": (["--data", "other"], "is of other images; expected the same --data"),
     "backbone": (["--backbone", "b.pth"], "--backbone: got b.pth with --resume"),
     "no run": (["--resume", "other"], "--resume: other holds no checkpoint.pt; expected the directory"),
-    "nothing": (["--resume", "gone"], "--resume: gone is no file"),
+    "nothing": (["--resume", "gone"], "--resume: gone is not a file"),
     "run.json": (["--resume", "run.json"], "--resume: run.json cannot be read"),
     "out": (["--out", "finished"], "--out: got finished, which holds a finished run"),
     "every": (["--checkpoint-every", "-1"], "--checkpoint-every: got -1, expected 0 or more"),

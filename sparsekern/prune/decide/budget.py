@@ -72,9 +72,15 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
         graph: the groups.
 
     Raises:
-        ValueError: a number is below 1, or a pattern matches no group.
+        ValueError: ``min_channels`` is of another type, a number is below 1, or a pattern matches no group.
     """
-    rules = {"*": min_channels} if isinstance(min_channels, int) else dict(min_channels)
+    patterns = min_channels if isinstance(min_channels, Mapping) else ("*",)
+    if not isinstance(min_channels, (int, Mapping)) or not all(isinstance(name, str) for name in patterns):
+        raise ValueError(
+            f"min_channels: got {min_channels!r}, expected a whole number >= 1, or such numbers by pattern "
+            f"of group names"
+        )
+    rules = dict(min_channels) if isinstance(min_channels, Mapping) else {"*": min_channels}
     for pattern, number in rules.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"min_channels: got {number!r} for {pattern!r}, expected a whole number >= 1")

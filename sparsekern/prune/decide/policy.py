@@ -87,7 +87,7 @@ class Policy:
     round_to: int = 1
 
     @classmethod
-    def of_arguments(cls, select: object, allocate: object, of: object, penalty: object) -> Policy:
+    def from_arguments(cls, select: object, allocate: object, of: object, penalty: object) -> Policy:
         """The policy of these arguments of a Pruner, before the network is known.
 
         Raises:
@@ -99,7 +99,11 @@ class Policy:
     def problem(
         self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
     ) -> Problem:
-        """The problem of reducing the cost to ``share`` of the dense one, among the channels ``live``."""
+        """The problem of reducing the cost to ``share`` of the dense one, among the channels ``live``.
+
+        The budget is ``share`` of the cost before any cut: of MACs, of parameters, or, for latency, of the
+        nanoseconds that the latency model of the network gives.
+        """
         of = of or self.of
         pricing, whole = network.priced(of)
         return Problem(

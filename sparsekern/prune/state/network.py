@@ -16,7 +16,7 @@ from sparsekern import optim
 from sparsekern.compact import Plan, check_copies, make_plan
 from sparsekern.compact.load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
-from sparsekern.compact.shrink import cut_all, inside
+from sparsekern.compact.shrink import cut_all, inside, listed
 from sparsekern.compact.surgery import match, registered
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.distributed.tensors import is_sharded, settle
@@ -281,7 +281,7 @@ class Network:
         self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack, ready: Callable[[], object]
     ) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
-        copies = [*self.also, *(module for module in also if module not in self.also)]
+        copies = [*self.also, *(module for module in listed(also) if module not in self.also)]
         # Undo runs in reverse order: tensors get their sizes back before the old table is attached.
         if self._handle is not None:
             undo.callback(self._handle.replace, self.rows.table)
