@@ -269,10 +269,21 @@ def _check_lengths(op: int, lists: Lists, options: Options, rows: Rows | None) -
         ValueError: a list has another number of entries.
     """
     count = len(lists[0])
-    for name, tensors in zip(LISTS[op], lists, strict=True):
-        if name in OPTIONAL and not getattr(options, OPTIONAL[name][0]):
-            _checks.empty(name, tensors, OPTIONAL[name][1])
-        elif len(tensors) != count:
-            _checks.lengths(lists[0], {name: tensors}, None)
+    expected = [count] * len(lists)
+    for position, option in _OPTIONAL_AT[op]:
+        if not getattr(options, option):
+            expected[position] = 0
+    if list(map(len, lists)) != expected:
+        for name, tensors, length in zip(LISTS[op], lists, expected, strict=True):
+            if length != count:
+                _checks.empty(name, tensors, OPTIONAL[name][1])
+            _checks.lengths(lists[0][:length], {name: tensors}, None)
     if rows is not None and rows.table is not None and not len(rows.starts) == len(rows.dims) == count:
         _checks.lengths(lists[0], {}, rows)
+
+
+# Position and option of each list that is empty unless the option is set.
+_OPTIONAL_AT = tuple(
+    [(position, OPTIONAL[name][0]) for position, name in enumerate(names) if name in OPTIONAL]
+    for names in LISTS
+)

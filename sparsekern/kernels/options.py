@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter, itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from sparsekern.kernels import checks
 from sparsekern.kernels.rows import RowArrays, RowTable
+
+_INF = float("inf")
 
 SGD, ADAM, STATISTICS, MASK = range(4)
 """Numbers of the ops of a step, as in csrc/abi.h; index of the tuples below."""
@@ -44,7 +46,7 @@ OPTIONAL = {
 """Lists that are empty unless an option is set: the name of the option, and the condition in words."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """Hyperparameters that SGD and Adam share.
 
@@ -65,7 +67,7 @@ class StepOptions:
         _check_finite(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SgdOptions(StepOptions):
     """Hyperparameters of ``torch.optim.SGD``.
 
@@ -82,7 +84,7 @@ class SgdOptions(StepOptions):
     first: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AdamOptions(StepOptions):
     """Hyperparameters of ``torch.optim.Adam`` and ``torch.optim.AdamW``.
 
@@ -104,7 +106,7 @@ class AdamOptions(StepOptions):
         checks.adam(self.beta1, self.beta2, self.eps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StatisticsOptions:
     """Options of the op that only takes statistics: none."""
 
@@ -112,7 +114,7 @@ class StatisticsOptions:
     lr: ClassVar[float] = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MaskOptions:
     """Options of the op that only applies penalty, fade-out and mask.
 
@@ -130,6 +132,8 @@ class MaskOptions:
 
 
 Options = SgdOptions | AdamOptions | StatisticsOptions | MaskOptions
+
+_WithRate = TypeVar("_WithRate", SgdOptions, AdamOptions, MaskOptions)
 
 OPTIONS: tuple[type[Any], ...] = (SgdOptions, AdamOptions, StatisticsOptions, MaskOptions)
 """Class of the options of each op."""
@@ -153,6 +157,29 @@ def _check_finite(options: Any) -> None:
         value = getattr(options, name)
         if not isinstance(value, Tensor):
             checks.finite(name, value)
+
+
+def with_rate(options: _WithRate, lr: float | Tensor) -> _WithRate:
+    """The same options with another learning rate.
+
+    A schedule changes the rate at every step, and ``dataclasses.replace`` takes longer than a small step.
+
+    Raises:
+        TypeError, ValueError: the rate is no finite number.
+    """
+    if type(lr) is not float or not -_INF < lr < _INF:
+        _check_rate(lr)
+    made = object.__new__(type(options))
+    values = made.__dict__
+    values.update(options.__dict__)
+    values["lr"] = lr
+    return made
+
+
+def _check_rate(lr: float | Tensor) -> None:
+    """Check that a learning rate is a tensor or a finite number."""
+    if not isinstance(lr, Tensor):
+        checks.finite("lr", lr)
 
 
 def _hyper(types: Sequence[str]) -> tuple[list[str], ...]:

@@ -208,19 +208,24 @@ class RowOptimizer(Optimizer):
             grad_scale: one element, or None; gradients are divided by it.
             found_inf: one element, or None; 1 skips the step.
         """
-        params, state, group = tensors.params, tensors.state, self.param_groups[tensors.group]
+        params, group = tensors.params, self.param_groups[tensors.group]
         device = params[0].device
+        state = tensors.state
         if tensors.first:
             # The state starts as zeros, because the step never writes its masked rows.
             state = {name: [torch.zeros_like(p) for p in params] for name in self._state_names(group)}
             options = self._options.make(group, device, first=True)
         else:
             options = self._options.of(tensors.group, group, device)
-        lists = (params, grads, *[state.get(name, ()) for name in self._STATE])
-        scale, inf = _on(grad_scale, device), _on(found_inf, device)
-        step_(self._OP, lists, options, tensors.rows, scale, inf)
+        if tensors.first or not tensors.columns:
+            tensors.columns = tuple([state.get(name, []) for name in self._STATE])
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(device, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(device, non_blocking=True)
+        step_(self._OP, (params, grads, *tensors.columns), options, tensors.rows, grad_scale, found_inf)
         # A skipped first step stores no state. With state, the next step would not be the first.
-        if tensors.first and (inf is None or inf.item() != 1):
+        if tensors.first and (found_inf is None or found_inf.item() != 1):
             for name, values in state.items():
                 self._store(tensors, name, values)
 
@@ -250,7 +255,7 @@ class RowOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             return self._traced_lists()
         groups, state = self.param_groups, self.state
-        names = [self._state_names(group) for group in groups]
+        names = list(map(self._state_names, groups))
         kept = self._kept
         grads = None if kept is None else kept.grads(groups, names, state)
         if kept is None or grads is None:
@@ -399,10 +404,3 @@ class Attachment:
         self.remove()
         self._optimizer.attach(table)
         self._table = table
-
-
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """``value`` on ``device``; None stays None."""
-    if value is None or value.device == device:
-        return value
-    return value.to(device, non_blocking=True)

@@ -8,7 +8,7 @@ the plan, in native code. The reference processes float16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.lists import MemoryShape, channel_arrays, row_arrays
 from sparsekern.kernels.backends.planned import Plan, PlannedSteps
 from sparsekern.kernels.native import pointers
-from sparsekern.kernels.options import STATISTICS, STEPS, Lists, Options, hyper
+from sparsekern.kernels.options import STATISTICS, STEPS, Lists, Options, StatisticsOptions, hyper, with_rate
 from sparsekern.kernels.rows import ChannelArrays, Rows, RowTable
 
 _CPU = torch.device("cpu")
@@ -60,8 +60,8 @@ class _Plan(Plan):
         """See :meth:`Plan.run`."""
         if found_inf is not None and float(found_inf) == 1:
             return True
-        if isinstance(options.lr, Tensor):
-            options = replace(options, lr=float(options.lr))
+        if not isinstance(options, StatisticsOptions) and isinstance(options.lr, Tensor):
+            options = with_rate(options, float(options.lr))
         table = None if rows is None else rows.table
         arrays = () if table is None else row_arrays(table)
         values = hyper(op, options, table, None if grad_scale is None else float(grad_scale))

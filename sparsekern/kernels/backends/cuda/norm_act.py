@@ -124,8 +124,17 @@ def _run(
     Raises:
         RuntimeError: the kernels could not be launched.
     """
+    call = _call(x, layout, operands, options, **means)
+    code = getattr(_target.library, f"sparsekern_cuda_norm_{direction}")(call)
+    cuda_library.check(_target.library, code, f"a normalisation of {list(x.shape)}")
+
+
+def _call(
+    x: Tensor, layout: Layout, operands: dict[str, Tensor | None], options: NormOptions, **means: float
+) -> cuda_library.Norm:
+    """The arguments of a library call. The caller keeps ``operands`` alive until the call returns."""
     addresses = {name: pointers.address_of(tensor) for name, tensor in operands.items() if tensor is not None}
-    call = cuda_library.Norm(
+    return cuda_library.Norm(
         **addresses,
         **means,
         eps=options.eps,
@@ -138,5 +147,3 @@ def _run(
         dtype=cuda_library.DTYPES[x.dtype],
         device=x.device.index or 0,
     )
-    code = getattr(_target.library, f"sparsekern_cuda_norm_{direction}")(call)
-    cuda_library.check(_target.library, code, f"a normalisation of {list(x.shape)}")
