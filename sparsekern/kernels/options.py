@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from sparsekern.kernels import checks
-from sparsekern.kernels.rows import RowArrays, RowTable
+from sparsekern.kernels.rows import Table
 
 _INF = float("inf")
 
@@ -133,7 +133,7 @@ class MaskOptions:
 
 Options = SgdOptions | AdamOptions | StatisticsOptions | MaskOptions
 
-_WithRate = TypeVar("_WithRate", SgdOptions, AdamOptions, MaskOptions)
+_WithRate = TypeVar("_WithRate", bound=Options)
 
 OPTIONS: tuple[type[Any], ...] = (SgdOptions, AdamOptions, StatisticsOptions, MaskOptions)
 """Class of the options of each op."""
@@ -213,7 +213,7 @@ def _reader(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 def _packing(kind: type[Any]) -> tuple[Callable[[Any], tuple[Any, ...]], Callable[[Any], tuple[Any, ...]]]:
     """A function that reads the hyperparameters of ``kind``, and one that puts them in the order of HYPER."""
-    names = [name for name in HYPER if hasattr(kind, name)]
+    names = [name for name in HYPER if name in FIELDS[OPTIONS.index(kind)] or hasattr(kind, name)]
     known = [*names, *_OF_CALL]
     # The entry behind all others is 0. It stands for what the op does not have.
     return _reader(names), itemgetter(*(known.index(name) if name in known else len(known) for name in HYPER))
@@ -222,9 +222,7 @@ def _packing(kind: type[Any]) -> tuple[Callable[[Any], tuple[Any, ...]], Callabl
 _PACKINGS = tuple(map(_packing, OPTIONS))
 
 
-def hyper(
-    op: int, options: Any, table: RowTable | RowArrays | None, grad_scale: float | None = None
-) -> tuple[Any, ...]:
+def hyper(op: int, options: Any, table: Table | None, grad_scale: float | None = None) -> tuple[Any, ...]:
     """The values of a call in the order of :data:`HYPER`.
 
     Args:
@@ -241,6 +239,22 @@ def hyper(
     scale, scaled = (1.0, False) if grad_scale is None else (grad_scale, True)
     values: tuple[Any, ...] = place((*read(options), scale, tau, decay, scaled, 0))
     return (0.0, *values[1:]) if isinstance(values[0], Tensor) else values
+
+
+class Scaling(NamedTuple):
+    """What ``torch.amp.GradScaler`` hands to a step.
+
+    Attributes:
+        grad_scale: one element by which gradients are divided; None for no scale.
+        found_inf: one element, 1 to skip the step; None for a step that is always made.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+UNSCALED = Scaling()
+"""A step without ``GradScaler``."""
 
 
 def named(op: int, lists: Lists) -> dict[str, Sequence[Tensor]]:
@@ -283,6 +297,18 @@ class Running(NamedTuple):
 
     mean: Tensor | None = None
     var: Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """The statistics that a forward pass normalised by, ``[C]`` in the compute type.
+
+    Attributes:
+        mean: mean of each channel.
+        var: biased variance of each channel.
+    """
+
+    mean: Tensor
+    var: Tensor
 
 
 class NormOptions(NamedTuple):

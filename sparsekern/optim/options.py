@@ -7,6 +7,7 @@ from operator import is_, itemgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsekern.kernels.options import FIELDS, OPTIONS, Options, with_rate
 from sparsekern.optim.lists import rate
@@ -59,7 +60,7 @@ class GroupOptions:
         kept = self._kept.get(index)
         if kept is not None and all(map(is_, kept[0], values)):
             options: Options = kept[1]
-            if options.lr is lr and (type(lr) is float or lr.device == device):
+            if options.lr is lr and (not isinstance(lr, Tensor) or lr.device == device):
                 return options
             options = with_rate(kept[1], lr if type(lr) is float else rate(lr, device))
             self._kept[index] = values, options
