@@ -15,7 +15,7 @@ from sparsekern.kernels import memory as _memory
 from sparsekern.kernels.activations import ACTIVATIONS, compute_dtype
 from sparsekern.kernels.checks import DTYPES, count, means, number, own_memory, whole
 from sparsekern.kernels.counts import ChannelCounts
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 _INF = float("inf")
 
@@ -84,8 +84,7 @@ def check_forward_op(
 def check_backward_op(
     grad: Tensor,
     inputs: NormInputs,
-    mean: Tensor,
-    var: Tensor,
+    moments: Moments,
     options: NormOptions,
     counts: Sequence[Tensor],
     tau: float,
@@ -99,7 +98,7 @@ def check_backward_op(
     Raises:
         TypeError, ValueError: an argument does not match; the message names it.
     """
-    named = {"grad": grad, **inputs._asdict(), "mean": mean, "var": var}
+    named = {"grad": grad} | inputs._asdict() | moments._asdict()
     _check_given(named, ("grad", "x", "mean", "var"))
     found = _counts_of(counts, tau, decay)
     check(inputs, Running(), options._replace(training=True, momentum=0.0), found)
@@ -107,7 +106,7 @@ def check_backward_op(
     if _kind(grad) != _kind(x):
         raise ValueError(f"grad: got {_described(grad)}, expected {_described(x)} as x")
     expected = (x.shape[1:2], compute_dtype(x), x.device, torch.strided)
-    for name, vector in (("mean", mean), ("var", var)):
+    for name, vector in moments._asdict().items():
         if _kind(vector) != expected:
             raise ValueError(
                 f"{name}: got {_described(vector)}, expected {expected[1]} [{x.shape[1]}] on {x.device}, as "

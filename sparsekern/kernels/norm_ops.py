@@ -24,7 +24,7 @@ from sparsekern.kernels.norm_checks import (
     named_counts,
 )
 from sparsekern.kernels.ops import traced
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 _LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
 
@@ -131,7 +131,7 @@ def _eager_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
                 named_counts(counts), {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var}
             )
     grad_x, grad_residual, grad_weight, grad_bias = backend.norm_act_backward(
-        _resolved(grad), inputs, mean, var, options, counts
+        _resolved(grad), inputs, Moments(mean, var), options, counts
     )
     return grad_x, grad_residual, _given(grad_weight, weight), _given(grad_bias, bias), None
 
@@ -173,12 +173,12 @@ def _forward_arguments(
 
 def _backward_arguments(
     operands: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[Tensor, NormInputs, Tensor, Tensor, NormOptions, ChannelCounts | None]:
+) -> tuple[Tensor, NormInputs, Moments, NormOptions, ChannelCounts | None]:
     """The checked arguments of ``norm_act_backward``."""
-    grad, inputs, (mean, var, counts) = operands[0], NormInputs(*operands[1:6]), operands[6:]
+    grad, inputs, moments = operands[0], NormInputs(*operands[1:6]), Moments(*operands[6:8])
     given = _OfOp(**keywords)
-    found = check_backward_op(grad, inputs, mean, var, given.options, counts, given.tau, given.decay)
-    return grad, inputs, mean, var, given.options, found
+    found = check_backward_op(grad, inputs, moments, given.options, operands[8], given.tau, given.decay)
+    return grad, inputs, moments, given.options, found
 
 
 def _forward(*operands: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,8 +31,10 @@ from sparsekern.kernels.options import (
     SGD,
     STATISTICS,
     STEPS,
+    UNSCALED,
     Lists,
     Options,
+    Scaling,
     named,
     read_lists,
 )
@@ -81,14 +83,7 @@ def traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
-def step_(
-    op: int,
-    lists: Lists,
-    options: Options,
-    rows: Rows | None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
+def step_(op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling = UNSCALED) -> None:
     """One op over lists of tensors, in place: a step, or the part of a step that concerns rows.
 
     Args:
@@ -100,29 +95,27 @@ def step_(
             ``params`` (without ``found_inf`` also on the CPU). A list that the options do not use is empty.
         options: the options of the op, an object of :data:`~sparsekern.kernels.options.OPTIONS`.
         rows: the rows of the parameters, or None.
-        grad_scale: one element; the gradients are divided by it and stored back.
-        found_inf: one element; when it is 1, nothing changes.
+        scaling: the gradients are divided by ``grad_scale`` and stored back. When ``found_inf`` is 1, nothing
+            changes.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has changed then.
     """
     if lists[0] and traced(lists[0][0]):
-        _OPERATORS[op](*lists, **_flattened(op, options, rows, grad_scale, found_inf))
+        _OPERATORS[op](*lists, **_flattened(op, options, rows, scaling))
     else:
-        backend = _checked_backend(op, lists, options, rows, grad_scale, found_inf)
-        backend.step_(op, lists, options, rows, grad_scale, found_inf)
+        backend = _checked_backend(op, lists, options, rows, scaling)
+        backend.step_(op, lists, options, rows, scaling)
 
 
-def _flattened(
-    op: int, options: Options, rows: Rows | None, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> dict[str, Any]:
+def _flattened(op: int, options: Options, rows: Rows | None, scaling: Scaling) -> dict[str, Any]:
     """Keyword arguments of an op, in the types of its schema."""
     flat: dict[str, Any] = {}
     for name in FIELDS[op]:
         value = getattr(options, name)
         flat |= {name: 0.0, f"tensor_{name}": value} if isinstance(value, Tensor) else {name: value}
     if op in (SGD, ADAM):
-        flat |= {"grad_scale": grad_scale, "found_inf": found_inf}
+        flat |= scaling._asdict()
     if rows is None or rows.table is None:
         nothing: list[Any] = []
         flat |= dict.fromkeys(("row_inputs", "row_state", "starts", "dims"), nothing)
@@ -133,7 +126,7 @@ def _flattened(
     return flat | {"starts": rows.starts, "dims": rows.dims, "tau": table.tau, "decay": table.decay}
 
 
-def _gathered(op: int, flat: dict[str, Any]) -> tuple[Options, Rows | None, Tensor | None, Tensor | None]:
+def _gathered(op: int, flat: dict[str, Any]) -> tuple[Options, Rows | None, Scaling]:
     """The inverse of :func:`_flattened`.
 
     Raises:
@@ -155,7 +148,7 @@ def _gathered(op: int, flat: dict[str, Any]) -> tuple[Options, Rows | None, Tens
     else:
         _checks.empty("starts", starts, "row_inputs and row_state are given")
         _checks.empty("dims", dims, "row_inputs and row_state are given")
-    return options, rows, given.get("grad_scale"), given.get("found_inf")
+    return options, rows, Scaling(given.get("grad_scale"), given.get("found_inf"))
 
 
 def _kernel(op: int) -> Callable[..., None]:
@@ -223,20 +216,13 @@ class _Nothing:
 _NOTHING: Any = _Nothing()
 
 
-def _checked_backend(
-    op: int,
-    lists: Lists,
-    options: Options,
-    rows: Rows | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Any:
+def _checked_backend(op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling) -> Any:
     """The backend of a call, after the checks that the backend does not make; arguments as of :func:`step_`.
 
     Raises:
         TypeError, ValueError: an argument does not match.
     """
-    params = lists[0]
+    params, (grad_scale, found_inf) = lists[0], scaling
     _check_lengths(op, lists, options, rows)
     if not params:
         return _NOTHING
@@ -269,10 +255,21 @@ def _check_lengths(op: int, lists: Lists, options: Options, rows: Rows | None) -
         ValueError: a list has another number of entries.
     """
     count = len(lists[0])
-    for name, tensors in zip(LISTS[op], lists, strict=True):
-        if name in OPTIONAL and not getattr(options, OPTIONAL[name][0]):
-            _checks.empty(name, tensors, OPTIONAL[name][1])
-        elif len(tensors) != count:
-            _checks.lengths(lists[0], {name: tensors}, None)
+    expected = [count] * len(lists)
+    for position, option in _OPTIONAL_AT[op]:
+        if not getattr(options, option):
+            expected[position] = 0
+    if list(map(len, lists)) != expected:
+        for name, tensors, length in zip(LISTS[op], lists, expected, strict=True):
+            if length != count:
+                _checks.empty(name, tensors, OPTIONAL[name][1])
+            _checks.lengths(lists[0][:length], {name: tensors}, None)
     if rows is not None and rows.table is not None and not len(rows.starts) == len(rows.dims) == count:
         _checks.lengths(lists[0], {}, rows)
+
+
+# Position and option of each list that is empty unless the option is set.
+_OPTIONAL_AT = tuple(
+    [(position, OPTIONAL[name][0]) for position, name in enumerate(names) if name in OPTIONAL]
+    for names in LISTS
+)

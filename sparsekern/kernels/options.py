@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter, itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from sparsekern.kernels import checks
-from sparsekern.kernels.rows import RowArrays, RowTable
+from sparsekern.kernels.rows import Table
+
+_INF = float("inf")
 
 SGD, ADAM, STATISTICS, MASK = range(4)
 """Numbers of the ops of a step, as in csrc/abi.h; index of the tuples below."""
@@ -44,7 +46,7 @@ OPTIONAL = {
 """Lists that are empty unless an option is set: the name of the option, and the condition in words."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """Hyperparameters that SGD and Adam share.
 
@@ -65,7 +67,7 @@ class StepOptions:
         _check_finite(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SgdOptions(StepOptions):
     """Hyperparameters of ``torch.optim.SGD``.
 
@@ -82,7 +84,7 @@ class SgdOptions(StepOptions):
     first: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AdamOptions(StepOptions):
     """Hyperparameters of ``torch.optim.Adam`` and ``torch.optim.AdamW``.
 
@@ -104,7 +106,7 @@ class AdamOptions(StepOptions):
         checks.adam(self.beta1, self.beta2, self.eps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StatisticsOptions:
     """Options of the op that only takes statistics: none."""
 
@@ -112,7 +114,7 @@ class StatisticsOptions:
     lr: ClassVar[float] = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MaskOptions:
     """Options of the op that only applies penalty, fade-out and mask.
 
@@ -130,6 +132,8 @@ class MaskOptions:
 
 
 Options = SgdOptions | AdamOptions | StatisticsOptions | MaskOptions
+
+_WithRate = TypeVar("_WithRate", bound=Options)
 
 OPTIONS: tuple[type[Any], ...] = (SgdOptions, AdamOptions, StatisticsOptions, MaskOptions)
 """Class of the options of each op."""
@@ -153,6 +157,29 @@ def _check_finite(options: Any) -> None:
         value = getattr(options, name)
         if not isinstance(value, Tensor):
             checks.finite(name, value)
+
+
+def with_rate(options: _WithRate, lr: float | Tensor) -> _WithRate:
+    """The same options with another learning rate.
+
+    A schedule changes the rate at every step, and ``dataclasses.replace`` takes longer than a small step.
+
+    Raises:
+        TypeError, ValueError: the rate is no finite number.
+    """
+    if type(lr) is not float or not -_INF < lr < _INF:
+        _check_rate(lr)
+    made = object.__new__(type(options))
+    values = made.__dict__
+    values.update(options.__dict__)
+    values["lr"] = lr
+    return made
+
+
+def _check_rate(lr: float | Tensor) -> None:
+    """Check that a learning rate is a tensor or a finite number."""
+    if not isinstance(lr, Tensor):
+        checks.finite("lr", lr)
 
 
 def _hyper(types: Sequence[str]) -> tuple[list[str], ...]:
@@ -186,7 +213,7 @@ def _reader(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 def _packing(kind: type[Any]) -> tuple[Callable[[Any], tuple[Any, ...]], Callable[[Any], tuple[Any, ...]]]:
     """A function that reads the hyperparameters of ``kind``, and one that puts them in the order of HYPER."""
-    names = [name for name in HYPER if hasattr(kind, name)]
+    names = [name for name in HYPER if name in FIELDS[OPTIONS.index(kind)] or hasattr(kind, name)]
     known = [*names, *_OF_CALL]
     # The entry behind all others is 0. It stands for what the op does not have.
     return _reader(names), itemgetter(*(known.index(name) if name in known else len(known) for name in HYPER))
@@ -195,9 +222,7 @@ def _packing(kind: type[Any]) -> tuple[Callable[[Any], tuple[Any, ...]], Callabl
 _PACKINGS = tuple(map(_packing, OPTIONS))
 
 
-def hyper(
-    op: int, options: Any, table: RowTable | RowArrays | None, grad_scale: float | None = None
-) -> tuple[Any, ...]:
+def hyper(op: int, options: Any, table: Table | None, grad_scale: float | None = None) -> tuple[Any, ...]:
     """The values of a call in the order of :data:`HYPER`.
 
     Args:
@@ -214,6 +239,22 @@ def hyper(
     scale, scaled = (1.0, False) if grad_scale is None else (grad_scale, True)
     values: tuple[Any, ...] = place((*read(options), scale, tau, decay, scaled, 0))
     return (0.0, *values[1:]) if isinstance(values[0], Tensor) else values
+
+
+class Scaling(NamedTuple):
+    """What ``torch.amp.GradScaler`` hands to a step.
+
+    Attributes:
+        grad_scale: one element by which gradients are divided; None for no scale.
+        found_inf: one element, 1 to skip the step; None for a step that is always made.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+UNSCALED = Scaling()
+"""A step without ``GradScaler``."""
 
 
 def named(op: int, lists: Lists) -> dict[str, Sequence[Tensor]]:
@@ -256,6 +297,18 @@ class Running(NamedTuple):
 
     mean: Tensor | None = None
     var: Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """The statistics that a forward pass normalised by, ``[C]`` in the compute type.
+
+    Attributes:
+        mean: mean of each channel.
+        var: biased variance of each channel.
+    """
+
+    mean: Tensor
+    var: Tensor
 
 
 class NormOptions(NamedTuple):

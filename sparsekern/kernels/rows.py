@@ -297,6 +297,10 @@ class RowTable:
                 raise ValueError(f"state[{name!r}]: got the gates of another model")
 
 
+Table = RowTable | RowArrays
+"""The flat arrays that a step uses."""
+
+
 def _views(params: Sequence[tuple[Parameter, int]]) -> list[RowView]:
     """Number the rows of all parameters consecutively.
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from sparsekern.distributed.tensors import is_sharded, local, wrapped_like
 from sparsekern.kernels.ops import channel_moments_, step_
-from sparsekern.kernels.options import OPTIONS
+from sparsekern.kernels.options import OPTIONS, UNSCALED, Scaling
 from sparsekern.kernels.rows import RowTable, RowView
 from sparsekern.optim.kept import Kept
 from sparsekern.optim.lists import (
@@ -191,36 +191,41 @@ class RowOptimizer(Optimizer):
         if found_inf is not None:
             # GradScaler sums found_inf over devices; the kernels compare it with 1.
             found_inf = found_inf.clamp(max=1)
+        scaling = UNSCALED
+        if grad_scale is not None or found_inf is not None:
+            scaling = Scaling(grad_scale, found_inf)
         for tensors, grads in self._lists():
-            self._step_list(tensors, grads, grad_scale, found_inf)
+            self._step_list(tensors, grads, scaling)
         for table in self._tables:
             channel_moments_(table)
         return loss
 
-    def _step_list(
-        self, tensors: TensorList, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _step_list(self, tensors: TensorList, grads: list[Tensor], scaling: Scaling) -> None:
         """Step one list.
 
         Args:
             tensors: parameters and state.
             grads: their gradients, in the same order.
-            grad_scale: one element, or None; gradients are divided by it.
-            found_inf: one element, or None; 1 skips the step.
+            scaling: what GradScaler hands to the step, on any device.
         """
-        params, state, group = tensors.params, tensors.state, self.param_groups[tensors.group]
+        params, group = tensors.params, self.param_groups[tensors.group]
         device = params[0].device
+        state = tensors.state
         if tensors.first:
             # The state starts as zeros, because the step never writes its masked rows.
             state = {name: [torch.zeros_like(p) for p in params] for name in self._state_names(group)}
             options = self._options.make(group, device, first=True)
         else:
             options = self._options.of(tensors.group, group, device)
-        lists = (params, grads, *[state.get(name, ()) for name in self._STATE])
-        scale, inf = _on(grad_scale, device), _on(found_inf, device)
-        step_(self._OP, lists, options, tensors.rows, scale, inf)
+        if tensors.first or not tensors.columns:
+            tensors.columns = tuple([state.get(name, []) for name in self._STATE])
+        if scaling is not UNSCALED:
+            scaling = Scaling(
+                *(value.to(device, non_blocking=True) if value is not None else None for value in scaling)
+            )
+        step_(self._OP, (params, grads, *tensors.columns), options, tensors.rows, scaling)
         # A skipped first step stores no state. With state, the next step would not be the first.
-        if tensors.first and (inf is None or inf.item() != 1):
+        if tensors.first and (scaling.found_inf is None or scaling.found_inf.item() != 1):
             for name, values in state.items():
                 self._store(tensors, name, values)
 
@@ -243,14 +248,14 @@ class RowOptimizer(Optimizer):
         table = next((table for table in self._tables if id(param) in table.index), None)
         rows = None if table is None else table.rows_of([param])
         tensors = TensorList(index, first, [local(param)], [0], kept, rows, [param])
-        self._step_list(tensors, [local(param.grad)], None, None)
+        self._step_list(tensors, [local(param.grad)], UNSCALED)
 
     def _lists(self) -> list[tuple[TensorList, list[Tensor]]]:
         """All lists of one step, each with its gradients."""
         if torch.compiler.is_compiling():
             return self._traced_lists()
         groups, state = self.param_groups, self.state
-        names = [self._state_names(group) for group in groups]
+        names = list(map(self._state_names, groups))
         kept = self._kept
         grads = None if kept is None else kept.grads(groups, names, state)
         if kept is None or grads is None:
@@ -399,10 +404,3 @@ class Attachment:
         self.remove()
         self._optimizer.attach(table)
         self._table = table
-
-
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """``value`` on ``device``; None stays None."""
-    if value is None or value.device == device:
-        return value
-    return value.to(device, non_blocking=True)

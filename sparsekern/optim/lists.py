@@ -30,6 +30,7 @@ class TensorList:
         state: tensors by name of ``optimizer.state[p]``, one per parameter.
         rows: the rows of a table that the parameters have; None without a table.
         owners: the parameters as in ``param_groups``, DTensors included.
+        columns: the lists of ``state`` in the order in which the op takes them; empty before the first step.
     """
 
     group: int
@@ -39,6 +40,7 @@ class TensorList:
     state: dict[str, list[Tensor]]
     rows: Rows | None
     owners: list[Tensor] = field(default_factory=list)
+    columns: tuple[Sequence[Tensor], ...] = ()
 
     def pick(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients of these parameters, in their order."""

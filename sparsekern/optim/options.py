@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.options import FIELDS, OPTIONS, Options
+from sparsekern.kernels.options import FIELDS, OPTIONS, Options, with_rate
 from sparsekern.optim.lists import rate
 
 Source = str | tuple[str, int] | None
@@ -21,7 +21,7 @@ class GroupOptions:
 
     An option is the entry of the group that has its name. The kept options are those of the group's values as
     objects: a new object means new options. Values that may change in place (tensors other than the rate,
-    lists) are read at every step.
+    lists) are read at every step. A rate that is a tensor is part of the options as that tensor.
     """
 
     def __init__(self, kind: type[Any], renamed: Mapping[str, Source]) -> None:
@@ -39,9 +39,9 @@ class GroupOptions:
             if source is not None:
                 key, position = (source, None) if isinstance(source, str) else source
                 self._sources.append((name, key, position, type_ == "bool"))
-        keys = [key for _, key, _, _ in self._sources]
-        self._values: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*dict.fromkeys(keys))
-        self._kept: dict[int, tuple[tuple[Any, ...], Options]] = {}
+        keys = dict.fromkeys(key for name, key, _, _ in self._sources if name != "lr")
+        self._values: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*keys)
+        self._kept: dict[int, tuple[tuple[Any, ...], Any]] = {}
 
     def of(self, index: int, group: dict[str, Any], device: torch.device) -> Options:
         """The options of a step over tensors of a group.
@@ -56,13 +56,17 @@ class GroupOptions:
         """
         if torch.compiler.is_compiling():
             return self.make(group, device)
-        values = self._values(group)
+        values, lr = self._values(group), group["lr"]
         kept = self._kept.get(index)
-        if kept is not None and all(map(is_, kept[0], values)) and _is_on(kept[1].lr, device):
-            return kept[1]
+        if kept is not None and all(map(is_, kept[0], values)):
+            options: Options = kept[1]
+            if options.lr is lr and (not isinstance(lr, Tensor) or lr.device == device):
+                return options
+            options = with_rate(kept[1], lr if type(lr) is float else rate(lr, device))
+            self._kept[index] = values, options
+            return options
         options = self.make(group, device)
-        # The first value is the rate. Options hold a rate that is a tensor, and read it nowhere.
-        if (options.lr is values[0] or _stays(values[0])) and all(map(_stays, values[1:])):
+        if all(map(_stays, values)):
             self._kept[index] = values, options
         return options
 
@@ -86,11 +90,6 @@ class GroupOptions:
                 values[name] = bool(value) if is_flag else float(value)
         made: Options = self._kind(**values, **others)
         return made
-
-
-def _is_on(lr: float | Tensor, device: torch.device) -> bool:
-    """Whether a learning rate is a number, or a tensor on ``device``."""
-    return not isinstance(lr, Tensor) or lr.device == device
 
 
 def _stays(value: Any) -> bool:

@@ -15,7 +15,7 @@ from sparsekern.kernels.backends import cuda
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import cuda_library
-from sparsekern.kernels.options import NormInputs, Running
+from sparsekern.kernels.options import Moments, NormInputs, Running
 from sparsekern.nn import NormAct2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda:0")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, (NormInputs, Running)):
+    if isinstance(value, (NormInputs, Running, Moments)):
         return type(value)(*(_moved(entry, device) for entry in value))
     return value.to(device) if isinstance(value, Tensor) else value
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern.kernels.options import NAMES, OPTIONS
+from sparsekern.kernels.options import NAMES, OPTIONS, Scaling
 from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
 
 GUARD = 64
@@ -269,8 +269,8 @@ def run_op(backend: Any, name: str, *lists: Any, rows: Rows | None, **values: An
         values: the fields of its options, and ``grad_scale`` and ``found_inf``.
     """
     op = NAMES.index(name)
-    scalars = [values.pop(scalar, None) for scalar in ("grad_scale", "found_inf")]
-    backend.step_(op, lists, OPTIONS[op](**values), rows, *scalars)
+    scaling = Scaling(values.pop("grad_scale", None), values.pop("found_inf", None))
+    backend.step_(op, lists, OPTIONS[op](**values), rows, scaling)
 
 
 SGD = dict(

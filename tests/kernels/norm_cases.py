@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.counts import ChannelCounts
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -53,7 +53,7 @@ class NormProblem:
         if counts is not None:
             counts = ChannelCounts.of([array.clone() for array in counts.arrays], counts.tau, counts.decay)
         options = NormOptions(**self.options)
-        grads = backend.norm_act_backward(self.grad, self.inputs, mean, var, options, counts)
+        grads = backend.norm_act_backward(self.grad, self.inputs, Moments(mean, var), options, counts)
         return [*grads, *([] if counts is None else counts.arrays)]
 
 

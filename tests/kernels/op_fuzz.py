@@ -37,7 +37,7 @@ from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.options import LISTS as LISTS_OF_OPS
-from sparsekern.kernels.options import NAMES, NormInputs, NormOptions, Running
+from sparsekern.kernels.options import NAMES, Moments, NormInputs, NormOptions, Running
 from sparsekern.kernels.rows import ChannelArrays
 
 OURS = re.compile(r"^[\w.\[\]]+(, \w+)?: got .+, expected ", re.DOTALL)
@@ -168,7 +168,7 @@ def by_reference(op: str, given: dict[str, Any]) -> Any:
                 return reference.norm_act_forward(inputs, running, options)
             arrays = given["counts"]
             counts = ChannelCounts.of(arrays, given["tau"], given["decay"]) if arrays else None
-            of_pass = (given["mean"], given["var"], options, counts)
+            of_pass = (Moments(given["mean"], given["var"]), options, counts)
             return reference.norm_act_backward(given["grad"], inputs, *of_pass)
     number = NAMES.index(op)
     lists = tuple(given.pop(name) for name in LISTS_OF_OPS[number])

@@ -17,7 +17,7 @@ from sparsekern.kernels.backends import cpu
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.norm_ops import norm_act
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -115,7 +115,8 @@ def test_counts_that_lie_with_gaps() -> None:
     want = given.backward(cpu, mean, var)[4:]
     wide = [torch.stack([array, array], 1) for array in given.counts.arrays]
     counts = ChannelCounts.of([array[:, 0] for array in wide], given.counts.tau, given.counts.decay)
-    cpu.norm_act_backward(given.grad, given.inputs, mean, var, NormOptions(**given.options), counts)
+    options = NormOptions(**given.options)
+    cpu.norm_act_backward(given.grad, given.inputs, Moments(mean, var), options, counts)
     for array, before, after in zip(wide, given.counts.arrays, want, strict=True):
         assert after is not None and torch.equal(array[:, 0], after) and torch.equal(array[:, 1], before)
 

@@ -15,8 +15,8 @@ from sparsekern.kernels import native
 from sparsekern.kernels.backends.lists import row_arrays
 from sparsekern.kernels.backends.planned import Plan
 from sparsekern.kernels.native import cuda_library, pointers
-from sparsekern.kernels.options import STATISTICS, STEPS, Lists, Options, named, read_lists
-from sparsekern.kernels.rows import ROW_ARRAYS, RowArrays, Rows, RowTable
+from sparsekern.kernels.options import STATISTICS, STEPS, Lists, Options, Scaling, named, read_lists
+from sparsekern.kernels.rows import ROW_ARRAYS, Rows, Table
 
 SLOTS = STEPS + 1
 """Number of lists of tensors in a call, as in csrc/abi.h."""
@@ -108,35 +108,21 @@ class AddressPlan(Plan):
 
     addresses: Addresses
 
-    def run(
-        self,
-        op: int,
-        lists: Lists,
-        options: Options,
-        rows: Rows | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
+    def run(self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling) -> bool:
         """See :meth:`Plan.run`."""
         table = None if rows is None else rows.table
         arrays = () if table is None else row_arrays(table)
-        addresses = self.addresses.read(op, lists, arrays, grad_scale is not None)
+        addresses = self.addresses.read(op, lists, arrays, scaling.grad_scale is not None)
         if addresses is None:
             return False
-        self.launch(op, addresses, options, table, grad_scale, found_inf)
+        self.launch(op, addresses, options, table, scaling)
         if op != STATISTICS:
             # Autograd does not see the kernels' writes. The version tells it that a tensor has changed.
             increment_version(lists[0])
         return True
 
     def launch(
-        self,
-        op: int,
-        addresses: bytes,
-        options: Options,
-        table: RowTable | RowArrays | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, op: int, addresses: bytes, options: Options, table: Table | None, scaling: Scaling
     ) -> None:
         """Launch the kernels of a call.
 

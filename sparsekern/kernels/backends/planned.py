@@ -23,7 +23,7 @@ from sparsekern.kernels import checks
 from sparsekern.kernels import native as _native
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.lists import MemoryShape, memory_shape, memory_shapes
-from sparsekern.kernels.options import STEPS, Lists, Options, named, read_lists
+from sparsekern.kernels.options import STEPS, UNSCALED, Lists, Options, Scaling, named, read_lists
 from sparsekern.kernels.rows import Rows
 
 _PLANNED_TENSORS_LIMIT = 1 << 14
@@ -58,15 +58,7 @@ class Plan:
             return self.starts is None
         return rows.starts == self.starts and rows.dims == self.dims
 
-    def run(
-        self,
-        op: int,
-        lists: Lists,
-        options: Options,
-        rows: Rows | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
+    def run(self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling) -> bool:
         """Make the native call for one list; the arguments are those of ``reference.step_``.
 
         Returns:
@@ -94,13 +86,7 @@ class PlannedSteps:
     plans: dict[bytes, Any] = field(default_factory=dict)
 
     def step_(
-        self,
-        op: int,
-        lists: Lists,
-        options: Options,
-        rows: Rows | None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling = UNSCALED
     ) -> None:
         """Run an op over a list: in one native call where possible, else in parts.
 
@@ -113,10 +99,10 @@ class PlannedSteps:
         if not lists[0]:
             return
         plan = self._kept_plan(lists[0], rows)
-        if plan is not None and plan.run(op, lists, options, rows, grad_scale, found_inf):
+        if plan is not None and plan.run(op, lists, options, rows, scaling):
             return
-        if not self._run_new_plan(op, lists, options, rows, grad_scale, found_inf):
-            self._step_in_parts(op, lists, options, rows, grad_scale, found_inf)
+        if not self._run_new_plan(op, lists, options, rows, scaling):
+            self._step_in_parts(op, lists, options, rows, scaling)
 
     def _kept_plan(self, params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
         """The plan that was made for ``params`` with these rows; None without one."""
@@ -124,13 +110,13 @@ class PlannedSteps:
         return plan if plan is not None and plan.is_for(rows) else None
 
     def _run_new_plan(
-        self, op: int, lists: Lists, options: Options, rows: Rows | None, *scalars: Tensor | None
+        self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling
     ) -> bool:
         """Make a plan, run it and keep it. Returns False, with nothing changed, when that is not possible."""
         params = lists[0]
         checks.inside(rows, params)
         plan = self._plan(params, rows)
-        if plan is None or not plan.run(op, lists, options, rows, *scalars):
+        if plan is None or not plan.run(op, lists, options, rows, scaling):
             return False
         key = _identities(params)
         # A step in the backward pass has one list, and so one plan, per tensor.
@@ -139,14 +125,12 @@ class PlannedSteps:
         self.plans[key] = plan
         return True
 
-    def _run(
-        self, op: int, lists: Lists, options: Options, rows: Rows | None, *scalars: Tensor | None
-    ) -> bool:
+    def _run(self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling) -> bool:
         """Run the kept plan or a new one. Returns False, with nothing changed, when that is not possible."""
         plan = self._kept_plan(lists[0], rows)
-        if plan is not None and plan.run(op, lists, options, rows, *scalars):
+        if plan is not None and plan.run(op, lists, options, rows, scaling):
             return True
-        return self._run_new_plan(op, lists, options, rows, *scalars)
+        return self._run_new_plan(op, lists, options, rows, scaling)
 
     def _plan(self, params: Sequence[Tensor], rows: Rows | None) -> Plan | None:
         """A plan for all of ``params``; None when the kernels cannot process one of them."""
@@ -160,7 +144,7 @@ class PlannedSteps:
         return plan
 
     def _step_in_parts(
-        self, op: int, lists: Lists, options: Options, rows: Rows | None, *scalars: Tensor | None
+        self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling
     ) -> None:
         """Process a list that one call cannot process: one call for what suits the kernels, then the rest.
 
@@ -168,7 +152,7 @@ class PlannedSteps:
             TypeError, ValueError: an argument does not fit; nothing has changed then.
         """
         params = lists[0]
-        scaled = scalars[0] is not None
+        scaled = scaling.grad_scale is not None
         checks.tensors(named(op, lists), rows, read_lists(op, scaled))
         regular = [
             i for i, p in enumerate(params) if self.takes_kind(p) and memory_shape(p, -1, 0) is not None
@@ -177,12 +161,12 @@ class PlannedSteps:
         part = _part(lists, regular)
         with torch.no_grad():
             ordered = _in_order_of_params(part)
-            if regular and self._run(op, ordered, options, _part_of_rows(rows, regular), *scalars):
+            if regular and self._run(op, ordered, options, _part_of_rows(rows, regular), scaling):
                 _copy_back(part, ordered, written=range(1 if scaled else 2, len(part)))
             else:
                 rest = list(range(len(params)))
             if rest:
-                reference.step_(op, _part(lists, rest), options, _part_of_rows(rows, rest), *scalars)
+                reference.step_(op, _part(lists, rest), options, _part_of_rows(rows, rest), scaling)
 
 
 def _part(lists: Lists, indices: list[int]) -> Lists:

@@ -19,7 +19,7 @@ from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS, compute_
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import pointers
 from sparsekern.kernels.norm_checks import check_memory, named_counts
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -52,12 +52,7 @@ def norm_act_forward(
 
 
 def norm_act_backward(
-    grad: Tensor,
-    inputs: NormInputs,
-    mean: Tensor,
-    var: Tensor,
-    options: NormOptions,
-    counts: ChannelCounts | None,
+    grad: Tensor, inputs: NormInputs, moments: Moments, options: NormOptions, counts: ChannelCounts | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_backward`."""
     x, residual = inputs[:2]
@@ -70,14 +65,14 @@ def norm_act_backward(
         tau, decay, arrays = counts.tau, counts.decay, (counts.threshold, counts.activity, counts.updates)
     activation, training, eps, _ = options
     numbers = (_NUMBERS[activation], training, eps, tau, decay, torch.get_num_threads())
-    own = (grad, mean, var, grad_x, grad_residual, grad_weight, grad_bias, *arrays)
+    own = (grad, *moments, grad_x, grad_residual, grad_weight, grad_bias, *arrays)
     if _done(_C.norm_backward(inputs, own, *numbers), x):
         return grad_x, grad_residual, grad_weight, grad_bias
-    check_memory(named_counts(counts), inputs._asdict() | {"grad": grad, "mean": mean, "var": var})
+    check_memory(named_counts(counts), inputs._asdict() | {"grad": grad} | moments._asdict())
     data, layout, converted = _converted(inputs)
     grad_x = torch.empty_like(data)
     grad_residual = None if residual is None else torch.empty_like(data)
-    given = (_like(grad, data), _vector(mean, data), _vector(var, data))
+    given = (_like(grad, data), *(_vector(vector, data) for vector in moments))
     used = tuple(None if array is None else array.float().contiguous() for array in arrays)
     own = (*given, grad_x, grad_residual, grad_weight, grad_bias, *used)
     _call_at(_C.norm_backward_at, layout, converted, own, numbers)

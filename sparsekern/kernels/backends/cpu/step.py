@@ -8,7 +8,7 @@ the plan, in native code. The reference processes float16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.lists import MemoryShape, channel_arrays, row_arrays
 from sparsekern.kernels.backends.planned import Plan, PlannedSteps
 from sparsekern.kernels.native import pointers
-from sparsekern.kernels.options import STATISTICS, STEPS, Lists, Options, hyper
+from sparsekern.kernels.options import (
+    STATISTICS,
+    STEPS,
+    Lists,
+    Options,
+    Scaling,
+    hyper,
+    with_rate,
+)
 from sparsekern.kernels.rows import ChannelArrays, Rows, RowTable
 
 _CPU = torch.device("cpu")
@@ -45,20 +53,13 @@ class _Plan(Plan):
     layouts: list[pointers.Layout]
     dtype: torch.dtype
 
-    def run(
-        self,
-        op: int,
-        lists: Lists,
-        options: Options,
-        rows: Rows | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
+    def run(self, op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling) -> bool:
         """See :meth:`Plan.run`."""
+        grad_scale, found_inf = scaling
         if found_inf is not None and float(found_inf) == 1:
             return True
         if isinstance(options.lr, Tensor):
-            options = replace(options, lr=float(options.lr))
+            options = with_rate(options, float(options.lr))
         table = None if rows is None else rows.table
         arrays = () if table is None else row_arrays(table)
         values = hyper(op, options, table, None if grad_scale is None else float(grad_scale))

@@ -20,7 +20,7 @@ from sparsekern.kernels.backends.norm_layout import Layout, layout_of, vector
 from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import cuda_library, pointers
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 _target = cuda_library.Target(cuda_library.load(), "cuda", cuda_library.DEVICE_TYPE)
 
@@ -53,12 +53,7 @@ def norm_act_forward(
 
 
 def norm_act_backward(
-    grad: Tensor,
-    inputs: NormInputs,
-    mean: Tensor,
-    var: Tensor,
-    options: NormOptions,
-    counts: ChannelCounts | None,
+    grad: Tensor, inputs: NormInputs, moments: Moments, options: NormOptions, counts: ChannelCounts | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_backward`.
 
@@ -68,13 +63,13 @@ def norm_act_backward(
     x = inputs.x
     arrays = [] if counts is None else counts.arrays
     if not _fits(x) or not all(_is_written(array, x) for array in arrays):
-        return reference_norm.norm_act_backward(grad, inputs, mean, var, options, counts)
+        return reference_norm.norm_act_backward(grad, inputs, moments, options, counts)
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
     results = layout.gradients(inputs)
     operands = layout.converted(inputs)._asdict() | {
         "grad": layout.dense(grad),
-        "mean": vector(mean, dtype),
-        "var": vector(var, dtype),
+        "mean": vector(moments.mean, dtype),
+        "var": vector(moments.var, dtype),
         **dict(zip(("out", "grad_residual", "grad_weight", "grad_bias"), results, strict=True)),
         "scratch": _scratch(x, layout),
         **dict(zip(("threshold", "activity", "updates"), arrays, strict=False)),
@@ -124,8 +119,17 @@ def _run(
     Raises:
         RuntimeError: the kernels could not be launched.
     """
+    call = _call(x, layout, operands, options, **means)
+    code = getattr(_target.library, f"sparsekern_cuda_norm_{direction}")(call)
+    cuda_library.check(_target.library, code, f"a normalisation of {list(x.shape)}")
+
+
+def _call(
+    x: Tensor, layout: Layout, operands: dict[str, Tensor | None], options: NormOptions, **means: float
+) -> cuda_library.Norm:
+    """The arguments of a library call. The caller keeps ``operands`` alive until the call returns."""
     addresses = {name: pointers.address_of(tensor) for name, tensor in operands.items() if tensor is not None}
-    call = cuda_library.Norm(
+    return cuda_library.Norm(
         **addresses,
         **means,
         eps=options.eps,
@@ -138,5 +142,3 @@ def _run(
         dtype=cuda_library.DTYPES[x.dtype],
         device=x.device.index or 0,
     )
-    code = getattr(_target.library, f"sparsekern_cuda_norm_{direction}")(call)
-    cuda_library.check(_target.library, code, f"a normalisation of {list(x.shape)}")

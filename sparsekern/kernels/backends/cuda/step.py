@@ -21,8 +21,8 @@ from sparsekern.kernels.backends.addresses import Addresses, AddressPlan
 from sparsekern.kernels.backends.lists import MemoryShape, channel_arrays, needed_rows
 from sparsekern.kernels.backends.planned import PlannedSteps
 from sparsekern.kernels.native import cuda_library, pointers
-from sparsekern.kernels.options import Options, hyper
-from sparsekern.kernels.rows import ChannelArrays, RowArrays, RowTable
+from sparsekern.kernels.options import Options, Scaling, hyper
+from sparsekern.kernels.rows import ChannelArrays, RowTable, Table
 
 # Scratch memory of captured graphs. It is never freed, because a graph may be replayed at any time.
 _captured: list[Tensor] = []
@@ -72,13 +72,7 @@ class _Plan(AddressPlan):
         return pointers.address_of(self.scratch)
 
     def launch(
-        self,
-        op: int,
-        addresses: bytes,
-        options: Options,
-        table: RowTable | RowArrays | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, op: int, addresses: bytes, options: Options, table: Table | None, scaling: Scaling
     ) -> None:
         """See :meth:`AddressPlan.launch`."""
         stream, tensors = cuda_library.stream(self.addresses.device), len(self.shapes)
@@ -90,8 +84,8 @@ class _Plan(AddressPlan):
             stream=stream,
             hyper=cuda_library.Hyper(*hyper(op, options, table)),
             lr=_scalar(options.lr),
-            grad_scale=_scalar(grad_scale),
-            found_inf=_scalar(found_inf),
+            grad_scale=_scalar(scaling.grad_scale),
+            found_inf=_scalar(scaling.found_inf),
             tensors=tensors,
             op=op,
             dtype=cuda_library.DTYPES[self.addresses.dtype],

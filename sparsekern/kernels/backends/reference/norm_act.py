@@ -22,7 +22,7 @@ from torch import Tensor
 from sparsekern.kernels.activations import ACTIVATIONS as ACTIVATIONS
 from sparsekern.kernels.activations import compute_dtype as compute_dtype
 from sparsekern.kernels.counts import ChannelCounts
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 
 def norm_act_forward(
@@ -75,19 +75,14 @@ def track(running: Running, mean: Tensor, var: Tensor, elements: int, momentum: 
 
 
 def norm_act_backward(
-    grad: Tensor,
-    inputs: NormInputs,
-    mean: Tensor,
-    var: Tensor,
-    options: NormOptions,
-    counts: ChannelCounts | None,
+    grad: Tensor, inputs: NormInputs, moments: Moments, options: NormOptions, counts: ChannelCounts | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of ``x``, ``residual``, ``weight`` and ``bias``; also updates ``counts``.
 
     Args:
         grad: the gradient of ``y``.
         inputs: those of the forward pass.
-        mean, var: the results of :func:`norm_act_forward`.
+        moments: mean and variance, the results of :func:`norm_act_forward`.
         options: those of the forward pass; the momentum is not used.
         counts: the statistics of the channels, or None. Written.
 
@@ -96,7 +91,7 @@ def norm_act_backward(
         None without ``residual``. The last two are ``[C]`` in the compute type. The gradients of a masked
         channel are 0. Its residual gets the gradient of the activation.
     """
-    x, eps = inputs.x, options.eps
+    x, (mean, var), eps = inputs.x, moments, options.eps
     dtype = compute_dtype(x)
     values = x.to(dtype)
     z = _normalised(values, inputs, mean, var, eps)

@@ -28,19 +28,21 @@ from torch import Tensor
 
 from sparsekern.kernels.backends.reference.norm_act import norm_act_backward as norm_act_backward
 from sparsekern.kernels.backends.reference.norm_act import norm_act_forward as norm_act_forward
-from sparsekern.kernels.options import AdamOptions, Lists, MaskOptions, Options, SgdOptions, StatisticsOptions
+from sparsekern.kernels.options import (
+    UNSCALED,
+    AdamOptions,
+    Lists,
+    MaskOptions,
+    Options,
+    Scaling,
+    SgdOptions,
+    StatisticsOptions,
+)
 from sparsekern.kernels.rows import COUNT, DOT, GRAD_SQ, WEIGHT_SQ, ChannelArrays, RowArrays, Rows, RowTable
 
 
 @torch.no_grad()
-def step_(
-    op: int,
-    lists: Lists,
-    options: Options,
-    rows: Rows | None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
+def step_(op: int, lists: Lists, options: Options, rows: Rows | None, scaling: Scaling = UNSCALED) -> None:
     """One op over lists of tensors, in place.
 
     ``SGD`` and ``ADAM`` make one step with penalties, statistics, fade-out and masks of rows. With rate 0 a
@@ -55,10 +57,10 @@ def step_(
             incremented before use.
         options: the options of the op.
         rows: the rows of the parameters; None when no tensor is tracked.
-        grad_scale: one-element float32; gradients are divided by it and stored back.
-        found_inf: one-element float32; when it is 1, nothing changes.
+        scaling: with ``grad_scale`` (one float32 element), gradients are divided by it and stored back. When
+            ``found_inf`` (likewise) is 1, nothing changes.
     """
-    _OPS[op](lists, options, rows, grad_scale, found_inf)
+    _OPS[op](lists, options, rows, scaling)
 
 
 State = list[tuple[Tensor, Tensor]]
@@ -68,9 +70,7 @@ Update = Callable[[int, Tensor, Tensor, "_RowStep | None"], tuple[Tensor, State]
 """Computes the new parameter ``i`` and its new state, from the parameter, the gradient and the rows."""
 
 
-def _sgd(
-    lists: Lists, options: SgdOptions, rows: Rows | None, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
+def _sgd(lists: Lists, options: SgdOptions, rows: Rows | None, scaling: Scaling) -> None:
     buffers, momentum, lr = lists[2], options.momentum, _rate(options.lr)
 
     def update(i: int, w: Tensor, d: Tensor, row: _RowStep | None) -> tuple[Tensor, State]:
@@ -87,15 +87,13 @@ def _sgd(
             state.append((buffers[i], buf))
         return w - d * _scalar(lr, w), state
 
-    _update_all(lists, options, rows, grad_scale, found_inf, update)
+    _update_all(lists, options, rows, scaling, update)
 
 
-def _adam(
-    lists: Lists, options: AdamOptions, rows: Rows | None, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
+def _adam(lists: Lists, options: AdamOptions, rows: Rows | None, scaling: Scaling) -> None:
     _, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
     beta1, beta2, lr = options.beta1, options.beta2, _rate(options.lr)
-    made = None if found_inf is None else found_inf.reshape(()) != 1
+    made = None if scaling.found_inf is None else scaling.found_inf.reshape(()) != 1
 
     def update(i: int, w: Tensor, d: Tensor, row: _RowStep | None) -> tuple[Tensor, State]:
         step = steps[i]
@@ -118,21 +116,20 @@ def _adam(
         denominator = _sqrt(top) * _scalar(inverse_root, w) + _scalar(options.eps, w)
         return w - _scalar(step_size, w) * m / denominator, state
 
-    _update_all(lists, options, rows, grad_scale, found_inf, update)
+    _update_all(lists, options, rows, scaling, update)
 
 
 def _update_all(
     lists: Lists,
     options: SgdOptions | AdamOptions,
     rows: Rows | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    scaling: Scaling,
     update: Update,
 ) -> None:
     """The part of a step that all optimizers share: gradients, statistics, fade-out, masks, stores."""
     params, grads = lists[:2]
-    go, update_statistics = _conditions(options.lr, found_inf, params)
-    grad_scale = None if grad_scale is None else grad_scale.clone()
+    go, update_statistics = _conditions(options.lr, scaling.found_inf, params)
+    grad_scale = None if scaling.grad_scale is None else scaling.grad_scale.clone()
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = _rows_of(rows, i, param, update_statistics)
         keep = _and(row.live, go) if row else go
@@ -148,7 +145,7 @@ def _update_all(
             row.count_down()
 
 
-def _statistics(lists: Lists, options: StatisticsOptions, rows: Rows | None, *_: None) -> None:
+def _statistics(lists: Lists, options: StatisticsOptions, rows: Rows | None, scaling: Scaling) -> None:
     """Write ``sums``, ``activity``, ``threshold``, ``nonfinite`` and ``pending`` as a step does."""
     for i, (param, grad) in enumerate(zip(*lists, strict=True)):
         row = _rows_of(rows, i, param, None)
@@ -156,7 +153,7 @@ def _statistics(lists: Lists, options: StatisticsOptions, rows: Rows | None, *_:
             row.statistics(_widen(param), _widen(grad))
 
 
-def _mask(lists: Lists, options: MaskOptions, rows: Rows | None, *_: None) -> None:
+def _mask(lists: Lists, options: MaskOptions, rows: Rows | None, scaling: Scaling) -> None:
     """Set masked rows to 0, multiply the others by ``1 - lr * penalty``, and let fading rows fade further."""
     (params,) = lists
     update_statistics = _conditions(options.lr, None, params)[1]

@@ -22,7 +22,7 @@ from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.backends.triton import norm_backward_kernels, norm_forward_kernels
 from sparsekern.kernels.backends.triton.launch import OPTIONS, compute_type, device_of
 from sparsekern.kernels.counts import ChannelCounts
-from sparsekern.kernels.options import NormInputs, NormOptions, Running
+from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
 # Elements per tile and warps per program, for 8 elements per thread. With 16 the sums spill registers.
 _TILE, WARPS = 2048, 8
@@ -112,19 +112,14 @@ def norm_act_forward(
 
 
 def norm_act_backward(
-    grad: Tensor,
-    inputs: NormInputs,
-    mean: Tensor,
-    var: Tensor,
-    options: NormOptions,
-    counts: ChannelCounts | None,
+    grad: Tensor, inputs: NormInputs, moments: Moments, options: NormOptions, counts: ChannelCounts | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`sparsekern.kernels.backends.reference.norm_act.norm_act_backward`."""
     x = inputs.x
     layout, dtype = layout_of(x), reference_norm.compute_dtype(x)
     cut, shape, dense = cut_of(layout), _shape(layout), layout.converted(inputs)
-    masked, mean_var = _bytes(dense.mask), (vector(mean, dtype), vector(var, dtype))
-    operands = (layout.dense(grad), *dense[:4], *mean_var, masked)
+    masked, (mean, var) = _bytes(dense.mask), (vector(values, dtype) for values in moments)
+    operands = (layout.dense(grad), *dense[:4], mean, var, masked)
     results = grad_x, grad_residual, grad_weight, grad_bias = layout.gradients(inputs)
     parts = _parts(layout, cut, x)
     sums = torch.empty(4, layout.channels, dtype=torch.float64, device=x.device)

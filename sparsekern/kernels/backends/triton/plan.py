@@ -18,8 +18,8 @@ from sparsekern.kernels.backends.triton.launch import DEVICE_TYPE, OPTIONS, STOR
 from sparsekern.kernels.backends.triton.table import FIELDS, HEAD, NUMBERS
 from sparsekern.kernels.backends.triton.table import OPTIONS as FLAGS
 from sparsekern.kernels.native import cuda_library, pointers
-from sparsekern.kernels.options import ADAM, HYPER, STEPS, Options, hyper
-from sparsekern.kernels.rows import ROW_ARRAYS, RowArrays, RowTable
+from sparsekern.kernels.options import ADAM, HYPER, STEPS, Options, Scaling, hyper
+from sparsekern.kernels.rows import ROW_ARRAYS, Table
 
 _LONG, _MEDIUM, _SHORT, _BEHIND = 0, 2, 4, 5
 """Indices in ``VARIANTS``. ``_LONG`` and ``_MEDIUM`` use aligned accesses of 16 bytes; the next index of each
@@ -114,13 +114,7 @@ class Plan(AddressPlan):
     sent: tuple[bytes, bytes] | None = None
 
     def launch(
-        self,
-        op: int,
-        addresses: bytes,
-        options: Options,
-        table: RowTable | RowArrays | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, op: int, addresses: bytes, options: Options, table: Table | None, scaling: Scaling
     ) -> None:
         """See :meth:`AddressPlan.launch`."""
         device, dtype = self.addresses.device, self.addresses.dtype
@@ -136,8 +130,7 @@ class Plan(AddressPlan):
                 *known,
                 self.owners,
                 lr,
-                grad_scale,
-                found_inf,
+                *scaling,
                 STORAGE=STORAGE[dtype],
                 COMPUTE=compute_type(dtype),
                 num_warps=WARPS[dtype],
@@ -145,7 +138,7 @@ class Plan(AddressPlan):
             )
             if tracks or op == ADAM:
                 finish_kernels.finish[(len(self.variants),)](
-                    *known, lr, found_inf, BLOCK=_FINISHED, **compiled
+                    *known, lr, scaling.found_inf, BLOCK=_FINISHED, **compiled
                 )
 
     def table_on(self, stream: int, numbers: bytes, addresses: bytes) -> Tensor:
