@@ -24,6 +24,8 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
     Raises:
         ValueError: the sizes of a torch class are not known.
     """
+    # Counts are checked against the sizes before the cut, which a subclass of a torch layer holds itself.
+    counted = counts(copy, parts.values())
     for (name, before), (_, after) in zip(model.named_modules(), copy.named_modules(), strict=True):
         changed = sizes(name, before, parts)
         if changed and isinstance(after, nn.MultiheadAttention):
@@ -33,7 +35,7 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
             after.mask = after.counts = None
         for attribute, size in changed.items():
             setattr(after, attribute, size)
-    for module, attribute, size in counts(copy, parts.values()):
+    for module, attribute, size in counted:
         vars(module)[attribute] = size
     for encoder in copy.modules():
         # Nested tensors work only with torch's own attention.

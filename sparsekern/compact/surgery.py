@@ -217,7 +217,21 @@ def build(
     _check_copy(small, tensors, memo)
     forget_listeners(small)
     update_attributes(model, small, parts)
+    _forget_results(small)
     return small
+
+
+def _forget_results(small: nn.Module) -> None:
+    """Let modules forget what they computed from the weights before the cut.
+
+    A module that keeps such a result for evaluation mode drops it in its own ``train``.
+    """
+    modes = [(module, module.training) for module in small.modules()]
+    for module, _ in modes:
+        if type(module).train is not nn.Module.train:
+            module.train()
+    for module, training in modes:
+        module.training = training
 
 
 def remember(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sparsekern.graph.propagate.numbering import number
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.slots import Slots
 from sparsekern.graph.propagate.split_interpretations import Round, best_interpretation
+from sparsekern.graph.prove.courses import check_courses
 from sparsekern.graph.prove.recheck import faults
 
 _PROTECTED = "protected by the user"
@@ -66,8 +68,11 @@ def trace(
     model, args = inner_module(model), arguments(example_inputs)
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
+    check_courses(captured, partial(_first_round, protected=protected, exact=exact, interpretations={}))
     tensors, slots, assumed = best_interpretation(
-        lambda interpretations: _first_round(captured, protected, exact, interpretations)
+        lambda interpretations: _first_round(
+            captured, protected=protected, exact=exact, interpretations=interpretations
+        )
     )
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True, exact=exact)
@@ -99,7 +104,7 @@ def _warn(graph: ChannelGraph) -> None:
 
 
 def _first_round(
-    captured: Capture, protected: set[str], exact: bool, interpretations: Mapping[str, int]
+    captured: Capture, *, protected: set[str], exact: bool, interpretations: Mapping[str, int]
 ) -> Round:
     """Allocate new slots and find which of them go together.
 

@@ -88,6 +88,27 @@ def checkpointed(net: Net, y: Tensor) -> Tensor:
     return checkpoint.checkpoint(F.relu, y, use_reentrant=False)
 
 
+def clamped(net: Net, y: Tensor) -> Tensor:
+    # As transformers' detectors do in half precision.
+    for _ in range(2):
+        if net.training and not torch.isfinite(y).all():
+            y = torch.clamp(y, -1e9, 1e9)
+    return y
+
+
+def clamped_if_infinite_or_nan(net: Net, y: Tensor) -> Tensor:
+    if net.training and (torch.isinf(y).any() or torch.isnan(y).any()):
+        y = torch.clamp(y, -1e9, 1e9)
+    return y
+
+
+def skipped_in_a_residual(net: Net, y: Tensor) -> Tensor:
+    for _ in range(3):
+        if not (net.training and torch.rand([]) < 0.0):
+            y = y + net.inner(y)
+    return y
+
+
 def dropped_by_image(net: Net, y: Tensor) -> Tensor:
     return y * (torch.rand(len(y), 1, 1, 1) < 2).to(y) if net.training else y
 
@@ -102,6 +123,8 @@ ONE_COURSE = [
     averaged_anew,
     checkpointed,
     dropped_by_image,
+    clamped,
+    clamped_if_infinite_or_nan,
 ]
 
 
@@ -109,6 +132,14 @@ ONE_COURSE = [
 def test_one_course_is_followed(between: Callable[[Net, Tensor], Tensor]) -> None:
     graph = check(Net(between), (X,))
     assert graph.num_channels == 16
+    assert graph.untraced == ""
+
+
+def test_layers_that_are_skipped_by_chance() -> None:
+    net = Net(skipped_in_a_residual)
+    net.inner = nn.Conv2d(8, 8, 3, padding=1)
+    graph = check(net, (X,))
+    assert [group.name for group in graph.groups] == ["first", "second"]
     assert graph.untraced == ""
 
 
@@ -138,7 +169,20 @@ def as_many_as_a_value(net: Net, y: Tensor) -> Tensor:
     return y + y.new_zeros(int(y.sum())).sum() if net.training else y
 
 
-@pytest.mark.parametrize("between", [skipped, started, as_many_as_a_value])
+def turned_twice(net: Net, y: Tensor) -> Tensor:
+    # Both courses alike leave the channels in their order; one decision for each does not.
+    for _ in range(2):
+        if net.training and y.isnan().any():
+            y = y.flip(1)
+    return y
+
+
+def scaled_by_its_mean(net: Net, y: Tensor) -> Tensor:
+    # The masked network and the smaller one have other means, so they may decide otherwise.
+    return y * 2 if net.training and y.mean() > 0.1 else y
+
+
+@pytest.mark.parametrize("between", [skipped, started, as_many_as_a_value, turned_twice, scaled_by_its_mean])
 def test_several_courses_are_refused_by_line(between: Callable[[Net, Tensor], Tensor]) -> None:
     line = between.__code__.co_firstlineno
     with pytest.raises(
@@ -147,7 +191,7 @@ def test_several_courses_are_refused_by_line(between: Callable[[Net, Tensor], Te
         trace(Net(between), X)
     file, found = re.search(r"at (\S+):(\d+), expected", str(caught.value)).groups()  # type: ignore[union-attr]
     assert file == __file__
-    assert line < int(found) <= line + 3
+    assert line < int(found) <= line + 4
 
 
 def as_an_array(net: Net, y: Tensor) -> Tensor:

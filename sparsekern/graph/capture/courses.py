@@ -23,6 +23,10 @@ from torch.utils import _pytree as pytree
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
+# Code of these files runs between an op of the user's code and the question that it leads to.
+_BETWEEN = frozenset({__file__, str(Path(__file__).with_name("record.py"))})
+# More courses are not followed.
+_MOST_COURSES = 8
 # Two numbers given as the values of tensors. A program that depends on them differs between the two.
 NUMBERS = (3, 5)
 
@@ -42,6 +46,11 @@ class Site(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
+# The answers to a condition, taken in turn each time that its line asks.
+Pattern = tuple[bool, ...]
+Given = dict[Site, Pattern]
+
+
 class Formatted(TorchFunctionMode):
     """Formats a scalar tensor without data as the number 0, such as in a line of a log."""
 
@@ -57,25 +66,25 @@ class Answers:
     """Answers to questions for values that torch's tracer does not know.
 
     Attributes:
-        given: The answer to a condition on values, by the line that asks. The default is False.
-        asked: The lines that asked for a condition, in order.
+        given: The answers to a condition on values, by the line that asks. The default is False.
+        asked: The lines that asked for a condition, in order, and how often each did.
         number: The answer to a question for a number.
         numbered: The line that last asked for a number; None if none did.
         stuck: The line whose question has no answer; None if there is none.
     """
 
     def __init__(self) -> None:
-        self.given: dict[Site, bool] = {}
-        self.asked: dict[Site, None] = {}
+        self.given: Given = {}
+        self.asked: dict[Site, int] = {}
         self.number = NUMBERS[0]
         self.numbered: Site | None = None
         self.stuck: Site | None = None
 
-    def begin(self, given: dict[Site, bool], number: int = NUMBERS[0]) -> None:
+    def begin(self, given: Given, number: int = NUMBERS[0]) -> None:
         """Forget all questions and set the answers.
 
         Args:
-            given: The answer to a condition, by the line that asks.
+            given: The answers to a condition, by the line that asks.
             number: The answer to a question for a number.
         """
         self.given, self.number, self.numbered, self.stuck = given, number, None, None
@@ -102,13 +111,14 @@ class Answers:
 
     def _answer(self, site: Site, kind: type) -> Any:
         if kind is bool:
-            self.asked[site] = None
-            return sympy.true if self.given.get(site, False) else sympy.false
+            pattern, times = self.given.get(site, (False,)), self.asked.get(site, 0)
+            self.asked[site] = times + 1
+            return sympy.true if pattern[times % len(pattern)] else sympy.false
         self.numbered = site
         return sympy.Integer(self.number) if kind is int else sympy.Float(self.number)
 
 
-def followed(answers: Answers, given: dict[Site, bool], settled: bool, attempt: Callable[[], Any]) -> Any:
+def followed(answers: Answers, given: Given, settled: bool, attempt: Callable[[], Any]) -> Any:
     """Call ``attempt`` with answers that let the user's code continue.
 
     Args:
@@ -133,37 +143,90 @@ def followed(answers: Answers, given: dict[Site, bool], settled: bool, attempt: 
             if settled or site is None or not raised_by_user(error):
                 raise
             changed.add(site)
-            given[site] = not given.get(site, False)
+            given[site] = _opposite(given, site)
 
 
-def fork(answers: Answers, given: dict[Site, bool], attempt: Callable[[], fx.GraphModule]) -> Site | None:
-    """Find a line whose answer changes the traced program.
+def courses(
+    answers: Answers, given: Given, first: fx.GraphModule, attempt: Callable[[], fx.GraphModule]
+) -> list[Given]:
+    """Find all courses of a program that decides by the values in tensors.
 
-    An answer that makes the user's code raise does not count as another program.
+    A line that asks several times, as in a module that is used again, is answered alike, and in two
+    alternating ways. So every two decisions that follow each other are met in all combinations. An answer
+    that makes the user's code raise leads to no course.
 
     Args:
-        answers: The answers in use.
+        answers: The answers in use, with what was asked for ``first``.
         given: The answers with which the program continues, by line.
+        first: The program that these answers led to.
         attempt: Traces the program.
 
     Returns:
-        The line; None if there is none.
+        The answers of every course with a program of its own; ``given`` comes first.
+
+    Raises:
+        Forked: A number from a tensor changes the program, a course cannot be traced, or there are too
+            many.
     """
+    programs = [_described(first)]
+    found, tried = [given], [given]
+    asked = {0: dict(answers.asked)}
+    if answers.numbered is not None:
+        _check_number(answers, given, programs[0], attempt)
+    for number, base in enumerate(found):
+        for site, times in asked[number].items():
+            for pattern in _patterns(base, site, times):
+                other = {**base, site: pattern}
+                if other in tried:
+                    continue
+                tried.append(other)
+                answers.begin(other)
+                try:
+                    program = _described(attempt())
+                except Exception as error:
+                    if raised_by_user(error):
+                        continue
+                    raise Forked(site) from error
+                if program not in programs:
+                    if len(found) == _MOST_COURSES:
+                        raise Forked(site)
+                    programs.append(program)
+                    asked[len(found)] = dict(answers.asked)
+                    found.append(other)
     answers.begin(given)
-    whole = _described(attempt())
-    asked, numbered = list(answers.asked), answers.numbered
-    variants = [(site, {**given, site: not given.get(site, False)}, NUMBERS[0]) for site in asked]
-    variants += [(numbered, given, NUMBERS[1])] if numbered else []
-    for site, other, number in variants:
-        answers.begin(other, number)
-        try:
-            if _described(attempt()) != whole:
-                return site
-        except Exception as error:
-            if not raised_by_user(error):
-                return site
-    answers.begin(given)
-    return None
+    return found
+
+
+def _check_number(answers: Answers, given: Given, whole: list[Any], attempt: Callable[[], Any]) -> None:
+    site = answers.numbered
+    answers.begin(given, NUMBERS[1])
+    try:
+        changed = _described(attempt()) != whole
+    except Exception as error:
+        changed = not raised_by_user(error)
+    if changed:
+        raise Forked(site)
+
+
+def _patterns(given: Given, site: Site, times: int) -> list[Pattern]:
+    usual = [_opposite(given, site)]
+    return usual if times < 2 else [*usual, (False, True), (True, False)]
+
+
+def _opposite(given: Given, site: Site) -> Pattern:
+    return tuple(not answer for answer in given.get(site, (False,)))
+
+
+class Forked(Exception):
+    """A program has courses that cannot be followed.
+
+    Attributes:
+        site: The line that decides.
+    """
+
+    def __init__(self, site: Site | None) -> None:
+        super().__init__(str(site))
+        self.site = site
 
 
 def raised_by_user(error: BaseException) -> bool:
@@ -183,13 +246,19 @@ def line_of(error: BaseException) -> Site | None:
     return Site(own[-1].filename, own[-1].lineno or 0) if own else None
 
 
+def first_line(error: BaseException) -> str:
+    """The type name of an error and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def _asking() -> Site | None:
     """The line of the user's model that asks; a line of torch's layer if no user code lies between."""
     layer: Site | None = None
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS) and file != __file__:
+        if file.startswith(_OURS) and file not in _BETWEEN:
             return layer
         if _is_users(file):
             return Site(file, frame.f_lineno)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,18 +33,20 @@ class Kept(NamedTuple):
     tensor: Tensor
 
 
-class _Holder(NamedTuple):
+class Holder(NamedTuple):
     """An object that holds others.
 
     Attributes:
         where: Its place in the model.
         thing: The object.
         held: The objects that it held at first, by key.
+        of_class: Whether a class holds it, so that copies of the model share it.
     """
 
     where: str
     thing: Any
     held: dict[Any, Any]
+    of_class: bool = False
 
 
 class Keeping:
@@ -61,11 +63,16 @@ class Keeping:
         # Holding the tensors themselves prevents the reuse of their ids.
         self._known = {id(tensor): tensor for tensor in (*tensors, *model.parameters(), *model.buffers())}
 
+    @property
+    def holders(self) -> Sequence[Holder]:
+        """The modules and all objects that may hold tensors for them, each once."""
+        return self._holders
+
     def new(self) -> list[Kept]:
         """The tensors put on the modules since the snapshot, each once."""
         found: dict[int, Kept] = {}
-        for where, thing, held in self._holders:
-            for key, value in _held(thing).items():
+        for where, thing, held, _ in self._holders:
+            for key, value in held_by(thing).items():
                 if value is not held.get(key):
                     for kept in self._tensors(_inside(where, thing, key), value, set()):
                         found.setdefault(id(kept.tensor), kept)
@@ -73,8 +80,8 @@ class Keeping:
 
     def restore(self) -> None:
         """Restore the objects that are or may hold tensors. Counters keep their new values."""
-        for _, thing, held in self._holders:
-            now = _held(thing)
+        for _, thing, held, _ in self._holders:
+            now = held_by(thing)
             changed = [key for key in {**now, **held} if self._replaced(held.get(key), now.get(key))]
             if changed:
                 _put_back(thing, held, changed)
@@ -82,19 +89,19 @@ class Keeping:
     def _replaced(self, old: Any, new: Any) -> bool:
         return old is not new and (self._may_hold(old) or self._may_hold(new))
 
-    def _all(self, model: nn.Module) -> Iterator[_Holder]:
+    def _all(self, model: nn.Module) -> Iterator[Holder]:
         """The modules and all objects that may hold tensors for them, each once."""
-        left: deque[tuple[str, Any]] = deque(model.named_modules())
-        left += self._of_classes(model)
+        left: deque[tuple[str, Any, bool]] = deque((*named, False) for named in model.named_modules())
+        left += ((*named, True) for named in self._of_classes(model))
         seen: set[int] = set()
         while left:
-            where, thing = left.popleft()
+            where, thing, of_class = left.popleft()
             if id(thing) in seen or isinstance(thing, Tensor):
                 continue
             seen.add(id(thing))
-            held = _held(thing)
-            yield _Holder(where, thing, held)
-            left += [(_inside(where, thing, k), value) for k, value in held.items() if self._may_hold(value)]
+            held = held_by(thing)
+            yield Holder(where, thing, held, of_class)
+            left += [(_inside(where, thing, k), v, of_class) for k, v in held.items() if self._may_hold(v)]
 
     def _of_classes(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
         for kind in {kind: None for module in model.modules() for kind in type(module).__mro__}:
@@ -109,7 +116,7 @@ class Keeping:
                 yield Kept(where, value)
         elif self._may_hold(value) and id(value) not in seen:
             seen.add(id(value))
-            for key, item in _held(value).items():
+            for key, item in held_by(value).items():
                 yield from self._tensors(_inside(where, value, key), item, seen)
 
     def _may_hold(self, thing: Any) -> bool:
@@ -120,7 +127,7 @@ class Keeping:
 
     def _is_users(self, kind: type) -> bool:
         """Whether to search objects of the class. A library's logger or trainer would lead everywhere."""
-        return _package(kind) in self._packages or not _is_installed(kind.__module__)
+        return _package(kind) in self._packages or not is_installed(kind.__module__)
 
 
 def _package(kind: type) -> str:
@@ -128,14 +135,16 @@ def _package(kind: type) -> str:
 
 
 @cache
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a Python module, given by name, belongs to an installed package or to Python itself."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         return module != "__main__"
     return file.startswith(tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
 
 
-def _held(thing: Any) -> dict[Any, Any]:
+def held_by(thing: Any) -> dict[Any, Any]:
+    """The objects that a module, container or other object holds, by key, position or attribute."""
     if isinstance(thing, nn.Module):
         return {name: value for name, value in vars(thing).items() if name not in _OF_TORCH}
     if isinstance(thing, Mapping):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class Captured:
         constants: Tensors that the program made, by placeholder name.
         training: Whether the graph is that of training mode.
         kept: Where modules keep the last outputs of the graph, which the model does not return.
+        course: The answers to conditions on values that lead to the graph, by the line that asks.
+        record: The record of a run with the same ops; None if the graph alone tells them.
+        both: Whether the graph is that of both modes.
+        first: Whether the graph is the first of its mode.
     """
 
     module: torch.fx.GraphModule
@@ -49,3 +53,7 @@ class Captured:
     constants: Mapping[str, Any]
     training: bool
     kept: tuple[str, ...] = ()
+    course: Mapping[Any, tuple[bool, ...]] = field(default_factory=dict)
+    record: Any = None
+    both: bool = False
+    first: bool = True

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sparsekern.graph.capture.export import Capture, Source
+from sparsekern.graph.capture.export import Capture
+from sparsekern.graph.capture.source import Source
 from sparsekern.graph.layers import own_numbers
 from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering

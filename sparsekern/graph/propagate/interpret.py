@@ -113,7 +113,7 @@ class Interpreter:
             return known[source]
 
         values = [placeholder(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
-        outputs = pytree.tree_leaves(self._walk(graph.module, values, not graph.training))
+        outputs = pytree.tree_leaves(self._walk(graph.module, values, graph.first and not graph.training))
         reasons = ["reaches an output of the network"] * (len(outputs) - len(graph.kept))
         reasons += [f"is kept as {where}, where a loss may read it" for where in graph.kept]
         for number, (value, reason) in enumerate(zip(outputs, reasons, strict=True)):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsekern.graph.capture.export import Source, arguments, inner_module
+from sparsekern.graph.capture.export import arguments, inner_module
+from sparsekern.graph.capture.source import Source
 from sparsekern.graph.capture.undisturbed import low_overhead_tracing
 from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.prove.trial import Layout, Trials

@@ -10,26 +10,24 @@ every tensor must have the size that its slots predict.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from sparsekern.graph.capture.courses import steps
-from sparsekern.graph.capture.export import Capture, first_line
+from sparsekern.graph.capture.courses import first_line
+from sparsekern.graph.capture.export import Capture
+from sparsekern.graph.capture.matching import attached, exported
 from sparsekern.graph.capture.program import Captured
-from sparsekern.graph.propagate.interpret import Tracked, shapes
+from sparsekern.graph.capture.record import Origin, Record, Step, live, of_one_program
+from sparsekern.graph.capture.source import Source
+from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.values import Value
-from sparsekern.graph.prove.trial import Layout, Outcome, Trials, search
-
-_PATTERNS = (1, 2, 3)
-_NARROW = 32
+from sparsekern.graph.prove.trial import Layout, Outcome, Trials, patterns, search
 
 
 class Fault(NamedTuple):
@@ -71,7 +69,7 @@ def faults(
         One fault for each group that must stay.
 
     Raises:
-        ValueError: A second trace of the same copy gives another program.
+        ValueError: A second run of the same copy gives another program.
     """
     found = _Recheck(captured, tensors, numbering, records).found()
     return [
@@ -80,12 +78,27 @@ def faults(
     ]
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """A graph of the whole model, as the ops that a smaller copy is compared with.
+
+    Attributes:
+        graph: The graph.
+        record: Its ops, with the nodes of the graph.
+        exported: Whether the ops are known from the graph alone, so that a smaller copy is exported.
+    """
+
+    graph: Captured
+    record: Record
+    exported: bool
+
+
 class _Recheck:
     def __init__(
         self, captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
     ) -> None:
-        self._captured, self._numbering, self._records = captured, numbering, records
-        self._steps = {graph.training: list(steps(graph.module)) for graph in captured.graphs}
+        self._source, self._numbering, self._records = captured.source, numbering, records
+        self._wholes = [_whole(captured.source, graph) for graph in captured.graphs]
         self._trials = Trials(captured.source, _layout(tensors, numbering))
 
     def found(self) -> dict[int, str]:
@@ -95,47 +108,65 @@ class _Recheck:
             found |= more
             left = [group for group in left if group not in found]
         # Narrow layers may agree by chance at these widths, so they also run at other widths.
-        sizes = np.bincount(self._numbering.group_of)
-        for pattern in _PATTERNS if (sizes < _NARROW).any() else ():
-            trials = Trials(self._captured.source, self._trials.layout, pattern)
+        for pattern in range(1, patterns(self._numbering.group_of) + 1):
+            trials = Trials(self._source, self._trials.layout, pattern)
             found |= _failing(trials, [group for group in left if group not in found], pattern % 2 == 1)
         return found
 
     def _round(self, groups: Sequence[int]) -> dict[int, str]:
         """Some of ``groups`` that cannot be halved, with reasons; empty if all can."""
-        try:
-            with self._trials.halved(groups):
-                smaller = [self._captured.source.export(graph.training) for graph in self._captured.graphs]
-        except ValueError:
-            for graph in self._captured.graphs:
-                if found := _failing(self._trials, groups, graph.training):
-                    return found
-            return self._searched(groups)
-        gone = self._numbering.slots_of(self._trials.gone(groups))
-        for whole, small in zip(self._captured.graphs, smaller, strict=True):
-            if differences := self._differences(whole, small, gone):
+        for whole in self._wholes:
+            try:
+                differences = self._tried(whole, groups)
+            except Exception:
+                return self._failed(groups)
+            if differences:
                 return self._nearest(whole, differences, groups) or self._searched(groups)
         return {}
 
+    def _failed(self, groups: Sequence[int]) -> dict[int, str]:
+        for training in dict.fromkeys(mode for whole in self._wholes for mode in _modes(whole.graph)):
+            if found := _failing(self._trials, groups, training):
+                return found
+        return self._searched(groups)
+
     def _searched(self, groups: Sequence[int]) -> dict[int, str]:
-        for graph in self._captured.graphs:
-            if found := dict(search(partial(self._probe, graph), groups)):
+        for whole in self._wholes:
+            if found := dict(search(partial(self._probe, whole), groups)):
                 return found
         return {}
 
-    def _probe(self, whole: Captured, groups: Sequence[int]) -> Outcome:
+    def _probe(self, whole: _Whole, groups: Sequence[int]) -> Outcome:
         try:
-            with self._trials.halved(groups):
-                small = self._captured.source.export(whole.training)
-        except ValueError as error:
+            differences = self._tried(whole, groups)
+        except Exception as error:
             return Outcome(f"a smaller copy cannot be traced: {first_line(error.__cause__ or error)}", -1)
-        gone = self._numbering.slots_of(self._trials.gone(groups))
-        for step, reason in self._differences(whole, small, gone):
+        for step, reason in differences:
             return Outcome(reason, step, list(self._suspects(whole, step)))
         return Outcome(None)
 
+    def _tried(self, whole: _Whole, groups: Sequence[int]) -> list[_Difference]:
+        """The differences between the whole program and that of a copy with ``groups`` halved.
+
+        Raises:
+            Exception: The smaller copy does not run.
+        """
+        graph = whole.graph
+        with self._trials.halved(groups) as numbers:
+            if whole.exported:
+                small = exported(self._source.again(graph))
+            else:
+                small = self._source.record(graph.training, numbers, graph.course) or Record()
+                other = self._source.record(True, numbers) if graph.both else None
+        gone = self._numbering.slots_of(self._trials.gone(groups))
+        found = self._differences(whole, small, gone)
+        if graph.both and not found and (other is None or not of_one_program(small, other)):
+            last = len(live(whole.record, whole.record.strict)) - 1
+            return [_Difference(last, "its training mode runs other ops where it is smaller")]
+        return found
+
     def _nearest(
-        self, whole: Captured, differences: Sequence[_Difference], groups: Sequence[int]
+        self, whole: _Whole, differences: Sequence[_Difference], groups: Sequence[int]
     ) -> dict[int, str]:
         """The nearest group that each difference's step reads, with the difference as the reason.
 
@@ -150,11 +181,11 @@ class _Recheck:
         explained = outcome.error is None or outcome.position > differences[-1].step
         return found if explained else {}
 
-    def _suspects(self, whole: Captured, step: int) -> Iterator[int]:
+    def _suspects(self, whole: _Whole, step: int) -> Iterator[int]:
         """The groups that the step reads, then those that earlier steps read, each once."""
         seen: set[int] = set()
-        for node in reversed(self._steps[whole.training][: step + 1]):
-            for source in reversed(node.all_input_nodes):
+        for one in reversed(live(whole.record, whole.record.strict)[: step + 1]):
+            for source in reversed(one.node.all_input_nodes if one.node else ()):
                 for value in _values(self._records.values.get(source)):
                     for ids in value.ids:
                         if ids is None:
@@ -164,26 +195,41 @@ class _Recheck:
                         yield from (group for group in groups if group not in seen)
                         seen.update(groups)
 
-    def _differences(self, whole: Captured, small: Captured, gone: np.ndarray) -> list[_Difference]:
+    def _differences(self, whole: _Whole, small: Record, gone: np.ndarray) -> list[_Difference]:
         """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
-        odd: set[fx.Node] = set()
-        constants = _changed_constants(whole, small)
-        pairs = zip_longest(self._steps[whole.training], steps(small.module))
+        odd: set[Origin] = set()
+        strict = whole.record.strict or small.strict
+        pairs = zip_longest(live(whole.record, strict), live(small, strict))
         for step, (before, now) in enumerate(pairs):
-            if before is None or now is None or _skeleton(before) != _skeleton(now):
+            if before is None or now is None or not _are_alike(before, now):
                 found.append(_Difference(step, "the program runs other ops where it is smaller"))
                 break
-            sources = before.all_input_nodes
-            if _numbers(before) != _numbers(now) or any(node.name in constants for node in sources):
+            if before.numbers != now.numbers or _constants(before) != _constants(now):
                 reason = f"the program computes a number from its size and uses it in {_label(before)}"
                 found.append(_Difference(step, reason))
-            values = _values(self._records.values.get(before))
-            if values and [_predicted(value, gone) for value in values] != [s for s, _ in shapes(now)]:
-                if odd.isdisjoint(sources) and not (found and found[-1].step == step):
+            values = _values(self._records.values.get(before.node)) if before.node else []
+            if values and [_predicted(value, gone) for value in values] != list(now.shapes):
+                if odd.isdisjoint(before.sources) and not (found and found[-1].step == step):
                     found.append(_Difference(step, f"its size is written out in {_label(before)}"))
-                odd.add(before)
+                odd.update((step, output) for output in range(len(before.shapes)))
         return found
+
+
+def _whole(source: Source, graph: Captured) -> _Whole:
+    """The ops of a graph: those of a run if each has a node, else those of the graph itself."""
+    if graph.record is not None:
+        return _Whole(graph, graph.record, False)
+    try:
+        record = source.record(graph.training, course=graph.course)
+    except Exception:
+        record = None
+    whole = None if record is None else attached(record, graph)
+    return _Whole(graph, exported(graph), True) if whole is None else _Whole(graph, whole, False)
+
+
+def _modes(graph: Captured) -> tuple[bool, ...]:
+    return (False, True) if graph.both else (graph.training,)
 
 
 def _failing(trials: Trials, groups: Sequence[int], training: bool) -> dict[int, str]:
@@ -205,50 +251,14 @@ def _layout(tensors: Sequence[Tracked], numbering: Numbering) -> Layout:
     return Layout(shapes_of, channels, numbering.group_of, sizes)
 
 
-def _skeleton(node: fx.Node) -> tuple[Any, ...]:
-    return node.target, [source.name for source in node.all_input_nodes]
+def _are_alike(before: Step, now: Step) -> bool:
+    """Whether two steps call one op on tensors of the same origin, constants aside."""
+    ours, theirs = ([s for s in step.sources if s[0] != "constant"] for step in (before, now))
+    return before.target == now.target and ours == theirs and len(before.sources) == len(now.sources)
 
 
-def _numbers(node: fx.Node) -> list[Any]:
-    """The arguments of a node that are values, not sizes or positions."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        plain: tuple[type, ...] = (int, float) if node.op == "output" else (float,)
-        return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in plain]
-    numbers = []
-    for index, (name, kinds) in enumerate(_kinds(node.target)):
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(name)
-        if type(given) in kinds:
-            numbers.append(given)
-        elif isinstance(given, (list, tuple)):
-            numbers += [leaf for leaf in given if type(leaf) in kinds]
-    return numbers
-
-
-@cache
-def _kinds(target: torch._ops.OpOverload) -> list[tuple[str, tuple[type, ...]]]:
-    """The name of every argument of an op, and the types of number that are values there.
-
-    Integers are sizes or positions, which may differ, where the schema says int.
-    """
-    types = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
-    values = (int, float, complex)
-    return [(name, values if "number" in kind or "Tensor" in kind else (float,)) for name, kind in types]
-
-
-def _changed_constants(whole: Captured, small: Captured) -> set[str]:
-    return {
-        name
-        for name, tensor in whole.constants.items()
-        if isinstance(tensor, Tensor) and not _same(tensor, small.constants.get(name))
-    }
-
-
-def _same(tensor: Tensor, other: Any) -> bool:
-    if not isinstance(other, Tensor) or tensor.shape != other.shape:
-        return False
-    # Constants computed on fake tensors have no data. Ops of the graph made them and are compared.
-    fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in (tensor, other))
-    return fake or torch.equal(tensor, other)
+def _constants(step: Step) -> list[Origin]:
+    return [source for source in step.sources if source[0] == "constant"]
 
 
 def _values(made: Any) -> Sequence[Value]:
@@ -263,10 +273,10 @@ def _predicted(value: Value, gone: np.ndarray) -> tuple[int, ...]:
     )
 
 
-def _label(node: fx.Node) -> str:
-    if node.op == "output":
-        return "an output"
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    stack = node.meta.get("nn_module_stack")
+def _label(step: Step) -> str:
+    if step.node is None or step.node.op == "output":
+        return "an output" if step.node or step.target == "output" else str(step.target).partition(".")[0]
+    name = getattr(step.target, "__name__", str(step.target)).partition(".")[0]
+    stack = step.node.meta.get("nn_module_stack")
     module = str(list(stack.values())[-1][0]) if stack else ""
     return f"{name} in {module}" if module else name

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.graph.capture.export import Source
+from sparsekern.graph.capture.source import Source
 from sparsekern.graph.layers import Part, counts, sizes
 
 
@@ -30,25 +29,23 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
     """
     left = {id(source.held[n]): part for n, part in parts.items() if part.keep}
     made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
-    restore: list[Callable[[], Any]] = []
-    try:
+    with ExitStack() as undo:
+        # Counts are checked against the sizes of the whole model, so they come before any change.
+        changes: list[tuple[nn.Module, str, Any]] = [*counts(source.clone, parts.values())]
         for name, module in source.clone.named_modules():
-            for attribute, size in sizes(name, module, left).items():
-                restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
-                setattr(module, attribute, size)
+            changes += [(module, attribute, size) for attribute, size in sizes(name, module, left).items()]
+        for module, attribute, size in changes:
+            # Changes are undone in reverse order: two of them may concern one attribute.
+            undo.callback(setattr, module, attribute, getattr(module, attribute))
+            setattr(module, attribute, size)
+        for module in source.clone.modules():
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
                 for key, tensor in table.items():
                     if id(tensor) in made:
-                        restore.append(partial(table.__setitem__, key, tensor))
+                        undo.callback(table.__setitem__, key, tensor)
                         table[key] = made[id(tensor)]
-        for module, attribute, count in counts(source.clone, parts.values()):
-            restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, count)
         yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
-    finally:
-        for undo in restore:
-            undo()
 
 
 def _smaller(source: Source, number: int, part: Part) -> Tensor:

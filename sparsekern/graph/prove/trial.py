@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sparsekern.graph.capture.export import Source, first_line
+from sparsekern.graph.capture.courses import first_line
+from sparsekern.graph.capture.source import Source
 from sparsekern.graph.layers import Kept
 from sparsekern.graph.prove.shrink import shrunk
 
@@ -36,6 +37,9 @@ class Outcome(NamedTuple):
     position: int = 0
     suspects: Sequence[int] = ()
 
+
+# Narrower groups may agree by chance with a program that pairs them otherwise.
+NARROW = 32
 
 Probe = Callable[[Sequence[int]], Outcome]
 
@@ -91,7 +95,7 @@ class Trials:
         source: The source whose copy runs.
         layout: The channels of its tensors.
         pattern: Selects how many channels each group loses: 0 is about half, other patterns are more
-            mixed.
+            mixed for narrow groups.
     """
 
     source: Source
@@ -264,6 +268,22 @@ def _shapes(output: Any) -> list[Any]:
     ]
 
 
+def patterns(group_of: np.ndarray) -> int:
+    """The number of patterns that narrow groups are tried with, besides pattern 0.
+
+    Args:
+        group_of: The group of every channel, int64 [C].
+
+    Returns:
+        0 without narrow groups. Else 2, one for each mode; 3 if two of them would not tell all equally
+        narrow groups apart.
+    """
+    sizes = np.bincount(group_of)
+    alike = np.bincount(sizes[sizes < NARROW], minlength=2)[2:]
+    distinct = np.arange(1, len(alike) + 1) ** 2
+    return 0 if not alike.any() else 2 + int((alike > distinct).any())
+
+
 def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
     """Choose the channels to remove from every group of two or more, by group.
 
@@ -280,7 +300,7 @@ def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
             order = seen[size] = seen.get(size, -1) + 1
             least = max(size // 4, 1)
             removed = least + (size // 2 - least + order) % (size - 2 * least + 1)
-            if pattern:
+            if pattern and size < NARROW:
                 removed = 1 + (order // (size - 1) ** (pattern - 1) + 7 * pattern) % (size - 1)
             ids = np.arange(start, end)
             halves[group] = np.concatenate([ids[1::2], ids[2::2]])[:removed]
