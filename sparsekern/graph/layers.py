@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsekern.graph.rescale import Rescale
 from sparsekern.nn import MultiheadAttention
 
 Sizes = dict[str, int | tuple[int, ...]]
@@ -27,6 +28,7 @@ class Part(Protocol):
         keep: The increasing indices that stay, by dimension.
         new_shape: Sizes of the part.
         sizes: Attributes of the user's modules that count indices; see ``Kept``.
+        rescale: How its values follow the number of its indices; None if they do not.
     """
 
     @property
@@ -37,6 +39,8 @@ class Part(Protocol):
     def new_shape(self) -> tuple[int, ...]: ...
     @property
     def sizes(self) -> Mapping[str, tuple[int, int]]: ...
+    @property
+    def rescale(self) -> Rescale | None: ...
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Kept:
         keep: The increasing indices that stay, by dimension. A dimension that stays whole is absent.
         sizes: Attributes of the user's modules that count indices of a dimension, by path, as
             (dimension, indices per unit).
+        rescale: How its values follow the number of its indices; None if they do not.
     """
 
     shape: tuple[int, ...]
     keep: Mapping[int, np.ndarray] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rescale: Rescale | None = None
 
     @property
     def new_shape(self) -> tuple[int, ...]:
@@ -246,11 +252,12 @@ def own_numbers(module: nn.Module) -> dict[str, int]:
     return {
         name: value
         for name, value in vars(module).items()
-        if type(value) is int and value > 0 and name not in _OF_EVERY_MODULE and not _is_guarded(module, name)
+        if type(value) is int and value > 0 and name not in _OF_EVERY_MODULE and not is_guarded(module, name)
     }
 
 
-def _is_guarded(module: nn.Module, name: str) -> bool:
+def is_guarded(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is none that a user sets: behind a data descriptor, or named ``__...``."""
     return name.startswith("__") or hasattr(getattr(type(module), name, None), "__set__")
 
 

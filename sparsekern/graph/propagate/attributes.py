@@ -7,7 +7,7 @@ that arrives in a reshape still has its mark.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sparsekern.graph.capture.export import Capture, Source
+from sparsekern.graph.capture.export import Capture
+from sparsekern.graph.epsilons import own_floats
 from sparsekern.graph.layers import own_numbers
 from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering
-from sparsekern.graph.propagate.records import Records, Shaped
+from sparsekern.graph.propagate.records import Epsilon, Records, Shaped
 from sparsekern.graph.propagate.slots import Slots
 
 _RESHAPES = frozenset({"view", "reshape", "unflatten"})
@@ -39,6 +40,37 @@ class _Mark(int):
     name: str
 
 
+class _FloatMark(float):
+    """A float marked with the attribute that it comes from; see ``_Mark``."""
+
+    module: str
+    name: str
+
+
+class _Constant(NamedTuple):
+    """An attribute that arrives in an op together with tensors.
+
+    Attributes:
+        shapes: Shapes of the op's tensors.
+        mark: The attribute.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    mark: _FloatMark
+
+
+class Arrivals(NamedTuple):
+    """The attributes that arrive in the ops of a forward.
+
+    Attributes:
+        reshapes: Reshapes to sizes that are attributes.
+        constants: Floats that are attributes.
+    """
+
+    reshapes: Sequence[_Reshape] = ()
+    constants: Sequence[_Constant] = ()
+
+
 class _Reshape(NamedTuple):
     """A reshape to sizes of which some are attributes.
 
@@ -53,8 +85,70 @@ class _Reshape(NamedTuple):
     marks: dict[int, _Mark]
 
 
+def arrivals(captured: Capture, numbering: Numbering, records: Records) -> Arrivals:
+    """Run the copy with marked attributes, if any of them may follow the channels.
+
+    Args:
+        captured: The traced model.
+        numbering: The numbers of channels and groups.
+        records: The records of the settled interpretation.
+
+    Returns:
+        The attributes that arrive in ops.
+    """
+    source = captured.source
+    wanted = any(_counted(source.clone, found, numbering) for found in records.shaped)
+    if not wanted and not any(_is_free(epsilon, numbering) for epsilon in records.epsilons):
+        return Arrivals()
+    recorder = _Recorder()
+    with _marked(source.clone), recorder:
+        for graph in captured.graphs:
+            source.run(graph.training)
+    return Arrivals(recorder.reshapes, recorder.constants)
+
+
+def _is_free(epsilon: Epsilon, numbering: Numbering) -> bool:
+    ids = epsilon.average.ids
+    return bool((numbering.channel_of[ids[ids >= 0]] >= 0).any())
+
+
+def holders(found: Arrivals, records: Records) -> dict[Epsilon, str]:
+    """Find the attributes that hold epsilons.
+
+    An attribute of the innermost module comes first. The check of a smaller copy proves the choice.
+
+    Args:
+        found: The attributes that arrive in ops.
+        records: The records of the settled interpretation.
+
+    Returns:
+        The path of the attribute of every epsilon that one holds.
+    """
+    table: dict[Epsilon, str] = {}
+    for epsilon in records.epsilons:
+        marks = {
+            _path(c.mark): len(c.mark.module)
+            for c in found.constants
+            if abs(float(c.mark)) == abs(epsilon.number)
+            and epsilon.shape in c.shapes
+            and _around(epsilon.module, c.mark.module)
+        }
+        if marks:
+            table[epsilon] = max(marks, key=marks.__getitem__)
+    return table
+
+
+def _path(mark: _Mark | _FloatMark) -> str:
+    return f"{mark.module}.{mark.name}" if mark.module else mark.name
+
+
 def follow(
-    captured: Capture, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
+    captured: Capture,
+    tensors: Sequence[Tracked],
+    slots: Slots,
+    numbering: Numbering,
+    records: Records,
+    arrived: Arrivals,
 ) -> None:
     """Find the attributes that count channels and record them in ``Tracked.sizes``.
 
@@ -64,12 +158,11 @@ def follow(
         slots: All slots.
         numbering: The numbers of channels and groups.
         records: The records of the settled interpretation, with the reshapes.
+        arrived: The attributes that arrive in ops.
     """
     source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
-    if not shaped:
-        return
-    for reshape in _reshapes(source, [graph.training for graph in captured.graphs]):
+    for reshape in arrived.reshapes:
         for found in shaped:
             if (found.before, found.after) != (reshape.before, reshape.after):
                 continue
@@ -111,7 +204,7 @@ def _note(
     number, dim = owners[0]
     tensor = tensors[number]
     whole = tensor.ids[dim]
-    path = f"{mark.module}.{mark.name}" if mark.module else mark.name
+    path = _path(mark)
     if whole is None or len(whole) % len(ids) or any(path == known for known, _, _ in tensor.sizes):
         return
     per = len(whole) // len(ids)
@@ -121,11 +214,12 @@ def _note(
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the reshapes to sizes that are attributes."""
+    """Records the reshapes to sizes that are attributes, and the floats that are attributes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[_Reshape] = []
+        self.reshapes: list[_Reshape] = []
+        self.constants: list[_Constant] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -133,6 +227,11 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _RESHAPES and isinstance(result, Tensor):
             self._record(func.__name__, args, kwargs or {}, result)
+        given = (*args, *(kwargs or {}).values())
+        for mark in given:
+            if isinstance(mark, _FloatMark):
+                shapes = tuple(tuple(t.shape) for t in given if isinstance(t, Tensor))
+                self.constants.append(_Constant(shapes, mark))
         return result
 
     def _record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -142,29 +241,22 @@ class _Recorder(TorchFunctionMode):
         first = int(sizes.pop(0)) % x.ndim if name == "unflatten" else 0
         marks = {first + place: size for place, size in enumerate(sizes) if isinstance(size, _Mark)}
         if marks:
-            self.found.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
-
-
-def _reshapes(source: Source, modes: Iterable[bool]) -> list[_Reshape]:
-    recorder = _Recorder()
-    with _marked(source.clone), recorder:
-        for training in modes:
-            source.run(training)
-    return recorder.found
+            self.reshapes.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
 
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Mark the attributes of the model that may count channels while the context lasts."""
-    restore: list[tuple[nn.Module, str, int]] = []
+    """Mark the attributes of the model that may count channels or be epsilons while the context lasts."""
+    restore: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
-        for name, value in _numbers(module):
-            mark = _Mark(value)
+        marks: list[tuple[str, Any]] = [(name, _Mark(value)) for name, value in _numbers(module)]
+        marks += [(name, _FloatMark(value)) for name, value in own_floats(module).items()]
+        for name, mark in marks:
             mark.module, mark.name = path, name
-            module.__dict__[name] = mark
-            restore.append((module, name, value))
+            restore.append((module, name, vars(module)[name]))
+            vars(module)[name] = mark
     try:
         yield
     finally:
         for module, name, value in restore:
-            module.__dict__[name] = value
+            vars(module)[name] = value

@@ -10,7 +10,7 @@ from torch import fx
 
 from sparsekern.graph.propagate.operations import Read
 from sparsekern.graph.propagate.slots import Slots
-from sparsekern.graph.propagate.values import Ids
+from sparsekern.graph.propagate.values import Affine, Average, Ids
 
 Factor = np.ndarray | int
 
@@ -71,6 +71,42 @@ class Shaped:
     ids: tuple[Ids, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Epsilon:
+    """A constant that is added to a mean over channels, or bounds it, and has to grow with it.
+
+    Attributes:
+        node: The op that reads it.
+        module: Path of the module in whose forward the op is called.
+        number: Its value.
+        default: Whether the op takes it by default (``eps=None``).
+        shape: Shape of the mean; of the input for a normalisation.
+        average: The factor of the mean.
+    """
+
+    node: fx.Node
+    module: str
+    number: float
+    default: bool
+    shape: tuple[int, ...]
+    average: Average
+
+
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """A tensor that multiplies a value which depends on the number of channels, and makes up for it.
+
+    Attributes:
+        weight: The tensor, and how the op reads it.
+        average: The factor of the value.
+        label: The op, for messages.
+    """
+
+    weight: Affine
+    average: Average
+    label: str
+
+
 class Records:
     """Producers, consumers, row dimensions and cost terms, collected over both modes.
 
@@ -90,6 +126,9 @@ class Records:
         shaped: Reshapes to sizes that the program names, which a module may keep as an attribute.
         inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
         values: The value of every node of the traced graphs, or lists and tuples of values.
+        epsilons: Constants that grow with a mean over channels.
+        absorbed: Tensors that make up for the number of channels of a mean.
+        otherwise: By number of a tensor, an op that reads it in another way than to make up for a mean.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -107,6 +146,9 @@ class Records:
         self.shaped: list[Shaped] = []
         self.inexact: list[tuple[np.ndarray, str]] = []
         self.values: dict[fx.Node, Any] = {}
+        self.epsilons: list[Epsilon] = []
+        self.absorbed: list[Absorbed] = []
+        self.otherwise: dict[int, str] = {}
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """Record a producer. A tied weight that is used again is the same producer.

@@ -9,6 +9,7 @@ every tensor must have the size that its slots predict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import zip_longest
@@ -27,6 +28,7 @@ from sparsekern.graph.propagate.numbering import Numbering
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.values import Value
 from sparsekern.graph.prove.trial import Layout, Outcome, Trials, search
+from sparsekern.graph.rescale import grown
 
 _PATTERNS = (1, 2, 3)
 _NARROW = 32
@@ -87,6 +89,7 @@ class _Recheck:
         self._captured, self._numbering, self._records = captured, numbering, records
         self._steps = {graph.training: list(steps(graph.module)) for graph in captured.graphs}
         self._trials = Trials(captured.source, _layout(tensors, numbering))
+        self._epsilons = {epsilon.node: epsilon for epsilon in records.epsilons}
 
     def found(self) -> dict[int, str]:
         found: dict[int, str] = {}
@@ -164,6 +167,23 @@ class _Recheck:
                         yield from (group for group in groups if group not in seen)
                         seen.update(groups)
 
+    def _same_numbers(self, before: fx.Node, now: fx.Node, gone: np.ndarray) -> bool:
+        """Whether the smaller program uses the same numbers, apart from epsilons that follow a mean."""
+        epsilon = self._epsilons.get(before)
+        expected, found = _numbers(before), _numbers(now)
+        if epsilon is None:
+            return expected == found
+        ids = epsilon.average.ids
+        left = len(ids) - int(gone[ids[ids >= 0]].sum())
+        number = grown(epsilon.number, len(ids), max(left, 1), epsilon.average.exponent)
+        if epsilon.default:
+            expected = [*expected, epsilon.number] if left < len(ids) else expected
+        place = next((i for i, n in enumerate(expected) if abs(n) == abs(epsilon.number)), None)
+        if len(expected) != len(found) or place is None:
+            return expected == found
+        expected[place] = math.copysign(number, expected[place])
+        return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(expected, found, strict=True))
+
     def _differences(self, whole: Captured, small: Captured, gone: np.ndarray) -> list[_Difference]:
         """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
@@ -175,7 +195,7 @@ class _Recheck:
                 found.append(_Difference(step, "the program runs other ops where it is smaller"))
                 break
             sources = before.all_input_nodes
-            if _numbers(before) != _numbers(now) or any(node.name in constants for node in sources):
+            if not self._same_numbers(before, now, gone) or any(node.name in constants for node in sources):
                 reason = f"the program computes a number from its size and uses it in {_label(before)}"
                 found.append(_Difference(step, reason))
             values = _values(self._records.values.get(before))
@@ -202,7 +222,8 @@ def _layout(tensors: Sequence[Tracked], numbering: Numbering) -> Layout:
             channels[number] = tuple(own)
     shapes_of = {number: tensors[number].entry.shape for number in channels}
     sizes = {n: {path: (dim, per) for path, dim, per in tensors[n].sizes} for n in channels}
-    return Layout(shapes_of, channels, numbering.group_of, sizes)
+    rescales = {n: tensors[n].rescale for n in channels}
+    return Layout(shapes_of, channels, numbering.group_of, sizes, rescales)
 
 
 def _skeleton(node: fx.Node) -> tuple[Any, ...]:

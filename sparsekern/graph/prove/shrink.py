@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph.capture.export import Source
+from sparsekern.graph.epsilons import floats
 from sparsekern.graph.layers import Part, counts, sizes
 
 
@@ -45,6 +46,9 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
         for module, attribute, count in counts(source.clone, parts.values()):
             restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
             setattr(module, attribute, count)
+        for module, attribute, number in floats(source.clone, parts.values()):
+            restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, number)
         yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
     finally:
         for undo in restore:

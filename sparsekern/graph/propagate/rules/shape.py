@@ -220,7 +220,19 @@ def squeeze(call: Call) -> Result:
     return _reordered(call, kept)
 
 
-@register_rule("expand", "expand_as", "broadcast_to", pure=True, view=True)
+@register_rule("expand_as", pure=True, view=True)
+def expand_as(call: Call) -> Result:
+    """An expanded dimension of size 1 takes the size of the other tensor, and its slots."""
+    x, other = call["self"], call["other"]
+    extra: list[None] = [None] * (other.ndim - x.ndim)
+    ids, zero, sizes = [*extra, *x.ids], [*extra, *x.zero], [*(1 for _ in extra), *x.shape]
+    for dim, size in enumerate(sizes):
+        if size == 1 and other.ids[dim] is not None:
+            ids[dim], zero[dim] = other.ids[dim], np.zeros(other.shape[dim], bool)
+    return call.make(ids, zero)
+
+
+@register_rule("expand", "broadcast_to", pure=True, view=True)
 def expand(call: Call) -> Result:
     """An expanded dimension of size 1 holds a fixed number of positions."""
     x = call["self"]
