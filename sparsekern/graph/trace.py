@@ -105,7 +105,7 @@ def _warn(graph: ChannelGraph) -> None:
 
 
 def _first_round(
-    captured: Capture, protected: set[str], exact: bool, interpretations: Mapping[str, int]
+    captured: Capture, protected: set[str], exact: bool, interpretations: Mapping[str, tuple[int, ...]]
 ) -> Round:
     """Allocate new slots and find which of them go together.
 
@@ -154,7 +154,7 @@ def _interpret(
     *,
     settled: bool,
     exact: bool,
-    interpretations: Mapping[str, int] | None = None,
+    interpretations: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)

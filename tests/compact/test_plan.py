@@ -110,7 +110,7 @@ def changed(**changes: object) -> str:
         ("{", "not JSON"),
         ("[]", "not a plan"),
         ("{}", "not a plan"),
-        (changed(version=2), "version 2, expected 1"),
+        (changed(version=3), "version 3, expected 2"),
         (changed(indices={}), "'indices' is dict"),
         (changed(indices=["0--1"]), "expected runs"),
         (changed(indices=["0,2\n"]), "expected runs"),

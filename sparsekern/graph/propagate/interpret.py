@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -87,8 +88,8 @@ class Interpreter:
         records: The records that the rules fill.
         settled: Whether this is the second pass.
         exact: See ``Call``.
-        interpretations: By module, the interpretation of its ambiguous splits to take; the first one (0)
-            for a module that is absent.
+        interpretations: By module, the choices to take for its ambiguous splits; the first one (0) for a
+            module that is absent.
     """
 
     tensors: Sequence[Tracked]
@@ -96,13 +97,15 @@ class Interpreter:
     records: Records
     settled: bool
     exact: bool = True
-    interpretations: Mapping[str, int] = field(default_factory=dict)
+    interpretations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    _splits: Counter[str] = field(default_factory=Counter)
     _storage: int = field(default=0)
     _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
     def run(self, graph: Captured) -> None:
         """Apply the rules to ``graph`` and freeze the slots that reach its outputs."""
         sources = graph.sources
+        self._splits.clear()
         known: dict[int, Value] = {}
 
         def placeholder(node: fx.Node) -> Value:
@@ -178,8 +181,10 @@ class Interpreter:
             return self._higher_order(node, [*args, *kwargs.values()], counted)
         schema = node.target._schema
         call = self._call(node, _bind(node.target, args, kwargs), counted)
+        self.slots.step += 1
         before = len(self.records.macs)
         result = self._averaged(call, self._apply(call), in_place=schema.is_mutable)
+        self._splits[call.module] = call.splits
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
             # The cost is constant: nothing that enters an op without a rule is pruned.
             call.count_macs(macs(node))
@@ -236,7 +241,8 @@ class Interpreter:
             settled=self.settled,
             counted=counted,
             exact=self.exact,
-            interpretation=self.interpretations.get(module, 0),
+            interpretation=self.interpretations.get(module, ()),
+            splits=self._splits[module],
             new_storage=self._next,
             node=node,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import fx
@@ -52,6 +52,23 @@ class Term:
 
     scale: int
     factors: list[np.ndarray]
+
+
+class Split(NamedTuple):
+    """A split of a dimension that has several interpretations.
+
+    Attributes:
+        module: Path of the module in whose forward it is called.
+        number: Its number among the splits of the module in one graph.
+        ids: Slot ids of the dimension, int64.
+        axes: The axes that may carry the channels, counted from the end; the first choice comes first.
+            The others are in the same order for every split.
+    """
+
+    module: str
+    number: int
+    ids: np.ndarray
+    axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ class Records:
         macs: Terms of the multiply-adds.
         activations: Terms of the bytes of activations.
         operations: The ops of evaluation mode, in order.
-        splits: Ambiguous splits as (module, slot ids, number of interpretations).
+        splits: Ambiguous splits.
         shaped: Reshapes to sizes that the program names, which a module may keep as an attribute.
         inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
         values: The value of every node of the traced graphs, or lists and tuples of values.
@@ -142,7 +159,7 @@ class Records:
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []
-        self.splits: list[tuple[str, np.ndarray, int]] = []
+        self.splits: list[Split] = []
         self.shaped: list[Shaped] = []
         self.inexact: list[tuple[np.ndarray, str]] = []
         self.values: dict[fx.Node, Any] = {}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from sparsekern.graph.propagate.records import Factor, Records, term
+from sparsekern.graph.propagate.records import Factor, Records, Split, term
 from sparsekern.graph.propagate.slots import STAYS, Slots
 from sparsekern.graph.propagate.values import Affine, Average, Flags, Ids, Value, untracked
 
@@ -115,7 +115,8 @@ class Call:
             facts, not assumptions.
         counted: Whether the graph is that of evaluation mode, whose costs are counted.
         exact: Whether channels stay if their removal changes what the others compute.
-        interpretation: The interpretation of ambiguous splits to take in this module; see ``split``.
+        interpretation: The choices to take for the ambiguous splits of this module; see ``split``.
+        splits: The number of ambiguous splits of this module that came before in this graph.
         new_storage: Makes a new storage number.
         node: The node of the op in the traced graph.
         gave_up: Whether the op is not followed; set by ``give_up``.
@@ -134,7 +135,8 @@ class Call:
     settled: bool
     counted: bool
     exact: bool
-    interpretation: int
+    interpretation: tuple[int, ...]
+    splits: int
     new_storage: Callable[[], int]
     node: fx.Node
     gave_up: bool = False
@@ -344,18 +346,21 @@ class Call:
         number = self.records.produce(kind, self.module, rows, bias)
         return frozenset({number})
 
-    def split(self, ids: np.ndarray, interpretations: int) -> int:
+    def split(self, ids: np.ndarray, axes: tuple[int, ...]) -> int:
         """Record a split that has several interpretations.
 
         Args:
             ids: Slot ids of the dimension that is split.
-            interpretations: The number of interpretations.
+            axes: The axes that may carry the channels; see ``Split``.
 
         Returns:
-            The number of the interpretation to take.
+            The axis to take, counted from the end.
         """
-        self.records.splits.append((self.module, ids, interpretations))
-        return min(self.interpretation, interpretations - 1)
+        number = self.splits
+        self.splits += 1
+        self.records.splits.append(Split(self.module, number, ids, axes))
+        choice = self.interpretation[number] if number < len(self.interpretation) else 0
+        return axes[choice] if choice < len(axes) else axes[0]
 
     def count_macs(self, scale: int, *factors: Factor | None) -> None:
         """Count multiply-adds in the second pass over evaluation mode.

@@ -114,11 +114,8 @@ def _carrier(call: Call, flat: np.ndarray, shape: list[int], axes: list[int], in
     if len(varies) <= 1:
         return varies[0] if varies else len(shape) - 1
     last = len(shape) - 1
-    order = [last, last - 1] if len(shape) == 2 else [last - 1, last]
-    if inferred in axes:
-        first = axes.index(inferred)
-        order = [first, *(k for k in order if k != first)]
-    carrier = order[call.split(flat, len(order))]
+    first = axes.index(inferred) if inferred in axes else last if len(shape) == 2 else last - 1
+    carrier = len(shape) + call.split(flat, (first - len(shape), -2, -1))
     chosen = tuple(slice(None) if k == carrier else slice(0, 1) for k in range(len(shape)))
     raw = flat.reshape(shape)
     tied = np.broadcast_to(raw[chosen], shape).ravel()
