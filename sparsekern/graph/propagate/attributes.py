@@ -7,7 +7,8 @@ that arrives in a reshape still has its mark.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,24 +21,49 @@ from torch.utils import _pytree as pytree
 from sparsekern.graph.capture.export import Capture
 from sparsekern.graph.epsilons import own_floats
 from sparsekern.graph.layers import own_numbers
+from sparsekern.graph.propagate.counting import Finder, Source
 from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering
 from sparsekern.graph.propagate.records import Epsilon, Records, Shaped
 from sparsekern.graph.propagate.slots import Slots
 
 _RESHAPES = frozenset({"view", "reshape", "unflatten"})
+_CUTS = frozenset({"split", "split_with_sizes", "tensor_split", "narrow", "__getitem__"})
 
 
 class _Mark(int):
-    """A number marked with the attribute that it comes from.
+    """A number marked with the attributes that it is computed from.
 
     Attributes:
-        module: Path of the module.
-        name: Name of the attribute.
+        sources: The attributes; one if the number is the attribute itself.
+        computed: Gives the number for other values of the attributes.
     """
 
-    module: str
-    name: str
+    sources: tuple[Source, ...]
+    computed: Callable[[Mapping[Source, int]], int]
+
+
+def _computed(name: str) -> Any:
+    plain = getattr(int, name)
+
+    def operate(self: _Mark, *other: Any) -> Any:
+        result = plain(self, *other)
+        if type(result) is not int:
+            return result
+        numbers = (self, *other)
+        mark = _Mark(result)
+        sources = (source for number in numbers for source in getattr(number, "sources", ()))
+        mark.sources = tuple(dict.fromkeys(sources))
+        mark.computed = lambda values: int(
+            plain(*(n.computed(values) if isinstance(n, _Mark) else int(n) for n in numbers))
+        )
+        return mark
+
+    return operate
+
+
+for _operator in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "neg"):
+    setattr(_Mark, f"__{_operator}__", _computed(f"__{_operator}__"))
 
 
 class _FloatMark(float):
@@ -65,10 +91,12 @@ class Arrivals(NamedTuple):
     Attributes:
         reshapes: Reshapes to sizes that are attributes.
         constants: Floats that are attributes.
+        cuts: Numbers from attributes at which dimensions are cut.
     """
 
     reshapes: Sequence[_Reshape] = ()
     constants: Sequence[_Constant] = ()
+    cuts: Sequence[_Mark] = ()
 
 
 class _Reshape(NamedTuple):
@@ -98,13 +126,14 @@ def arrivals(captured: Capture, numbering: Numbering, records: Records) -> Arriv
     """
     source = captured.source
     wanted = any(_counted(source.clone, found, numbering) for found in records.shaped)
+    wanted = wanted or any((numbering.channel_of[cut.ids] >= 0).any() for cut in records.cuts)
     if not wanted and not any(_is_free(epsilon, numbering) for epsilon in records.epsilons):
         return Arrivals()
     recorder = _Recorder()
     with _marked(source.clone), recorder:
         for graph in captured.graphs:
             source.run(graph.training)
-    return Arrivals(recorder.reshapes, recorder.constants)
+    return Arrivals(recorder.reshapes, recorder.constants, recorder.cuts)
 
 
 def _is_free(epsilon: Epsilon, numbering: Numbering) -> bool:
@@ -138,7 +167,7 @@ def holders(found: Arrivals, records: Records) -> dict[Epsilon, str]:
     return table
 
 
-def _path(mark: _Mark | _FloatMark) -> str:
+def _path(mark: _FloatMark) -> str:
     return f"{mark.module}.{mark.name}" if mark.module else mark.name
 
 
@@ -162,14 +191,32 @@ def follow(
     """
     source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
+    computed: list[tuple[np.ndarray | None, _Mark]] = []
+    fixed: set[Source] = set()
     for reshape in arrived.reshapes:
         for found in shaped:
             if (found.before, found.after) != (reshape.before, reshape.after):
                 continue
             for dim, mark in reshape.marks.items():
-                ids = found.ids[dim]
-                if ids is not None and _around(found.module, mark.module):
-                    _note(ids, mark, tensors, slots, numbering)
+                ids, sources = found.ids[dim], mark.sources
+                if not _around(found.module, sources[0].module):
+                    continue
+                if len(sources) > 1 or sources[0].value != int(mark):
+                    computed.append((ids, mark))
+                elif ids is None or (numbering.channel_of[ids] < 0).all():
+                    fixed.add(sources[0])
+                else:
+                    _note(ids, sources[0], tensors, slots, numbering)
+    for mark in arrived.cuts:
+        computed += [
+            (cut.ids, mark)
+            for cut in records.cuts
+            if cut.number == abs(mark) and _around(cut.module, mark.sources[0].module)
+        ]
+    finder = Finder(tensors, numbering, fixed)
+    # What counts channels comes first: other numbers have to stay what they are then.
+    for ids, mark in sorted(computed, key=lambda pair: (pair[0] is None, len(pair[1].sources))):
+        finder.fit(ids, mark)
 
 
 def _around(module: str, outer: str) -> bool:
@@ -190,9 +237,9 @@ def _numbers(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def _note(
-    ids: np.ndarray, mark: _Mark, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering
+    ids: np.ndarray, source: Source, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering
 ) -> None:
-    """Record that the attribute ``mark`` counts ``ids``.
+    """Record that an attribute counts ``ids``.
 
     Nothing is recorded unless each counted index is the same number of indices of one tensor.
     """
@@ -204,13 +251,21 @@ def _note(
     number, dim = owners[0]
     tensor = tensors[number]
     whole = tensor.ids[dim]
-    path = _path(mark)
-    if whole is None or len(whole) % len(ids) or any(path == known for known, _, _ in tensor.sizes):
+    if whole is None or len(whole) % len(ids) or any(source.path == known for known, _, _ in tensor.sizes):
         return
     per = len(whole) // len(ids)
     counted, all_of_them = (np.unique(numbering.channel_of[i], return_counts=True) for i in (ids, whole))
     if np.array_equal(counted[0], all_of_them[0]) and np.array_equal(counted[1] * per, all_of_them[1]):
-        tensor.sizes = (*tensor.sizes, (path, dim, per))
+        tensor.sizes = (*tensor.sizes, (source.path, dim, per))
+
+
+def _marks(given: Any) -> list[_Mark]:
+    """The marks among arguments, in lists, tuples and slices."""
+    if isinstance(given, _Mark):
+        return [given]
+    if isinstance(given, slice):
+        return _marks((given.start, given.stop))
+    return [mark for item in given for mark in _marks(item)] if isinstance(given, (list, tuple)) else []
 
 
 class _Recorder(TorchFunctionMode):
@@ -220,6 +275,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.reshapes: list[_Reshape] = []
         self.constants: list[_Constant] = []
+        self.cuts: list[_Mark] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -228,6 +284,8 @@ class _Recorder(TorchFunctionMode):
         if getattr(func, "__name__", "") in _RESHAPES and isinstance(result, Tensor):
             self._record(func.__name__, args, kwargs or {}, result)
         given = (*args, *(kwargs or {}).values())
+        if getattr(func, "__name__", "") in _CUTS:
+            self.cuts += _marks(given)
         for mark in given:
             if isinstance(mark, _FloatMark):
                 shapes = tuple(tuple(t.shape) for t in given if isinstance(t, Tensor))
@@ -249,10 +307,17 @@ def _marked(model: nn.Module) -> Iterator[None]:
     """Mark the attributes of the model that may count channels or be epsilons while the context lasts."""
     restore: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
-        marks: list[tuple[str, Any]] = [(name, _Mark(value)) for name, value in _numbers(module)]
-        marks += [(name, _FloatMark(value)) for name, value in own_floats(module).items()]
-        for name, mark in marks:
+        marks: list[tuple[str, Any]] = []
+        for name, value in _numbers(module):
+            mark: Any = _Mark(value)
+            mark.sources = (source := Source(path, name, value),)
+            mark.computed = operator.itemgetter(source)
+            marks.append((name, mark))
+        for name, number in own_floats(module).items():
+            mark = _FloatMark(number)
             mark.module, mark.name = path, name
+            marks.append((name, mark))
+        for name, mark in marks:
             restore.append((module, name, vars(module)[name]))
             vars(module)[name] = mark
     try:

@@ -124,6 +124,21 @@ class Absorbed:
     label: str
 
 
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A position at which the program cuts a dimension by number.
+
+    Attributes:
+        module: Path of the module in whose forward it is called.
+        number: The position, or the size of a part.
+        ids: Slot ids of the indices that the number counts, int64 [number].
+    """
+
+    module: str
+    number: int
+    ids: np.ndarray
+
+
 class Records:
     """Producers, consumers, row dimensions and cost terms, collected over both modes.
 
@@ -141,6 +156,7 @@ class Records:
         operations: The ops of evaluation mode, in order.
         splits: Ambiguous splits.
         shaped: Reshapes to sizes that the program names, which a module may keep as an attribute.
+        cuts: Positions at which the program cuts dimensions by number.
         inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
         values: The value of every node of the traced graphs, or lists and tuples of values.
         epsilons: Constants that grow with a mean over channels.
@@ -161,6 +177,7 @@ class Records:
         self.operations: list[Read] = []
         self.splits: list[Split] = []
         self.shaped: list[Shaped] = []
+        self.cuts: list[Cut] = []
         self.inexact: list[tuple[np.ndarray, str]] = []
         self.values: dict[fx.Node, Any] = {}
         self.epsilons: list[Epsilon] = []

@@ -167,6 +167,26 @@ class _Recheck:
                         yield from (group for group in groups if group not in seen)
                         seen.update(groups)
 
+    def _cuts_elsewhere(self, before: fx.Node, now: fx.Node, gone: np.ndarray) -> bool:
+        """Whether a slice of channels starts elsewhere in the smaller program than its channels do.
+
+        Its end follows from the size of the result, which is compared, too.
+        """
+        if _op(before) not in ("slice", "narrow"):
+            return False
+        value = self._records.values.get(before.all_input_nodes[0])
+        if not isinstance(value, Value):
+            return False
+        given: Any = before.args[1] if len(before.args) > 1 else 0
+        dim = given % value.ndim
+        ids = value.ids[dim]
+        if ids is None:
+            return False
+        size = _predicted(value, gone)[dim]
+        start, later = (_start(node, n) for node, n in ((before, len(ids)), (now, size)))
+        first = ids[:start]
+        return int(((first < 0) | ~gone[first]).sum()) != later
+
     def _same_numbers(self, before: fx.Node, now: fx.Node, gone: np.ndarray) -> bool:
         """Whether the smaller program uses the same numbers, apart from epsilons that follow a mean."""
         epsilon = self._epsilons.get(before)
@@ -199,9 +219,12 @@ class _Recheck:
                 reason = f"the program computes a number from its size and uses it in {_label(before)}"
                 found.append(_Difference(step, reason))
             values = _values(self._records.values.get(before))
+            if self._cuts_elsewhere(before, now, gone) and odd.isdisjoint(sources):
+                found.append(_Difference(step, f"{_label(before)} cuts it by number"))
+                odd.add(before)
             if values and [_predicted(value, gone) for value in values] != [s for s, _ in shapes(now)]:
                 if odd.isdisjoint(sources) and not (found and found[-1].step == step):
-                    found.append(_Difference(step, f"its size is written out in {_label(before)}"))
+                    found.append(_Difference(step, _written(before)))
                 odd.add(before)
         return found
 
@@ -284,10 +307,27 @@ def _predicted(value: Value, gone: np.ndarray) -> tuple[int, ...]:
     )
 
 
+def _start(node: fx.Node, size: int) -> int:
+    """The first index of a slice of a dimension of ``size`` indices."""
+    start = node.args[2] if len(node.args) > 2 else node.kwargs.get("start")
+    return slice(start, None).indices(size)[0] if start is None or isinstance(start, int) else -1
+
+
+def _op(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+
+
+def _written(node: fx.Node) -> str:
+    """Why a result has another size than its slots predict."""
+    if _op(node) in ("slice", "narrow", "split", "split_with_sizes", "tensor_split"):
+        return f"{_label(node)} cuts it by number"
+    return f"its size is written out in {_label(node)}"
+
+
 def _label(node: fx.Node) -> str:
     if node.op == "output":
         return "an output"
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    name = _op(node)
     stack = node.meta.get("nn_module_stack")
     module = str(list(stack.values())[-1][0]) if stack else ""
     return f"{name} in {module}" if module else name

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from sparsekern.graph.propagate.records import Factor, Records, Split, term
+from sparsekern.graph.propagate.records import Cut, Factor, Records, Split, term
 from sparsekern.graph.propagate.slots import STAYS, Slots
 from sparsekern.graph.propagate.values import Affine, Average, Flags, Ids, Value, untracked
 
@@ -361,6 +361,11 @@ class Call:
         self.records.splits.append(Split(self.module, number, ids, axes))
         choice = self.interpretation[number] if number < len(self.interpretation) else 0
         return axes[choice] if choice < len(axes) else axes[0]
+
+    def cut(self, ids: Ids) -> None:
+        """Record in the second pass that a number in the program counts the indices ``ids``."""
+        if ids is not None and len(ids) and self.settled:
+            self.records.cuts.append(Cut(self.module, len(ids), ids))
 
     def count_macs(self, scale: int, *factors: Factor | None) -> None:
         """Count multiply-adds in the second pass over evaluation mode.

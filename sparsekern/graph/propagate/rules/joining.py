@@ -57,13 +57,13 @@ def stack(call: Call) -> Result:
 
 
 def _parts(call: Call, x: Value, dim: int) -> Result:
-    """Cut ``x`` along ``dim``. Equal parts are tied position by position; unequal parts freeze it."""
+    """Cut ``x`` along ``dim``. Equal parts are tied position by position.
+
+    The check of a smaller copy proves that the program cuts it at the right positions there, too.
+    """
     sizes = [shape[dim] for shape, _ in call.outputs]
     ids, zero = x.ids[dim], flags(x.zero[dim], x.shape[dim])
-    if ids is not None and len(set(sizes)) > 1:
-        call.freeze(ids, f"{call.label} cuts it into unequal parts")
-        ids = None
-    if ids is not None:
+    if ids is not None and len(set(sizes)) == 1:
         table = ids.reshape(len(sizes), -1)
         first = np.broadcast_to(table[:1], table.shape)
         call.slots.union(first.ravel(), ids, f"{call.label} cuts it into equal parts")
@@ -71,6 +71,7 @@ def _parts(call: Call, x: Value, dim: int) -> Result:
     for index, size in enumerate(sizes):
         part_ids, part_zero = list(x.ids), list(x.zero)
         part_ids[dim] = None if ids is None else ids[start : start + size]
+        call.cut(part_ids[dim])
         part_zero[dim] = None if ids is None else zero[start : start + size]
         made.append(call.make(part_ids, part_zero, index=index))
         start += size
@@ -93,13 +94,26 @@ def split(call: Call) -> Result:
 
 @register_rule("slice", "narrow", pure=True, view=True)
 def slice_(call: Call) -> Result:
-    """A part of a dimension by numbers, which freezes the dimension."""
+    """A part of a dimension by numbers.
+
+    The check of a smaller copy proves that the numbers follow the channels. Steps freeze the dimension.
+    """
     x = call["self"]
     dim = call["dim"] % x.ndim
-    ids, zero = list(x.ids), list(x.zero)
-    whole = call.shape()[dim] == x.shape[dim] and call.args.get("step", 1) == 1
-    if not whole:
-        call.freeze(ids[dim], f"{call.label} cuts it by number")
+    ids, zero, own = list(x.ids), list(x.zero), x.ids[dim]
+    size, step = call.shape()[dim], call.args.get("step", 1)
+    if own is None or (size == x.shape[dim] and step == 1):
+        return call.make(ids, zero)
+    if step != 1 or isinstance(call["start"], Value):
+        call.freeze(own, f"{call.label} cuts it by number")
+        ids[dim] = zero[dim] = None
+        return call.make(ids, zero)
+    start, _, _ = slice(call["start"], None).indices(x.shape[dim])
+    for part in (own[:start], own[: start + size], own[start : start + size], own[start + size :]):
+        call.cut(part)
+    ids[dim], zero[dim] = own[start : start + size], flags(zero[dim], len(own))[start : start + size]
+    if size == 1:
+        call.freeze(own, f"{call.label} cuts it by number")
         ids[dim] = zero[dim] = None
     return call.make(ids, zero)
 
