@@ -175,6 +175,34 @@ def _prelu(layer: _Layer) -> Sizes:
     return {"num_parameters": layer.features().new_shape[0]}
 
 
+def _recurrent(layer: _Layer) -> Sizes:
+    module = layer.module
+    if module.proj_size:
+        raise ValueError(_unknown(layer.name, module, layer.parts))
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    sizes = {tuple(_units(part, gates).tolist()) for part in layer.parts.values()}
+    inner = [p for n, p in layer.parts.items() if n.startswith("weight_hh")]
+    columns = {len(part.keep.get(1, range(part.shape[1]))) for part in inner}
+    left = layer.parts["weight_ih_l0"].new_shape[0] // gates
+    if len(sizes) > 1 or columns != {left}:
+        raise ValueError(_unknown(layer.name, module, layer.parts))
+    return {"input_size": layer.parts["weight_ih_l0"].new_shape[1], "hidden_size": left}
+
+
+def _units(part: Part, gates: int) -> np.ndarray:
+    """Which rows of all gates stay, int64; each gate keeps the same ones.
+
+    Raises:
+        ValueError: Gates keep different rows.
+    """
+    rows = np.zeros(part.shape[0], bool)
+    rows[part.keep.get(0, slice(None))] = True
+    table = rows.reshape(gates, -1)
+    if (table != table[0]).any():
+        raise ValueError("plan: keeps parts of units, expected the rows of all gates of a unit")
+    return np.flatnonzero(table[0])
+
+
 def _attention(layer: _Layer) -> Sizes:
     module = layer.module
     if not MultiheadAttention.fits(module):
@@ -231,6 +259,7 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
     (nn.RMSNorm, _layer_norm),
     (nn.PReLU, _prelu),
     (nn.MultiheadAttention, _attention),
+    (nn.RNNBase, _recurrent),
 )
 
 
@@ -363,6 +392,8 @@ def _own_parts(module: nn.Module, parts: Mapping[int, Part]) -> dict[str, Part]:
 
 def _is_of_layer(module: nn.Module, name: str) -> bool:
     """Whether torch's class defines the tensor ``name``. True for every tensor of an unlisted class."""
+    if isinstance(module, nn.RNNBase):
+        return name in module._flat_weights_names
     known = [names for kind, names in _TENSORS if isinstance(module, kind)]
     if not known and not isinstance(module, tuple(kind for kind, _ in (*_WEIGHTED, *_FEATURED))):
         return True

@@ -43,6 +43,10 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
                     if id(tensor) in made:
                         restore.append(partial(table.__setitem__, key, tensor))
                         table[key] = made[id(tensor)]
+            if isinstance(module, nn.RNNBase):
+                # A recurrent layer reads its weights from this list.
+                restore.append(partial(setattr, module, "_flat_weights", module._flat_weights))
+                module._flat_weights = [made.get(id(tensor), tensor) for tensor in module._flat_weights]
         for module, attribute, count in counts(source.clone, parts.values()):
             restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
             setattr(module, attribute, count)
