@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from sparsekern.compact.plan import TensorPlan
+from sparsekern.graph.counts import counts
 from sparsekern.graph.epsilons import set_floats
-from sparsekern.graph.layers import counts, sizes
+from sparsekern.graph.layers import sizes
 from sparsekern.nn import MultiheadAttention, NormAct2d
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from sparsekern.graph.layers import Part, is_guarded
+from sparsekern.graph.counts import is_guarded
+from sparsekern.graph.layers import Part
 from sparsekern.graph.rescale import grown
 
 # Attribute of a module: for each of its epsilons the value and the number of channels before the first cut,

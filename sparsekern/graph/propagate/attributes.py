@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.export import Capture
+from sparsekern.graph.counts import own_numbers
 from sparsekern.graph.epsilons import own_floats
-from sparsekern.graph.layers import own_numbers
 from sparsekern.graph.propagate.counting import Finder, Source
 from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph.capture.export import Source
+from sparsekern.graph.counts import counts
 from sparsekern.graph.epsilons import floats
-from sparsekern.graph.layers import Part, counts, sizes
+from sparsekern.graph.layers import Part, sizes
 
 
 @contextmanager
