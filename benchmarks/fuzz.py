@@ -39,6 +39,7 @@ def main(
     count: Annotated[int, typer.Option(help="How many networks.")] = 2000,
     start: Annotated[int, typer.Option(help="First seed.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop after that long.")] = float("inf"),
+    only: Annotated[list[str] | None, typer.Option(help="Structures to compose; default all.")] = None,
     text: Annotated[Path | None, typer.Option(help="File for what is printed.")] = None,
 ) -> None:
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def main(
     for seed in track(range(start, start + count), console=Console(stderr=True)):
         if time.perf_counter() - begin > 60 * minutes:
             break
-        plan = random_plan(seed)
+        plan = random_plan(seed, only or ())
         try:
             outcome, said, found = examine(plan)
         except Exception:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from sparsekern.compact.plan import TensorPlan
-from sparsekern.graph.layers import counts, sizes
+from sparsekern.graph.counts import counts
+from sparsekern.graph.epsilons import set_floats
+from sparsekern.graph.layers import sizes
 from sparsekern.nn import MultiheadAttention, NormAct2d
 
 
@@ -37,6 +39,7 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
             setattr(after, attribute, size)
     for module, attribute, size in counted:
         vars(module)[attribute] = size
+    set_floats(copy, parts.values())
     for encoder in copy.modules():
         # Nested tensors work only with torch's own attention.
         if isinstance(encoder, nn.TransformerEncoder) and any(

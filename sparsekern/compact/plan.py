@@ -14,12 +14,14 @@ import numpy as np
 from sparsekern.compact.indices import Indices, Runs, check_indices, to_runs
 from sparsekern.files.atomic import parse_json
 from sparsekern.files.schema import describe
+from sparsekern.graph.rescale import Rescale
 
 if TYPE_CHECKING:
     from sparsekern.graph import ChannelGraph
 
 FORMAT = "sparsekern.plan"
-VERSION = 1
+VERSION = 2
+_WITHOUT_RESCALE = 1
 
 
 # The most indices of a plan read without known shapes: 128 MiB, ten times the need of the widest networks.
@@ -38,6 +40,7 @@ class TensorPlan:
             that stays whole is not listed.
         sizes: attributes of the user's modules that count the tensor's indices, such as
             ``blocks.0.attn.num_heads``, mapped to (dimension, indices per unit).
+        rescale: how the tensor's values follow the number of its indices; None if they do not.
 
     Raises:
         ValueError: an argument breaks these conditions.
@@ -46,6 +49,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     keep: Mapping[int, Indices] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rescale: Rescale | None = None
 
     def __post_init__(self) -> None:
         shape = _check_sizes(self.shape)
@@ -63,12 +67,27 @@ class TensorPlan:
         )
         for path, size in self.sizes.items():
             _check_size(path, size, shape, self.new_shape)
+        if self.rescale is not None:
+            self.rescale.check(shape)
 
     @property
     def new_shape(self) -> tuple[int, ...]:
         """The tensor's shape after the plan is carried out."""
         kept = self.keep
         return tuple(len(kept[d]) if d in kept else size for d, size in enumerate(self.shape))
+
+    @property
+    def factor(self) -> float:
+        """The factor by which the tensor's values grow, because a mean runs over fewer channels; else 1."""
+        rule = self.rescale
+        if rule is None or rule.dim not in self.keep:
+            return 1.0
+        return rule.factor(self.shape[rule.dim], self.new_shape[rule.dim])
+
+    @property
+    def offset(self) -> float:
+        """The constant that the network adds to the tensor before it multiplies by it; else 0."""
+        return 0.0 if self.rescale is None else self.rescale.offset
 
     def then(self, later: TensorPlan) -> TensorPlan:
         """This plan followed by ``later``, which is relative to ``new_shape``."""
@@ -77,11 +96,13 @@ class TensorPlan:
         keep = dict(self.keep)
         for dim, indices in later.keep.items():
             keep[dim] = keep[dim][indices] if dim in keep else indices
-        return TensorPlan(self.shape, keep, {**self.sizes, **later.sizes})
+        return TensorPlan(self.shape, keep, {**self.sizes, **later.sizes}, later.rescale or self.rescale)
 
     def inside(self, prefix: str) -> TensorPlan:
         """The same part with ``prefix`` in front of the attribute names in ``sizes``."""
-        return replace(self, sizes={f"{prefix}.{path}": size for path, size in self.sizes.items()})
+        sizes = {f"{prefix}.{path}": size for path, size in self.sizes.items()}
+        rescale = None if self.rescale is None else self.rescale.inside(prefix)
+        return replace(self, sizes=sizes, rescale=rescale)
 
     def after(self, done: TensorPlan) -> TensorPlan:
         """The rest of this plan after ``done`` was carried out: ``done.then(result)`` equals this plan."""
@@ -96,7 +117,7 @@ class TensorPlan:
                     f"that keeps them"
                 )
             keep[dim] = np.searchsorted(left, wanted)
-        return TensorPlan(done.new_shape, keep, self.sizes)
+        return TensorPlan(done.new_shape, keep, self.sizes, self.rescale)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorPlan):
@@ -104,6 +125,7 @@ class TensorPlan:
         return (
             self.shape == other.shape
             and self.sizes == other.sizes
+            and self.rescale == other.rescale
             and self.keep.keys() == other.keep.keys()
             and all(np.array_equal(self.keep[d], other.keep[d]) for d in self.keep)
         )
@@ -187,9 +209,13 @@ class Plan:
             tensors[name] = {"shape": list(part.shape), "keep": keep}
             if part.sizes:
                 tensors[name]["sizes"] = {path: list(size) for path, size in sorted(part.sizes.items())}
+            if part.rescale is not None:
+                tensors[name]["rescale"] = part.rescale.to_plain()
+        # Version 1 knows no rescale. A reader of version 1 has to refuse such a plan.
+        rescales = any(part.rescale is not None for part in self.tensors.values())
         document = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if rescales else _WITHOUT_RESCALE,
             "indices": list(numbers),
             "tensors": tensors,
         }
@@ -215,7 +241,7 @@ class Plan:
             raise ValueError(f"text: got no valid JSON, expected a plan as JSON ({error})") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"text: got JSON that is not a plan, expected an object of format {FORMAT!r}")
-        if document.get("version") != VERSION:
+        if document.get("version") not in (VERSION, _WITHOUT_RESCALE):
             raise ValueError(
                 f"text: got a plan of version {describe(document.get('version'))}, expected {VERSION}"
             )
@@ -275,7 +301,7 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
                 # Few distinct sets occur, each in many tensors, so tensors share one array.
                 keep[dim] = parts.setdefault(stays.tobytes(), np.flatnonzero(stays))
         sizes = {path: (dim, per) for path, dim, per in slots.sizes}
-        tensors[name] = TensorPlan(tuple(slots.shape), keep, sizes)
+        tensors[name] = TensorPlan(tuple(slots.shape), keep, sizes, slots.rescale)
     return Plan(tensors)
 
 
@@ -308,7 +334,8 @@ def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) 
                 f"sizes: got {describe(path)}: {describe(size)}, expected [dimension, indices per unit]"
             )
         sizes[path] = tuple(size)
-    return TensorPlan(shape, keep, sizes)
+    rescale = Rescale.from_plain(entry["rescale"]) if "rescale" in entry else None
+    return TensorPlan(shape, keep, sizes, rescale)
 
 
 def check_shapes(claimed: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:

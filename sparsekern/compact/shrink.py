@@ -18,6 +18,7 @@ from sparsekern.compact.surgery import Registered, cut, match, registered, remem
 from sparsekern.compact.transaction import all_or_nothing
 from sparsekern.distributed.data_parallel import Rebuilding, check_rebuildable, wrappers_of
 from sparsekern.distributed.tensors import check_plain, unwrap
+from sparsekern.nn.held_factor import hold_factor
 from sparsekern.optim import Unwrapped
 
 
@@ -171,12 +172,24 @@ class _Surgery:
         """Cut the module; ``undo`` receives the callbacks that restore it."""
         undo.callback(_restore_attributes, _attributes(self.module))
         update_attributes(self.module, self.module, self.parts)
+        self._hold_factors()
         remember(self.module, self.module, self.tensors, self.parts)
         for tensor, data, grad in self._smaller:
             undo.callback(_assign, tensor, tensor.data, tensor.grad if tensor.is_leaf else None)
             _assign(tensor, data, grad)
             # Autograd does not notice an assignment to `data`, so the version marks saved tensors as changed.
             increment_version(tensor)
+
+    def _hold_factors(self) -> None:
+        """Let the modules make up for means over fewer channels; see :mod:`sparsekern.nn.held_factor`.
+
+        The parameters keep their values: the optimizer's state and all later steps are the masked network's.
+        """
+        for module in self.module.modules():
+            for name, tensor in module._parameters.items():
+                part = None if tensor is None else self.parts.get(id(tensor))
+                if part is not None and part.factor != 1:
+                    hold_factor(module, name, part.factor, part.offset)
 
 
 def listed(also: Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -19,6 +19,7 @@ from sparsekern.compact.plan import Plan, TensorPlan, shorten
 from sparsekern.compact.surgery import (
     Registered,
     build,
+    compact,
     cut,
     match,
     memory_order,
@@ -30,6 +31,7 @@ from sparsekern.compact.surgery import (
 from sparsekern.distributed.tensors import unwrap
 from sparsekern.files.atomic import check_name, opened, parse_json, replacing, target
 from sparsekern.files.schema import TEXT, Entries, Fields, Items, Row, Whole
+from sparsekern.nn.held_factor import holds_factors
 
 FORMAT = "sparsekern.model"
 VERSION = "1"
@@ -96,6 +98,8 @@ def save(
     """
     module = unwrap(module)
     target(path)  # a bad path fails before the tensors are gathered
+    if holds_factors(module):
+        module = compact(module, Plan({}))  # a file has to be right for modules of the user's own classes
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)
     tensors = _on_host(entries)

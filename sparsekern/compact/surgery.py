@@ -15,6 +15,7 @@ from sparsekern.compact.attributes import update_attributes
 from sparsekern.compact.load_hooks import forget_listeners
 from sparsekern.compact.plan import Plan, TensorPlan, check_shapes, shorten
 from sparsekern.distributed.tensors import copy_module, is_sharded, settle, unwrap, whole
+from sparsekern.nn.held_factor import fold_factors, scaled
 
 # The attribute holds JSON text, so a pickled compact module can be loaded without this package.
 _PLAN_ATTRIBUTE = "_sparsekern_plan"
@@ -65,9 +66,16 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
     model = unwrap(model)
     tensors = registered(model)
     parts = match(_left_to_do(plan, model, tensors), tensors)
-    small = build(model, tensors, parts, lambda entry: cut(entry.tensor, parts[id(entry.tensor)]))
+    small = build(model, tensors, parts, lambda entry: _fitted(entry.tensor, parts[id(entry.tensor)]))
+    fold_factors(small)
     remember(model, small, tensors, parts)
     return small
+
+
+def _fitted(tensor: Tensor, part: TensorPlan) -> Tensor:
+    """The part of ``tensor`` that stays, with values that make up for a mean over fewer channels."""
+    data = cut(tensor, part)
+    return data if part.factor == 1 else data.copy_(scaled(data, part.factor, part.offset))
 
 
 def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan:

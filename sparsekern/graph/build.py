@@ -61,7 +61,14 @@ def _tensor(tensor: Tracked, numbering: Numbering) -> TensorSlots | None:
     entry = tensor.entry
     kind: Literal["parameter", "buffer"] = "parameter" if entry.parameter else "buffer"
     return TensorSlots(
-        entry.names[0], entry.names[1:], entry.shape, kind, tuple(channels), tensor.row_dim, tensor.sizes
+        entry.names[0],
+        entry.names[1:],
+        entry.shape,
+        kind,
+        tuple(channels),
+        tensor.row_dim,
+        tensor.sizes,
+        tensor.rescale,
     )
 
 

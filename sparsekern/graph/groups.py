@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from sparsekern.graph.rescale import Rescale
+
 
 @dataclass(frozen=True, eq=False)
 class TensorSlots:
@@ -24,6 +26,8 @@ class TensorSlots:
         sizes: Attributes of the user's modules that count this tensor's indices, such as the number
             of heads, as (path, dimension, indices per unit): ``blocks.0.attn.num_heads`` equals
             ``shape[dimension] // indices per unit``.
+        rescale: How its values follow the number of its indices, such as the weight of an RMSNorm;
+            None if they do not.
     """
 
     name: str
@@ -33,6 +37,7 @@ class TensorSlots:
     channels: tuple[np.ndarray | None, ...]
     row_dim: int | None
     sizes: tuple[tuple[str, int, int], ...] = ()
+    rescale: Rescale | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsekern.graph.rescale import Rescale
 from sparsekern.nn import MultiheadAttention
 
 Sizes = dict[str, int | tuple[int, ...]]
@@ -27,6 +28,7 @@ class Part(Protocol):
         keep: The increasing indices that stay, by dimension.
         new_shape: Sizes of the part.
         sizes: Attributes of the user's modules that count indices; see ``Kept``.
+        rescale: How its values follow the number of its indices; None if they do not.
     """
 
     @property
@@ -37,6 +39,8 @@ class Part(Protocol):
     def new_shape(self) -> tuple[int, ...]: ...
     @property
     def sizes(self) -> Mapping[str, tuple[int, int]]: ...
+    @property
+    def rescale(self) -> Rescale | None: ...
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Kept:
         keep: The increasing indices that stay, by dimension. A dimension that stays whole is absent.
         sizes: Attributes of the user's modules that count indices of a dimension, by path, as
             (dimension, indices per unit).
+        rescale: How its values follow the number of its indices; None if they do not.
     """
 
     shape: tuple[int, ...]
     keep: Mapping[int, np.ndarray] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rescale: Rescale | None = None
 
     @property
     def new_shape(self) -> tuple[int, ...]:
@@ -169,6 +175,34 @@ def _prelu(layer: _Layer) -> Sizes:
     return {"num_parameters": layer.features().new_shape[0]}
 
 
+def _recurrent(layer: _Layer) -> Sizes:
+    module = layer.module
+    if module.proj_size:
+        raise ValueError(_unknown(layer.name, module, layer.parts))
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    sizes = {tuple(_units(part, gates).tolist()) for part in layer.parts.values()}
+    inner = [p for n, p in layer.parts.items() if n.startswith("weight_hh")]
+    columns = {len(part.keep.get(1, range(part.shape[1]))) for part in inner}
+    left = layer.parts["weight_ih_l0"].new_shape[0] // gates
+    if len(sizes) > 1 or columns != {left}:
+        raise ValueError(_unknown(layer.name, module, layer.parts))
+    return {"input_size": layer.parts["weight_ih_l0"].new_shape[1], "hidden_size": left}
+
+
+def _units(part: Part, gates: int) -> np.ndarray:
+    """Which rows of all gates stay, int64; each gate keeps the same ones.
+
+    Raises:
+        ValueError: Gates keep different rows.
+    """
+    rows = np.zeros(part.shape[0], bool)
+    rows[part.keep.get(0, slice(None))] = True
+    table = rows.reshape(gates, -1)
+    if (table != table[0]).any():
+        raise ValueError("plan: keeps parts of units, expected the rows of all gates of a unit")
+    return np.flatnonzero(table[0])
+
+
 def _attention(layer: _Layer) -> Sizes:
     module = layer.module
     if not MultiheadAttention.fits(module):
@@ -225,74 +259,8 @@ _FEATURED: tuple[tuple[type[nn.Module], Callable[[_Layer], Sizes]], ...] = (
     (nn.RMSNorm, _layer_norm),
     (nn.PReLU, _prelu),
     (nn.MultiheadAttention, _attention),
+    (nn.RNNBase, _recurrent),
 )
-
-
-def own_numbers(module: nn.Module) -> dict[str, int]:
-    """Find the integer attributes of a user's module that may count channels.
-
-    The layers of torch and of sparsekern have none: ``sizes`` handles them by class. Attributes that
-    every module has, names that start with ``__``, and attributes behind a property or another data
-    descriptor are never counts.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The positive integers in the module's ``__dict__``, by attribute name.
-    """
-    if type(module).__module__.startswith(("torch.nn.", "sparsekern.nn.")):
-        return {}
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if type(value) is int and value > 0 and name not in _OF_EVERY_MODULE and not _is_guarded(module, name)
-    }
-
-
-def _is_guarded(module: nn.Module, name: str) -> bool:
-    return name.startswith("__") or hasattr(getattr(type(module), name, None), "__set__")
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
-
-
-def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str, int]]:
-    """Find the new values of the attributes of the user's modules that count channels.
-
-    Args:
-        model: The model that holds the attributes.
-        parts: Parts of its tensors.
-
-    Returns:
-        (module, attribute, new value) of every attribute that changes.
-
-    Raises:
-        ValueError: ``model`` lacks such an attribute, its value does not match the size of the whole
-            tensor, or two tensors ask for different values.
-    """
-    found: dict[str, tuple[nn.Module, str, int]] = {}
-    for part in parts:
-        for path, (dim, per) in part.sizes.items():
-            if dim not in part.keep:
-                continue
-            owner, _, attribute = path.rpartition(".")
-            try:
-                module = model.get_submodule(owner)
-            except AttributeError:
-                raise ValueError(f"plan: made for another model, {path!r} is no number in this one") from None
-            value = own_numbers(module).get(attribute)
-            if value is None or value * per != part.shape[dim]:
-                raise ValueError(
-                    f"plan: made for another model, {path!r} is no number in this one that counts the "
-                    f"{part.shape[dim]} indices of a dimension by {per}"
-                )
-            new = module, attribute, part.new_shape[dim] // per
-            if found.setdefault(path, new) != new:
-                raise ValueError(
-                    f"plan: {path!r} becomes {found[path][2]} by one tensor, {new[2]} by another"
-                )
-    return list(found.values())
 
 
 def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
@@ -356,6 +324,8 @@ def _own_parts(module: nn.Module, parts: Mapping[int, Part]) -> dict[str, Part]:
 
 def _is_of_layer(module: nn.Module, name: str) -> bool:
     """Whether torch's class defines the tensor ``name``. True for every tensor of an unlisted class."""
+    if isinstance(module, nn.RNNBase):
+        return name in module._flat_weights_names
     known = [names for kind, names in _TENSORS if isinstance(module, kind)]
     if not known and not isinstance(module, tuple(kind for kind, _ in (*_WEIGHTED, *_FEATURED))):
         return True

@@ -16,7 +16,8 @@ from sparsekern.graph.capture.export import Capture, arguments, capture, inner_m
 from sparsekern.graph.capture.program import Registered
 from sparsekern.graph.capture.undisturbed import low_overhead_tracing
 from sparsekern.graph.channels import ChannelGraph
-from sparsekern.graph.propagate.attributes import follow
+from sparsekern.graph.propagate import makeup
+from sparsekern.graph.propagate.attributes import arrivals, follow, holders
 from sparsekern.graph.propagate.interpret import Interpreter, Tracked
 from sparsekern.graph.propagate.numbering import number
 from sparsekern.graph.propagate.records import Records
@@ -77,7 +78,12 @@ def trace(
     _settle_rows(tensors, slots, assumed)
     records = _interpret(captured, tensors, slots, settled=True, exact=exact)
     numbering = number(tensors, slots, records)
-    follow(captured, tensors, slots, numbering, records)
+    arrived = arrivals(captured, numbering, records)
+    unheld = makeup.follow(tensors, slots, numbering, records, holders(arrived, records))
+    if unheld:
+        _freeze_all(unheld, slots)
+        numbering = number(tensors, slots, records)
+    follow(captured, tensors, slots, numbering, records, arrived)
     if wrong := faults(captured, tensors, numbering, records):
         for fault in wrong:
             slots.freeze(fault.ids, fault.reason)
@@ -104,7 +110,7 @@ def _warn(graph: ChannelGraph) -> None:
 
 
 def _first_round(
-    captured: Capture, *, protected: set[str], exact: bool, interpretations: Mapping[str, int]
+    captured: Capture, *, protected: set[str], exact: bool, interpretations: Mapping[str, tuple[int, ...]]
 ) -> Round:
     """Allocate new slots and find which of them go together.
 
@@ -135,6 +141,11 @@ def _tracked(index: int, entry: Registered, slots: Slots) -> Tracked:
     return Tracked(entry, ids)
 
 
+def _freeze_all(faults: Iterable[tuple[np.ndarray, str]], slots: Slots) -> None:
+    for ids, reason in faults:
+        slots.freeze(ids, reason)
+
+
 def _freeze(tensor: Tracked, slots: Slots, reason: str) -> None:
     for ids in tensor.ids:
         if ids is not None:
@@ -148,13 +159,14 @@ def _interpret(
     *,
     settled: bool,
     exact: bool,
-    interpretations: Mapping[str, int] | None = None,
+    interpretations: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
     interpreter = Interpreter(tensors, slots, records, settled, exact, interpretations or {})
     for graph in captured.graphs:
         interpreter.run(graph)
+    _freeze_all(makeup.unsuitable(tensors, slots, records), slots)
     return records
 
 

@@ -155,7 +155,11 @@ IMPOSSIBLE: dict[str, tuple[nn.Module, Any, str]] = {
     ),
     "half a layer norm": (nn.LayerNorm(8), {"bias": {0: [1]}}, "different shapes"),
     "vocabulary": (nn.Embedding(9, 8), {"weight": {0: [1, 2]}}, "vocabulary"),
-    "recurrent": (nn.GRU(4, 4), {"weight_ih_l0": {1: [0]}}, "cuts weight_ih_l0 of '', a GRU"),
+    "recurrent": (
+        nn.LSTM(4, 4, proj_size=2),
+        {"weight_ih_l0": {1: [0]}},
+        "cuts weight_ih_l0 of '', a LSTM",
+    ),
     "attention": (
         nn.MultiheadAttention(4, 2, add_zero_attn=True),
         {"in_proj_weight": {1: [0]}},

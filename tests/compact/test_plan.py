@@ -110,7 +110,7 @@ def changed(**changes: object) -> str:
         ("{", "^text: got no valid JSON"),
         ("[]", "is not a plan"),
         ("{}", "is not a plan"),
-        (changed(version=2), "version 2, expected 1"),
+        (changed(version=3), "version 3, expected 2"),
         (changed(indices={}), "got dict as 'indices'"),
         (changed(indices=["0--1"]), "expected runs"),
         (changed(indices=["0,2\n"]), "expected runs"),
@@ -144,9 +144,11 @@ def test_what_is_no_tensor_plan_is_refused() -> None:
 def graph() -> Any:
     """Two groups, as ``trace`` describes them: of 3 channels and of 2."""
     slots = {
-        "one.weight": SimpleNamespace(shape=(3, 4), sizes=(), channels=(np.array([0, 1, 2]), None)),
+        "one.weight": SimpleNamespace(
+            shape=(3, 4), sizes=(), rescale=None, channels=(np.array([0, 1, 2]), None)
+        ),
         "cat.weight": SimpleNamespace(
-            shape=(2, 6), sizes=(), channels=(np.array([3, 4]), np.array([-1, 0, 1, 2, 3, 4]))
+            shape=(2, 6), sizes=(), rescale=None, channels=(np.array([3, 4]), np.array([-1, 0, 1, 2, 3, 4]))
         ),
     }
     groups = (

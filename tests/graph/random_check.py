@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graph.random_blocks
 import graph.random_steps
 import graph.random_tokens  # noqa: F401
 from graph.exactness import choose, difference, flops, mask, randomise

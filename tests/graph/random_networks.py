@@ -182,12 +182,12 @@ def build(
     return network, tuple(inputs)
 
 
-def random_plan(seed: int) -> Plan:
-    """One of very many networks."""
+def random_plan(seed: int, only: Sequence[str] = ()) -> Plan:
+    """One of very many networks, of any structures or of one or two of those named in ``only``."""
     draw = Draw(seed)
-    dims = 3 if draw.chance(0.15) else 2
-    names = [name for name, entry in STEPS.items() if dims in entry.dims]
-    count = draw.one(1, 2, 2, 3, 3, 4)
+    dims = 3 if not only and draw.chance(0.15) else 2
+    names = list(only) or [name for name, entry in STEPS.items() if dims in entry.dims]
+    count = draw.one(1, 1, 2) if only else draw.one(1, 2, 2, 3, 3, 4)
     return Plan(tuple((draw.one(*names), draw.one(*range(10_000))) for _ in range(count)), seed, dims)
 
 

@@ -7,7 +7,8 @@ that arrives in a reshape still has its mark.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,26 +19,84 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.export import Capture
-from sparsekern.graph.capture.source import Source
-from sparsekern.graph.layers import own_numbers
+from sparsekern.graph.counts import own_numbers
+from sparsekern.graph.epsilons import own_floats
+from sparsekern.graph.propagate.counting import Finder, Source
 from sparsekern.graph.propagate.interpret import Tracked
 from sparsekern.graph.propagate.numbering import Numbering
-from sparsekern.graph.propagate.records import Records, Shaped
+from sparsekern.graph.propagate.records import Epsilon, Records, Shaped
 from sparsekern.graph.propagate.slots import Slots
 
 _RESHAPES = frozenset({"view", "reshape", "unflatten"})
+_CUTS = frozenset({"split", "split_with_sizes", "tensor_split", "narrow", "__getitem__"})
 
 
 class _Mark(int):
-    """A number marked with the attribute that it comes from.
+    """A number marked with the attributes that it is computed from.
 
     Attributes:
-        module: Path of the module.
-        name: Name of the attribute.
+        sources: The attributes; one if the number is the attribute itself.
+        computed: Gives the number for other values of the attributes.
     """
+
+    sources: tuple[Source, ...]
+    computed: Callable[[Mapping[Source, int]], int]
+
+
+def _computed(name: str) -> Any:
+    plain = getattr(int, name)
+
+    def operate(self: _Mark, *other: Any) -> Any:
+        result = plain(self, *other)
+        if type(result) is not int:
+            return result
+        numbers = (self, *other)
+        mark = _Mark(result)
+        sources = (source for number in numbers for source in getattr(number, "sources", ()))
+        mark.sources = tuple(dict.fromkeys(sources))
+        mark.computed = lambda values: int(
+            plain(*(n.computed(values) if isinstance(n, _Mark) else int(n) for n in numbers))
+        )
+        return mark
+
+    return operate
+
+
+for _operator in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "neg"):
+    setattr(_Mark, f"__{_operator}__", _computed(f"__{_operator}__"))
+
+
+class _FloatMark(float):
+    """A float marked with the attribute that it comes from; see ``_Mark``."""
 
     module: str
     name: str
+
+
+class _Constant(NamedTuple):
+    """An attribute that arrives in an op together with tensors.
+
+    Attributes:
+        shapes: Shapes of the op's tensors.
+        mark: The attribute.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    mark: _FloatMark
+
+
+class Arrivals(NamedTuple):
+    """The attributes that arrive in the ops of a forward.
+
+    Attributes:
+        reshapes: Reshapes to sizes that are attributes.
+        constants: Floats that are attributes.
+        cuts: Numbers from attributes at which dimensions are cut.
+    """
+
+    reshapes: Sequence[_Reshape] = ()
+    constants: Sequence[_Constant] = ()
+    cuts: Sequence[_Mark] = ()
 
 
 class _Reshape(NamedTuple):
@@ -54,8 +113,71 @@ class _Reshape(NamedTuple):
     marks: dict[int, _Mark]
 
 
+def arrivals(captured: Capture, numbering: Numbering, records: Records) -> Arrivals:
+    """Run the copy with marked attributes, if any of them may follow the channels.
+
+    Args:
+        captured: The traced model.
+        numbering: The numbers of channels and groups.
+        records: The records of the settled interpretation.
+
+    Returns:
+        The attributes that arrive in ops.
+    """
+    source = captured.source
+    wanted = any(_counted(source.clone, found, numbering) for found in records.shaped)
+    wanted = wanted or any((numbering.channel_of[cut.ids] >= 0).any() for cut in records.cuts)
+    if not wanted and not any(_is_free(epsilon, numbering) for epsilon in records.epsilons):
+        return Arrivals()
+    recorder = _Recorder()
+    with _marked(source.clone), recorder:
+        for graph in captured.graphs:
+            source.run(graph.training)
+    return Arrivals(recorder.reshapes, recorder.constants, recorder.cuts)
+
+
+def _is_free(epsilon: Epsilon, numbering: Numbering) -> bool:
+    ids = epsilon.average.ids
+    return bool((numbering.channel_of[ids[ids >= 0]] >= 0).any())
+
+
+def holders(found: Arrivals, records: Records) -> dict[Epsilon, str]:
+    """Find the attributes that hold epsilons.
+
+    An attribute of the innermost module comes first. The check of a smaller copy proves the choice.
+
+    Args:
+        found: The attributes that arrive in ops.
+        records: The records of the settled interpretation.
+
+    Returns:
+        The path of the attribute of every epsilon that one holds.
+    """
+    table: dict[Epsilon, str] = {}
+    for epsilon in records.epsilons:
+        marks = {
+            _path(c.mark): len(c.mark.module)
+            for c in found.constants
+            if abs(float(c.mark)) == abs(epsilon.number)
+            and epsilon.shape in c.shapes
+            and _around(epsilon.module, c.mark.module)
+        }
+        if marks:
+            table[epsilon] = max(marks, key=marks.__getitem__)
+    return table
+
+
+def _path(mark: _FloatMark) -> str:
+    return f"{mark.module}.{mark.name}" if mark.module else mark.name
+
+
 def follow(
-    captured: Capture, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering, records: Records
+    captured: Capture,
+    tensors: Sequence[Tracked],
+    slots: Slots,
+    numbering: Numbering,
+    records: Records,
+    arrived: Arrivals,
 ) -> None:
     """Find the attributes that count channels and record them in ``Tracked.sizes``.
 
@@ -65,19 +187,36 @@ def follow(
         slots: All slots.
         numbering: The numbers of channels and groups.
         records: The records of the settled interpretation, with the reshapes.
+        arrived: The attributes that arrive in ops.
     """
     source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]
-    if not shaped:
-        return
-    for reshape in _reshapes(source, [graph.training for graph in captured.graphs]):
+    computed: list[tuple[np.ndarray | None, _Mark]] = []
+    fixed: set[Source] = set()
+    for reshape in arrived.reshapes:
         for found in shaped:
             if (found.before, found.after) != (reshape.before, reshape.after):
                 continue
             for dim, mark in reshape.marks.items():
-                ids = found.ids[dim]
-                if ids is not None and _around(found.module, mark.module):
-                    _note(ids, mark, tensors, slots, numbering)
+                ids, sources = found.ids[dim], mark.sources
+                if not _around(found.module, sources[0].module):
+                    continue
+                if len(sources) > 1 or sources[0].value != int(mark):
+                    computed.append((ids, mark))
+                elif ids is None or (numbering.channel_of[ids] < 0).all():
+                    fixed.add(sources[0])
+                else:
+                    _note(ids, sources[0], tensors, slots, numbering)
+    for mark in arrived.cuts:
+        computed += [
+            (cut.ids, mark)
+            for cut in records.cuts
+            if cut.number == abs(mark) and _around(cut.module, mark.sources[0].module)
+        ]
+    finder = Finder(tensors, numbering, fixed)
+    # What counts channels comes first: other numbers have to stay what they are then.
+    for ids, mark in sorted(computed, key=lambda pair: (pair[0] is None, len(pair[1].sources))):
+        finder.fit(ids, mark)
 
 
 def _around(module: str, outer: str) -> bool:
@@ -98,9 +237,9 @@ def _numbers(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def _note(
-    ids: np.ndarray, mark: _Mark, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering
+    ids: np.ndarray, source: Source, tensors: Sequence[Tracked], slots: Slots, numbering: Numbering
 ) -> None:
-    """Record that the attribute ``mark`` counts ``ids``.
+    """Record that an attribute counts ``ids``.
 
     Nothing is recorded unless each counted index is the same number of indices of one tensor.
     """
@@ -112,21 +251,31 @@ def _note(
     number, dim = owners[0]
     tensor = tensors[number]
     whole = tensor.ids[dim]
-    path = f"{mark.module}.{mark.name}" if mark.module else mark.name
-    if whole is None or len(whole) % len(ids) or any(path == known for known, _, _ in tensor.sizes):
+    if whole is None or len(whole) % len(ids) or any(source.path == known for known, _, _ in tensor.sizes):
         return
     per = len(whole) // len(ids)
     counted, all_of_them = (np.unique(numbering.channel_of[i], return_counts=True) for i in (ids, whole))
     if np.array_equal(counted[0], all_of_them[0]) and np.array_equal(counted[1] * per, all_of_them[1]):
-        tensor.sizes = (*tensor.sizes, (path, dim, per))
+        tensor.sizes = (*tensor.sizes, (source.path, dim, per))
+
+
+def _marks(given: Any) -> list[_Mark]:
+    """The marks among arguments, in lists, tuples and slices."""
+    if isinstance(given, _Mark):
+        return [given]
+    if isinstance(given, slice):
+        return _marks((given.start, given.stop))
+    return [mark for item in given for mark in _marks(item)] if isinstance(given, (list, tuple)) else []
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the reshapes to sizes that are attributes."""
+    """Records the reshapes to sizes that are attributes, and the floats that are attributes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[_Reshape] = []
+        self.reshapes: list[_Reshape] = []
+        self.constants: list[_Constant] = []
+        self.cuts: list[_Mark] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -134,6 +283,13 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _RESHAPES and isinstance(result, Tensor):
             self._record(func.__name__, args, kwargs or {}, result)
+        given = (*args, *(kwargs or {}).values())
+        if getattr(func, "__name__", "") in _CUTS:
+            self.cuts += _marks(given)
+        for mark in given:
+            if isinstance(mark, _FloatMark):
+                shapes = tuple(tuple(t.shape) for t in given if isinstance(t, Tensor))
+                self.constants.append(_Constant(shapes, mark))
         return result
 
     def _record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -143,29 +299,29 @@ class _Recorder(TorchFunctionMode):
         first = int(sizes.pop(0)) % x.ndim if name == "unflatten" else 0
         marks = {first + place: size for place, size in enumerate(sizes) if isinstance(size, _Mark)}
         if marks:
-            self.found.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
-
-
-def _reshapes(source: Source, modes: Iterable[bool]) -> list[_Reshape]:
-    recorder = _Recorder()
-    with _marked(source.clone), recorder:
-        for training in modes:
-            source.run(training)
-    return recorder.found
+            self.reshapes.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
 
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Mark the attributes of the model that may count channels while the context lasts."""
-    restore: list[tuple[nn.Module, str, int]] = []
+    """Mark the attributes of the model that may count channels or be epsilons while the context lasts."""
+    restore: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
+        marks: list[tuple[str, Any]] = []
         for name, value in _numbers(module):
-            mark = _Mark(value)
+            mark: Any = _Mark(value)
+            mark.sources = (source := Source(path, name, value),)
+            mark.computed = operator.itemgetter(source)
+            marks.append((name, mark))
+        for name, number in own_floats(module).items():
+            mark = _FloatMark(number)
             mark.module, mark.name = path, name
-            module.__dict__[name] = mark
-            restore.append((module, name, value))
+            marks.append((name, mark))
+        for name, mark in marks:
+            restore.append((module, name, vars(module)[name]))
+            vars(module)[name] = mark
     try:
         yield
     finally:
         for module, name, value in restore:
-            module.__dict__[name] = value
+            vars(module)[name] = value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -19,7 +20,8 @@ from sparsekern.graph.propagate.operations import read
 from sparsekern.graph.propagate.records import Records, term
 from sparsekern.graph.propagate.rules import RULES, Call, Rule
 from sparsekern.graph.propagate.slots import Slots
-from sparsekern.graph.propagate.values import Flags, Ids, Value, untracked
+from sparsekern.graph.propagate.values import Affine, Flags, Ids, Value, untracked
+from sparsekern.graph.rescale import Rescale
 
 _Environment = dict[fx.Node, Any]
 
@@ -33,12 +35,14 @@ class Tracked:
         ids: Per dimension an int64 array of slot ids; None for a dimension of size 1.
         row_dim: The dimension of its rows; None if it is not known or there is none.
         sizes: Attributes of the user's modules that count its indices; see ``TensorSlots``.
+        rescale: How its values follow the number of its indices; see ``TensorSlots``.
     """
 
     entry: Registered
     ids: tuple[Ids, ...]
     row_dim: int | None = None
     sizes: tuple[tuple[str, int, int], ...] = ()
+    rescale: Rescale | None = None
 
     def value(self, number: int, settled: bool, storage: int) -> Value:
         """Make the value that enters the graph for this tensor.
@@ -67,6 +71,7 @@ class Tracked:
             storage=storage,
             static=True,
             made_of=frozenset({number}),
+            affine=Affine(number),
         )
 
 
@@ -83,8 +88,8 @@ class Interpreter:
         records: The records that the rules fill.
         settled: Whether this is the second pass.
         exact: See ``Call``.
-        interpretations: By module, the interpretation of its ambiguous splits to take; the first one (0)
-            for a module that is absent.
+        interpretations: By module, the choices to take for its ambiguous splits; the first one (0) for a
+            module that is absent.
     """
 
     tensors: Sequence[Tracked]
@@ -92,13 +97,15 @@ class Interpreter:
     records: Records
     settled: bool
     exact: bool = True
-    interpretations: Mapping[str, int] = field(default_factory=dict)
+    interpretations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    _splits: Counter[str] = field(default_factory=Counter)
     _storage: int = field(default=0)
     _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
     def run(self, graph: Captured) -> None:
         """Apply the rules to ``graph`` and freeze the slots that reach its outputs."""
         sources = graph.sources
+        self._splits.clear()
         known: dict[int, Value] = {}
 
         def placeholder(node: fx.Node) -> Value:
@@ -120,9 +127,17 @@ class Interpreter:
             # A static value on a module is a weight made anew in every forward. No loss reads it.
             remade = number >= len(outputs) - len(graph.kept) and isinstance(value, Value) and value.static
             if isinstance(value, Value) and not remade:
-                for ids in value.ids:
-                    if ids is not None:
-                        self.slots.freeze(ids, reason)
+                self._leaves(value, reason)
+
+    def _leaves(self, value: Value, reason: str) -> None:
+        """Freeze every slot of a value that something unknown reads, for ``reason``."""
+        for ids in value.ids:
+            if ids is not None:
+                self.slots.freeze(ids, reason)
+        if value.average is not None:
+            self.slots.freeze(value.average.ids, reason)
+        if value.affine is not None:
+            self.records.otherwise.setdefault(value.affine.tensor, reason)
 
     def _next(self) -> int:
         self._storage += 1
@@ -166,8 +181,10 @@ class Interpreter:
             return self._higher_order(node, [*args, *kwargs.values()], counted)
         schema = node.target._schema
         call = self._call(node, _bind(node.target, args, kwargs), counted)
+        self.slots.step += 1
         before = len(self.records.macs)
-        result = self._apply(call)
+        result = self._averaged(call, self._apply(call), in_place=schema.is_mutable)
+        self._splits[call.module] = call.splits
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
             # The cost is constant: nothing that enters an op without a rule is pruned.
             call.count_macs(macs(node))
@@ -187,6 +204,28 @@ class Interpreter:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             return call.give_up(f"{call.label} is not followed ({type(error).__name__}: {error})")
 
+    def _averaged(self, call: Call, result: Any, *, in_place: bool) -> Any:
+        """Carry the factors of means over channels on, or freeze the channels if the op cannot.
+
+        A write in place may change values that share the memory, so it carries nothing on.
+        """
+        operands = list(call.values())
+        averages = [value.average for value in operands if value.average is not None]
+        if averages and (in_place or call.gave_up or not call.rule.averages):
+            alone = len(operands) == 1 or call.name.endswith("_as")
+            if call.rule.pure and alone and not in_place and not call.gave_up and operands[0].average:
+                result = _mapped(result, lambda value: replace(value, average=operands[0].average))
+            else:
+                call.lose(*averages)
+                result = _mapped(result, lambda value: replace(value, average=None))
+        if in_place:
+            result = _mapped(result, lambda value: replace(value, affine=None))
+        carried = {v.affine.tensor for v in _each(result) if v.affine is not None}
+        for value in operands:
+            if value.affine is not None and value.affine.tensor not in carried | call.made_up:
+                self.records.otherwise.setdefault(value.affine.tensor, call.label)
+        return result
+
     def _call(self, node: fx.Node, args: dict[str, Any], counted: bool) -> Call:
         name, overload, rule = _rule(node.target)
         module = _module(node)
@@ -202,8 +241,10 @@ class Interpreter:
             settled=self.settled,
             counted=counted,
             exact=self.exact,
-            interpretation=self.interpretations.get(module, 0),
+            interpretation=self.interpretations.get(module, ()),
+            splits=self._splits[module],
             new_storage=self._next,
+            node=node,
         )
 
     def _note(self, call: Call, result: Any, *, in_place: bool) -> None:
@@ -238,6 +279,10 @@ class Interpreter:
                     around[node] = [_cleared(v, before.storage, result.zero_broken_by) for v in value]
                 else:
                     around[node] = _cleared(value, before.storage, result.zero_broken_by)
+        for around, node in self._sharing.get(before.storage, ()):
+            for value in _each(around[node]):
+                if value.storage == before.storage and value.average is not None:
+                    self.slots.freeze(value.average.ids, value.average.reason)
         env[target] = result
         return result
 
@@ -249,10 +294,20 @@ class Interpreter:
         reason = f"{node.target} has no rule"
         for value in pytree.tree_leaves(args):
             if isinstance(value, Value):
-                for ids in value.ids:
-                    if ids is not None:
-                        self.slots.freeze(ids, reason)
+                self._leaves(value, reason)
         return tuple(untracked(s, i, reason, self._next()) for s, i in shapes(node))
+
+
+def _each(made: Any) -> list[Value]:
+    """The values among the results of an op."""
+    return [v for v in (made if isinstance(made, (tuple, list)) else (made,)) if isinstance(v, Value)]
+
+
+def _mapped(made: Any, change: Callable[[Value], Value]) -> Any:
+    """The results of an op with every value changed."""
+    if isinstance(made, (tuple, list)):
+        return tuple(_mapped(value, change) for value in made)
+    return change(made) if isinstance(made, Value) else made
 
 
 def _cleared(value: Any, storage: int, op: str) -> Any:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import fx
 
 from sparsekern.graph.propagate.operations import Read
 from sparsekern.graph.propagate.slots import Slots
-from sparsekern.graph.propagate.values import Ids
+from sparsekern.graph.propagate.values import Affine, Average, Ids
 
 Factor = np.ndarray | int
 
@@ -54,6 +54,23 @@ class Term:
     factors: list[np.ndarray]
 
 
+class Split(NamedTuple):
+    """A split of a dimension that has several interpretations.
+
+    Attributes:
+        module: Path of the module in whose forward it is called.
+        number: Its number among the splits of the module in one graph.
+        ids: Slot ids of the dimension, int64.
+        axes: The axes that may carry the channels, counted from the end; the first choice comes first.
+            The others are in the same order for every split.
+    """
+
+    module: str
+    number: int
+    ids: np.ndarray
+    axes: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Shaped:
     """A reshape to sizes that the program names.
@@ -71,6 +88,57 @@ class Shaped:
     ids: tuple[Ids, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Epsilon:
+    """A constant that is added to a mean over channels, or bounds it, and has to grow with it.
+
+    Attributes:
+        node: The op that reads it.
+        module: Path of the module in whose forward the op is called.
+        number: Its value.
+        default: Whether the op takes it by default (``eps=None``).
+        shape: Shape of the mean; of the input for a normalisation.
+        average: The factor of the mean.
+    """
+
+    node: fx.Node
+    module: str
+    number: float
+    default: bool
+    shape: tuple[int, ...]
+    average: Average
+
+
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """A tensor that multiplies a value which depends on the number of channels, and makes up for it.
+
+    Attributes:
+        weight: The tensor, and how the op reads it.
+        average: The factor of the value.
+        label: The op, for messages.
+    """
+
+    weight: Affine
+    average: Average
+    label: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A position at which the program cuts a dimension by number.
+
+    Attributes:
+        module: Path of the module in whose forward it is called.
+        number: The position, or the size of a part.
+        ids: Slot ids of the indices that the number counts, int64 [number].
+    """
+
+    module: str
+    number: int
+    ids: np.ndarray
+
+
 class Records:
     """Producers, consumers, row dimensions and cost terms, collected over both modes.
 
@@ -86,10 +154,14 @@ class Records:
         macs: Terms of the multiply-adds.
         activations: Terms of the bytes of activations.
         operations: The ops of evaluation mode, in order.
-        splits: Ambiguous splits as (module, slot ids, number of interpretations).
+        splits: Ambiguous splits.
         shaped: Reshapes to sizes that the program names, which a module may keep as an attribute.
+        cuts: Positions at which the program cuts dimensions by number.
         inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
         values: The value of every node of the traced graphs, or lists and tuples of values.
+        epsilons: Constants that grow with a mean over channels.
+        absorbed: Tensors that make up for the number of channels of a mean.
+        otherwise: By number of a tensor, an op that reads it in another way than to make up for a mean.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -103,10 +175,14 @@ class Records:
         self.macs: list[Term] = []
         self.activations: list[Term] = []
         self.operations: list[Read] = []
-        self.splits: list[tuple[str, np.ndarray, int]] = []
+        self.splits: list[Split] = []
         self.shaped: list[Shaped] = []
+        self.cuts: list[Cut] = []
         self.inexact: list[tuple[np.ndarray, str]] = []
         self.values: dict[fx.Node, Any] = {}
+        self.epsilons: list[Epsilon] = []
+        self.absorbed: list[Absorbed] = []
+        self.otherwise: dict[int, str] = {}
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """Record a producer. A tied weight that is used again is the same producer.

@@ -20,6 +20,8 @@ class Slots:
 
     Attributes:
         reasons: All reasons, by number.
+        step: The step of the program that is interpreted.
+        steps: The step at which each reason was given first, by number.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,8 @@ class Slots:
         self._owners: list[tuple[int, int]] = []
         self._reason_index: dict[str, int] = {}
         self.reasons: list[str] = []
+        self.step = 0
+        self.steps: list[int] = []
 
     def __len__(self) -> int:
         return self._size
@@ -128,6 +132,7 @@ class Slots:
         index = self._reason_index.setdefault(reason, len(self.reasons))
         if index == len(self.reasons):
             self.reasons.append(reason)
+            self.steps.append(self.step)
         self._reason[ids] = np.where(self._reason[ids] < 0, index, self._reason[ids])
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 Ids = np.ndarray | None
 Flags = np.ndarray | None
+
+
+class Affine(NamedTuple):
+    """A static value ``factor * w + offset`` of one registered tensor w.
+
+    Attributes:
+        tensor: The tensor's number.
+        factor: The factor.
+        offset: The offset.
+    """
+
+    tensor: int
+    factor: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """A factor of a value that depends on the number of channels that a mean runs over.
+
+    The compact network's value is ``(N / n) ** exponent`` times the masked network's, where n of the N
+    channels stay.
+
+    Attributes:
+        ids: Raw slot ids of the channels, int64 [N].
+        exponent: The power.
+        reason: Why the channels stay if nothing makes up for the factor.
+        epsilons: Numbers (indices into ``Records.epsilons``) of the constants that have to grow with it.
+    """
+
+    ids: np.ndarray
+    exponent: float
+    reason: str
+    epsilons: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +63,8 @@ class Value:
         storage: Values with equal numbers may share memory; an in-place op affects all of them.
         static: Whether it is computed from parameters, buffers and constants alone, like a weight.
         made_of: Numbers of the parameters and buffers that a static value is computed from.
+        affine: The tensor that it is an affine function of; None if it is none.
+        average: The factor by which it depends on the number of channels; None if there is none.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +78,8 @@ class Value:
     storage: int = -1
     static: bool = False
     made_of: frozenset[int] = field(default_factory=frozenset)
+    affine: Affine | None = None
+    average: Average | None = None
 
     @property
     def ndim(self) -> int:

@@ -80,4 +80,5 @@ def _layout(source: Source, graph: ChannelGraph) -> Layout:
             numbers[name]: {path: (dim, per) for path, dim, per in slots.sizes}
             for name, slots in graph.tensors.items()
         },
+        {numbers[name]: slots.rescale for name, slots in graph.tensors.items()},
     )

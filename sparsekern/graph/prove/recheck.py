@@ -9,6 +9,7 @@ every tensor must have the size that its slots predict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from sparsekern.graph.propagate.numbering import Numbering
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.values import Value
 from sparsekern.graph.prove.trial import Layout, Outcome, Trials, patterns, search
+from sparsekern.graph.rescale import grown
 
 
 class Fault(NamedTuple):
@@ -100,6 +102,7 @@ class _Recheck:
         self._source, self._numbering, self._records = captured.source, numbering, records
         self._wholes = [_whole(captured.source, graph) for graph in captured.graphs]
         self._trials = Trials(captured.source, _layout(tensors, numbering))
+        self._epsilons = {epsilon.node: epsilon for epsilon in records.epsilons}
 
     def found(self) -> dict[int, str]:
         found: dict[int, str] = {}
@@ -195,6 +198,42 @@ class _Recheck:
                         yield from (group for group in groups if group not in seen)
                         seen.update(groups)
 
+    def _cuts_elsewhere(self, before: Step, now: Step, gone: np.ndarray) -> bool:
+        """Whether a slice of channels starts elsewhere in the smaller program than its channels do.
+
+        Its end follows from the size of the result, which is compared, too.
+        """
+        if before.node is None or _op(before) not in ("slice", "narrow"):
+            return False
+        value = self._records.values.get(before.node.all_input_nodes[0])
+        if not isinstance(value, Value):
+            return False
+        dim = _argument(before, "dim", 0) % value.ndim
+        ids = value.ids[dim]
+        if ids is None:
+            return False
+        size = _predicted(value, gone)[dim]
+        start, later = (_start(step, n) for step, n in ((before, len(ids)), (now, size)))
+        first = ids[:start]
+        return int(((first < 0) | ~gone[first]).sum()) != later
+
+    def _same_numbers(self, before: Step, now: Step, gone: np.ndarray) -> bool:
+        """Whether the smaller program uses the same numbers, apart from epsilons that follow a mean."""
+        epsilon = self._epsilons.get(before.node) if before.node is not None else None
+        expected, found = list(before.numbers), list(now.numbers)
+        if epsilon is None:
+            return expected == found
+        ids = epsilon.average.ids
+        left = len(ids) - int(gone[ids[ids >= 0]].sum())
+        number = grown(epsilon.number, len(ids), max(left, 1), epsilon.average.exponent)
+        if epsilon.default:
+            expected = [*expected, epsilon.number] if left < len(ids) else expected
+        place = next((i for i, n in enumerate(expected) if abs(n) == abs(epsilon.number)), None)
+        if len(expected) != len(found) or place is None:
+            return expected == found
+        expected[place] = math.copysign(number, expected[place])
+        return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(expected, found, strict=True))
+
     def _differences(self, whole: _Whole, small: Record, gone: np.ndarray) -> list[_Difference]:
         """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
@@ -205,14 +244,18 @@ class _Recheck:
             if before is None or now is None or not _are_alike(before, now):
                 found.append(_Difference(step, "the program runs other ops where it is smaller"))
                 break
-            if before.numbers != now.numbers or _constants(before) != _constants(now):
+            if not self._same_numbers(before, now, gone) or _constants(before) != _constants(now):
                 reason = f"the program computes a number from its size and uses it in {_label(before)}"
                 found.append(_Difference(step, reason))
             values = _values(self._records.values.get(before.node)) if before.node else []
+            outputs = {(step, output) for output in range(len(before.shapes))}
+            if self._cuts_elsewhere(before, now, gone) and odd.isdisjoint(before.sources):
+                found.append(_Difference(step, f"{_label(before)} cuts it by number"))
+                odd |= outputs
             if values and [_predicted(value, gone) for value in values] != list(now.shapes):
                 if odd.isdisjoint(before.sources) and not (found and found[-1].step == step):
-                    found.append(_Difference(step, f"its size is written out in {_label(before)}"))
-                odd.update((step, output) for output in range(len(before.shapes)))
+                    found.append(_Difference(step, _written(before)))
+                odd |= outputs
         return found
 
 
@@ -248,7 +291,8 @@ def _layout(tensors: Sequence[Tracked], numbering: Numbering) -> Layout:
             channels[number] = tuple(own)
     shapes_of = {number: tensors[number].entry.shape for number in channels}
     sizes = {n: {path: (dim, per) for path, dim, per in tensors[n].sizes} for n in channels}
-    return Layout(shapes_of, channels, numbering.group_of, sizes)
+    rescales = {n: tensors[n].rescale for n in channels}
+    return Layout(shapes_of, channels, numbering.group_of, sizes, rescales)
 
 
 def _are_alike(before: Step, now: Step) -> bool:
@@ -273,10 +317,38 @@ def _predicted(value: Value, gone: np.ndarray) -> tuple[int, ...]:
     )
 
 
+def _argument(step: Step, name: str, default: Any) -> Any:
+    """An argument of an op that is no tensor; ``default`` if the call leaves it out."""
+    if step.node is not None and not step.plain:
+        names = [argument.name for argument in step.target._schema.arguments]
+        given = dict(zip(names, step.node.args, strict=False)) | step.node.kwargs
+        return given.get(name, default)
+    return dict(step.plain).get(name, default)
+
+
+def _start(step: Step, size: int) -> int:
+    """The first index of a slice of a dimension of ``size`` indices."""
+    start = _argument(step, "start", None)
+    if start is None or start == str(type(None)):
+        return 0
+    return slice(start, None).indices(size)[0] if isinstance(start, int) else -1
+
+
+def _op(step: Step) -> str:
+    return getattr(step.target, "__name__", str(step.target)).partition(".")[0]
+
+
+def _written(step: Step) -> str:
+    """Why a result has another size than its slots predict."""
+    if _op(step) in ("slice", "narrow", "split", "split_with_sizes", "tensor_split"):
+        return f"{_label(step)} cuts it by number"
+    return f"its size is written out in {_label(step)}"
+
+
 def _label(step: Step) -> str:
     if step.node is None or step.node.op == "output":
-        return "an output" if step.node or step.target == "output" else str(step.target).partition(".")[0]
-    name = getattr(step.target, "__name__", str(step.target)).partition(".")[0]
+        return "an output" if step.node or step.target == "output" else _op(step)
+    name = _op(step)
     stack = step.node.meta.get("nn_module_stack")
     module = str(list(stack.values())[-1][0]) if stack else ""
     return f"{name} in {module}" if module else name

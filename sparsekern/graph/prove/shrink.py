@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph.capture.source import Source
-from sparsekern.graph.layers import Part, counts, sizes
+from sparsekern.graph.counts import counts
+from sparsekern.graph.epsilons import floats
+from sparsekern.graph.layers import Part, sizes
 
 
 @contextmanager
@@ -31,7 +33,10 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
     made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
     with ExitStack() as undo:
         # Counts are checked against the sizes of the whole model, so they come before any change.
-        changes: list[tuple[nn.Module, str, Any]] = [*counts(source.clone, parts.values())]
+        changes: list[tuple[nn.Module, str, Any]] = [
+            *counts(source.clone, parts.values()),
+            *floats(source.clone, parts.values()),
+        ]
         for name, module in source.clone.named_modules():
             changes += [(module, attribute, size) for attribute, size in sizes(name, module, left).items()]
         for module, attribute, size in changes:
@@ -45,6 +50,10 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
                     if id(tensor) in made:
                         undo.callback(table.__setitem__, key, tensor)
                         table[key] = made[id(tensor)]
+            if isinstance(module, nn.RNNBase):
+                # A recurrent layer reads its weights from this list.
+                undo.callback(setattr, module, "_flat_weights", module._flat_weights)
+                module._flat_weights = [made.get(id(tensor), tensor) for tensor in module._flat_weights]
         yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
 
 

@@ -22,6 +22,7 @@ from sparsekern.graph.capture.courses import first_line
 from sparsekern.graph.capture.source import Source
 from sparsekern.graph.layers import Kept
 from sparsekern.graph.prove.shrink import shrunk
+from sparsekern.graph.rescale import Rescale
 
 
 class Outcome(NamedTuple):
@@ -54,12 +55,14 @@ class Layout:
             None for a dimension that no channel runs through.
         group_of: The group of every channel, int64 [C].
         sizes: By tensor number, attributes that count its indices; see ``Kept``.
+        rescales: By tensor number, how its values follow the number of its indices; see ``Kept``.
     """
 
     shapes: Mapping[int, tuple[int, ...]]
     channels: Mapping[int, tuple[np.ndarray | None, ...]]
     group_of: np.ndarray
     sizes: Mapping[int, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    rescales: Mapping[int, Rescale | None] = field(default_factory=dict)
 
     def parts(self, gone: np.ndarray) -> dict[int, Kept]:
         """Find the part of each tensor that stays.
@@ -75,7 +78,9 @@ class Layout:
         for number, dims in self.channels.items():
             keep = {d: np.flatnonzero(~lost[ids]) for d, ids in enumerate(dims) if ids is not None}
             keep = {d: k for d, k in keep.items() if len(k) < self.shapes[number][d]}
-            parts[number] = Kept(self.shapes[number], keep, self.sizes.get(number, {}))
+            parts[number] = Kept(
+                self.shapes[number], keep, self.sizes.get(number, {}), self.rescales.get(number)
+            )
         return parts
 
     def groups(self, number: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import numpy as np
 
+from sparsekern.graph.propagate.rules.averages import affine, bounded, product, raised, summed
 from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
 from sparsekern.graph.propagate.values import Flags, Ids, Value
 
@@ -92,8 +93,9 @@ def _operands(call: Call) -> tuple[list[Value], list[float]]:
     return tensors, [v for v in both if not isinstance(v, Value)]
 
 
-@register_rule("add", "sub", "rsub", "subtract")
+@register_rule("add", "sub", "rsub", "subtract", averages=True)
 def add(call: Call) -> Result:
+    """A sum. A number that is added to a mean over channels has to grow with it."""
     tensors, numbers = _operands(call)
     ids = broadcast(call, tensors)
     zero = zeros(ids, tensors, every)
@@ -101,7 +103,19 @@ def add(call: Call) -> Result:
         zero = [None if z is None else np.zeros_like(z) for z in zero]
     carried = [v for v in tensors if v.tracked]
     alone = len(carried) == 1 and not any(z is not None and z.any() for z in zero)
-    return call.make(ids, zero, zero_broken_by=call.label if alone or numbers else "")
+    average, made = summed(call, tensors), None
+    plus = [number * _sign(call) * float(call.args.get("alpha", 1)) for number in numbers]
+    if plus and isinstance(call["self"], Value) and call.name != "rsub":
+        average, made = bounded(call, average, plus[0], call.shape()), affine(tensors[0], 1.0, plus[0])
+    elif plus and average is not None and plus[0] != 0:
+        call.lose(average)
+        average = None
+    broken = call.label if alone or numbers else ""
+    return call.make(ids, zero, zero_broken_by=broken, average=average, affine=made)
+
+
+def _sign(call: Call) -> float:
+    return -1.0 if call.name.startswith("sub") else 1.0
 
 
 @register_rule("maximum", "minimum", "max.other", "min.other", "fmax", "fmin")
@@ -111,27 +125,75 @@ def maximum(call: Call) -> Result:
     return call.make(ids, zeros(ids, tensors, every))
 
 
-@register_rule("mul", "multiply")
+@register_rule("mul", "multiply", averages=True)
 def multiply(call: Call) -> Result:
     """A product keeps the zeros of its operands, and the producers of these zeros."""
-    tensors, _ = _operands(call)
+    tensors, numbers = _operands(call)
     ids = broadcast(call, tensors)
     zero = zeros(ids, tensors, some)
-    return call.make(ids, zero)
+    made = affine(tensors[0], float(numbers[0]), 0.0) if numbers else None
+    return call.make(ids, zero, average=product(call, ((v, 1.0) for v in tensors)), affine=made)
 
 
-@register_rule("div", "true_divide", "divide")
+@register_rule("div", "true_divide", "divide", averages=True)
 def divide(call: Call) -> Result:
     tensors, numbers = _operands(call)
-    if numbers and not isinstance(call["self"], Value):
-        return call.give_up(f"{call.label} of a zero is not finite")
     ids = broadcast(call, tensors)
+    if len(tensors) == 1 and not isinstance(call["self"], Value):
+        return inverse(call, tensors[0], -1.0)
     if len(tensors) == 2:
-        below = zeros(ids, tensors[1:], some)
-        for tracked, zero in zip(ids, below, strict=True):
-            if tracked is not None and zero is not None and call.settled:
-                call.freeze(tracked[zero], f"{call.label} divides by it where it is zero")
-    return call.make(ids, zeros(ids, tensors[:1], some), origins=tensors[0].origins)
+        freeze_zeros(call, ids, zeros(ids, tensors[1:], some))
+    powers = [(tensors[0], 1.0), *((below, -1.0) for below in tensors[1:])]
+    average = product(call, powers)
+    made = affine(tensors[0], 1 / float(numbers[0]), 0.0) if numbers and numbers[0] else None
+    kept = zeros(ids, tensors[:1], some)
+    return call.make(ids, kept, origins=tensors[0].origins, average=average, affine=made)
+
+
+def freeze_zeros(call: Call, ids: Sequence[Ids], zero: Sequence[Flags]) -> None:
+    """Freeze the channels of a divisor that are zero where they are masked."""
+    for tracked, below in zip(ids, zero, strict=True):
+        if tracked is not None and below is not None and call.settled:
+            call.freeze(tracked[below], f"{call.label} divides by it where it is zero")
+
+
+def inverse(call: Call, x: Value, power: float) -> Value:
+    """A negative power of a value.
+
+    Args:
+        call: The op.
+        x: The value.
+        power: The power, below 0.
+
+    Returns:
+        The output, in which no slice is zero.
+    """
+    freeze_zeros(call, x.ids, x.zero)
+    zero: list[Flags] = [None if i is None else np.zeros(len(i), bool) for i in x.ids]
+    return call.make(x.ids, zero, zero_broken_by=call.label, average=raised(x.average, power))
+
+
+@register_rule("rsqrt", averages=True)
+def rsqrt(call: Call) -> Result:
+    return inverse(call, call["self"], -0.5)
+
+
+@register_rule("reciprocal", averages=True)
+def reciprocal(call: Call) -> Result:
+    return inverse(call, call["self"], -1.0)
+
+
+@register_rule("pow", averages=True)
+def power(call: Call) -> Result:
+    x, exponent = call["self"], call["exponent"]
+    if isinstance(exponent, Value) or not isinstance(x, Value):
+        return call.give_up(f"{call.label} of a zero may not be finite")
+    if exponent < 0:
+        return inverse(call, x, float(exponent))
+    zero = x.zero if exponent > 0 else tuple(None if z is None else np.zeros_like(z) for z in x.zero)
+    average = raised(x.average, float(exponent)) if exponent else None
+    broken = "" if exponent else call.label
+    return call.make(x.ids, zero, zero_broken_by=broken, average=average)
 
 
 @register_rule("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor")
@@ -164,13 +226,16 @@ def masked_fill(call: Call) -> Result:
     return call.make(ids, zeros(ids, [x], every), origins=x.origins)
 
 
-@register_rule("addcmul")
+@register_rule("addcmul", averages=True)
 def addcmul(call: Call) -> Result:
     operands = [call["self"], call["tensor1"], call["tensor2"]]
     ids = broadcast(call, operands)
-    product = zeros(ids, operands[1:], some)
+    both = zeros(ids, operands[1:], some)
     own = zeros(ids, operands[:1], every)
-    both = [None if a is None or b is None else a & b for a, b in zip(own, product, strict=True)]
+    both = [None if a is None or b is None else a & b for a, b in zip(own, both, strict=True)]
+    average = product(call, ((v, 1.0) for v in operands[1:]))
+    if average is not None or operands[0].average is not None:
+        call.lose(average, operands[0].average)
     return call.make(ids, both)
 
 

@@ -8,14 +8,15 @@ in-place overload (``relu_``) uses the rule of the plain name unless it has its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import fx
 
-from sparsekern.graph.propagate.records import Factor, Records, term
+from sparsekern.graph.propagate.records import Cut, Factor, Records, Split, term
 from sparsekern.graph.propagate.slots import STAYS, Slots
-from sparsekern.graph.propagate.values import Flags, Ids, Value, untracked
+from sparsekern.graph.propagate.values import Affine, Average, Flags, Ids, Value, untracked
 
 Result = Value | tuple[Value, ...]
 RuleFunction = Callable[["Call"], Result]
@@ -30,19 +31,22 @@ class Rule:
         pure: Whether scaling an operand by a positive factor scales the result by the same factor.
         view: Whether the result may share memory with the first operand.
         norm: Whether the op divides out the scale of its operand.
+        averages: Whether the rule follows operands that depend on the number of channels of a mean (see
+            ``Average``). Any other rule that is not ``pure`` freezes these channels.
     """
 
     function: RuleFunction
     pure: bool = False
     view: bool = False
     norm: bool = False
+    averages: bool = False
 
 
 RULES: dict[str, Rule] = {}
 
 
 def register_rule(
-    *names: str, pure: bool = False, view: bool = False, norm: bool = False
+    *names: str, pure: bool = False, view: bool = False, norm: bool = False, averages: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Enter a rule for ops.
 
@@ -52,6 +56,7 @@ def register_rule(
         pure: Whether scaling an operand by a positive factor scales the result by the same factor.
         view: Whether the result may share memory with the first operand.
         norm: Whether the op divides out the scale of its operand.
+        averages: Whether the rule follows means over channels; see ``Rule``.
 
     Returns:
         A decorator for the rule, a function of one ``Call``. It raises ValueError if a name already
@@ -62,7 +67,7 @@ def register_rule(
         for name in names:
             if name in RULES:
                 raise ValueError(f"name: got {name!r}, which already has a rule, expected another op")
-            RULES[name] = Rule(function, pure, view, norm)
+            RULES[name] = Rule(function, pure, view, norm, averages)
         return function
 
     return enter
@@ -110,10 +115,13 @@ class Call:
             facts, not assumptions.
         counted: Whether the graph is that of evaluation mode, whose costs are counted.
         exact: Whether channels stay if their removal changes what the others compute.
-        interpretation: The interpretation of ambiguous splits to take in this module; see ``split``.
+        interpretation: The choices to take for the ambiguous splits of this module; see ``split``.
+        splits: The number of ambiguous splits of this module that came before in this graph.
         new_storage: Makes a new storage number.
+        node: The node of the op in the traced graph.
         gave_up: Whether the op is not followed; set by ``give_up``.
         froze: The first reason for which the op froze slots; empty if it froze none.
+        made_up: Numbers of the tensors that make up for a mean over channels in this op.
     """
 
     name: str
@@ -127,10 +135,13 @@ class Call:
     settled: bool
     counted: bool
     exact: bool
-    interpretation: int
+    interpretation: tuple[int, ...]
+    splits: int
     new_storage: Callable[[], int]
+    node: fx.Node
     gave_up: bool = False
     froze: str = ""
+    made_up: set[int] = field(default_factory=set)
 
     @property
     def label(self) -> str:
@@ -166,6 +177,8 @@ class Call:
         pure: frozenset[int] | None = None,
         zero_broken_by: str = "",
         untracked_reason: str = "",
+        affine: Affine | None = None,
+        average: Average | None = None,
     ) -> Value:
         """Make an output. Arguments that are not given follow from the operands.
 
@@ -177,6 +190,8 @@ class Call:
             pure: Producers whose positive rescaling rescales the output.
             zero_broken_by: The op that broke zeros, for messages.
             untracked_reason: Why the channels stay that an untracked weight makes.
+            affine: The tensor that the output is an affine function of.
+            average: The factor by which the output depends on the number of channels.
 
         Returns:
             The output.
@@ -200,6 +215,8 @@ class Call:
         storage = operands[0].storage if shares else self.new_storage()
         static = bool(operands) and all(v.static for v in operands)
         made_of = _joined(v.made_of for v in operands) if static else frozenset()
+        if affine is None and static and self.rule.view and "dropout" not in self.name:
+            affine = operands[0].affine
         return Value(
             shape,
             tuple(ids),
@@ -212,6 +229,8 @@ class Call:
             storage,
             static,
             made_of,
+            affine,
+            average,
         )
 
     def unify(self, left: Ids, right: Ids, size: int, reason: str) -> None:
@@ -229,7 +248,7 @@ class Call:
 
     def freeze(self, ids: Ids, reason: str) -> None:
         """Freeze the slots ``ids`` for ``reason``; None is ignored."""
-        if ids is not None:
+        if ids is not None and len(ids):
             self.froze = self.froze or reason
             self.slots.freeze(ids, reason)
 
@@ -239,6 +258,12 @@ class Call:
             self.freeze(ids, reason)
         elif ids is not None and self.settled:
             self.records.inexact.append((ids, reason))
+
+    def lose(self, *averages: Average | None) -> None:
+        """Freeze or, with ``exact=False``, record the channels of means that nothing makes up for."""
+        for average in averages:
+            if average is not None:
+                self.inexact(average.ids, average.reason)
 
     def give_up(self, reason: str) -> Result:
         """Freeze every slot of the operands and return results that are untracked for ``reason``."""
@@ -321,18 +346,26 @@ class Call:
         number = self.records.produce(kind, self.module, rows, bias)
         return frozenset({number})
 
-    def split(self, ids: np.ndarray, interpretations: int) -> int:
+    def split(self, ids: np.ndarray, axes: tuple[int, ...]) -> int:
         """Record a split that has several interpretations.
 
         Args:
             ids: Slot ids of the dimension that is split.
-            interpretations: The number of interpretations.
+            axes: The axes that may carry the channels; see ``Split``.
 
         Returns:
-            The number of the interpretation to take.
+            The axis to take, counted from the end.
         """
-        self.records.splits.append((self.module, ids, interpretations))
-        return min(self.interpretation, interpretations - 1)
+        number = self.splits
+        self.splits += 1
+        self.records.splits.append(Split(self.module, number, ids, axes))
+        choice = self.interpretation[number] if number < len(self.interpretation) else 0
+        return axes[choice] if choice < len(axes) else axes[0]
+
+    def cut(self, ids: Ids) -> None:
+        """Record in the second pass that a number in the program counts the indices ``ids``."""
+        if ids is not None and len(ids) and self.settled:
+            self.records.cuts.append(Cut(self.module, len(ids), ids))
 
     def count_macs(self, scale: int, *factors: Factor | None) -> None:
         """Count multiply-adds in the second pass over evaluation mode.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from sparsekern.graph.propagate.rules.averages import affine, bounded, raised
 from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
 from sparsekern.graph.propagate.values import Value
 
@@ -22,8 +25,8 @@ def cleared(call: Call) -> Value:
 
 
 KEEP_ZERO = """
-relu6 rrelu silu hardswish gelu tanh mish elu selu celu softshrink hardshrink neg abs sign square
-sqrt sin sinh tan asin atan asinh erf expm1 log1p floor ceil round trunc frac absolute negative
+relu6 rrelu silu hardswish gelu tanh mish elu selu celu softshrink hardshrink sign
+sin sinh tan asin atan asinh erf expm1 log1p floor ceil round trunc frac
 """
 IDENTITIES = "contiguous clone alias to _to_copy detach type_as lift_fresh_copy lift_fresh"
 CLEAR_ZERO = """
@@ -39,6 +42,18 @@ register_rule("relu", "leaky_relu", pure=True)(same)
 register_rule(*CLEAR_ZERO.split())(cleared)
 
 
+_POWERS = {"sqrt": 0.5, "square": 2.0}
+
+
+@register_rule("sqrt", "square", "neg", "negative", "abs", "absolute", averages=True)
+def powers(call: Call) -> Result:
+    """Powers that keep zeros, and signs."""
+    x = call["self"]
+    average = raised(x.average, _POWERS.get(call.name.rstrip("_"), 1.0))
+    made = affine(x, -1.0, 0.0) if call.name.startswith("neg") else None
+    return call.make(x.ids, x.zero, average=average, affine=made)
+
+
 def _bounded(call: Call, low: float | None, high: float | None) -> Value:
     keeps = (low is None or low <= 0) and (high is None or high >= 0)
     return same(call) if keeps else cleared(call)
@@ -49,26 +64,22 @@ def hardtanh(call: Call) -> Result:
     return _bounded(call, call["min_val"], call["max_val"])
 
 
-@register_rule("clamp", "clip", "clamp_min", "clamp_max")
+@register_rule("clamp", "clip", "clamp_min", "clamp_max", averages=True)
 def clamp(call: Call) -> Result:
+    """Bounds. The bounds of a mean over channels have to grow with it."""
     low, high = call.args.get("min"), call.args.get("max")
     if isinstance(low, Value) or isinstance(high, Value):
         return call.give_up(f"{call.label} has tensors as bounds")
-    return _bounded(call, low, high)
+    made, average = _bounded(call, low, high), call["self"].average
+    for bound in (low, high):
+        average = average if bound is None else bounded(call, average, float(bound), call.shape())
+    return replace(made, average=average)
 
 
 @register_rule("threshold")
 def threshold(call: Call) -> Result:
     keeps = call["threshold"] < 0 or call["value"] == 0
     return same(call) if keeps else cleared(call)
-
-
-@register_rule("pow")
-def power(call: Call) -> Result:
-    exponent = call["exponent"]
-    if isinstance(exponent, Value) or exponent < 0:
-        return call.give_up(f"{call.label} of a zero may not be finite")
-    return same(call) if exponent > 0 else cleared(call)
 
 
 @register_rule("prelu")

@@ -57,13 +57,13 @@ def stack(call: Call) -> Result:
 
 
 def _parts(call: Call, x: Value, dim: int) -> Result:
-    """Cut ``x`` along ``dim``. Equal parts are tied position by position; unequal parts freeze it."""
+    """Cut ``x`` along ``dim``. Equal parts are tied position by position.
+
+    The check of a smaller copy proves that the program cuts it at the right positions there, too.
+    """
     sizes = [shape[dim] for shape, _ in call.outputs]
     ids, zero = x.ids[dim], flags(x.zero[dim], x.shape[dim])
-    if ids is not None and len(set(sizes)) > 1:
-        call.freeze(ids, f"{call.label} cuts it into unequal parts")
-        ids = None
-    if ids is not None:
+    if ids is not None and len(set(sizes)) == 1:
         table = ids.reshape(len(sizes), -1)
         first = np.broadcast_to(table[:1], table.shape)
         call.slots.union(first.ravel(), ids, f"{call.label} cuts it into equal parts")
@@ -71,6 +71,7 @@ def _parts(call: Call, x: Value, dim: int) -> Result:
     for index, size in enumerate(sizes):
         part_ids, part_zero = list(x.ids), list(x.zero)
         part_ids[dim] = None if ids is None else ids[start : start + size]
+        call.cut(part_ids[dim])
         part_zero[dim] = None if ids is None else zero[start : start + size]
         made.append(call.make(part_ids, part_zero, index=index))
         start += size
@@ -93,13 +94,26 @@ def split(call: Call) -> Result:
 
 @register_rule("slice", "narrow", pure=True, view=True)
 def slice_(call: Call) -> Result:
-    """A part of a dimension by numbers, which freezes the dimension."""
+    """A part of a dimension by numbers.
+
+    The check of a smaller copy proves that the numbers follow the channels. Steps freeze the dimension.
+    """
     x = call["self"]
     dim = call["dim"] % x.ndim
-    ids, zero = list(x.ids), list(x.zero)
-    whole = call.shape()[dim] == x.shape[dim] and call.args.get("step", 1) == 1
-    if not whole:
-        call.freeze(ids[dim], f"{call.label} cuts it by number")
+    ids, zero, own = list(x.ids), list(x.zero), x.ids[dim]
+    size, step = call.shape()[dim], call.args.get("step", 1)
+    if own is None or (size == x.shape[dim] and step == 1):
+        return call.make(ids, zero)
+    if step != 1 or isinstance(call["start"], Value):
+        call.freeze(own, f"{call.label} cuts it by number")
+        ids[dim] = zero[dim] = None
+        return call.make(ids, zero)
+    start, _, _ = slice(call["start"], None).indices(x.shape[dim])
+    for part in (own[:start], own[: start + size], own[start : start + size], own[start + size :]):
+        call.cut(part)
+    ids[dim], zero[dim] = own[start : start + size], flags(zero[dim], len(own))[start : start + size]
+    if size == 1:
+        call.freeze(own, f"{call.label} cuts it by number")
         ids[dim] = zero[dim] = None
     return call.make(ids, zero)
 
@@ -127,14 +141,49 @@ def index_select(call: Call) -> Result:
 
 @register_rule("index")
 def index(call: Call) -> Result:
-    """Indexing of one dimension by a fixed tensor. The other dimensions do not change."""
+    """Indexing by tensors that hold positions. Dimensions that are not indexed do not change.
+
+    The indexed dimensions and those of the positions, such as a table of relative positions in a buffer,
+    are frozen. The positions take the place of the indexed dimensions, or come first if others lie between.
+    """
     x, indices = call["self"], call["indices"]
     used = [d for d, item in enumerate(indices) if item is not None]
-    if len(used) != 1 or any(v.tracked for v in call.values() if v is not x):
-        return call.give_up(f"{call.label} picks by several or tracked indices")
-    dim = used[0]
-    call.freeze(x.ids[dim], f"{call.label} picks it by number")
-    extra: list[None] = [None] * (len(call.shape()) - x.ndim + 1)
-    ids = [*x.ids[:dim], *extra, *x.ids[dim + 1 :]]
-    zero = [*x.zero[:dim], *extra, *x.zero[dim + 1 :]]
+    for dim in used:
+        call.freeze(x.ids[dim], f"{call.label} picks it by number")
+        for own in indices[dim].ids:
+            call.freeze(own, f"{call.label} picks by the numbers that it holds")
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    kept = [d for d in range(x.ndim) if d not in used]
+    front = [d for d in kept if adjacent and d < used[0]]
+    positions: list[None] = [None] * (len(call.shape()) - len(kept))
+    back = kept[len(front) :]
+    ids = [*(x.ids[d] for d in front), *positions, *(x.ids[d] for d in back)]
+    zero = [*(x.zero[d] for d in front), *positions, *(x.zero[d] for d in back)]
     return call.make(ids, zero)
+
+
+@register_rule("gather", "take_along_dim")
+def gather(call: Call) -> Result:
+    """Elements picked by number along one dimension. The other dimensions run beside those of the numbers."""
+    x, positions = call["self"], call["index" if "index" in call.args else "indices"]
+    if call.args.get("dim") is None or positions.ndim != x.ndim:
+        return call.give_up(f"{call.label} picks from a flattened tensor")
+    dim = call["dim"] % x.ndim
+    call.freeze(x.ids[dim], f"{call.label} picks it by number")
+    call.freeze(positions.ids[dim], f"{call.label} picks by the numbers that it holds")
+    ids: list[Ids] = list(x.ids)
+    zero: list[Flags] = list(x.zero)
+    ids[dim] = zero[dim] = None
+    for d, own in enumerate(x.ids):
+        if d == dim:
+            continue
+        size = call.shape()[d]
+        if size == x.shape[d] == positions.shape[d]:
+            reason = positions.untracked_reason or f"{call.label} pairs it with positions that stay"
+            call.unify(own, positions.ids[d], size, reason)
+        else:
+            # The numbers are fewer than the elements beside them, or one of the two is broadcast.
+            call.freeze(own, f"{call.label} picks it by number")
+            call.freeze(positions.ids[d], f"{call.label} picks by the numbers that it holds")
+            ids[d] = zero[d] = None
+    return call.make(ids, zero, origins=x.origins)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekern.graph.propagate.rules.averages import bounded, product, raised
 from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
-from sparsekern.graph.propagate.values import Flags, Ids
+from sparsekern.graph.propagate.values import Average, Flags, Ids, Value
 
 
 def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
@@ -95,7 +100,63 @@ def _freeze_others(call: Call) -> None:
             call.freeze(x.ids[dim], f"{call.label} takes its statistics over it")
 
 
-@register_rule("layer_norm", "rms_norm")
+@register_rule("rms_norm", "_fused_rms_norm", averages=True)
+def rms_norm(call: Call) -> Result:
+    """Division by the root of a mean of squares, which grows as channels that are zero are removed.
+
+    The weight makes up for it, and the epsilon grows with the mean.
+    """
+    x, weight, over = call["input"], call["weight"], len(call["normalized_shape"])
+    if over != 1 or x.ids[-1] is None or x.static:
+        return _fixed_rms(call, x, weight, over)
+    ids, size = x.ids[-1], x.shape[-1]
+    if weight is not None:
+        reason = x.untracked_reason or weight.untracked_reason or f"{call.label} reads positions that stay"
+        call.unify(ids, weight.ids[0], size, reason)
+    for producer in x.origins:
+        call.records.producers[producer].consumed = True
+    reason = _over_channels(call)
+    call.inexact(ids[~flags(x.zero[-1], size)], reason)
+    number, default = _epsilon(call)
+    mean = bounded(call, Average(ids, 1.0, reason), number, x.shape, default=default)
+    call.lose(x.average)
+    root = replace(x, average=raised(mean, -0.5))
+    average = product(call, [(root, 1.0), *([(weight, 1.0)] if weight is not None else [])])
+    zero = list(x.zero)
+    if weight is not None and weight.zero[0] is not None:
+        zero[-1] = flags(zero[-1], size) | weight.zero[0]
+    made = call.make(x.ids, zero, origins=x.origins, average=average)
+    if len(call.outputs) == 1:
+        return made
+    clear = [None if i is None else np.zeros(len(i), bool) for i in x.ids[:-1]]
+    return made, call.make([*x.ids[:-1], None], [*clear, None], index=1, average=root.average)
+
+
+def _fixed_rms(call: Call, x: Value, weight: Value | None, over: int) -> Result:
+    """RMS norm over dimensions of which none is followed as channels."""
+    for dim in range(x.ndim - over, x.ndim):
+        call.freeze(x.ids[dim], _over_channels(call))
+    for affine in weight.ids if weight is not None else ():
+        call.freeze(affine, _over_channels(call))
+    call.lose(x.average)
+    ids = [*x.ids[: x.ndim - over], *[None] * over]
+    zero = [None if i is None else z for i, z in zip(ids, x.zero, strict=True)]
+    made = [
+        call.make(ids[: len(shape)], zero[: len(shape)], index=n) for n, (shape, _) in enumerate(call.outputs)
+    ]
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def _epsilon(call: Call) -> tuple[float, bool]:
+    """The epsilon, and whether the op takes it by default: the smallest step of the input's dtype at 1."""
+    given = call["eps"]
+    if given is not None:
+        return float(given), False
+    traced = next(n.meta["val"] for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
+    return torch.finfo(traced.dtype).eps, True
+
+
+@register_rule("layer_norm")
 def layer_norm(call: Call) -> Result:
     """Layer norm. Removal is exact only if the normalised dimensions hold no channels."""
     x, weight, bias = call["input"], call["weight"], call.args.get("bias")

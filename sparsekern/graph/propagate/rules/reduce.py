@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsekern.graph.propagate.rules.base import Call, Result, register_rule
-from sparsekern.graph.propagate.values import Flags, Value
+from sparsekern.graph.propagate.rules.base import Call, Result, dense, flags, register_rule
+from sparsekern.graph.propagate.values import Average, Flags, Value
 
 
 def _dims(call: Call, x: Value) -> list[int]:
@@ -16,12 +16,20 @@ def _dims(call: Call, x: Value) -> list[int]:
     return [dim % max(x.ndim, 1) for dim in listed]
 
 
-def _reduced(call: Call, x: Value, dims: list[int], *, index: int = 0, clears: bool = False) -> Value:
+def _reduced(
+    call: Call,
+    x: Value,
+    dims: list[int],
+    *,
+    index: int = 0,
+    clears: bool = False,
+    average: Average | None = None,
+) -> Value:
     keep = bool(call.args.get("keepdim", False))
     ids = [None if d in dims else i for d, i in enumerate(x.ids) if keep or d not in dims]
     zero: list[Flags] = [None if d in dims else z for d, z in enumerate(x.zero) if keep or d not in dims]
     if not clears:
-        return call.make(ids, zero, index=index)
+        return call.make(ids, zero, index=index, average=average)
     zero = [None if z is None else np.zeros_like(z) for z in zero]
     return call.make(ids, zero, index=index, zero_broken_by=call.label)
 
@@ -34,12 +42,54 @@ def _reduce(call: Call, *, clears: bool) -> Value:
     return _reduced(call, x, dims, clears=clears)
 
 
-@register_rule(
-    "mean", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "prod", "max", "min", "any", "median"
-)
+@register_rule("amax", "amin", "var", "std", "prod", "max", "min", "any", "median")
 def reduce_space(call: Call) -> Result:
     """A reduction of zeros over space is zero. Over channels it depends on their number."""
     return _reduce(call, clears=False)
+
+
+@register_rule("mean", averages=True)
+def mean(call: Call) -> Result:
+    """A mean. Over channels that are zero where they are masked, it grows as they are removed."""
+    x = call["self"]
+    dims = _dims(call, x)
+    tracked = [d for d in dims if x.ids[d] is not None]
+    average = x.average
+    if len(tracked) == 1 and average is None and not x.static:
+        average = _average(call, x, tracked[0])
+    elif tracked:
+        for dim in tracked:
+            call.inexact(x.ids[dim], f"{call.label} reduces over channels")
+        call.lose(average)
+        average = None
+    return _reduced(call, x, dims, average=average)
+
+
+def _average(call: Call, x: Value, dim: int) -> Average:
+    """The factor of a mean over channels; those that are not zero are frozen."""
+    for producer in x.origins:
+        call.records.producers[producer].consumed = True
+    ids, reason = dense(x.ids[dim], x.shape[dim]), f"{call.label} reduces over channels"
+    call.inexact(ids[~flags(x.zero[dim], x.shape[dim])], reason)
+    return Average(ids, 1.0, reason)
+
+
+@register_rule("linalg_vector_norm", "norm", averages=True)
+def vector_norm(call: Call) -> Result:
+    """A norm of a positive order does not change if the channels that are removed are zero."""
+    x, order = call["self"], call.args.get("ord", call.args.get("p", 2))
+    dims = _dims(call, x)
+    follows = not x.static and (order is None or (isinstance(order, (int, float)) and order > 0))
+    for dim in dims:
+        ids = x.ids[dim]
+        if ids is not None and follows:
+            for producer in x.origins:
+                call.records.producers[producer].consumed = True
+            ids = ids[~flags(x.zero[dim], x.shape[dim])]
+        call.inexact(ids, f"{call.label} reduces over channels")
+    if not follows:
+        call.lose(x.average)
+    return _reduced(call, x, dims, average=x.average if follows else None)
 
 
 @register_rule("logsumexp", "argmax", "argmin", "all")
@@ -48,7 +98,7 @@ def reduce_away(call: Call) -> Result:
     return _reduce(call, clears=True)
 
 
-@register_rule("sum")
+@register_rule("sum", averages=True)
 def total(call: Call) -> Result:
     """A sum over channels does not change if the removed ones are zero."""
     x = next(call.values())
@@ -56,7 +106,7 @@ def total(call: Call) -> Result:
     for dim in dims:
         if x.ids[dim] is not None:
             call.require_zero(x, dim)
-    return _reduced(call, x, dims)
+    return _reduced(call, x, dims, average=x.average)
 
 
 @register_rule("max.dim", "min.dim", "median.dim", "aminmax")

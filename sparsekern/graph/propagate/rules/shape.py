@@ -114,11 +114,8 @@ def _carrier(call: Call, flat: np.ndarray, shape: list[int], axes: list[int], in
     if len(varies) <= 1:
         return varies[0] if varies else len(shape) - 1
     last = len(shape) - 1
-    order = [last, last - 1] if len(shape) == 2 else [last - 1, last]
-    if inferred in axes:
-        first = axes.index(inferred)
-        order = [first, *(k for k in order if k != first)]
-    carrier = order[call.split(flat, len(order))]
+    first = axes.index(inferred) if inferred in axes else last if len(shape) == 2 else last - 1
+    carrier = len(shape) + call.split(flat, (first - len(shape), -2, -1))
     chosen = tuple(slice(None) if k == carrier else slice(0, 1) for k in range(len(shape)))
     raw = flat.reshape(shape)
     tied = np.broadcast_to(raw[chosen], shape).ravel()
@@ -220,7 +217,19 @@ def squeeze(call: Call) -> Result:
     return _reordered(call, kept)
 
 
-@register_rule("expand", "expand_as", "broadcast_to", pure=True, view=True)
+@register_rule("expand_as", pure=True, view=True)
+def expand_as(call: Call) -> Result:
+    """An expanded dimension of size 1 takes the size of the other tensor, and its slots."""
+    x, other = call["self"], call["other"]
+    extra: list[None] = [None] * (other.ndim - x.ndim)
+    ids, zero, sizes = [*extra, *x.ids], [*extra, *x.zero], [*(1 for _ in extra), *x.shape]
+    for dim, size in enumerate(sizes):
+        if size == 1 and other.ids[dim] is not None:
+            ids[dim], zero[dim] = other.ids[dim], np.zeros(other.shape[dim], bool)
+    return call.make(ids, zero)
+
+
+@register_rule("expand", "broadcast_to", pure=True, view=True)
 def expand(call: Call) -> Result:
     """An expanded dimension of size 1 holds a fixed number of positions."""
     x = call["self"]

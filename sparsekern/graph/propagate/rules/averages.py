@@ -1,0 +1,150 @@
+"""Factors of means over channels: powers, products, epsilons, and weights that make up for them.
+
+See ``Average`` and :mod:`sparsekern.graph.rescale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from sparsekern.graph.propagate.records import Absorbed, Epsilon
+from sparsekern.graph.propagate.rules.base import Call
+from sparsekern.graph.propagate.values import Affine, Average, Value
+
+
+def raised(average: Average | None, power: float) -> Average | None:
+    """The factor of a power of a value.
+
+    Args:
+        average: The factor of the value, or None.
+        power: The power, not 0.
+
+    Returns:
+        The factor, or None.
+    """
+    return None if average is None else replace(average, exponent=average.exponent * power)
+
+
+def same_channels(call: Call, left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two dimensions hold equally many slots of the same classes, in any order."""
+    a, b = (np.sort(call.slots.find(ids)) for ids in (left, right))
+    return np.array_equal(a, b)
+
+
+def product(call: Call, factors: Iterable[tuple[Value, float]]) -> Average | None:
+    """The factor of a product of powers.
+
+    A weight among the factors makes up for it, if it is an affine function of one tensor with one element
+    for each channel of the mean.
+
+    Args:
+        call: The op.
+        factors: Values with the powers to which they are raised.
+
+    Returns:
+        The factor that is left; None if there is none or a weight makes up for it.
+    """
+    factors = list(factors)
+    found = [raised(v.average, power) for v, power in factors]
+    averages = [average for average in found if average is not None]
+    if not averages:
+        return None
+    total = _joined(call, averages)
+    if total is None or (total.exponent == 0 and total.epsilons):
+        call.lose(*averages)
+        return None
+    if total.exponent == 0:
+        return None
+    for value, power in factors:
+        if value.affine is not None and power == 1 and _has(call, value, total):
+            call.made_up.add(value.affine.tensor)
+            call.records.absorbed.append(Absorbed(value.affine, total, call.label))
+            return None
+    return total
+
+
+def _joined(call: Call, averages: list[Average]) -> Average | None:
+    """The product of factors; None if they are of different channels."""
+    total = averages[0]
+    for other in averages[1:]:
+        if not same_channels(call, total.ids, other.ids):
+            return None
+        epsilons = tuple(dict.fromkeys((*total.epsilons, *other.epsilons)))
+        total = replace(total, exponent=total.exponent + other.exponent, epsilons=epsilons)
+    return total
+
+
+def _has(call: Call, value: Value, average: Average) -> bool:
+    """Whether the value has a dimension of the channels of ``average``."""
+    return any(ids is not None and same_channels(call, ids, average.ids) for ids in value.ids)
+
+
+def summed(call: Call, values: list[Value]) -> Average | None:
+    """The factor of a sum of values: theirs, if it is the same for all of them.
+
+    Args:
+        call: The op.
+        values: The summands.
+
+    Returns:
+        The factor; None if there is none or the channels are frozen.
+    """
+    averages = [value.average for value in values]
+    given = [average for average in averages if average is not None]
+    if not given:
+        return None
+    first = given[0]
+    alike = len(given) == len(values) and all(
+        a.exponent == first.exponent and same_channels(call, a.ids, first.ids) for a in given
+    )
+    if not alike:
+        call.lose(*given)
+        return None
+    return replace(first, epsilons=tuple(dict.fromkeys(e for a in given for e in a.epsilons)))
+
+
+def bounded(
+    call: Call,
+    average: Average | None,
+    number: float,
+    shape: tuple[int, ...],
+    *,
+    default: bool = False,
+) -> Average | None:
+    """The factor of a value to which an epsilon is added, or which is at least an epsilon.
+
+    Args:
+        call: The op.
+        average: The factor of the value.
+        number: The epsilon.
+        shape: Shape of the value.
+        default: Whether the op takes it by default.
+
+    Returns:
+        The factor, which needs the epsilon to grow with it.
+    """
+    if average is None or number == 0:
+        return average
+    index = len(call.records.epsilons)
+    call.records.epsilons.append(Epsilon(call.node, call.module, number, default, shape, average))
+    return replace(average, epsilons=(*average.epsilons, index))
+
+
+def affine(value: Value, factor: float, offset: float) -> Affine | None:
+    """``factor * value + offset`` as an affine function of a tensor; None if ``value`` is none.
+
+    Args:
+        value: A value.
+        factor: The factor.
+        offset: The offset.
+
+    Returns:
+        The function.
+    """
+    known = value.affine
+    if known is None or factor == 0:
+        return None
+    return Affine(known.tensor, known.factor * factor, known.offset * factor + offset)
