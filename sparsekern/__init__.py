@@ -8,6 +8,8 @@ from sparsekern._load import load as load
 from sparsekern.compact import compact as compact
 from sparsekern.compact import save as save
 from sparsekern.compact import verify as verify
+from sparsekern.deploy import deploy as deploy
+from sparsekern.deploy import export as export
 from sparsekern.graph import trace as trace
 from sparsekern.prune import Pruner as Pruner
 from sparsekern.prune import prune_once as prune_once
@@ -23,6 +25,8 @@ __all__ = [
     "allocate",
     "compact",
     "criteria",
+    "deploy",
+    "export",
     "fusion",
     "latency",
     "load",
