@@ -23,7 +23,7 @@ from sparsekern.distributed.tensors import unwrap
 from sparsekern.files.atomic import replacing, target
 from sparsekern.graph.capture.export import first_line
 from sparsekern.runtimes import Runtime, require
-from sparsekern.runtimes.onnx_file import name_sizes, onnx_model, write_model
+from sparsekern.runtimes.onnx_file import contiguous, name_sizes, onnx_model, write_model
 from sparsekern.runtimes.session import Session
 
 # Allowed difference over the largest magnitude of an output. Both programs round, in different orders.
@@ -94,6 +94,7 @@ def export(
     with torch.no_grad():
         settle_weights(copy)
         remove_hooks(copy)
+        args, kwargs = contiguous(copy, args, kwargs)
         sizes = find_sizes(copy, args, kwargs, changing, stride)
         names = input_names(copy, args, kwargs, inputs), output_names(copy, args, kwargs, outputs)
         with tempfile.TemporaryDirectory() as folder:

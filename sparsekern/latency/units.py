@@ -64,8 +64,8 @@ class Unit:
                     yield operand, operand.source is None and (number > 0 or index > 0)
 
     def tensors(self) -> list[Tensor]:
-        """Generated tensors for ``inputs``, on the CPU."""
-        return [self._calls[0].tensor(operand, _CPU) for operand, _ in self.inputs()]
+        """Generated tensors for ``inputs`` on the CPU; exported models have no memory formats."""
+        return [self._calls[0].tensor(operand, _CPU).contiguous() for operand, _ in self.inputs()]
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of ``inputs``."""
@@ -133,21 +133,27 @@ def _out_of_place(operation: Operation) -> Operation:
 
 
 class Models:
-    """ONNX models of units. Units of one kind share an export, with other shapes filled in.
+    """ONNX models of units.
 
     Args:
         units: units at all sizes that :meth:`model` is called with.
+        shared: whether units of one kind share an export, with other shapes filled in. An exported op that
+            names the sizes of its result then fails at other sizes.
     """
 
-    def __init__(self, units: Sequence[Unit]) -> None:
-        first = {unit.kind: unit for unit in units}
+    def __init__(self, units: Sequence[Unit], *, shared: bool = True) -> None:
+        self._shared = shared
+        first = {self._name(unit): unit for unit in units}
         self._parts: dict[str, Any] = dict(_exported(list(first.items())))
+
+    def _name(self, unit: Unit) -> str:
+        return unit.kind if self._shared else unit.key
 
     def model(self, unit: Unit) -> tuple[bytes, dict[str, np.ndarray]] | None:
         """The model of a unit and its inputs by name; None if it cannot be exported."""
         from onnx import helper, numpy_helper
 
-        part = self._parts.get(unit.kind)
+        part = self._parts.get(self._name(unit))
         if part is None:
             return None
         model, arrays = part(), {}
@@ -155,7 +161,7 @@ class Models:
         for number, ((operand, is_weight), shape) in enumerate(
             zip(unit.inputs(), unit.shapes(), strict=True)
         ):
-            name, values = f"i{number}", _values(operand, shape)
+            name, values = f"i{number}", values_of(operand, shape)
             if is_weight:
                 model.graph.initializer.append(numpy_helper.from_array(values, name))
                 continue
@@ -165,7 +171,7 @@ class Models:
         return model.SerializeToString(), arrays
 
 
-def _values(operand: Operand, shape: tuple[int, ...]) -> np.ndarray:
+def values_of(operand: Operand, shape: tuple[int, ...]) -> np.ndarray:
     """Values for an operand: in [0.5, 1.5) for numbers, so that none overflow; 0 for indices."""
     kind = np.dtype(operand.dtype)
     if kind.kind == "f":

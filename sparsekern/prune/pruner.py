@@ -39,6 +39,7 @@ from sparsekern.prune.state.finite import GradientCheck
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
+from sparsekern.runtimes import Runtime
 
 
 class Pruner(Resumable):
@@ -60,6 +61,7 @@ class Pruner(Resumable):
         keep: share of the dense cost that stays, in (0, 1].
         of: the cost: ``"macs"``, ``"params"`` or ``"latency"``. Latency is the time of a forward pass on this
             machine with the current threads (:mod:`sparsekern.latency`); ``round_to="auto"`` suits it.
+        runtime: for ``of="latency"``, what the network runs in later, see :func:`sparsekern.latency.measure`.
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
             as ``"taylor"`` or ``"taylor * gradient-count"``.
@@ -85,12 +87,10 @@ class Pruner(Resumable):
             the training costs the area under a staircase of ``events`` steps.
             :class:`sparsekern.prune.schedule.Schedule` has figures, :meth:`forecast` computes those of a
             model.
-        also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel`` of
-            ``torch.optim.swa_utils``.
+        also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel``.
         state_cutter: for an optimizer whose state has other shapes than its parameters:
             ``(parameter, name, value, TensorPlan) -> smaller value``.
-        cache: directory of timings for ``of="latency"``; default ``$SPARSEKERN_CACHE``, else the user's
-            cache.
+        cache: directory of timings of latency; default ``$SPARSEKERN_CACHE``, else the user's cache.
         process_group: the processes that train this model together and check that their decisions agree. None
             means those of ``DistributedDataParallel``, else the default group if there is one.
 
@@ -113,6 +113,7 @@ class Pruner(Resumable):
         example_kwargs: Mapping[str, Any] | None = None,
         keep: float,
         of: Unit = "macs",
+        runtime: Runtime = "torch",
         steps: int,
         select: criteria.Criterion | str | None = None,
         allocate: Allocator | str | None = None,
@@ -133,7 +134,7 @@ class Pruner(Resumable):
     ) -> None:
         begin = perf_counter()
         self._keep = check_keep(keep)
-        of = check_unit(of)
+        of = check_unit(of, runtime)
         select, allocate = resolve_select(select), resolve_allocate(allocate)
         check_options(penalty, nonfinite)
         self._schedule = Schedule.cubic(
@@ -147,7 +148,7 @@ class Pruner(Resumable):
         if checks_state := shrink and state_cutter is None:
             check_state(unwrapped)
         self._steps = steps
-        self._timing = {"warmup": warmup, "finish": finish, "events": events}
+        self._timing = {"warmup": warmup, "finish": finish, "events": events, "runtime": runtime}
         self._example = as_arguments(example_inputs, example_kwargs)
         self._shrinks = bool(shrink)
         graph = prunable_graph(model, trained_by(optimizer), example_inputs, protect, exact, example_kwargs)
@@ -173,7 +174,8 @@ class Pruner(Resumable):
         )
         check_counted(self._policy.select, self._network.activations)
         self._ranks = Ranks(given, process_group, self._rows.table.countdown.device)
-        time = functools.partial(self._network.time, self._example, cache=cache, ranks=self._ranks)
+        where = {"cache": cache, "runtime": runtime}
+        time = functools.partial(self._network.time, self._example, where=where, ranks=self._ranks)
         self._policy = self._policy.rounded(self._network, choices, self._keep, time)
         with self._ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(self._settings(), self._fingerprint(), nonfinite)

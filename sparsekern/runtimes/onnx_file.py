@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 # Size limit of a single ONNX file: 2 GiB.
 LARGEST = (1 << 31) - 1
@@ -52,6 +53,22 @@ def onnx_model(
         )
     assert program is not None
     return program.model_proto
+
+
+def contiguous(
+    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a network contiguous parameters, in place, and its arguments contiguous tensors.
+
+    A file has no memory formats. The exporter writes those of some ops as gathers of single elements.
+
+    Returns:
+        The positional and keyword arguments.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.contiguous()
+    changed: Any = pytree.tree_map_only(Tensor, Tensor.contiguous, (tuple(args), dict(kwargs)))
+    return changed[0], changed[1]
 
 
 def write_model(model: Any, path: Path, metadata: Mapping[str, str] | None = None) -> None:

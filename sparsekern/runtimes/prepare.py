@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsekern._copying import copied
 from sparsekern.runtimes.names import Runtime
-from sparsekern.runtimes.onnx_file import onnx_model
+from sparsekern.runtimes.onnx_file import contiguous, onnx_model
 from sparsekern.runtimes.session import Session
 
 # Networks of one class that may be compiled in one process. torch counts them by their common code.
@@ -40,6 +41,8 @@ def prepare(
     elif runtime == "compile":
         return _compiled(network, args, kwargs)
     else:
+        network = copied(network)
+        args, kwargs = contiguous(network, args, kwargs)
         model = onnx_model(network, args, kwargs).SerializeToString()
         session = Session(model, runtime, threads)
         tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]

@@ -20,6 +20,9 @@ from sparsekern.prune.schedule import Schedule
 from sparsekern.prune.state.content import STATE, STATE_VERSION, check_progress
 from sparsekern.prune.state.network import Network
 
+# Values of settings that states of earlier versions lack.
+_SINCE = {"runtime": "torch"}
+
 
 class Resumable:
     """The part of a Pruner that saves and loads its state."""
@@ -30,7 +33,7 @@ class Resumable:
     _ranks: Ranks
     _schedule: Schedule
     _steps: int
-    _timing: dict[str, float]
+    _timing: dict[str, Any]
     _keep: float
     _shrinks: bool
     _events: Events
@@ -110,10 +113,9 @@ class Resumable:
                 f"those of this one ({len(self._network.widths)} groups)"
             )
         for name, own in self._settings().items():
-            if name != "steps" and state["settings"].get(name) != own:
-                raise ValueError(
-                    f"state: was saved with {name}={state['settings'].get(name)!r}, expected {own!r}"
-                )
+            saved = state["settings"].get(name, _SINCE.get(name))
+            if name != "steps" and saved != own:
+                raise ValueError(f"state: was saved with {name}={saved!r}, expected {own!r}")
         self._resumed_schedule(state)
         self._network.check_state(state)
         check_progress(state, Schedule.from_plain(state["schedule"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -87,12 +86,13 @@ class Network:
         self,
         example: tuple[tuple[Any, ...], Mapping[str, Any]],
         round_to: int,
-        cache: str | os.PathLike[str] | None,
+        where: Mapping[str, Any],
         ranks: Ranks,
     ) -> None:
         """Measure the latency of all sets of channels; all processes use the times of the first one.
 
-        ``example`` holds the positional and keyword arguments of a forward pass.
+        ``example`` holds the positional and keyword arguments of a forward pass, ``where`` further ones of
+        :func:`sparsekern.latency.measure`.
 
         Raises:
             ValueError: channels were already cut out, so the latency of the dense network is not known.
@@ -100,9 +100,8 @@ class Network:
         if not self._removed.removes_nothing:
             raise ValueError("of: got 'latency' for a model that was cut, expected it while it is whole")
         with ranks.agreeing("timing the model") as check:
-            latency = measure(
-                self.model, self.graph, example[0], example_kwargs=example[1], round_to=round_to, cache=cache
-            )
+            (args, kwargs), options = example, {"round_to": round_to, **where}
+            latency = measure(self.model, self.graph, args, example_kwargs=kwargs, **options)
             check()
         latency.values = ranks.first(latency.values)
         self.latency = latency
