@@ -201,7 +201,7 @@ def _fold_weights(layer: Any, norm: _BatchNorm) -> None:
     elif isinstance(layer, _ConvTransposeNd):
         # torch's formula knows one group. Groups side by side in the output dimension are one.
         together = _side_by_side(weight, layer.groups)
-        fused_weight, fused_bias = fuse_conv_bn_weights(together, bias, *rest, transpose=True)
+        fused_weight, fused_bias = fuse_conv_bn_weights(together, bias, *rest, True)
         fused = _apart(fused_weight, layer.groups), fused_bias
     else:
         fused = fuse_conv_bn_weights(weight, bias, *rest)

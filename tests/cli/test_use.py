@@ -13,7 +13,7 @@ from PIL import Image
 
 import sparsekern
 from sparsekern.cli import run
-from sparsekern.deploy import files
+from sparsekern.deploy import files, speed
 from sparsekern.recipes import export as exporting
 from sparsekern.recipes.data import normalise
 from sparsekern.recipes.networks import NetworkSpec
@@ -212,3 +212,28 @@ def test_a_file_of_another_normalisation_is_not_scored(three, data, capsys):
 def test_export_wants_the_ending_of_onnx(trained, tmp_path, capsys):
     assert run(["export", str(trained), str(tmp_path / "model.pt")]) == 2
     assert "FILE: got" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_latency_times_dense_and_compact_in_the_runtimes_asked_for(trained, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "SHORTEST", 0.0)
+    options = ["--size", "32", "--batch", "2", "--threads", "1"]
+    assert (
+        run(["latency", str(trained), *options, "--runtime", "torch", "--runtime", "onnxruntime", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert [(entry["runtime"], entry["batch"], entry["threads"]) for entry in found] == [
+        ("torch", 2, 1),
+        ("onnxruntime", 2, 1),
+    ]
+    assert all(0 < entry[name] < 10 for entry in found for name in ("dense", "compact"))
+    assert run(["latency", str(trained), *options, "--runtime", "torch"]) == 0
+    text = capsys.readouterr().out
+    assert "1 thread" in text and "dense" in text and "x" in text
+    for bad, message in (
+        (["--size", "33"], "--size: got 33"),
+        (["--runtime", "tvm"], "--runtime: got 'tvm'"),
+    ):
+        assert run(["latency", str(trained), *options, *bad]) == 2
+        assert message in capsys.readouterr().err
