@@ -210,7 +210,7 @@ def push_to_hub(
     hub = huggingface_hub.HfApi(token=token)
     hub.create_repo(repository, private=private, exist_ok=True)
     commit = hub.upload_folder(
-        repo_id=repository, folder_path=folder, allow_patterns=list(FILES), commit_message=message
+        repo_id=repository, folder_path=Path(folder), allow_patterns=list(FILES), commit_message=message
     )
     return str(commit.commit_url)
 
@@ -282,8 +282,8 @@ def _check_own(folder: Path) -> None:
     there = [name for name in FILES if (folder / name).exists()]
     if there and not (folder / SETTINGS).exists():
         raise ValueError(
-            f"folder: {os.fspath(folder)!r} has {', '.join(there)} and no {SETTINGS}, expected an empty folder, "
-            "or one that save_folder wrote"
+            f"folder: {os.fspath(folder)!r} has {', '.join(there)} and no {SETTINGS}, expected an empty "
+            "folder, or one that save_folder wrote"
         )
 
 
@@ -334,7 +334,8 @@ def _card(about: Mapping[str, Any], plan: Plan) -> str:
         f"# {about['class']}, pruned",
         "",
         f"A `{about['class']}` of {before:,} parameters, of which {after:,} stay "
-        f"({after / max(before, 1):.1%}). Whole channels were removed: the network is dense, and an ordinary `torch.nn.Module`.",
+        f"({after / max(before, 1):.1%}). Whole channels were removed: the network is dense, and an "
+        "ordinary `torch.nn.Module`.",
         "",
         f"Licence: {about['licence'] or 'not stated'}. Made with sparsekern {about['sparsekern']}.",
         "",

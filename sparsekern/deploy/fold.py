@@ -194,17 +194,18 @@ def _fold_weights(layer: Any, norm: _BatchNorm) -> None:
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().cpu().double()
     weight: Tensor = layer.weight.detach().cpu().double()
     bias = None if layer.bias is None else layer.bias.detach().cpu().double()
-    rest: Any = (mean, variance, norm.eps, gamma, beta)
     fused: tuple[Tensor, Tensor]
     if isinstance(layer, nn.Linear):
-        fused = fuse_linear_bn_weights(weight, bias, *rest)
+        fused = fuse_linear_bn_weights(weight, bias, mean, variance, norm.eps, gamma, beta)
     elif isinstance(layer, _ConvTransposeNd):
         # torch's formula knows one group. Groups side by side in the output dimension are one.
         together = _side_by_side(weight, layer.groups)
-        fused_weight, fused_bias = fuse_conv_bn_weights(together, bias, *rest, True)
+        fused_weight, fused_bias = fuse_conv_bn_weights(
+            together, bias, mean, variance, norm.eps, gamma, beta, transpose=True
+        )
         fused = _apart(fused_weight, layer.groups), fused_bias
     else:
-        fused = fuse_conv_bn_weights(weight, bias, *rest)
+        fused = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gamma, beta)
     layer.weight = _parameter(fused[0], layer.weight)
     layer.bias = _parameter(fused[1], layer.weight)
 
