@@ -5,6 +5,7 @@ compact networks then take turns in that runtime. The output has the budget, the
 share, and the load of the machine, since other processes lengthen wall times: with one thread, times are CPU
 times of the process. Weights are random, since times depend on widths alone; see
 :mod:`benchmarks.latency_budget`.
+"""
 
 from __future__ import annotations
 

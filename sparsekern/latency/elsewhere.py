@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sparsekern.compact import compact, make_plan
+from sparsekern.graph.capture.export import first_line
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.latency.cache import Cache
 from sparsekern.latency.model import LatencyModel
@@ -38,11 +39,15 @@ def time_units(units: Mapping[str, Unit], stored: Cache, runtime: Runtime) -> No
     """Time the units that are not stored yet in a runtime and store their seconds.
 
     Units that the runtime or the exporter does not know are left out.
+
+    Raises:
+        RuntimeError: the runtime runs none of the units.
     """
     missing = {key: unit for key, unit in units.items() if key not in stored.seconds}
     if not missing:
         return
     _LOG.info("timing %d units of %d in %s; kept in %s", len(missing), len(units), runtime, stored.path)
+    problem = ""
     for shared in (True, False):
         models = Models(list(missing.values()), shared=shared)
         for key, unit in list(missing.items()):
@@ -53,9 +58,12 @@ def time_units(units: Mapping[str, Unit], stored: Cache, runtime: Runtime) -> No
                     del missing[key]
             except Exception as error:
                 # Runtimes raise errors of many classes for ops and sizes that they do not know.
-                _LOG.debug("%s does not run %s: %s", runtime, key, error)
+                problem = f"{key}: {first_line(error)}"
+                _LOG.debug("%s does not run %s", runtime, problem)
     if missing:
         _LOG.info("%s runs none of %s", runtime, ", ".join(missing))
+    if not any(key in stored.seconds for key in units):
+        raise RuntimeError(f"runtime: got {runtime!r}, which runs none of the ops of the network; {problem}")
     stored.save()
 
 
@@ -66,9 +74,7 @@ def _seconds(model: bytes, arrays: Mapping[str, np.ndarray], runtime: Runtime) -
     begin = perf_counter()
     session.run(arrays)
     passes = int(np.clip(SHORTEST / max(perf_counter() - begin, 1e-9), LEAST, MOST))
-    times = session.node_seconds(arrays, passes)
-    # The lower quartile: other processes only lengthen a pass.
-    return float(sum(np.quantile(own, 0.25) for own in times.values()))
+    return session.inner_seconds(arrays, passes)
 
 
 def fit_networks(

@@ -96,7 +96,10 @@ def measure(
     if runtime in EXPORTED and device.type != "cpu":
         raise ValueError(f"runtime: got {runtime!r} for a model on {device}, expected one on the CPU")
     stored = Cache(directory(cache), device, runtime)
-    axes, axes_of = lay_axes(graph, graph.operations, round_to, natural)
+    # These runtimes pad channels to whole blocks, so that other widths take as long as the next block.
+    padded = runtime in EXPORTED and natural % round_to == 0
+    block = round_to if round_to > 1 and not padded else natural
+    axes, axes_of = lay_axes(graph, graph.operations, block if padded else round_to, natural)
     calls: dict[tuple[int, int, int], Any]
     if runtime in EXPORTED:
         calls = _calls(graph, axes, axes_of, group_operations(graph.operations), Unit)
@@ -109,7 +112,7 @@ def measure(
         _time_calls({call.key: call for call in calls.values()}, ops, device)
         seconds = ops.seconds
     times = _table(len(graph.operations), calls, seconds)
-    found = LatencyModel(graph, axes, axes_of, times, block=round_to if round_to > 1 else natural)
+    found = LatencyModel(graph, axes, axes_of, times, block=block)
     example = as_arguments(example_inputs, example_kwargs)
     if runtime == "torch":
         adjust(found, model, example, stored, device)

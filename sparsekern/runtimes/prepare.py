@@ -47,7 +47,7 @@ def prepare(
         session = Session(model, runtime, threads)
         tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         arrays = {name: t.detach().cpu().numpy() for name, t in zip(session.inputs, tensors, strict=False)}
-        run = session.bound(arrays)
+        run = partial(session.run, arrays)
     run()
     return run
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter, process_time, thread_time
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sparsekern.runtimes.names import Runtime
 
 Arrays = Mapping[str, NDArray[Any]]
 
-# Nodes that change the memory layout at the borders of a model. Between the ops of a network there are none.
+# Nodes that change the memory layout at the borders of a model. Between the ops of a network there are few.
 _BORDERS = ("ReorderInput", "ReorderOutput", "Reorder")
 
 
@@ -26,7 +27,7 @@ class Session:
         model: an ONNX file, the bytes of one, or an OpenVINO IR ``.xml`` (for OpenVINO only).
         runtime: ``"onnxruntime"`` or ``"openvino"``.
         threads: CPU threads; None for the runtime's choice.
-        profile: whether :meth:`node_seconds` is called.
+        profile: whether :meth:`inner_seconds` is called.
 
     Attributes:
         inputs: names of the inputs in the order of the file.
@@ -50,16 +51,24 @@ class Session:
         """
         return self._own.run(arrays)
 
-    def bound(self, arrays: Arrays) -> Callable[[], Any]:
-        """A function that runs the network on ``arrays``; for measurements of time."""
-        return lambda: self._own.run(arrays)
+    def inner_seconds(self, arrays: Arrays, passes: int) -> float:
+        """Seconds of one pass without its borders; the lower quartile over ``passes``.
 
-    def node_seconds(self, arrays: Arrays, passes: int) -> dict[str, list[float]]:
-        """Seconds of each node of the optimised network in each of ``passes``, by name of the node.
-
-        Nodes that only change the memory layout of the model's inputs and outputs are left out.
+        The borders are the nodes that change the memory layout of the model's inputs and outputs, and the
+        call of the runtime itself. With a single thread this is processor time, which other processes do not
+        lengthen as they do wall time. Borders are short, so that their shortest wall time is right.
         """
-        return self._own.node_seconds(arrays, passes)
+        self._own.run(arrays)  # the first pass allocates
+        busy, wall = [], []
+        for _ in range(passes):
+            begin, began = self._own.clock(), perf_counter()
+            self._own.run(arrays)
+            busy.append(self._own.clock() - begin)
+            wall.append(perf_counter() - began)
+            self._own.after_pass()
+        every, borders = self._own.nodes(passes)
+        call = max(0.0, float((np.array(wall) - every).min()))
+        return max(0.0, float(np.quantile(busy, 0.25)) - call - float(borders.min()))
 
 
 class _OnnxRuntime:
@@ -71,6 +80,8 @@ class _OnnxRuntime:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
+        # The only thread is that of the caller.
+        self.clock = thread_time if threads == 1 else perf_counter
         self._folder = tempfile.TemporaryDirectory() if profile else None
         if self._folder is not None:
             options.enable_profiling = True
@@ -85,16 +96,21 @@ class _OnnxRuntime:
         found: list[NDArray[Any]] = self._session.run(None, dict(arrays))
         return found
 
-    def node_seconds(self, arrays: Arrays, passes: int) -> dict[str, list[float]]:
-        for _ in range(passes + 1):
-            self.run(arrays)
-        events = json.loads(Path(self._session.end_profiling()).read_text())
-        times: dict[str, list[float]] = {}
-        for event in events:
-            kernel = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-            if kernel and event["args"].get("op_name") not in _BORDERS:
-                times.setdefault(event["name"], []).append(1e-6 * event["dur"])
-        return {name: own[1:] for name, own in times.items()}  # the first pass allocates
+    def after_pass(self) -> None:
+        """Nothing: the profile has all passes."""
+
+    def nodes(self, passes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Seconds of all nodes and of the borders in each of the last passes, float64 ``[passes]``."""
+        every: dict[str, list[float]] = {}
+        borders = set()
+        for event in json.loads(Path(self._session.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                every.setdefault(event["name"], []).append(1e-6 * event["dur"])
+                if event["args"].get("op_name") in _BORDERS:
+                    borders.add(event["name"])
+        last = {name: np.array(own[-passes:]) for name, own in every.items()}
+        none = np.zeros(passes)
+        return sum(last.values(), none), sum((last[name] for name in borders), none)
 
 
 class _OpenVino:
@@ -102,33 +118,36 @@ class _OpenVino:
         import openvino
 
         core = openvino.Core()
-        # Without the hint, CPUs that compute bfloat16 would do so in a float32 network.
+        # Without the first hint, CPUs that compute bfloat16 would do so in a float32 network.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if profile:
             settings["PERF_COUNT"] = True
+        # The only thread is one of OpenVINO.
+        self.clock = process_time if threads == 1 else perf_counter
         read = core.read_model(model) if isinstance(model, bytes) else core.read_model(str(model))
         compiled = core.compile_model(read, "CPU", settings)
         self._request = compiled.create_infer_request()
+        self._passes: list[tuple[float, float]] = []
         self.inputs = [port.get_any_name() for port in compiled.inputs]
         self.outputs = [port.get_any_name() for port in compiled.outputs]
         self.metadata = _rt_info(read)
-        self._count = len(compiled.outputs)
 
     def run(self, arrays: Arrays) -> list[NDArray[Any]]:
         self._request.infer(dict(arrays))
-        return [np.array(self._request.get_output_tensor(index).data) for index in range(self._count)]
+        return [np.array(self._request.get_output_tensor(n).data) for n in range(len(self.outputs))]
 
-    def node_seconds(self, arrays: Arrays, passes: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {}
-        self.run(arrays)
-        for _ in range(passes):
-            self._request.infer(dict(arrays))
-            for node in self._request.get_profiling_info():
-                if node.node_type not in _BORDERS:
-                    times.setdefault(node.node_name, []).append(node.real_time.total_seconds())
-        return times
+    def after_pass(self) -> None:
+        """Keep the profile of the last pass."""
+        found = self._request.get_profiling_info()
+        times = [(node.node_type in _BORDERS, node.real_time.total_seconds()) for node in found]
+        self._passes.append((sum(own for _, own in times), sum(own for border, own in times if border)))
+
+    def nodes(self, passes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Seconds of all nodes and of the borders in each of the last passes, float64 ``[passes]``."""
+        every, borders = np.array(self._passes[-passes:]).T
+        return every, borders
 
 
 def _rt_info(model: Any) -> dict[str, str]:
