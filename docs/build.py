@@ -1,11 +1,11 @@
 """Build the documentation site into build/site: ``pip install -e ".[docs]"``, then ``python docs/build.py``.
 
-Pages link to files of the repository, so that they can also be read there. The site holds the files of PLACES. This
-program copies them to build/docs, points their links to the places on the site, runs Zensical in strict mode, and
-follows every link of the result to its file and anchor. No link to another host is opened.
+Pages link to files of the repository, so that they can also be read there. The site holds the files of
+PLACES. This program copies them to build/docs, points their links to the places on the site, runs Zensical in
+strict mode, and follows every link of the result to its file and anchor. No link to another host is opened.
 
 Environment:
-    SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository. Links to files that the site does not hold
+    SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository. Links to files beside the site
         lead there; without an address their text stays.
 """
 

@@ -15,7 +15,9 @@ ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
 DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 REFERENCE = Path(__file__).parent / "reference"
 DOCUMENTED = {
-    name for page in sorted(REFERENCE.glob("*.md")) for name in DIRECTIVE.findall(page.read_text(encoding="utf-8"))
+    name
+    for page in sorted(REFERENCE.glob("*.md"))
+    for name in DIRECTIVE.findall(page.read_text(encoding="utf-8"))
 }
 
 

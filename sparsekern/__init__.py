@@ -8,7 +8,12 @@ from sparsekern._load import load as load
 from sparsekern.compact import compact as compact
 from sparsekern.compact import save as save
 from sparsekern.compact import verify as verify
+from sparsekern.deploy import deploy as deploy
+from sparsekern.deploy import export as export
 from sparsekern.graph import trace as trace
+from sparsekern.hub import from_hub as from_hub
+from sparsekern.hub import push_to_hub as push_to_hub
+from sparsekern.hub import save_folder as save_folder
 from sparsekern.prune import Pruner as Pruner
 from sparsekern.prune import prune_once as prune_once
 from sparsekern.prune import recalibrate as recalibrate
@@ -23,14 +28,19 @@ __all__ = [
     "allocate",
     "compact",
     "criteria",
+    "deploy",
+    "export",
+    "from_hub",
     "fusion",
     "latency",
     "load",
     "nn",
     "optim",
     "prune_once",
+    "push_to_hub",
     "recalibrate",
     "save",
+    "save_folder",
     "trace",
     "verify",
 ]

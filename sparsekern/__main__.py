@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-# What the extras `demo`, `bench` and `onnx` install, by import name.
+# What the extras `demo`, `bench`, `onnx` and `openvino` install, by import name.
 ONNX = ("onnx", "onnxruntime", "onnxscript")
-EXTRAS = ("matplotlib", "PIL", "rich", "tomli", "torchmetrics", "typer", *ONNX)
+EXTRAS = ("matplotlib", "PIL", "rich", "tomli", "torchmetrics", "typer", "openvino", *ONNX)
 
 
 def main() -> int:
@@ -31,6 +31,8 @@ def main() -> int:
         extra = "bench" if sys.argv[1:2] == ["bench"] else "demo"
         if missing in ONNX:
             extra = "onnx"
+        if missing == "openvino":
+            extra = "openvino"
         sys.stderr.write(
             f"error: the sparsekern command needs {missing}, which is not installed; run: "
             f'pip install "sparsekern[{extra}]"\n'

@@ -11,6 +11,7 @@ import pytest
 MODULES = [
     "sparsekern",
     "sparsekern.compact",
+    "sparsekern.deploy",
     "sparsekern.fusion",
     "sparsekern.graph",
     "sparsekern.integrations.lightning",
@@ -57,5 +58,6 @@ def test_everything_that_a_user_can_pass_is_shown(name: str) -> None:
 def test_the_package_shows_every_name_of_the_readme() -> None:
     import sparsekern
 
-    for name in ("Pruner", "prune_once", "trace", "verify", "save", "load", "criteria", "optim", "nn"):
+    names = "Pruner prune_once trace verify save load deploy export save_folder from_hub push_to_hub"
+    for name in [*names.split(), "criteria", "optim", "nn"]:
         assert name in dir(sparsekern)

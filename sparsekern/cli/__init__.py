@@ -9,6 +9,7 @@ from sparsekern.cli import app
 
 _missing: ImportError | None = None
 try:
+    import sparsekern.cli.latency
     import sparsekern.cli.train
     import sparsekern.cli.use  # noqa: F401
 except ImportError as error:

@@ -40,6 +40,9 @@ def inspect(
     ],
     keep: Annotated[float | None, typer.Option(help="Plan for this share of the cost, in (0, 1].")] = None,
     of: Annotated[str, typer.Option(help="The cost: macs, params, latency")] = "macs",
+    runtime: Annotated[
+        str, typer.Option(help="Where latency is measured: torch, compile, onnxruntime, openvino")
+    ] = "torch",
     round_to: Annotated[
         str, typer.Option(help="Channel counts become multiples of it; a number or auto.")
     ] = "1",
@@ -64,7 +67,9 @@ def inspect(
     if keep is None:
         graph = trace(model, example)
     else:
-        graph, kept = plan_by_weights(model, example, keep=keep, of=of, round_to=number_or_text(round_to))
+        graph, kept = plan_by_weights(
+            model, example, keep=keep, of=of, runtime=runtime, round_to=number_or_text(round_to)
+        )
     console.print(str(graph), soft_wrap=True)
     saliency = Magnitude()(weight_statistics(model, graph))
     console.print(tables.sensitivity_table(tables.sensitivities(graph, saliency), "magnitude"))

@@ -11,7 +11,7 @@ import typer
 
 from sparsekern.cli.app import ClassesFile, Device, Quiet, Threads, app, console, set_quiet, set_threads
 
-Model = Annotated[Path, typer.Argument(help="model.safetensors of a training, or its directory")]
+Model = Annotated[Path, typer.Argument(help="model.safetensors of a training, its directory, or its export")]
 
 
 @app.command()
@@ -76,23 +76,28 @@ def evaluate(
 @app.command()
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="The file to write, NAME.onnx")],
+    file: Annotated[Path, typer.Argument(help="The file to write: NAME.onnx, or NAME.xml for OpenVINO")],
     threads: Threads = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write a network as ONNX for any batch and image size, which onnxruntime runs as torch does."""
+    """Write a network for ONNX Runtime or OpenVINO, for any batch and image size, and compare the file."""
     from sparsekern.recipes.errors import InputError
     from sparsekern.recipes.export import export as write
+    from sparsekern.recipes.exported import RUNTIMES
     from sparsekern.recipes.predict import Segmenter
 
     set_quiet(quiet)
     set_threads(threads)
-    if file.suffix != ".onnx":
-        raise InputError(f"FILE: got {file}, expected a name that ends in .onnx")
-    segmenter = Segmenter(_file(model))
+    if file.suffix not in RUNTIMES:
+        raise InputError(f"FILE: got {file}, expected a name that ends in .onnx, or in .xml for OpenVINO")
+    source = _file(model)
+    if source.suffix in RUNTIMES:
+        raise InputError(f"MODEL: got {source}, which is exported already; expected a model.safetensors")
+    segmenter = Segmenter(source)
     difference = write(segmenter, file)
     console.print(
-        f"{file}: onnxruntime equals torch to {difference:.1e} of the largest output", soft_wrap=True
+        f"{file}: {RUNTIMES[file.suffix]} equals torch to {difference:.1e} of the largest output",
+        soft_wrap=True,
     )
     console.print(
         f"input: float32 [batch, 3, height, width], height and width multiples of {segmenter.spec.stride}",

@@ -251,10 +251,15 @@ def remember(
     """Store on ``small`` the plan relative to the original model: earlier cuts followed by ``parts``."""
     cuts = {e.names[0]: parts[id(e.tensor)] for e in tensors if parts[id(e.tensor)].keep}
     plan = plan_of(model).then(Plan(cuts))
-    for module in small.modules():
-        module.__dict__.pop(_PLAN_ATTRIBUTE, None)
+    forget_plan(small)
     if plan.tensors:
         small.__dict__[_PLAN_ATTRIBUTE] = plan.to_json()
+
+
+def forget_plan(model: nn.Module) -> None:
+    """Remove what ``model`` and its submodules know of earlier cuts, in place."""
+    for module in model.modules():
+        module.__dict__.pop(_PLAN_ATTRIBUTE, None)
 
 
 def _as(tensor: Tensor, data: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from sparsekern.files.atomic import check_name, opened, parse_json, replacing
 from sparsekern.files.schema import TEXT, Entries, Real
 from sparsekern.kernels.native.machine import cpu_name
+from sparsekern.runtimes import Runtime, version
 
 FORMAT = "sparsekern.latency"
 VERSION = 1
@@ -63,14 +64,16 @@ def _directory(given: str | os.PathLike[str] | None) -> Path:
     return base / "sparsekern"
 
 
-def settings(device: torch.device) -> dict[str, Any]:
-    """All settings, apart from the shapes of an op, that its time depends on."""
+def settings(device: torch.device, runtime: Runtime = "torch") -> dict[str, Any]:
+    """All settings, apart from the shapes of an op, that its time in a runtime depends on."""
     names = {"cpu": cpu_name, "cuda": lambda: torch.cuda.get_device_name(device)}
     found: dict[str, Any] = {
         "device": names.get(device.type, lambda: str(device))(),
         "torch": torch.__version__,
         "precision": torch.get_float32_matmul_precision(),
     }
+    if runtime != "torch":
+        found |= {"runtime": runtime, "version": version(runtime)}
     if device.type == "cpu":
         found |= {name: os.environ.get(name, "") for name in ALLOCATOR}
         return found | {"threads": torch.get_num_threads(), "onednn": torch.backends.mkldnn.is_available()}
@@ -85,14 +88,15 @@ class Cache:
     Args:
         where: the directory of the file.
         device: device of the timed ops.
+        runtime: what they run in.
 
     Attributes:
         path: the file, ``latency-<digest of the settings>.json``.
         seconds: seconds by key; new entries stay in memory until :meth:`save`.
     """
 
-    def __init__(self, where: Path, device: torch.device) -> None:
-        self._settings = settings(device)
+    def __init__(self, where: Path, device: torch.device, runtime: Runtime = "torch") -> None:
+        self._settings = settings(device, runtime)
         digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()[:12]
         self.path = where / f"latency-{digest}.json"
         self._warned = False

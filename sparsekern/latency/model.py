@@ -97,6 +97,10 @@ class LatencyModel:
                 ratio = np.interp(self._table[op], x[good][order], (y[good] / x[good])[order])
                 self._table[op] *= ratio
 
+    def weigh(self, factors: np.ndarray) -> None:
+        """Multiply the table of each op by its factor, float64 ``[ops]``."""
+        self._table *= factors[:, None, None]
+
     def price(self, kept: np.ndarray) -> np.ndarray:
         """Nanoseconds that the removal of each channel saves, float64 ``[C]``; 0 for removed channels.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from time import perf_counter, thread_time
+from time import perf_counter, process_time, thread_time
 from typing import Any
 
 import torch
+
+from sparsekern.runtimes import Runtime
 
 # Seconds for which calls are repeated; in less time the clock and the scheduler dominate.
 SHORTEST_CALLS = 1.5e-3
@@ -20,12 +22,17 @@ class Stopwatch:
 
     With a single CPU thread it measures that thread's CPU time, which other processes on a busy machine do
     not lengthen. Otherwise it measures wall time.
+
+    Args:
+        device: device of the calls.
+        runtime: what the calls run in. OpenVINO computes in a thread of its own.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, runtime: Runtime = "torch") -> None:
         self._device = device
         alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self._clock = thread_time if alone else perf_counter
+        single = process_time if runtime == "openvino" else thread_time
+        self._clock = single if alone else perf_counter
 
     def seconds(self, run: Run) -> float:
         """Seconds of one call."""

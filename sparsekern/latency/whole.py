@@ -49,8 +49,8 @@ def adjust(
         device: device of the network.
     """
     graph, operations = found.graph, found.graph.operations
-    widths = [*_even(graph, found.block), *_uneven(graph, found.block)]
-    keys = [_key(operations, graph.costs.sizes(kept)) for kept in widths]
+    widths = widths_of(graph, found.block)
+    keys = [network_key(operations, graph.costs.sizes(kept)) for kept in widths]
     of_ops = [[f"{key}/{number}" for number in range(len(operations))] for key in keys[: len(EVEN)]]
     names = [*keys, *(name for row in of_ops for name in row)]
     if any(name not in stored.seconds for name in names):
@@ -61,6 +61,11 @@ def adjust(
     found.settle(alone, 1e9 * np.array([[stored.seconds[name] for name in row] for row in of_ops]))
     sums = np.array([found.of_each(kept).sum() for kept in widths])
     found.scale, found.overhead = _line(sums, 1e9 * np.array([stored.seconds[key] for key in keys]))
+
+
+def widths_of(graph: ChannelGraph, block: int) -> list[np.ndarray]:
+    """The channels of all networks that are timed, the full one first: bool ``[C]`` each."""
+    return [*_even(graph, block), *_uneven(graph, block)]
 
 
 def _even(graph: ChannelGraph, block: int) -> Iterator[np.ndarray]:
@@ -86,7 +91,7 @@ def _first(graph: ChannelGraph, block: int, shares: np.ndarray) -> np.ndarray:
     return kept
 
 
-def _key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
+def network_key(operations: Sequence[Operation], sizes: np.ndarray) -> str:
     """Key of a network in the cache: a digest of all its calls at these sizes."""
     text = "\n".join(Call(operation, sizes).key for operation in operations)
     return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -36,6 +36,7 @@ from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.statistics import ChannelRows, gather, sum_weight_squares
+from sparsekern.runtimes import Runtime
 
 # Decay of the exponential means: close enough to 1 that over a few batches they equal plain means to a few %.
 DECAY = 0.999
@@ -60,6 +61,7 @@ def prune_once(
     example_kwargs: Mapping[str, Any] | None = None,
     keep: float,
     of: Unit = "macs",
+    runtime: Runtime = "torch",
     select: criteria.Criterion | str | None = None,
     allocate: Allocator | str | None = None,
     calibration: Iterable[Any] | None = None,
@@ -86,7 +88,7 @@ def prune_once(
     Args:
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
-            ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
+            ``runtime``, ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
         select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
             which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
             nor a loss.
@@ -111,7 +113,7 @@ def prune_once(
         TypeError: ``loss`` or ``forward_loss`` is not a function.
         ValueError: an argument is out of range or missing, or both ``loss`` and ``forward_loss`` are given.
     """
-    share, of = check_keep(keep), check_unit(of)
+    share, of = check_keep(keep), check_unit(of, runtime)
     select = resolve_select(select)
     allocate = resolve_allocate(allocate, None if select.needs_gradients else WITHOUT_DATA)
     given = Calibration(calibration, batches, loss, forward_loss)
@@ -124,6 +126,7 @@ def prune_once(
             example_kwargs=example_kwargs,
             keep=share,
             of=of,
+            runtime=runtime,
             round_to=round_to,
             min_channels=min_channels,
             protect=protect,
@@ -159,6 +162,7 @@ def task_of(
     example_kwargs: Mapping[str, Any] | None = None,
     keep: float,
     of: str,
+    runtime: Runtime = "torch",
     round_to: int | str,
     min_channels: int | Mapping[str, int] = 1,
     protect: Sequence[str | nn.Module | nn.Parameter] = (),
@@ -181,7 +185,13 @@ def task_of(
         pricing = None
         if of == "latency":
             pricing = latency.measure(
-                model, graph, example_inputs, example_kwargs=example_kwargs, round_to=multiple, cache=cache
+                model,
+                graph,
+                example_inputs,
+                example_kwargs=example_kwargs,
+                round_to=multiple,
+                runtime=runtime,
+                cache=cache,
             )
         return Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
 

@@ -37,6 +37,7 @@ from sparsekern.prune.schedule import Timing
 from sparsekern.prune.shrinkable import check_shrinkable
 from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.statistics import trained_by
+from sparsekern.runtimes import Runtime
 
 StrPath = str | os.PathLike[str]
 
@@ -55,8 +56,8 @@ class Pruner:
         example_inputs: a tensor or a tuple of the positional arguments of ``model``; costs are those of one
             forward pass on them, with the keyword arguments ``example_kwargs``.
         keep: share of the dense cost that stays, in (0, 1].
-        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``, the time of a forward pass on this machine
-            with the current threads (:mod:`sparsekern.latency`); ``round_to="auto"`` suits it.
+        of: the cost: ``"macs"``, ``"params"``, or ``"latency"``, the time of a forward pass in ``runtime`` on
+            this machine with its threads (:mod:`sparsekern.latency`); ``round_to="auto"`` suits it.
         steps: optimizer steps of the whole training.
         select: the criterion that ranks channels, default :func:`sparsekern.criteria.default`; or names such
             as ``"taylor"`` or ``"taylor * gradient-count"``.
@@ -78,8 +79,7 @@ class Pruner:
         also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel``.
         state_cutter: ``(parameter, name, value, TensorPlan) -> smaller value`` for unusual optimizer state.
         cache: directory of timings for latency; default ``$SPARSEKERN_CACHE``, else the user's cache.
-        process_group: the processes that train this model together; None for those of
-            ``DistributedDataParallel``, else the default group if there is one.
+        process_group: the processes that train together; default: those of DDP, else the default group.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, see :func:`sparsekern.optim.unwrap_optimizer`.
@@ -99,6 +99,7 @@ class Pruner:
         example_kwargs: Mapping[str, Any] | None = None,
         keep: float,
         of: Unit = "macs",
+        runtime: Runtime = "torch",
         steps: int,
         select: criteria.Criterion | str | None = None,
         allocate: Allocator | str | None = None,
@@ -118,7 +119,7 @@ class Pruner:
         process_group: Any = None,
     ) -> None:
         begin = perf_counter()
-        share, policy = check_keep(keep), Policy.from_arguments(select, allocate, of, penalty)
+        share, policy = check_keep(keep), Policy.from_arguments(select, allocate, of, penalty, runtime)
         checks_gradients = check_nonfinite(nonfinite)
         timing = Timing(steps, warmup, finish, events)
         schedule = timing.schedule(share)
@@ -131,7 +132,7 @@ class Pruner:
         counting = policy.select.needs_activations
         network = Network(model, unwrapped, graph, schedule.decay, counting, also, state_cutter)
         ranks = Ranks(wrapped, process_group, network.device)
-        time = functools.partial(network.time, example, cache=cache, ranks=ranks)
+        time = functools.partial(network.time, example, ranks=ranks, cache=cache, runtime=runtime)
         policy = policy.fitted(network, share, min_channels, choices, time)
         settings = Settings(share, policy, timing, bool(shrink))
         with ranks.agreeing("the Pruner's arguments and the channels of its model") as check:

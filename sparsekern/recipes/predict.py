@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from sparsekern.compact.store import read
 from sparsekern.files.atomic import replacing
@@ -19,10 +20,11 @@ from sparsekern.recipes.classes import ClassTable
 from sparsekern.recipes.data import MEAN, STD, Data, Split, normalise
 from sparsekern.recipes.devices import find_device
 from sparsekern.recipes.errors import InputError
+from sparsekern.recipes.exported import RUNTIMES, Exported
 from sparsekern.recipes.files import check_writable
 from sparsekern.recipes.images import EXTENSIONS, read_image
 from sparsekern.recipes.metrics import Scores, evaluate, predict
-from sparsekern.recipes.networks import Padded
+from sparsekern.recipes.networks import NetworkSpec, Padded
 from sparsekern.recipes.settings import Settings
 from sparsekern.recipes.stored import read_spec, rebuild
 from sparsekern.recipes.synthetic import load
@@ -39,8 +41,8 @@ class Segmenter:
     """A stored network of the recipes, ready for images of any size.
 
     Args:
-        path: a `model.safetensors` of a training.
-        device: device of the computation.
+        path: a `model.safetensors` of a training, or the `.onnx` or `.xml` that `sparsekern export` made.
+        device: device of the computation; the CPU for exported files.
 
     Attributes:
         spec: description of the network, its input and its output.
@@ -49,14 +51,24 @@ class Segmenter:
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is damaged, or does not name a network of the recipes.
-        InputError: the device does not exist.
+        InputError: the device does not exist, or an exported file does not run there.
+        ModuleNotFoundError: the runtime of an exported file is not installed.
     """
+
+    spec: NetworkSpec
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.device = find_device(device)
-        stored = read(path)
-        self.spec = read_spec(stored)
-        self.network = Padded(rebuild(stored), self.spec.stride).to(self.device).eval()
+        network: nn.Module
+        if path.suffix in RUNTIMES:
+            if self.device.type != "cpu":
+                raise InputError(f"--device: got {device!r}, expected cpu for an exported network")
+            network = exported = Exported(path)
+            self.spec = exported.spec
+        else:
+            stored = read(path)
+            self.spec, network = read_spec(stored), rebuild(stored)
+        self.network = Padded(network, self.spec.stride).to(self.device).eval()
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.metrics import class_weights
 from sparsekern.recipes.networks import MODELS as MODELS
 from sparsekern.recipes.networks import NetworkSpec, Reading
+from sparsekern.runtimes import RUNTIMES, check_runtime
 
 
 def _option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
@@ -58,6 +59,7 @@ class Settings:
     classes: int = _option(2, "Classes of the masks with the background; default 2.")
     keep: float | None = _option(0.2, "Share of the cost that stays, in (0, 1]; default 0.2.")
     of: str = _option("macs", "The cost: macs, params, latency")
+    runtime: str = _option("torch", "Where --of latency is measured: torch, compile, onnxruntime, openvino")
     select: str = _option(
         "joint",
         "Which channels go: joint, taylor, gradient-count, magnitude, redundancy, random, shuffled; combined "
@@ -98,6 +100,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("of", self.of, UNITS)
+        _one_of("runtime", self.runtime, RUNTIMES)
         _one_of("allocate", self.allocate, tuple(ALLOCATORS))
         _one_of("amp", self.amp, tuple(AMP))
         parse_select(self.select)
@@ -228,7 +231,8 @@ def build_pruner(
         optimizer,
         example,
         keep=settings.keep,
-        of=check_unit(settings.of),
+        of=check_unit(settings.of, settings.runtime),
+        runtime=check_runtime(settings.runtime),
         steps=settings.steps,
         select=parse_select(settings.select),
         allocate=ALLOCATORS[settings.allocate](),

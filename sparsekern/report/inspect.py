@@ -20,6 +20,7 @@ from sparsekern.prune.decide.criteria import Magnitude
 from sparsekern.prune.once import task_of
 from sparsekern.prune.state.statistics import weight_statistics
 from sparsekern.recipes._torchvision import blame, mismatch, used_by, warn_of_mismatch
+from sparsekern.runtimes import check_runtime
 
 
 def find_model(target: str) -> nn.Module:
@@ -93,7 +94,13 @@ def make_input(spec: str) -> Tensor:
 
 
 def plan_by_weights(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, keep: float, of: str = "macs", round_to: int | str = 1
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    keep: float,
+    of: str = "macs",
+    runtime: str = "torch",
+    round_to: int | str = 1,
 ) -> tuple[ChannelGraph, np.ndarray]:
     """The channel graph, and the channels (bool ``[C]``) that a plan by weight magnitude keeps.
 
@@ -102,6 +109,13 @@ def plan_by_weights(
     Raises:
         ValueError: an argument is out of range, or the network cannot be traced or pruned so far.
     """
-    task = task_of(model, inputs, keep=check_keep(keep), of=check_unit(of), round_to=round_to)
+    task = task_of(
+        model,
+        inputs,
+        keep=check_keep(keep),
+        of=check_unit(of, runtime),
+        runtime=check_runtime(runtime),
+        round_to=round_to,
+    )
     saliency = Magnitude()(weight_statistics(model, task.graph))
     return task.graph, WITHOUT_DATA(replace(task, saliency=saliency))

@@ -13,6 +13,7 @@ from PIL import Image
 
 import sparsekern
 from sparsekern.cli import run
+from sparsekern.deploy import files, speed
 from sparsekern.recipes import export as exporting
 from sparsekern.recipes.data import normalise
 from sparsekern.recipes.networks import NetworkSpec
@@ -111,22 +112,55 @@ def test_an_exported_network_takes_any_batch_and_any_multiple_of_the_stride(trai
     assert entry.key == "sparsekern" and json.loads(entry.value)["recipe"] == "unet"
 
 
-def test_an_exported_network_that_differs_is_refused_with_the_difference(
-    trained, exported, tmp_path, monkeypatch
-):
-    def wrong(*arguments):
-        model = onnx.load(exported)
-        del model.metadata_props[:]
+def test_an_exported_network_that_differs_is_refused_with_the_difference(trained, tmp_path, monkeypatch):
+    def wrong(model):
         for tensor in model.graph.initializer:
             if tensor.name == "head.bias":
                 changed = onnx.numpy_helper.to_array(tensor) + 1
                 tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
-        return model
 
-    monkeypatch.setattr(exporting, "_program", wrong)
-    with pytest.raises(ValueError, match=r"differs from torch by \d\.\de[-+]\d\d .* expected at most 1e-04"):
+    monkeypatch.setattr(files, "name_sizes", wrong)
+    message = r"output 'logits' on .* difference of \d\.\de[-+]\d\d .* expected at most 1e-05"
+    with pytest.raises(ValueError, match=message):
         exporting.export(Segmenter(trained / "model.safetensors"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_predict_and_evaluate_run_an_exported_network(trained, exported, data, tmp_path, capsys):
+    images = str(data / "test" / "images")
+    masks = []
+    for model, out in ((trained, tmp_path / "torch"), (exported, tmp_path / "onnx")):
+        assert run(["predict", str(model), images, "--out", str(out), "--quiet", "--threads", "1"]) == 0
+        masks.append(np.stack([pixels(path) for path in sorted(out.iterdir())]))
+    # The logits differ by rounding, which may turn a pixel.
+    assert (masks[0] != masks[1]).mean() < 1e-3
+    capsys.readouterr()
+    assert run(["evaluate", str(exported), "--data", str(data), "--json"]) == 0
+    figures = json.loads((trained / "run.json").read_text())["figures"]
+    assert json.loads(capsys.readouterr().out)["dice"] == pytest.approx(figures["dice"], abs=1e-3)
+
+
+def test_an_exported_file_is_checked_before_it_is_used(exported, data, tmp_path, capsys):
+    images = [str(data / "test" / "images"), "--out", str(tmp_path / "out")]
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(exported.read_bytes()[:200])
+    bare = tmp_path / "bare.onnx"
+    model = onnx.load(exported)
+    del model.metadata_props[:]
+    onnx.save(model, bare)
+    cases = {
+        damaged: "cannot be loaded by onnxruntime",
+        bare: "was not written by sparsekern export",
+        tmp_path / "none.onnx": "cannot read",
+    }
+    for path, message in cases.items():
+        assert run(["predict", str(path), *images]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: MODEL: ") and message in error and error.count("\n") == 1
+    assert run(["predict", str(exported), *images, "--device", "meta"]) == 2
+    assert run(["export", str(exported), str(tmp_path / "again.onnx")]) == 2
+    assert "is exported already" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "again.onnx").exists()
 
 
 def test_images_are_found_once_in_files_directories_and_patterns(data):
@@ -178,3 +212,28 @@ def test_a_file_of_another_normalisation_is_not_scored(three, data, capsys):
 def test_export_wants_the_ending_of_onnx(trained, tmp_path, capsys):
     assert run(["export", str(trained), str(tmp_path / "model.pt")]) == 2
     assert "FILE: got" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_latency_times_dense_and_compact_in_the_runtimes_asked_for(trained, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "SHORTEST", 0.0)
+    options = ["--size", "32", "--batch", "2", "--threads", "1"]
+    assert (
+        run(["latency", str(trained), *options, "--runtime", "torch", "--runtime", "onnxruntime", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert [(entry["runtime"], entry["batch"], entry["threads"]) for entry in found] == [
+        ("torch", 2, 1),
+        ("onnxruntime", 2, 1),
+    ]
+    assert all(0 < entry[name] < 10 for entry in found for name in ("dense", "compact"))
+    assert run(["latency", str(trained), *options, "--runtime", "torch"]) == 0
+    text = capsys.readouterr().out
+    assert "1 thread" in text and "dense" in text and "x" in text
+    for bad, message in (
+        (["--size", "33"], "--size: got 33"),
+        (["--runtime", "tvm"], "--runtime: got 'tvm'"),
+    ):
+        assert run(["latency", str(trained), *options, *bad]) == 2
+        assert message in capsys.readouterr().err

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.decide.allocate import Problem, smallest
+from sparsekern.runtimes import check_runtime
 
 Unit = Literal["macs", "params", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -24,10 +25,21 @@ def check_keep(keep: object) -> float:
     return float(keep)
 
 
-def check_unit(of: object) -> Unit:
-    """Return ``of`` if it names a cost, else raise a ValueError."""
+def check_unit(of: object, runtime: object = "torch") -> Unit:
+    """Check ``of``, and the runtime that latencies are measured in.
+
+    Returns:
+        ``of``.
+
+    Raises:
+        ValueError: ``of`` names no cost, ``runtime`` no runtime, or a runtime comes with another cost.
+        ModuleNotFoundError: the runtime is not installed.
+    """
+    check_runtime(runtime)
     for unit in UNITS:
         if of == unit:
+            if runtime != "torch" and unit != "latency":
+                raise ValueError(f"runtime: got {runtime!r} with of={of!r}, expected it with of='latency'")
             return unit
     raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
 

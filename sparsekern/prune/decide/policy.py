@@ -28,6 +28,7 @@ from sparsekern.prune.schedule import Event
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.statistics import Statistics, gather
+from sparsekern.runtimes import Runtime
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ class Policy:
         penalty: extra decay of the gates of the next channels to go.
         floors: int64 ``[groups]``; channels that every group keeps at least. Empty before :meth:`fitted`.
         round_to: the multiple of group widths. 1 before :meth:`fitted`.
+        runtime: where latencies are measured.
     """
 
     select: Criterion
@@ -85,16 +87,20 @@ class Policy:
     penalty: float
     floors: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     round_to: int = 1
+    runtime: Runtime = "torch"
 
     @classmethod
-    def from_arguments(cls, select: object, allocate: object, of: object, penalty: object) -> Policy:
+    def from_arguments(
+        cls, select: object, allocate: object, of: object, penalty: object, runtime: Runtime
+    ) -> Policy:
         """The policy of these arguments of a Pruner, before the network is known.
 
         Raises:
             ValueError: an argument is not valid.
         """
-        of = check_unit(of)
-        return cls(resolve_select(select), resolve_allocate(allocate), of, check_penalty(penalty))
+        of = check_unit(of, runtime)
+        select, allocate = resolve_select(select), resolve_allocate(allocate)
+        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime)
 
     def problem(
         self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None

@@ -31,6 +31,7 @@ class Settings:
         return {
             "keep": self.keep,
             "of": policy.of,
+            "runtime": policy.runtime,
             **asdict(self.timing),
             "select": repr(policy.select),
             "allocate": repr(policy.allocate),

@@ -17,6 +17,9 @@ from sparsekern.prune.state.masking import FADING
 from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.schema import STATE, STATE_VERSION
 
+# Settings that states of earlier releases lack, with the values that those had.
+_EARLIER = {"runtime": "torch"}
+
 
 class SavedState:
     """Collects the state of a Pruner's parts in one dict, and gives it back to them.
@@ -61,7 +64,7 @@ class SavedState:
                 f"those of this one ({len(fingerprint)} groups)"
             )
         for name, own in self._settings.to_plain().items():
-            saved = state["settings"].get(name)
+            saved = state["settings"].get(name, _EARLIER.get(name))
             if name != "steps" and saved != own:
                 raise ValueError(
                     f"state: got one saved with {name}={saved!r}, expected {name}={own!r}; make the Pruner "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -95,12 +94,14 @@ class Network:
         self,
         example: tuple[tuple[Any, ...], Mapping[str, Any]],
         round_to: int,
-        cache: str | os.PathLike[str] | None,
+        *,
         ranks: Ranks,
+        **options: Any,
     ) -> None:
         """Measure the latency of all sets of channels; all processes use the times of the first one.
 
-        ``example`` holds the positional and keyword arguments of a forward pass.
+        ``example`` holds the positional and keyword arguments of a forward pass, ``options`` further ones of
+        :func:`sparsekern.latency.measure`.
 
         Raises:
             ValueError: channels were already cut out, so the latency of the dense network is not known.
@@ -108,8 +109,9 @@ class Network:
         if not self._removed.removes_nothing:
             raise ValueError("of: got 'latency' for a model that has been cut, expected one of full size")
         with ranks.agreeing("timing the model") as check:
+            args, kwargs = example
             latency = measure(
-                self.model, self.graph, example[0], example_kwargs=example[1], round_to=round_to, cache=cache
+                self.model, self.graph, args, example_kwargs=kwargs, round_to=round_to, **options
             )
             check()
         latency.values = ranks.first(latency.values)
