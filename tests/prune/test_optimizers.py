@@ -110,7 +110,7 @@ class Unlike(torch.optim.SGD):
     [
         (
             lbfgs,
-            r"got LBFGS whose state '\w+' of a parameter of shape \[3, 4, 5, 6\] is a tensor of shape \[\d+\]",
+            r"got LBFGS whose state '\w+' of a parameter of shape \[3, 4, 5, 6\] is a tensor of shape",
         ),
         (InGroups, "got InGroups with tensors in 'flat' whose sizes depend on"),
     ],
