@@ -155,8 +155,8 @@ class Ranks:
         failed = [rank for rank, words in enumerate(every) if words[-1] == _FAILED]
         if failed:
             raise RuntimeError(
-                f"{what}: got a failure of {_named(failed)}, expected success of all {self.size}; their "
-                f"errors have the cause"
+                f"{what}: {_named(failed)} failed, expected success of all {self.size} ranks; the errors "
+                f"there name the cause"
             )
         # Among equally frequent messages, that of the lowest rank counts as the common one.
         common = Counter(every).most_common(1)[0][0]
