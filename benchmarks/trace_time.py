@@ -3,8 +3,8 @@
 ``python -m benchmarks.trace_time`` prints the times and the slope of a straight line through them on two
 logarithmic scales (1 is linear, 2 quadratic), and draws them. A layer is a convolution with batch norm and
 relu. ``--network resnet50`` (or another name of torchvision, several times) measures that network alone, and
-writes nothing. Times are seconds of the process on one thread; the time of torch.export is listed apart from that of
-the analysis of its graphs.
+writes nothing. Times are seconds of the process on one thread; the time of torch.export is listed apart
+from that of the analysis of its graphs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ that arrives in a reshape still has its mark.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,7 +150,10 @@ def _reshapes(source: Source, modes: Iterable[bool]) -> list[_Reshape]:
     recorder = _Recorder()
     with _marked(source.clone), recorder:
         for training in modes:
-            source.run(training)
+            # A forward may refuse marked numbers. The attributes that it has not shown by then stay, and a
+            # smaller copy shows which channels need them.
+            with suppress(Exception):
+                source.run(training)
     return recorder.found
 
 
