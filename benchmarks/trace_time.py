@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.trace_time`` prints the times and the slope of a straight line through them on two
 logarithmic scales (1 is linear, 2 quadratic), and draws them. A layer is a convolution with batch norm and
-relu. Times are seconds of the process on one thread; the time of torch.export is listed apart from that of
-the analysis of its graphs.
+relu. ``--network resnet50`` (or another name of torchvision, several times) measures that network alone, and
+writes nothing. Times are seconds of the process on one thread; the time of torch.export is listed apart
+from that of the analysis of its graphs.
 """
 
 from __future__ import annotations
@@ -83,6 +84,19 @@ def measure(kind: str, depth: int) -> tuple[float, float]:
     return seconds, seconds - sum(exports)
 
 
+def measure_network(name: str) -> tuple[float, float, int]:
+    """Seconds of ``trace`` of a network of torchvision as a whole and in torch.export, and its channels."""
+    from torchvision import models
+
+    model, x = models.get_model(name, weights=None), torch.zeros(2, 3, 224, 224)
+    gc.collect()
+    with exports_timed() as exports:
+        start = time.process_time()
+        graph = trace(model, x)
+        seconds = time.process_time() - start
+    return seconds, sum(exports), graph.num_channels
+
+
 def slope(depths: list[int], seconds: list[float]) -> float:
     """The slope of the least-squares line through the logarithms."""
     return float(np.polyfit(np.log(depths), np.log(seconds), 1)[0])
@@ -108,11 +122,19 @@ def plot(times: dict[str, list[float]], depths: list[int], path: Path) -> None:
 def main(
     most: Annotated[int, typer.Option(help="Deepest network.")] = DEPTHS[-1],
     results: Annotated[Path, typer.Option(help="Folder for trace_time.txt and .png.")] = RESULTS,
+    network: Annotated[list[str] | None, typer.Option(help="Measure this network of torchvision.")] = None,
 ) -> None:
     torch.set_num_threads(1)
     depths = [depth for depth in DEPTHS if depth <= most]
     times: dict[str, list[float]] = {}
     measure("chain", depths[0])  # imports and caches of torch at first use must not count
+    if network:
+        table = Table("network", "seconds", "in torch.export", "channels")
+        for name in network:
+            seconds, exported, channels = measure_network(name)
+            table.add_row(name, f"{seconds:.2f}", f"{exported:.2f}", f"{channels}")
+        Console().print(table, environment())
+        return
     for kind in ("chain", "residual"):
         pairs = [measure(kind, depth) for depth in depths]
         times[kind] = [whole for whole, _ in pairs]

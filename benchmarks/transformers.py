@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
 import warnings
 from collections import Counter
@@ -37,12 +36,14 @@ from torch import Tensor, nn
 from benchmarks.environment import environment
 from benchmarks.exactness import mask
 from benchmarks.networks import randomise
+from benchmarks.transformers_networks import NETWORKS
 from sparsekern import compact, trace
 from sparsekern.compact import make_plan
 from sparsekern.compact.verify import leaves
 from sparsekern.graph import ChannelGraph
 
 BOUND = 1e-12
+_context = multiprocessing.get_context("fork")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -150,8 +151,6 @@ def runs(model: nn.Module, inputs: Mapping[str, Any], training: bool) -> bool:
 
 def examine(name: str) -> Report:
     """Measure everything about one network."""
-    from benchmarks.transformers_networks import NETWORKS
-
     report = Report(name)
     torch.manual_seed(0)
     try:
@@ -199,16 +198,21 @@ def _measure(report: Report, model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def isolated(name: str, seconds: float) -> Report:
-    """Examine a network in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.transformers", "--one", name]
+    """Examine a network in a process of its own, forked from this one, which has imported the libraries."""
+    ours, theirs = _context.Pipe(duplex=False)
+    process = _context.Process(target=lambda: theirs.send(asdict(examine(name))), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return Report(name, error=f"no result in {seconds:.0f} s")
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return Report(name, error=(done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1])
-    return Report(**json.loads(lines[-1]))
+        if not ours.poll(seconds):
+            return Report(name, error=f"no result in {seconds:.0f} s")
+        return Report(**ours.recv())
+    except EOFError:
+        process.join()
+        return Report(name, error=f"exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
 
 
 def tabulate(reports: list[Report]) -> Table:
@@ -226,17 +230,11 @@ def tabulate(reports: list[Report]) -> Table:
 
 def main(
     network: Annotated[list[str] | None, typer.Argument(help="Names; all by default.")] = None,
-    one: Annotated[str, typer.Option(help="Examine this network here and print JSON.")] = "",
     seconds: Annotated[float, typer.Option(help="Time limit for each network.")] = 120.0,
     results: Annotated[Path, typer.Option(help="Folder for transformers.txt and .json.")] = RESULTS,
 ) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if one:
-        print(json.dumps(asdict(examine(one))))
-        return
-    from benchmarks.transformers_networks import NETWORKS
-
     unknown = sorted(set(network or ()) - NETWORKS.keys())
     if unknown:
         raise typer.BadParameter(f"got {unknown}, expected some of {sorted(NETWORKS)}")
@@ -245,7 +243,7 @@ def main(
     consoles = [Console(width=150)]
     if not network:
         (results / "transformers.json").write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
-        consoles.append(Console(file=(results / "transformers.txt").open("w"), width=110))
+        consoles.append(Console(file=(results / "transformers.txt").open("w"), width=150))
     for console in consoles:
         console.print(tabulate(reports))
         for r in reports:

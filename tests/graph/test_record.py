@@ -53,6 +53,16 @@ def test_a_copy_that_is_written_to_is_no_detail() -> None:
     assert graph.num_channels == 0 or "v" not in {group.name for group in graph.groups}
 
 
+def test_a_forward_that_refuses_marked_numbers_is_traced() -> None:
+    class Strict(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            if type(self.num_heads) is not int:
+                raise RuntimeError("num_heads: expected an int")
+            return super().forward(x)
+
+    assert trace(nn.Sequential(Strict(4), nn.Linear(6, 8), nn.Linear(8, 2)), X).num_channels == 6 + 8
+
+
 class Layer(nn.Linear):
     """A subclass of a layer whose own size attribute counts channels in a reshape."""
 

@@ -103,3 +103,15 @@ def test_results_that_functions_remember_are_apart() -> None:
         for remembered in (model.positions(5), model.scale(5)):
             assert not isinstance(remembered, FakeTensor)
         model(X)
+
+
+@functools.cache
+def unrelated() -> object:
+    """A result that no forward asks for."""
+    return object()
+
+
+def test_results_of_other_functions_stay() -> None:
+    before = unrelated()
+    trace(Biased(), X)
+    assert unrelated() is before

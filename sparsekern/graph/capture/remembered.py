@@ -119,23 +119,30 @@ class Memoised:
         tables += [vars(sys.modules[n]) for n in {k.__module__ for k in kinds} if n in sys.modules]
         self._caches = {id(c): c for table in tables for v in list(table.values()) for c in _caches(v)}
 
+        self._used: dict[int, Any] = {}
+
+    @property
+    def any_filled(self) -> bool:
+        """Whether a function remembers results of earlier runs."""
+        return any(cache.cache_info().currsize for cache in self._caches.values())
+
     @contextmanager
     def forgotten(self) -> Iterator[None]:
-        """Forget all results at the start and at the end.
+        """Forget what the functions that the forward calls remember, at the start and at the end.
 
         Otherwise a trace reads results that it should follow, and leaves tensors without data to later
-        runs of the user's model.
+        runs of the user's model. Only functions that an earlier run called are known at the start.
         """
-        self._forget()
+        for cache in self._used.values():
+            cache.cache_clear()
+        before = {key: cache.cache_info() for key, cache in self._caches.items()}
         try:
             yield
         finally:
-            self._forget()
-
-    def _forget(self) -> None:
-        for cache in self._caches.values():
-            if cache.cache_info().currsize:
-                cache.cache_clear()
+            for key, cache in self._caches.items():
+                if cache.cache_info() != before[key]:
+                    self._used[key] = cache
+                    cache.cache_clear()
 
 
 def _caches(value: Any, depth: int = 2) -> Iterator[Any]:

@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.fx.config
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -74,6 +74,10 @@ class Source:
         # Hooks that need data fail on the first run; until then, those of the model itself run.
         self._hooks_may_fail = keep_own_hooks(self.clone)
         self._memoised = Memoised(self.clone)
+        if self._memoised.any_filled:
+            # This run shows which of the functions the forward calls.
+            with suppress(Exception), self._restored(Keeping(self.clone)):
+                self._once(False, {})
         forget_results(self.clone, lambda training: self._once(training, {}))
         self.tensors, self.held = registered(self.clone)
         self.smaller: dict[tuple[int, tuple[int, ...]], Tensor] = {}
@@ -232,8 +236,7 @@ class Source:
             with enable_python_dispatcher(), recorder:
                 return self.clone(*args, **kwargs), recorder
 
-        # A program that asks whether it is exported runs as in an export.
-        with self._undisturbed(), self.mode, torch.no_grad(), _compiling_state_context():
+        with self._undisturbed(), self.mode, torch.no_grad(), _as_in_an_export():
             made: tuple[Any, Recorder] = self._followed(training, attempt)
             return made
 
@@ -340,6 +343,11 @@ class Source:
             f"model: in {_named(training)} {type(self.clone).__name__}.forward decides by the values in "
             f"tensors{at}, expected one whose course follows from shapes"
         )
+
+
+def _as_in_an_export() -> Any:
+    """A context in which a program that asks whether it is exported gets the answer yes."""
+    return mock.patch.multiple(torch.compiler, create=True, _is_compiling_flag=True, _is_exporting_flag=True)
 
 
 class Undecided(ValueError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +132,10 @@ def arrivals(captured: Capture, numbering: Numbering, records: Records) -> Arriv
     recorder = _Recorder()
     with _marked(source.clone), recorder:
         for graph in captured.graphs:
-            source.run(graph.training)
+            # A forward may refuse marked numbers. The attributes that it has not shown by then stay, and a
+            # smaller copy shows which channels need them.
+            with suppress(Exception):
+                source.run(graph.training)
     return Arrivals(recorder.reshapes, recorder.constants, recorder.cuts)
 
 
