@@ -73,7 +73,7 @@ def measure(
 def main(
     keep: float = 0.4,
     size: int = 256,
-    round_to: int = 8,
+    round_to: int = 16,
     rounds: int = 61,
     runtime: Annotated[list[str], typer.Option(help="may be repeated")] = ["onnxruntime"],  # noqa: B006
     only: Annotated[list[str] | None, typer.Option(help="of the networks, may be repeated")] = None,

@@ -41,7 +41,6 @@ def speeds(
     image: Tensor,
     runtimes: Sequence[Runtime],
     batches: Sequence[int],
-    rounds: int = ROUNDS,
 ) -> Iterator[Speed]:
     """Time networks in runtimes with torch's number of threads; they take turns, so that all suffer alike.
 
@@ -50,7 +49,6 @@ def speeds(
         image: an input ``[1, ...]``.
         runtimes: the runtimes.
         batches: batch sizes.
-        rounds: number of turns of each network.
 
     Yields:
         The times in one runtime at one batch size.
@@ -64,7 +62,7 @@ def speeds(
                         name: prepare(network, (inputs,), {}, runtime, torch.get_num_threads())
                         for name, network in networks.items()
                     }
-                    yield Speed(runtime, batch, in_turns(runs, rounds))
+                    yield Speed(runtime, batch, in_turns(runs, ROUNDS))
             except Exception as error:
                 # Exporters and compilers raise errors of many classes.
                 yield Speed(runtime, batch, {}, first_line(error))
