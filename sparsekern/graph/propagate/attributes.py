@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.export import Capture
-from sparsekern.graph.counts import own_numbers
+from sparsekern.graph.counts import own_numbers, set_number
 from sparsekern.graph.epsilons import own_floats
 from sparsekern.graph.propagate.counting import Finder, Source
 from sparsekern.graph.propagate.interpret import Tracked
@@ -305,23 +306,20 @@ class _Recorder(TorchFunctionMode):
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
     """Mark the attributes of the model that may count channels or be epsilons while the context lasts."""
-    restore: list[tuple[nn.Module, str, Any]] = []
+    restore: list[Callable[[], None]] = []
     for path, module in model.named_modules():
-        marks: list[tuple[str, Any]] = []
         for name, value in _numbers(module):
-            mark: Any = _Mark(value)
+            mark = _Mark(value)
             mark.sources = (source := Source(path, name, value),)
             mark.computed = operator.itemgetter(source)
-            marks.append((name, mark))
+            restore.append(set_number(module, name, mark))
         for name, number in own_floats(module).items():
-            mark = _FloatMark(number)
-            mark.module, mark.name = path, name
-            marks.append((name, mark))
-        for name, mark in marks:
-            restore.append((module, name, vars(module)[name]))
-            vars(module)[name] = mark
+            constant = _FloatMark(number)
+            constant.module, constant.name = path, name
+            restore.append(partial(vars(module).__setitem__, name, vars(module)[name]))
+            vars(module)[name] = constant
     try:
         yield
     finally:
-        for module, name, value in restore:
-            vars(module)[name] = value
+        for undo in reversed(restore):
+            undo()

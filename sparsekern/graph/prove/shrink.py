@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph.capture.export import Source
-from sparsekern.graph.counts import counts
+from sparsekern.graph.counts import counts, set_number
 from sparsekern.graph.epsilons import floats
 from sparsekern.graph.layers import Part, sizes
 
@@ -49,14 +49,13 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
                 restore.append(partial(setattr, module, "_flat_weights", module._flat_weights))
                 module._flat_weights = [made.get(id(tensor), tensor) for tensor in module._flat_weights]
         for module, attribute, count in counts(source.clone, parts.values()):
-            restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, count)
+            restore.append(set_number(module, attribute, count))
         for module, attribute, number in floats(source.clone, parts.values()):
             restore.append(partial(setattr, module, attribute, getattr(module, attribute)))
             setattr(module, attribute, number)
         yield {id(made.get(id(tensor), tensor)): number for number, tensor in source.held.items()}
     finally:
-        for undo in restore:
+        for undo in reversed(restore):
             undo()
 
 
