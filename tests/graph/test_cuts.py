@@ -97,6 +97,24 @@ class Configured(Slices):
         return tuple(part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
 
 
+class Repeated(Slices):
+    """Keys and values are repeated for the queries that share them, by a number times a size of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_key_value_groups = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.cut(self.qkv(x)))
+        k, v = self.repeat(k), self.repeat(v)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        n, heads, length, size = x.shape
+        x = x[:, :, None].expand(n, heads, self.num_key_value_groups, length, size)
+        return x.reshape(n, heads * self.num_key_value_groups, length, size)
+
+
 class Negative(Slices):
     """Bounds that are counted from the end."""
 
@@ -175,6 +193,7 @@ class Selective(nn.Module):
         (Slices, [2]),
         (Groups, [2]),
         (Configured, [2]),
+        (Repeated, [2]),
         (Negative, [2]),
         (Unequal, [5, 3]),
         (Ghost, [6, 3, 3]),

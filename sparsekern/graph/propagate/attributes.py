@@ -38,9 +38,12 @@ class _Mark(int):
     Attributes:
         sources: The attributes; one if the number is the attribute itself.
         computed: Gives the number for other values of the attributes.
+        scaled: Whether a number without a mark, perhaps the size of a tensor, multiplies or divides it. Such
+            a size follows the channels by itself, so that nothing is known about the attributes.
     """
 
     sources: tuple[Source, ...]
+    scaled: bool = False
     computed: Callable[[Mapping[Source, int]], int]
 
 
@@ -55,6 +58,9 @@ def _computed(name: str) -> Any:
         mark = _Mark(result)
         sources = (source for number in numbers for source in getattr(number, "sources", ()))
         mark.sources = tuple(dict.fromkeys(sources))
+        unmarked = any(not isinstance(n, _Mark) and abs(n) > 1 for n in numbers)
+        scales = any(part in name for part in ("mul", "div"))
+        mark.scaled = (scales and unmarked) or any(getattr(n, "scaled", False) for n in numbers)
         mark.computed = lambda values: int(
             plain(*(n.computed(values) if isinstance(n, _Mark) else int(n) for n in numbers))
         )
@@ -203,7 +209,7 @@ def follow(
                 if not _around(found.module, sources[0].module):
                     continue
                 if len(sources) > 1 or sources[0].value != int(mark):
-                    computed.append((ids, mark))
+                    computed += [] if mark.scaled else [(ids, mark)]
                 elif ids is None or (numbering.channel_of[ids] < 0).all():
                     fixed.add(sources[0])
                 else:
