@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from sparsekern.compact.plan import TensorPlan
-from sparsekern.graph.counts import counts
+from sparsekern.graph.counts import counts, set_number
 from sparsekern.graph.epsilons import set_floats
 from sparsekern.graph.layers import sizes
 from sparsekern.nn import MultiheadAttention, NormAct2d
@@ -38,7 +38,7 @@ def update_attributes(model: nn.Module, copy: nn.Module, parts: Mapping[int, Ten
         for attribute, size in changed.items():
             setattr(after, attribute, size)
     for module, attribute, size in counted:
-        vars(module)[attribute] = size
+        set_number(module, attribute, size)
     set_floats(copy, parts.values())
     for encoder in copy.modules():
         # Nested tensors work only with torch's own attention.

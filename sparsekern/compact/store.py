@@ -98,7 +98,7 @@ def save(
     """
     module = unwrap(module)
     target(path)  # a bad path fails before the tensors are gathered
-    if holds_factors(module):
+    if isinstance(module, nn.Module) and holds_factors(module):
         module = compact(module, Plan({}))  # a file has to be right for modules of the user's own classes
     entries = [entry for entry in registered(module) if entry.persistent]
     _check_storable(module, entries)

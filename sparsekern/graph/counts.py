@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import dataclasses
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 
@@ -20,15 +26,72 @@ def own_numbers(module: nn.Module) -> dict[str, int]:
         module: Any module.
 
     Returns:
-        The positive integers in the module's ``__dict__``, by attribute name.
+        The positive integers in the module's ``__dict__``, by attribute name, and those of its records (see
+        ``is_record``), by the names of both: ``config.num_attention_heads``.
     """
     if type(module).__module__.startswith(("torch.nn.", "sparsekern.nn.")):
         return {}
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if type(value) is int and value > 0 and name not in _OF_EVERY_MODULE and not is_guarded(module, name)
-    }
+    found = {}
+    for name, value in vars(module).items():
+        if name in _OF_EVERY_MODULE or is_guarded(module, name):
+            continue
+        if type(value) is int and value > 0:
+            found[name] = value
+        elif is_record(value):
+            inside = vars(value).items()
+            found |= {f"{name}.{n}": v for n, v in inside if type(v) is int and v > 0 and n[:1] != "_"}
+    return found
+
+
+def is_record(value: object) -> bool:
+    """Whether ``value`` is plain data with attributes, such as a configuration that several modules share."""
+    if isinstance(value, (type, nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    named = isinstance(value, (SimpleNamespace, Namespace))
+    return named or dataclasses.is_dataclass(value) or callable(getattr(value, "to_dict", None))
+
+
+def set_number(module: nn.Module, name: str, value: int) -> Callable[[], None]:
+    """Set an attribute that ``own_numbers`` lists.
+
+    A record may be shared by several modules, whose sizes may differ. So the module gets a copy of its own.
+
+    Args:
+        module: The module.
+        name: The name of the attribute; with a dot for an attribute of a record.
+        value: The new value.
+
+    Returns:
+        A function that restores the attribute.
+    """
+    own, _, inner = name.partition(".")
+    before = vars(module)[own]
+    after: Any = value
+    if inner:
+        after = copy.copy(before)
+        vars(after)[inner] = value
+    vars(module)[own] = after
+    return partial(vars(module).__setitem__, own, before)
+
+
+def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Find the module and the name of an attribute, which may be one of a record.
+
+    Args:
+        model: The model.
+        path: Path of the attribute.
+
+    Returns:
+        The innermost module on the path, and the rest of the path.
+    """
+    names = path.split(".")
+    module, depth = model, 0
+    for name in names[:-1]:
+        inner = module._modules.get(name)
+        if inner is None:
+            break
+        module, depth = inner, depth + 1
+    return module, ".".join(names[depth:])
 
 
 def is_guarded(module: nn.Module, name: str) -> bool:
@@ -58,11 +121,7 @@ def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str
         for path, (dim, per) in part.sizes.items():
             if dim not in part.keep:
                 continue
-            owner, _, attribute = path.rpartition(".")
-            try:
-                module = model.get_submodule(owner)
-            except AttributeError:
-                raise ValueError(f"plan: made for another model, {path!r} is no number in this one") from None
+            module, attribute = find(model, path)
             value = own_numbers(module).get(attribute)
             if value is None or value * per != part.shape[dim]:
                 raise ValueError(

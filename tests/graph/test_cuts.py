@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from graph.exactness import check
 from torch import Tensor, nn
 
+from sparsekern.compact import compact, make_plan
 from sparsekern.graph import trace
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -76,6 +80,39 @@ class Groups(Slices):
         share = self.num_heads // self.num_key_value_heads
         x = x.view(*x.shape[:-1], -1, share + 2, self.head_dim)
         return x[..., :-2, :].flatten(2, 3), x[..., -2, :], x[..., -1, :]
+
+
+class Configured(Slices):
+    """The number of heads stands in a configuration that two layers share, as in Phi-3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=self.num_heads, hidden_size=8)
+        del self.num_heads
+
+    def cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        queries = self.config.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        parts = x[..., :queries], x[..., queries : queries + keys], x[..., queries + keys :]
+        return tuple(part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
+
+
+class Repeated(Slices):
+    """Keys and values are repeated for the queries that share them, by a number times a size of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_key_value_groups = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.cut(self.qkv(x)))
+        k, v = self.repeat(k), self.repeat(v)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        n, heads, length, size = x.shape
+        x = x[:, :, None].expand(n, heads, self.num_key_value_groups, length, size)
+        return x.reshape(n, heads * self.num_key_value_groups, length, size)
 
 
 class Negative(Slices):
@@ -155,6 +192,8 @@ class Selective(nn.Module):
         (OfTheWidth, [4]),
         (Slices, [2]),
         (Groups, [2]),
+        (Configured, [2]),
+        (Repeated, [2]),
         (Negative, [2]),
         (Unequal, [5, 3]),
         (Ghost, [6, 3, 3]),
@@ -165,6 +204,20 @@ def test_numbers_follow_attributes(model: type[nn.Module], widths: list[int]) ->
     for seed in range(2):
         graph = check(model(), [X], seed=seed)
     assert [len(group.channels) for group in graph.groups] == widths
+
+
+def test_layers_that_share_a_configuration_may_differ() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Configured(), Configured())
+    model[1].config = model[0].config
+    graph = check(model, [X])
+    assert [len(group.channels) for group in graph.groups] == [2, 8, 2]
+    kept = np.ones(graph.num_channels, bool)
+    kept[graph.groups[0].channels[0]] = False
+    small = compact(model, make_plan(graph, kept))
+    assert [layer.config.num_attention_heads for layer in small] == [2, 4]
+    assert [layer.num_key_value_heads for layer in small] == [1, 2]
+    assert [layer.config.num_attention_heads for layer in model] == [4, 4]
 
 
 def test_what_numbers_in_the_forward_cut_off_stays() -> None:

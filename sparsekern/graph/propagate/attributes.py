@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.export import Capture
-from sparsekern.graph.counts import own_numbers
+from sparsekern.graph.counts import own_numbers, set_number
 from sparsekern.graph.epsilons import own_floats
 from sparsekern.graph.propagate.counting import Finder, Source
 from sparsekern.graph.propagate.interpret import Tracked
@@ -37,9 +38,12 @@ class _Mark(int):
     Attributes:
         sources: The attributes; one if the number is the attribute itself.
         computed: Gives the number for other values of the attributes.
+        scaled: Whether a number without a mark, perhaps the size of a tensor, multiplies or divides it. Such
+            a size follows the channels by itself, so that nothing is known about the attributes.
     """
 
     sources: tuple[Source, ...]
+    scaled: bool = False
     computed: Callable[[Mapping[Source, int]], int]
 
 
@@ -54,6 +58,9 @@ def _computed(name: str) -> Any:
         mark = _Mark(result)
         sources = (source for number in numbers for source in getattr(number, "sources", ()))
         mark.sources = tuple(dict.fromkeys(sources))
+        unmarked = any(not isinstance(n, _Mark) and abs(n) > 1 for n in numbers)
+        scales = any(part in name for part in ("mul", "div"))
+        mark.scaled = (scales and unmarked) or any(getattr(n, "scaled", False) for n in numbers)
         mark.computed = lambda values: int(
             plain(*(n.computed(values) if isinstance(n, _Mark) else int(n) for n in numbers))
         )
@@ -205,7 +212,7 @@ def follow(
                 if not _around(found.module, sources[0].module):
                     continue
                 if len(sources) > 1 or sources[0].value != int(mark):
-                    computed.append((ids, mark))
+                    computed += [] if mark.scaled else [(ids, mark)]
                 elif ids is None or (numbering.channel_of[ids] < 0).all():
                     fixed.add(sources[0])
                 else:
@@ -308,23 +315,20 @@ class _Recorder(TorchFunctionMode):
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
     """Mark the attributes of the model that may count channels or be epsilons while the context lasts."""
-    restore: list[tuple[nn.Module, str, Any]] = []
+    restore: list[Callable[[], None]] = []
     for path, module in model.named_modules():
-        marks: list[tuple[str, Any]] = []
         for name, value in _numbers(module):
-            mark: Any = _Mark(value)
+            mark = _Mark(value)
             mark.sources = (source := Source(path, name, value),)
             mark.computed = operator.itemgetter(source)
-            marks.append((name, mark))
+            restore.append(set_number(module, name, mark))
         for name, number in own_floats(module).items():
-            mark = _FloatMark(number)
-            mark.module, mark.name = path, name
-            marks.append((name, mark))
-        for name, mark in marks:
-            restore.append((module, name, vars(module)[name]))
-            vars(module)[name] = mark
+            constant = _FloatMark(number)
+            constant.module, constant.name = path, name
+            restore.append(partial(vars(module).__setitem__, name, vars(module)[name]))
+            vars(module)[name] = constant
     try:
         yield
     finally:
-        for module, name, value in restore:
-            vars(module)[name] = value
+        for undo in reversed(restore):
+            undo()

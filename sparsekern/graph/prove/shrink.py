@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.graph.capture.source import Source
-from sparsekern.graph.counts import counts
+from sparsekern.graph.counts import counts, set_number
 from sparsekern.graph.epsilons import floats
 from sparsekern.graph.layers import Part, sizes
 
@@ -33,16 +33,16 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
     made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}
     with ExitStack() as undo:
         # Counts are checked against the sizes of the whole model, so they come before any change.
-        changes: list[tuple[nn.Module, str, Any]] = [
-            *counts(source.clone, parts.values()),
-            *floats(source.clone, parts.values()),
-        ]
+        counted = counts(source.clone, parts.values())
+        changes: list[tuple[nn.Module, str, Any]] = [*floats(source.clone, parts.values())]
         for name, module in source.clone.named_modules():
             changes += [(module, attribute, size) for attribute, size in sizes(name, module, left).items()]
         for module, attribute, size in changes:
             # Changes are undone in reverse order: two of them may concern one attribute.
             undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, size)
+        for module, attribute, count in counted:
+            undo.callback(set_number(module, attribute, count))
         for module in source.clone.modules():
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
