@@ -115,3 +115,9 @@ def test_the_arrays_of_a_table_are_handed_over_in_the_order_of_the_header() -> N
     assert ROW_ARRAYS == CORE.ROW_ARRAYS
     named = SimpleNamespace(**{name: name for name in CORE.ROW_ARRAYS})
     assert row_arrays(named) == CORE.ROW_ARRAYS
+
+
+@needs_core
+def test_the_ops_see_that_native_code_checks_memory() -> None:
+    """Without it each step and normalisation checks its arrays in Python as well, which takes longer."""
+    assert backends.choose(torch.device("cpu")).CHECKS_MEMORY
