@@ -5,8 +5,8 @@ PLACES. This program copies them to build/docs, points their links to the places
 strict mode, and follows every link of the result to its file and anchor. No link to another host is opened.
 
 Environment:
-    SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository. Links to files beside the site
-        lead there; without an address their text stays.
+    SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository. Links to files that the site does
+        not hold lead there; without an address their text stays.
 """
 
 from __future__ import annotations
@@ -129,15 +129,22 @@ def broken_links(site: Path) -> Iterator[str]:
                 yield f"{path.relative_to(site)}: {target} leads to no anchor"
 
 
+def shown_modules(site: Path) -> Iterator[str]:
+    """One line for each reference page that shows a module where a function of the same name is meant."""
+    for path in sorted(site.glob("reference/*/index.html")):
+        if "doc-module" in path.read_text(encoding="utf-8"):
+            yield f"{path.relative_to(site)}: got a module, expected the function in it and a heading"
+
+
 def main() -> int:
     stage()
     shutil.rmtree(SITE, ignore_errors=True)
     done = subprocess.run(["zensical", "build", "--strict", "--clean"], cwd=ROOT, check=False)
     if done.returncode != 0:
         return done.returncode
-    broken = list(broken_links(SITE))
-    print("\n".join(broken) or f"{len(list(SITE.rglob('*.html')))} pages, every link leads somewhere")
-    return 1 if broken else 0
+    faults = [*broken_links(SITE), *shown_modules(SITE)]
+    print("\n".join(faults) or f"{len(list(SITE.rglob('*.html')))} pages, every link leads somewhere")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

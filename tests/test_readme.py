@@ -1,4 +1,4 @@
-"""The code in the README and in the pages of docs/ runs unchanged, and the README stays short."""
+"""The code in the README and on every page of the site runs unchanged, and the README stays short."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ README = ROOT / "README.md"
 PAGES = [
     page for page in sorted((ROOT / "docs").rglob("*.md")) if re.search(r"^```python", page.read_text(), re.M)
 ]
+# Pages with whole programs, which assume no names.
+STANDALONE = {"tutorial"}
 STEPS = 30
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -83,9 +85,18 @@ def test_the_readme_is_short() -> None:
             assert all(len(cell.split()) <= 20 for cell in line.strip("|").split("|")), line
 
 
+def test_no_block_of_code_escapes() -> None:
+    """Python is written as ```python at the beginning of a line; other blocks hold text or commands."""
+    for page in [README, *(ROOT / "docs").rglob("*.md")]:
+        fences = re.findall(r"^[ >]*(?:```|~~~).*", page.read_text(), re.MULTILINE)
+        assert set(fences) <= {"```", "```python", "```text"}, page
+        blocks = re.split(r"^```.*\n", page.read_text(), flags=re.MULTILINE)[1::2]
+        assert len([block for block in blocks if "import sparsekern" in block]) <= len(blocks_of(page)), page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page(page: Path, folder: Path) -> None:
-    scope = scope_of_a_reader()
+    scope = {} if page.stem in STANDALONE else scope_of_a_reader()
     if page.stem == "lightning":
         pytest.importorskip("lightning")
         # Pages may omit how a loader makes batches; Lightning expects a DataLoader.
@@ -103,6 +114,20 @@ def test_the_code_of_a_page(page: Path, folder: Path) -> None:
         run(page, scope)
     if page.stem in CHECKS:
         CHECKS[page.stem](scope)
+
+
+def _index(scope: dict[str, Any]) -> None:
+    assert blocks_of(ROOT / "docs" / "index.md") and scope["pruner"].finished
+    assert scope["pruner"].metrics()["macs_share"] <= 0.2
+
+
+def _tutorial(scope: dict[str, Any]) -> None:
+    """The network has learned, meets the budget, and ONNX Runtime gives its outputs."""
+    pytest.importorskip("onnxruntime")
+    assert scope["pruner"].finished and scope["pruner"].metrics()["macs_share"] <= 0.2
+    assert scope["accuracy"] > 0.9 and scope["difference"] < 1e-5
+    assert scope["small"][0].out_channels < 16
+    assert scope["outputs"].shape == (1, 4) and Path("small.onnx").exists()
 
 
 def _own_loop(scope: dict[str, Any]) -> None:
@@ -144,6 +169,8 @@ def _migrating(scope: dict[str, Any]) -> None:
 
 
 CHECKS = {
+    "index": _index,
+    "tutorial": _tutorial,
     "own-loop": _own_loop,
     "checkpoints": _checkpoints,
     "trained-network": _trained_network,
