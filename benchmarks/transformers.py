@@ -239,10 +239,15 @@ def main(
     if unknown:
         raise typer.BadParameter(f"got {unknown}, expected some of {sorted(NETWORKS)}")
     names = network or list(NETWORKS)
-    reports = [isolated(name, seconds) for name in track(names, console=Console(stderr=True))]
+    reports: list[Report] = []
     consoles = [Console(width=150)]
+    for name in track(names, console=Console(stderr=True)):
+        reports.append(isolated(name, seconds))
+        if not network:
+            # What is there counts, should the run be stopped.
+            text = json.dumps([asdict(r) for r in reports], indent=1)
+            (results / "transformers.json").write_text(f"{text}\n")
     if not network:
-        (results / "transformers.json").write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
         consoles.append(Console(file=(results / "transformers.txt").open("w"), width=150))
     for console in consoles:
         console.print(tabulate(reports))
