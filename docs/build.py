@@ -139,7 +139,8 @@ def shown_modules(site: Path) -> Iterator[str]:
 def main() -> int:
     stage()
     shutil.rmtree(SITE, ignore_errors=True)
-    done = subprocess.run(["zensical", "build", "--strict", "--clean"], cwd=ROOT, check=False)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode != 0:
         return done.returncode
     faults = [*broken_links(SITE), *shown_modules(SITE)]
