@@ -139,6 +139,7 @@ def _own_loop(scope: dict[str, Any]) -> None:
 
 def _checkpoints(scope: dict[str, Any]) -> None:
     assert scope["extra"] == {"scheduler": scope["scheduler"].state_dict()}
+    assert scope["network"].stem[0].out_channels < 16 and scope["best"] < float("inf")
 
 
 def _trained_network(scope: dict[str, Any]) -> None:
