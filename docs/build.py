@@ -129,20 +129,24 @@ def broken_links(site: Path) -> Iterator[str]:
                 yield f"{path.relative_to(site)}: {target} leads to no anchor"
 
 
-def shown_modules(site: Path) -> Iterator[str]:
-    """One line for each reference page that shows a module where a function of the same name is meant."""
+def reference_faults(site: Path) -> Iterator[str]:
+    """One line for each reference page on which a docstring is not shown as it is meant."""
     for path in sorted(site.glob("reference/*/index.html")):
-        if "doc-module" in path.read_text(encoding="utf-8"):
+        text = path.read_text(encoding="utf-8")
+        if "doc-module" in text:
             yield f"{path.relative_to(site)}: got a module, expected the function in it and a heading"
+        for role in sorted(set(re.findall(r":(?:attr|class|data|func|meth|mod):", text))):
+            yield f"{path.relative_to(site)}: got {role} as text, expected a link (docs/roles.py)"
 
 
 def main() -> int:
     stage()
     shutil.rmtree(SITE, ignore_errors=True)
-    done = subprocess.run(["zensical", "build", "--strict", "--clean"], cwd=ROOT, check=False)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode != 0:
         return done.returncode
-    faults = [*broken_links(SITE), *shown_modules(SITE)]
+    faults = [*broken_links(SITE), *reference_faults(SITE)]
     print("\n".join(faults) or f"{len(list(SITE.rglob('*.html')))} pages, every link leads somewhere")
     return 1 if faults else 0
 

@@ -65,3 +65,44 @@ def test_messages_that_troubleshooting_lists_exist() -> None:
     for message in messages:
         for part in message.split("..."):
             assert part.strip(" ,;:'") in source, f"{message}: no message with {part!r}"
+
+
+# The arms of the study by the names that pages give them.
+ARMS = {
+    "dense": "dense",
+    "dense, nothing pruned": "dense",
+    "do not prune": "dense",
+    "default": "default",
+    "the default": "default",
+    "default, `allocate=Global(balance=0.75)`": "balance",
+    "default, counting at the activations": "activation",
+    "`Taylor` alone": "taylor",
+    "`Taylor()` alone": "taylor",
+    "rank by `Taylor` alone": "taylor",
+    "`GradientCount` alone": "count",
+    "`GradientCount()` alone": "count",
+    "`Magnitude` alone": "magnitude",
+    "`Magnitude()` alone": "magnitude",
+    "rank by the norm of the filters": "magnitude",
+    "random channels, uniform widths": "random",
+    "remove random channels, uniform widths": "random",
+    "`Random()` with `Uniform()`": "random",
+    "choose the same number of channels at random in each layer": "shuffled",
+    "default widths, new weights": "fresh",
+    "train the default's widths from scratch": "fresh",
+    "narrow from scratch, equal MACs": "narrow",
+    "train a narrow UNet from scratch, equal MACs": "narrow",
+}
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "comparison", "settings"])
+def test_numbers_of_the_study_are_those_of_its_results(name: str) -> None:
+    results = (ROOT / "benchmarks" / "results" / "method.md").read_text()
+    table = results.partition("keep=0.1 of the MACs")[2].partition("| default minus")[0]
+    measured = dict(re.findall(r"^\| ([\w-]+) \|.* ([\d.]+) \|$", table, re.MULTILINE))
+    rows = re.findall(
+        r"^\| ([^|]+) \| (0\.\d{3}) \| [^|]+ \|$", (ROOT / "docs" / f"{name}.md").read_text(), re.M
+    )
+    assert len(rows) >= 8
+    for label, number in rows:
+        assert f"{float(measured[ARMS[label]]):.3f}" == number, f"{label}: got {number}"

@@ -15,9 +15,10 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [
-    page for page in sorted((ROOT / "docs").rglob("*.md")) if re.search(r"^```python", page.read_text(), re.M)
+SITE = sorted((ROOT / "docs").rglob("*.md")) + [
+    ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md")
 ]
+PAGES = [page for page in SITE if re.search(r"^```python", page.read_text(), re.M)]
 # Pages with whole programs, which assume no names.
 STANDALONE = {"tutorial"}
 STEPS = 30
@@ -87,7 +88,7 @@ def test_the_readme_is_short() -> None:
 
 def test_no_block_of_code_escapes() -> None:
     """Python is written as ```python at the beginning of a line; other blocks hold text or commands."""
-    for page in [README, *(ROOT / "docs").rglob("*.md")]:
+    for page in [README, *SITE]:
         fences = re.findall(r"^[ >]*(?:```|~~~).*", page.read_text(), re.MULTILINE)
         assert set(fences) <= {"```", "```python", "```text"}, page
         blocks = re.split(r"^```.*\n", page.read_text(), flags=re.MULTILINE)[1::2]
@@ -138,6 +139,7 @@ def _own_loop(scope: dict[str, Any]) -> None:
 
 def _checkpoints(scope: dict[str, Any]) -> None:
     assert scope["extra"] == {"scheduler": scope["scheduler"].state_dict()}
+    assert scope["network"].stem[0].out_channels < 16 and scope["best"] < float("inf")
 
 
 def _trained_network(scope: dict[str, Any]) -> None:

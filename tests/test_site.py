@@ -93,7 +93,7 @@ def test_the_reference_documents_every_public_name() -> None:
             value = None if name.startswith(TRAINERS) else getattr(importlib.import_module(module), attribute)
             if not inspect.ismodule(value) and id(value) not in shown:
                 missing.append(name)
-    assert missing == [], "docs/reference: got no '::: name' line for these"
+    assert missing == [], "docs/reference: got no line of three colons and the name for these"
 
 
 def test_names_on_the_reference_pages_are_those_that_users_write() -> None:
@@ -182,6 +182,17 @@ def test_broken_links_of_a_site_are_found(tmp_path: Path) -> None:
         "x.png",
         "#gone",
     ]
+
+
+def test_faults_of_the_reference_are_found(tmp_path: Path) -> None:
+    for name, text in {
+        "good": '<div class="doc-function">a class: b</div>',
+        "bad": '<div class="doc doc-module">see :class:<code>x</code></div>',
+    }.items():
+        (tmp_path / "reference" / name).mkdir(parents=True)
+        (tmp_path / "reference" / name / "index.html").write_text(text)
+    found = list(build.reference_faults(tmp_path))
+    assert len(found) == 2 and all(line.startswith("reference/bad/index.html: got ") for line in found)
 
 
 def test_the_support_table_says_what_the_project_requires_and_ci_runs() -> None:
