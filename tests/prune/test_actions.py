@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import sparsekern
 from sparsekern import Pruner
 from sparsekern.graph import ChannelGraph
-from sparsekern.prune import preparation
+from sparsekern.prune import prunable
 from sparsekern.prune import pruner as pruner_module
 from sparsekern.prune.state.masking import MASKED
 
@@ -55,7 +55,7 @@ def _known_graph(model: nn.Module, *arguments: Any) -> ChannelGraph:
     shapes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters())
     key = type(model), shapes
     if key not in _graphs:
-        _graphs[key] = preparation.prunable_graph(model, *arguments)
+        _graphs[key] = prunable.prunable_graph(model, *arguments)
     return _graphs[key]
 
 
