@@ -33,7 +33,9 @@ def test_the_table_of_csrc_names_every_file() -> None:
         for cell in re.findall(r"^\| (.*?) \|", table, re.M)
         for name in re.findall(r"`(.+?)`", cell)
     }
-    files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}]
+    files = [
+        path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}
+    ]
     assert [str(path.relative_to(ROOT)) for path in files if not {path.name, path.stem} & named] == []
     assert named <= {path.name for path in files} | {path.stem for path in files}
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from sparsekern.compact.verify import as_arguments
 from sparsekern.distributed.tensors import unwrap
+from sparsekern.files.cache import directory
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
-from sparsekern.latency.cache import Cache, directory
+from sparsekern.latency.cache import Cache
 from sparsekern.latency.calls import FAILURES, Call
 from sparsekern.latency.model import LatencyModel
 from sparsekern.latency.timing import Stopwatch

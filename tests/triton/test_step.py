@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import cases
-from kernels.cases import OPS, Op, Problem, channel_arrays, problem
 from kernels.tolerance import assert_equal_step
 
 import sparsekern
@@ -18,6 +16,8 @@ from sparsekern.kernels.backends.triton import step as steps
 from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
 from sparsekern.kernels.backends.triton.table import NUMBERS
 from sparsekern.kernels.rows import RowTable
+from sparsekern.kernels.selfcheck.calls import OPS, Op
+from sparsekern.kernels.selfcheck.problems import Problem, channel_arrays, problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -125,11 +125,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     return steps._steps.plans
 
 
-def test_accesses_are_wide_where_addresses_are_aligned(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accesses_are_wide_where_addresses_are_aligned(plans: Plans) -> None:
     found = []
     for guard in (64, 63):
-        monkeypatch.setattr(cases, "GUARD", guard)
-        _compare(OPS["adamw"], _problem(shapes=(((3, 512, 3, 3), 0), ((6, 4, 4, 4), 0)), seed=8))
+        shapes = (((3, 512, 3, 3), 0), ((6, 4, 4, 4), 0))
+        _compare(OPS["adamw"], _problem(shapes=shapes, seed=8, guard=guard))
         *_, plan = plans.values()
         found.append([VARIANTS.value[i][3] for i in plan.table[-2:].tolist()])
     assert found == [[True, True], [False, False]]
