@@ -134,6 +134,29 @@ def test_channel_moments(
         torch.testing.assert_close(got[:-1], want[:-1], rtol=1e-6, atol=1e-6)
 
 
+def test_counters_of_channel_moments_are_made_outside_of_captures(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a capture fills is not filled until the replay, so a later launch may not find that memory."""
+    monkeypatch.setattr(cuda_step, "_tickets", {})
+    zeros, capturing = torch.zeros, [False]
+    monkeypatch.setattr(cuda_library, "capturing", lambda: capturing[0])
+    monkeypatch.setattr(
+        torch, "zeros", lambda *a, **k: zeros(*a, **k).fill_(77) if capturing[0] else zeros(*a, **k)
+    )
+    want, got = (channel_arrays(700, 1.0) for _ in range(2))
+    for step in range(4):
+        capturing[0] = step in (1, 2)
+        monkeypatch.setattr(cuda_library, "stream", lambda device, step=step: step)
+        reference.channel_moments_(want)
+        emulated.channel_moments_(got)
+        torch.testing.assert_close(got[:-1], want[:-1], rtol=1e-6, atol=1e-6)
+    assert len(cuda_step._tickets) == 1
+    capturing[0] = True
+    emulated.channel_moments_(channel_arrays(7, 1.0))
+    assert len(cuda_step._tickets) == 1
+
+
 def _lists(count: int) -> tuple[list[Any], list[torch.Tensor]]:
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(count)]
     return params, [torch.ones(3) for _ in range(count)]

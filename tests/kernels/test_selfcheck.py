@@ -321,7 +321,7 @@ def test_what_makes_a_check_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not run.has_to_wait(CPU) and not run.has_to_wait(gpu)
     with FakeTensorMode():
         assert run.has_to_wait(CPU)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert run.has_to_wait(gpu) and not run.has_to_wait(CPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -264,5 +264,5 @@ def stream(device: torch.device) -> int:
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the current stream. An unused GPU stays without a context."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

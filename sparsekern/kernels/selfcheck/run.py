@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _python_dispatch as dispatch
 
+from sparsekern.kernels.native import cuda_library
 from sparsekern.kernels.selfcheck.cases import Case
 
 
@@ -84,7 +85,7 @@ def has_to_wait(device: torch.device) -> bool:
     """Whether nothing can be run now: during tracing, under a dispatch mode, or in a CUDA graph's capture."""
     if torch.compiler.is_compiling() or dispatch._get_current_dispatch_mode() is not None:
         return True
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and cuda_library.capturing()
 
 
 def is_usable(device: torch.device) -> bool:
