@@ -27,6 +27,7 @@ from sparsekern.kernels.selfcheck.problems import (
     LAYOUTS,
     ROW_STATES,
     SHAPES,
+    Guarded,
     Problem,
     channel_arrays,
     problem,
@@ -100,6 +101,23 @@ def test_addresses_that_are_not_aligned(emulated: Any, name: str, dtype: torch.d
     """Element by element; an access of sixteen bytes would be an error of the emulation."""
     want = problem(dtype, "contiguous", "some masked, some fading", seed=8, guard=GUARD - 1)
     _compare(emulated, OPS[name], want, steps=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics"])
+def test_gradients_alone_are_not_aligned(emulated: Any, name: str, dtype: torch.dtype) -> None:
+    """As views of a bucket are; the bits are those of aligned gradients, as all else is processed alike."""
+    aligned = problem(dtype, "contiguous", "some masked, some fading", seed=8, shapes=(*SHAPES, *LARGE))
+    shifted = aligned.clone()
+    shifted.tensors["grads"] = [Guarded.of(g.view, guard=GUARD - 1) for g in aligned.tensors["grads"]]
+    assert any(g.view.data_ptr() % 16 for g in shifted.tensors["grads"])
+    before, want = shifted.clone(), shifted.clone()
+    OPS[name].call(emulated, aligned)
+    OPS[name].call(emulated, shifted)
+    OPS[name].call(reference, want)
+    assert_equal_step(shifted, want, before)
+    for (what, one), two in zip(aligned.entries().items(), shifted.entries().values(), strict=True):
+        assert torch.equal(one.view.nan_to_num(7), two.view.nan_to_num(7)), what
 
 
 @pytest.mark.parametrize("name", ["sgd nesterov", "adamw", "statistics", "mask"])

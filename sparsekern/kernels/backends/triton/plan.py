@@ -191,8 +191,8 @@ class Plan(AddressPlan):
             return self._pinned()
         except RuntimeError as error:
             raise RuntimeError(
-                f"optimizer: got a step in the capture of a CUDA graph without pinned memory for it, expected a "
-                f"step outside of captures before it, and again after {_SPARES} captured steps ({error})"
+                "optimizer: got a step in the capture of a CUDA graph without pinned memory for it, expected "
+                f"a step outside of captures before it, and again after {_SPARES} captured steps ({error})"
             ) from error
 
     def _words(self, numbers: bytes, addresses: bytes, scratch: int) -> np.ndarray:
