@@ -198,9 +198,9 @@ def norm_difference(backend: Any, given: NormProblem, device: torch.device) -> s
         device: device of the tensors that the backend gets.
     """
     for name, got, want, near in _compared(backend, given, device):
+        if _kind(got) != _kind(want):
+            return f"{name}: got {_kind(got)}, expected {_kind(want)}"
         if got is None or want is None:
-            if got is not want:
-                return f"{name}: got {_kind(got)}, expected {_kind(want)}"
             continue
         if name in ("y", "grad_x") and got.stride() != given.x.stride():
             return f"{name}: got strides {got.stride()}, expected {given.x.stride()}"
