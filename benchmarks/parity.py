@@ -6,8 +6,8 @@ them in a process of its own; the CUDA kernels run in the emulation of ``tests/c
 compiler, the Triton kernels in triton's interpreter (some of the problems, as a step takes a second there). A
 cell counts the problems, and for steps in how many of them all results are the reference's bits; in the
 others they are within the tolerances of :mod:`sparsekern.kernels.backends.tolerance` and of
-``tests/kernels/norm_cases.py``, or the cell says WRONG and the exit code is 1. It takes a quarter of an hour
-on two cores, most of it in the emulation and the interpreter.
+``sparsekern/kernels/selfcheck/norms.py``, or the cell says WRONG and the exit code is 1. It takes a quarter
+of an hour on two cores, most of it in the emulation and the interpreter.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kernels import norm_cases
-from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, problem
+from kernels.norm_cases import assert_equals_reference
 from kernels.tolerance import assert_equal_step
+
+from sparsekern.kernels.selfcheck import norms
+from sparsekern.kernels.selfcheck.calls import OPS, Op
+from sparsekern.kernels.selfcheck.problems import DTYPES, LAYOUTS, ROW_STATES, Problem, problem
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -99,13 +102,13 @@ def _examine_norm(
 ) -> dict[str, Any]:
     """Both passes of a normalisation, as a cell."""
     cell: dict[str, Any] = {"count": 0, "errors": []}
-    kinds = itertools.product(shapes, norm_cases.FORMATS, (True, False), (0.0, 0.4))
+    kinds = itertools.product(shapes, norms.FORMATS, (True, False), (0.0, 0.4))
     for shape, memory, training, masked in kinds:
         options = {"training": training, "masked": masked, "residual": training}
-        given = norm_cases.problem(shape, dtype, memory, activation, **options)
+        given = norms.problem(shape, dtype, memory, activation, **options)
         cell["count"] += 1
         try:
-            norm_cases.assert_equals_reference(backend, given)
+            assert_equals_reference(backend, given)
         except AssertionError as error:
             cell["errors"].append(f"{shape}, {memory}, {options}: {error}")
         y, mean, var = given.forward(backend)
@@ -130,7 +133,7 @@ def native() -> dict[str, Any]:
     """The CPU backend with the instruction set of this process."""
     pairs = itertools.product(LAYOUTS, ROW_STATES)
     backend = backends.choose(torch.device("cpu"))
-    return examine(_straight_to(_ops), backend, pairs, norm_cases.SHAPES[:4])
+    return examine(_straight_to(_ops), backend, pairs, norms.SHAPES[:4])
 
 
 def emulated() -> dict[str, Any]:
@@ -139,7 +142,7 @@ def emulated() -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, installed(build(Path(folder))) as backend:
         pairs = itertools.product(LAYOUTS, ROW_STATES)
-        return examine(_straight_to(backend), backend, pairs, norm_cases.SHAPES[:4])
+        return examine(_straight_to(backend), backend, pairs, norms.SHAPES[:4])
 
 
 def interpreted() -> dict[str, Any]:
@@ -149,7 +152,7 @@ def interpreted() -> dict[str, Any]:
     from sparsekern.kernels.backends import triton
 
     mend()
-    return examine(_straight_to(triton), triton, INTERPRETED, norm_cases.SHAPES[1:2])
+    return examine(_straight_to(triton), triton, INTERPRETED, norms.SHAPES[1:2])
 
 
 def _isas() -> list[str]:

@@ -17,9 +17,12 @@ import torch
 import sparsekern
 from sparsekern.kernels import backends, native
 from sparsekern.kernels.native.machine import cpu_name
+from sparsekern.kernels.selfcheck import first_use
 
 PACKAGE = Path(__file__).resolve().parent
 COMPILE = "pip install -e . or python setup.py build_ext --inplace"
+
+_VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_NO_NATIVE", "SPARSEKERN_SELFCHECK")
 
 # Packages that figures may depend on.
 PACKAGES = ("torch", "numpy", "safetensors", "torchmetrics", "triton")
@@ -59,11 +62,8 @@ def collect() -> dict[str, Any]:
         "backends": [
             {"name": name, "works": works, "detail": detail} for name, works, detail in backends.available()
         ],
-        "forced": {
-            name: os.environ[name]
-            for name in ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_NO_NATIVE")
-            if name in os.environ
-        },
+        "forced": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "selfcheck": _selfchecks(),
         "cuda": _cuda(),
         "triton": _triton(),
         "package": {"path": str(PACKAGE), "shadows": _text(shadowed())},
@@ -128,10 +128,22 @@ def lines(info: dict[str, Any]) -> list[tuple[str, str]]:
     for backend in info["backends"]:
         state = "works" if backend["works"] else "does not work"
         pairs.append((f"backend {backend['name']}", f"{state}: {backend['detail']}"))
+    pairs += [(f"self-check {c['backend']}", f"{c['device']}: {c['result']}") for c in info["selfcheck"]]
     pairs += [(name, f"{value} (environment)") for name, value in info["forced"].items()]
     pairs += [("torch", versions["torch"]), ("cuda", info["cuda"]), ("triton", info["triton"])]
     pairs += [(name, versions[name] or "not installed") for name in ("numpy", "safetensors")]
     return pairs
+
+
+def _selfchecks() -> list[dict[str, str]]:
+    """The result of the self-check of each backend on each GPU; nothing is run."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    pairs = [(torch.device("cuda", index), name) for index in range(count) for name in ("cuda", "triton")]
+    return [
+        {"backend": name, "device": str(device), "result": first_use.describe(name, device)}
+        for device, name in pairs
+        if backends.why_not(name, device) is None
+    ]
 
 
 def _text(path: Path | None) -> str | None:

@@ -96,7 +96,7 @@ bool fill_entry(const Call& call, const Requirements& needs, int64_t tensor, int
     const bool needed = slot < slots && (slot != kGrad || needs.grad);
     void* address = needed ? call.addresses[slot * call.tensors + tensor] : nullptr;
     if (needed && address == nullptr) return false;
-    bits |= reinterpret_cast<uintptr_t>(address);
+    if (slot != kGrad) bits |= reinterpret_cast<uintptr_t>(address);
     entry.address[slot] = address;
   }
   entry.step = call.op == kAdam ? static_cast<float*>(call.addresses[kStep * call.tensors + tensor]) : nullptr;
@@ -112,6 +112,7 @@ bool fill_entry(const Call& call, const Requirements& needs, int64_t tensor, int
   entry.lanes = cut.lanes;
   entry.first_chunk = first_chunk;
   entry.aligned = bits % 16 == 0;
+  entry.grad_aligned = reinterpret_cast<uintptr_t>(entry.address[kGrad]) % 16 == 0;
   return call.op != kAdam || entry.step != nullptr;
 }
 

@@ -15,32 +15,6 @@
 
 namespace sparsekern::cuda {
 
-// The assignment of elements to threads must not depend on addresses, so unaligned tensors are read in the same packs.
-template <int kCount, class S>
-__device__ __forceinline__ Pack<S, kCount> load(const S* address, [[maybe_unused]] bool aligned) {
-  if constexpr (kCount == 1) {
-    return load<kCount>(address);
-  } else {
-    if (aligned) return load<kCount>(address);
-    Pack<S, kCount> pack;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) pack.values[k] = address[k];
-    return pack;
-  }
-}
-
-template <int kCount, class S>
-__device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address, [[maybe_unused]] bool aligned) {
-  if constexpr (kCount == 1) {
-    store(pack, address);
-  } else if (aligned) {
-    store(pack, address);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) address[k] = pack.values[k];
-  }
-}
-
 // Whether a pack has a channel that is not masked. If not, x is not read.
 template <int kCount, int kStep, class Channel>
 __device__ __forceinline__ bool any_live(const Channel* channels) {

@@ -34,4 +34,31 @@ __device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address) {
   }
 }
 
+// The assignment of elements to threads need not depend on an address: without alignment the elements of a pack are
+// loaded and stored one by one.
+template <int kCount, class S>
+__device__ __forceinline__ Pack<S, kCount> load(const S* address, [[maybe_unused]] bool aligned) {
+  if constexpr (kCount == 1) {
+    return load<kCount>(address);
+  } else {
+    if (aligned) return load<kCount>(address);
+    Pack<S, kCount> pack;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) pack.values[k] = address[k];
+    return pack;
+  }
+}
+
+template <int kCount, class S>
+__device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* address, [[maybe_unused]] bool aligned) {
+  if constexpr (kCount == 1) {
+    store(pack, address);
+  } else if (aligned) {
+    store(pack, address);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) address[k] = pack.values[k];
+  }
+}
+
 }  // namespace sparsekern::cuda

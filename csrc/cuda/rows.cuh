@@ -15,8 +15,8 @@ struct Chunk {
 };
 
 // Updates the elements [begin, end), which `lanes` threads share; this is thread `lane`. It works on packs at multiples
-// of the pack size, and on single elements at both ends. Without alignment all elements are single ones, so the order
-// of additions then differs; the memory that torch allocates for a tensor is aligned.
+// of the pack size, and on single elements at both ends. Without alignment of the parameter and its states all
+// elements are single ones, so the order of additions then differs; the memory that torch allocates is aligned.
 template <class S, class Update, class C>
 __device__ __forceinline__ void update_row(const Worker<S, Update>& work, int64_t begin, int64_t end, int lane,
                                            int lanes, bool aligned, const Factors<C>& row, C threshold, Sums<C>& sums) {

@@ -22,8 +22,10 @@ struct Entry {
   int64_t partial;
   int32_t rows, start;
   int32_t row_step, pieces, lanes;
-  int32_t first_chunk : 31;
-  uint32_t aligned : 1;  // all addresses are aligned to 16 bytes
+  uint32_t first_chunk : 30;
+  // Whether addresses are aligned to 16 bytes: those of the parameter and its states, and that of the gradient. The
+  // gradients of data-parallel trainings are views of a bucket, behind tensors of any size.
+  uint32_t aligned : 1, grad_aligned : 1;
 };
 
 // As many as fit into the 32764 bytes that the arguments of a kernel may have.

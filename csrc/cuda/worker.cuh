@@ -27,12 +27,12 @@ class Worker {
     return (row.masked && !Update::kClearsMasked) || update_.skips(row);
   }
 
-  // Updates elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or the size of a pack if all
-  // addresses are aligned.
+  // Updates elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or the size of a pack if the
+  // addresses of the parameter and of its states are aligned; that of the gradient need not be.
   template <int kCount>
   __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
     Pack<S, kCount> weights = load<kCount>(list(kParam) + at), gradients = {}, states[kStates] = {};
-    if constexpr (Update::kReadsGrad) gradients = load<kCount>(list(kGrad) + at);
+    if constexpr (Update::kReadsGrad) gradients = load<kCount>(list(kGrad) + at, entry_.grad_aligned);
 #pragma unroll
     for (int s = 0; s < Update::kStates; ++s)
       if (!update_.ignores_states()) states[s] = load<kCount>(list(kState0 + s) + at);
@@ -56,7 +56,7 @@ class Worker {
 #pragma unroll
     for (int s = 0; s < Update::kStates; ++s) store(states[s], list(kState0 + s) + at);
     if constexpr (Update::kReadsGrad)
-      if (scaled_) store(gradients, list(kGrad) + at);
+      if (scaled_) store(gradients, list(kGrad) + at, entry_.grad_aligned);
   }
 
  private:

@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from sparsekern import optim
 from sparsekern.bench.cases import Case
-from sparsekern.bench.check import difference, differing, forced
+from sparsekern.bench.check import difference, forced
 from sparsekern.bench.comparison import OURS, Comparison
 from sparsekern.bench.networks import NETWORKS
 from sparsekern.bench.problem import Problem
 from sparsekern.fusion import fuse
+from sparsekern.kernels.selfcheck.comparison import differing
 from sparsekern.prune import Pruner
 from sparsekern.prune.decide.criteria import GradientCount, Taylor
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.bench.cases import Case
-from sparsekern.bench.check import differing
 from sparsekern.bench.comparison import OURS, Comparison
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.selfcheck.comparison import differing
 from sparsekern.nn import NormAct2d
 
 EAGER = "torch eager"

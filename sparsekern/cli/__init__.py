@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import sparsekern.cli.look  # adds its commands to the app, as the two imports below do
+import sparsekern.cli.look  # adds its commands to the app, as the imports below do
+import sparsekern.cli.selftest
 from sparsekern.cli import app
 
 _missing: ImportError | None = None
@@ -13,7 +14,7 @@ try:
     import sparsekern.cli.train
     import sparsekern.cli.use  # noqa: F401
 except ImportError as error:
-    # info, inspect and bench work without these modules.
+    # info, inspect, bench and selftest work without these modules.
     _missing = error
 
 
@@ -23,6 +24,6 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ImportError: the command needs a library that is not installed, or torchvision does not fit torch.
     """
-    if _missing is not None and arguments[:1] not in (["info"], ["inspect"], ["bench"]):
+    if _missing is not None and arguments[:1] not in (["info"], ["inspect"], ["bench"], ["selftest"]):
         raise _missing
     return app.run(arguments)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sparsekern.compact.verify import as_arguments
 from sparsekern.distributed.tensors import unwrap
+from sparsekern.files.cache import directory
 from sparsekern.graph import ChannelGraph
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.latency.axes import POINTS, Axis, lay_axes
-from sparsekern.latency.cache import Cache, directory
+from sparsekern.latency.cache import Cache
 from sparsekern.latency.calls import FAILURES, Call
 from sparsekern.latency.elsewhere import fit_networks, time_units
 from sparsekern.latency.model import LatencyModel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -216,6 +217,39 @@ class Pruner:
                 any exception. Ctrl-C waits until everything is smaller.
         """
         return self._events.shrink(also)
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """A block in which a CUDA graph is captured that makes optimizer steps; see :meth:`advance`.
+
+        A capture records a step and does not make it, so steps in the block do not count. Masks and penalties
+        are read from the device, so a later replay obeys those of that time. Make a few steps outside of the
+        block first, as torch requires.
+
+        Raises:
+            RuntimeError: the Pruner was made with ``shrink=True``.
+        """
+        return self._events.capturing()
+
+    def advance(self, steps: int = 1) -> None:
+        """Count the steps that replays of a CUDA graph have made, and decide if an event is due.
+
+        Replays run no Python, so the Pruner does not see them. Call this after each replay::
+
+            with pruner.capturing(), torch.cuda.graph(graph):
+                train_one_step()
+            for batch in loader:
+                example.copy_(batch)
+                graph.replay()
+                pruner.advance()
+
+        Args:
+            steps: number of optimizer steps since the last call. A decision that was due earlier is made now.
+
+        Raises:
+            ValueError: ``steps`` is not a whole number >= 1.
+            RuntimeError: a CUDA graph is being captured.
+        """
+        self._events.advance(steps)
 
     def remask(self) -> int:
         """Zero the rows of masked channels, the columns that read them, and their optimizer state again.

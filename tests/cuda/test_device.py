@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.cases import DTYPES, LAYOUTS, OPS, Op, Problem, problem, run_op
 from kernels.tolerance import assert_equal_step
 from torch import Tensor, nn
 
@@ -17,6 +16,8 @@ from sparsekern.kernels import backends
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.native import cuda_library
 from sparsekern.kernels.rows import RowTable
+from sparsekern.kernels.selfcheck.calls import OPS, run_op
+from sparsekern.kernels.selfcheck.problems import DTYPES, LAYOUTS, Problem, problem
 
 DEVICE = torch.device("cuda:0")
 
@@ -33,31 +34,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     backends.reset()
 
 
-def _moved(value: Any) -> Any:
-    return value.to(DEVICE) if isinstance(value, Tensor) else value
-
-
-def _on_device(host: Problem) -> Problem:
-    """The same problem, strides and guard bands included."""
-    device = host.clone()
-    for guarded in device.entries().values():
-        view = guarded.view
-        guarded.buffer = guarded.buffer.to(DEVICE)
-        guarded.view = guarded.buffer.as_strided(view.shape, view.stride(), view.storage_offset())
-    device.__post_init__()
-    return device
-
-
 def _compare(backend: ModuleType, name: str, want: Problem) -> None:
     op = OPS[name]
-    got, before = _on_device(want), want.clone()
+    got, before = want.on(DEVICE), want.clone()
     op.call(reference, want)
-    options = {key: _moved(value) for key, value in op.options.items()}
-    Op(op.name, op.lists, options).call(backend, got)
-    back = before.clone()
-    for mine, theirs in zip(back.entries().values(), got.entries().values(), strict=True):
-        mine.buffer.copy_(theirs.buffer)
-    assert_equal_step(back, want, before)
+    op.on(DEVICE).call(backend, got)
+    assert_equal_step(got.on(torch.device("cpu")), want, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

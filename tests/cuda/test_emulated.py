@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Any
 
 import pytest
 import torch
-from kernels import cases
-from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_STATES, Op, Problem, channel_arrays, problem, run_op
 from kernels.tolerance import assert_equal_step
 
 import sparsekern
@@ -19,25 +18,21 @@ from sparsekern.kernels.backends.addresses import Addresses
 from sparsekern.kernels.backends.cuda import step as cuda_step
 from sparsekern.kernels.native import cuda_library
 from sparsekern.kernels.rows import RowTable
-
-# Each of the ways that a tensor is cut: rows of a warp, of the block, in pieces; tiles of columns in pieces
-# of outer and of inner indices, of several rows and of one; lengths that no power of two divides.
-LARGE = (
-    ((9, 1030), 0),
-    ((5, 2049), 0),
-    ((3, 2051 * 2), 0),
-    ((2, 16392), 0),
-    ((2, 20011), 0),
-    ((1, 33000), 0),
-    ((30001,), None),
-    ((2100,), 0),
-    ((300, 9), 0),
-    ((200, 40, 2, 2), 1),
-    ((37, 33, 3, 3), 1),
-    ((70, 150), 1),
-    ((3, 2, 300), 1),
-    ((2, 3, 17000), 1),
+from sparsekern.kernels.selfcheck.calls import ADAM, OPS, SGD, Op, run_op
+from sparsekern.kernels.selfcheck.cases import first_use
+from sparsekern.kernels.selfcheck.problems import (
+    DTYPES,
+    GUARD,
+    LARGE,
+    LAYOUTS,
+    ROW_STATES,
+    SHAPES,
+    Guarded,
+    Problem,
+    channel_arrays,
+    problem,
 )
+from sparsekern.kernels.selfcheck.run import results
 
 
 def _call(backend: Any, op: Op, on: Problem) -> None:
@@ -102,17 +97,31 @@ def test_large(emulated: Any, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw amsgrad", "mask"])
-def test_addresses_that_are_not_aligned(
-    emulated: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_addresses_that_are_not_aligned(emulated: Any, name: str, dtype: torch.dtype) -> None:
     """Element by element; an access of sixteen bytes would be an error of the emulation."""
-    monkeypatch.setattr(cases, "GUARD", cases.GUARD - 1)
-    want = problem(dtype, "contiguous", "some masked, some fading", seed=8)
+    want = problem(dtype, "contiguous", "some masked, some fading", seed=8, guard=GUARD - 1)
     _compare(emulated, OPS[name], want, steps=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics"])
+def test_gradients_alone_are_not_aligned(emulated: Any, name: str, dtype: torch.dtype) -> None:
+    """As views of a bucket are; the bits are those of aligned gradients, as all else is processed alike."""
+    aligned = problem(dtype, "contiguous", "some masked, some fading", seed=8, shapes=(*SHAPES, *LARGE))
+    shifted = aligned.clone()
+    shifted.tensors["grads"] = [Guarded.of(g.view, guard=GUARD - 1) for g in aligned.tensors["grads"]]
+    assert any(g.view.data_ptr() % 16 for g in shifted.tensors["grads"])
+    before, want = shifted.clone(), shifted.clone()
+    OPS[name].call(emulated, aligned)
+    OPS[name].call(emulated, shifted)
+    OPS[name].call(reference, want)
+    assert_equal_step(shifted, want, before)
+    for (what, one), two in zip(aligned.entries().items(), shifted.entries().values(), strict=True):
+        assert torch.equal(one.view.nan_to_num(7), two.view.nan_to_num(7)), what
+
+
 @pytest.mark.parametrize("name", ["sgd nesterov", "adamw", "statistics", "mask"])
-@pytest.mark.parametrize("shapes", [cases.SHAPES, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE], ids=["small", "large"])
 def test_no_order_of_blocks_and_threads_changes_a_bit(
     emulated: Any, emulated_library: ctypes.CDLL, name: str, shapes: Any
 ) -> None:
@@ -143,6 +152,29 @@ def test_channel_moments(
         torch.testing.assert_close(got[:-1], want[:-1], rtol=1e-6, atol=1e-6)
 
 
+def test_counters_of_channel_moments_are_made_outside_of_captures(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a capture fills is not filled until the replay, so a later launch may not find that memory."""
+    monkeypatch.setattr(cuda_step, "_tickets", {})
+    zeros, capturing = torch.zeros, [False]
+    monkeypatch.setattr(cuda_library, "capturing", lambda: capturing[0])
+    monkeypatch.setattr(
+        torch, "zeros", lambda *a, **k: zeros(*a, **k).fill_(77) if capturing[0] else zeros(*a, **k)
+    )
+    want, got = (channel_arrays(700, 1.0) for _ in range(2))
+    for step in range(4):
+        capturing[0] = step in (1, 2)
+        monkeypatch.setattr(cuda_library, "stream", lambda device, step=step: step)
+        reference.channel_moments_(want)
+        emulated.channel_moments_(got)
+        torch.testing.assert_close(got[:-1], want[:-1], rtol=1e-6, atol=1e-6)
+    assert len(cuda_step._tickets) == 1
+    capturing[0] = True
+    emulated.channel_moments_(channel_arrays(7, 1.0))
+    assert len(cuda_step._tickets) == 1
+
+
 def _lists(count: int) -> tuple[list[Any], list[torch.Tensor]]:
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(count)]
     return params, [torch.ones(3) for _ in range(count)]
@@ -151,7 +183,7 @@ def _lists(count: int) -> tuple[list[Any], list[torch.Tensor]]:
 @pytest.mark.parametrize(("count", "launches"), [(1, 1), (250, 1), (600, 3)])
 def test_one_launch_takes_hundreds_of_tensors(emulated: Any, count: int, launches: int) -> None:
     params, grads = _lists(count)
-    options = cases.ADAM | {"lr": 0.1}
+    options = ADAM | {"lr": 0.1}
     states = [[torch.zeros(3) for _ in params] for _ in range(2)]
     steps = [torch.zeros(()) for _ in params]
     before = cuda_step._target.library.sparsekern_cuda_launches()
@@ -161,7 +193,7 @@ def test_one_launch_takes_hundreds_of_tensors(emulated: Any, count: int, launche
     for param, step in zip(params, steps, strict=True):
         torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
         assert step == 1
-    run_op(emulated, "sgd_step_", params, grads, [], **cases.SGD, rows=None)
+    run_op(emulated, "sgd_step_", params, grads, [], **SGD, rows=None)
     # Nothing follows a step that neither counts steps nor has rows.
     assert cuda_step._target.library.sparsekern_cuda_launches() - before == 3 * launches
 
@@ -200,6 +232,15 @@ def test_addresses_read_in_python(emulated: Any, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(mine.buffer.nan_to_num(7), other.buffer.nan_to_num(7))
 
 
+def test_the_self_check_passes_and_takes_seconds(emulated: Any) -> None:
+    """The problems of the first use on a GPU; the time is this process's own."""
+    start = time.process_time()
+    device = torch.device("cpu")
+    failures = [result.failure for result in results(emulated, device, first_use())]
+    assert time.process_time() - start < 5
+    assert len(failures) > 200 and set(failures) == {None}
+
+
 def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads = _lists(3)
     read = Addresses.read
@@ -211,7 +252,7 @@ def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Addresses, "read", without_grads)
     with pytest.raises(RuntimeError, match=r"a list of 3 tensors: an address is missing \(error 1\)"):
-        run_op(emulated, "sgd_step_", params, grads, [], **cases.SGD, rows=None)
+        run_op(emulated, "sgd_step_", params, grads, [], **SGD, rows=None)
     assert all(torch.equal(param, torch.ones(3)) for param in params)
 
 

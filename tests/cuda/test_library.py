@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from sparsekern.kernels import backends, native
 from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.options import HYPER
 
 
 def test_it_says_why_it_does_not_work() -> None:
@@ -21,6 +23,26 @@ def test_it_says_why_it_does_not_work() -> None:
             assert "never run on a GPU" in reason
     if cuda_library.load() is None:
         assert cuda_library.reason is not None and "CUDA kernels were not built" in cuda_library.reason
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_only_the_asked_gpu_is_touched(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context takes hundreds of MB, so none is made on the current GPU for tensors on another one."""
+    tried: list[int] = []
+    library = SimpleNamespace(sparsekern_cuda_try=lambda device: tried.append(device) or 0)
+    monkeypatch.setattr(cuda_library, "load", lambda: library)
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(HYPER=HYPER))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked for the current GPU"))
+    monkeypatch.setenv("SPARSEKERN_SELFCHECK", "0")
+    monkeypatch.delenv("SPARSEKERN_BACKEND", raising=False)
+    backends.reset()
+    try:
+        assert backends.choose(torch.device("cuda", index)).__name__.endswith("backends.cuda")
+    finally:
+        backends.reset()
+    assert tried == [index]
 
 
 def test_a_missing_library_and_one_of_another_version(

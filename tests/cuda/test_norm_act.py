@@ -7,37 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.norm_cases import problem
 from kernels.norm_elementwise import (
     assert_backward,
     assert_far_from_zero,
     assert_forward,
     assert_trains,
-    laid_out,
 )
-from torch import Tensor
 
-from sparsekern.kernels.backends.cuda import norm_act as cuda_norm
 from sparsekern.kernels.backends.cuda import step as cuda_step
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.selfcheck.norms import LARGE, LAYOUTS, laid_out, problem
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous_format", "channels_last", "permuted", "not aligned")
-
-# Of one element per channel and outer index; odd; packs that fit; long planes, whole and in pieces; many
-# outer indices; several blocks for each channel, in both layouts; more channels than a tile has.
-SHAPES = (
-    (5, 7, 1, 1),
-    (3, 5, 3, 7),
-    (2, 16, 4, 4),
-    (2, 3, 61, 67),
-    (2, 2, 67, 131),
-    (700, 3, 2, 1),
-    (3, 1, 53, 59),
-    (37, 40, 7, 9),
-    (5, 264, 3, 3),
-)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -54,7 +36,7 @@ def test_activation_and_layout(emulated: Any, activation: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_shape(emulated: Any, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     given = laid_out(problem(shape, dtype, "contiguous", masked=0.3, seed=1), layout)
     assert_forward(emulated, given)
@@ -133,14 +115,8 @@ def test_launches(emulated: Any, training: bool, forward: int) -> None:
 
 
 def test_null_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = cuda_norm._call
-
-    def without_mean(x: Tensor, *arguments: Any, **options: Any) -> cuda_library.Norm:
-        call = fill(x, *arguments, **options)
-        call.mean = None
-        return call
-
-    monkeypatch.setattr(cuda_norm, "_call", without_mean)
+    make = cuda_library.Norm
+    monkeypatch.setattr(cuda_library, "Norm", lambda **fields: make(**fields | {"mean": None}))
     message = r"a normalisation of \[2, 4, 3, 3\]: an address is missing \(error 1\)"
     with pytest.raises(RuntimeError, match=message):
         problem((2, 4, 3, 3), torch.float32, "contiguous").forward(emulated)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.norm_cases import FORMATS, problem
 from kernels.norm_elementwise import assert_backward, assert_forward
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.native import cuda_library
 from sparsekern.kernels.options import Moments, NormInputs, Running
+from sparsekern.kernels.selfcheck.norms import FORMATS, problem
 from sparsekern.nn import NormAct2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

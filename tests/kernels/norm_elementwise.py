@@ -7,31 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.norm_cases import NormProblem, problem
 from kernels.tolerance import assert_elementwise
 from torch import Tensor
 
 from sparsekern.kernels import norm_ops
+from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.counts import ChannelCounts
+from sparsekern.kernels.selfcheck.norms import NormProblem, laid_out, problem
 from sparsekern.nn import NormAct2d
 
 SINGLE = torch.finfo(torch.float32).eps
-
-
-def laid_out(given: NormProblem, layout: str) -> NormProblem:
-    """A copy in another memory layout: one of torch's, or one that is not aligned to 16 bytes."""
-    residual = None if given.residual is None else _laid_out(given.residual, layout)
-    return replace(given, x=_laid_out(given.x, layout), grad=_laid_out(given.grad, layout), residual=residual)
-
-
-def _laid_out(values: Tensor, layout: str) -> Tensor:
-    if layout == "permuted":
-        return values.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "not aligned":
-        memory = torch.empty(values.numel() + 1, dtype=values.dtype)
-        return memory[1:].view(values.shape).copy_(values)
-    return values.contiguous(memory_format=getattr(torch, layout))
 
 
 def assert_forward(backend: Any, given: NormProblem) -> None:
@@ -138,7 +124,7 @@ def assert_far_from_zero(backend: Any, layout: str) -> None:
 def assert_trains(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module on this backend is near the module on the reference, step by step."""
     results = []
-    for chosen in (reference_norm, backend):
+    for chosen in (reference, backend):
         monkeypatch.setattr(norm_ops, "choose", lambda device, chosen=chosen: chosen)
         torch.manual_seed(0)
         norm = NormAct2d(6, activation="hardswish")

@@ -59,7 +59,8 @@ def test_triton_is_taken_where_cuda_was_not_compiled(
     pytest.importorskip("triton")
     gpu = torch.device("cuda")
     force_backend("")
-    monkeypatch.setattr(cuda_library, "why_not", lambda: "it was not compiled")
+    monkeypatch.setenv("SPARSEKERN_SELFCHECK", "0")
+    monkeypatch.setattr(cuda_library, "why_not", lambda *_: "it was not compiled")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.warns(UserWarning, match="without its cuda backend: it was not compiled") as seen:
@@ -67,7 +68,7 @@ def test_triton_is_taken_where_cuda_was_not_compiled(
     assert len(seen) == 1
     (what,) = (what for name, _, what in backends.available() if name == "triton")
     assert "tensors on GPUs" in what and "never run on a GPU" in what
-    monkeypatch.setattr(cuda_library, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_library, "why_not", lambda *_: None)
     backends.reset()
     assert backends.choose(gpu).__name__ == "sparsekern.kernels.backends.cuda"
 
@@ -114,7 +115,8 @@ def test_tensors_on_a_gpu_have_a_backend_that_works(
     """The CUDA kernels, or else the reference and warnings that say why."""
     device = torch.device("cuda")
     force_backend("")
-    monkeypatch.setattr(cuda_library, "why_not", lambda: "the driver is too old")
+    monkeypatch.setenv("SPARSEKERN_SELFCHECK", "0")
+    monkeypatch.setattr(cuda_library, "why_not", lambda *_: "the driver is too old")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="without its cuda backend: the driver is too old") as seen:
         assert backends.choose(device) is reference
@@ -126,7 +128,7 @@ def test_tensors_on_a_gpu_have_a_backend_that_works(
         backends.choose(device)
     with pytest.raises(RuntimeError, match="it takes tensors on cuda, not on cpu"):
         backends.choose(CPU)
-    monkeypatch.setattr(cuda_library, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_library, "why_not", lambda *_: None)
     backends.reset()
     assert backends.choose(device).__name__ == "sparsekern.kernels.backends.cuda"
     (what,) = (what for name, _, what in backends.available() if name == "cuda")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.cases import ADAM, SGD, run_op
 from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekern.kernels import backends
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.rows import COUNT, DOT, LIVE, RowTable
+from sparsekern.kernels.selfcheck.calls import ADAM, SGD, run_op
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.cases import ADAM, SGD, run_op
 from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekern.kernels import checks
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.rows import Rows, RowTable
+from sparsekern.kernels.selfcheck.calls import ADAM, SGD, run_op
 
 
 class _Call:

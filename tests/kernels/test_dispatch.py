@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.cases import ADAM, SGD, run_op
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
@@ -15,6 +14,7 @@ from torch.nn import Parameter
 from sparsekern.kernels import backends, native
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.rows import Rows, RowTable
+from sparsekern.kernels.selfcheck.calls import ADAM, SGD, run_op
 
 
 class _Step:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernels.cases import run_op
 from kernels.tolerance import assert_elementwise
 from torch import Tensor
 from torch.nn import Parameter
@@ -22,6 +21,7 @@ from sparsekern.kernels import native as _native
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import choose, reference
 from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
+from sparsekern.kernels.selfcheck.calls import run_op
 
 SHAPES = [((3, 4), 0), ((5,), 0), ((2, 6, 2, 2), 1), ((4, 1, 3), 0)]
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "amsgrad": False}

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import cases
-from kernels.cases import run_op
 
 from sparsekern.kernels import native
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import cpu
 from sparsekern.kernels.native import pointers
 from sparsekern.kernels.rows import RowTable
+from sparsekern.kernels.selfcheck.calls import OPS, SGD, run_op
+from sparsekern.kernels.selfcheck.problems import problem
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -25,15 +25,15 @@ CPU = torch.device("cpu")
 # Each instruction set runs in its own process, because it is chosen once, when the kernels are loaded.
 DIGEST = """
 import hashlib, sys, torch
-from kernels import cases
+from sparsekern.kernels.selfcheck import calls, problems
 from sparsekern.kernels import native, ops as _ops
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    contiguous = [("contiguous", shapes) for shapes in (cases.SHAPES, cases.ROW_LENGTHS)]
-    for layout, shapes in *contiguous, ("channels_last", cases.SHAPES):
-        for row_state in cases.ROW_STATES:
-            unused = cases.problem(dtype, layout, row_state, shapes=shapes)
-            for op in cases.OPS.values():
+    contiguous = [("contiguous", shapes) for shapes in (problems.SHAPES, problems.ROW_LENGTHS)]
+    for layout, shapes in *contiguous, ("channels_last", problems.SHAPES):
+        for row_state in problems.ROW_STATES:
+            unused = problems.problem(dtype, layout, row_state, shapes=shapes)
+            for op in calls.OPS.values():
                 problem = unused.clone()
                 op.call(_ops, problem)
                 for entry in problem.entries().values():
@@ -46,7 +46,7 @@ print(native.isa(), digest.hexdigest())
 # and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and columns.
 EVERY_BFLOAT16 = """
 import hashlib, torch
-from kernels.cases import run_op
+from sparsekern.kernels.selfcheck.calls import run_op
 from sparsekern.kernels import native, ops as _ops
 from sparsekern.kernels.rows import Rows, RowTable
 digest = hashlib.sha256()
@@ -168,9 +168,9 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
 @pytest.mark.parametrize("op", ["adamw", "sgd momentum", "statistics", "mask"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "all with holes"])
 def test_addresses_read_in_python(monkeypatch: pytest.MonkeyPatch, layout: str, op: str) -> None:
-    direct = cases.problem(torch.float32, layout, "some masked, some fading")
+    direct = problem(torch.float32, layout, "some masked, some fading")
     around = direct.clone()
-    call = cases.OPS[op]
+    call = OPS[op]
     call.call(cpu, direct)
     monkeypatch.setattr(native, "exchanges", False)
     call.call(cpu, around)
@@ -189,7 +189,7 @@ def test_addresses_are_refused_when_a_tensor_has_changed() -> None:
 def test_storage_exchanged_behind_a_parameter() -> None:
     """The native plan is cached by the identity of tensors; addresses and strides are read at every call."""
     param = torch.nn.Parameter(torch.ones(4, 3, 2, 2))
-    options = cases.SGD | {"lr": 0.5}
+    options = SGD | {"lr": 0.5}
     grad = torch.ones(4, 3, 2, 2)
     run_op(cpu, "sgd_step_", [param], [grad], [], **options, rows=None)
     old = param.data
@@ -203,6 +203,6 @@ def test_storage_exchanged_behind_a_parameter() -> None:
 def test_writes_are_told_to_autograd() -> None:
     param = torch.nn.Parameter(torch.ones(3))
     loss = (param * param).sum()
-    run_op(cpu, "sgd_step_", [param], [torch.ones(3)], [], **cases.SGD, rows=None)
+    run_op(cpu, "sgd_step_", [param], [torch.ones(3)], [], **SGD, rows=None)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import norm_cases
-from kernels.norm_cases import FORMATS, SHAPES, assert_equals_reference, problem
+from kernels.norm_cases import assert_equals_reference
 from kernels.test_isa import isas, run
 
 from sparsekern.kernels import native as _native
@@ -18,6 +18,7 @@ from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.norm_ops import norm_act
 from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
+from sparsekern.kernels.selfcheck.norms import FORMATS, SHAPES, problem
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -25,7 +26,7 @@ native = pytest.mark.skipif(_native.load() is None, reason="the native kernels a
 
 DIGEST = """
 import hashlib, itertools, torch
-from kernels.norm_cases import FORMATS, SHAPES, problem
+from sparsekern.kernels.selfcheck.norms import FORMATS, SHAPES, problem
 from sparsekern.kernels import native as _native
 from sparsekern.kernels.backends import cpu
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS

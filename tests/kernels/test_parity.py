@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels.cases import DTYPES, LAYOUTS, OPS, ROW_LENGTHS, ROW_STATES, Op, Problem, problem
 from kernels.tolerance import assert_equal_step
 
 from sparsekern.kernels import backends
 from sparsekern.kernels import ops as _ops
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.rows import ChannelArrays
+from sparsekern.kernels.selfcheck.calls import OPS, Op
+from sparsekern.kernels.selfcheck.problems import DTYPES, LAYOUTS, ROW_LENGTHS, ROW_STATES, Problem, problem
 
 # The dispatcher is another route to the reference: it takes the arguments apart and puts them together again.
 ROUTES = ["dispatcher", *(name for name, works, _ in backends.available() if works)]

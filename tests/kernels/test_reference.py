@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from kernels import oracle
-from kernels.cases import ADAM, OPS, SGD, Op, run_op
 from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekern.kernels.backends import reference
 from sparsekern.kernels.rows import LIVE, Rows, RowTable
+from sparsekern.kernels.selfcheck.calls import ADAM, OPS, SGD, Op, run_op
 
 # Rows in every state, and whether the gradient of each contains a NaN.
 COUNTDOWNS = [LIVE, 0, 1, LIVE, 2, 0, LIVE, 5]

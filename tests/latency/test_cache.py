@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sparsekern.files import atomic
-from sparsekern.latency.cache import Cache, directory
+from sparsekern.files.cache import directory
+from sparsekern.latency.cache import Cache
 
 CPU = torch.device("cpu")
 

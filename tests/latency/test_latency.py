@@ -23,9 +23,10 @@ from torch import Tensor, nn
 import sparsekern
 from sparsekern import latency
 from sparsekern.compact import make_plan
+from sparsekern.files.cache import directory
 from sparsekern.graph import ChannelGraph, trace
 from sparsekern.latency import timing, whole
-from sparsekern.latency.cache import Cache, directory
+from sparsekern.latency.cache import Cache
 from sparsekern.latency.calls import Call
 from sparsekern.latency.replay import Replay
 from sparsekern.prune.decide.allocate import Global, Problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from sparsekern import Pruner
+from sparsekern.prune.decide.budget import round_to_choices
 from sparsekern.prune.state.statistics import Statistics
 
 
@@ -201,6 +203,16 @@ def test_complex_parameters_are_refused_by_the_step() -> None:
         optimizer.step()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_rounding_on_a_gpu_does_not_depend_on_the_dtype_of_the_parameters(dtype: torch.dtype) -> None:
+    """Under autocast they are float32, and the tensor cores get 16-bit data."""
+    on_gpu = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"), dtype=dtype)])
+    )
+    assert round_to_choices("auto", on_gpu, shrink=False) == (8, 4, 1)  # type: ignore[arg-type]
+    assert round_to_choices("auto", nn.Linear(2, 2, dtype=dtype), shrink=False) == (16, 8, 4, 1)
 
 
 def test_auto_rounding_falls_back_where_the_network_is_narrow() -> None:

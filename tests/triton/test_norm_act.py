@@ -7,19 +7,18 @@ import sys
 
 import pytest
 import torch
-from kernels.norm_cases import problem
 from kernels.norm_elementwise import (
     assert_backward,
     assert_far_from_zero,
     assert_forward,
     assert_trains,
-    laid_out,
 )
 
 from sparsekern.kernels.backends.reference import norm_act as reference_norm
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.backends.triton import norm_act
 from sparsekern.kernels.backends.triton.norm_elements import RELU, SILU
+from sparsekern.kernels.selfcheck.norms import laid_out, problem
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous_format", "channels_last")

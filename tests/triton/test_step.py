@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import cases
-from kernels.cases import OPS, Op, Problem, channel_arrays, problem
 from kernels.tolerance import assert_equal_step
 
 import sparsekern
@@ -18,6 +16,8 @@ from sparsekern.kernels.backends.triton import step as steps
 from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
 from sparsekern.kernels.backends.triton.table import NUMBERS
 from sparsekern.kernels.rows import RowTable
+from sparsekern.kernels.selfcheck.calls import OPS, Op
+from sparsekern.kernels.selfcheck.problems import Problem, channel_arrays, problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -125,11 +125,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     return steps._steps.plans
 
 
-def test_accesses_are_wide_where_addresses_are_aligned(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accesses_are_wide_where_addresses_are_aligned(plans: Plans) -> None:
     found = []
     for guard in (64, 63):
-        monkeypatch.setattr(cases, "GUARD", guard)
-        _compare(OPS["adamw"], _problem(shapes=(((3, 512, 3, 3), 0), ((6, 4, 4, 4), 0)), seed=8))
+        shapes = (((3, 512, 3, 3), 0), ((6, 4, 4, 4), 0))
+        _compare(OPS["adamw"], _problem(shapes=shapes, seed=8, guard=guard))
         *_, plan = plans.values()
         found.append([VARIANTS.value[i][3] for i in plan.table[-2:].tolist()])
     assert found == [[True, True], [False, False]]
@@ -160,14 +160,44 @@ def test_a_captured_graph_has_its_own_table(plans: Plans, monkeypatch: pytest.Mo
     want, op = _problem(shapes=SHAPES[:3]), OPS["sgd"]
     op.call(triton, want)
     (plan,) = plans.values()
-    before, spare = plan.table, plan.spare
+    before, spares = plan.table, list(plan.spares)
     monkeypatch.setattr(_plan, "_is_capturing", lambda device: True)
     op.call(triton, want)
     host, table, scratch, shapes, owners = _plan.captured.pop()
     assert shapes is plan.shapes and owners is plan.owners
-    assert host is spare and torch.equal(host, table)
+    assert host is spares[-1] and torch.equal(host, table)
     assert table is not before and table[1 + len(NUMBERS)] == scratch.data_ptr()
-    assert plan.table is before and plan.spare is None
+    assert plan.table is before and len(plan.spares) == len(spares) - 1
+
+
+def test_captures_in_a_row_pin_no_memory(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    want, op = _problem(shapes=SHAPES[:3]), OPS["sgd"]
+    op.call(triton, want)
+    (plan,) = plans.values()
+    capturing = [True]
+    monkeypatch.setattr(_plan, "captured", [])
+    monkeypatch.setattr(_plan, "_is_capturing", lambda device: capturing[0])
+    pinned = _plan.Plan._pinned
+
+    def only_outside(self: Any) -> torch.Tensor:
+        if capturing[0]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return pinned(self)
+
+    monkeypatch.setattr(_plan.Plan, "_pinned", only_outside)
+    for _ in range(4):
+        op.call(triton, want)
+    hosts = [entry[0].data_ptr() for entry in _plan.captured]
+    assert len(set(hosts)) == 4
+    with pytest.raises(
+        RuntimeError, match="^optimizer: got a step in the capture of a CUDA graph without pinned"
+    ):
+        op.call(triton, want)
+    capturing[0] = False
+    op.call(triton, want)
+    # The content has not changed, so nothing was sent; a new learning rate is.
+    Op(op.name, op.lists, op.options | {"lr": 0.5}).call(triton, want)
+    assert len(plan.spares) == 4
 
 
 @pytest.mark.parametrize("pending", [0.0, 1.0])

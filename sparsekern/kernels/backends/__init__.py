@@ -1,14 +1,15 @@
 """The choice of the backend that computes a step.
 
 Each backend is a module with the functions of :mod:`~sparsekern.kernels.backends.reference`. The environment
-variable ``SPARSEKERN_BACKEND`` forces a backend by name. It is read at the first step.
+variable ``SPARSEKERN_BACKEND`` forces a backend by name. It is read at the first step. A backend for GPUs is
+compared with the reference at its first use; ``SPARSEKERN_SELFCHECK=0`` turns that off.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
+import threading
 import warnings
 from types import ModuleType
 
@@ -23,57 +24,132 @@ _DEVICES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
 }
+# Backends that are compared with the reference at their first use, by device type.
+_CHECKED = {"cuda": ("cuda", "triton")}
+
 _NAMES = ("reference", "cpu", "cuda", "triton")
+
+
+# The backend of each device whose choice is final.
+_chosen: dict[torch.device, ModuleType] = {}
+
+# Warnings that were given, because several devices may have the same reason.
+_warned: set[str] = set()
+
+_lock = threading.RLock()
 
 
 def choose(device: torch.device) -> ModuleType:
     """The backend for tensors on ``device``.
 
+    At the first call for a GPU, each candidate is checked on it, see
+    :mod:`~sparsekern.kernels.selfcheck.first_use`. A check that cannot run now, because a CUDA graph is being
+    captured or a call is being traced, runs at a later call; until then the backend is used unchecked.
+
     Raises:
         ValueError: ``SPARSEKERN_BACKEND`` names an unknown backend.
-        RuntimeError: ``SPARSEKERN_BACKEND`` names a backend that does not work on this machine.
+        RuntimeError: ``SPARSEKERN_BACKEND`` names a backend that does not work on this machine or fails its
+            self-check, or a self-check left the device unusable.
     """
-    return _choose(device.type)
+    backend = _chosen.get(device)
+    return _choose(device) if backend is None else backend
 
 
-@functools.cache
-def _choose(device_type: str) -> ModuleType:
-    forced = os.environ.get("SPARSEKERN_BACKEND")
-    if forced:
-        return _forced(forced, device_type)
-    for name in _DEVICES.get(device_type, ("reference",)):
-        reason = why_not(name, device_type)
+def _choose(device: torch.device) -> ModuleType:
+    with _lock:
+        if device in _chosen:
+            return _chosen[device]
+        forced = os.environ.get("SPARSEKERN_BACKEND")
+        backend, is_final = _forced(forced, device) if forced else _first_that_works(device)
+        if is_final:
+            _chosen[device] = backend
+        return backend
+
+
+def _first_that_works(device: torch.device) -> tuple[ModuleType, bool]:
+    """The preferred backend of those that work on ``device``, and whether the choice is final."""
+    for name in _DEVICES.get(device.type, ("reference",)):
+        reason = why_not(name, device)
         if reason is None:
-            return _module(name)
-        warnings.warn(f"sparsekern runs without its {name} backend: {reason}", stacklevel=3)
+            reason, is_final = _verdict(name, device)
+            if reason is None:
+                return module(name), is_final
+        _warn_once(f"sparsekern runs without its {name} backend: {reason}")
     raise AssertionError("the reference backend works everywhere")
 
 
-def _forced(name: str, device_type: str) -> ModuleType:
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=5)
+
+
+def _forced(name: str, device: torch.device) -> tuple[ModuleType, bool]:
+    """The backend ``name``, and whether the choice is final.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`choose`.
+    """
     if name not in _NAMES:
         raise ValueError(f"SPARSEKERN_BACKEND: got {name!r}, expected one of {', '.join(_NAMES)}")
-    reason = why_not(name, device_type)
+    reason = why_not(name, device)
     if reason is not None:
         raise RuntimeError(
-            f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device_type}, "
+            f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device.type}, "
             f"expected a backend that works there: {reason}"
         )
-    return _module(name)
+    refusal, is_final = _verdict(name, device)
+    if refusal is not None:
+        raise RuntimeError(
+            f"SPARSEKERN_BACKEND: got {name!r} for tensors on {device}, expected a backend that equals the "
+            f"reference: {refusal}; SPARSEKERN_SELFCHECK=0 uses it unchecked"
+        )
+    return module(name), is_final
 
 
-def _module(name: str) -> ModuleType:
+def _verdict(name: str, device: torch.device) -> tuple[str | None, bool]:
+    """Why a self-check refuses a backend on a device, None if it does not; and whether that is final."""
+    if not is_checked(name, device):
+        return None, True
+    # Only processes with a GPU import the problems.
+    first_use = importlib.import_module("sparsekern.kernels.selfcheck.first_use")
+    refusal, is_final = first_use.verdict(name, module(name), device)
+    return refusal, is_final
+
+
+def compiled(device: torch.device) -> tuple[str, ...]:
+    """Names of the backends for tensors on ``device`` that are not the reference, the preferred one first."""
+    names = _DEVICES.get(device.type, ())
+    # In its interpreter Triton takes tensors on the CPU.
+    extra = ("triton",) if device.type == "cpu" and _interprets() else ()
+    return tuple(name for name in (*names, *extra) if name != "reference")
+
+
+def is_checked(name: str, device: torch.device) -> bool:
+    """Whether a backend is compared with the reference at its first use on ``device``."""
+    return name in _CHECKED.get(device.type, ())
+
+
+def module(name: str) -> ModuleType:
+    """The module of a backend that works."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def why_not(name: str, device_type: str) -> str | None:
-    """Reason why backend ``name`` does not work for tensors on ``device_type``; None when it works."""
+def why_not(name: str, device: torch.device | str) -> str | None:
+    """Reason why backend ``name`` does not work for tensors on ``device``; None when it works.
+
+    Args:
+        name: name of the backend.
+        device: a device, or a device type for its current device.
+    """
+    device = torch.device(device)
     if name == "reference":
         return None
     if name == "triton":
-        return _why_not_triton(device_type)
-    if device_type != name:
-        return f"it takes tensors on {name}, not on {device_type}"
-    reason = cuda_library.why_not() if name == "cuda" else None
+        return _why_not_triton(device.type)
+    if device.type != name:
+        return f"it takes tensors on {name}, not on {device.type}"
+    reason = cuda_library.why_not(device.index) if name == "cuda" else None
     return reason if reason is not None else _why_not_core(needed=name == "cpu")
 
 
@@ -101,7 +177,7 @@ def _why_not_triton(device_type: str) -> str | None:
     if takes == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     try:
-        _module("triton")
+        module("triton")
     except Exception as error:  # an incompatible triton fails in many ways
         return f"triton cannot be used ({type(error).__name__}: {error})"
     return None
@@ -129,5 +205,7 @@ def available() -> list[tuple[str, bool, str]]:
 
 
 def reset() -> None:
-    """Clear the cached choice, so that ``SPARSEKERN_BACKEND`` is read again."""
-    _choose.cache_clear()
+    """Clear the cached choices, so that ``SPARSEKERN_BACKEND`` is read again."""
+    with _lock:
+        _chosen.clear()
+        _warned.clear()

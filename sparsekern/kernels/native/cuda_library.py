@@ -136,22 +136,27 @@ reason: str | None = None
 def load() -> ctypes.CDLL | None:
     """The library; None where the package runs without it, and :data:`reason` says why."""
     global reason
-    files = [
-        Path(__file__).with_name(f"_cuda_kernels{suffix}")
-        for suffix in importlib.machinery.EXTENSION_SUFFIXES
-    ]
-    path = next((path for path in files if path.is_file()), None)
-    if path is None:
+    file = path()
+    if file is None:
         reason = (
             "the CUDA kernels were not built at installation: no GPU was visible or nvcc was missing; "
             "with SPARSEKERN_CUDA=1 they are built without a GPU"
         )
         return None
     try:
-        return bind(path)
+        return bind(file)
     except (OSError, RuntimeError) as error:
         reason = str(error)
         return None
+
+
+def path() -> Path | None:
+    """The file of the library; None where it was not built."""
+    files = [
+        Path(__file__).with_name(f"_cuda_kernels{suffix}")
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    ]
+    return next((file for file in files if file.is_file()), None)
 
 
 def bind(path: Path) -> ctypes.CDLL:
@@ -205,24 +210,29 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def why_not() -> str | None:
-    """Reason why the CUDA kernels cannot run on this machine; None when they can."""
+def why_not(index: int | None = None) -> str | None:
+    """Reason why the CUDA kernels cannot run on a GPU of this machine; None when they can.
+
+    Args:
+        index: number of the GPU. No other GPU is touched, because a context takes hundreds of MB.
+            None for the current GPU.
+    """
     if native.load() is None:
         return str(native.reason)
     library = load()
     if library is None:
         return str(reason)
-    problem = _problem(library)
+    problem = _problem(library, index)
     return None if problem is None else f"{problem} ({NEVER_RUN})"
 
 
-def _problem(library: ctypes.CDLL) -> str | None:
-    """Reason why torch or this machine cannot run ``library``; None when both can."""
+def _problem(library: ctypes.CDLL, index: int | None) -> str | None:
+    """Reason why torch or the GPU ``index`` cannot run ``library``; None when both can."""
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    code = library.sparsekern_cuda_try(torch.cuda.current_device())
+    code = library.sparsekern_cuda_try(torch.cuda.current_device() if index is None else index)
     return None if code == 0 else error_text(library, code)
 
 
@@ -254,5 +264,5 @@ def stream(device: torch.device) -> int:
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the current stream. An unused GPU stays without a context."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from torch import nn
 
 from sparsekern.graph import ChannelGraph
@@ -55,8 +54,9 @@ def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool)
     """The multiples to try for group widths, best first.
 
     A number gives itself alone. None means ``"auto"`` with ``shrink``, else 1. ``"auto"`` begins at 16 on a
-    CPU, where oneDNN computes in blocks of 16 channels. On a GPU it begins at 8 for 16-bit dtypes, because
-    tensor cores need multiples of 8, else at 1. Smaller multiples follow for networks that are too narrow.
+    CPU, where oneDNN computes in blocks of 16 channels. On a GPU it begins at 8, because tensor cores need
+    multiples of 8 in 16-bit dtypes. The dtype of the parameters does not tell: under autocast it is float32.
+    Smaller multiples follow for networks that are too narrow.
 
     Raises:
         ValueError: ``round_to`` is neither ``"auto"`` nor a whole number of at least 1.
@@ -64,11 +64,7 @@ def round_to_choices(round_to: int | str | None, model: nn.Module, shrink: bool)
     if round_to is None:
         round_to = "auto" if shrink else 1
     if round_to == "auto":
-        first = next(model.parameters())
-        if first.device.type == "cpu":
-            best = 16
-        else:
-            best = 8 if first.dtype in (torch.float16, torch.bfloat16) else 1
+        best = 16 if next(model.parameters()).device.type == "cpu" else 8
         return tuple(multiple for multiple in (16, 8, 4, 1) if multiple <= best)
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to: got {round_to!r}, expected a whole number >= 1 or 'auto'")

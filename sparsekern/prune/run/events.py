@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsekern.compact.transaction import all_or_nothing, uninterrupted
 from sparsekern.distributed.ranks import Ranks
+from sparsekern.kernels.native import cuda_library
 from sparsekern.prune.decide.policy import Choice, Policy
 from sparsekern.prune.run.step_count import Rates, SkippedSteps, differing_rates, idle
 from sparsekern.prune.schedule import Schedule
@@ -37,6 +38,7 @@ class Events:
         self.step = 0
         self._skipped, self._rates = SkippedSteps(), Rates()
         self._nonfinite_seen = 0
+        self._is_replayed = False
         self.next = self._next_step()
 
     @property
@@ -69,16 +71,68 @@ class Events:
         same = schedule.to_plain() == state["schedule"]
         self.next = state["next"] if same else self._next_of_new_schedule()
 
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """See :meth:`sparsekern.Pruner.capturing`."""
+        if self._shrinks:
+            raise RuntimeError(
+                "pruner: got the capture of a CUDA graph with shrink=True, expected shrink=False: a graph "
+                "keeps the sizes that it was captured with"
+            )
+        self.before_step()
+        self._is_replayed = True
+        try:
+            yield
+        finally:
+            self._is_replayed = False
+
+    def advance(self, steps: int) -> None:
+        """See :meth:`sparsekern.Pruner.advance`."""
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps: got {steps!r}, expected a whole number >= 1")
+        if cuda_library.capturing():
+            raise RuntimeError(
+                "pruner: got advance() in the capture of a CUDA graph, expected it after a replay"
+            )
+        for _ in range(steps):
+            self.before_step()
+            self._count()
+
+    def _is_captured(self) -> bool:
+        """Whether the present step is only recorded.
+
+        Raises:
+            RuntimeError: it is recorded, and nobody has said that its replays will be counted.
+        """
+        if not cuda_library.capturing():
+            return False
+        if not self._is_replayed:
+            raise RuntimeError(
+                "optimizer: got a step in the capture of a CUDA graph, whose replays a Pruner does not see, "
+                "expected `with pruner.capturing():` around the capture, and `pruner.advance()` after each "
+                "replay"
+            )
+        return True
+
     def before_step(self, *_: Any) -> None:
         """Hook before an optimizer's step: repeats a decision that has failed or was interrupted."""
+        if self._is_captured():
+            return
         if self.next is not None and self.step >= self.next:
             self._decide(self.next)
 
     def after_step(self, *_: Any) -> None:
         """Hook after an optimizer's step: counts it, and decides if an event is due."""
         optimizer = self._network.optimizer
+        if self._is_captured():
+            return
         if idle(optimizer, self._network.rows.table, self._ranks):
             return
+        self._count()
+
+    def _count(self) -> None:
+        """Count a step that has trained, and decide if an event is due."""
+        optimizer = self._network.optimizer
         self._skipped.note(optimizer)
         self.step += 1
         if self._ranks.size > 1:

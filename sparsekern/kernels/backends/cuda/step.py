@@ -27,8 +27,9 @@ from sparsekern.kernels.rows import ChannelArrays, RowTable, Table
 # Scratch memory of captured graphs. It is never freed, because a graph may be replayed at any time.
 _captured: list[Tensor] = []
 
-# The counter of fold_moments for each stream, because launches on two streams may run at once.
-_tickets: dict[int, Tensor] = {}
+# The counter of fold_moments for each table, by the device and the address of its `pending`. Two launches
+# over one table never run at once, because both write its arrays. A captured graph keeps the address.
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 _MOMENT_DTYPES = (torch.int64, torch.int64, *[torch.float32] * 5)
 
@@ -131,13 +132,25 @@ def channel_moments_(table: RowTable | ChannelArrays) -> None:
         return
     addresses = [address for address, _ in found]
     stream = cuda_library.stream(device)
-    ticket = _tickets.get(stream)
-    if ticket is None or ticket.device != device:
-        ticket = _tickets[stream] = torch.zeros((), dtype=torch.int32, device=device)
+    ticket = _ticket_of(device, addresses[-1])
     moments = cuda_library.Moments(
         *addresses, pointers.address_of(ticket), stream, channels, rows, table.decay, device.index or 0
     )
     cuda_library.check(_target.library, _target.library.sparsekern_cuda_moments(moments), "the channels")
+
+
+def _ticket_of(device: torch.device, pending: int) -> Tensor:
+    """The counter of the table whose ``pending`` is at this address; it is 0 between two launches.
+
+    A capture does not run what it records. So a counter that is made in a capture is set to 0 in each replay
+    of that graph, and no other launch may use it.
+    """
+    ticket = _tickets.get((device, pending))
+    if ticket is None:
+        ticket = torch.zeros((), dtype=torch.int32, device=device)
+        if not cuda_library.capturing():
+            _tickets[device, pending] = ticket
+    return ticket
 
 
 _steps = PlannedSteps(_takes_kind, _make_plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,9 @@ _ALIGNED = 16
 
 # DLPack's device types: 1 is CPU, 2 is CUDA, 10 is ROCm.
 _DLPACK_TYPE = 1 if DEVICE_TYPE == "cpu" else 2 if torch.version.hip is None else 10
+
+# Captured steps of a list for which a step outside of captures pins memory in advance.
+_SPARES = 4
 
 # Memory that captured CUDA graphs read on replay. It is never freed, because nothing reports the last replay.
 captured: list[tuple[Tensor, ...]] = []
@@ -98,7 +101,7 @@ class Plan(AddressPlan):
         partials: number of rows of partial sums.
         table: the device table of the last call outside a graph capture, or None.
         scratch: memory for the partial sums, float32 with 4 numbers per row, or None.
-        spare: pinned host memory that is kept for the next graph capture, or None.
+        spares: pinned host memory for the next graph captures, ``_SPARES`` after a call outside of a capture.
         stream: stream of the last call outside a graph capture; -1 for none.
         sent: content of ``table`` as numbers and addresses, or None.
     """
@@ -109,7 +112,7 @@ class Plan(AddressPlan):
     partials: int
     table: Tensor | None = None
     scratch: Tensor | None = None
-    spare: Tensor | None = None
+    spares: list[Tensor] = field(default_factory=list)
     stream: int = -1
     sent: tuple[bytes, bytes] | None = None
 
@@ -151,10 +154,7 @@ class Plan(AddressPlan):
         """
         device, content = self.addresses.device, (numbers, addresses)
         if _is_capturing(device):
-            # Memory cannot be pinned during a capture, so memory that was pinned earlier is used.
-            host, self.spare = self.spare, None
-            if host is None:
-                host = self._pinned()
+            host = self._spare()
             table, scratch = self._new()
             captured.append((host, table, scratch, self.shapes, self.owners))
         else:
@@ -163,14 +163,30 @@ class Plan(AddressPlan):
                 self.stream, self.sent = stream, None
             if self.sent == content:
                 return self.table
-            if self.spare is None:
-                self.spare = self._pinned()
+            while len(self.spares) < _SPARES:
+                self.spares.append(self._pinned())
             # Each call pins new memory. torch does not reuse it before the copy has read it.
             host, table, scratch = self._pinned(), self.table, self.scratch
             self.sent = content
         host.numpy()[:] = self._words(numbers, addresses, pointers.address_of(scratch))
         table.copy_(host, non_blocking=True)
         return table
+
+    def _spare(self) -> Tensor:
+        """Host memory for one call in a capture, pinned before it: not every torch can pin memory then.
+
+        Raises:
+            RuntimeError: there is none left, and torch cannot pin memory now.
+        """
+        if self.spares:
+            return self.spares.pop()
+        try:
+            return self._pinned()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "optimizer: got a step in the capture of a CUDA graph without pinned memory for it, expected "
+                f"a step outside of captures before it, and again after {_SPARES} captured steps ({error})"
+            ) from error
 
     def _words(self, numbers: bytes, addresses: bytes, scratch: int) -> np.ndarray:
         """The int64 content of the table; see :mod:`sparsekern.kernels.backends.triton.table`."""
@@ -202,7 +218,9 @@ class Plan(AddressPlan):
     def _pinned(self) -> Tensor:
         """New host memory for the table, pinned for a CUDA device."""
         words = HEAD.value + (SLOTS + 1) * len(self.variants)
-        return torch.empty(words, dtype=torch.int64, pin_memory=self.addresses.device.type == "cuda")
+        return torch.empty(
+            words, dtype=torch.int64, device="cpu", pin_memory=self.addresses.device.type == "cuda"
+        )
 
 
 def _flags(op: int, values: dict[str, float], tracks: bool) -> int:

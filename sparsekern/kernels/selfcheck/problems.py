@@ -1,12 +1,12 @@
-"""Lists of tensors to make steps with: odd shapes, every layout, rows in every state.
+"""Small problems for the ops on lists: odd shapes, every layout, rows in every state.
 
-Guard bands surround every buffer, and the gaps between its strides hold poison, so a write or read
-outside of a view is detected.
+Guard bands surround every buffer, and the gaps between its strides hold poison, so a write or read outside of
+a view is detected. All data are made on the CPU, whatever the default device and dtype are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekern.kernels.options import NAMES, OPTIONS, Scaling
 from sparsekern.kernels.rows import ChannelArrays, RowArrays, Rows, RowTable
 
 GUARD = 64
+"""Elements before and after a view. A view behind 63 elements is not aligned to 16 bytes."""
 
 # (shape, dimension of the rows; None: untracked). Inner sizes 1, 2, 9, 31, 32, 33, 160, 4608 on 1, 3
 # and 17 rows; rows behind an outer dimension; no rows, empty rows, no dimension.
@@ -58,6 +58,25 @@ ROW_LENGTHS: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((2051, 8), 0),
 )
 
+# Each of the ways that a tensor is cut: rows of a warp, of the block, in pieces; tiles of columns in pieces
+# of outer and of inner indices, of several rows and of one; lengths that no power of two divides.
+LARGE = (
+    ((9, 1030), 0),
+    ((5, 2049), 0),
+    ((3, 2051 * 2), 0),
+    ((2, 16392), 0),
+    ((2, 20011), 0),
+    ((1, 33000), 0),
+    ((30001,), None),
+    ((2100,), 0),
+    ((300, 9), 0),
+    ((200, 40, 2, 2), 1),
+    ((37, 33, 3, 3), 1),
+    ((70, 150), 1),
+    ((3, 2, 300), 1),
+    ((2, 3, 17000), 1),
+)
+
 # Memory layouts of the parameters, of the gradients and of the state.
 LAYOUTS: dict[str, tuple[str, str, str]] = {
     "contiguous": ("contiguous", "contiguous", "contiguous"),
@@ -73,6 +92,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def strides_of(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Strides of a tensor of this shape in a layout of :data:`LAYOUTS`."""
     if layout == "channels_last" and len(shape) == 4:
         return torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
     if layout == "permuted":
@@ -90,33 +110,47 @@ class Guarded:
     view: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, layout: str = "contiguous") -> Guarded:
+    def of(cls, values: Tensor, layout: str = "contiguous", guard: int = GUARD) -> Guarded:
+        """A copy of ``values`` in a layout, with ``guard`` elements of poison on both sides."""
         strides = strides_of(tuple(values.shape), layout)
         span = 0
         if values.numel():
             span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
         poison = float("nan") if values.is_floating_point() else -77777
-        buffer = torch.full((span + 2 * GUARD,), poison, dtype=values.dtype)
-        view = buffer.as_strided(values.shape, strides, GUARD)
+        buffer = torch.full((span + 2 * guard,), poison, dtype=values.dtype, device="cpu")
+        view = buffer.as_strided(values.shape, strides, guard)
         view.copy_(values)
         return cls(buffer, view)
 
+    def inside(self, buffer: Tensor) -> Tensor:
+        """The view of another buffer that lies as :attr:`view` does in its own."""
+        start = self.view.storage_offset() - self.buffer.storage_offset()
+        return buffer.as_strided(self.view.shape, self.view.stride(), buffer.storage_offset() + start)
+
     def clone(self) -> Guarded:
+        """A copy of the buffer, and the same view of it."""
         buffer = self.buffer.clone()
-        view = self.view
-        return Guarded(buffer, buffer.as_strided(view.shape, view.stride(), view.storage_offset()))
+        return Guarded(buffer, self.inside(buffer))
 
     def outside_is_untouched(self) -> bool:
+        """Whether all elements outside of the view are still poison."""
         probe = self.buffer.clone()
-        view = self.view
         poison = probe[0].clone()
-        probe.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(poison)
+        self.inside(probe).fill_(poison)
         return bool((probe.isnan() if probe.is_floating_point() else probe == poison).all())
 
 
 @dataclass
 class Problem:
-    """The data of one call by name: `tensors` holds lists over SHAPES, `arrays` the arrays of the table."""
+    """The data of one call.
+
+    Attributes:
+        tensors: the lists of tensors by name, one tensor per shape.
+        arrays: the arrays of the row table by name.
+        starts, dims: first row and row dimension of each tensor, as in :class:`Rows`.
+        decay, tau: of the row table.
+        params: the tensors of the list ``params`` as parameters.
+    """
 
     tensors: dict[str, list[Guarded]]
     arrays: dict[str, Guarded]
@@ -130,24 +164,36 @@ class Problem:
         self.params = [Parameter(guarded.view) for guarded in self.tensors["params"]]
 
     def clone(self) -> Problem:
-        return Problem(
-            {name: [g.clone() for g in gs] for name, gs in self.tensors.items()},
-            {name: g.clone() for name, g in self.arrays.items()},
-            self.starts,
-            self.dims,
-            self.decay,
-            self.tau,
-        )
+        """A copy that shares no memory."""
+        return self._with([guarded.clone() for guarded in self._all()])
+
+    def on(self, device: torch.device) -> Problem:
+        """A copy on ``device``, strides, poison and alignment included; one transfer for each dtype."""
+        every = self._all()
+        buffers = _transferred([guarded.buffer for guarded in every], device)
+        return self._with([Guarded(b, g.inside(b)) for g, b in zip(every, buffers, strict=True)])
+
+    def _all(self) -> list[Guarded]:
+        return [g for gs in self.tensors.values() for g in gs] + [*self.arrays.values()]
+
+    def _with(self, every: Iterable[Guarded]) -> Problem:
+        """The same problem with other tensors, in the order of :meth:`_all`."""
+        left = iter(every)
+        tensors = {name: [next(left) for _ in gs] for name, gs in self.tensors.items()}
+        arrays = {name: next(left) for name in self.arrays}
+        return Problem(tensors, arrays, self.starts, self.dims, self.decay, self.tau)
 
     def list(self, name: str) -> list[Any]:
+        """The list of tensors of that name, as an op takes it."""
         if name == "params":
             return list(self.params)
         return [guarded.view for guarded in self.tensors[name]]
 
     @property
     def rows(self) -> Rows:
-        views = (self.arrays[name].view for name in RowArrays._fields[:-2])
-        return Rows(RowArrays(*views, self.tau, self.decay), self.starts, self.dims)
+        """The rows of the parameters, with the arrays of the table."""
+        views = [self.arrays[name].view for name in RowArrays._fields[:-2]]
+        return Rows(RowArrays._make([*views, self.tau, self.decay]), self.starts, self.dims)
 
     def entries(self) -> dict[str, Guarded]:
         """All tensors and arrays, each with a readable name."""
@@ -182,12 +228,22 @@ def problem(
     *,
     seed: int = 0,
     shapes: Sequence[tuple[tuple[int, ...], int | None]] = SHAPES,
+    guard: int = GUARD,
 ) -> Problem:
-    """A Problem over ``shapes`` with state as in mid-training. Gradients of masked rows are NaN."""
-    generator = torch.Generator().manual_seed(seed)
+    """A Problem with state as in mid-training. Gradients of masked rows are NaN.
+
+    Args:
+        dtype: dtype of parameters, gradients and state.
+        layout: a name of :data:`LAYOUTS`.
+        row_state: a name of :data:`ROW_STATES`.
+        seed: seed of the random numbers.
+        shapes: shape and row dimension of each parameter.
+        guard: number of elements before each tensor of a list.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def randn(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * scale
 
     params = [Parameter(randn(shape).to(dtype)) for shape, _ in shapes]
     tracked = [(p, d) for p, (_, d) in zip(params, shapes, strict=True) if d is not None]
@@ -198,11 +254,11 @@ def problem(
         table.elements[view.slice].div_(1 + (number % 3 == 0)).ceil_()
     table.threshold.copy_(randn((len(table.penalty),)).abs())
     table.threshold[::5] = float("inf")
-    table.activity.copy_(torch.rand(len(table.penalty), generator=generator))
+    table.activity.copy_(_rand(len(table.penalty), generator))
     table.sums.copy_(randn((len(table.penalty), 4)))
     masked, fading = ROW_STATES[row_state]
-    drawn = torch.rand(len(table.penalty), generator=generator)
-    steps_left = torch.randint(1, 4, drawn.shape, generator=generator, dtype=torch.int32)
+    drawn = _rand(len(table.penalty), generator)
+    steps_left = torch.randint(1, 4, drawn.shape, generator=generator, dtype=torch.int32, device="cpu")
     table.countdown[drawn < masked + (1 - masked) * fading] = 0
     table.countdown.copy_(torch.where(table.countdown == 0, steps_left, table.countdown))
     table.countdown[drawn < masked] = 0
@@ -222,125 +278,58 @@ def problem(
 
     of_params, of_grads, of_states = LAYOUTS[layout]
     tensors = {
-        "params": [Guarded.of(p.detach(), of_params) for p in params],
-        "grads": [Guarded.of(g, of_grads) for g in grads],
-        "steps": [Guarded.of(torch.tensor(float(i % 3))) for i in range(len(params))],
-    } | {name: [Guarded.of(t, of_states) for t in ts] for name, ts in states.items()}
-    arrays = {name: Guarded.of(getattr(table, name)) for name in RowArrays._fields[:-2]}
+        "params": [Guarded.of(p.detach(), of_params, guard) for p in params],
+        "grads": [Guarded.of(g, of_grads, guard) for g in grads],
+        "steps": [Guarded.of(_number(float(i % 3)), guard=guard) for i in range(len(params))],
+    } | {name: [Guarded.of(t, of_states, guard) for t in ts] for name, ts in states.items()}
+    arrays = {name: Guarded.of(getattr(table, name), guard=guard) for name in RowArrays._fields[:-2]}
     rows = table.rows_of(params)
     return Problem(tensors, arrays, rows.starts, rows.dims)
 
 
 def channel_arrays(channels: int, pending: float) -> ChannelArrays:
     """Arrays after a step and before the means per channel: 40 rows, 0 to 3 gates a channel, fixed seed."""
-    generator = torch.Generator().manual_seed(7)
-    counts = torch.randint(0, 4, (channels,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    gates = torch.randint(0, 40, (int(offsets[-1]),), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(7)
+
+    def randint(high: int, size: int) -> Tensor:
+        return torch.randint(0, high, (size,), generator=generator, dtype=torch.int64, device="cpu")
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    counts = randint(4, channels)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    gates = randint(40, int(offsets[-1]))
     generator.manual_seed(8)
-    sums = torch.randn(40, 4, generator=generator)
-    means = torch.randn(2, channels, generator=generator)
-    return ChannelArrays(
-        offsets, gates, sums, means[0], means[1].abs(), torch.tensor(5.0), torch.tensor(pending), 0.9
-    )
+    sums, means = randn(40, 4), randn(2, channels)
+    return ChannelArrays(offsets, gates, sums, means[0], means[1].abs(), _number(5.0), _number(pending), 0.9)
 
 
-@dataclass(frozen=True)
-class Op:
-    """One op with the lists it takes and one setting of its options."""
-
-    name: str
-    lists: tuple[str, ...]
-    options: dict[str, Any]
-
-    def call(self, backend: Any, on: Problem) -> None:
-        lists = (on.list(name) if name else [] for name in self.lists)
-        run_op(backend, self.name, *lists, **self.options, rows=on.rows)
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def run_op(backend: Any, name: str, *lists: Any, rows: Rows | None, **values: Any) -> None:
-    """One op of a backend, or of the module of the front functions.
-
-    Args:
-        backend: has the function ``step_``.
-        name: name of the op.
-        lists: its lists.
-        rows: the rows.
-        values: the fields of its options, and ``grad_scale`` and ``found_inf``.
-    """
-    op = NAMES.index(name)
-    scaling = Scaling(values.pop("grad_scale", None), values.pop("found_inf", None))
-    backend.step_(op, lists, OPTIONS[op](**values), rows, scaling)
+def _rand(size: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
-SGD = dict(
-    lr=0.05,
-    momentum=0.0,
-    dampening=0.0,
-    weight_decay=0.0,
-    nesterov=False,
-    maximize=False,
-    first=False,
-    grad_scale=None,
-    found_inf=None,
-)
-ADAM = dict(
-    lr=0.01,
-    beta1=0.9,
-    beta2=0.999,
-    eps=1e-8,
-    weight_decay=0.0,
-    decoupled=False,
-    amsgrad=False,
-    maximize=False,
-    grad_scale=None,
-    found_inf=None,
-)
+_STEP = 64
+"""Multiple of elements at which buffers begin in a transfer, at least 128 bytes. Accesses of 16 bytes fit."""
 
 
-def _sgd(**options: Any) -> Op:
-    options = SGD | options
-    buffers = "momentum_buffers" if options["momentum"] else ""
-    return Op("sgd_step_", ("params", "grads", buffers), options)
-
-
-def _adam(**options: Any) -> Op:
-    options = ADAM | options
-    top = "max_exp_avg_sqs" if options["amsgrad"] else ""
-    return Op("adam_step_", ("params", "grads", "exp_avgs", "exp_avg_sqs", top, "steps"), options)
-
-
-def one(value: float) -> Tensor:
-    return torch.tensor(value)
-
-
-OPS: dict[str, Op] = {
-    "sgd": _sgd(),
-    "sgd decay maximize": _sgd(weight_decay=0.1, maximize=True),
-    "sgd momentum first": _sgd(momentum=0.9, dampening=0.3, first=True),
-    "sgd momentum": _sgd(momentum=0.9, dampening=0.3, weight_decay=0.1),
-    "sgd nesterov": _sgd(momentum=0.8, nesterov=True, weight_decay=0.1, maximize=True),
-    "sgd nesterov first": _sgd(momentum=0.8, nesterov=True, first=True),
-    "sgd scaled": _sgd(momentum=0.9, grad_scale=one(3.0), found_inf=one(0.0)),
-    "sgd scaled maximize": _sgd(grad_scale=one(8.0), maximize=True),
-    "sgd found_inf": _sgd(momentum=0.9, grad_scale=one(8.0), found_inf=one(1.0)),
-    "sgd tensor lr": _sgd(momentum=0.9, lr=one(0.05)),
-    "sgd lr 0": _sgd(momentum=0.9, weight_decay=0.1, lr=0.0),
-    "sgd tensor lr 0": _sgd(momentum=0.9, weight_decay=0.1, lr=one(0.0)),
-    "adam": _adam(),
-    "adam decay maximize": _adam(weight_decay=0.1, maximize=True),
-    "adamw": _adam(weight_decay=0.1, decoupled=True),
-    "adamw amsgrad": _adam(weight_decay=0.1, decoupled=True, amsgrad=True),
-    "adam amsgrad maximize": _adam(amsgrad=True, maximize=True),
-    "adam beta1 below a half": _adam(beta1=0.3, beta2=0.95, eps=1e-3),
-    "adam scaled": _adam(grad_scale=one(3.0), found_inf=one(0.0)),
-    "adamw scaled": _adam(decoupled=True, weight_decay=0.1, grad_scale=one(3.0), maximize=True),
-    "adamw found_inf": _adam(decoupled=True, grad_scale=one(8.0), found_inf=one(1.0)),
-    "adamw tensor lr": _adam(decoupled=True, weight_decay=0.1, lr=torch.tensor([0.01])),
-    "adamw lr 0": _adam(decoupled=True, weight_decay=0.1, lr=0.0),
-    "adam tensor lr 0": _adam(weight_decay=0.1, lr=one(0.0)),
-    "statistics": Op("row_statistics_", ("params", "grads"), {}),
-    "mask": Op("row_mask_", ("params",), {"lr": 0.1}),
-    "mask tensor lr": Op("row_mask_", ("params",), {"lr": one(0.1)}),
-    "mask lr 0": Op("row_mask_", ("params",), {"lr": 0.0}),
-}
+def _transferred(buffers: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of the buffers on ``device``, each aligned as a tensor of its own is."""
+    moved: dict[int, Tensor] = {}
+    for dtype in {buffer.dtype for buffer in buffers}:
+        chosen = [i for i, buffer in enumerate(buffers) if buffer.dtype is dtype]
+        padded = [_STEP * -(-buffers[i].numel() // _STEP) for i in chosen]
+        parts = [
+            part
+            for i, size in zip(chosen, padded, strict=True)
+            for part in (buffers[i], buffers[i].new_empty(size - buffers[i].numel()))
+        ]
+        whole, start = torch.cat(parts).to(device), 0
+        for i, size in zip(chosen, padded, strict=True):
+            moved[i] = whole[start : start + buffers[i].numel()]
+            start += size
+    return [moved[i] for i in range(len(buffers))]
