@@ -70,9 +70,9 @@ def _rebound(value: Any, memo: Mapping[int, Any], inside: frozenset[int] = froze
     """``value`` with the copies of what it captured, if it is a function; else ``value`` itself.
 
     Args:
-        value: Anything.
-        memo: Copies by ``id`` of the original.
-        inside: The ``id`` of every function that is being rebound; a function may capture itself.
+        value: anything.
+        memo: copies by ``id`` of the original.
+        inside: the ``id`` of every function that is being rebound; a function may capture itself.
     """
     if id(value) in inside:
         return value

@@ -25,11 +25,11 @@ def build(
     """Build the public graph, with names in place of numbers.
 
     Args:
-        tensors: The registered tensors with their slots.
-        slots: All slots.
-        records: The records of the settled interpretation.
-        numbering: The numbers of channels and groups.
-        untraced: Why training mode was not traced; empty if it was.
+        tensors: the registered tensors with their slots.
+        slots: all slots.
+        records: the records of the settled interpretation.
+        numbering: the numbers of channels and groups.
+        untraced: why training mode was not traced; empty if it was.
 
     Returns:
         The channel graph.
@@ -190,9 +190,9 @@ def _by_channel(
     """Find the channels of rows.
 
     Args:
-        rows: Raw ids of rows, one array for each producer.
-        own: The channels of each producer; None accepts any channel.
-        numbering: The numbers of channels.
+        rows: raw ids of rows, one array for each producer.
+        own: the channels of each producer; None accepts any channel.
+        numbering: the numbers of channels.
 
     Returns:
         Channel and raw id of every row whose channel is one of its producer's.

@@ -18,17 +18,17 @@ class ChannelGraph:
     """The channels of a network, their groups and their cost; see ``sparsekern.trace``.
 
     Attributes:
-        groups: Groups in the order of their first producers. The channel ids of a group are contiguous
+        groups: groups in the order of their first producers. The channel ids of a group are contiguous
             and follow the rows of its first producer.
-        group_of: The group of every channel, int64 [C].
-        tensors: Every parameter and buffer that carries a channel, by name.
-        gates: The rows that set the channels' scales.
+        group_of: the group of every channel, int64 ``[C]``.
+        tensors: every parameter and buffer that carries a channel, by name.
+        gates: the rows that set the channels' scales.
         frozen: (parameter, reason) pairs: first the weights of which some or all rows stay, then all
             other parameters that no channel runs through.
-        costs: The cost as a function of the kept channels.
-        notes: For every tensor, why indices along its dimensions stay.
-        operations: The ops of a pass in evaluation mode, in order. Their sizes are extents of ``costs``.
-        untraced: Why training mode was not traced; empty if it was.
+        costs: the cost as a function of the kept channels.
+        notes: for every tensor, why indices along its dimensions stay.
+        operations: the ops of a pass in evaluation mode, in order. Their sizes are extents of ``costs``.
+        untraced: why training mode was not traced; empty if it was.
     """
 
     groups: tuple[Group, ...]
@@ -54,7 +54,7 @@ class ChannelGraph:
         """Compute the cost of the network with only some of its channels.
 
         Args:
-            kept: Which channels are kept, bool [C].
+            kept: which channels are kept, bool ``[C]``.
 
         Returns:
             Parameters, multiply-adds and bytes of activations.
@@ -68,11 +68,11 @@ class ChannelGraph:
         """Compute the saving of removing each kept channel alone.
 
         Args:
-            kept: Which channels are kept, bool [C].
-            of: The measure: "params", "macs" or "activations" (bytes).
+            kept: which channels are kept, bool ``[C]``.
+            of: the measure: "params", "macs" or "activations" (bytes).
 
         Returns:
-            The saving of each channel, float64 [C]; 0 for channels that are not kept.
+            The saving of each channel, float64 ``[C]``; 0 for channels that are not kept.
 
         Raises:
             ValueError: ``of`` is another measure, or ``kept`` has another shape or dtype.
@@ -91,14 +91,14 @@ class ChannelGraph:
         """Make a graph without the named groups, whose channels then always stay.
 
         Args:
-            names: Names of groups, their ids, or the groups themselves.
-            reason: The reason to give for the frozen channels.
+            names: names of groups, their ids, or the groups themselves.
+            reason: the reason to give for the frozen channels.
 
         Returns:
             The graph of the other groups, with groups and channels renumbered.
 
         Raises:
-            ValueError: This graph does not have such a group.
+            ValueError: this graph does not have such a group.
         """
         numbers = {self._number(name) for name in names}
         if not numbers:
@@ -129,7 +129,7 @@ class ChannelGraph:
         """Make the graph of the network compacted to some of its channels, without a new trace.
 
         Args:
-            kept: Which channels are kept, bool [C].
+            kept: which channels are kept, bool ``[C]``.
 
         Returns:
             The graph with channels renumbered in their order and with the shapes and indices of the
@@ -165,13 +165,13 @@ class ChannelGraph:
         """Describe the channels in a parameter, buffer or module, and why the other indices stay.
 
         Args:
-            name: Name of a parameter, buffer or module; "" for the whole network.
+            name: name of a parameter, buffer or module; "" for the whole network.
 
         Returns:
             One line for each dimension and reason.
 
         Raises:
-            ValueError: Nothing of that name was traced.
+            ValueError: nothing of that name was traced.
         """
         known = {alias: t.name for t in self.tensors.values() for alias in (t.name, *t.aliases)}
         names = {**{n: n for n in self.notes}, **known}

@@ -15,10 +15,10 @@ class Cost:
     """The cost of a network.
 
     Attributes:
-        params: Number of elements in all parameters.
-        macs: Multiply-adds in convolutions and matrix products of one evaluation-mode pass over the
+        params: number of elements in all parameters.
+        macs: multiply-adds in convolutions and matrix products of one evaluation-mode pass over the
             example inputs: half of the flops that ``torch.utils.flop_counter`` counts.
-        activations: Bytes of all tensors that this pass makes, except by views and in-place ops.
+        activations: bytes of all tensors that this pass makes, except by views and in-place ops.
     """
 
     params: int
@@ -33,11 +33,11 @@ class Terms:
     The P pairs say which atom is part of which term.
 
     Attributes:
-        scale: The scale of every term, int64 [T].
-        factors: Numbers of extents, int64 [T, K]. The last extent, of size 1, is the padding.
-        pair_atom: The atom of every pair, int64 [P].
-        pair_term: The term of every pair, int64 [P].
-        pair_share: Indices of each factor that one channel of the atom takes, int64 [P, K].
+        scale: the scale of every term, int64 ``[T]``.
+        factors: numbers of extents, int64 ``[T, K]``. The last extent, of size 1, is the padding.
+        pair_atom: the atom of every pair, int64 ``[P]``.
+        pair_term: the term of every pair, int64 ``[P]``.
+        pair_share: indices of each factor that one channel of the atom takes, int64 ``[P, K]``.
     """
 
     scale: np.ndarray
@@ -54,11 +54,11 @@ class Terms:
         """Compute the saving of removing one channel of each atom.
 
         Args:
-            sizes: The size of every extent, int64 [E].
-            atoms: The number of atoms.
+            sizes: the size of every extent, int64 ``[E]``.
+            atoms: the number of atoms.
 
         Returns:
-            The saving by atom, float64 [atoms].
+            The saving by atom, float64 ``[atoms]``.
         """
         factors = sizes[self.factors[self.pair_term]]
         saved = factors.prod(axis=1) - (factors - self.pair_share).prod(axis=1)
@@ -71,10 +71,10 @@ class Share:
     """The number of indices of each extent that one channel of each atom takes, a sparse matrix [E, A].
 
     Attributes:
-        starts: The first entry of every extent, int64 [E + 1].
-        atom: The atom of every entry, int64 [P].
-        count: The number of indices of every entry, int64 [P].
-        atoms: The number of atoms, A.
+        starts: the first entry of every extent, int64 [E + 1].
+        atom: the atom of every entry, int64 ``[P]``.
+        count: the number of indices of every entry, int64 ``[P]``.
+        atoms: the number of atoms, A.
     """
 
     starts: np.ndarray
@@ -97,7 +97,7 @@ class Share:
         """Find the entries of some extents.
 
         Args:
-            extents: Numbers of extents, int64 [N].
+            extents: numbers of extents, int64 ``[N]``.
 
         Returns:
             Numbers of the entries, and for each the index into ``extents`` that it belongs to.
@@ -123,11 +123,11 @@ class CostModel:
     Channels that count alike in every extent form an atom, so that no sum runs over channels.
 
     Attributes:
-        atom_of: The atom of every channel, int64 [C].
-        stays: The number of indices of every extent that always stay, int64 [E]. The last extent is
+        atom_of: the atom of every channel, int64 ``[C]``.
+        stays: the number of indices of every extent that always stay, int64 ``[E]``. The last extent is
             the constant 1.
-        shares: The number of indices of an extent that one channel of an atom takes.
-        terms: The polynomial of every measure in ``MEASURES``.
+        shares: the number of indices of an extent that one channel of an atom takes.
+        terms: the polynomial of every measure in ``MEASURES``.
     """
 
     atom_of: np.ndarray
@@ -151,11 +151,11 @@ class CostModel:
         """Compute the saving of removing each kept channel alone.
 
         Args:
-            kept: Which channels are kept, bool [C].
-            of: The measure, one of ``MEASURES``.
+            kept: which channels are kept, bool ``[C]``.
+            of: the measure, one of ``MEASURES``.
 
         Returns:
-            The saving of each channel, float64 [C]; 0 for channels that are not kept.
+            The saving of each channel, float64 ``[C]``; 0 for channels that are not kept.
         """
         savings = self.terms[of].savings(self.sizes(kept), self.shares.atoms)
         return np.where(kept, savings[self.atom_of], 0.0)
@@ -170,7 +170,7 @@ class CostModel:
         """Make the model of the same costs with fewer removable channels.
 
         Args:
-            gone: Which channels leave the graph and always stay in the network, bool [C].
+            gone: which channels leave the graph and always stay in the network, bool ``[C]``.
 
         Returns:
             The costs as a function of the other channels.
@@ -190,9 +190,9 @@ def make_terms(scale: np.ndarray, factors: np.ndarray, shares: Share) -> Terms:
     """Make terms and find their pairs of atoms and terms.
 
     Args:
-        scale: See ``Terms``.
-        factors: See ``Terms``.
-        shares: The number of indices of an extent that one channel of an atom takes.
+        scale: see ``Terms``.
+        factors: see ``Terms``.
+        shares: the number of indices of an extent that one channel of an atom takes.
 
     Returns:
         The terms.
@@ -210,7 +210,7 @@ class CostBuilder:
     """Collects extents and terms over a given number of channels.
 
     Args:
-        num_channels: The number of channels, C.
+        num_channels: the number of channels, C.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -224,9 +224,9 @@ class CostBuilder:
         """Add one term.
 
         Args:
-            measure: One of ``MEASURES``.
-            scale: The term's constant factor.
-            factors: Channel ids of the indices of each factor, int64, -1 for indices that stay.
+            measure: one of ``MEASURES``.
+            scale: the term's constant factor.
+            factors: channel ids of the indices of each factor, int64, -1 for indices that stay.
         """
         numbers = []
         for channels in factors:
@@ -259,7 +259,7 @@ class CostBuilder:
         """Make the cost model from all terms added so far.
 
         Args:
-            group_of: The group of every channel, int64 [C]. An atom lies inside one group.
+            group_of: the group of every channel, int64 ``[C]``. An atom lies inside one group.
 
         Returns:
             The cost model.
@@ -294,11 +294,11 @@ def refine(labels: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -
     Two members agree on a part if both are outside, or if both are inside with equal marks.
 
     Args:
-        labels: The class of every member, integers [N].
+        labels: the class of every member, integers [N].
         parts: (members, marks) pairs of integer arrays of equal length.
 
     Returns:
-        The new classes, int64 [N], numbered from 0 in the order of first appearance.
+        The new classes, int64 ``[N]``, numbered from 0 in the order of first appearance.
     """
     labels = labels.astype(np.int64, copy=True)
     fresh = int(labels.max(initial=-1)) + 1

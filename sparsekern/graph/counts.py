@@ -23,7 +23,7 @@ def own_numbers(module: nn.Module) -> dict[str, int]:
     descriptor are never counts.
 
     Args:
-        module: Any module.
+        module: any module.
 
     Returns:
         The positive integers in the module's ``__dict__``, by attribute name, and those of its records (see
@@ -57,9 +57,9 @@ def set_number(module: nn.Module, name: str, value: int) -> Callable[[], None]:
     A record may be shared by several modules, whose sizes may differ. So the module gets a copy of its own.
 
     Args:
-        module: The module.
-        name: The name of the attribute; with a dot for an attribute of a record.
-        value: The new value.
+        module: the module.
+        name: the name of the attribute; with a dot for an attribute of a record.
+        value: the new value.
 
     Returns:
         A function that restores the attribute.
@@ -78,8 +78,8 @@ def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Find the module and the name of an attribute, which may be one of a record.
 
     Args:
-        model: The model.
-        path: Path of the attribute.
+        model: the model.
+        path: path of the attribute.
 
     Returns:
         The innermost module on the path, and the rest of the path.
@@ -106,8 +106,8 @@ def counts(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str
     """Find the new values of the attributes of the user's modules that count channels.
 
     Args:
-        model: The model that holds the attributes.
-        parts: Parts of its tensors.
+        model: the model that holds the attributes.
+        parts: parts of its tensors.
 
     Returns:
         (module, attribute, new value) of every attribute that changes.

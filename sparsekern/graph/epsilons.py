@@ -20,7 +20,7 @@ def own_floats(module: nn.Module) -> dict[str, float]:
     """Find the attributes of a module that may be epsilons.
 
     Args:
-        module: Any module.
+        module: any module.
 
     Returns:
         The positive floats in the module's ``__dict__``, by attribute name. The ``eps`` of an RMSNorm
@@ -41,8 +41,8 @@ def floats(model: nn.Module, parts: Iterable[Part]) -> list[tuple[nn.Module, str
     cuts give the same bits as one.
 
     Args:
-        model: The model that holds the attributes.
-        parts: Parts of its tensors.
+        model: the model that holds the attributes.
+        parts: parts of its tensors.
 
     Returns:
         (module, attribute, new value) of every attribute that changes.
@@ -57,11 +57,11 @@ def set_floats(model: nn.Module, parts: Iterable[Part]) -> None:
     """Set the epsilons of ``model`` to what :func:`floats` finds, and note their values before.
 
     Args:
-        model: The model that holds the attributes.
-        parts: Parts of its tensors.
+        model: the model that holds the attributes.
+        parts: parts of its tensors.
 
     Raises:
-        ValueError: See :func:`floats`.
+        ValueError: see :func:`floats`.
     """
     for module, attribute, value, base in _changes(model, parts):
         # A new dict: a copy of the module may share the old one.

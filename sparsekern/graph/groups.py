@@ -15,18 +15,18 @@ class TensorSlots:
     """The channels of one parameter or buffer.
 
     Attributes:
-        name: As in ``named_parameters()``.
-        aliases: Further names of the same (tied) tensor.
-        shape: Sizes of the tensor.
+        name: as in ``named_parameters()``.
+        aliases: further names of the same (tied) tensor.
+        shape: sizes of the tensor.
         kind: "parameter" or "buffer".
-        channels: Per dimension an int64 array of channel ids, -1 where an index always stays; None
+        channels: per dimension an int64 array of channel ids, -1 where an index always stays; None
             for a dimension that no channel runs through.
-        row_dim: The dimension whose slices are zeroed when a channel is masked; None for buffers and
+        row_dim: the dimension whose slices are zeroed when a channel is masked; None for buffers and
             for parameters that have no rows of their own.
-        sizes: Attributes of the user's modules that count this tensor's indices, such as the number
+        sizes: attributes of the user's modules that count this tensor's indices, such as the number
             of heads, as (path, dimension, indices per unit): ``blocks.0.attn.num_heads`` equals
             ``shape[dimension] // indices per unit``.
-        rescale: How its values follow the number of its indices, such as the weight of an RMSNorm;
+        rescale: how its values follow the number of its indices, such as the weight of an RMSNorm;
             None if they do not.
     """
 
@@ -45,13 +45,13 @@ class Group:
     """Channels that run through the same dimensions of the same tensors: a width of the network.
 
     Attributes:
-        id: The group's number, its index in ``ChannelGraph.groups``.
-        name: Module of the first producer.
-        channels: Channel ids, int64, contiguous.
-        producers: Names of the weights whose rows are these channels, depthwise ones last.
-        members: Every (tensor, dimension) that the channels run through.
-        consumers: The (tensor, dimension) pairs of weights that are contracted over the channels.
-        inexact: Why removing some channels changes what the others compute (``exact=False``); empty if
+        id: the group's number, its index in ``ChannelGraph.groups``.
+        name: module of the first producer.
+        channels: channel ids, int64, contiguous.
+        producers: names of the weights whose rows are these channels, depthwise ones last.
+        members: every (tensor, dimension) that the channels run through.
+        consumers: the (tensor, dimension) pairs of weights that are contracted over the channels.
+        inexact: why removing some channels changes what the others compute (``exact=False``); empty if
             it does not.
     """
 
@@ -77,9 +77,9 @@ class Gates(NamedTuple):
 
     Attributes:
         offsets: int64 [C + 1].
-        tensors: Indices into ``names``, int64.
-        rows: Indices along the tensor's row dimension, int64.
-        names: Names of the parameters.
+        tensors: indices into ``names``, int64.
+        rows: indices along the tensor's row dimension, int64.
+        names: names of the parameters.
     """
 
     offsets: np.ndarray
@@ -93,9 +93,9 @@ class Note:
     """Why some indices of a dimension of a tensor stay.
 
     Attributes:
-        dim: The dimension.
-        count: The number of its indices that stay for this reason.
-        reason: The reason.
+        dim: the dimension.
+        count: the number of its indices that stay for this reason.
+        reason: the reason.
     """
 
     dim: int

@@ -24,11 +24,11 @@ class Part(Protocol):
     """The part of a tensor that stays.
 
     Attributes:
-        shape: Sizes of the whole tensor.
-        keep: The increasing indices that stay, by dimension.
-        new_shape: Sizes of the part.
-        sizes: Attributes of the user's modules that count indices; see ``Kept``.
-        rescale: How its values follow the number of its indices; None if they do not.
+        shape: sizes of the whole tensor.
+        keep: the increasing indices that stay, by dimension.
+        new_shape: sizes of the part.
+        sizes: attributes of the user's modules that count indices; see ``Kept``.
+        rescale: how its values follow the number of its indices; None if they do not.
     """
 
     @property
@@ -48,11 +48,11 @@ class Kept:
     """A plain ``Part``.
 
     Attributes:
-        shape: Sizes of the whole tensor.
-        keep: The increasing indices that stay, by dimension. A dimension that stays whole is absent.
-        sizes: Attributes of the user's modules that count indices of a dimension, by path, as
+        shape: sizes of the whole tensor.
+        keep: the increasing indices that stay, by dimension. A dimension that stays whole is absent.
+        sizes: attributes of the user's modules that count indices of a dimension, by path, as
             (dimension, indices per unit).
-        rescale: How its values follow the number of its indices; None if they do not.
+        rescale: how its values follow the number of its indices; None if they do not.
     """
 
     shape: tuple[int, ...]
@@ -70,9 +70,9 @@ class _Layer:
     """A module and the parts of its own tensors that stay.
 
     Attributes:
-        name: The module's path in the model.
-        module: The module.
-        parts: The part of every tensor, by the tensor's name in the module.
+        name: the module's path in the model.
+        module: the module.
+        parts: the part of every tensor, by the tensor's name in the module.
     """
 
     name: str
@@ -93,14 +93,14 @@ class _Layer:
         """Count the blocks of dimension 0 that are left.
 
         Args:
-            part: A part of one of the module's tensors.
-            count: The number of equal blocks in the whole tensor.
+            part: a part of one of the module's tensors.
+            count: the number of equal blocks in the whole tensor.
 
         Returns:
             The number of blocks of which any index stays.
 
         Raises:
-            ValueError: The blocks that are left differ in size.
+            ValueError: the blocks that are left differ in size.
         """
         if 0 not in part.keep:
             return count
@@ -118,7 +118,7 @@ class _Layer:
         """Check that every one-dimensional tensor of the module keeps ``size`` elements.
 
         Raises:
-            ValueError: A tensor keeps another number.
+            ValueError: a tensor keeps another number.
         """
         for name, part in self.parts.items():
             if len(part.shape) == 1 and part.new_shape != (size,):
@@ -193,7 +193,7 @@ def _units(part: Part, gates: int) -> np.ndarray:
     """Which rows of all gates stay, int64; each gate keeps the same ones.
 
     Raises:
-        ValueError: Gates keep different rows.
+        ValueError: gates keep different rows.
     """
     rows = np.zeros(part.shape[0], bool)
     rows[part.keep.get(0, slice(None))] = True
@@ -221,7 +221,7 @@ def _heads(layer: _Layer) -> int:
     """The number of heads that are left.
 
     Raises:
-        ValueError: Queries, keys and values keep different heads, or a part of a head.
+        ValueError: queries, keys and values keep different heads, or a part of a head.
     """
     module = layer.module
     inner = module.num_heads * module.head_dim
@@ -269,15 +269,15 @@ def sizes(name: str, module: nn.Module, parts: Mapping[int, Part]) -> Sizes:
     Only the tensors that torch's class defines count: a subclass may hold others of any size.
 
     Args:
-        name: The layer's path in the model, for messages.
-        module: The layer.
-        parts: The part of a tensor that stays, by ``id`` of the tensor. Other tensors stay whole.
+        name: the layer's path in the model, for messages.
+        module: the layer.
+        parts: the part of a tensor that stays, by ``id`` of the tensor. Other tensors stay whole.
 
     Returns:
         New values by attribute. Empty if the layer's tensors stay whole or the class is a user's own.
 
     Raises:
-        ValueError: The sizes of this class of torch cannot be changed, or the parts do not fit each
+        ValueError: the sizes of this class of torch cannot be changed, or the parts do not fit each
             other.
     """
     own = _own_parts(module, parts)

@@ -17,10 +17,10 @@ def grown(number: float, whole: int, left: int, exponent: float) -> float:
     """``number`` times a power of the factor by which a mean grows.
 
     Args:
-        number: A number that is compared with the mean, such as an epsilon.
-        whole: The number of channels before the removal, N.
-        left: The number of channels that stay, n.
-        exponent: The power.
+        number: a number that is compared with the mean, such as an epsilon.
+        whole: the number of channels before the removal, N.
+        left: the number of channels that stay, n.
+        exponent: the power.
 
     Returns:
         ``number * (whole / left) ** exponent``.
@@ -35,10 +35,10 @@ class Rescale:
     If n of N indices along ``dim`` stay, a value w becomes ``(w + offset) * (N / n) ** exponent - offset``.
 
     Attributes:
-        dim: The dimension.
-        exponent: The power of N / n, such as 0.5 for the weight of an RMSNorm.
-        offset: The constant that the network adds to the tensor: 1 for a weight used as ``1 + w``.
-        numbers: Attributes of modules that hold the epsilons, as (path, power of N / n).
+        dim: the dimension.
+        exponent: the power of N / n, such as 0.5 for the weight of an RMSNorm.
+        offset: the constant that the network adds to the tensor: 1 for a weight used as ``1 + w``.
+        numbers: attributes of modules that hold the epsilons, as (path, power of N / n).
     """
 
     dim: int
@@ -54,7 +54,7 @@ class Rescale:
         """Check the rule for a tensor of ``shape``.
 
         Raises:
-            ValueError: The dimension does not exist, or a number is not finite.
+            ValueError: the dimension does not exist, or a number is not finite.
         """
         if type(self.dim) is not int or not 0 <= self.dim < len(shape):
             raise ValueError(f"rescale: dimension {self.dim!r} does not exist in a tensor of {shape}")
@@ -78,7 +78,7 @@ class Rescale:
         """The rule that ``to_plain`` gave.
 
         Raises:
-            ValueError: The data has another form.
+            ValueError: the data has another form.
         """
         if not isinstance(plain, dict) or plain.keys() != {"dim", "exponent", "offset", "numbers"}:
             raise ValueError("rescale: expected dim, exponent, offset and numbers")

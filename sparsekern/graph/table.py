@@ -35,7 +35,7 @@ def describe(graph: Described) -> str:
     """Describe a channel graph as text.
 
     Args:
-        graph: The channel graph.
+        graph: the channel graph.
 
     Returns:
         A line of totals, a table of groups, and the reasons why the other weights are not pruned.

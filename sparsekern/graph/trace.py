@@ -45,11 +45,11 @@ def trace(
     network gives the same outputs.
 
     Args:
-        model: The network.
-        example_inputs: A tensor, or a sequence of positional arguments of the forward. Only shapes,
+        model: the network.
+        example_inputs: a tensor, or a sequence of positional arguments of the forward. Only shapes,
             dtypes and devices matter.
-        example_kwargs: Keyword arguments of the forward.
-        protect: Modules and parameters that must keep their shapes, given as objects or as names or
+        example_kwargs: keyword arguments of the forward.
+        protect: modules and parameters that must keep their shapes, given as objects or as names or
             patterns (as in ``fnmatch``).
         exact: False also allows channels whose removal changes what the others compute: channels that
             are normalised or reduced over together, or are not zero where they are summed. The compact
@@ -115,10 +115,10 @@ def _first_round(
     """Allocate new slots and find which of them go together.
 
     Args:
-        captured: The traced model.
-        protected: Names of tensors that keep their shapes.
-        exact: See ``trace``.
-        interpretations: See ``Interpreter``.
+        captured: the traced model.
+        protected: names of tensors that keep their shapes.
+        exact: see ``trace``.
+        interpretations: see ``Interpreter``.
     """
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
@@ -204,11 +204,11 @@ def _by_family(
     """Choose row dimensions of a tensor that is one factor of a weight, such as of a low-rank product.
 
     Args:
-        index: The tensor's number.
-        dims: Its candidate dimensions.
-        tensors: All registered tensors.
-        roots: The class of every slot, int64 [slots].
-        records: The families of tensors, rows and columns.
+        index: the tensor's number.
+        dims: its candidate dimensions.
+        tensors: all registered tensors.
+        roots: the class of every slot, int64 ``[slots]``.
+        records: the families of tensors, rows and columns.
 
     Returns:
         The dimensions tied to rows of the weight. If there are none (the inner factor of a product),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from kernels.norm_cases import assert_equals_reference
 from kernels.test_isa import isas, run
 

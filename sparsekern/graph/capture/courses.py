@@ -35,8 +35,8 @@ class Site(NamedTuple):
     """A line of code.
 
     Attributes:
-        file: Path of the source file.
-        line: Line number, from 1; 0 if it is not known.
+        file: path of the source file.
+        line: line number, from 1; 0 if it is not known.
     """
 
     file: str
@@ -66,11 +66,11 @@ class Answers:
     """Answers to questions for values that torch's tracer does not know.
 
     Attributes:
-        given: The answers to a condition on values, by the line that asks. The default is False.
-        asked: The lines that asked for a condition, in order, and how often each did.
-        number: The answer to a question for a number.
-        numbered: The line that last asked for a number; None if none did.
-        stuck: The line whose question has no answer; None if there is none.
+        given: the answers to a condition on values, by the line that asks. The default is False.
+        asked: the lines that asked for a condition, in order, and how often each did.
+        number: the answer to a question for a number.
+        numbered: the line that last asked for a number; None if none did.
+        stuck: the line whose question has no answer; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -84,8 +84,8 @@ class Answers:
         """Forget all questions and set the answers.
 
         Args:
-            given: The answers to a condition, by the line that asks.
-            number: The answer to a question for a number.
+            given: the answers to a condition, by the line that asks.
+            number: the answer to a question for a number.
         """
         self.given, self.number, self.numbered, self.stuck = given, number, None, None
         self.asked.clear()
@@ -122,16 +122,16 @@ def followed(answers: Answers, given: Given, settled: bool, attempt: Callable[[]
     """Call ``attempt`` with answers that let the user's code continue.
 
     Args:
-        answers: The answers in use.
-        given: Answers by line. They are changed until the user's code continues.
-        settled: Whether ``given`` must not change.
-        attempt: Traces or runs the program.
+        answers: the answers in use.
+        given: answers by line. They are changed until the user's code continues.
+        settled: whether ``given`` must not change.
+        attempt: traces or runs the program.
 
     Returns:
         The result of ``attempt``.
 
     Raises:
-        Exception: The last error of ``attempt``, if no change of answers avoids it.
+        Exception: the last error of ``attempt``, if no change of answers avoids it.
     """
     changed: set[Site] = set()
     while True:
@@ -156,16 +156,16 @@ def courses(
     that makes the user's code raise leads to no course.
 
     Args:
-        answers: The answers in use, with what was asked for ``first``.
-        given: The answers with which the program continues, by line.
-        first: The program that these answers led to.
-        attempt: Traces the program.
+        answers: the answers in use, with what was asked for ``first``.
+        given: the answers with which the program continues, by line.
+        first: the program that these answers led to.
+        attempt: traces the program.
 
     Returns:
         The answers of every course with a program of its own; ``given`` comes first.
 
     Raises:
-        Forked: A number from a tensor changes the program, a course cannot be traced, or there are too
+        Forked: a number from a tensor changes the program, a course cannot be traced, or there are too
             many.
     """
     programs = [_described(first)]
@@ -221,7 +221,7 @@ class Forked(Exception):
     """A program has courses that cannot be followed.
 
     Attributes:
-        site: The line that decides.
+        site: the line that decides.
     """
 
     def __init__(self, site: Site | None) -> None:
@@ -276,7 +276,7 @@ def steps(module: fx.GraphModule) -> Iterator[fx.Node]:
     """Iterate over the ops of a graph in the order in which they run.
 
     Args:
-        module: A traced graph.
+        module: a traced graph.
 
     Yields:
         Nodes of calls and outputs. The nodes of an inner region come at the place of its attribute.

@@ -20,10 +20,10 @@ class Capture:
     """The result of tracing.
 
     Attributes:
-        tensors: The model's parameters and buffers. A tied tensor appears once.
-        graphs: One graph for each traced mode, evaluation mode first.
-        source: The copy that the graphs are exported from.
-        untraced: Why there is no graph of training mode; empty if there is one.
+        tensors: the model's parameters and buffers. A tied tensor appears once.
+        graphs: one graph for each traced mode, evaluation mode first.
+        source: the copy that the graphs are exported from.
+        untraced: why there is no graph of training mode; empty if there is one.
     """
 
     tensors: tuple[Registered, ...]
@@ -36,7 +36,7 @@ def inner_module(model: object) -> nn.Module:
     """Find the module to trace.
 
     Args:
-        model: A module, or a wrapper of one such as by ``torch.compile`` or data parallelism.
+        model: a module, or a wrapper of one such as by ``torch.compile`` or data parallelism.
 
     Returns:
         The wrapped module.
@@ -56,7 +56,7 @@ def arguments(example_inputs: object) -> tuple[Any, ...]:
     """Make positional arguments from example inputs.
 
     Args:
-        example_inputs: A tensor, or a tuple or list of positional arguments.
+        example_inputs: a tensor, or a tuple or list of positional arguments.
 
     Returns:
         The arguments.
@@ -80,9 +80,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     enough: the values that only training mode computes have no channels of their own.
 
     Args:
-        model: The model.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
+        model: the model.
+        args: positional arguments of its forward.
+        kwargs: keyword arguments of its forward.
 
     Returns:
         The model's tensors and its graphs.

@@ -52,7 +52,7 @@ def keep_own_hooks(model: nn.Module) -> bool:
     inputs or outputs.
 
     Args:
-        model: The traced copy, changed in place.
+        model: the traced copy, changed in place.
 
     Returns:
         Whether hooks are left that belong to the model, besides those of ``torch.nn.utils``.
@@ -65,7 +65,7 @@ def detach_hooks(model: nn.Module) -> None:
     """Remove all hooks as ``keep_own_hooks`` does, also those that belong to the model.
 
     Args:
-        model: The traced copy, changed in place.
+        model: the traced copy, changed in place.
     """
     for module in model.modules():
         _keep(module, lambda hook: False, stand_in=True)
@@ -75,7 +75,7 @@ def drop_hooks(model: nn.Module) -> None:
     """Remove the hooks that watch from outside, and those of backward passes.
 
     Args:
-        model: A model, changed in place.
+        model: a model, changed in place.
     """
     own = _Own(model)
     for module in model.modules():
@@ -109,7 +109,7 @@ class _Own:
     """Tells which hooks belong to a model.
 
     Args:
-        model: The model.
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -186,7 +186,7 @@ def may_change(hook: Callable[..., Any]) -> bool:
     """Whether a hook may return a value other than None.
 
     Args:
-        hook: A forward hook or forward pre-hook.
+        hook: a forward hook or forward pre-hook.
 
     Returns:
         False only if its annotation or its bytecode rules out such a value.

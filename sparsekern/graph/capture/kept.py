@@ -25,8 +25,8 @@ class Kept(NamedTuple):
     """A tensor that a forward left on a module.
 
     Attributes:
-        where: Its place, such as ``encoder.features['deep'][0]``.
-        tensor: The tensor.
+        where: its place, such as ``encoder.features['deep'][0]``.
+        tensor: the tensor.
     """
 
     where: str
@@ -37,10 +37,10 @@ class Holder(NamedTuple):
     """An object that holds others.
 
     Attributes:
-        where: Its place in the model.
-        thing: The object.
-        held: The objects that it held at first, by key.
-        of_class: Whether a class holds it, so that copies of the model share it.
+        where: its place in the model.
+        thing: the object.
+        held: the objects that it held at first, by key.
+        of_class: whether a class holds it, so that copies of the model share it.
     """
 
     where: str
@@ -53,7 +53,7 @@ class Keeping:
     """A snapshot of the objects that a model's modules hold, for comparison and restoration.
 
     Args:
-        model: The model.
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -34,8 +34,8 @@ def attached(record: Record, graph: Captured) -> Record | None:
     """Find the node of every op in an exported graph of the same run.
 
     Args:
-        record: The record of a run.
-        graph: The exported graph.
+        record: the record of a run.
+        graph: the exported graph.
 
     Returns:
         The record with the nodes; None if one of the ops or nodes has no counterpart.

@@ -19,10 +19,10 @@ class Registered:
     """A parameter or buffer of the model.
 
     Attributes:
-        names: All its names; several if it is tied. The first registered one comes first.
-        shape: Sizes.
-        parameter: Whether it is a parameter.
-        itemsize: Bytes per element.
+        names: all its names; several if it is tied. The first registered one comes first.
+        shape: sizes.
+        parameter: whether it is a parameter.
+        itemsize: bytes per element.
     """
 
     names: tuple[str, ...]
@@ -36,16 +36,16 @@ class Captured:
     """One traced graph.
 
     Attributes:
-        module: The graph.
-        sources: By placeholder name, the number of the registered tensor that it represents, or the
+        module: the graph.
+        sources: by placeholder name, the number of the registered tensor that it represents, or the
             reason why it represents none.
-        constants: Tensors that the program made, by placeholder name.
-        training: Whether the graph is that of training mode.
-        kept: Where modules keep the last outputs of the graph, which the model does not return.
-        course: The answers to conditions on values that lead to the graph, by the line that asks.
-        record: The record of a run with the same ops; None if the graph alone tells them.
-        both: Whether the graph is that of both modes.
-        first: Whether the graph is the first of its mode.
+        constants: tensors that the program made, by placeholder name.
+        training: whether the graph is that of training mode.
+        kept: where modules keep the last outputs of the graph, which the model does not return.
+        course: the answers to conditions on values that lead to the graph, by the line that asks.
+        record: the record of a run with the same ops; None if the graph alone tells them.
+        both: whether the graph is that of both modes.
+        first: whether the graph is the first of its mode.
     """
 
     module: torch.fx.GraphModule

@@ -35,12 +35,12 @@ class Step(NamedTuple):
     """An op of a run.
 
     Attributes:
-        target: The op, or "output".
-        sources: Where its tensor operands come from.
-        numbers: The arguments that are values, not sizes or positions.
-        shapes: Sizes of the tensors that it makes; -1 stands for a size that depends on data.
-        plain: All arguments but tensors, by name.
-        node: The node of the exported graph; None if there is none.
+        target: the op, or "output".
+        sources: where its tensor operands come from.
+        numbers: the arguments that are values, not sizes or positions.
+        shapes: sizes of the tensors that it makes; -1 stands for a size that depends on data.
+        plain: all arguments but tensors, by name.
+        node: the node of the exported graph; None if there is none.
     """
 
     target: Any
@@ -56,8 +56,8 @@ class Record:
     """The ops of a run.
 
     Attributes:
-        steps: The ops in order; the output comes last.
-        strict: Whether a copy and its operand are told apart, because one of them is written to.
+        steps: the ops in order; the output comes last.
+        strict: whether a copy and its operand are told apart, because one of them is written to.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -68,8 +68,8 @@ class Recorder(ProxyTorchDispatchMode):
     """A dispatch mode that records ops where an export would.
 
     Args:
-        tensors: Numbers of the registered tensors, by ``id``.
-        inputs: The tensors of the inputs.
+        tensors: numbers of the registered tensors, by ``id``.
+        inputs: the tensors of the inputs.
     """
 
     def __init__(self, tensors: Mapping[int, int], inputs: Sequence[Tensor]) -> None:
@@ -149,8 +149,8 @@ def live(record: Record, strict: bool) -> list[Step]:
     """The ops that reach the output or write to a tensor, with sources numbered among them.
 
     Args:
-        record: A record.
-        strict: Whether copies count as ops; otherwise a copy is the same as its operand.
+        record: a record.
+        strict: whether copies count as ops; otherwise a copy is the same as its operand.
     """
     needed: set[int] = set()
     for number in range(len(record.steps) - 1, -1, -1):

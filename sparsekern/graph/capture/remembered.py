@@ -25,9 +25,9 @@ class _Place(NamedTuple):
     """A key of a mapping, or an attribute, that holds a tensor.
 
     Attributes:
-        thing: The holder.
-        key: The key or the attribute's name.
-        tensor: The tensor.
+        thing: the holder.
+        key: the key or the attribute's name.
+        tensor: the tensor.
     """
 
     thing: Any
@@ -52,8 +52,8 @@ def forget_results(model: nn.Module, run: Callable[[bool], Any]) -> None:
     """Remove the tensors that the model's forward would make again.
 
     Args:
-        model: The traced copy, changed in place.
-        run: Runs the copy in training mode or not, and restores nothing.
+        model: the traced copy, changed in place.
+        run: runs the copy in training mode or not, and restores nothing.
     """
     keeping = Keeping(model)
     for places in _by_kind(keeping, model):
@@ -109,7 +109,7 @@ class Memoised:
     """The functions of a model that remember results by ``functools.lru_cache``, or ``cache``.
 
     Args:
-        model: The model.
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -44,19 +44,19 @@ class Source:
     """A copy of the model on fake tensors, with fake inputs. Graphs are exported from it.
 
     Args:
-        model: The model to copy. It does not change.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
+        model: the model to copy. It does not change.
+        args: positional arguments of its forward.
+        kwargs: keyword arguments of its forward.
 
     Attributes:
-        mode: The fake tensor mode of the copy.
-        clone: The copy.
-        tensors: The copy's parameters and buffers by number. A tied tensor appears once.
-        held: The tensors themselves, by number.
-        smaller: Smaller tensors that have replaced them, by number and shape.
+        mode: the fake tensor mode of the copy.
+        clone: the copy.
+        tensors: the copy's parameters and buffers by number. A tied tensor appears once.
+        held: the tensors themselves, by number.
+        smaller: smaller tensors that have replaced them, by number and shape.
 
     Raises:
-        ValueError: The model cannot be copied or has uninitialised parameters.
+        ValueError: the model cannot be copied or has uninitialised parameters.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -87,14 +87,14 @@ class Source:
         """Export the graphs of one mode: one for each course of a program that decides by values.
 
         Args:
-            training: Whether to export training mode.
+            training: whether to export training mode.
 
         Returns:
             The graphs.
 
         Raises:
-            ValueError: The forward rejects the inputs.
-            Undecided: The forward has courses that cannot be followed.
+            ValueError: the forward rejects the inputs.
+            Undecided: the forward has courses that cannot be followed.
         """
         with self._undisturbed(), self._returning_kept() as kept:
             program = self._followed(training, lambda: self._program(training))
@@ -119,7 +119,7 @@ class Source:
         """Export the mode and course of ``graph`` again, with the present tensors of the copy.
 
         Raises:
-            ValueError: The copy cannot be traced.
+            ValueError: the copy cannot be traced.
         """
         return self._export(graph.training, graph.course)
 
@@ -165,15 +165,15 @@ class Source:
         """Record the ops of a run.
 
         Args:
-            training: Whether to run in training mode.
-            numbers: The number of every registered tensor, by ``id``; None if the copy is whole.
-            course: The answers to conditions on values; None for those of the first course.
+            training: whether to run in training mode.
+            numbers: the number of every registered tensor, by ``id``; None if the copy is whole.
+            course: the answers to conditions on values; None for those of the first course.
 
         Returns:
             The record; None if the run asks for values in tensors that no export of its mode has settled.
 
         Raises:
-            Exception: Any error of the forward.
+            Exception: any error of the forward.
         """
         known = {id(tensor): n for n, tensor in self.held.items()} if numbers is None else numbers
         keeping = Keeping(self.clone)
@@ -188,13 +188,13 @@ class Source:
         """Run the copy in the mode and on the inputs of ``export``.
 
         Args:
-            training: Whether to run in training mode.
+            training: whether to run in training mode.
 
         Returns:
             The output of the copy, on fake tensors.
 
         Raises:
-            Exception: Any error of the forward.
+            Exception: any error of the forward.
         """
         with self._restored(Keeping(self.clone)):
             return self._once(training, {})[0]
@@ -318,8 +318,8 @@ class Source:
         """Make the exception for a copy that does not run at its full size.
 
         Args:
-            training: Whether the copy ran in training mode.
-            error: The error of the copy.
+            training: whether the copy ran in training mode.
+            error: the error of the copy.
 
         Returns:
             A ValueError that names ``example_inputs``, or an ``Undecided`` that names ``model``.

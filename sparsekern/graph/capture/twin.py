@@ -19,11 +19,11 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a model on fake tensors.
 
     Args:
-        model: The model. It does not change.
-        mode: The mode of the fake tensors.
+        model: the model. It does not change.
+        mode: the mode of the fake tensors.
 
     Raises:
-        ValueError: The model cannot be copied or has uninitialised parameters.
+        ValueError: the model cannot be copied or has uninitialised parameters.
     """
     memo: dict[int, Any] = {}
     settle(model)

@@ -30,7 +30,7 @@ def drop_unused(module: fx.GraphModule) -> None:
     dry run shows whether the removed code runs at a smaller size.
 
     Args:
-        module: The traced graph, changed in place.
+        module: the traced graph, changed in place.
     """
     for node in reversed(module.graph.nodes):
         if node.op == "call_function" and not node.users and _idle(node):
@@ -59,7 +59,7 @@ def macs(node: fx.Node) -> int:
     """Count the multiply-adds of an op with torch's flop counter.
 
     Args:
-        node: A call of an ATen op, with its fake operands in ``meta["val"]``.
+        node: a call of an ATen op, with its fake operands in ``meta["val"]``.
 
     Returns:
         Half of the flops; 0 if the sizes depend on data.

@@ -36,9 +36,9 @@ class _Mark(int):
     """A number marked with the attributes that it is computed from.
 
     Attributes:
-        sources: The attributes; one if the number is the attribute itself.
-        computed: Gives the number for other values of the attributes.
-        scaled: Whether a number without a mark, perhaps the size of a tensor, multiplies or divides it. Such
+        sources: the attributes; one if the number is the attribute itself.
+        computed: gives the number for other values of the attributes.
+        scaled: whether a number without a mark, perhaps the size of a tensor, multiplies or divides it. Such
             a size follows the channels by itself, so that nothing is known about the attributes.
     """
 
@@ -84,8 +84,8 @@ class _Constant(NamedTuple):
     """An attribute that arrives in an op together with tensors.
 
     Attributes:
-        shapes: Shapes of the op's tensors.
-        mark: The attribute.
+        shapes: shapes of the op's tensors.
+        mark: the attribute.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -96,9 +96,9 @@ class Arrivals(NamedTuple):
     """The attributes that arrive in the ops of a forward.
 
     Attributes:
-        reshapes: Reshapes to sizes that are attributes.
-        constants: Floats that are attributes.
-        cuts: Numbers from attributes at which dimensions are cut.
+        reshapes: reshapes to sizes that are attributes.
+        constants: floats that are attributes.
+        cuts: numbers from attributes at which dimensions are cut.
     """
 
     reshapes: Sequence[_Reshape] = ()
@@ -110,9 +110,9 @@ class _Reshape(NamedTuple):
     """A reshape to sizes of which some are attributes.
 
     Attributes:
-        before: Shape of the operand.
-        after: Shape of the result.
-        marks: The sizes that are attributes, by dimension of the result.
+        before: shape of the operand.
+        after: shape of the result.
+        marks: the sizes that are attributes, by dimension of the result.
     """
 
     before: tuple[int, ...]
@@ -124,9 +124,9 @@ def arrivals(captured: Capture, numbering: Numbering, records: Records) -> Arriv
     """Run the copy with marked attributes, if any of them may follow the channels.
 
     Args:
-        captured: The traced model.
-        numbering: The numbers of channels and groups.
-        records: The records of the settled interpretation.
+        captured: the traced model.
+        numbering: the numbers of channels and groups.
+        records: the records of the settled interpretation.
 
     Returns:
         The attributes that arrive in ops.
@@ -157,8 +157,8 @@ def holders(found: Arrivals, records: Records) -> dict[Epsilon, str]:
     An attribute of the innermost module comes first. The check of a smaller copy proves the choice.
 
     Args:
-        found: The attributes that arrive in ops.
-        records: The records of the settled interpretation.
+        found: the attributes that arrive in ops.
+        records: the records of the settled interpretation.
 
     Returns:
         The path of the attribute of every epsilon that one holds.
@@ -192,12 +192,12 @@ def follow(
     """Find the attributes that count channels and record them in ``Tracked.sizes``.
 
     Args:
-        captured: The traced model.
-        tensors: Its registered tensors, changed in place.
-        slots: All slots.
-        numbering: The numbers of channels and groups.
-        records: The records of the settled interpretation, with the reshapes.
-        arrived: The attributes that arrive in ops.
+        captured: the traced model.
+        tensors: its registered tensors, changed in place.
+        slots: all slots.
+        numbering: the numbers of channels and groups.
+        records: the records of the settled interpretation, with the reshapes.
+        arrived: the attributes that arrive in ops.
     """
     source = captured.source
     shaped = [found for found in records.shaped if _counted(source.clone, found, numbering)]

@@ -21,9 +21,9 @@ class Source(NamedTuple):
     """An attribute of a module.
 
     Attributes:
-        module: Path of the module.
-        name: Name of the attribute.
-        value: Its value.
+        module: path of the module.
+        name: name of the attribute.
+        value: its value.
     """
 
     module: str
@@ -40,7 +40,7 @@ class Number(Protocol):
     """A number of the program that is computed from attributes.
 
     Attributes:
-        sources: The attributes.
+        sources: the attributes.
     """
 
     @property
@@ -50,7 +50,7 @@ class Number(Protocol):
         """The number for other values of the attributes.
 
         Args:
-            values: The values of all ``sources``.
+            values: the values of all ``sources``.
 
         Returns:
             The number.
@@ -61,9 +61,9 @@ class Finder:
     """Records in ``Tracked.sizes`` the attributes that computed sizes need.
 
     Args:
-        tensors: The registered tensors, changed in place.
-        numbering: The numbers of channels and groups.
-        fixed: Attributes that count positions that always stay.
+        tensors: the registered tensors, changed in place.
+        numbering: the numbers of channels and groups.
+        fixed: attributes that count positions that always stay.
     """
 
     def __init__(self, tensors: Sequence[Tracked], numbering: Numbering, fixed: Collection[Source]) -> None:
@@ -76,8 +76,8 @@ class Finder:
         to stay if some of its attributes follow channels.
 
         Args:
-            ids: Raw slot ids that the number counts, int64; None if it counts no channels.
-            number: The number.
+            ids: raw slot ids that the number counts, int64; None if it counts no channels.
+            number: the number.
         """
         known = {source: place for source in number.sources if (place := self._place(source))}
         if ids is None and known:

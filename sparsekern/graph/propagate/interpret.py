@@ -31,11 +31,11 @@ class Tracked:
     """A registered tensor with its slots.
 
     Attributes:
-        entry: The parameter or buffer.
-        ids: Per dimension an int64 array of slot ids; None for a dimension of size 1.
-        row_dim: The dimension of its rows; None if it is not known or there is none.
-        sizes: Attributes of the user's modules that count its indices; see ``TensorSlots``.
-        rescale: How its values follow the number of its indices; see ``TensorSlots``.
+        entry: the parameter or buffer.
+        ids: per dimension an int64 array of slot ids; None for a dimension of size 1.
+        row_dim: the dimension of its rows; None if it is not known or there is none.
+        sizes: attributes of the user's modules that count its indices; see ``TensorSlots``.
+        rescale: how its values follow the number of its indices; see ``TensorSlots``.
     """
 
     entry: Registered
@@ -48,10 +48,10 @@ class Tracked:
         """Make the value that enters the graph for this tensor.
 
         Args:
-            number: The tensor's number.
-            settled: Whether row dimensions are known. If not, every slice of a parameter counts as
+            number: the tensor's number.
+            settled: whether row dimensions are known. If not, every slice of a parameter counts as
                 zero.
-            storage: The value's storage number.
+            storage: the value's storage number.
 
         Returns:
             A static value.
@@ -83,12 +83,12 @@ class Interpreter:
     slices are zero and records producers, consumers and costs.
 
     Attributes:
-        tensors: The registered tensors, by number.
-        slots: All slots.
-        records: The records that the rules fill.
-        settled: Whether this is the second pass.
-        exact: See ``Call``.
-        interpretations: By module, the choices to take for its ambiguous splits; the first one (0) for a
+        tensors: the registered tensors, by number.
+        slots: all slots.
+        records: the records that the rules fill.
+        settled: whether this is the second pass.
+        exact: see ``Call``.
+        interpretations: by module, the choices to take for its ambiguous splits; the first one (0) for a
             module that is absent.
     """
 
@@ -356,7 +356,7 @@ def shapes(node: fx.Node) -> list[tuple[tuple[int, ...], int]]:
     """Find the shapes of the tensors that a node makes.
 
     Args:
-        node: A node with fake results in ``meta["val"]``.
+        node: a node with fake results in ``meta["val"]``.
 
     Returns:
         (shape, bytes per element) of every tensor; -1 for a size that depends on data.

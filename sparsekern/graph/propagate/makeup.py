@@ -21,9 +21,9 @@ def unsuitable(tensors: Sequence[Tracked], slots: Slots, records: Records) -> li
     A tensor makes up for a mean only if all ops of all modes read it in the same way.
 
     Args:
-        tensors: The registered tensors.
-        slots: All slots.
-        records: The records of all graphs.
+        tensors: the registered tensors.
+        slots: all slots.
+        records: the records of all graphs.
 
     Returns:
         (raw slot ids of the channels, reason) of every such mean.
@@ -54,11 +54,11 @@ def follow(
     """Record in ``Tracked.rescale`` how tensors make up for means over channels.
 
     Args:
-        tensors: The registered tensors, changed in place.
-        slots: All slots.
-        numbering: The numbers of channels and groups.
-        records: The records of the settled interpretation.
-        holders: Paths of the attributes that hold the epsilons.
+        tensors: the registered tensors, changed in place.
+        slots: all slots.
+        numbering: the numbers of channels and groups.
+        records: the records of the settled interpretation.
+        holders: paths of the attributes that hold the epsilons.
 
     Returns:
         (raw slot ids, reason) of the means whose epsilon no attribute holds.

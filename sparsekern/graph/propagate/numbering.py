@@ -18,9 +18,9 @@ class Numbering:
     """The numbers of channels and groups.
 
     Attributes:
-        channel_of: The channel of every slot, int64 [slots], -1 for slots that stay.
-        group_of: The group of every channel, int64 [C].
-        reasons: The number of the reason why a slot's class stays, int64 [slots], -1 if there is none.
+        channel_of: the channel of every slot, int64 ``[slots]``, -1 for slots that stay.
+        group_of: the group of every channel, int64 ``[C]``.
+        reasons: the number of the reason why a slot's class stays, int64 ``[slots]``, -1 if there is none.
     """
 
     channel_of: np.ndarray
@@ -31,10 +31,10 @@ class Numbering:
         """Find the slots of some channels.
 
         Args:
-            channels: Which channels, bool [C].
+            channels: which channels, bool ``[C]``.
 
         Returns:
-            Which slots belong to them, bool [slots].
+            Which slots belong to them, bool ``[slots]``.
         """
         chosen: np.ndarray = np.append(channels, False)[self.channel_of]
         return chosen
@@ -44,8 +44,8 @@ def row_ids(tensors: Sequence[Tracked], records: Records) -> list[np.ndarray]:
     """List the rows of all parameters.
 
     Args:
-        tensors: The registered tensors.
-        records: The records with the producers.
+        tensors: the registered tensors.
+        records: the records with the producers.
 
     Returns:
         Arrays of raw slot ids: first those of producers, in the order in which they run.
@@ -63,9 +63,9 @@ def number(tensors: Sequence[Tracked], slots: Slots, records: Records) -> Number
     the order of their first rows.
 
     Args:
-        tensors: The registered tensors, with row dimensions.
-        slots: All slots.
-        records: The records with the producers.
+        tensors: the registered tensors, with row dimensions.
+        slots: all slots.
+        records: the records with the producers.
 
     Returns:
         The numbers.

@@ -19,12 +19,12 @@ class Operand:
     """A tensor that an op reads.
 
     Attributes:
-        shape: Sizes in the traced network.
-        extents: Per dimension the number of the extent (of the graph's ``costs``) that gives its size;
+        shape: sizes in the traced network.
+        extents: per dimension the number of the extent (of the graph's ``costs``) that gives its size;
             None for a size that never changes.
-        dtype: Name of the dtype, such as ``float32``.
-        order: Dimensions from the outermost in memory to the innermost.
-        source: Name and output number of the operation that makes it; None for a parameter, buffer,
+        dtype: name of the dtype, such as ``float32``.
+        order: dimensions from the outermost in memory to the innermost.
+        source: name and output number of the operation that makes it; None for a parameter, buffer,
             constant or input of the network.
     """
 
@@ -47,7 +47,7 @@ class Constant:
     """A dtype, layout, memory format or device among the arguments of an op.
 
     Attributes:
-        name: As in ``torch.float32``; ``device`` for any device.
+        name: as in ``torch.float32``; ``device`` for any device.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Operation:
     """One op that the network runs.
 
     Attributes:
-        name: Name of its node in the traced graph.
-        target: The op, such as ``aten::conv2d.default``.
-        module: Path of the module in whose forward it is called.
-        args: Positional arguments of the op. An ``Operand`` replaces every tensor, a ``Constant`` every
+        name: name of its node in the traced graph.
+        target: the op, such as ``aten::conv2d.default``.
+        module: path of the module in whose forward it is called.
+        args: positional arguments of the op. An ``Operand`` replaces every tensor, a ``Constant`` every
             other object of torch.
-        kwargs: Keyword arguments in the same form.
+        kwargs: keyword arguments in the same form.
     """
 
     name: str
@@ -94,8 +94,8 @@ class Read:
     """An operation before channels have numbers.
 
     Attributes:
-        operation: The operation, without extents.
-        ids: Raw slot ids of each operand's dimensions, int64; None where nothing is tracked.
+        operation: the operation, without extents.
+        ids: raw slot ids of each operand's dimensions, int64; None where nothing is tracked.
     """
 
     operation: Operation
@@ -105,8 +105,8 @@ class Read:
         """Make the operation with extents.
 
         Args:
-            channel_of: The channel of every slot, int64 [slots], -1 for slots that stay.
-            extent: Gives the number of the extent for the channel ids of a dimension.
+            channel_of: the channel of every slot, int64 ``[slots]``, -1 for slots that stay.
+            extent: gives the number of the extent for the channel ids of a dimension.
 
         Returns:
             The operation.
@@ -131,9 +131,9 @@ def read(node: fx.Node, env: Mapping[fx.Node, Any], module: str) -> Read:
     """Read an operation from a node.
 
     Args:
-        node: A call of an ATen op.
-        env: The value of every earlier node.
-        module: Path of the module in whose forward the op is called.
+        node: a call of an ATen op.
+        env: the value of every earlier node.
+        module: path of the module in whose forward the op is called.
 
     Returns:
         The operation with the slots of its operands.

@@ -21,14 +21,14 @@ class Producer:
 
     Attributes:
         kind: "dense", "depthwise", "embedding" or "norm".
-        module: Path of the module in whose forward the op is called.
-        rows: Raw slot ids of the weight's tracked rows, int64.
-        bias: Raw slot ids of the bias, int64.
-        norms: Numbers of the producers that are normalisations of this output. The output may be
+        module: path of the module in whose forward the op is called.
+        rows: raw slot ids of the weight's tracked rows, int64.
+        bias: raw slot ids of the bias, int64.
+        norms: numbers of the producers that are normalisations of this output. The output may be
             rescaled in between.
-        mixed: Whether an op other than a normalisation reads the output, so that the producer's own
+        mixed: whether an op other than a normalisation reads the output, so that the producer's own
             rows set the scale.
-        consumed: Whether the producer's zeros reach a consumer. False for the gate of a
+        consumed: whether the producer's zeros reach a consumer. False for the gate of a
             squeeze-and-excitation block.
     """
 
@@ -46,8 +46,8 @@ class Term:
     """A part of a cost: ``scale`` times the product of the sizes of ``factors``.
 
     Attributes:
-        scale: The constant factor.
-        factors: Raw slot ids of the dimensions whose sizes are multiplied, int64.
+        scale: the constant factor.
+        factors: raw slot ids of the dimensions whose sizes are multiplied, int64.
     """
 
     scale: int
@@ -58,10 +58,10 @@ class Split(NamedTuple):
     """A split of a dimension that has several interpretations.
 
     Attributes:
-        module: Path of the module in whose forward it is called.
-        number: Its number among the splits of the module in one graph.
-        ids: Slot ids of the dimension, int64.
-        axes: The axes that may carry the channels, counted from the end; the first choice comes first.
+        module: path of the module in whose forward it is called.
+        number: its number among the splits of the module in one graph.
+        ids: slot ids of the dimension, int64.
+        axes: the axes that may carry the channels, counted from the end; the first choice comes first.
             The others are in the same order for every split.
     """
 
@@ -76,10 +76,10 @@ class Shaped:
     """A reshape to sizes that the program names.
 
     Attributes:
-        module: Path of the module in whose forward it is called.
-        before: Shape of the operand.
-        after: Shape of the result.
-        ids: Slot ids of the result's dimensions.
+        module: path of the module in whose forward it is called.
+        before: shape of the operand.
+        after: shape of the result.
+        ids: slot ids of the result's dimensions.
     """
 
     module: str
@@ -93,12 +93,12 @@ class Epsilon:
     """A constant that is added to a mean over channels, or bounds it, and has to grow with it.
 
     Attributes:
-        node: The op that reads it.
-        module: Path of the module in whose forward the op is called.
-        number: Its value.
-        default: Whether the op takes it by default (``eps=None``).
-        shape: Shape of the mean; of the input for a normalisation.
-        average: The factor of the mean.
+        node: the op that reads it.
+        module: path of the module in whose forward the op is called.
+        number: its value.
+        default: whether the op takes it by default (``eps=None``).
+        shape: shape of the mean; of the input for a normalisation.
+        average: the factor of the mean.
     """
 
     node: fx.Node
@@ -114,9 +114,9 @@ class Absorbed:
     """A tensor that multiplies a value which depends on the number of channels, and makes up for it.
 
     Attributes:
-        weight: The tensor, and how the op reads it.
-        average: The factor of the value.
-        label: The op, for messages.
+        weight: the tensor, and how the op reads it.
+        average: the factor of the value.
+        label: the op, for messages.
     """
 
     weight: Affine
@@ -129,9 +129,9 @@ class Cut:
     """A position at which the program cuts a dimension by number.
 
     Attributes:
-        module: Path of the module in whose forward it is called.
-        number: The position, or the size of a part.
-        ids: Slot ids of the indices that the number counts, int64 [number].
+        module: path of the module in whose forward it is called.
+        number: the position, or the size of a part.
+        ids: slot ids of the indices that the number counts, int64 ``[number]``.
     """
 
     module: str
@@ -143,25 +143,25 @@ class Records:
     """Producers, consumers, row dimensions and cost terms, collected over both modes.
 
     Args:
-        slots: All slots.
+        slots: all slots.
 
     Attributes:
-        producers: Producers in the order in which they run.
-        row_marks: Distinct (tensor number, dimension) pairs along which layers make channels.
-        consumers: Distinct (tensor number, dimension) pairs that layers contract over.
-        families: Sets of tensor numbers that a weight is computed from, such as two low-rank factors.
-        read: Numbers of the parameters and buffers that an op reads.
-        macs: Terms of the multiply-adds.
-        activations: Terms of the bytes of activations.
-        operations: The ops of evaluation mode, in order.
-        splits: Ambiguous splits.
-        shaped: Reshapes to sizes that the program names, which a module may keep as an attribute.
-        cuts: Positions at which the program cuts dimensions by number.
+        producers: producers in the order in which they run.
+        row_marks: distinct (tensor number, dimension) pairs along which layers make channels.
+        consumers: distinct (tensor number, dimension) pairs that layers contract over.
+        families: sets of tensor numbers that a weight is computed from, such as two low-rank factors.
+        read: numbers of the parameters and buffers that an op reads.
+        macs: terms of the multiply-adds.
+        activations: terms of the bytes of activations.
+        operations: the ops of evaluation mode, in order.
+        splits: ambiguous splits.
+        shaped: reshapes to sizes that the program names, which a module may keep as an attribute.
+        cuts: positions at which the program cuts dimensions by number.
         inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
-        values: The value of every node of the traced graphs, or lists and tuples of values.
-        epsilons: Constants that grow with a mean over channels.
-        absorbed: Tensors that make up for the number of channels of a mean.
-        otherwise: By number of a tensor, an op that reads it in another way than to make up for a mean.
+        values: the value of every node of the traced graphs, or lists and tuples of values.
+        epsilons: constants that grow with a mean over channels.
+        absorbed: tensors that make up for the number of channels of a mean.
+        otherwise: by number of a tensor, an op that reads it in another way than to make up for a mean.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -188,10 +188,10 @@ class Records:
         """Record a producer. A tied weight that is used again is the same producer.
 
         Args:
-            kind: See ``Producer``.
-            module: Path of the module in whose forward the op is called.
-            rows: Slot ids of the weight's rows, int64, -1 where one stays.
-            bias: Slot ids of the bias; None if there is none.
+            kind: see ``Producer``.
+            module: path of the module in whose forward the op is called.
+            rows: slot ids of the weight's rows, int64, -1 where one stays.
+            bias: slot ids of the bias; None if there is none.
 
         Returns:
             The producer's number.
@@ -217,8 +217,8 @@ def term(scale: int, factors: list[Factor]) -> Term:
     """Make a cost term.
 
     Args:
-        scale: The constant factor.
-        factors: Slot ids of dimensions, or plain sizes, which are multiplied into the scale.
+        scale: the constant factor.
+        factors: slot ids of dimensions, or plain sizes, which are multiplied into the scale.
 
     Returns:
         The term.

@@ -19,9 +19,9 @@ class Slots:
     slot keeps the first reason given for it. A class is frozen if any of its slots is.
 
     Attributes:
-        reasons: All reasons, by number.
-        step: The step of the program that is interpreted.
-        steps: The step at which each reason was given first, by number.
+        reasons: all reasons, by number.
+        step: the step of the program that is interpreted.
+        steps: the step at which each reason was given first, by number.
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,10 @@ class Slots:
 
         Args:
             owner: (tensor number, dimension).
-            count: The size of the dimension.
+            count: the size of the dimension.
 
         Returns:
-            New slot ids, int64 [count].
+            New slot ids, int64 ``[count]``.
         """
         start, end = self._size, self._size + count
         self._parent, self._reason = _grown(self._parent, end), _grown(self._reason, end)
@@ -69,10 +69,10 @@ class Slots:
         """Find the places of slots.
 
         Args:
-            ids: Raw ids, int64 [N], all >= 0.
+            ids: raw ids, int64 ``[N]``, all >= 0.
 
         Returns:
-            Tensor number, dimension and index of every slot, each int64 [N].
+            Tensor number, dimension and index of every slot, each int64 ``[N]``.
         """
         where = self._where(ids)
         owners = np.asarray(self._owners, np.int64).reshape(-1, 2)[where]
@@ -100,9 +100,9 @@ class Slots:
         """Join slots pairwise.
 
         Args:
-            left: Slot ids, int64 [N].
-            right: Slot ids, int64 [N].
-            reason: Why a slot that is paired with ``STAYS`` is frozen.
+            left: slot ids, int64 ``[N]``.
+            right: slot ids, int64 ``[N]``.
+            reason: why a slot that is paired with ``STAYS`` is frozen.
         """
         if left is right:
             return
@@ -123,8 +123,8 @@ class Slots:
         """Mark slots that must stay. Slots that are already frozen keep their first reason.
 
         Args:
-            ids: Slot ids, int64. ``STAYS`` is ignored.
-            reason: Why they stay.
+            ids: slot ids, int64. ``STAYS`` is ignored.
+            reason: why they stay.
         """
         ids = ids[ids >= 0]
         if not len(ids):
@@ -140,7 +140,7 @@ class Slots:
 
         Returns:
             The root of every slot, and the number of the reason why its class stays (-1 if it is free),
-            each int64 [slots].
+            each int64 ``[slots]``.
         """
         roots = self.find(np.arange(self._size, dtype=np.int64))
         worst = len(self.reasons)

@@ -28,9 +28,9 @@ class Round(NamedTuple):
     """One run of the interpreter over all graphs, on newly allocated slots.
 
     Attributes:
-        tensors: The registered tensors with their slots.
-        slots: All slots.
-        records: The records of the run.
+        tensors: the registered tensors with their slots.
+        slots: all slots.
+        records: the records of the run.
     """
 
     tensors: Sequence[Tracked]
@@ -42,8 +42,8 @@ class _Score(NamedTuple):
     """The success of a module's choices; larger is better.
 
     Attributes:
-        free: The fraction of free slots among those at the module's splits.
-        reached: The step of the program that froze the first of the others. Of two choices that leave
+        free: the fraction of free slots among those at the module's splits.
+        reached: the step of the program that froze the first of the others. Of two choices that leave
             nothing, the one that gets further gives the better reason.
     """
 
@@ -55,7 +55,7 @@ def best_interpretation(attempt: Callable[[Mapping[str, Choices]], Round]) -> Ro
     """Find the interpretations that leave the most slots free.
 
     Args:
-        attempt: Runs the interpreter with the given choices by module: the number of a choice for every
+        attempt: runs the interpreter with the given choices by module: the number of a choice for every
             split in the order in which the module's forward makes them. The first one (0) is taken
             where none is given.
 

@@ -15,9 +15,9 @@ class Affine(NamedTuple):
     """A static value ``factor * w + offset`` of one registered tensor w.
 
     Attributes:
-        tensor: The tensor's number.
-        factor: The factor.
-        offset: The offset.
+        tensor: the tensor's number.
+        factor: the factor.
+        offset: the offset.
     """
 
     tensor: int
@@ -33,10 +33,10 @@ class Average:
     channels stay.
 
     Attributes:
-        ids: Raw slot ids of the channels, int64 [N].
-        exponent: The power.
-        reason: Why the channels stay if nothing makes up for the factor.
-        epsilons: Numbers (indices into ``Records.epsilons``) of the constants that have to grow with it.
+        ids: raw slot ids of the channels, int64 ``[N]``.
+        exponent: the power.
+        reason: why the channels stay if nothing makes up for the factor.
+        epsilons: numbers (indices into ``Records.epsilons``) of the constants that have to grow with it.
     """
 
     ids: np.ndarray
@@ -50,21 +50,21 @@ class Value:
     """A tensor seen as slots.
 
     Attributes:
-        shape: Sizes of the tensor.
-        ids: Per dimension an int64 array of slot ids (-1: stays), or None if nothing is tracked.
-        zero: Per dimension a bool array: whether the slice at an index is exactly zero whenever its
+        shape: sizes of the tensor.
+        ids: per dimension an int64 array of slot ids (-1: stays), or None if nothing is tracked.
+        zero: per dimension a bool array: whether the slice at an index is exactly zero whenever its
             channel is masked. None where ``ids`` is None.
-        itemsize: Bytes per element.
-        untracked_reason: Why untracked indices of this value stay.
-        zero_broken_by: The op that made a slice of a masked channel differ from zero, for messages.
-        origins: Producers (indices into ``Records.producers``) whose zeros this value still carries.
-        pure: Producers whose positive rescaling rescales this value by the same factor: only moves,
+        itemsize: bytes per element.
+        untracked_reason: why untracked indices of this value stay.
+        zero_broken_by: the op that made a slice of a masked channel differ from zero, for messages.
+        origins: producers (indices into ``Records.producers``) whose zeros this value still carries.
+        pure: producers whose positive rescaling rescales this value by the same factor: only moves,
             pooling, relu and the like lie between.
-        storage: Values with equal numbers may share memory; an in-place op affects all of them.
-        static: Whether it is computed from parameters, buffers and constants alone, like a weight.
-        made_of: Numbers of the parameters and buffers that a static value is computed from.
-        affine: The tensor that it is an affine function of; None if it is none.
-        average: The factor by which it depends on the number of channels; None if there is none.
+        storage: values with equal numbers may share memory; an in-place op affects all of them.
+        static: whether it is computed from parameters, buffers and constants alone, like a weight.
+        made_of: numbers of the parameters and buffers that a static value is computed from.
+        affine: the tensor that it is an affine function of; None if it is none.
+        average: the factor by which it depends on the number of channels; None if there is none.
     """
 
     shape: tuple[int, ...]
@@ -95,7 +95,7 @@ class Value:
         """Make the same value with no slice known to be zero.
 
         Args:
-            op: The op that broke the zeros, for messages.
+            op: the op that broke the zeros, for messages.
 
         Returns:
             The value.
@@ -110,11 +110,11 @@ def untracked(
     """Make a value without tracked slots, so that no index can be removed.
 
     Args:
-        shape: Sizes of the tensor.
-        itemsize: Bytes per element.
-        untracked_reason: Why its indices stay.
-        storage: The value's storage number.
-        static: Whether it is computed from parameters, buffers and constants alone.
+        shape: sizes of the tensor.
+        itemsize: bytes per element.
+        untracked_reason: why its indices stay.
+        storage: the value's storage number.
+        static: whether it is computed from parameters, buffers and constants alone.
 
     Returns:
         The value.

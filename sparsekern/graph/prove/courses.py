@@ -38,11 +38,11 @@ def check_courses(captured: Capture, attempt: Callable[[Capture], Round]) -> Non
     """Check that the courses of each mode have the same channels.
 
     Args:
-        captured: The traced model.
-        attempt: Runs the interpreter over graphs, on newly allocated slots.
+        captured: the traced model.
+        attempt: runs the interpreter over graphs, on newly allocated slots.
 
     Raises:
-        Undecided: A course ties other slots than the courses together.
+        Undecided: a course ties other slots than the courses together.
     """
     for training in (False, True):
         graphs = [graph for graph in captured.graphs if graph.training == training]

@@ -30,10 +30,10 @@ def dry_run(
     copy fails or gives outputs of other shapes, the function searches for the groups at fault.
 
     Args:
-        model: The network.
-        graph: Its channel graph.
-        example_inputs: A tensor, or a sequence of positional arguments of the forward.
-        example_kwargs: Keyword arguments of the forward.
+        model: the network.
+        graph: its channel graph.
+        example_inputs: a tensor, or a sequence of positional arguments of the forward.
+        example_kwargs: keyword arguments of the forward.
 
     Returns:
         ``graph`` with the groups at fault frozen, each with its error as the reason; ``graph`` itself

@@ -36,8 +36,8 @@ class Fault(NamedTuple):
     """Slots that must stay.
 
     Attributes:
-        ids: Raw slot ids, int64.
-        reason: Why they stay.
+        ids: raw slot ids, int64.
+        reason: why they stay.
     """
 
     ids: np.ndarray
@@ -48,8 +48,8 @@ class _Difference(NamedTuple):
     """A difference between the smaller program and the prediction.
 
     Attributes:
-        step: The step of the whole program.
-        reason: What differs.
+        step: the step of the whole program.
+        reason: what differs.
     """
 
     step: int
@@ -62,16 +62,16 @@ def faults(
     """Find the slots that a smaller copy proves to be no channels.
 
     Args:
-        captured: The traced model.
-        tensors: Its registered tensors with their slots.
-        numbering: The numbers of channels and groups.
-        records: The records of the settled interpretation.
+        captured: the traced model.
+        tensors: its registered tensors with their slots.
+        numbering: the numbers of channels and groups.
+        records: the records of the settled interpretation.
 
     Returns:
         One fault for each group that must stay.
 
     Raises:
-        ValueError: A second run of the same copy gives another program.
+        ValueError: a second run of the same copy gives another program.
     """
     found = _Recheck(captured, tensors, numbering, records).found()
     return [
@@ -85,9 +85,9 @@ class _Whole:
     """A graph of the whole model, as the ops that a smaller copy is compared with.
 
     Attributes:
-        graph: The graph.
-        record: Its ops, with the nodes of the graph.
-        exported: Whether the ops are known from the graph alone, so that a smaller copy is exported.
+        graph: the graph.
+        record: its ops, with the nodes of the graph.
+        exported: whether the ops are known from the graph alone, so that a smaller copy is exported.
     """
 
     graph: Captured
@@ -152,7 +152,7 @@ class _Recheck:
         """The differences between the whole program and that of a copy with ``groups`` halved.
 
         Raises:
-            Exception: The smaller copy does not run.
+            Exception: the smaller copy does not run.
         """
         graph = whole.graph
         with self._trials.halved(groups) as numbers:

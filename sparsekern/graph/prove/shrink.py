@@ -20,14 +20,14 @@ def shrunk(source: Source, parts: Mapping[int, Part]) -> Iterator[dict[int, int]
     """Give the source's copy smaller tensors and matching size attributes while the context lasts.
 
     Args:
-        source: The source whose copy is changed. The copy is restored when the context ends.
-        parts: The part that stays, by number of a tensor. Other tensors stay whole.
+        source: the source whose copy is changed. The copy is restored when the context ends.
+        parts: the part that stays, by number of a tensor. Other tensors stay whole.
 
     Yields:
         The number of every tensor of the smaller copy, by ``id`` of the tensor.
 
     Raises:
-        ValueError: The sizes of a layer cannot follow its tensors.
+        ValueError: the sizes of a layer cannot follow its tensors.
     """
     left = {id(source.held[n]): part for n, part in parts.items() if part.keep}
     made = {id(source.held[n]): _smaller(source, n, part) for n, part in parts.items() if part.keep}

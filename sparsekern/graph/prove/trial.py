@@ -29,9 +29,9 @@ class Outcome(NamedTuple):
     """The outcome of a run.
 
     Attributes:
-        error: The error; None if the run succeeds.
-        position: How far the program got, in steps.
-        suspects: Groups that may be at fault, the likeliest first.
+        error: the error; None if the run succeeds.
+        position: how far the program got, in steps.
+        suspects: groups that may be at fault, the likeliest first.
     """
 
     error: str | None
@@ -50,12 +50,12 @@ class Layout:
     """The channels that run through each tensor.
 
     Attributes:
-        shapes: Sizes by tensor number.
-        channels: By tensor number, per dimension the channel ids (int64, -1 where an index stays), or
+        shapes: sizes by tensor number.
+        channels: by tensor number, per dimension the channel ids (int64, -1 where an index stays), or
             None for a dimension that no channel runs through.
-        group_of: The group of every channel, int64 [C].
-        sizes: By tensor number, attributes that count its indices; see ``Kept``.
-        rescales: By tensor number, how its values follow the number of its indices; see ``Kept``.
+        group_of: the group of every channel, int64 ``[C]``.
+        sizes: by tensor number, attributes that count its indices; see ``Kept``.
+        rescales: by tensor number, how its values follow the number of its indices; see ``Kept``.
     """
 
     shapes: Mapping[int, tuple[int, ...]]
@@ -68,7 +68,7 @@ class Layout:
         """Find the part of each tensor that stays.
 
         Args:
-            gone: Which channels are removed, bool [C].
+            gone: which channels are removed, bool ``[C]``.
 
         Returns:
             The part of every tensor with channels, by tensor number.
@@ -97,9 +97,9 @@ class Trials:
     """Runs a source's copy with some of its groups halved.
 
     Attributes:
-        source: The source whose copy runs.
-        layout: The channels of its tensors.
-        pattern: Selects how many channels each group loses: 0 is about half, other patterns are more
+        source: the source whose copy runs.
+        layout: the channels of its tensors.
+        pattern: selects how many channels each group loses: 0 is about half, other patterns are more
             mixed for narrow groups.
     """
 
@@ -134,10 +134,10 @@ class Trials:
         """Run the whole copy and expect the shapes of its outputs from every later run.
 
         Args:
-            training: Whether to run in training mode.
+            training: whether to run in training mode.
 
         Raises:
-            Exception: The whole copy does not run; any error of the program.
+            Exception: the whole copy does not run; any error of the program.
         """
         self._shapes[training] = _shapes(self.source.run(training))
 
@@ -145,14 +145,14 @@ class Trials:
         """Find the groups that cannot be halved.
 
         Args:
-            groups: The groups to halve.
-            training: Whether to run in training mode.
+            groups: the groups to halve.
+            training: whether to run in training mode.
 
         Returns:
             The error that each of these groups causes, by group.
 
         Raises:
-            ValueError: The program fails even with all groups whole.
+            ValueError: the program fails even with all groups whole.
         """
         return dict(search(lambda some: self._run(some, training), groups))
 
@@ -180,8 +180,8 @@ def search(probe: Probe, groups: Sequence[int]) -> Iterator[tuple[int, str]]:
     """Find the groups that cause errors.
 
     Args:
-        probe: Runs the program with the given groups halved.
-        groups: The groups to search.
+        probe: runs the program with the given groups halved.
+        groups: the groups to search.
 
     Yields:
         A group at fault and its error. Without these groups ``probe`` finds no error.
@@ -206,15 +206,15 @@ def _culprit(probe: Probe, groups: Sequence[int], outcome: Outcome) -> tuple[int
     This is the last group of the shortest list of suspects without which the program gets further.
 
     Args:
-        probe: Runs the program with the given groups halved.
-        groups: The groups to search.
-        outcome: The outcome with all of them halved.
+        probe: runs the program with the given groups halved.
+        groups: the groups to search.
+        outcome: the outcome with all of them halved.
 
     Returns:
         The group, its error and, if known, the outcome with only this group whole.
 
     Raises:
-        ValueError: The program gets no further even with all groups whole.
+        ValueError: the program gets no further even with all groups whole.
     """
     order = [group for group in outcome.suspects if group in groups]
     order += [group for group in groups if group not in order]
@@ -277,7 +277,7 @@ def patterns(group_of: np.ndarray) -> int:
     """The number of patterns that narrow groups are tried with, besides pattern 0.
 
     Args:
-        group_of: The group of every channel, int64 [C].
+        group_of: the group of every channel, int64 ``[C]``.
 
     Returns:
         0 without narrow groups. Else 2, one for each mode; 3 if two of them would not tell all equally

@@ -28,8 +28,8 @@ def broadcast(call: Call, operands: list[Value]) -> list[Ids]:
     """Unify broadcast operands dimension by dimension. A dimension of size 1 is not coupled.
 
     Args:
-        call: The op. Its first output has the broadcast shape.
-        operands: The operands.
+        call: the op. Its first output has the broadcast shape.
+        operands: the operands.
 
     Returns:
         Slot ids of the result's dimensions.
@@ -64,8 +64,8 @@ def zeros(ids: list[Ids], operands: list[Value], fold: Fold) -> list[Flags]:
     An operand of size 1 in a dimension is not zero when one channel is masked.
 
     Args:
-        ids: Slot ids of the result's dimensions.
-        operands: The operands.
+        ids: slot ids of the result's dimensions.
+        operands: the operands.
         fold: ``every`` or ``some``.
 
     Returns:
@@ -161,9 +161,9 @@ def inverse(call: Call, x: Value, power: float) -> Value:
     """A negative power of a value.
 
     Args:
-        call: The op.
-        x: The value.
-        power: The power, below 0.
+        call: the op.
+        x: the value.
+        power: the power, below 0.
 
     Returns:
         The output, in which no slice is zero.

@@ -19,8 +19,8 @@ def raised(average: Average | None, power: float) -> Average | None:
     """The factor of a power of a value.
 
     Args:
-        average: The factor of the value, or None.
-        power: The power, not 0.
+        average: the factor of the value, or None.
+        power: the power, not 0.
 
     Returns:
         The factor, or None.
@@ -41,8 +41,8 @@ def product(call: Call, factors: Iterable[tuple[Value, float]]) -> Average | Non
     for each channel of the mean.
 
     Args:
-        call: The op.
-        factors: Values with the powers to which they are raised.
+        call: the op.
+        factors: values with the powers to which they are raised.
 
     Returns:
         The factor that is left; None if there is none or a weight makes up for it.
@@ -86,8 +86,8 @@ def summed(call: Call, values: list[Value]) -> Average | None:
     """The factor of a sum of values: theirs, if it is the same for all of them.
 
     Args:
-        call: The op.
-        values: The summands.
+        call: the op.
+        values: the summands.
 
     Returns:
         The factor; None if there is none or the channels are frozen.
@@ -117,11 +117,11 @@ def bounded(
     """The factor of a value to which an epsilon is added, or which is at least an epsilon.
 
     Args:
-        call: The op.
-        average: The factor of the value.
-        number: The epsilon.
-        shape: Shape of the value.
-        default: Whether the op takes it by default.
+        call: the op.
+        average: the factor of the value.
+        number: the epsilon.
+        shape: shape of the value.
+        default: whether the op takes it by default.
 
     Returns:
         The factor, which needs the epsilon to grow with it.
@@ -137,9 +137,9 @@ def affine(value: Value, factor: float, offset: float) -> Affine | None:
     """``factor * value + offset`` as an affine function of a tensor; None if ``value`` is none.
 
     Args:
-        value: A value.
-        factor: The factor.
-        offset: The offset.
+        value: a value.
+        factor: the factor.
+        offset: the offset.
 
     Returns:
         The function.

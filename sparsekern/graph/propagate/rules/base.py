@@ -27,11 +27,11 @@ class Rule:
     """A rule and the properties of its ops.
 
     Attributes:
-        function: The rule.
-        pure: Whether scaling an operand by a positive factor scales the result by the same factor.
-        view: Whether the result may share memory with the first operand.
-        norm: Whether the op divides out the scale of its operand.
-        averages: Whether the rule follows operands that depend on the number of channels of a mean (see
+        function: the rule.
+        pure: whether scaling an operand by a positive factor scales the result by the same factor.
+        view: whether the result may share memory with the first operand.
+        norm: whether the op divides out the scale of its operand.
+        averages: whether the rule follows operands that depend on the number of channels of a mean (see
             ``Average``). Any other rule that is not ``pure`` freezes these channels.
     """
 
@@ -51,12 +51,12 @@ def register_rule(
     """Enter a rule for ops.
 
     Args:
-        names: Names of ops: ``relu`` for all overloads of ``aten::relu`` and ``relu_``, ``max.other``
+        names: names of ops: ``relu`` for all overloads of ``aten::relu`` and ``relu_``, ``max.other``
             for one overload, ``mylib::op`` for an op of another library.
-        pure: Whether scaling an operand by a positive factor scales the result by the same factor.
-        view: Whether the result may share memory with the first operand.
-        norm: Whether the op divides out the scale of its operand.
-        averages: Whether the rule follows means over channels; see ``Rule``.
+        pure: whether scaling an operand by a positive factor scales the result by the same factor.
+        view: whether the result may share memory with the first operand.
+        norm: whether the op divides out the scale of its operand.
+        averages: whether the rule follows means over channels; see ``Rule``.
 
     Returns:
         A decorator for the rule, a function of one ``Call``. It raises ValueError if a name already
@@ -87,9 +87,9 @@ def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
     """Why rows stay if only the weight or only the bias is tracked.
 
     Args:
-        rows: Slot ids of the weight's rows; None if the weight is not tracked.
-        weight: The weight.
-        bias: The bias.
+        rows: slot ids of the weight's rows; None if the weight is not tracked.
+        weight: the weight.
+        bias: the bias.
 
     Returns:
         The reason of the tensor that is not tracked.
@@ -102,26 +102,26 @@ class Call:
     """One op of the traced graph with its operands as values.
 
     Attributes:
-        name: Name of the op without ``aten::``.
-        overload: Name of its overload.
-        module: Path of the module in whose forward the op is called ("" at the top).
-        args: Arguments by their names in the op's schema, with defaults filled in. Tensors are
+        name: name of the op without ``aten::``.
+        overload: name of its overload.
+        module: path of the module in whose forward the op is called ("" at the top).
+        args: arguments by their names in the op's schema, with defaults filled in. Tensors are
             ``Value``, lists of tensors are lists of ``Value``.
         outputs: (shape, bytes per element) of every tensor that the op returns.
-        slots: All slots.
-        records: The records to fill.
-        rule: The rule of the op.
-        settled: Whether this is the second pass, in which all unions are known and zero flags are
+        slots: all slots.
+        records: the records to fill.
+        rule: the rule of the op.
+        settled: whether this is the second pass, in which all unions are known and zero flags are
             facts, not assumptions.
-        counted: Whether the graph is that of evaluation mode, whose costs are counted.
-        exact: Whether channels stay if their removal changes what the others compute.
-        interpretation: The choices to take for the ambiguous splits of this module; see ``split``.
-        splits: The number of ambiguous splits of this module that came before in this graph.
-        new_storage: Makes a new storage number.
-        node: The node of the op in the traced graph.
-        gave_up: Whether the op is not followed; set by ``give_up``.
-        froze: The first reason for which the op froze slots; empty if it froze none.
-        made_up: Numbers of the tensors that make up for a mean over channels in this op.
+        counted: whether the graph is that of evaluation mode, whose costs are counted.
+        exact: whether channels stay if their removal changes what the others compute.
+        interpretation: the choices to take for the ambiguous splits of this module; see ``split``.
+        splits: the number of ambiguous splits of this module that came before in this graph.
+        new_storage: makes a new storage number.
+        node: the node of the op in the traced graph.
+        gave_up: whether the op is not followed; set by ``give_up``.
+        froze: the first reason for which the op froze slots; empty if it froze none.
+        made_up: numbers of the tensors that make up for a mean over channels in this op.
     """
 
     name: str
@@ -183,15 +183,15 @@ class Call:
         """Make an output. Arguments that are not given follow from the operands.
 
         Args:
-            ids: Slot ids of the output's dimensions; see ``Value``.
-            zero: Zero flags of the output's dimensions; see ``Value``.
-            index: The number of the output.
-            origins: Producers whose zeros the output carries.
-            pure: Producers whose positive rescaling rescales the output.
-            zero_broken_by: The op that broke zeros, for messages.
-            untracked_reason: Why the channels stay that an untracked weight makes.
-            affine: The tensor that the output is an affine function of.
-            average: The factor by which the output depends on the number of channels.
+            ids: slot ids of the output's dimensions; see ``Value``.
+            zero: zero flags of the output's dimensions; see ``Value``.
+            index: the number of the output.
+            origins: producers whose zeros the output carries.
+            pure: producers whose positive rescaling rescales the output.
+            zero_broken_by: the op that broke zeros, for messages.
+            untracked_reason: why the channels stay that an untracked weight makes.
+            affine: the tensor that the output is an affine function of.
+            average: the factor by which the output depends on the number of channels.
 
         Returns:
             The output.
@@ -237,10 +237,10 @@ class Call:
         """Tie two dimensions index by index. An untracked dimension freezes the other.
 
         Args:
-            left: Slot ids of a dimension, or None.
-            right: Slot ids of a dimension, or None.
-            size: The size of both dimensions.
-            reason: Why an index that is paired with one that stays is frozen.
+            left: slot ids of a dimension, or None.
+            right: slot ids of a dimension, or None.
+            size: the size of both dimensions.
+            reason: why an index that is paired with one that stays is frozen.
         """
         if left is None and right is None:
             return
@@ -277,7 +277,7 @@ class Call:
         """Make outputs without tracked slots. The operands do not change.
 
         Args:
-            untracked_reason: Why the indices of the outputs stay.
+            untracked_reason: why the indices of the outputs stay.
 
         Returns:
             The output, or a tuple of several.
@@ -296,8 +296,8 @@ class Call:
         Channels that are not zero are frozen or, with ``exact=False``, recorded as inexact.
 
         Args:
-            value: An operand.
-            dim: The dimension that the op sums over.
+            value: an operand.
+            dim: the dimension that the op sums over.
         """
         for producer in value.origins:
             self.records.producers[producer].consumed = True
@@ -315,10 +315,10 @@ class Call:
         """Record a sum over a dimension of a value and the columns of a weight.
 
         Args:
-            value: The activations.
-            dim: The dimension of ``value``.
-            weight: The weight.
-            weight_dim: The dimension of ``weight`` that holds its columns.
+            value: the activations.
+            dim: the dimension of ``value``.
+            weight: the weight.
+            weight_dim: the dimension of ``weight`` that holds its columns.
         """
         size = value.shape[dim]
         reason = (
@@ -334,9 +334,9 @@ class Call:
         """Record a producer: a weight and a bias whose rows make the channels of the output.
 
         Args:
-            kind: See ``Producer``.
-            rows: Slot ids of the weight's rows.
-            bias: Slot ids of the bias.
+            kind: see ``Producer``.
+            rows: slot ids of the weight's rows.
+            bias: slot ids of the bias.
 
         Returns:
             The producer's number in a set; an empty set if ``rows`` is None.
@@ -350,8 +350,8 @@ class Call:
         """Record a split that has several interpretations.
 
         Args:
-            ids: Slot ids of the dimension that is split.
-            axes: The axes that may carry the channels; see ``Split``.
+            ids: slot ids of the dimension that is split.
+            axes: the axes that may carry the channels; see ``Split``.
 
         Returns:
             The axis to take, counted from the end.
@@ -371,8 +371,8 @@ class Call:
         """Count multiply-adds in the second pass over evaluation mode.
 
         Args:
-            scale: The constant factor.
-            factors: Sizes, or slot ids of dimensions whose sizes are multiplied; None is ignored.
+            scale: the constant factor.
+            factors: sizes, or slot ids of dimensions whose sizes are multiplied; None is ignored.
         """
         if self.counted and self.settled:
             self.records.macs.append(term(scale, [f for f in factors if f is not None]))

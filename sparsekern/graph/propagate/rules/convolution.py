@@ -14,9 +14,9 @@ def _tie(call: Call, ids: Ids, groups: int, across: bool) -> None:
     """Tie slots inside or across groups.
 
     Args:
-        call: The op.
-        ids: Slot ids, viewed as [groups, width].
-        groups: The number of groups.
+        call: the op.
+        ids: slot ids, viewed as [groups, width].
+        groups: the number of groups.
         across: True ties equal positions of all groups, False all positions of a group.
     """
     if ids is None or groups == 1:

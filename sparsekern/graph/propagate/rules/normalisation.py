@@ -19,8 +19,8 @@ def _per_channel(call: Call, operands: tuple[str, ...]) -> Result:
     The result is zero where the rows of the affine are.
 
     Args:
-        call: The op.
-        operands: Names of these operands. They may be None.
+        call: the op.
+        operands: names of these operands. They may be None.
 
     Returns:
         The output.

@@ -15,8 +15,8 @@ def over_space(call: Call, spatial: int) -> Result:
     The padding of a maximum is minus infinity, which is never larger than a zero.
 
     Args:
-        call: The op.
-        spatial: The number of dimensions that are resampled.
+        call: the op.
+        spatial: the number of dimensions that are resampled.
 
     Returns:
         The output, or a tuple of several.

@@ -15,10 +15,10 @@ def _product(
     """Multiply matrices.
 
     Args:
-        call: The op.
-        left: A value of shape [..., m, k].
-        right: A value of shape [..., k, n].
-        counted: Whether to count multiply-adds. Products with a vector are not counted, because
+        call: the op.
+        left: a value of shape [..., m, k].
+        right: a value of shape [..., k, n].
+        counted: whether to count multiply-adds. Products with a vector are not counted, because
             torch's counter does not count them either.
 
     Returns:

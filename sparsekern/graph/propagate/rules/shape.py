@@ -16,8 +16,8 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ra
     """Match the dimensions of two shapes with equal products.
 
     Args:
-        before: Sizes before a reshape.
-        after: Sizes after it.
+        before: sizes before a reshape.
+        after: sizes after it.
 
     Returns:
         The smallest pairs of runs of dimensions with equal products. Dimensions of size 1 between
@@ -58,9 +58,9 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
     """Reshape a value.
 
     Args:
-        call: The op. Its first output has the new shape.
-        x: The value.
-        sizes: The sizes that the program names (-1: inferred); None if they follow the operand.
+        call: the op. Its first output has the new shape.
+        x: the value.
+        sizes: the sizes that the program names (-1: inferred); None if they follow the operand.
 
     Returns:
         The output.
@@ -100,11 +100,11 @@ def _carrier(call: Call, flat: np.ndarray, shape: list[int], axes: list[int], in
     heads. Another interpretation is tried if this choice is frozen.
 
     Args:
-        call: The op.
-        flat: Slot ids of the dimension in memory order, int64.
-        shape: Sizes of the axes.
-        axes: The result's dimension of every axis.
-        inferred: The result's dimension whose size is inferred; None if there is none.
+        call: the op.
+        flat: slot ids of the dimension in memory order, int64.
+        shape: sizes of the axes.
+        axes: the result's dimension of every axis.
+        inferred: the result's dimension whose size is inferred; None if there is none.
 
     Returns:
         An index into ``axes``.
