@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from sparsekern.compact.indices import Indices, Runs, check_indices, to_runs
 from sparsekern.files.atomic import parse_json
-from sparsekern.files.schema import describe
+from sparsekern.files.schema import describe, shorten
 from sparsekern.graph.rescale import Rescale
 
 if TYPE_CHECKING:
@@ -397,10 +397,3 @@ def _expect(document: object, key: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"text: got {type(value).__name__} as {key!r}, expected {kind.__name__}")
     return value
-
-
-def shorten(names: Iterable[str], most: int = 5) -> str:
-    """The first ``most`` names as text, and the number of the others."""
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from sparsekern.compact.attributes import update_attributes
 from sparsekern.compact.optimizer_state import StateCutter, prepare_state
-from sparsekern.compact.plan import Plan, TensorPlan, shorten
+from sparsekern.compact.plan import Plan, TensorPlan
 from sparsekern.compact.surgery import Registered, cut, match, registered, remember
 from sparsekern.compact.transaction import all_or_nothing
 from sparsekern.distributed.data_parallel import Rebuilding, check_rebuildable, wrappers_of
 from sparsekern.distributed.tensors import check_plain, unwrap
+from sparsekern.files.schema import shorten
 from sparsekern.nn.held_factor import hold_factor
 from sparsekern.optim import Unwrapped
 

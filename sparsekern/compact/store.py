@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekern.compact.plan import Plan, TensorPlan, shorten
+from sparsekern.compact.plan import Plan, TensorPlan
 from sparsekern.compact.surgery import (
     Registered,
     build,
@@ -30,7 +30,7 @@ from sparsekern.compact.surgery import (
 )
 from sparsekern.distributed.tensors import unwrap
 from sparsekern.files.atomic import check_name, opened, parse_json, replacing, target
-from sparsekern.files.schema import TEXT, Entries, Fields, Items, Row, Whole
+from sparsekern.files.schema import TEXT, Entries, Fields, Items, Row, Whole, shorten
 from sparsekern.nn.held_factor import holds_factors
 
 FORMAT = "sparsekern.model"

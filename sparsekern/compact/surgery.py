@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekern.compact.attributes import update_attributes
 from sparsekern.compact.load_hooks import forget_listeners
-from sparsekern.compact.plan import Plan, TensorPlan, check_shapes, shorten
+from sparsekern.compact.plan import Plan, TensorPlan, check_shapes
 from sparsekern.distributed.tensors import copy_module, is_sharded, settle, unwrap, whole
+from sparsekern.files.schema import shorten
 from sparsekern.nn.held_factor import fold_factors, scaled
 
 # The attribute holds JSON text, so a pickled compact module can be loaded without this package.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -359,3 +359,10 @@ def like(value: Any) -> Rule:
     if isinstance(value, list | tuple):
         return Row([like(own) for own in value])
     return Kind(dict) if isinstance(value, Mapping) else PLAIN
+
+
+def shorten(names: Iterable[str], most: int = 5) -> str:
+    """The first ``most`` names as text, and the number of the others."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

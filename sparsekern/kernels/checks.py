@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekern.kernels import memory as _memory
+from sparsekern.kernels.memory import describe, kind_of
 from sparsekern.kernels.rows import (
     ROW_ARRAYS,
     ROW_INPUTS,
@@ -135,9 +136,7 @@ def parameters(params: Sequence[Tensor]) -> None:
         raise TypeError(f"params[0]: got {dtype} on {device}, expected float32, float64, bfloat16 or float16")
     for i, param in enumerate(params):
         if param.dtype is not dtype or param.device != device:
-            raise ValueError(
-                f"params[{i}]: got {_describe(param)}, expected {dtype} on {device} as params[0]"
-            )
+            raise ValueError(f"params[{i}]: got {describe(param)}, expected {dtype} on {device} as params[0]")
         _dense(f"params[{i}]", param)
 
 
@@ -151,9 +150,9 @@ def like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None
     lengths(params, {name: tensors}, None)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         _dense(f"{name}[{i}]", tensor)
-        if _kind(tensor) != _kind(param):
+        if kind_of(tensor) != kind_of(param):
             raise ValueError(
-                f"{name}[{i}]: got {_describe(tensor)}, expected {_describe(param)} as params[{i}]"
+                f"{name}[{i}]: got {describe(tensor)}, expected {describe(param)} as params[{i}]"
             )
 
 
@@ -208,7 +207,7 @@ def scalar(name: str, value: object, device: torch.device) -> None:
         return
     is_plain = value.layout is torch.strided and value.dtype in DTYPES and not value.is_neg()
     if value.numel() != 1 or not is_plain or value.device != device:
-        raise ValueError(f"{name}: got {_describe(value)}, expected one floating-point element on {device}")
+        raise ValueError(f"{name}: got {describe(value)}, expected one floating-point element on {device}")
     whole(name, value)
 
 
@@ -274,7 +273,7 @@ def counters(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         fits = value.numel() == 1 and value.dtype is torch.float32
         if not fits or value.device not in (param.device, torch.device("cpu")):
             raise ValueError(
-                f"steps[{i}]: got {_describe(value)}, expected one float32 element on "
+                f"steps[{i}]: got {describe(value)}, expected one float32 element on "
                 f"{param.device} or the CPU"
             )
 
@@ -374,7 +373,7 @@ def _flat_arrays(
         is_plain = array.layout is torch.strided and array.is_contiguous() and array.shape == shape
         if not is_plain or array.dtype is not dtype or array.device != device or array.is_neg():
             raise ValueError(
-                f"{of}.{name}: got {_describe(array)}, expected contiguous {dtype} {list(shape)} on {device}"
+                f"{of}.{name}: got {describe(array)}, expected contiguous {dtype} {list(shape)} on {device}"
             )
         whole(f"{of}.{name}", array)
 
@@ -384,7 +383,7 @@ def whole(name: str, tensor: Tensor) -> None:
     if not _memory.is_whole(tensor):
         raise ValueError(
             f"{name}: got a storage of {tensor.untyped_storage().nbytes()} bytes, expected one that holds "
-            f"{_describe(tensor)}"
+            f"{describe(tensor)}"
         )
 
 
@@ -394,12 +393,3 @@ def _dense(name: str, tensor: Tensor) -> None:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name}: got layout {kind}, expected a dense tensor")
     whole(name, tensor)
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _describe(tensor: Tensor) -> str:
-    layout = "" if tensor.layout is torch.strided else f" ({tensor.layout})"
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"

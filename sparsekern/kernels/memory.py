@@ -136,3 +136,14 @@ class _Shadow:
 def _shadow(tensor: Tensor) -> np.ndarray:
     """An array with the addresses of ``tensor``. Its content is not read, because it may be on a GPU."""
     return np.asarray(_Shadow(tensor))
+
+
+def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """What tensors of one list entry have in common: shape, dtype and device."""
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype, shape, device and layout of a tensor, for messages."""
+    layout = "" if tensor.layout is torch.strided else f" ({tensor.layout})"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from sparsekern.kernels.rows import RowTable
 from sparsekern.optim.adam import Adam as Adam
 from sparsekern.optim.adam import AdamW as AdamW
-from sparsekern.optim.base import Attachment as Attachment
+from sparsekern.optim.attachment import Attachment as Attachment
 from sparsekern.optim.base import RowOptimizer
 from sparsekern.optim.hooks import RowHooks as RowHooks
 from sparsekern.optim.hooks import attach_hooks

@@ -15,6 +15,7 @@ from sparsekern.distributed.tensors import is_sharded, local, wrapped_like
 from sparsekern.kernels.ops import channel_moments_, step_
 from sparsekern.kernels.options import OPTIONS, UNSCALED, Scaling
 from sparsekern.kernels.rows import RowTable, RowView
+from sparsekern.optim.attachment import Attachment
 from sparsekern.optim.kept import Kept
 from sparsekern.optim.lists import (
     TensorList,
@@ -140,7 +141,13 @@ class RowOptimizer(Optimizer):
         check_table(self, table, self._tables)
         self._set_tables((*self._tables, table))
         self._zero_masked(table)
-        return Attachment(self, table)
+        return Attachment(self.attach, self._remove, table)
+
+    def _remove(self, table: RowTable) -> None:
+        """Remove one table; does nothing if it is not attached."""
+        left = tuple(other for other in self._tables if other is not table)
+        if len(left) < len(self._tables):
+            self._set_tables(left)
 
     def detach(self) -> None:
         """Remove all tables; following steps equal those of ``torch.optim``."""
@@ -384,23 +391,3 @@ class RowOptimizer(Optimizer):
     def _new_state(self, name: str, param: Tensor) -> Tensor | None:
         """The state of a parameter before its first step; None if that step creates it."""
         raise NotImplementedError
-
-
-class Attachment:
-    """A table's attachment to an optimizer, to be undone by :meth:`remove`."""
-
-    def __init__(self, optimizer: RowOptimizer, table: RowTable) -> None:
-        self._optimizer = optimizer
-        self._table = table
-
-    def remove(self) -> None:
-        """Detach this table; does nothing if it is detached already."""
-        left = tuple(table for table in self._optimizer.tables if table is not self._table)
-        if len(left) < len(self._optimizer.tables):
-            self._optimizer._set_tables(left)
-
-    def replace(self, table: RowTable) -> None:
-        """Detach this table and attach ``table``, which describes parameters whose shapes have changed."""
-        self.remove()
-        self._optimizer.attach(table)
-        self._table = table

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sparsekern.compact.plan import shorten
+from sparsekern.files.schema import shorten
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.state.masking import Masks
 
