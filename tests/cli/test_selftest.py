@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from sparsekern import info
 from sparsekern.cli import run
 from sparsekern.kernels import backends
 from sparsekern.kernels.backends import cpu, reference
-from sparsekern.kernels.selfcheck import cases
+from sparsekern.kernels.selfcheck import cases, first_use
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu", "cpu") is not None, reason="needs the compiled core")
 
@@ -81,3 +83,20 @@ def test_bad_input_is_refused_before_anything_runs(
     monkeypatch.setattr(cases, "every", lambda: pytest.fail("ran"))
     assert run(["selftest", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_info_shows_the_result_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None if name == "cuda" else "not installed")
+    monkeypatch.setattr(
+        first_use, "describe", lambda name, device: "passed" if device.index else "failed: adamw"
+    )
+    shown = info._selfchecks()
+    assert [(one["backend"], one["device"], one["result"]) for one in shown] == [
+        ("cuda", "cuda:0", "failed: adamw"),
+        ("cuda", "cuda:1", "passed"),
+    ]
+    monkeypatch.undo()
+    pairs = info.lines(info.collect() | {"selfcheck": shown})
+    assert ("self-check cuda", "cuda:1: passed") in pairs

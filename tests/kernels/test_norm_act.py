@@ -12,7 +12,7 @@ from kernels.norm_cases import assert_equals_reference
 from kernels.test_isa import isas, run
 
 from sparsekern.kernels import native as _native
-from sparsekern.kernels.backends import cpu
+from sparsekern.kernels.backends import cpu, reference
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.counts import ChannelCounts
 from sparsekern.kernels.norm_ops import norm_act
@@ -104,6 +104,17 @@ def test_memory_in_any_order() -> None:
     assert torch.equal(y, dense.forward(cpu)[0])
     for mine, theirs in zip(strided.backward(cpu, mean, var), dense.backward(cpu, mean, var), strict=True):
         assert mine is not None and theirs is not None and torch.equal(mine, theirs)
+
+
+@native
+def test_the_default_device_does_not_matter() -> None:
+    given = problem((3, 5, 2, 2), torch.float32, "contiguous", masked=0.3, residual=True)
+    with torch.device("meta"):
+        _, mean, var = given.forward(cpu)
+        found = given.backward(cpu, mean, var)
+        plain = given.backward(reference, mean, var)
+    assert_equals_reference(cpu, given)
+    assert all(tensor is None or tensor.device.type == "cpu" for tensor in [*found, *plain])
 
 
 @native

@@ -125,6 +125,17 @@ def test_list_without_rows(route: Callable[[Op, Problem], None], name: str) -> N
     _compare(route, OPS[name], want, steps=2)
 
 
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw scaled", "statistics", "mask"])
+def test_the_default_device_does_not_matter(route: Callable[[Op, Problem], None], name: str) -> None:
+    """Tensors on the CPU, while new tensors without a device are made elsewhere."""
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=9)
+    got, before = want.clone(), want.clone()
+    OPS[name].call(reference, want)
+    with torch.device("meta"):
+        route(OPS[name], got)
+    assert_equal_step(got, want, before)
+
+
 @pytest.mark.parametrize("pending", [0.0, 1.0])
 def test_channel_moments(
     force_backend: Callable[[str], None],

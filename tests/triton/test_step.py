@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from sparsekern.kernels.backends.triton.step_kernels import VARIANTS
 from sparsekern.kernels.backends.triton.table import NUMBERS
 from sparsekern.kernels.rows import RowTable
 from sparsekern.kernels.selfcheck.calls import OPS, Op
+from sparsekern.kernels.selfcheck.cases import first_use_of_triton
 from sparsekern.kernels.selfcheck.problems import Problem, channel_arrays, problem
+from sparsekern.kernels.selfcheck.run import results
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -168,6 +171,13 @@ def test_a_captured_graph_has_its_own_table(plans: Plans, monkeypatch: pytest.Mo
     assert host is spares[-1] and torch.equal(host, table)
     assert table is not before and table[1 + len(NUMBERS)] == scratch.data_ptr()
     assert plan.table is before and len(plan.spares) == len(spares) - 1
+
+
+def test_the_self_check_passes() -> None:
+    """Every fifth of its problems; all take 12 s in the interpreter."""
+    chosen = itertools.islice(first_use_of_triton(), 0, None, 5)
+    found = [result.failure for result in results(triton, torch.device("cpu"), chosen)]
+    assert len(found) >= 9 and set(found) == {None}
 
 
 def test_captures_in_a_row_pin_no_memory(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:

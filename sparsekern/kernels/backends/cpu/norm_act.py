@@ -156,7 +156,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two uninitialized vectors ``[C]`` in the compute type."""
-    one = torch.empty(x.shape[1], dtype=compute_dtype(x))
+    one = torch.empty(x.shape[1], dtype=compute_dtype(x), device="cpu")
     return one, torch.empty_like(one)
 
 

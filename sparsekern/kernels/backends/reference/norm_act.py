@@ -137,8 +137,10 @@ def count(
     norm_sq = torch.ones_like(grad_sq) * gamma_sq + beta_sq
     counted = live & grad_sq.isfinite() & norm_sq.isfinite()
     counted_share = (exceeding / elements).float()
-    decay = torch.tensor(counts.decay, dtype=torch.float32)
-    blended = counts.activity * decay + counted_share * torch.tensor(1 - counts.decay, dtype=torch.float32)
+    decay, share = (
+        torch.tensor(number, dtype=torch.float32, device="cpu") for number in (counts.decay, 1 - counts.decay)
+    )
+    blended = counts.activity * decay + counted_share * share
     counts.activity.copy_(torch.where(counted, blended, counts.activity))
     total = torch.where(counted, grad_sq * norm_sq, 0).sum()
     rms = (total / (counted.sum() * elements)).sqrt()

@@ -315,10 +315,10 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` rounded to the compute type, as a 0-dim tensor."""
+    """``value`` rounded to the compute type, as a 0-dim tensor; a number is on the CPU."""
     if isinstance(value, Tensor):
         return value.reshape(()).to(like.dtype)
-    return torch.tensor(value, dtype=like.dtype)
+    return torch.tensor(value, dtype=like.dtype, device="cpu")
 
 
 def _store(target: Tensor, value: Tensor, keep: Tensor | None) -> None:
