@@ -219,47 +219,19 @@ class Pruner:
         return self._events.shrink(also)
 
     def capturing(self) -> AbstractContextManager[None]:
-        """A block in which a CUDA graph is captured that makes optimizer steps; see :meth:`advance`.
-
-        A capture records a step and does not make it, so steps in the block do not count. Masks and penalties
-        are read from the device, so a later replay obeys those of that time. Make a few steps outside of the
-        block first, as torch requires.
-
-        Raises:
-            RuntimeError: the Pruner was made with ``shrink=True``.
-        """
+        """A block that captures optimizer steps in a CUDA graph; :meth:`advance` counts those of replays."""
         return self._events.capturing()
 
     def advance(self, steps: int = 1) -> None:
-        """Count the steps that replays of a CUDA graph have made, and decide if an event is due.
-
-        Replays run no Python, so the Pruner does not see them. Call this after each replay::
-
-            with pruner.capturing(), torch.cuda.graph(graph):
-                train_one_step()
-            for batch in loader:
-                example.copy_(batch)
-                graph.replay()
-                pruner.advance()
-
-        Args:
-            steps: number of optimizer steps since the last call. A decision that was due earlier is made now.
-
-        Raises:
-            ValueError: ``steps`` is not a whole number >= 1.
-            RuntimeError: a CUDA graph is being captured.
-        """
+        """Count ``steps`` >= 1 that replays of a CUDA graph have made, and decide if an event is due."""
         self._events.advance(steps)
 
     def remask(self) -> int:
         """Zero the rows of masked channels, the columns that read them, and their optimizer state again.
 
-        Call it after weights were written to masked channels in another way than ``load_state_dict``, which
-        does this by itself (``parameter.data``, ``nn.init``). Until then :meth:`compact`, :meth:`plan`,
-        :meth:`shrink`, :meth:`save_checkpoint` and the next step with a decision raise a RuntimeError.
-
-        Returns:
-            The number of rows that were not zero.
+        Call it after other code than ``load_state_dict`` wrote weights to masked channels. Until then
+        :meth:`compact`, :meth:`plan`, :meth:`shrink`, :meth:`save_checkpoint` and the next decision raise a
+        RuntimeError. The result is the number of rows that were not zero.
 
         Raises:
             RuntimeError: a parameter was replaced: the model and the optimizer hold different objects.
@@ -273,11 +245,10 @@ class Pruner:
 
         Args:
             ranks: processes that average their gradients.
-            measure: False assumes that all layers keep an equal share, within floors and ``round_to``.
-                Anything else makes the decisions on a copy, from gradients of its first few steps, and times
-                them and training steps on this machine. True uses the example inputs; a tensor, a tuple of
-                positional or a dict of keyword arguments gives others; the loss is the mean square of the
-                outputs. A function takes a copy of the model and returns the loss on a batch of its choice.
+            measure: False assumes that all layers keep an equal share, within floors and ``round_to``. Else
+                a copy decides by gradients of its first steps, and they are timed: on the example inputs
+                (True) or others, with the mean square of the outputs as the loss, or by a function that
+                takes the copy and returns the loss on a batch.
             forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``.
 
         Raises:
@@ -289,11 +260,7 @@ class Pruner:
         return self._forecaster.forecast(ranks, measure, forward_loss)
 
     def abort(self) -> int:
-        """Make the channels that are fading out live again; they train on from their faded gates.
-
-        Returns:
-            The number of channels that live again.
-        """
+        """Make the channels that are fading out live again, from their faded gates; return their number."""
         return self._events.abort()
 
     def detach(self) -> None:

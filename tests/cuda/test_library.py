@@ -67,7 +67,7 @@ def test_a_library_without_a_symbol_is_a_backend_that_does_not_work(
     monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "cuda_library.py"))
     monkeypatch.setattr(cuda_library, "reason", None)
     monkeypatch.setattr(cuda_library, "load", cuda_library.load.__wrapped__)
-    monkeypatch.setattr(native, "load", lambda: object())
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(HYPER=HYPER))
     (reason,) = (what for name, works, what in backends.available() if name == "cuda" and not works)
     assert reason.startswith(f"{stale}: got a library of another version (")
     assert "sparsekern_cuda_sizes" in reason and "python setup.py build_ext --inplace" in reason

@@ -16,16 +16,17 @@ from benchmarks.processes import run
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel
 from sparsekern.latency.axes import lay_axes
-from sparsekern.latency.measure import _calls, _table
+from sparsekern.latency.measure import _call, _calls, _table
 from sparsekern.prune.state import network as pruned_network
 
 
 def _own_clock(
-    model: nn.Module, graph: ChannelGraph, inputs: Any, *, example_kwargs: Any, round_to: int, cache: Any
+    model: nn.Module, graph: ChannelGraph, inputs: Any, *, round_to: int, **options: Any
 ) -> LatencyModel:
     """A clock with 1 ns per number that an op reads, and a deviation that differs between processes."""
     axes, axes_of = lay_axes(graph, graph.operations, round_to, 16)
-    calls = _calls(graph, axes, axes_of)
+    alone = {number: [operation] for number, operation in enumerate(graph.operations)}
+    calls = _calls(graph, axes, axes_of, alone, _call)
     random = np.random.default_rng(dist.get_rank())
     seconds = {call.key: 1e-9 * call.elements * random.uniform(0.5, 2.0) for call in calls.values()}
     return LatencyModel(graph, axes, axes_of, _table(len(graph.operations), calls, seconds), round_to)

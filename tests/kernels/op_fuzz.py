@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import random
@@ -309,6 +310,8 @@ def _in_a_fork(specs: Sequence[Spec], backend: Any) -> tuple[int, list[tuple[int
 def _run(specs: Sequence[Spec], backend: Any, writing: int) -> None:
     # Threads do not survive a fork. The parent reports a crash.
     torch.set_num_threads(1)
+    # The collector must not end objects of the parent: sessions of ONNX Runtime wait for their threads.
+    gc.freeze()
     faulthandler.disable()
     with ExitStack() as stack:
         if backend is not None:

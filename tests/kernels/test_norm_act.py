@@ -154,8 +154,8 @@ def test_nothing_around_the_data_is_read_or_written(
     def poisoned(like: torch.Tensor) -> torch.Tensor:
         return _banded(empty_like(like).fill_(torch.nan), bands)
 
-    def poisoned_vector(count: int, dtype: torch.dtype) -> torch.Tensor:
-        return _banded(empty(count, dtype=dtype).fill_(torch.nan), bands)
+    def poisoned_vector(count: int, **options: Any) -> torch.Tensor:
+        return _banded(empty(count, **options).fill_(torch.nan), bands)
 
     for shape in SHAPES:
         given = problem(shape, dtype, memory, residual=True, masked=0.3)

@@ -73,7 +73,14 @@ class Events:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """See :meth:`sparsekern.Pruner.capturing`."""
+        """A block in which a CUDA graph is captured that makes optimizer steps.
+
+        A capture records a step and does not make it, so steps in the block do not count. Masks and penalties
+        are read from the device, so a later replay obeys those of that time.
+
+        Raises:
+            RuntimeError: every event shrinks the model.
+        """
         if self._shrinks:
             raise RuntimeError(
                 "pruner: got the capture of a CUDA graph with shrink=True, expected shrink=False: a graph "
@@ -87,7 +94,15 @@ class Events:
             self._is_replayed = False
 
     def advance(self, steps: int) -> None:
-        """See :meth:`sparsekern.Pruner.advance`."""
+        """Count the steps that replays of a CUDA graph have made, and decide if an event is due.
+
+        Args:
+            steps: number of optimizer steps since the last call. A decision that was due earlier is made now.
+
+        Raises:
+            ValueError: ``steps`` is not a whole number >= 1.
+            RuntimeError: a CUDA graph is being captured.
+        """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"steps: got {steps!r}, expected a whole number >= 1")
         if cuda_library.capturing():
