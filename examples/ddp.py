@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/ddp.py --steps 300 --keep 0.2
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 
 import torch
@@ -50,4 +51,8 @@ if rank == 0:
     print(
         f"accuracy {accuracy(small, test):.3f} with {sum(p.numel() for p in small.parameters()):,} parameters"
     )
+# The group's threads end with the last object that uses the group. A process aborts if one of them still
+# holds a tensor while the interpreter ends.
+del pruner, optimizer, model
+gc.collect()
 dist.destroy_process_group()
