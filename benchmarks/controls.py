@@ -10,7 +10,6 @@ layer by the same share. It writes a table and the figures to ``benchmarks/resul
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from dataclasses import replace
@@ -23,12 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from sparsekern.files.atomic import replacing
+from benchmarks.saved import save
 from sparsekern.recipes.load import load_data
 from sparsekern.recipes.run import execute
 from sparsekern.recipes.settings import Settings
 
-RESULTS = Path(__file__).parent / "results"
 PAIRS = (
     ("joint", "global"),
     ("shuffled", "global"),
@@ -68,9 +66,7 @@ def main(
     console = Console(record=True, width=100)
     console.print(_table(runs))
     console.print(environment(), soft_wrap=True)
-    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".txt", console.export_text())):
-        with replacing(RESULTS / f"{name}{suffix}") as path:
-            path.write_text(text)
+    save(name, console, record)
 
 
 def _table(runs: list[dict[str, Any]]) -> Table:

@@ -7,7 +7,6 @@ model. It writes benchmarks/results/distributed.{txt,json}.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 import sparsekern
 from benchmarks.environment import environment
 from benchmarks.processes import run
+from benchmarks.saved import save
 from sparsekern.recipes.models import UNet
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, IMAGES, SIZE = 16, 8, 32
 ROUNDS, BLOCK = 16, 2
 PATIENCE = 600.0  # time limit of the processes in seconds
@@ -239,8 +238,7 @@ def main() -> None:
     console.print(table)
 
     console.print(figures["environment"])
-    RESULTS.joinpath("distributed.json").write_text(json.dumps(figures, indent=1) + "\n")
-    RESULTS.joinpath("distributed.txt").write_text(console.export_text())
+    save("distributed", console, figures)
 
 
 if __name__ == "__main__":

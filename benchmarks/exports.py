@@ -23,10 +23,10 @@ from torch import nn
 import sparsekern
 from benchmarks.environment import environment
 from benchmarks.export_networks import CASES, Case
+from benchmarks.saved import save
 from sparsekern.deploy.fold import batch_norms
 from sparsekern.runtimes import installed, version
 
-RESULTS = Path(__file__).parent / "results"
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 
 
@@ -78,7 +78,7 @@ def main(
     console.print(table)
     console.print(environment() | {runtime: version(runtime) for runtime in runtimes})
     if output:
-        (RESULTS / f"{output}.txt").write_text(console.export_text())
+        save(output, console)
     sys.exit(not good)
 
 

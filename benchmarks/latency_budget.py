@@ -9,10 +9,8 @@ magnitudes (the saliency) spread as in a trained network.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -25,13 +23,13 @@ from torch import Tensor, nn
 
 from benchmarks.environment import environment, kept_memory
 from benchmarks.networks import NETWORKS
+from benchmarks.saved import save
 from sparsekern import compact, criteria, latency, trace
 from sparsekern.compact import make_plan
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.decide.allocate import Global, Problem
 from sparsekern.prune.state.statistics import weight_statistics
 
-RESULTS = Path(__file__).parent / "results"
 CASES = ("mobilenetv3-seg", "unet-8m")
 SPREAD = 0.5
 # No lower bound on widths, because it would differ between the two budgets.
@@ -143,9 +141,7 @@ def main(
     console.print(table)
     console.print(settings)
     if output:
-        (RESULTS / f"{output}.txt").write_text(console.export_text())
-        text = json.dumps({"settings": settings, "networks": figures}, indent=1)
-        (RESULTS / f"{output}.json").write_text(text + "\n")
+        save(output, console, {"settings": settings, "networks": figures})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ times of the process. Weights are random, since times depend on widths alone; se
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -25,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.latency_budget import magnitudes, network
+from benchmarks.saved import save
 from sparsekern import compact, latency, trace
 from sparsekern.compact import make_plan
 from sparsekern.latency.timing import Stopwatch
@@ -32,7 +31,6 @@ from sparsekern.prune.decide.allocate import Global, Problem
 from sparsekern.runtimes import Runtime, check_runtime, version
 from sparsekern.runtimes.prepare import prepare
 
-RESULTS = Path(__file__).parent / "results"
 CASES = ("unet-8m", "mobilenetv3-seg", "resnet50")
 
 
@@ -103,9 +101,7 @@ def main(
     console.print(table)
     console.print(settings)
     if output:
-        (RESULTS / f"{output}.txt").write_text(console.export_text())
-        text = json.dumps({"settings": settings, "networks": figures}, indent=1)
-        (RESULTS / f"{output}.json").write_text(text + "\n")
+        save(output, console, {"settings": settings, "networks": figures})
 
 
 if __name__ == "__main__":
