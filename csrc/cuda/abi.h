@@ -64,8 +64,8 @@ struct Norm {
   void* grad_residual;  // backward, with a residual
   const void* weight;
   const void* bias;
-  const void* running_mean;  // forward only
-  const void* running_var;
+  void* running_mean;  // forward only; read in evaluation, and for masked channels; written if momentum is not 0
+  void* running_var;
   void* mean;  // written forward, read backward
   void* var;
   const uint8_t* mask;
@@ -78,6 +78,7 @@ struct Norm {
   void* stream;
   int64_t outer, channels, inner;
   double eps, tau, decay;
+  double momentum;     // weight of the batch in the running statistics, 0 to leave them, forward in training only
   int32_t activation;  // Activation
   int32_t training, dtype, device;
 };

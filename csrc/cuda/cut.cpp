@@ -81,7 +81,15 @@ NormCut norm_cut(int64_t outer, int64_t channels, int64_t inner, int64_t element
   cut.inner_pieces = divide_up(inner, cut.inner_step);
   cut.pieces = divide_up(outer, cut.outer_step) * cut.inner_pieces;
   cut.blocks = cut.pieces * divide_up(channels, across);
+  cut.folders = static_cast<int32_t>(
+      std::clamp<int64_t>(kBlockThreads / (cut.slots * std::min(cut.width, kFoldWidth)), 1, kWarpThreads));
   return cut;
+}
+
+int64_t serial_merges(const NormCut& cut) {
+  const int64_t at_once = std::min(cut.width, kFoldWidth);
+  const int64_t parts = kBlockThreads / std::min<int64_t>(cut.lanes, kWarpThreads) / cut.slots;
+  return cut.width / at_once * (divide_up(parts, cut.folders) - 1);
 }
 
 }  // namespace sparsekern::cuda

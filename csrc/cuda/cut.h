@@ -18,10 +18,17 @@ struct NormCut {
   int64_t inner_pieces, pieces;    // tiles of the same channels, along inner and in all
   int64_t blocks;
   int32_t lanes, slots, width;
+  int32_t folders;  // threads that merge the sums of one channel of a tile, a power of two, at most a warp
 };
+
+// Channels of a slot whose sums a block merges at once, in 32 KB of shared memory.
+constexpr int32_t kFoldWidth = 4;
 
 // Divides x into about `tiles` tiles at most. The order of additions depends on the result, so it is a function of
 // shape, dtype and `tiles` alone.
 NormCut norm_cut(int64_t outer, int64_t channels, int64_t inner, int64_t element_size, int64_t tiles);
+
+// Merges that a thread makes one after the other in a tile, not counting those among the lanes of a warp.
+int64_t serial_merges(const NormCut& cut);
 
 }  // namespace sparsekern::cuda

@@ -184,6 +184,12 @@ SPARSEKERN_EXPORT int64_t sparsekern_cuda_norm_scratch(int64_t outer, int64_t ch
   return norm_scratch(outer, channels, inner, element_size);
 }
 
+// Merges that a thread makes one after the other where the sums of such a normalisation are merged in a block.
+SPARSEKERN_EXPORT int64_t sparsekern_cuda_norm_merges(int64_t outer, int64_t channels, int64_t inner,
+                                                      int64_t element_size) {
+  return norm_merges(outer, channels, inner, element_size);
+}
+
 // The following functions return 0, a CUDA error, or the negative of an Error if nothing was launched.
 SPARSEKERN_EXPORT int sparsekern_cuda_step(const Call* call) {
   return run(*call);

@@ -6,9 +6,10 @@
 namespace sparsekern::cuda {
 namespace {
 
-// Approximate number of tiles of a large tensor. Passes that take sums have few, because each leaves sums to merge.
-// Other passes have many, so that the device is not idle while the last ones end.
-constexpr int64_t kTilesToMerge = 1024, kTiles = 8 * 1024;
+// Approximate number of tiles of a large tensor. Passes that take sums have few, because each leaves sums to merge: about
+// two waves of two blocks on each of 132 multiprocessors. Other passes have many, so that the device is not idle while
+// the last ones end.
+constexpr int64_t kTilesToMerge = 512, kTiles = 8 * 1024;
 
 int64_t element_size(int32_t dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
@@ -21,6 +22,7 @@ bool none_is_null(std::initializer_list<const void*> addresses) {
 }
 
 bool forward_is_complete(const Norm& norm) {
+  if (norm.momentum != 0 && !none_is_null({norm.running_mean, norm.running_var})) return false;
   if (norm.training) return none_is_null({norm.x, norm.out, norm.mean, norm.var, norm.scratch});
   return none_is_null({norm.x, norm.out, norm.mean, norm.var, norm.running_mean, norm.running_var});
 }
@@ -93,6 +95,10 @@ int run_norm_backward(const Norm& norm, std::atomic<int64_t>& launches) {
   sequence.pass(kBackwardPass);
   if (norm.threshold != nullptr) sequence.merge(count_norm);
   return sequence.error;
+}
+
+int64_t norm_merges(int64_t outer, int64_t channels, int64_t inner, int64_t element_size) {
+  return serial_merges(norm_cut(outer, channels, inner, element_size, kTilesToMerge));
 }
 
 int64_t norm_scratch(int64_t outer, int64_t channels, int64_t inner, int64_t element_size) {

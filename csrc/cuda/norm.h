@@ -9,7 +9,7 @@
 
 namespace sparsekern::cuda {
 
-// Doubles that a tile stores for each of its channels.
+// Doubles that a tile stores for each of its channels, at most.
 constexpr int kParts = 4;
 
 // The arguments of a launch.
@@ -37,6 +37,9 @@ cudaError_t count_norm(const NormCall& call, cudaStream_t stream);
 // to `launches`.
 int run_norm_forward(const Norm& norm, std::atomic<int64_t>& launches);
 int run_norm_backward(const Norm& norm, std::atomic<int64_t>& launches);
+
+// Merges one after the other in a tile of a pass that takes sums; see serial_merges.
+int64_t norm_merges(int64_t outer, int64_t channels, int64_t inner, int64_t element_size);
 
 // Size in doubles of the scratch memory that each of them needs.
 int64_t norm_scratch(int64_t outer, int64_t channels, int64_t inner, int64_t element_size);

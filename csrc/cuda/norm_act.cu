@@ -1,63 +1,85 @@
-// The small launches between and after the passes of a normalisation. One warp for each channel merges its tiles, and
-// one block updates the gradient counts of all channels.
+// The small launches between and after the passes of a normalisation. One warp for each channel merges its tiles and
+// updates the running statistics, and one block updates the gradient counts of all channels.
 #include "norm_parts.cuh"
 
 namespace sparsekern::cuda {
 namespace {
 
-constexpr int kChannels = kThreads / kWarp;
+// Small blocks: channels are few, and each reads many tiles.
+constexpr int kChannels = 2, kMergeThreads = kChannels * kWarp;
 
 __device__ int64_t channel_of_warp() {
   return static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x / kWarp;
 }
 
-// Merges all tiles of a channel. The first lane of the calling warp has the result.
-template <class Part>
-__device__ Part merge_pieces(const NormCall& call, int64_t channel) {
+// Adds up take(numbers of a tile) over all tiles of a channel. All lanes of the calling warp have the result.
+template <class Part, class Take>
+__device__ Part merge_pieces(const NormCall& call, int64_t channel, const Take& take) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   Part all = {};
-  for (int64_t piece = lane; piece < call.cut.pieces; piece += kWarp) {
-    Part part;
-    for (int i = 0; i < kParts; ++i) part.values[i] = part_of(call, channel, piece)[i];
-    all.merge(part);
-  }
+  for (int64_t piece = lane; piece < call.cut.pieces; piece += kWarp) all.merge(take(part_of(call, channel, piece)));
   merge_lanes(all, kWarp);
   return all;
 }
 
+// Mean of a channel, and the sum of the squared distances from it. The second reading takes the distances from the mean
+// of all tiles, so that there is no division for each tile.
+struct ChannelMoments {
+  double mean, distances;
+};
+
+__device__ ChannelMoments moments_of(const NormCall& call, int64_t channel) {
+  const double elements = elements_of(call.norm);
+  const auto sum = [](const double* of) { return Added<1>{{of[kCountOf] * of[kMeanOf]}}; };
+  const double mean = merge_pieces<Added<1>>(call, channel, sum).values[0] / elements;
+  const auto distances = [mean](const double* of) {
+    const double difference = of[kMeanOf] - mean;
+    return Added<1>{{of[kDistancesOf] + of[kCountOf] * (difference * difference)}};
+  };
+  return {mean, merge_pieces<Added<1>>(call, channel, distances).values[0]};
+}
+
+// Updates a running statistic by torch's lerp.
 template <class C>
-__global__ void __launch_bounds__(kThreads) store_moments(const NormCall __grid_constant__ call) {
-  const Norm& norm = call.norm;
-  const int64_t channel = channel_of_warp();
-  if (channel >= norm.channels) return;
-  const bool masked = is_masked(norm, channel);
-  double mean, var;
-  if (masked) {
-    const double elements = elements_of(norm);
-    const C factor = static_cast<C>((elements - 1) / elements);
-    mean = number_of<C>(norm.running_mean, channel, 0);
-    // Rounded to the compute type, as in the reference.
-    var = static_cast<C>(number_of<C>(norm.running_var, channel, 1)) * factor;
-  } else {
-    const ChannelMoments all = merge_pieces<ChannelMoments>(call, channel);
-    mean = all.mean();
-    var = all.distances() / all.count();
-  }
-  if (threadIdx.x % kWarp != 0) return;
-  static_cast<C*>(norm.mean)[channel] = static_cast<C>(mean);
-  static_cast<C*>(norm.var)[channel] = static_cast<C>(var);
+__device__ void blend(void* running, int64_t channel, C value, C weight) {
+  C& own = static_cast<C*>(running)[channel];
+  own = weight < C(0.5) ? own + weight * (value - own) : value - (value - own) * (1 - weight);
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) store_sums(const NormCall __grid_constant__ call) {
+__global__ void __launch_bounds__(kMergeThreads) store_moments(const NormCall __grid_constant__ call) {
+  const Norm& norm = call.norm;
+  const int64_t channel = channel_of_warp();
+  if (channel >= norm.channels) return;
+  const double elements = elements_of(norm);
+  const bool masked = is_masked(norm, channel);
+  ChannelMoments all = {};
+  if (!masked) all = moments_of(call, channel);
+  if (threadIdx.x % kWarp != 0) return;
+  C mean = static_cast<C>(all.mean), var = static_cast<C>(all.distances / elements);
+  if (masked) {
+    // The factor cancels that of the unbiased variance below.
+    mean = static_cast<C>(number_of<C>(norm.running_mean, channel, 0));
+    var = static_cast<C>(number_of<C>(norm.running_var, channel, 1)) * static_cast<C>((elements - 1) / elements);
+  }
+  static_cast<C*>(norm.mean)[channel] = mean;
+  static_cast<C*>(norm.var)[channel] = var;
+  if (norm.momentum == 0) return;
+  blend<C>(norm.running_mean, channel, mean, static_cast<C>(norm.momentum));
+  blend<C>(norm.running_var, channel, var * static_cast<C>(elements / (elements - 1)), static_cast<C>(norm.momentum));
+}
+
+template <class C>
+__global__ void __launch_bounds__(kMergeThreads) store_sums(const NormCall __grid_constant__ call) {
   const Norm& norm = call.norm;
   const int64_t channel = channel_of_warp();
   if (channel >= norm.channels) return;
   GradSums all = {};
   const bool masked = is_masked(norm, channel);
-  if (!masked) all = merge_pieces<GradSums>(call, channel);
+  const auto sums = [](const double* of) { return GradSums{{of[0], of[1], of[2], of[3]}}; };
+  if (!masked) all = merge_pieces<GradSums>(call, channel, sums);
   if (threadIdx.x % kWarp != 0) return;
-  for (int i = 0; i < kParts; ++i) folded_sums_of(call, channel)[i] = all.values[i];
+  for (int i = 0; i < GradSums::kSize; ++i) folded_sums_of(call, channel)[i] = all.values[i];
   const double rstd = 1 / sqrt(number_of<C>(norm.var, channel, 1) + norm.eps);
   // The variance of a masked channel is arbitrary.
   static_cast<C*>(norm.grad_weight)[channel] = masked ? C(0) : static_cast<C>(all.values[1] * rstd);
@@ -134,13 +156,13 @@ int64_t blocks_of(const NormCall& call) {
 }  // namespace
 
 cudaError_t fold_norm_moments(const NormCall& call, cudaStream_t stream) {
-  return call.norm.dtype == kFloat64 ? launch(store_moments<double>, blocks_of(call), kThreads, call, stream)
-                                     : launch(store_moments<float>, blocks_of(call), kThreads, call, stream);
+  return call.norm.dtype == kFloat64 ? launch(store_moments<double>, blocks_of(call), kMergeThreads, call, stream)
+                                     : launch(store_moments<float>, blocks_of(call), kMergeThreads, call, stream);
 }
 
 cudaError_t fold_norm_sums(const NormCall& call, cudaStream_t stream) {
-  return call.norm.dtype == kFloat64 ? launch(store_sums<double>, blocks_of(call), kThreads, call, stream)
-                                     : launch(store_sums<float>, blocks_of(call), kThreads, call, stream);
+  return call.norm.dtype == kFloat64 ? launch(store_sums<double>, blocks_of(call), kMergeThreads, call, stream)
+                                     : launch(store_sums<float>, blocks_of(call), kMergeThreads, call, stream);
 }
 
 cudaError_t count_norm(const NormCall& call, cudaStream_t stream) {

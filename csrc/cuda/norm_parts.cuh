@@ -8,39 +8,36 @@
 
 namespace sparsekern::cuda {
 
+// Sums that are merged by addition.
+template <int kValues>
+struct Added {
+  static_assert(kValues <= kParts, "scratch memory has kParts numbers for each tile and channel");
+  static constexpr int kSize = kValues;
+  double values[kValues];
+
+  __device__ void merge(const Added& other) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] += other.values[i];
+  }
+};
+
 // The sums of dz, dz * (x - mean) and dz * dz, and the number of |dz| above the threshold.
-struct GradSums {
-  double values[kParts];
+using GradSums = Added<4>;
 
-  __device__ void merge(const GradSums& other) {
-    for (int i = 0; i < kParts; ++i) values[i] += other.values[i];
-  }
-};
+// The sums of x - pivot and of its square, with one pivot for all elements of a channel in a tile.
+using PivotSums = Added<2>;
 
-// Number of elements, their mean, and the sum of their squared distances from it, merged as in Chan, Golub and LeVeque
-// 1983, "Algorithms for computing the sample variance".
-struct ChannelMoments {
-  double values[kParts];
+// What a tile stores of the moments of a channel: number of elements, their mean, and the sum of their squared distances
+// from it.
+enum { kCountOf, kMeanOf, kDistancesOf };
 
-  __device__ double count() const { return values[0]; }
-  __device__ double mean() const { return values[1]; }
-  __device__ double distances() const { return values[2]; }
-
-  __device__ void merge(const ChannelMoments& other) {
-    if (other.count() == 0) return;
-    const double both = count() + other.count(), share = other.count() / both, difference = other.mean() - mean();
-    values[2] += other.distances() + difference * difference * (count() * share);
-    values[1] += difference * share;
-    values[0] = both;
-  }
-};
-
-// Merges neighbouring `lanes` (of a warp at most); the first of them has the result. Called by whole warps.
+// Merges neighbouring `lanes` (of a warp at most); all of them have the result. Called by whole warps.
 template <class Part>
 __device__ inline void merge_lanes(Part& part, int lanes) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     Part other;
-    for (int i = 0; i < kParts; ++i) other.values[i] = __shfl_xor_sync(0xffffffffu, part.values[i], distance);
+#pragma unroll
+    for (int i = 0; i < Part::kSize; ++i) other.values[i] = __shfl_xor_sync(0xffffffffu, part.values[i], distance);
     part.merge(other);
   }
 }
@@ -52,6 +49,12 @@ __device__ inline double* folded_sums_of(const NormCall& call, int64_t channel) 
 __device__ inline double* part_of(const NormCall& call, int64_t channel, int64_t piece) {
   return call.norm.scratch + (call.norm.channels + channel * call.cut.pieces + piece) * kParts;
 }
+
+// The position of a thread in its tile.
+struct Place {
+  int64_t channel_begin, outer_begin, outer_end, inner_begin, inner_end, piece;
+  int32_t lane, slot, way, ways;
+};
 
 // The number of a channel in a vector, or `missing` if the vector is null.
 template <class C>

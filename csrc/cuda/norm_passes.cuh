@@ -2,11 +2,12 @@
 // The elements of a pack belong to one channel (kStep 0) or to one channel each (kStep 1). A pass provides
 //
 //   Channel         the numbers of a channel that it needs, computed once per tile
-//   Sums, Part      what a thread sums for a channel, and the form in which a tile stores it; kFolds: there are sums
+//   Sums, Part      what a thread sums for a channel, and the form in which a block merges it; kFolds: there are sums
+//   store_part      stores the merged sums of a tile for a channel
 //   read, use       loads a pack; computes with it and stores results
-//   kPacksInFlight  packs that a thread loads before it uses the first one. The blocks of a multiprocessor then have 16
-//   KB
-//                   or more of loads in flight, as many as the latency of memory requires
+//   kPacksInFlight  packs that a thread loads before it uses the first one. The two blocks of a multiprocessor then have
+//                   32 KB or more of loads in flight, as many as the latency of memory requires; 16 KB where registers
+//                   are scarce
 #pragma once
 
 #include "activation.cuh"
@@ -38,26 +39,38 @@ __device__ inline Affine affine_of(const Norm& norm, int64_t channel, C mean, C 
   return {scale, number_of<C>(norm.bias, channel, 0) - static_cast<double>(mean) * scale};
 }
 
-// Mean and squared distances, taken about the first element that the thread reads. That element is one of those summed,
-// so little precision is lost when the sums are shifted to the mean, however far the element is from it.
+// Mean and squared distances, taken about a pivot: the median of three elements of the tile, first, middle and last. All
+// threads share it, so their sums only add up. The median is near the mean even where one of the three is far from it, so
+// little precision is lost when the sums are shifted to the mean.
 template <class S>
 struct MomentsPass {
   using C = typename Compute<S>::Type;
-  using Part = ChannelMoments;
+  using Part = PivotSums;
   static constexpr bool kFolds = true;
-  static constexpr int kPacksInFlight = 2;
+  static constexpr int kPacksInFlight = 4;
 
   struct Channel {
+    C pivot;
     bool masked;
   };
   struct Sums {
-    C pivot, sum, square;
-    int32_t count;
+    C sum, square;
   };
 
   const NormCall& call;
 
-  __device__ Channel channel(int64_t channel, bool) const { return {is_masked(call.norm, channel)}; }
+  __device__ Channel channel(int64_t channel, const Place& at) const {
+    if (is_masked(call.norm, channel)) return {C(0), true};
+    const auto element = [&](int64_t outer, int64_t inner) {
+      const int64_t index = (outer * call.norm.channels + channel) * call.norm.inner + inner;
+      return widen(static_cast<const S*>(call.norm.x)[index]);
+    };
+    const int64_t last_outer = at.outer_end - 1, last_inner = at.inner_end - 1;
+    const C a = element(at.outer_begin, at.inner_begin), c = element(last_outer, last_inner);
+    const C b = element((at.outer_begin + last_outer) / 2, (at.inner_begin + last_inner) / 2);
+    const C low = a < b ? a : b, high = a < b ? b : a;
+    return {c < low ? low : c < high ? c : high, false};
+  }
 
   template <int kCount, int kStep>
   __device__ __forceinline__ Pack<S, kCount> read(int64_t at, const Channel* channels) const {
@@ -66,30 +79,31 @@ struct MomentsPass {
   }
 
   template <int kCount, int kStep>
-  __device__ __forceinline__ void use(int64_t, const Pack<S, kCount>& x, const Channel*, Sums* sums) const {
+  __device__ __forceinline__ void use(int64_t, const Pack<S, kCount>& x, const Channel* channels, Sums* sums) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      Sums& of = sums[k * kStep];
-      const C value = widen(x.values[k]);
-      if ((kStep == 1 || k == 0) && of.count == 0) of.pivot = value;
-      const C difference = value - of.pivot;
-      of.sum += difference;
-      of.square += difference * difference;
-      ++of.count;
+      const C difference = widen(x.values[k]) - channels[k * kStep].pivot;
+      sums[k * kStep].sum += difference;
+      sums[k * kStep].square += difference * difference;
     }
   }
 
   __device__ static Part part(const Sums& sums) {
-    if (sums.count == 0) return {};
-    const double count = sums.count, sum = sums.sum, distances = sums.square - sum * sum / count;
-    return {{count, sums.pivot + sum / count, distances < 0 ? 0 : distances, 0}};
+    return {{static_cast<double>(sums.sum), static_cast<double>(sums.square)}};
+  }
+
+  __device__ void store_part(const Part& part, const Channel& channel, const Place& at, double* out) const {
+    const double count = static_cast<double>((at.outer_end - at.outer_begin) * (at.inner_end - at.inner_begin));
+    const double shift = part.values[0] / count, distances = part.values[1] - part.values[0] * shift;
+    out[kCountOf] = count;
+    out[kMeanOf] = channel.pivot + shift;
+    out[kDistancesOf] = distances < 0 ? 0 : distances;
   }
 };
 
 template <class S, int32_t kActivation>
 struct NormalisePass {
   using C = typename Compute<S>::Type;
-  using Part = ChannelMoments;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
   static constexpr int kPacksInFlight = 2;
@@ -106,13 +120,13 @@ struct NormalisePass {
   const NormCall& call;
 
   // Where the batch's own mean and variance are not taken, what they are replaced by is passed on by the first tile.
-  __device__ Channel channel(int64_t channel, bool first) const {
+  __device__ Channel channel(int64_t channel, const Place& at) const {
     const Norm& norm = call.norm;
     C& mean = static_cast<C*>(norm.mean)[channel];
     C& var = static_cast<C*>(norm.var)[channel];
     const C used_mean = norm.training ? mean : static_cast<const C*>(norm.running_mean)[channel];
     const C used_var = norm.training ? var : static_cast<const C*>(norm.running_var)[channel];
-    if (!norm.training && first) mean = used_mean, var = used_var;
+    if (!norm.training && at.piece == 0) mean = used_mean, var = used_var;
     const Affine affine = affine_of<C>(norm, channel, used_mean, used_var);
     return {static_cast<C>(affine.scale), static_cast<C>(affine.shift), is_masked(norm, channel)};
   }
@@ -147,7 +161,9 @@ struct Incoming {
   using C = typename Compute<S>::Type;
 
   Pack<S, kCount> x = {}, residual = {}, grad = {};
-  bool adds;
+  bool adds = false;
+
+  Incoming() = default;
 
   // `live`: some channel is not masked. `residuals`: residuals of masked channels are needed.
   __device__ __forceinline__ Incoming(const NormCall& call, int64_t at, bool live, bool residuals) {
@@ -173,7 +189,8 @@ struct GradSumsPass {
   using C = typename Compute<S>::Type;
   using Part = GradSums;
   static constexpr bool kFolds = true;
-  static constexpr int kPacksInFlight = 1;
+  // Eight channels a thread leave no registers for a second pack.
+  static constexpr int kPacksInFlight = sizeof(S) == 2 ? 1 : 2;
 
   struct Channel {
     C scale, shift, mean, threshold;
@@ -186,7 +203,7 @@ struct GradSumsPass {
 
   const NormCall& call;
 
-  __device__ Channel channel(int64_t channel, bool) const {
+  __device__ Channel channel(int64_t channel, const Place&) const {
     const Norm& norm = call.norm;
     const C mean = static_cast<const C*>(norm.mean)[channel];
     const Affine affine = affine_of<C>(norm, channel, mean, static_cast<const C*>(norm.var)[channel]);
@@ -219,16 +236,19 @@ struct GradSumsPass {
     return {{static_cast<double>(sums.grad), static_cast<double>(sums.dot), static_cast<double>(sums.square),
              static_cast<double>(sums.count)}};
   }
+
+  __device__ void store_part(const Part& part, const Channel&, const Place&, double* out) const {
+    for (int i = 0; i < Part::kSize; ++i) out[i] = part.values[i];
+  }
 };
 
 // The gradients of x and the residual.
 template <class S, int32_t kActivation>
 struct BackwardPass {
   using C = typename Compute<S>::Type;
-  using Part = GradSums;
   using Sums = NoSums;
   static constexpr bool kFolds = false;
-  static constexpr int kPacksInFlight = 1;
+  static constexpr int kPacksInFlight = 2;
 
   struct Channel {
     C scale, shift, mean, slope, offset;
@@ -237,7 +257,7 @@ struct BackwardPass {
 
   const NormCall& call;
 
-  __device__ Channel channel(int64_t channel, bool) const {
+  __device__ Channel channel(int64_t channel, const Place&) const {
     const Norm& norm = call.norm;
     const C mean = static_cast<const C*>(norm.mean)[channel], var = static_cast<const C*>(norm.var)[channel];
     const Affine affine = affine_of<C>(norm, channel, mean, var);

@@ -8,12 +8,6 @@ namespace sparsekern::cuda {
 // Maximum number of channels of a tile: 32 packs of eight, or one for each thread.
 constexpr int kTileChannels = 256;
 
-// The position of a thread in its tile.
-struct Place {
-  int64_t channel_begin, outer_begin, outer_end, inner_begin, inner_end, piece;
-  int32_t lane, slot, way, ways;
-};
-
 __device__ inline Place place_of(const NormCall& call) {
   const NormCut& cut = call.cut;
   const int32_t thread = static_cast<int32_t>(threadIdx.x), block_slots = cut.lanes * cut.slots;
@@ -36,13 +30,13 @@ template <int kCount, int kStep, class Pass>
 __device__ __forceinline__ void pass_over(const Pass& pass, int64_t first, int64_t end, int64_t step,
                                           const typename Pass::Channel* channels, typename Pass::Sums* sums) {
   using In = decltype(pass.template read<kCount, kStep>(first, channels));
-  if constexpr (Pass::kPacksInFlight == 2) {
-    for (; first + step < end; first += 2 * step) {
-      const In one = pass.template read<kCount, kStep>(first, channels);
-      const In two = pass.template read<kCount, kStep>(first + step, channels);
-      pass.template use<kCount, kStep>(first, one, channels, sums);
-      pass.template use<kCount, kStep>(first + step, two, channels, sums);
-    }
+  constexpr int kAhead = Pass::kPacksInFlight;
+  for (; kAhead > 1 && first + (kAhead - 1) * step < end; first += kAhead * step) {
+    In in[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) in[i] = pass.template read<kCount, kStep>(first + i * step, channels);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) pass.template use<kCount, kStep>(first + i * step, in[i], channels, sums);
   }
   for (; first < end; first += step) {
     const In in = pass.template read<kCount, kStep>(first, channels);
@@ -79,26 +73,39 @@ __device__ __forceinline__ void pass_over_channels(const Pass& pass, const NormC
                        sums);
 }
 
-// Merges the sums of the threads of a block for each channel: lanes by halves, then ways one after the other. `sums` is
-// of channel number `width` of each thread. Called by whole blocks.
-template <class Pass>
-__device__ inline void fold_tile(const NormCall& call, const Place& at, int32_t width,
-                                 const typename Pass::Sums& sums) {
+// Merges the sums of the threads of a block for `kWidth` channels of each slot, from number `begin` on, and stores them.
+// The lanes of a warp that share a slot are merged by halves. What is left goes through shared memory as a table with a
+// row for each group of lanes of a slot and a column for each channel. `folders` threads take the rows of a column in
+// turn, so that all threads of the block merge at once. Called by whole blocks.
+template <class Pass, int kWidth>
+__device__ inline void fold_tile(const Pass& pass, const NormCall& call, const Place& at, int32_t begin,
+                                 const typename Pass::Sums* sums, const typename Pass::Channel* of_tile) {
   using Part = typename Pass::Part;
-  __shared__ Part parts[kThreads];
+  __shared__ double parts[Part::kSize][kThreads * kWidth];
   const int32_t slots = call.cut.slots, lanes = call.cut.lanes < kWarp ? call.cut.lanes : kWarp;
-  const int32_t thread = static_cast<int32_t>(threadIdx.x);
-  Part part = Pass::part(sums);
-  merge_lanes(part, lanes);
+  const int32_t thread = static_cast<int32_t>(threadIdx.x), folders = call.cut.folders;
+  const int32_t size = kThreads / lanes * kWidth, columns = slots * kWidth;
   __syncthreads();  // earlier reads of `parts` are complete
-  if (thread % lanes == 0) parts[thread / lanes] = part;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    Part part = Pass::part(sums[k]);
+    merge_lanes(part, lanes);
+    if (thread % lanes == 0)
+      for (int i = 0; i < Part::kSize; ++i) parts[i][thread / lanes * kWidth + k] = part.values[i];
+  }
   __syncthreads();
-  const int64_t channel = at.channel_begin + thread * call.cut.width + width;
-  if (thread >= slots || channel >= call.norm.channels) return;
-  part = parts[thread];
-  for (int32_t other = thread + slots; other < kThreads / lanes; other += slots) part.merge(parts[other]);
-  double* out = part_of(call, channel, at.piece);
-  for (int i = 0; i < kParts; ++i) out[i] = part.values[i];
+  const int32_t column = thread / folders;
+  Part all = {};
+  for (int32_t from = thread % folders * columns + column; column < columns && from < size; from += folders * columns) {
+    Part part;
+    for (int i = 0; i < Part::kSize; ++i) part.values[i] = parts[i][from];
+    all.merge(part);
+  }
+  merge_lanes(all, folders);
+  const int32_t of = column / kWidth * call.cut.width + begin + column % kWidth;
+  const int64_t channel = at.channel_begin + of;
+  if (thread % folders != 0 || column >= columns || channel >= call.norm.channels) return;
+  pass.store_part(all, of_tile[of], at, part_of(call, channel, at.piece));
 }
 
 template <class S, class Pass, int kWidth>
@@ -117,8 +124,10 @@ __device__ inline void run_tile(const Pass& pass, const NormCall& call, const Pl
     }
   }
   if constexpr (Pass::kFolds) {
+    constexpr int kMerged = kWidth < kFoldWidth ? kWidth : kFoldWidth;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) fold_tile<Pass>(call, at, k, sums[k]);
+    for (int k = 0; k < kWidth; k += kMerged)
+      fold_tile<Pass, kMerged>(pass, call, at, k, sums + k, of_tile);
   }
 }
 
@@ -132,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kNormBlocks) norm_pass(const NormCal
   const Place at = place_of(call);
   const int32_t tile = call.cut.slots * call.cut.width, thread = static_cast<int32_t>(threadIdx.x);
   if (thread < tile && at.channel_begin + thread < call.norm.channels)
-    of_tile[thread] = pass.channel(at.channel_begin + thread, at.piece == 0);
+    of_tile[thread] = pass.channel(at.channel_begin + thread, at);
   __syncthreads();
   if (call.cut.width == 1) {
     run_tile<S, Pass, 1>(pass, call, at, of_tile);

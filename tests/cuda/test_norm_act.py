@@ -14,9 +14,11 @@ from kernels.norm_elementwise import (
     assert_trains,
 )
 
+from sparsekern.kernels.backends import reference
 from sparsekern.kernels.backends.cuda import step as cuda_step
 from sparsekern.kernels.backends.reference.norm_act import ACTIVATIONS
 from sparsekern.kernels.native import cuda_library
+from sparsekern.kernels.options import NormInputs, NormOptions, Running
 from sparsekern.kernels.selfcheck.norms import LARGE, LAYOUTS, laid_out, problem
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -48,6 +50,47 @@ def test_several_blocks_share_a_channel(emulated: Any, lies: tuple[int, int, int
     """In the shapes above; each block leaves four numbers, and so do all of them together."""
     scratch = cuda_step._target.library.sparsekern_cuda_norm_scratch(*lies, 4)
     assert scratch >= 4 * lies[1] * 3
+
+
+def _layers() -> list[tuple[int, int, int]]:
+    """Outer size, channels and inner size of layers of real networks, in both layouts."""
+    found = []
+    for batch, channels, edge in (
+        *((8, 64, 128), (8, 16, 128), (32, 64, 56), (32, 256, 56), (32, 512, 7), (8, 37, 128), (8, 24, 64)),
+        *((1, 8, 512), (2, 3, 224), (64, 2048, 7), (4, 1280, 8), (16, 20, 32), (1, 1, 64)),
+    ):
+        found += [(batch * edge * edge, channels, 1), (batch, channels, edge * edge)]
+    return found
+
+
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+def test_all_threads_of_a_block_merge_its_sums(emulated: Any, element_size: int) -> None:
+    """A thread makes few merges one after the other, each of which waits for the one before."""
+    for layer in _layers():
+        merges = cuda_step._target.library.sparsekern_cuda_norm_merges(*layer, element_size)
+        assert merges <= 14, layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, 0.7])
+def test_running_statistics(emulated: Any, dtype: torch.dtype, momentum: float) -> None:
+    """The kernels update those of the compute type; others are converted. Their versions rise once."""
+    given = problem((4, 6, 5, 5), torch.float32, "contiguous", masked=0.4)
+    inputs = NormInputs(given.x, None, given.weight, given.bias, given.mask)
+    options = NormOptions("relu", True, 1e-5, momentum)
+    results = []
+    for backend in (reference, emulated):
+        running = Running(torch.linspace(-1, 1, 6).to(dtype), torch.linspace(1, 2, 6).to(dtype))
+        launches = cuda_step._target.library.sparsekern_cuda_launches()
+        backend.norm_act_forward(inputs, running, options)
+        results.append(running)
+        assert [one._version for one in running if one is not None] == [1, 1]
+    assert cuda_step._target.library.sparsekern_cuda_launches() == launches + 3
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
+        assert given.mask is not None and want is not None and got is not None
+        still = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 4
+        torch.testing.assert_close(got[given.mask], want[given.mask], rtol=still, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (3, 4, 9), (2, 4, 3, 2, 5)], ids=str)

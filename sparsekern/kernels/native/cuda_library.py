@@ -105,7 +105,7 @@ class Norm(Structure):
         *((name, c_void_p) for name in ("grad_weight", "grad_bias", "scratch")),
         *((name, c_void_p) for name in ("threshold", "activity", "updates", "stream")),
         *((name, c_int64) for name in ("outer", "channels", "inner")),
-        *((name, c_double) for name in ("eps", "tau", "decay")),
+        *((name, c_double) for name in ("eps", "tau", "decay", "momentum")),
         *((name, c_int32) for name in ("activation", "training", "dtype", "device")),
     ]
 
@@ -192,6 +192,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.sparsekern_cuda_moments.argtypes = [POINTER(Moments)]
     library.sparsekern_cuda_norm_scratch.argtypes = [c_int64] * 4
     library.sparsekern_cuda_norm_scratch.restype = c_int64
+    library.sparsekern_cuda_norm_merges.argtypes = [c_int64] * 4
+    library.sparsekern_cuda_norm_merges.restype = c_int64
     library.sparsekern_cuda_norm_forward.argtypes = [POINTER(Norm)]
     library.sparsekern_cuda_norm_backward.argtypes = [POINTER(Norm)]
     library.sparsekern_cuda_try.argtypes = [c_int32]

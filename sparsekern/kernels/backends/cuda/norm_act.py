@@ -46,9 +46,14 @@ def norm_act_forward(
         "var": var,
         "scratch": _scratch(x, layout) if options.training else None,
     }
-    _run("forward", x, layout, operands, options)
-    if options.training:
-        reference_norm.track(running, mean, var, x.numel() // x.shape[1], options.momentum)
+    momentum = options.momentum if options.training else 0.0
+    written = _written(running, operands) if momentum else []
+    _run("forward", x, layout, operands, options, momentum=momentum if written else 0.0)
+    if written:
+        # Autograd does not see raw writes.
+        increment_version(written)
+    else:
+        reference_norm.track(running, mean, var, x.numel() // x.shape[1], momentum)
     return layout.returned(y, x), mean, var
 
 
@@ -87,6 +92,13 @@ def _fits(x: Tensor) -> bool:
     return x.device.type == _target.device_type and x.dtype in cuda_library.DTYPES
 
 
+def _written(running: Running, operands: dict[str, Tensor | None]) -> list[Tensor]:
+    """The running statistics if the kernels can write to them: both exist, and none had to be converted."""
+    pairs = zip(running, (operands["running_mean"], operands["running_var"]), strict=True)
+    both = [own for own, given in pairs if own is not None and own is given]
+    return both if len(both) == 2 else []
+
+
 def _is_written(array: Tensor, x: Tensor) -> bool:
     """Whether the kernels can write to ``array``, a field of ChannelCounts."""
     return array.dtype is torch.float32 and array.is_contiguous() and array.device == x.device
@@ -114,7 +126,7 @@ def _run(
         layout: the layout of ``x``.
         operands: the tensors, keyed by the fields of ``cuda_library.Norm``. They are kept alive meanwhile.
         options: the options.
-        means: ``tau`` and ``decay`` of the counts, if there are any.
+        means: ``tau`` and ``decay`` of the counts, if there are any; ``momentum`` of the running statistics.
 
     Raises:
         RuntimeError: the kernels could not be launched.
