@@ -77,7 +77,7 @@ __device__ void finish_statistics(const Table& table, const Entry& entry) {
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
     set_threshold(table, entry, row, scaled_rms);
   if (threadIdx.x > 0) return;
-  *table.rows.pending = 1;
+  atomicExch(table.rows.pending, 1.0f);  // by one block for each tensor
   if (rows.nonfinite > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(table.rows.nonfinite),
               static_cast<unsigned long long>(rows.nonfinite));

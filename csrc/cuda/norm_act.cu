@@ -30,11 +30,11 @@ struct ChannelMoments {
 
 __device__ ChannelMoments moments_of(const NormCall& call, int64_t channel) {
   const double elements = elements_of(call.norm);
-  const auto sum = [](const double* of) { return Added<1>{{of[kCountOf] * of[kMeanOf]}}; };
+  const auto sum = [](const double* of) { return Added<1>{{of[kTileCount] * of[kTileMean]}}; };
   const double mean = merge_pieces<Added<1>>(call, channel, sum).values[0] / elements;
   const auto distances = [mean](const double* of) {
-    const double difference = of[kMeanOf] - mean;
-    return Added<1>{{of[kDistancesOf] + of[kCountOf] * (difference * difference)}};
+    const double difference = of[kTileMean] - mean;
+    return Added<1>{{of[kTileDistances] + of[kTileCount] * (difference * difference)}};
   };
   return {mean, merge_pieces<Added<1>>(call, channel, distances).values[0]};
 }

@@ -29,7 +29,7 @@ using PivotSums = Added<2>;
 
 // What a tile stores of the moments of a channel: number of elements, their mean, and the sum of their squared distances
 // from it.
-enum { kCountOf, kMeanOf, kDistancesOf };
+enum { kTileCount, kTileMean, kTileDistances };
 
 // Merges neighbouring `lanes` (of a warp at most); all of them have the result. Called by whole warps.
 template <class Part>

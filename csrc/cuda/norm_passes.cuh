@@ -95,9 +95,9 @@ struct MomentsPass {
   __device__ void store_part(const Part& part, const Channel& channel, const Place& at, double* out) const {
     const double count = static_cast<double>((at.outer_end - at.outer_begin) * (at.inner_end - at.inner_begin));
     const double shift = part.values[0] / count, distances = part.values[1] - part.values[0] * shift;
-    out[kCountOf] = count;
-    out[kMeanOf] = channel.pivot + shift;
-    out[kDistancesOf] = distances < 0 ? 0 : distances;
+    out[kTileCount] = count;
+    out[kTileMean] = channel.pivot + shift;
+    out[kTileDistances] = distances < 0 ? 0 : distances;
   }
 };
 

@@ -53,7 +53,8 @@ __device__ inline void fold_block(Sums<C>& sums) {
     for (int warp = 1; warp < kThreads / kWarp; ++warp) sums += of_warps[warp];
 }
 
-// Adds up all[i + j * stride] over j < count for each i. Each thread is one (i, j). Called by whole blocks.
+// Adds up all[i + j * stride] over j < count for each i. Each thread is one (i, j), and (i, 0) has the result. Called by
+// whole blocks.
 template <class C>
 __device__ inline void fold_strided(Sums<C>* all, int at, int j, int count, int stride) {
   int reach = 1;
@@ -62,7 +63,6 @@ __device__ inline void fold_strided(Sums<C>* all, int at, int j, int count, int 
     __syncthreads();
     if (j < reach && j + reach < count) all[at] += all[at + reach * stride];
   }
-  __syncthreads();
 }
 
 template <class C>

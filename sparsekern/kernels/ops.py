@@ -71,7 +71,9 @@ def _schema(op: int) -> str:
 
 def _register(schema: str, kernel: Callable[..., None]) -> Any:
     """Register an op, and return it. ``kernel`` checks fake tensors too, and does nothing else with them."""
-    _LIBRARY.define(schema)
+    # A graph that the compiler captures would keep the tables of addresses that a plan has made. Users
+    # capture steps with `Pruner.capturing`.
+    _LIBRARY.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
     name = schema.partition("(")[0]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsekern::{name}", kernel, lib=_LIBRARY)

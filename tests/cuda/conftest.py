@@ -22,7 +22,8 @@ if not torch.cuda.is_available():
 if torch.cuda.is_available() or cuda_library.load() is None:
     collect_ignore.append("test_without_gpu.py")
 if COMPILER is None:
-    collect_ignore += ["test_emulated.py", "test_emulation.py", "test_norm_act.py", "test_sass.py"]
+    collect_ignore += ["test_emulated.py", "test_emulation.py", "test_mutants.py"]
+    collect_ignore += ["test_norm_act.py", "test_sass.py"]
 
 
 @pytest.fixture(scope="session")

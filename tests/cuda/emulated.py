@@ -21,6 +21,7 @@ from sparsekern.kernels.native import cuda_library
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
+SHARED = EMULATION / "shared.ld"
 
 # No contraction, as nvcc is told; the kernels' own flags otherwise do not matter here.
 FLAGS = (
@@ -53,14 +54,14 @@ def _compile(folder: Path, path: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     linked = folder / "linked.so"
-    subprocess.run([str(COMPILER), "-shared", *objects, "-o", str(linked)], check=True)
+    subprocess.run([str(COMPILER), "-shared", *objects, f"-Wl,-T,{SHARED}", "-o", str(linked)], check=True)
     linked.rename(path)
 
 
 @contextmanager
 def installed(library: ctypes.CDLL) -> Iterator[ModuleType]:
     """The backend module, working on CPU tensors with that library meanwhile."""
-    library.emulation_order(0)
+    library.emulation_order(0, False)
     target = cuda_library.Target(library, "cpu", 1)
     with (
         patch.object(cuda_step, "_target", target),

@@ -127,8 +127,8 @@ def test_no_order_of_blocks_and_threads_changes_a_bit(
 ) -> None:
     start = problem(torch.float32, "contiguous", "some masked, some fading", seed=9, shapes=shapes)
     results = []
-    for order in (0, 1, 2, 3):
-        emulated_library.emulation_order(order)
+    for order, starve in ((0, False), (1, False), (2, False), (0, True), (1, True)):
+        emulated_library.emulation_order(order, starve)
         got = start.clone()
         _call(emulated, OPS[name], got)
         results.append(got)
@@ -144,7 +144,7 @@ def test_channel_moments(
     emulated: Any, emulated_library: ctypes.CDLL, channels: int, pending: float, order: int
 ) -> None:
     """Rows that are gates of several channels, in several blocks; twice, for what is left between calls."""
-    emulated_library.emulation_order(order)
+    emulated_library.emulation_order(order, False)
     want, got = (channel_arrays(channels, pending) for _ in range(2))
     for _ in range(2):
         reference.channel_moments_(want)

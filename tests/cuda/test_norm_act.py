@@ -124,12 +124,12 @@ def test_mean_and_variance_far_from_zero(emulated: Any, layout: str) -> None:
 def test_no_order_of_blocks_threads_or_addresses_changes_a_bit(
     emulated: Any, emulated_library: ctypes.CDLL, dtype: torch.dtype, layout: str
 ) -> None:
-    runs = [(0, layout), (1, layout), (2, layout)]
+    runs = [(0, False, layout), (1, False, layout), (2, False, layout), (1, True, layout)]
     if layout == "contiguous_format":
-        runs.append((0, "not aligned"))
+        runs.append((0, False, "not aligned"))
     results = []
-    for order, where in runs:
-        emulated_library.emulation_order(order)
+    for order, starve, where in runs:
+        emulated_library.emulation_order(order, starve)
         plain = problem((9, 20, 17, 19), dtype, "contiguous", "silu", residual=True)
         given = laid_out(plain, where)
         y, mean, var = given.forward(emulated)

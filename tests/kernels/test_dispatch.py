@@ -73,6 +73,8 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == (3 if "external" in name else 2)
     for op, args, kwargs in calls:
         torch.library.opcheck(op, args, kwargs)
+        # The compiler's CUDA graphs leave it out.
+        assert torch.Tag.cudagraph_unsafe in op.tags
 
 
 @pytest.mark.parametrize(("name", "backend"), [*((name, "aot_eager") for name in CALLS), ("sgd", "inductor")])

@@ -3,7 +3,7 @@
 // Blocks run one after the other, the threads of a block as fibers that are switched where threads meet (barriers and
 // shuffles). Threads that wait for others that never come, and accesses that are not aligned as promised, are found.
 // Shared memory holds NaN when a block starts. The order of blocks and threads can be changed: a result that depends
-// on it is a race.
+// on it is a race. races/ runs the same with ThreadSanitizer.
 #pragma once
 
 #include <math.h>
@@ -18,7 +18,7 @@
 #define __launch_bounds__(...)
 // Arguments of a kernel are constant and the same for all threads.
 #define __grid_constant__ &
-// One copy per variable, as blocks take turns; in a section of its own, so that it can be poisoned.
+// One copy per variable, as blocks take turns; shared.ld collects them, so that they can be filled.
 #define __shared__ __attribute__((section("emulated_shared"))) static
 #define __builtin_assume_aligned(address, bytes) emulation::aligned(address, bytes)
 
@@ -31,9 +31,9 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
-inline dim3& threadIdx = emulation::thread_index<dim3>;
-inline dim3& blockIdx = emulation::block_index<dim3>;
-inline dim3& gridDim = emulation::grid_size<dim3>;
+#define threadIdx (emulation::thread_now())
+#define blockIdx (emulation::block_now())
+inline dim3 gridDim;
 
 inline void __syncthreads() {
   emulation::meet_block();
@@ -50,8 +50,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
-  const T old = *address;
-  *address = old + value;
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+inline float atomicExch(float* address, float value) {
+  float old;
+  __atomic_exchange(address, &value, &old, __ATOMIC_RELAXED);
   return old;
 }
 
@@ -88,9 +91,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   // As on a device: what is pushed into the launch is a copy.
   const auto call = [kernel, arguments...] { kernel(arguments...); };
   gridDim = config->gridDim;
-  const bool ended = emulation::run_grid(
-      config->gridDim.x, config->blockDim.x, call, [](unsigned block) { blockIdx.x = block; },
-      [](unsigned thread) { threadIdx.x = thread; });
+  const bool ended = emulation::run_grid(config->gridDim.x, config->blockDim.x, call);
   return ended ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

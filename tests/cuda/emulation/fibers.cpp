@@ -1,31 +1,26 @@
 #include "fibers.h"
 
-#include <setjmp.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 #include <vector>
 
-// Bounds of the section of all shared variables, made by the linker.
-extern "C" unsigned char __start_emulated_shared[], __stop_emulated_shared[];
+#include "switching.h"
+
+// Bounds of all variables in shared memory, made by shared.ld.
+extern "C" unsigned char emulated_shared_begin[], emulated_shared_end[];
 
 namespace emulation {
 namespace {
 
-constexpr size_t kStack = 128 * 1024;
-constexpr unsigned kMostThreads = 1024;
-
 enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
-struct Fiber {
-  jmp_buf context;
-  ucontext_t entry;
-  bool started = false;
+struct Thread {
   State state = State::kDone;
   unsigned turns = 0;  // meetings of the warp so far
+};
+
+struct Slot {
+  alignas(kSlot) unsigned char bytes[kSlot];
 };
 
 struct Warp {
@@ -33,57 +28,30 @@ struct Warp {
   Slot slots[2][kWarpSize];  // in turn, so that nobody overwrites what another has yet to read
 };
 
-Fiber fibers[kMostThreads];
+Thread threads_of_block[kMostThreads];
 Warp warps[kMostThreads / kWarpSize];
-jmp_buf scheduler;
-ucontext_t caller;
-unsigned current;
+unsigned current, current_block;
 const std::function<void()>* body;
 const char* what_is_wrong = nullptr;
 unsigned order = 0;
+bool starving = false;
 
 void leave(State state) {
-  fibers[current].state = state;
-  if (_setjmp(fibers[current].context) == 0) _longjmp(scheduler, 1);
-}
-
-// Threads are reused from block to block: a context costs a system call.
-void fiber_main() {
-  for (;;) {
-    (*body)();
-    leave(State::kDone);
-  }
-}
-
-void start(Fiber& fiber) {
-  if (fiber.entry.uc_stack.ss_sp == nullptr) {
-    fiber.entry.uc_stack.ss_sp =
-        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (fiber.entry.uc_stack.ss_sp == MAP_FAILED) abort();
-  }
-  void* const stack = fiber.entry.uc_stack.ss_sp;
-  getcontext(&fiber.entry);
-  fiber.entry.uc_stack.ss_sp = stack;
-  fiber.entry.uc_stack.ss_size = kStack;
-  fiber.entry.uc_link = &caller;
-  makecontext(&fiber.entry, fiber_main, 0);
-  fiber.started = true;
-  setcontext(&fiber.entry);
+  threads_of_block[current].state = state;
+  switching::leave(current);
 }
 
 void resume(unsigned thread) {
   current = thread;
-  Fiber& fiber = fibers[thread];
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) {
-    _longjmp(fiber.context, 1);
-  } else {
-    start(fiber);
-  }
+  switching::resume(thread);
+}
+
+bool ready(unsigned thread) {
+  return threads_of_block[thread].state == State::kReady;
 }
 
 void poison_shared() {
-  memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+  memset(emulated_shared_begin, 0xff, static_cast<size_t>(emulated_shared_end - emulated_shared_begin));
 }
 
 // The order of `count` things: as they come, backwards, or mixed.
@@ -99,71 +67,111 @@ std::vector<unsigned> ordered(unsigned count, unsigned salt) {
   return result;
 }
 
-bool run_block(const std::vector<unsigned>& threads, const std::function<void(unsigned)>& set_thread) {
-  for (unsigned thread : threads) fibers[thread].state = State::kReady;
-  for (unsigned warp = 0; warp < threads.size() / kWarpSize; ++warp) warps[warp].arrived = 0;
+// Each thread up to where it waits, or each warp up to where all of it waits at a barrier. True if any thread ran.
+bool run_once(const std::vector<unsigned>& threads) {
+  bool moved = false;
+  for (unsigned thread : threads) {
+    const unsigned first = thread / kWarpSize * kWarpSize;
+    for (bool again = ready(thread); again;) {
+      if (ready(thread)) resume(thread), moved = true;
+      again = false;
+      for (unsigned other = first; starving && other < first + kWarpSize; ++other) {
+        if (!ready(other)) continue;
+        resume(other);
+        again = true;
+      }
+    }
+  }
+  return moved;
+}
+
+bool run_block(const std::vector<unsigned>& threads) {
+  const unsigned count = static_cast<unsigned>(threads.size());
+  for (unsigned thread : threads) threads_of_block[thread].state = State::kReady;
+  for (unsigned warp = 0; warp < count / kWarpSize; ++warp) warps[warp].arrived = 0;
   for (;;) {
-    bool moved = false;
+    const bool moved = run_once(threads);
     unsigned done = 0, waiting = 0;
     for (unsigned thread : threads) {
-      if (fibers[thread].state != State::kReady) continue;
-      set_thread(thread);
-      resume(thread);
-      moved = true;
+      done += threads_of_block[thread].state == State::kDone;
+      waiting += threads_of_block[thread].state == State::kAtBlock;
     }
-    for (unsigned thread : threads) {
-      done += fibers[thread].state == State::kDone;
-      waiting += fibers[thread].state == State::kAtBlock;
-    }
-    if (done == threads.size()) return true;
+    if (done == count) return true;
     // A barrier waits for every thread that has not ended; the kernels' threads end together or not at all.
-    if (waiting == threads.size()) {
-      for (unsigned thread : threads) fibers[thread].state = State::kReady;
+    if (waiting == count) {
+      for (unsigned thread : threads) threads_of_block[thread].state = State::kReady;
     } else if (!moved) {
       complain("threads wait for others that do not come");
-      for (unsigned thread : threads) fibers[thread].started = false, fibers[thread].turns = 0;
+      switching::forget(count);
+      for (unsigned thread : threads) threads_of_block[thread].turns = 0;
       return false;
     }
   }
 }
 
-}  // namespace
-
-bool run_grid(unsigned blocks, unsigned threads, const std::function<void()>& call,
-              const std::function<void(unsigned)>& set_block, const std::function<void(unsigned)>& set_thread) {
-  if (threads > kMostThreads) complain("too many threads in a block");
-  if (what_is_wrong != nullptr) return false;
-  body = &call;
-  for (unsigned block : ordered(blocks, threads)) {
-    poison_shared();
-    set_block(block);
-    if (!run_block(ordered(threads, block), set_thread)) return false;
-  }
-  return what_is_wrong == nullptr;
-}
-
-void meet_block() {
-  leave(State::kAtBlock);
-}
-
-unsigned current_lane() {
-  return current % kWarpSize;
-}
-
-Slot* meet_warp(unsigned mask, const Slot& mine) {
+// Waits until all threads of the warp have left their bytes, and returns where they are.
+const Slot* meet_warp(unsigned mask, const Slot& mine) {
   if (mask != 0xffffffffu) complain("a shuffle leaves out a part of the warp");
   Warp& warp = warps[current / kWarpSize];
-  Slot* const slots = warp.slots[fibers[current].turns++ % 2];
-  slots[current_lane()] = mine;
+  Slot* const slots = warp.slots[threads_of_block[current].turns++ % 2];
+  slots[current % kWarpSize] = mine;
   if (++warp.arrived < kWarpSize) {
     leave(State::kAtWarp);
   } else {
     warp.arrived = 0;
-    const unsigned first = current - current_lane();
+    const unsigned first = current / kWarpSize * kWarpSize;
     for (unsigned thread = first; thread < first + kWarpSize; ++thread)
-      if (thread != current) fibers[thread].state = State::kReady;
+      if (thread != current) threads_of_block[thread].state = State::kReady;
   }
   return slots;
+}
+
+}  // namespace
+
+void run_thread() {
+  (*body)();
+  switching::finish();
+  leave(State::kDone);
+}
+
+Index thread_now() {
+  return {current, 0, 0};
+}
+
+Index block_now() {
+  return {current_block, 0, 0};
+}
+
+bool run_grid(unsigned blocks, unsigned threads, const std::function<void()>& call) {
+  if (threads > kMostThreads) complain("too many threads in a block");
+  if (what_is_wrong != nullptr) return false;
+  body = &call;
+  switching::begin_grid();
+  bool ended = true;
+  for (unsigned block : ordered(blocks, threads)) {
+    current_block = block;
+    switching::begin_block();
+    poison_shared();
+    switching::make_threads(block, threads);
+    ended = run_block(ordered(threads, block));
+    if (!ended) break;
+    switching::end_block(threads);
+  }
+  switching::end_grid();
+  return ended && what_is_wrong == nullptr;
+}
+
+void meet_block() {
+  switching::arrive();
+  leave(State::kAtBlock);
+  switching::depart();
+}
+
+void exchange_bytes(unsigned mask, const void* mine, void* theirs, unsigned size, unsigned lanes) {
+  Slot slot = {};
+  memcpy(slot.bytes, mine, size);
+  const Slot* all = meet_warp(mask, slot);
+  memcpy(theirs, all[current % kWarpSize ^ lanes].bytes, size);
 }
 
 void complain(const char* what) {
@@ -176,9 +184,11 @@ const char* complaint() {
 
 }  // namespace emulation
 
-// 0: blocks and threads in their order, 1: backwards, others: mixed.
-extern "C" __attribute__((visibility("default"))) void emulation_order(unsigned value) {
+// 0: blocks and threads in their order, 1: backwards, others: mixed. `starve`: a warp runs up to a barrier before another
+// one gets a turn, as far from lockstep as a GPU may go.
+extern "C" __attribute__((visibility("default"))) void emulation_order(unsigned value, int starve) {
   emulation::order = value;
+  emulation::starving = starve != 0;
 }
 
 extern "C" __attribute__((visibility("default"))) void emulation_forgive() {

@@ -8,41 +8,35 @@
 
 namespace emulation {
 
-// Inline variables, of a type that is complete only in cuda_runtime.h.
-template <class T>
-inline T thread_index;
-template <class T>
-inline T block_index;
-template <class T>
-inline T grid_size;
+struct Index {
+  unsigned x, y, z;
+};
+
+// The indices of the thread that runs.
+Index thread_now();
+Index block_now();
 
 constexpr unsigned kWarpSize = 32;
 
 // Runs `call` in every thread of every block. False when threads wait for each other forever, or an earlier complaint
 // stands; complaint() says what it was.
-bool run_grid(unsigned blocks, unsigned threads, const std::function<void()>& call,
-              const std::function<void(unsigned)>& set_block, const std::function<void(unsigned)>& set_thread);
+bool run_grid(unsigned blocks, unsigned threads, const std::function<void()>& call);
 
 void meet_block();
 
-// Meets the other threads of the warp; `slots` is where each of them leaves 16 bytes for the others.
-struct Slot {
-  alignas(16) unsigned char bytes[16];
-};
-unsigned current_lane();
-Slot* meet_warp(unsigned mask, const Slot& mine);
+// Meets the other threads of the warp; each leaves up to 16 bytes for the others. Copies those of the thread whose lane
+// differs from the own one in the bits `lanes`.
+constexpr unsigned kSlot = 16;
+void exchange_bytes(unsigned mask, const void* mine, void* theirs, unsigned size, unsigned lanes);
 
 void complain(const char* what);
 const char* complaint();
 
 template <class T>
 T exchange(unsigned mask, T value, int lanes) {
-  static_assert(sizeof(T) <= sizeof(Slot), "too large");
-  Slot mine = {};
-  memcpy(mine.bytes, &value, sizeof(value));
-  const Slot* all = meet_warp(mask, mine);
+  static_assert(sizeof(T) <= kSlot, "too large");
   T result;
-  memcpy(&result, all[current_lane() ^ static_cast<unsigned>(lanes)].bytes, sizeof(result));
+  exchange_bytes(mask, &value, &result, sizeof(T), static_cast<unsigned>(lanes));
   return result;
 }
 
