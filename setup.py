@@ -113,10 +113,7 @@ def ninja_text(target: Path, build: Path) -> str:
     known = isas(command)
     with_python = ("module", "norm_module", "runtime", "sources")
     sources = [(name, CSRC / f"{name}.cpp", f"-O2 {includes}") for name in with_python]
-    sources += [(name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("moments", "norm_act", "plan")]
-    has = " ".join(f"-DSPARSEKERN_HAS_{isa.upper()}" for isa in known)
-    sources.append(("dispatch", CSRC / "cpu" / "dispatch.cpp", f"-O2 {has}"))
-    sources += [kernel for isa in reversed(known) for kernel in kernel_sources(isa)]
+    sources += core_sources(known)
     sanitize = SANITIZE_FLAGS if os.environ.get("SPARSEKERN_SANITIZE") == "1" else ""
     link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
@@ -134,6 +131,14 @@ def ninja_text(target: Path, build: Path) -> str:
     objects = " ".join(f"{escape(build / name)}.o" for name, _, _ in sources)
     lines += [f"build {escape(target)}: link {objects}", f"default {escape(target)}", ""]
     return "\n".join(lines)
+
+
+def core_sources(known: list[str]) -> list[tuple[str, Path, str]]:
+    """Object name, path and flags of all that does not need Python: the kernels and what calls them."""
+    sources = [(name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("moments", "norm_act", "plan")]
+    has = " ".join(f"-DSPARSEKERN_HAS_{isa.upper()}" for isa in known)
+    sources.append(("dispatch", CSRC / "cpu" / "dispatch.cpp", f"-O2 {has}"))
+    return sources + [kernel for isa in reversed(known) for kernel in kernel_sources(isa)]
 
 
 def kernel_sources(isa: str) -> list[tuple[str, Path, str]]:
