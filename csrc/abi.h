@@ -8,7 +8,6 @@
 
 namespace sparsekern {
 
-// The CPU has no kernels for kFloat16.
 enum Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 enum Op : int32_t { kSgd, kAdam, kStatistics, kMask, kOps };
@@ -142,7 +141,7 @@ struct NormKernels {
 struct Kernels {
   void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
   void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk
-  const NormKernels* norm[kDtypes];  // null for a dtype that the ISA has no kernels for
+  const NormKernels* norm[kDtypes];
 };
 
 }  // namespace sparsekern

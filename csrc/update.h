@@ -22,7 +22,7 @@
 //   static constexpr bool kTakesRowRuns   true: update_rows() exists; it is called if expands_row_values() is true
 //   update(at, n, d, decay, fade, statistics)
 //       Updates elements [at, at + n) of the tensor. `d` points to n gradients, of type C, or of type S if
-//       fuses_statistics(). `decay` and `fade` are types of values.h. `statistics` (statistics.h) receives weights and
+//       fuses_statistics() and the loop reads gradients where they are stored. `decay` and `fade` are types of values.h. `statistics` (statistics.h) receives weights and
 //       gradients before the update and keeps the four sums of each row; it is NoStatistics if none are wanted.
 //   update_rows(at, d, rows)              the same for a RowRun (fused_update.h): contiguous short rows, with AVX-512
 //   masked(at, n)                         called for n elements of masked rows: does nothing, or writes zeros if an

@@ -19,6 +19,16 @@ constexpr int kLanes = 16;
 #define SPARSEKERN_ALWAYS __attribute__((always_inline))
 #define SPARSEKERN_INLINE SPARSEKERN_ALWAYS inline
 
+// The numbers from 0 to n - 1 as a list of arguments.
+template <int... numbers>
+struct Places {};
+template <int n, int... numbers>
+struct PlacesBelow : PlacesBelow<n - 1, n - 1, numbers...> {};
+template <int... numbers>
+struct PlacesBelow<0, numbers...> {
+  using Type = Places<numbers...>;
+};
+
 template <class C>
 struct IntegerOf;
 template <>
@@ -37,16 +47,6 @@ struct Vectors {
   using Integer = typename IntegerOf<C>::Type;
   typedef C Vector __attribute__((vector_size(kVectorBytes)));
   typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
-
-#if defined(__clang__)
-  SPARSEKERN_INLINE static Vector shuffle(Vector a, Vector b, Integers from) {
-    Vector result;
-    for (int l = 0; l < kWidth; ++l) result[l] = from[l] < kWidth ? a[from[l]] : b[from[l] - kWidth];
-    return result;
-  }
-#else
-  SPARSEKERN_INLINE static Vector shuffle(Vector a, Vector b, Integers from) { return __builtin_shuffle(a, b, from); }
-#endif
 
   SPARSEKERN_INLINE static Vector load(const C* from) {
     Vector vector;
@@ -99,6 +99,20 @@ struct Vectors {
   }
 #endif
 
+  SPARSEKERN_INLINE static Vector load(const Float16* from) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__aarch64__)
+    return (Vector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits)));
+#else
+    Vector vector;
+    for (int l = 0; l < kWidth; ++l) vector[l] = widen(from[l]);
+    return vector;
+#endif
+  }
+
   SPARSEKERN_INLINE static void store(Vector vector, C* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
 
   // Rounds as `narrow` does.
@@ -114,6 +128,18 @@ struct Vectors {
     const Unsigned nan = (Unsigned)((bits & 0x7fffffffu) > 0x7f800000u);
     const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
     __builtin_memcpy(to, &halves, sizeof(halves));
+#endif
+  }
+
+  SPARSEKERN_INLINE static void store(Vector vector, Float16* to) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)vector, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)vector, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)vector)));
+#else
+    for (int l = 0; l < kWidth; ++l) narrow(vector[l], to + l);
 #endif
   }
 
@@ -144,14 +170,7 @@ struct Vectors {
   // of `a`, i of `b`, j of `a`, j of `b`.
   template <int i, int j, bool kInterleaved>
   SPARSEKERN_INLINE static Vector pick(Vector a, Vector b) {
-    Integers from;
-    for (int l = 0; l < kWidth; ++l) {
-      const int place = l % 4;
-      const bool second = kInterleaved ? place >= 2 : place % 2 == 1;
-      const bool of_b = kInterleaved ? place % 2 == 1 : place >= 2;
-      from[l] = l - place + (second ? j : i) + (of_b ? kWidth : 0);
-    }
-    return shuffle(a, b, from);
+    return picked<i, j, kInterleaved>(a, b, typename PlacesBelow<kWidth>::Type());
   }
 
   // For vectors of four and more lanes: adds up every four neighbouring lanes of each of four vectors and returns the
@@ -184,6 +203,24 @@ struct Vectors {
     }
 #endif
     count += exceeds(vector, threshold);
+  }
+
+ private:
+  // Where pick() takes lane `l` from: lanes of `b` are counted behind those of `a`.
+  static constexpr int source(int i, int j, bool interleaved, int l) {
+    const int place = l % 4;
+    const bool second = interleaved ? place >= 2 : place % 2 == 1;
+    const bool of_b = interleaved ? place % 2 == 1 : place >= 2;
+    return l - place + (second ? j : i) + (of_b ? kWidth : 0);
+  }
+
+  template <int i, int j, bool kInterleaved, int... l>
+  SPARSEKERN_INLINE static Vector picked(Vector a, Vector b, Places<l...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, source(i, j, kInterleaved, l)...);
+#else
+    return __builtin_shuffle(a, b, Integers{source(i, j, kInterleaved, l)...});
+#endif
   }
 };
 
@@ -254,7 +291,11 @@ struct LanesOf : LanesOf<C, kVectors - 1> {
   }
 };
 
+// Vectors that sixteen lanes take.
 template <class C>
-using Lanes = LanesOf<C, kLanes * sizeof(C) / kVectorBytes>;
+constexpr int kLaneVectors = kLanes * sizeof(C) / kVectorBytes;
+
+template <class C>
+using Lanes = LanesOf<C, kLaneVectors<C>>;
 
 SPARSEKERN_END_ISA

@@ -74,7 +74,7 @@ class LongRows {
     for (int64_t at = begin, n; at < begin + count; at += n) {
       n = minimum(step, begin + count - at);
       statistics.readable = view_.readable_from(at);
-      view_.gradient.with_gradient(at, n, nullptr, [&](const auto* d) {
+      view_.gradient.template with_gradient<true>(at, n, nullptr, [&](const auto* d) {
         view_.update.update(at, n, d, Same<C>{factors.decay}, SameFade<C>{factors.fade}, statistics);
       });
     }

@@ -71,6 +71,12 @@ struct RowStatistics {
   }
 };
 
+// Whether statistics are those of one row, whose blocks follow each other.
+template <class Statistics>
+constexpr bool kOfOneRow = false;
+template <class C>
+constexpr bool kOfOneRow<RowStatistics<C>> = true;
+
 // Statistics of columns with a threshold each. Every column has a lane.
 template <class C>
 struct ColumnStatistics {

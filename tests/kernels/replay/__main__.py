@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import PIPE
 from typing import Annotated, Any
 
 import torch
@@ -27,11 +28,13 @@ import typer
 
 from sparsekern.kernels.backends import cpu
 from sparsekern.kernels.selfcheck import cases
+from sparsekern.kernels.selfcheck.cases import Case
 from tests.kernels.replay.build import compile_replay
 from tests.kernels.replay.machine_code import of_arm_objects
 from tests.kernels.replay.record import END, Recorder, recording
 
 CPU = torch.device("cpu")
+CONTROL = "a call recorded with one bit changed"
 
 ARM = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")
 """The tools for Arm64: compiler, disassembler, emulator."""
@@ -65,7 +68,7 @@ def replayed(commands: dict[str, list[str]], *, short: bool = False) -> dict[str
         RuntimeError: a program did not end as it should.
     """
     running = {
-        isa: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        isa: subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
         for isa, command in commands.items()
     }
 
@@ -76,20 +79,31 @@ def replayed(commands: dict[str, list[str]], *, short: bool = False) -> dict[str
 
     recorder = Recorder(write)
     count = 0
+
+    def examine(case: Case) -> None:
+        difference = case.examine(cpu, CPU)
+        assert difference is None, f"{case.name}: {difference}"
+
     with recording(recorder):
         for case in cases.first_use() if short else cases.every():
             recorder.name = case.name
-            difference = case.examine(cpu, CPU)
-            assert difference is None, f"{case.name}: {difference}"
+            examine(case)
             count += 1
+        recorder.name, recorder.spoils = CONTROL, True
+        examine(next(cases.first_use()))
     write(END)
-    counts = {}
-    for isa, program in running.items():
-        text, _ = program.communicate()
-        if program.returncode not in (0, 1):
-            raise RuntimeError(f"{commands[isa]}: got exit status {program.returncode}, expected 0 or 1")
-        counts[isa] = {"cases": count} | json.loads(text)
-    return counts
+    return {isa: {"cases": count} | _counts(program) for isa, program in running.items()}
+
+
+def _counts(program: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """What a program has counted, without the last call, in which it has to find a difference."""
+    text, _ = program.communicate()
+    if program.returncode != 1:
+        raise RuntimeError(f"{program.args}: got exit status {program.returncode}, expected 1")
+    counts: dict[str, Any] = json.loads(text)
+    if not counts.pop("last_is_different"):
+        raise RuntimeError(f"{program.args}: {CONTROL} was not noticed")
+    return counts | {"calls": counts["calls"] - 1, "different": counts["different"] - 1}
 
 
 def check(target: str, isas: list[str], folder: Path, *, short: bool) -> bool:

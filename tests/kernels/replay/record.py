@@ -61,10 +61,13 @@ class _Memories:
             self._all.append(_Memory(kind, address, ctypes.string_at(address, size)))
         return self._numbers[address]
 
-    def packed(self) -> bytes:
-        """All tensors, with their memory as it is now."""
+    def packed(self, *, spoiled: bool) -> bytes:
+        """All tensors, with their memory as it is now; spoiled: one bit of it is another."""
         for memory in self._all:
             memory.after = ctypes.string_at(memory.address, len(memory.before))
+        if spoiled:
+            first = self._all[0].after
+            self._all[0].after = bytes([first[0] ^ 1]) + first[1:]
         return struct.pack("<q", len(self._all)) + b"".join(memory.packed() for memory in self._all)
 
 
@@ -81,12 +84,17 @@ class Recorder:
 
     Args:
         write: gets the bytes of each call.
+
+    Attributes:
+        name: name of the calls that follow.
+        spoils: whether the memory after a call is written with one bit changed, which has to be noticed.
     """
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
         self._real = native.load()
         self.name = ""
+        self.spoils = False
 
     def plan(self, dtype: int, layouts: list[pointers.Layout], shapes: list[Any]) -> _Plan:
         return _Plan(self._real.plan(dtype, layouts, shapes), dtype, layouts, shapes)
@@ -173,7 +181,7 @@ class Recorder:
 
     def _call(self, kind: int, memories: _Memories, arguments: bytes) -> None:
         name = self.name.encode()
-        self._write(_integers([kind, len(name)]) + name + memories.packed() + arguments)
+        self._write(_integers([kind, len(name)]) + name + memories.packed(spoiled=self.spoils) + arguments)
 
 
 @contextmanager

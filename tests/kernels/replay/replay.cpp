@@ -208,6 +208,7 @@ void channels(const Buffers& buffers) {
 
 struct Counts {
   int64_t calls = 0, buffers = 0, elements = 0, different = 0;
+  bool last_is_different = false;
 };
 
 void compare(const std::string& name, const Buffers& buffers, Counts& counts) {
@@ -224,6 +225,7 @@ void compare(const std::string& name, const Buffers& buffers, Counts& counts) {
   ++counts.calls;
   counts.buffers += static_cast<int64_t>(buffers.size());
   counts.different += !same;
+  counts.last_is_different = !same;
 }
 
 void replay(const Kernels& kernels, Counts& counts) {
@@ -251,8 +253,9 @@ int main(int count, char** arguments) {
     Counts counts;
     replay(choose_kernels(count > 1 ? arguments[1] : "", isa), counts);
     std::printf("{\"isa\": \"%s\", \"calls\": %" PRId64 ", \"tensors\": %" PRId64 ", \"elements\": %" PRId64
-                ", \"different\": %" PRId64 "}\n",
-                isa.c_str(), counts.calls, counts.buffers, counts.elements, counts.different);
+                ", \"different\": %" PRId64 ", \"last_is_different\": %s}\n",
+                isa.c_str(), counts.calls, counts.buffers, counts.elements, counts.different,
+                counts.last_is_different ? "true" : "false");
     return counts.different > 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "replay: %s\n", error.what());
