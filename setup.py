@@ -41,7 +41,7 @@ from cuda_targets import CudaBuild, cuda_build, nvcc  # noqa: E402
 # Relative to ROOT, where ninja runs, so that an unpacked sdist can use the objects of the tree it came from.
 CSRC = Path("csrc")
 
-# No fused multiply-add and no reassociation anywhere: all instruction sets and machines compute the same bits.
+# No fused multiply-add and no reassociation anywhere: all ISAs and machines compute the same bits.
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -DNDEBUG -Wall -Wextra"
 # The two relaxations change no result; they let the compiler vectorise square roots and selections.
 KERNEL_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"

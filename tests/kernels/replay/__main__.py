@@ -3,8 +3,8 @@
     python -m tests.kernels.replay arm64
     python -m tests.kernels.replay clang
 
-Runs the long list of cases of `sparsekern selftest` (or the short list, with ``--short``) on the CPU backend, which
-also compares them with plain torch, and gives every native call to programs that repeat it: the same kernels,
+Runs the long list of cases of `sparsekern selftest` (with ``--short`` the short list) on the CPU backend,
+compares them with plain torch, and gives every native call to programs that repeat it: the same kernels,
 compiled again. They compare all memory bit for bit. Arm64 code is compiled by a cross compiler and run by
 qemu (Debian: ``g++-aarch64-linux-gnu qemu-user``).
 """

@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels with replay.cpp, by any compiler and for any machine, with the flags of setup.py."""
+"""Compiling the CPU kernels with replay.cpp, by any compiler, for any machine, with the flags of setup.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording the calls of native code: inputs, and memory after the call, in the form that replay.cpp reads."""
+"""Recording the calls of native code: inputs, and memory after the call, as replay.cpp reads them."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ class Recorder:
     norm_backward = norm_forward
 
     def norm_forward_at(self, *arguments: Any) -> int:
-        *_, momentum, threads = arguments
+        momentum = arguments[-2]
         return self._norm(_FORWARD, self._real.norm_forward_at, arguments, _OF_FORWARD, (momentum,))
 
     def norm_backward_at(self, *arguments: Any) -> int:
-        *_, tau, decay, threads = arguments
+        tau, decay = arguments[-3:-1]
         return self._norm(_BACKWARD, self._real.norm_backward_at, arguments, _OF_BACKWARD, (tau, decay))
 
     def _norm(
