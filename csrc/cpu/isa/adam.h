@@ -112,7 +112,7 @@ struct Adam {
       registers<kDecoupled>(at, n, d, decay, fade, statistics);
     } else {
       accumulate_statistics(n, param + at, d, statistics);
-      vectors<kDecoupled, kOfOneRow<Statistics>, 3>(at, n, d, decay, fade);
+      vectors<kDecoupled, kOfRows<Statistics>, 3>(at, n, d, decay, fade);
     }
   }
 

@@ -136,7 +136,7 @@ struct Sgd {
     }
     if constexpr (!kRegisterLoop || kUpdateAlone) {
       accumulate_statistics(n, param + at, d, statistics);
-      with_mode([&](auto mode) { vectors<mode.value, kOfOneRow<Statistics>>(at, n, d, decay, fade); });
+      with_mode([&](auto mode) { vectors<mode.value, kOfRows<Statistics>>(at, n, d, decay, fade); });
     }
   }
 
