@@ -96,6 +96,7 @@ struct Job {
   Hyper hyper;
   int32_t statistics;  // update sums, means and thresholds
   int32_t fade;        // apply and advance the countdowns
+  int32_t apart;       // of Kernels
 };
 
 // The activation behind a batch normalisation. Each of them is 0 at 0.
@@ -139,6 +140,7 @@ struct NormKernels {
 
 // The kernels of one ISA.
 struct Kernels {
+  int32_t apart;  // the statistics of long rows are taken in a loop of their own, before the update (AVX-512, float32)
   void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
   void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk
   const NormKernels* norm[kDtypes];

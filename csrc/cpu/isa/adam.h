@@ -55,7 +55,8 @@ struct Adam {
         top(static_cast<S*>(job.addresses[kState2][tensor])),
         step(step_of(job.hyper, job.bias[tensor])),
         decoupled(job.hyper.decoupled),
-        amsgrad(job.hyper.amsgrad) {}
+        amsgrad(job.hyper.amsgrad),
+        apart(__is_same(S, C) && job.apart) {}
 
   template <class D, class Decay, class Fade, class Statistics>
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
@@ -93,13 +94,14 @@ struct Adam {
   }
 
   bool reads_stored_gradients() const { return !amsgrad; }
-  bool fuses_statistics() const { return kHasRegisters<S> && !amsgrad; }
+  bool fuses_statistics() const { return kHasRegisters<S> && !amsgrad && !apart; }
 
   // The loop reads one factor and one threshold for every four elements.
   bool expands_row_values() const { return kHasRegisters<S> && !amsgrad; }
 
  private:
-  // With AVX-512 one loop in registers takes the statistics and makes the update, except with AMSGrad.
+  // With AVX-512 one loop in registers takes the statistics and makes the update, except with AMSGrad and if `apart` asks
+  // for two.
   template <bool kDecoupled, class D, class Decay, class Fade, class Statistics>
   void with_decay(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if constexpr (__is_same(D, C)) {
@@ -108,9 +110,12 @@ struct Adam {
         return vectors<kDecoupled, false, 4>(at, n, d, decay, fade);
       }
     }
-    if constexpr (kHasRegisters<S> && __is_same(D, S)) {
-      registers<kDecoupled>(at, n, d, decay, fade, statistics);
-    } else {
+    constexpr bool kRegisterLoop = kHasRegisters<S> && __is_same(D, S);
+    constexpr bool kMayBeApart = __is_same(S, C) && kOfRows<Statistics>;
+    if constexpr (kRegisterLoop) {
+      if (!kMayBeApart || !apart) return registers<kDecoupled>(at, n, d, decay, fade, statistics);
+    }
+    if constexpr (!kRegisterLoop || kMayBeApart) {
       accumulate_statistics(n, param + at, d, statistics);
       vectors<kDecoupled, kOfRows<Statistics>, 3>(at, n, d, decay, fade);
     }
@@ -165,7 +170,7 @@ struct Adam {
   S* square;
   S* top;
   AdamStep<C> step;
-  bool decoupled, amsgrad;
+  bool decoupled, amsgrad, apart;
 };
 
 SPARSEKERN_END_ISA

@@ -47,7 +47,8 @@ struct Sgd {
         buffer(static_cast<S*>(job.addresses[kState0][tensor])),
         step(step_of(job.hyper)),
         mode(mode_of(job.hyper)),
-        first(mode != kPlain && job.hyper.first) {}
+        first(mode != kPlain && job.hyper.first),
+        apart(job.apart) {}
 
   template <class D, class Decay, class Fade, class Statistics>
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
@@ -123,18 +124,19 @@ struct Sgd {
       if (!fade.masked(i)) buffer[at + i] = start;
   }
 
-  // With AVX-512 one loop in registers takes the statistics and makes the update; two loops, the first of which fills the
-  // cache, take up to 60 % longer. The fused loop prefetches. An update without statistics does not need that, and it
+  // With AVX-512 one loop in registers takes the statistics and makes the update, if `apart` does not ask for two. The
+  // fused loop prefetches. An update without statistics does not need that, and it
   // costs 25 % on lists that fit the third-level cache.
   template <class D, class Decay, class Fade, class Statistics>
   void fused_or_apart(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     constexpr bool kRegisterLoop = kHasRegisters<S> && __is_same(D, S);
     constexpr bool kUpdateAlone = __is_same(S, C) && kIsUniform<Fade> && __is_same(Statistics, NoStatistics);
+    constexpr bool kMayBeApart = __is_same(S, C) && kOfRows<Statistics>;
     if constexpr (kRegisterLoop) {
-      if (!kUpdateAlone || n < kUnrolled)
+      if (!(kUpdateAlone && n >= kUnrolled) && !(kMayBeApart && apart))
         return with_mode([&](auto mode) { registers<mode.value>(at, n, d, decay, fade, statistics); });
     }
-    if constexpr (!kRegisterLoop || kUpdateAlone) {
+    if constexpr (!kRegisterLoop || kUpdateAlone || kMayBeApart) {
       accumulate_statistics(n, param + at, d, statistics);
       with_mode([&](auto mode) { vectors<mode.value, kOfRows<Statistics>>(at, n, d, decay, fade); });
     }
@@ -184,7 +186,7 @@ struct Sgd {
   S* buffer;
   SgdStep<C> step;
   Mode mode;
-  bool first;
+  bool first, apart;
 };
 
 SPARSEKERN_END_ISA

@@ -42,6 +42,8 @@ SPARSEKERN_INLINE Doubles square_root(Doubles x) {
 SPARSEKERN_INLINE Floats select(int32_t which, Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_mask_blend_ps(__mmask16(which), (__m512)b, (__m512)a);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)_mm256_set1_epi32(which));
 #else
   using Integers = Vectors<float>::Integers;
   return (Floats)(((Integers)a & which) | ((Integers)b & ~which));
