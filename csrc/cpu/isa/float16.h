@@ -25,7 +25,8 @@ inline void narrow(float x, Float16* out) {
   out->bits = __builtin_bit_cast(uint16_t, __fp16(x));
 }
 #else
-inline float widen(Float16 x) {
+// For x86-64 before 2012 and for other machines. Not inlined, because that takes seconds of compile time.
+__attribute__((noinline)) inline float widen(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
   constexpr uint32_t kRebias = 112u << 23, kInfinity = 0x7c00u << 13, kSmallest = 113u << 23, kQuiet = 1u << 22;
   uint32_t bits = rest + kRebias;
@@ -38,7 +39,7 @@ inline float widen(Float16 x) {
   }
   return __builtin_bit_cast(float, sign | bits);
 }
-inline void narrow(float x, Float16* out) {
+__attribute__((noinline)) inline void narrow(float x, Float16* out) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
   constexpr uint32_t kInfinity = 0x7f800000u, kTooLarge = 143u << 23, kSmallest = 113u << 23, kRebias = 112u << 23;
   uint32_t half;
