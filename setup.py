@@ -41,10 +41,10 @@ from cuda_targets import CudaBuild, cuda_build, nvcc  # noqa: E402
 # Relative to ROOT, where ninja runs, so that an unpacked sdist can use the objects of the tree it came from.
 CSRC = Path("csrc")
 
-# No fused multiply-add and no reassociation: all instruction sets compute the same bits. The two relaxations
-# change no result; they let the compiler vectorise square roots and selections.
-KERNEL_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
-COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wextra"
+# No fused multiply-add and no reassociation anywhere: all ISAs and machines compute the same bits.
+COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -DNDEBUG -Wall -Wextra"
+# The two relaxations change no result; they let the compiler vectorise square roots and selections.
+KERNEL_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 # Any finding ends the process. Optimisation is lower, because instrumented code takes minutes to optimise.
 SANITIZE_FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 # The same arithmetic on a GPU: by default nvcc contracts, too.
@@ -53,7 +53,7 @@ CUDA_FLAGS = (
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static"
 )
 ISA_FLAGS = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4 -mprefer-vector-width=512"}
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def compiler() -> list[str] | None:
@@ -113,10 +113,7 @@ def ninja_text(target: Path, build: Path) -> str:
     known = isas(command)
     with_python = ("module", "norm_module", "runtime", "sources")
     sources = [(name, CSRC / f"{name}.cpp", f"-O2 {includes}") for name in with_python]
-    sources += [(name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("moments", "norm_act", "plan")]
-    has = " ".join(f"-DSPARSEKERN_HAS_{isa.upper()}" for isa in known)
-    sources.append(("dispatch", CSRC / "cpu" / "dispatch.cpp", f"-O2 {has}"))
-    sources += [kernel for isa in reversed(known) for kernel in kernel_sources(isa)]
+    sources += core_sources(known)
     sanitize = SANITIZE_FLAGS if os.environ.get("SPARSEKERN_SANITIZE") == "1" else ""
     link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
@@ -134,6 +131,14 @@ def ninja_text(target: Path, build: Path) -> str:
     objects = " ".join(f"{escape(build / name)}.o" for name, _, _ in sources)
     lines += [f"build {escape(target)}: link {objects}", f"default {escape(target)}", ""]
     return "\n".join(lines)
+
+
+def core_sources(known: list[str]) -> list[tuple[str, Path, str]]:
+    """Object name, path and flags of all that does not need Python: the kernels and what calls them."""
+    sources = [(name, CSRC / "cpu" / f"{name}.cpp", "-O3") for name in ("moments", "norm_act", "plan")]
+    has = " ".join(f"-DSPARSEKERN_HAS_{isa.upper()}" for isa in known)
+    sources.append(("dispatch", CSRC / "cpu" / "dispatch.cpp", f"-O2 {has}"))
+    return sources + [kernel for isa in reversed(known) for kernel in kernel_sources(isa)]
 
 
 def kernel_sources(isa: str) -> list[tuple[str, Path, str]]:

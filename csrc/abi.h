@@ -8,7 +8,6 @@
 
 namespace sparsekern {
 
-// The CPU has no kernels for kFloat16.
 enum Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 enum Op : int32_t { kSgd, kAdam, kStatistics, kMask, kOps };
@@ -97,6 +96,7 @@ struct Job {
   Hyper hyper;
   int32_t statistics;  // update sums, means and thresholds
   int32_t fade;        // apply and advance the countdowns
+  int32_t apart;       // of Kernels
 };
 
 // The activation behind a batch normalisation. Each of them is 0 at 0.
@@ -140,9 +140,10 @@ struct NormKernels {
 
 // The kernels of one ISA.
 struct Kernels {
+  int32_t apart;  // the statistics of long rows are taken in a loop of their own, before the update (AVX-512, float32)
   void (*chunk[kOps][kDtypes])(const Job*, const Chunk*);
   void (*finish)(const Job*, int32_t tensor);  // the rows of a tensor, after its last chunk
-  const NormKernels* norm[kDtypes];  // null for a dtype that the ISA has no kernels for
+  const NormKernels* norm[kDtypes];
 };
 
 }  // namespace sparsekern

@@ -319,7 +319,7 @@ ListPlan make_plan(int dtype, const Layouts& layouts, const std::vector<std::arr
     cut.push_back({outer, rows, inner, start});
     if (start >= 0) table_rows = std::max(table_rows, start + rows);
   }
-  if (cut.size() != layouts.size() || dtype == kFloat16) throw py::value_error("plan: lengths or dtypes differ");
+  if (cut.size() != layouts.size()) throw py::value_error("plan: lengths differ");
   return {Plan(std::move(cut)), make_layout(dtype, layouts, table_rows, kCpu)};
 }
 

@@ -111,7 +111,7 @@ class Reader {
   }
 
   bool find_dtype() {
-    for (const Dtype known : {kFloat32, kFloat64, kBFloat16}) {
+    for (const Dtype known : {kFloat32, kFloat64, kBFloat16, kFloat16}) {
       dtype_ = known;
       if (has_dtype(x_, known)) return true;
     }
@@ -208,7 +208,7 @@ int backward(const py::tuple& inputs, const py::tuple& own, int activation, bool
 using Place = std::pair<uintptr_t, int64_t>;
 
 NormCall make_call(int dtype, const std::array<int64_t, 3>& shape) {
-  if (dtype < 0 || dtype >= kDtypes || dtype == kFloat16) throw py::value_error("dtype: the CPU has no kernels for it");
+  if (dtype < 0 || dtype >= kDtypes) throw py::value_error("dtype: expected one of abi.h");
   for (const int64_t size : shape)
     if (size < 1) throw py::value_error("shape: expected sizes of 1 and more");
   NormCall call = {};

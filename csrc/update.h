@@ -22,18 +22,19 @@
 //   static constexpr bool kTakesRowRuns   true: update_rows() exists; it is called if expands_row_values() is true
 //   update(at, n, d, decay, fade, statistics)
 //       Updates elements [at, at + n) of the tensor. `d` points to n gradients, of type C, or of type S if
-//       fuses_statistics(). `decay` and `fade` are types of values.h. `statistics` (statistics.h) receives weights and
-//       gradients before the update and keeps the four sums of each row; it is NoStatistics if none are wanted.
+//       reads_stored_gradients(). `decay` and `fade` are types of values.h. `statistics` (statistics.h) receives
+//       weights and gradients before the update and keeps the four sums of each row; it is NoStatistics if none are
+//       wanted.
 //   update_rows(at, d, rows)              the same for a RowRun (fused_update.h): contiguous short rows, with AVX-512
 //   masked(at, n)                         called for n elements of masked rows: does nothing, or writes zeros if an
 //   external
 //                                         optimizer may have changed them
 //   end(at, n)                            called for n elements of rows whose fade ends: sets weights and state to 0
 //   prefetch(at)                          prefetches the cache lines of weights and state at element `at`
-//   fuses_statistics()                    one loop takes the statistics and makes the update. If false, the statistics
-//   of
-//                                         a block are taken first, and the update follows while the block is in the
-//                                         first-level cache
+//   reads_stored_gradients()              update() takes gradients of type S where they are stored
+//   fuses_statistics()                    one loop takes the statistics and makes the update (AVX-512). If false, the
+//                                         statistics of a block are taken first, and the update follows while the
+//                                         block is in the first-level cache
 //   expands_row_values()                  the loop reads one decay, fade and threshold for every four elements
 //
 // On a GPU, worker.cuh uses an Update; sgd.cuh, adam.cuh and external.cuh define them:

@@ -83,6 +83,7 @@ Error Plan::run(Job job, const Kernels& kernels, Op op, Dtype dtype, ParallelFor
   job.shapes = shapes_.data();
   job.pieces = pieces_.data();
   job.partials = partials.get();
+  job.apart = kernels.apart;
   std::vector<AdamBias> bias;
   if (op == kAdam) bias = adam_bias(job, shapes_.size());
   job.bias = bias.data();

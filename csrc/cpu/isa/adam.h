@@ -5,48 +5,19 @@
 
 #include "../../update.h"
 #include "fused_update.h"
+#include "vector_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
-inline float square_root(float x) {
-  return __builtin_sqrtf(x);
-}
-inline double square_root(double x) {
-  return __builtin_sqrt(x);
-}
-
-#if defined(__AVX512F__)
-using Floats = Vectors<float>::Vector;
-
-SPARSEKERN_INLINE Floats square_root(Floats x) {
-  return (Floats)_mm512_sqrt_ps((__m512)x);
-}
-#endif
-
-// Returns `a` if all bits of `which` are set and `b` if none is. A conditional expression on a loop constant would keep
-// the compiler from vectorising the loop.
-template <class C>
-inline C select(typename IntegerOf<C>::Type which, C a, C b) {
-  using Integer = typename IntegerOf<C>::Type;
-  const Integer bits_a = __builtin_bit_cast(Integer, a), bits_b = __builtin_bit_cast(Integer, b);
-  return __builtin_bit_cast(C, (bits_a & which) | (bits_b & ~which));
-}
-
-#if defined(__AVX512F__)
-SPARSEKERN_INLINE Floats select(Vectors<float>::Integer which, Floats a, Floats b) {
-  return (Floats)_mm512_mask_blend_ps(__mmask16(which), (__m512)b, (__m512)a);
-}
-#endif
-
-// The constants of a step and its arithmetic, for one element or a vector of elements (T).
+// The constants of a step and its arithmetic.
 template <class C>
 struct AdamStep {
   C lerp_weight, beta2, one_minus_beta2, eps, size, inverse_root;
   typename IntegerOf<C>::Type lerp_from_start;
 
-  // Decays weight `w` (or adds its decay to the gradient), and updates both moments by gradient `d`.
-  template <bool kDecoupled, bool kDecaysGradient, class T>
-  SPARSEKERN_INLINE void moments(T& w, T& m, T& v, T d, T decay) const {
+  // Decays weights `w` (or adds their decay to the gradient), and updates both moments by gradients `d`.
+  template <bool kDecoupled, bool kDecaysGradient, class Vector>
+  SPARSEKERN_INLINE void moments(Vector& w, Vector& m, Vector& v, Vector d, Vector decay) const {
     if constexpr (kDecoupled) {
       w = w * decay;
     } else if constexpr (kDecaysGradient) {
@@ -58,16 +29,16 @@ struct AdamStep {
 
   // torch.lerp has two formulas, chosen by its weight so that both ends are exact: start + weight * (end - start) below
   // 0.5, else end - (1 - weight) * (end - start).
-  template <class T>
-  SPARSEKERN_INLINE T mean(T old, T d) const {
+  template <class Vector>
+  SPARSEKERN_INLINE Vector mean(Vector old, Vector d) const {
     return select(lerp_from_start, old, d) + lerp_weight * (d - old);
   }
-  template <class T>
-  SPARSEKERN_INLINE T square(T old, T d) const {
+  template <class Vector>
+  SPARSEKERN_INLINE Vector square(Vector old, Vector d) const {
     return old * beta2 + d * one_minus_beta2 * d;
   }
-  template <class T>
-  SPARSEKERN_INLINE T weight(T w, T mean, T square) const {
+  template <class Vector>
+  SPARSEKERN_INLINE Vector weight(Vector w, Vector mean, Vector square) const {
     return w - size * mean / (square_root(square) * inverse_root + eps);
   }
 };
@@ -84,7 +55,8 @@ struct Adam {
         top(static_cast<S*>(job.addresses[kState2][tensor])),
         step(step_of(job.hyper, job.bias[tensor])),
         decoupled(job.hyper.decoupled),
-        amsgrad(job.hyper.amsgrad) {}
+        amsgrad(job.hyper.amsgrad),
+        apart(__is_same(S, C) && job.apart) {}
 
   template <class D, class Decay, class Fade, class Statistics>
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
@@ -101,8 +73,8 @@ struct Adam {
   // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     S* const arrays[] = {param + at, mean + at, square + at};
-    decoupled ? fused_update_rows(rows, arrays, ds, vector_step<true>())
-              : fused_update_rows(rows, arrays, ds, vector_step<false>());
+    decoupled ? fused_update_rows(rows, arrays, ds, vector_step<true, 3>())
+              : fused_update_rows(rows, arrays, ds, vector_step<false, 3>());
   }
 #endif
 
@@ -121,76 +93,69 @@ struct Adam {
     prefetch_far(square + at);
   }
 
-  // One loop takes the statistics and makes the update, if there are enough registers for both.
-  bool fuses_statistics() const { return kVectorBytes == 64 && !amsgrad; }
+  bool reads_stored_gradients() const { return !amsgrad; }
+  bool fuses_statistics() const { return kHasRegisters<S> && !amsgrad && !apart; }
 
   // The loop reads one factor and one threshold for every four elements.
-  bool expands_row_values() const { return kFusesStatistics<C> && !amsgrad; }
+  bool expands_row_values() const { return kHasRegisters<S> && !amsgrad; }
 
  private:
+  // With AVX-512 one loop in registers takes the statistics and makes the update, except with AMSGrad and if `apart` asks
+  // for two.
   template <bool kDecoupled, class D, class Decay, class Fade, class Statistics>
   void with_decay(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
-    if constexpr (kFusesStatistics<C> && __is_same(D, S)) {
-      if (fuses_statistics()) return fused<kDecoupled>(at, n, d, decay, fade, statistics);
-    }
     if constexpr (__is_same(D, C)) {
-      if constexpr (kVectorBytes == 64 && sizeof(C) == 8) {
-        if (fuses_statistics()) return loop<kDecoupled, false>(at, n, d, decay, fade, statistics);
+      if (amsgrad) {
+        accumulate_statistics(n, param + at, d, statistics);
+        return vectors<kDecoupled, false, 4>(at, n, d, decay, fade);
       }
+    }
+    constexpr bool kRegisterLoop = kHasRegisters<S> && __is_same(D, S);
+    constexpr bool kMayBeApart = __is_same(S, C) && kOfRows<Statistics>;
+    if constexpr (kRegisterLoop) {
+      if (!kMayBeApart || !apart) return registers<kDecoupled>(at, n, d, decay, fade, statistics);
+    }
+    if constexpr (!kRegisterLoop || kMayBeApart) {
       accumulate_statistics(n, param + at, d, statistics);
-      amsgrad ? loop<kDecoupled, true>(at, n, d, decay, fade, NoStatistics())
-              : loop<kDecoupled, false>(at, n, d, decay, fade, NoStatistics());
+      vectors<kDecoupled, kOfRows<Statistics>, 3>(at, n, d, decay, fade);
     }
   }
 
-  // The update of a vector of elements.
-  template <bool kDecoupled>
+  // The update of a vector of elements. The fourth array is the largest mean square so far, of AMSGrad.
+  template <bool kDecoupled, int kArrays>
   SPARSEKERN_INLINE auto vector_step() const {
     using Vector = typename Vectors<C>::Vector;
-    return [numbers = step](int64_t i, auto decay, auto fade, const Vector(&old)[3], Vector d, Vector(&updated)[3])
-               SPARSEKERN_ALWAYS {
-                 Vector w = old[0], m = old[1], v = old[2];
-                 constexpr bool kDecaysGradient = kDecays<decltype(decay)>;
-                 numbers.template moments<kDecoupled, kDecaysGradient>(w, m, v, d, decay.vector(i));
-                 updated[0] = fade.weight(i, numbers.weight(w, m, v), old[0]);
-                 updated[1] = fade.state(i, m, old[1]);
-                 updated[2] = fade.state(i, v, old[2]);
-               };
+    return [numbers = step](int64_t i, auto decay, auto fade, const Vector(&old)[kArrays], Vector d,
+                            Vector(&updated)[kArrays]) SPARSEKERN_ALWAYS {
+      Vector w = old[0], m = old[1], v = old[2];
+      constexpr bool kDecaysGradient = kDecays<decltype(decay)>;
+      numbers.template moments<kDecoupled, kDecaysGradient>(w, m, v, d, decay.vector(i));
+      Vector top = v;
+      if constexpr (kArrays == 4) {
+        const Vector old_top = old[3];
+        top = (v > old_top) | (v != v) ? v : old_top;
+        updated[3] = fade.state(i, top, old_top);
+      }
+      updated[0] = fade.weight(i, numbers.weight(w, m, top), old[0]);
+      updated[1] = fade.state(i, m, old[1]);
+      updated[2] = fade.state(i, v, old[2]);
+    };
   }
 
   template <bool kDecoupled, class Decay, class Fade, class Statistics>
-  void fused(int64_t at, int64_t n, const S* ds, Decay decay, Fade fade, Statistics statistics) const {
+  void registers(int64_t at, int64_t n, const S* ds, Decay decay, Fade fade, Statistics statistics) const {
     S* const arrays[] = {param + at, mean + at, square + at};
-    fused_update(n, arrays, ds, decay, fade, statistics, vector_step<kDecoupled>());
+    fused_update(n, arrays, ds, decay, fade, statistics, vector_step<kDecoupled, 3>());
   }
 
-  template <bool kDecoupled, bool kAmsgrad, class Decay, class Fade, class Statistics>
-  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Fade fade, Statistics statistics) const {
-    S* __restrict ws = param + at;
-    S* __restrict ms = mean + at;
-    S* __restrict vs = square + at;
-    S* __restrict ts = kAmsgrad ? top + at : nullptr;
-    const AdamStep<C> numbers = step;
-    const auto prefetch = [=](int64_t i) SPARSEKERN_ALWAYS {
-      __builtin_prefetch(ws + i);
-      __builtin_prefetch(ds + i);
-      __builtin_prefetch(ms + i);
-      __builtin_prefetch(vs + i);
-    };
-    for_elements(n, ws, ds, statistics, prefetch, [=](int64_t i) SPARSEKERN_ALWAYS {
-      const C old_w = widen(ws[i]), old_m = widen(ms[i]), old_v = widen(vs[i]);
-      C w = old_w, m = old_m, v = old_v;
-      numbers.template moments<kDecoupled, kDecays<Decay>>(w, m, v, C(ds[i]), C(decay[i]));
-      C t = v;
-      if constexpr (kAmsgrad) {
-        const C old_t = widen(ts[i]);
-        t = v > old_t || v != v ? v : old_t;
-        narrow(fade.state(i, t, old_t), &ts[i]);
-      }
-      narrow(fade.weight(i, numbers.weight(w, m, t), old_w), &ws[i]);
-      narrow(fade.state(i, m, old_m), &ms[i]);
-      narrow(fade.state(i, v, old_v), &vs[i]);
-    });
+  // Not inlined, so that one copy serves all statistics.
+  template <bool kDecoupled, bool kAhead, int kArrays, class D, class Decay, class Fade>
+  __attribute__((noinline)) void vectors(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade) const {
+    S* arrays[kArrays] = {param + at, mean + at, square + at};
+    if constexpr (kArrays == 4) arrays[3] = top + at;
+    vector_update<kAhead>(n, arrays, ds,
+                          [=, step = vector_step<kDecoupled, kArrays>()](int64_t i, const auto& old, auto d, auto& updated)
+                              SPARSEKERN_ALWAYS { step(i, decay, fade, old, d, updated); });
   }
 
   static AdamStep<C> step_of(const Hyper& hyper, const AdamBias& bias) {
@@ -205,7 +170,7 @@ struct Adam {
   S* square;
   S* top;
   AdamStep<C> step;
-  bool decoupled, amsgrad;
+  bool decoupled, amsgrad, apart;
 };
 
 SPARSEKERN_END_ISA

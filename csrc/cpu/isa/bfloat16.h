@@ -1,8 +1,8 @@
-// Storage types and their compute types. bfloat16 is stored as bits and rounded as in torch: to nearest, ties to even,
+// Storage types and their compute types. float16 has a file of its own; bfloat16 is stored as bits and rounded as in torch: to nearest, ties to even,
 // and every NaN to 0x7fc0.
 #pragma once
 
-#include "isa.h"
+#include "float16.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -16,6 +16,10 @@ struct Compute {
 };
 template <>
 struct Compute<BFloat16> {
+  using Type = float;
+};
+template <>
+struct Compute<Float16> {
   using Type = float;
 };
 

@@ -31,7 +31,7 @@ class ChunkKernel {
     const int64_t step = view_.gradient.longest(), end = view_.chunk.inner_end;
     for (int64_t at = view_.chunk.inner_begin, n; at < end; at += n) {
       n = minimum(step, end - at);
-      view_.gradient.with_gradient(at, n, nullptr, [&](const auto* d) {
+      view_.gradient.template with_gradient<true>(at, n, nullptr, [&](const auto* d) {
         view_.update.update(at, n, d, Same<C>{decay}, SameFade<C>{1}, NoStatistics());
       });
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gradient_reader.h"
+#include "row_factors.h"
 
 SPARSEKERN_BEGIN_ISA
 

@@ -43,7 +43,7 @@ class ColumnTiles {
 
   // The loop over a tile of rows of four elements expands factors and thresholds itself.
   bool in_fours(int64_t width) const {
-    return width == 4 && view_.update.expands_row_values() && !view_.job.hyper.scaled;
+    return width == 4 && view_.update.expands_row_values() && view_.gradient.unmodified();
   }
 
   void tile(int64_t row, int64_t rows, int64_t width) {
@@ -73,7 +73,7 @@ class ColumnTiles {
 
   void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
     const int64_t begin = view_.begin_of(row), n = rows * width;
-    view_.gradient.with_gradient(begin, n, same ? nullptr : factors_.fade, [&](const auto* d) {
+    view_.gradient.template with_gradient<kHasRegisters<S>>(begin, n, same ? nullptr : factors_.fade, [&](const auto* d) {
       if (view_.statistics) accumulate_rows(row, rows, width, d, same);
       update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
     });
@@ -110,7 +110,7 @@ class ColumnTiles {
     for (int64_t column = 0; column < columns; column += kBlock) {
       const int64_t n = minimum(kBlock, columns - column), readable = columns - column;
       const C* fade = same ? nullptr : factors_.fade + column;
-      view_.gradient.with_gradient(begin + column, n, fade, [&](const auto* d) {
+      view_.gradient.template with_gradient<kHasRegisters<S>>(begin + column, n, fade, [&](const auto* d) {
         column_block(begin + column, n, readable, d, row, column, same);
       });
     }
@@ -126,10 +126,12 @@ class ColumnTiles {
       using Statistics = SingleStatistics<C>;
       float* const out = view_.sums_of(row + column);
       update_columns<Each<C>>(at, n, d, column, same, Statistics{out, n, readable, {threshold}});
-    } else if (kFusesStatistics<C> && columns_a_value_ == 4) {
-      using Statistics = QuadStatistics<C, EachFour<C>>;
-      update_columns<EachFour<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
     } else if (sums.quads) {
+      if constexpr (kHasRegisters<S> && __is_same(D, S)) {
+        using Statistics = QuadStatistics<C, EachFour<C>>;
+        const Statistics statistics = {sums.quad_sums + column, readable, {threshold}};
+        if (columns_a_value_ == 4) return update_columns<EachFour<C>>(at, n, d, column, same, statistics);
+      }
       using Statistics = QuadStatistics<C, Each<C>>;
       update_columns<Each<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
     } else {

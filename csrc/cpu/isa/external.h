@@ -3,7 +3,7 @@
 
 #include "../../update.h"
 #include "row_factors.h"
-#include "statistics.h"
+#include "vector_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -22,6 +22,7 @@ struct ExternalStatistics {
   void masked(int64_t, int64_t) const {}
   void end(int64_t, int64_t) const {}
   void prefetch(int64_t at) const { prefetch_far(param + at); }
+  bool reads_stored_gradients() const { return true; }
   bool fuses_statistics() const { return true; }
   bool expands_row_values() const { return false; }
 
@@ -47,7 +48,7 @@ struct ExternalMask {
   void update(int64_t at, int64_t n, const C*, Values decay, RowFades<C, Values> fade, NoStatistics) const {
     loop(param + at, n, decay, fade);
     S* __restrict ws = param + at;
-    for (int64_t i = 0; i < n; ++i) ws[i] = fade.values[i] < 0 ? S{} : ws[i];
+    for (int64_t i = 0; i < n; ++i) ws[i] = fade.masked(i) ? S{} : ws[i];
   }
 
   template <class Decay, class Fade, class Statistics>
@@ -56,17 +57,19 @@ struct ExternalMask {
   void masked(int64_t at, int64_t n) const { __builtin_memset(param + at, 0, n * sizeof(S)); }
   void end(int64_t at, int64_t n) const { masked(at, n); }
   void prefetch(int64_t at) const { prefetch_far(param + at); }
+  bool reads_stored_gradients() const { return true; }
   bool fuses_statistics() const { return true; }
   bool expands_row_values() const { return false; }
 
  private:
   template <class Decay, class Fade>
-  static void loop(S* __restrict ws, int64_t n, Decay decay, Fade fade) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      const C w = widen(ws[i]);
-      narrow(fade.weight(i, w * decay[i], w), &ws[i]);
-    }
+  static void loop(S* ws, int64_t n, Decay decay, Fade fade) {
+    using Vector = typename Vectors<C>::Vector;
+    // The weights stand in for a gradient, which is not used.
+    vector_update<false>(n, {ws}, ws,
+                  [=](int64_t i, const Vector(&old)[1], Vector, Vector(&updated)[1]) SPARSEKERN_ALWAYS {
+                    updated[0] = fade.weight(i, old[0] * decay.vector(i), old[0]);
+                  });
   }
 
   S* param;

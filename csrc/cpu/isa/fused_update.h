@@ -1,5 +1,6 @@
-// Fused statistics-and-update loops: they take the statistics of some elements, update them, and continue with the
-// next. The sums are computed while the divider units work on the elements before.
+// Fused statistics-and-update loops with AVX-512: they take the statistics of a register of elements in their storage
+// type, update them, and continue with the next. The sums are computed while the divider units work on the elements
+// before.
 #pragma once
 
 #include "registers.h"
@@ -8,12 +9,8 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Prefetch distance of the loops that the compiler vectorises, in elements. With statistics an iteration takes longer,
-// and the hardware prefetcher starts too late.
-constexpr int64_t kLoopPrefetchDistance = 128;
-
-// Prefetch distance of the loops in registers, in elements. Below about 2 KB prefetching gains nothing; 2 to 3 KB is up
-// to 10 % faster than 400 bytes. A loop over fewer arrays is shorter and needs a larger distance.
+// Prefetch distance in elements. Below about 2 KB prefetching gains nothing; 2 to 3 KB is up to 10 % faster than 400
+// bytes. A loop over fewer arrays is shorter and needs a larger distance.
 template <class S, int kArrays>
 constexpr int64_t kPrefetchDistance = (kArrays < 3 ? 3072 : 2304) / sizeof(S);
 
@@ -166,32 +163,5 @@ SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[
   }
 }
 #endif
-
-// Calls element(i) for every i below n.
-template <class S, class C, class Prefetch, class Element>
-SPARSEKERN_INLINE void for_elements(int64_t n, const S*, const C*, NoStatistics, Prefetch, Element element) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) element(i);
-}
-
-// The same; takes the statistics of every sixteen elements before their update.
-template <class S, class C, class Statistics, class Prefetch, class Element>
-SPARSEKERN_INLINE void for_elements(int64_t n, const S* w, const C* d, Statistics statistics, Prefetch prefetch,
-                                    Element element) {
-  auto local = statistics.begin();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    prefetch(i + kLoopPrefetchDistance);
-    statistics.add(local, i, w + i, d + i);
-#pragma GCC ivdep
-    for (int64_t l = 0; l < kLanes; ++l) element(i + l);
-  }
-  if (i < n) {
-    statistics.add_last(local, i, w + i, d + i, n - i);
-#pragma GCC ivdep
-    for (; i < n; ++i) element(i);
-  }
-  statistics.end(local);
-}
 
 SPARSEKERN_END_ISA

@@ -3,7 +3,8 @@
 
 #include "../../abi.h"
 #include "../../update.h"
-#include "fused_update.h"
+#include "registers.h"
+#include "vector_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -16,6 +17,7 @@ class GradientReader {
       : hyper_(job.hyper),
         grad_(static_cast<S*>(job.addresses[kGrad][chunk.tensor])),
         unmodified_(!job.hyper.scaled && !job.hyper.maximize),
+        stored_(update.reads_stored_gradients()),
         fuses_(update.fuses_statistics()) {}
 
   const S* stored(int64_t at) const { return grad_ + at; }
@@ -24,10 +26,11 @@ class GradientReader {
   bool unmodified() const { return unmodified_; }
 
   // Calls work(d) with the gradient of n elements from `at` on. `fade` has one value for each of them; a negative one
-  // marks a masked row, whose stored gradient is not changed. `fade` is null if no row is masked.
-  template <class Work>
+  // marks a masked row, whose stored gradient is not changed. `fade` is null if no row is masked. `kStored` says whether
+  // work() also takes gradients in their storage type.
+  template <bool kStored, class Work>
   SPARSEKERN_INLINE void with_gradient(int64_t at, int64_t n, const C* fade, Work work) const {
-    if constexpr (Update::kReadsGrad && kFusesStatistics<C> && !__is_same(S, C)) {
+    if constexpr (Update::kReadsGrad && kStored && !__is_same(S, C)) {
       if (direct()) return work(static_cast<const S*>(grad_ + at));
     }
     C buffer[kBufferSize];
@@ -39,10 +42,11 @@ class GradientReader {
   int64_t longest() const { return direct() && fuses_ ? INT64_MAX : kBlock; }
 
  private:
+  using V = Vectors<C>;
   static constexpr int64_t kBufferSize = kBlock + kLanes;
 
   // Whether the update reads the gradient in place, in its storage type.
-  bool direct() const { return unmodified_ && (__is_same(S, C) || (kFusesStatistics<C> && fuses_)); }
+  bool direct() const { return unmodified_ && (__is_same(S, C) || stored_); }
 
   // Returns the stored gradient if it can be used unchanged, else a converted copy in `buffer`. An unscaled gradient is
   // also stored back, as in torch.
@@ -51,24 +55,37 @@ class GradientReader {
     if constexpr (__is_same(S, C)) {
       if (unmodified_) return grad_ + at;
     }
-    S* __restrict stored = grad_ + at;
-    C* __restrict out = buffer;
+    S* stored = grad_ + at;
+    const C scale = hyper_.scaled ? C(hyper_.grad_scale) : C(1);
+    for_vectors(n, stored, [&](const S* from, int64_t i) SPARSEKERN_ALWAYS {
+      // A division by 1 would change nothing, but take time.
+      V::store(hyper_.scaled ? V::load(from) / scale : V::load(from), buffer + i);
+    });
     if (hyper_.scaled) {
-      const C scale = C(hyper_.grad_scale);
-      for (int64_t i = 0; i < n; ++i) out[i] = widen(stored[i]) / scale;
-      for (int64_t i = 0; i < n; ++i)
-        if (!fade || fade[i] >= 0) narrow(out[i], &stored[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = widen(stored[i]);
+      int64_t i = 0;
+      for (; !fade && i + V::kWidth <= n; i += V::kWidth) V::store(V::load(buffer + i), stored + i);
+      for (; i < n; ++i)
+        if (!fade || fade[i] >= 0) narrow(buffer[i], &stored[i]);
     }
     if (hyper_.maximize)
-      for (int64_t i = 0; i < n; ++i) out[i] = -out[i];
-    return out;
+      for (int64_t i = 0; i < n; ++i) buffer[i] = -buffer[i];
+    return buffer;
+  }
+
+  // Calls work(from, i) for the vectors of n elements; the last one may be a copy, padded with zeros.
+  template <class Work>
+  static void for_vectors(int64_t n, const S* from, Work work) {
+    int64_t i = 0;
+    for (; i + V::kWidth <= n; i += V::kWidth) work(from + i, i);
+    if (i == n) return;
+    S copy[V::kWidth] = {};
+    for (int64_t l = 0; i + l < n; ++l) copy[l] = from[i + l];
+    work(copy, i);
   }
 
   const Hyper& hyper_;
   S* grad_;
-  bool unmodified_, fuses_;
+  bool unmodified_, stored_, fuses_;
 };
 
 SPARSEKERN_END_ISA

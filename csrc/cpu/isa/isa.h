@@ -3,12 +3,19 @@
 // of another.
 #pragma once
 
-#if defined(__AVX512F__)
+// <immintrin.h> takes longer to compile than some of the kernels.
+#if defined(__x86_64__) && !defined(__AVX__)
+#include <emmintrin.h>
+#elif defined(__x86_64__)
 // GCC 12 warns about uninitialised vectors of its own header.
 #pragma GCC diagnostic push
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <stdint.h>

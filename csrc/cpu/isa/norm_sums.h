@@ -38,10 +38,6 @@ struct SumLanesOf<C, kCount, 0> {
   void store(C*, int64_t) const {}
 };
 
-// Vectors that sixteen lanes take.
-template <class C>
-constexpr int kLaneVectors = kLanes * sizeof(C) / kVectorBytes;
-
 template <class C, int kCount>
 using SumLanes = SumLanesOf<C, kCount, kLaneVectors<C>>;
 

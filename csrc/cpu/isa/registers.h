@@ -6,9 +6,9 @@
 
 SPARSEKERN_BEGIN_ISA
 
-// Whether one loop has enough registers for statistics and update.
-template <class C>
-constexpr bool kFusesStatistics = kVectorBytes == 64 && sizeof(C) == 4;
+// Whether the loops of fused_update.h take the storage type.
+template <class S>
+constexpr bool kHasRegisters = kVectorBytes == 64 && (__is_same(S, float) || __is_same(S, BFloat16));
 
 #if defined(__AVX512F__)
 template <class S>

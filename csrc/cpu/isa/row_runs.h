@@ -18,7 +18,7 @@ class RowRuns {
   explicit RowRuns(const ChunkView<S, Update>& view) : view_(view) {}
 
   static bool takes(const ChunkView<S, Update>& view) {
-    if constexpr (kFusesStatistics<C> && Update::kTakesRowRuns) {
+    if constexpr (kHasRegisters<S> && Update::kTakesRowRuns) {
       const Shape& shape = view.shape;
       return view.statistics && shape.outer == 1 && shape.inner >= kLongRow && shape.inner < kOwnLoopRow &&
              view.gradient.unmodified() && view.update.expands_row_values();
@@ -28,7 +28,7 @@ class RowRuns {
 
   void run() {
     static_assert(kPrefetchDistance<S, 1> <= kMaxRowsAhead * kLongRow);
-    if constexpr (kFusesStatistics<C> && Update::kTakesRowRuns) {
+    if constexpr (kHasRegisters<S> && Update::kTakesRowRuns) {
       const Chunk& chunk = view_.chunk;
       for (int64_t row = chunk.row_begin; row < chunk.row_end; row += kTile)
         update_tile(row, minimum(kTile, chunk.row_end - row), chunk.inner_end - chunk.inner_begin);

@@ -3,29 +3,34 @@
 
 #include "../../update.h"
 #include "fused_update.h"
+#include "vector_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
-// Shortest update without statistics that uses the loop that the compiler unrolls.
+// Shortest update without statistics that uses the loop without prefetch.
 constexpr int64_t kUnrolled = 128;
 
-enum SgdMode { kPlain, kFirst, kFirstNesterov, kDampened, kHeavyBall, kNesterov };
+// Without momentum; with it; with dampening or with Nesterov's momentum.
+enum SgdMode { kPlain, kHeavyBall, kGeneral };
 
-// The constants of a step and its arithmetic, for one element or a vector of elements (T).
+// The constants of a step and its arithmetic.
 template <class C>
 struct SgdStep {
   C lr, momentum, one_minus_dampening;
+  // The step follows d + b * momentum for Nesterov's momentum, else -0 + b * 1, which is b.
+  C look_ahead;
+  typename IntegerOf<C>::Type nesterov;
 
-  // Updates weight `w` and momentum buffer `b` by gradient `d`.
-  template <SgdMode kMode, bool kDecaysGradient, class T>
-  SPARSEKERN_INLINE void update(T& w, T& b, T d, T decay) const {
+  // Updates weights `w` and momentum buffers `b` by gradients `d`.
+  template <SgdMode kMode, bool kDecaysGradient, class Vector>
+  SPARSEKERN_INLINE void update(Vector& w, Vector& b, Vector d, Vector decay) const {
     if constexpr (kDecaysGradient) d = d + w * decay;
-    if constexpr (kMode != kPlain) {
-      const T old = b;
-      b = d;
-      if constexpr (kMode == kDampened || kMode == kNesterov) b = old * momentum + d * one_minus_dampening;
-      if constexpr (kMode == kHeavyBall) b = old * momentum + d;
-      d = kMode == kNesterov || kMode == kFirstNesterov ? d + b * momentum : b;
+    if constexpr (kMode == kHeavyBall) {
+      b = b * momentum + d;
+      d = b;
+    } else if constexpr (kMode == kGeneral) {
+      b = b * momentum + d * one_minus_dampening;
+      d = select(nesterov, d, Vectors<C>::repeat(C(-0.0))) + b * look_ahead;
     }
     w = w - d * lr;
   }
@@ -40,30 +45,26 @@ struct Sgd {
   Sgd(const Job& job, int32_t tensor)
       : param(static_cast<S*>(job.addresses[kParam][tensor])),
         buffer(static_cast<S*>(job.addresses[kState0][tensor])),
-        step{C(job.hyper.lr), C(job.hyper.momentum), C(1 - job.hyper.dampening)} {
-    const bool nesterov = job.hyper.nesterov;
-    if (job.hyper.momentum == 0) {
-      mode = kPlain;
-    } else if (job.hyper.first) {
-      mode = nesterov ? kFirstNesterov : kFirst;
-    } else {
-      const bool dampened = job.hyper.dampening != 0;
-      mode = nesterov ? kNesterov : dampened ? kDampened : kHeavyBall;
-    }
-  }
+        step(step_of(job.hyper)),
+        mode(mode_of(job.hyper)),
+        first(mode != kPlain && job.hyper.first),
+        apart(job.apart) {}
 
   template <class D, class Decay, class Fade, class Statistics>
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
+    if (first) start_buffer(at, n, fade);
     if (is_zero(decay)) {
-      dispatch(at, n, d, NoDecay<C>(), fade, statistics);
+      fused_or_apart(at, n, d, NoDecay<C>(), fade, statistics);
     } else {
-      dispatch(at, n, d, decay, fade, statistics);
+      fused_or_apart(at, n, d, decay, fade, statistics);
     }
   }
 
 #if defined(__AVX512F__)
   // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
+    for (int64_t r = 0; first && r < rows.count; ++r)
+      start_buffer(at + rows.live[r] * rows.width, rows.width, SameFade<C>{1});
     with_mode([&](auto mode) {
       with_step<mode.value>(
           at, [&](const auto& arrays, auto step) SPARSEKERN_ALWAYS { fused_update_rows(rows, arrays, ds, step); });
@@ -83,8 +84,9 @@ struct Sgd {
     if (mode != kPlain) prefetch_far(buffer + at);
   }
 
-  bool fuses_statistics() const { return kFusesStatistics<C> && !__is_same(S, C); }
-  bool expands_row_values() const { return kFusesStatistics<C>; }
+  bool reads_stored_gradients() const { return true; }
+  bool fuses_statistics() const { return kHasRegisters<S> && !__is_same(S, C); }
+  bool expands_row_values() const { return kHasRegisters<S>; }
 
  private:
   template <Mode kMode>
@@ -96,33 +98,47 @@ struct Sgd {
   void with_mode(Work work) const {
     switch (mode) {
       case kPlain: return work(Is<kPlain>());
-      case kFirst: return work(Is<kFirst>());
-      case kFirstNesterov: return work(Is<kFirstNesterov>());
-      case kDampened: return work(Is<kDampened>());
       case kHeavyBall: return work(Is<kHeavyBall>());
-      case kNesterov: return work(Is<kNesterov>());
+      case kGeneral: return work(Is<kGeneral>());
     }
   }
 
-  template <class D, class... Rest>
-  void dispatch(int64_t at, int64_t n, const D* d, Rest... rest) const {
-    with_mode([&](auto mode) { fused_or_apart<mode.value>(at, n, d, rest...); });
+  static SgdStep<C> step_of(const Hyper& hyper) {
+    const bool nesterov = hyper.nesterov;
+    return {C(hyper.lr), C(hyper.momentum), C(hyper.first ? 1 : 1 - hyper.dampening),
+            nesterov ? C(hyper.momentum) : C(1), nesterov ? -1 : 0};
   }
 
-  // One loop in registers takes the statistics and makes the update; two loops, the first of which fills the cache,
-  // take up to 60 % longer. The fused loop prefetches. An update without statistics does not need that, and it costs 25
-  // % on lists that fit the third-level cache, so such an update uses the compiler's loop if all its elements have one
-  // fade.
-  template <Mode kMode, class D, class Decay, class Fade, class Statistics>
+  static SgdMode mode_of(const Hyper& hyper) {
+    if (hyper.momentum == 0) return kPlain;
+    return hyper.nesterov || (hyper.dampening != 0 && !hyper.first) ? kGeneral : kHeavyBall;
+  }
+
+  // In the first step the buffer becomes the gradient, whatever it holds. A buffer of -0 gives that with the arithmetic
+  // of all other steps, even for a gradient of -0.
+  template <class Fade>
+  void start_buffer(int64_t at, int64_t n, Fade fade) const {
+    S start;
+    narrow(C(-0.0), &start);
+    for (int64_t i = 0; i < n; ++i)
+      if (!fade.masked(i)) buffer[at + i] = start;
+  }
+
+  // With AVX-512 one loop in registers takes the statistics and makes the update, if `apart` does not ask for two. The
+  // fused loop prefetches. An update without statistics does not need that, and it
+  // costs 25 % on lists that fit the third-level cache.
+  template <class D, class Decay, class Fade, class Statistics>
   void fused_or_apart(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
-    static_assert(kFusesStatistics<C> || __is_same(D, C), "gradients are widened where they lie by these loops alone");
+    constexpr bool kRegisterLoop = kHasRegisters<S> && __is_same(D, S);
     constexpr bool kUpdateAlone = __is_same(S, C) && kIsUniform<Fade> && __is_same(Statistics, NoStatistics);
-    if constexpr (kFusesStatistics<C> && __is_same(D, S)) {
-      if (!kUpdateAlone || n < kUnrolled) return registers<kMode>(at, n, d, decay, fade, statistics);
+    constexpr bool kMayBeApart = __is_same(S, C) && kOfRows<Statistics>;
+    if constexpr (kRegisterLoop) {
+      if (!(kUpdateAlone && n >= kUnrolled) && !(kMayBeApart && apart))
+        return with_mode([&](auto mode) { registers<mode.value>(at, n, d, decay, fade, statistics); });
     }
-    if constexpr (__is_same(D, C)) {
+    if constexpr (!kRegisterLoop || kUpdateAlone || kMayBeApart) {
       accumulate_statistics(n, param + at, d, statistics);
-      loop<kMode>(at, n, d, decay, fade);
+      with_mode([&](auto mode) { vectors<mode.value, kOfRows<Statistics>>(at, n, d, decay, fade); });
     }
   }
 
@@ -157,27 +173,20 @@ struct Sgd {
                              SPARSEKERN_ALWAYS { fused_update(n, arrays, ds, decay, fade, statistics, step); });
   }
 
-  template <Mode kMode, class Decay, class Fade>
-  void loop(int64_t at, int64_t n, const C* __restrict ds, Decay decay, Fade fade) const {
-    S* __restrict ws = param + at;
-    S* __restrict bs = kMode == kPlain ? nullptr : buffer + at;
-    const SgdStep<C> numbers = step;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      const C old_w = widen(ws[i]);
-      C w = old_w, b{};
-      if constexpr (kMode != kPlain) b = widen(bs[i]);
-      const C old_b = b;
-      numbers.template update<kMode, kDecays<Decay>>(w, b, C(ds[i]), C(decay[i]));
-      if constexpr (kMode != kPlain) narrow(fade.state(i, b, old_b), &bs[i]);
-      narrow(fade.weight(i, w, old_w), &ws[i]);
-    }
+  // Not inlined, so that one copy serves all statistics.
+  template <Mode kMode, bool kAhead, class D, class Decay, class Fade>
+  __attribute__((noinline)) void vectors(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade) const {
+    with_step<kMode>(at, [=](const auto& arrays, auto step) SPARSEKERN_ALWAYS {
+      vector_update<kAhead>(n, arrays, ds, [=](int64_t i, const auto& old, auto d, auto& updated)
+                                               SPARSEKERN_ALWAYS { step(i, decay, fade, old, d, updated); });
+    });
   }
 
   S* param;
   S* buffer;
   SgdStep<C> step;
   Mode mode;
+  bool first, apart;
 };
 
 SPARSEKERN_END_ISA

@@ -71,6 +71,17 @@ struct RowStatistics {
   }
 };
 
+// Whether statistics are those of contiguous rows, whose blocks follow each other.
+template <class Statistics>
+constexpr bool kOfRows = false;
+template <class C>
+constexpr bool kOfRows<RowStatistics<C>> = true;
+
+// None: the statistics of these rows were taken before.
+struct TakenStatistics : NoStatistics {};
+template <>
+constexpr bool kOfRows<TakenStatistics> = true;
+
 // Statistics of columns with a threshold each. Every column has a lane.
 template <class C>
 struct ColumnStatistics {
@@ -173,5 +184,8 @@ SPARSEKERN_INLINE void accumulate_statistics(int64_t n, const S* w, const D* d, 
 
 template <class S, class D>
 SPARSEKERN_INLINE void accumulate_statistics(int64_t, const S*, const D*, NoStatistics) {}
+
+template <class S, class D>
+SPARSEKERN_INLINE void accumulate_statistics(int64_t, const S*, const D*, TakenStatistics) {}
 
 SPARSEKERN_END_ISA

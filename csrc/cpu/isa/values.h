@@ -1,4 +1,4 @@
-// Per-element values of a loop (decays, fades, thresholds), for one element or a vector of elements: the same for all,
+// Per-element values of a loop (decays, fades, thresholds), for a vector of elements: the same for all,
 // one for each, or one for every four. And the effect of a fade on an updated element.
 #pragma once
 
@@ -69,6 +69,7 @@ template <class C>
 struct SameFade {
   C value;
 
+  bool masked(int64_t) const { return false; }
   template <class T>
   SPARSEKERN_INLINE T weight(int64_t, T updated, T) const {
     return updated * value;
@@ -90,8 +91,7 @@ struct RowFades {
   using Vector = typename Vectors<C>::Vector;
   Values values;
 
-  C weight(int64_t i, C updated, C old) const { return state(i, updated * values[i], old); }
-  C state(int64_t i, C updated, C old) const { return values[i] < 0 ? old : updated; }
+  bool masked(int64_t i) const { return values[i] < 0; }
   SPARSEKERN_INLINE Vector weight(int64_t i, Vector updated, Vector old) const {
     return state(i, updated * values.vector(i), old);
   }

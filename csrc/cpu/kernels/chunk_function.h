@@ -18,6 +18,7 @@ SPARSEKERN_BEGIN_ISA
 using float32 = float;
 using float64 = double;
 using bfloat16 = BFloat16;
+using float16 = Float16;
 using Element = SPARSEKERN_DTYPE;
 
 SPARSEKERN_END_ISA

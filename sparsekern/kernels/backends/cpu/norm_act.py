@@ -2,7 +2,6 @@
 
 The kernels take contiguous or channels-last data, and per-channel vectors in the compute type. Native code
 checks this at each call. If it does not hold, Python converts the tensors and calls native code again.
-float16 is computed in float32, as in the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from sparsekern.kernels.native import pointers
 from sparsekern.kernels.norm_checks import check_memory, named_counts
 from sparsekern.kernels.options import Moments, NormInputs, NormOptions, Running
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
@@ -48,7 +47,7 @@ def norm_act_forward(
     _call_at(_C.norm_forward_at, layout, converted, (*used, y, mean, var), numbers)
     if momentum:
         _give_back(used, running)
-    return _as(y, x), mean, var
+    return layout.returned(y, x), mean, var
 
 
 def norm_act_backward(
@@ -77,9 +76,7 @@ def norm_act_backward(
     own = (*given, grad_x, grad_residual, grad_weight, grad_bias, *used)
     _call_at(_C.norm_backward_at, layout, converted, own, numbers)
     _give_back(used, arrays)
-    if grad_residual is not None:
-        grad_residual = _as(grad_residual, x)
-    return _as(grad_x, x), grad_residual, grad_weight, grad_bias
+    return layout.returned_gradients((grad_x, grad_residual, grad_weight, grad_bias), x)
 
 
 def _done(code: int, x: Tensor) -> bool:
@@ -110,17 +107,10 @@ def _call_at(
 def _converted(inputs: NormInputs) -> tuple[Tensor, Layout, tuple[Tensor | None, ...]]:
     """``x``, its layout, and all inputs (``x`` first), in dtypes and memory orders of the kernels."""
     x, residual, weight, bias, mask = inputs
-    data, layout = _with_dense_strides(x)
+    layout = layout_of(x)
+    data = layout.dense(x)
     others = (_like(residual, data), _vector(weight, data), _vector(bias, data), _dense(mask))
     return data, layout, (data, *others)
-
-
-def _with_dense_strides(x: Tensor) -> tuple[Tensor, Layout]:
-    """``x`` in a dtype and memory order that the kernels take, and its layout. float16 becomes float32."""
-    if x.dtype is torch.float16:
-        x = x.float()
-    layout = layout_of(x)
-    return layout.dense(x), layout
 
 
 def _like(tensor: Tensor | None, data: Tensor) -> Tensor | None:
@@ -143,11 +133,6 @@ def _give_back(used: Sequence[Tensor | None], given: Sequence[Tensor | None]) ->
     for copy, tensor in zip(used, given, strict=True):
         if copy is not tensor and copy is not None and tensor is not None:
             tensor.copy_(copy)
-
-
-def _as(result: Tensor, x: Tensor) -> Tensor:
-    """``result`` in the dtype of ``x``."""
-    return result if result.dtype is x.dtype else result.to(x.dtype)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 A plan (:mod:`~sparsekern.kernels.backends.planned`) stores the memory shape of each tensor and the chunks for
 the threads. Each call reads the addresses again and compares dtype, sizes and strides of every tensor with
-the plan, in native code. The reference processes float16.
+the plan, in native code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sparsekern.kernels.rows import ChannelArrays, Rows, RowTable
 
 _CPU = torch.device("cpu")
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _MISFIT = -1
 
