@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
+from sparsekern.graph.blocks import (
+    Block,
+    closed,
+    emptied,
+    kept_blocks,
+    renamed,
+    renamed_group,
+    restricted,
+)
 from sparsekern.graph.cost import MEASURES, Cost, CostModel
 from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
+from sparsekern.graph.numbers import KeptBlocks, after_removal
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.table import describe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +43,8 @@ class ChannelGraph:
         notes: for every tensor, why indices along its dimensions stay.
         operations: the ops of a pass in evaluation mode, in order. Their sizes are extents of ``costs``.
         untraced: why training mode was not traced; empty if it was.
+        blocks: residual blocks that can be removed as a whole (``trace(..., depth=True)``). A channel stands
+            for each of them; without it, the channels inside of the block go, too.
     """
 
     groups: tuple[Group, ...]
@@ -40,6 +56,7 @@ class ChannelGraph:
     notes: dict[str, tuple[Note, ...]]
     operations: tuple[Operation, ...]
     untraced: str = ""
+    blocks: tuple[Block, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -123,6 +140,15 @@ class ChannelGraph:
             notes=notes,
             operations=self.operations,
             untraced=self.untraced,
+            blocks=tuple(
+                replace(
+                    block,
+                    channel=int(renumbered[block.channel]),
+                    groups=tuple(int(new[g]) for g in block.groups if new[g] >= 0),
+                )
+                for block in self.blocks
+                if not gone[block.channel]
+            ),
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
@@ -138,19 +164,42 @@ class ChannelGraph:
         Raises:
             ValueError: ``kept`` has another shape or dtype, or keeps no channel of a group.
         """
-        kept = self._checked(kept)
-        empty = [group.name for group in self.groups if not kept[group.channels].any()]
-        if empty:
+        kept = self.without_inner(self._checked(kept))
+        if empty := self.emptied_groups(kept):
             raise ValueError(f"kept: no channel is left of {empty[0]}, expected at least one per group")
         renumbered = np.where(kept, np.cumsum(kept) - 1, -1)
+        names = self.kept_blocks(kept)
+        tensors = {
+            new: _cut_slots(slots, kept, renumbered, names)
+            for name, slots in self.tensors.items()
+            if (new := after_removal(name, names)) is not None
+        }
         return replace(
             self,
-            groups=tuple(replace(g, channels=renumbered[g.channels[kept[g.channels]]]) for g in self.groups),
+            groups=tuple(
+                renamed_group(g, renumbered[g.channels[kept[g.channels]]], names) for g in self.groups
+            ),
             group_of=self.group_of[kept],
-            tensors={name: _cut_slots(slots, kept, renumbered) for name, slots in self.tensors.items()},
-            gates=_cut_gates(self.gates, self.tensors, kept),
+            tensors=tensors,
+            gates=_cut_gates(self.gates, self.tensors, kept, names),
             costs=self.costs.restrict(kept),
+            notes=_renamed_keys(self.notes, names),
+            frozen=tuple(_renamed_keys(dict(self.frozen), names).items()),
+            operations=tuple(op for op in self.operations if after_removal(op.module, names) is not None),
+            blocks=restricted(self.blocks, kept, renumbered, names),
         )
+
+    def without_inner(self, kept: np.ndarray) -> np.ndarray:
+        """``kept`` (bool ``[C]``) without the channels inside of blocks that are not kept."""
+        return closed(self.blocks, self.groups, kept) if self.blocks else kept
+
+    def emptied_groups(self, kept: np.ndarray) -> list[str]:
+        """Names of the groups without a channel in ``kept`` (bool ``[C]``) that do not go with a block."""
+        return emptied(self.blocks, self.groups, kept)
+
+    def kept_blocks(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
+        """The numbers of the modules that stay, by path, in each list that loses blocks without ``kept``."""
+        return kept_blocks(self.blocks, kept)
 
     def _number(self, name: str | int | Group) -> int:
         for group in self.groups:
@@ -230,17 +279,34 @@ def _staying(channels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return stays
 
 
-def _cut_slots(slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray) -> TensorSlots:
+def _renamed_keys(given: Mapping[str, T], names: KeptBlocks) -> dict[str, T]:
+    """The entries by the names that they have after blocks are removed, without those of the blocks."""
+    if not names:
+        return dict(given)
+    moved = ((after_removal(name, names), value) for name, value in given.items())
+    return {name: value for name, value in moved if name is not None}
+
+
+def _cut_slots(
+    slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray, names: KeptBlocks
+) -> TensorSlots:
     channels = []
     for ids in slots.channels:
         own = None if ids is None else ids[_staying(ids, kept)]
         channels.append(None if own is None else np.where(own >= 0, renumbered[own], -1))
     shape = tuple(size if own is None else len(own) for size, own in zip(slots.shape, channels, strict=True))
-    return replace(slots, shape=shape, channels=tuple(channels))
+    cut = replace(slots, shape=shape, channels=tuple(channels))
+    if not names:
+        return cut
+    paths = ((after_removal(path, names), dim, per) for path, dim, per in slots.sizes)
+    sizes = tuple((path, dim, per) for path, dim, per in paths if path is not None)
+    rescale = None if slots.rescale is None else slots.rescale.renamed(partial(after_removal, kept=names))
+    aliases = tuple(renamed(alias, names) for alias in slots.aliases)
+    return replace(cut, name=renamed(slots.name, names), aliases=aliases, sizes=sizes, rescale=rescale)
 
 
-def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray) -> Gates:
-    left = _kept_gates(gates, ~kept)
+def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks) -> Gates:
+    left = _kept_gates(gates, ~kept, [after_removal(name, names) is None for name in gates.names])
     rows = left.rows.copy()
     for index, name in enumerate(left.names):
         slots = tensors[name]
@@ -248,12 +314,16 @@ def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray) 
         assert ids is not None
         mine = left.tensors == index
         rows[mine] = (np.cumsum(_staying(ids, kept)) - 1)[rows[mine]]
-    return left._replace(rows=rows)
+    return left._replace(rows=rows, names=tuple(renamed(name, names) for name in left.names))
 
 
-def _kept_gates(gates: Gates, gone: np.ndarray) -> Gates:
-    counts = np.diff(gates.offsets)
-    kept = np.repeat(~gone, counts)
+def _kept_gates(gates: Gates, gone: np.ndarray, lost: Sequence[bool] = ()) -> Gates:
+    """The gates of channels that are not ``gone``, without rows of the tensors that are ``lost``."""
+    channel = np.repeat(np.arange(len(gone)), np.diff(gates.offsets))
+    kept = ~gone[channel]
+    if any(lost):
+        kept &= ~np.array(lost)[gates.tensors]
+    counts = np.bincount(channel[kept], minlength=len(gone))
     used, tensors = np.unique(gates.tensors[kept], return_inverse=True)
     offsets = np.concatenate([[0], np.cumsum(counts[~gone])]).astype(np.int64)
     names = tuple(gates.names[i] for i in used)
