@@ -14,6 +14,7 @@ from sparsekern.graph.blocks import (
     closed,
     emptied,
     kept_blocks,
+    least_kept,
     renamed,
     renamed_group,
     restricted,
@@ -120,35 +121,56 @@ class ChannelGraph:
         numbers = {self._number(name) for name in names}
         if not numbers:
             return self
-        gone = np.isin(self.group_of, sorted(numbers))
+        return self._frozen(np.isin(self.group_of, sorted(numbers)), reason)
+
+    def with_blocks(self, blocks: Iterable[Block], reason: str) -> ChannelGraph:
+        """Make the graph in which only these of its blocks can be removed.
+
+        Args:
+            blocks: some of ``self.blocks``.
+            reason: the reason to give for the others.
+
+        Returns:
+            The graph, with groups and channels renumbered; ``self`` if it has no other blocks.
+        """
+        channels = {block.channel for block in blocks}
+        others = [block for block in self.blocks if block.channel not in channels]
+        gone = np.zeros(self.num_channels, bool)
+        gone[[block.channel for block in others]] = True
+        graph = self._frozen(gone, reason) if others else self
+        return replace(graph, frozen=_merged(graph.frozen, (block.path for block in others), reason))
+
+    def _frozen(self, gone: np.ndarray, reason: str) -> ChannelGraph:
+        """The graph without the channels ``gone`` (bool ``[C]``): whole groups, or blocks."""
         renumbered = np.where(gone, -1, np.cumsum(~gone) - 1)
-        notes = _noted(self, gone, reason)
-        left = [g for g in self.groups if g.id not in numbers]
-        groups = tuple(
-            replace(g, id=number, channels=renumbered[g.channels]) for number, g in enumerate(left)
-        )
+        left = [g for g in self.groups if not len(g.channels) or not gone[g.channels].all()]
         new = np.full(len(self.groups), -1, np.int64)
         new[[g.id for g in left]] = np.arange(len(left))
-        fixed = [p for g in self.groups if g.id in numbers for p in g.producers]
+        blocks = tuple(
+            replace(
+                block,
+                channel=int(renumbered[block.channel]),
+                groups=tuple(int(new[g]) for g in block.groups if new[g] >= 0),
+            )
+            for block in self.blocks
+            if not gone[block.channel]
+        )
+        writers = {name for block in blocks for name in block.writers}
+        fixed = [p for g in self.groups if new[g.id] < 0 for p in g.producers]
         return ChannelGraph(
-            groups=groups,
+            groups=tuple(
+                replace(g, id=number, channels=renumbered[g.channels[~gone[g.channels]]])
+                for number, g in enumerate(left)
+            ),
             group_of=new[self.group_of[~gone]],
-            tensors=_renumbered(self.tensors, renumbered),
+            tensors=_renumbered(self.tensors, renumbered, writers),
             gates=_kept_gates(self.gates, gone),
             frozen=_merged(self.frozen, fixed, reason),
             costs=self.costs.fixed(gone),
-            notes=notes,
+            notes=_noted(self, gone, reason),
             operations=self.operations,
             untraced=self.untraced,
-            blocks=tuple(
-                replace(
-                    block,
-                    channel=int(renumbered[block.channel]),
-                    groups=tuple(int(new[g]) for g in block.groups if new[g] >= 0),
-                )
-                for block in self.blocks
-                if not gone[block.channel]
-            ),
+            blocks=blocks,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
@@ -192,6 +214,14 @@ class ChannelGraph:
     def without_inner(self, kept: np.ndarray) -> np.ndarray:
         """``kept`` (bool ``[C]``) without the channels inside of blocks that are not kept."""
         return closed(self.blocks, self.groups, kept) if self.blocks else kept
+
+    def multiples(self, round_to: int) -> np.ndarray:
+        """The multiple that the number of channels of each group has, int64 ``[groups]``: 1 for blocks."""
+        return np.array([1 if group.of_blocks else round_to for group in self.groups], np.int64)
+
+    def least_kept(self, wanted: Sequence[int] = ()) -> np.ndarray:
+        """The smallest number of channels that every group keeps; see ``sparsekern.graph.blocks``."""
+        return least_kept(self.blocks, self.groups, wanted)
 
     def emptied_groups(self, kept: np.ndarray) -> list[str]:
         """Names of the groups without a channel in ``kept`` (bool ``[C]``) that do not go with a block."""
@@ -261,13 +291,17 @@ def _noted(graph: ChannelGraph, gone: np.ndarray, reason: str) -> dict[str, tupl
     return notes
 
 
-def _renumbered(tensors: dict[str, TensorSlots], new: np.ndarray) -> dict[str, TensorSlots]:
+def _renumbered(
+    tensors: dict[str, TensorSlots], new: np.ndarray, writers: set[str]
+) -> dict[str, TensorSlots]:
+    """The tensors with new channel ids; those without any are left out, unless they are writers of blocks."""
     result = {}
     for name, slots in tensors.items():
         channels = []
         for ids in slots.channels:
             moved = None if ids is None else np.where(ids >= 0, new[ids], -1)
-            channels.append(None if moved is None or (moved < 0).all() else moved)
+            rows = name in writers and len(channels) == slots.row_dim
+            channels.append(None if moved is None or ((moved < 0).all() and not rows) else moved)
         if any(ids is not None for ids in channels):
             result[name] = replace(slots, channels=tuple(channels))
     return result

@@ -69,8 +69,8 @@ def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]], undo: ExitS
         size = len(lists[path]._modules) if path in lists else 0
         if not len(numbers) or not set(numbers) <= set(range(size)):
             raise ValueError(
-                f"blocks: got {list(numbers)} of {path!r}, expected at least one of the {size} blocks of such "
-                "a list in this model"
+                f"blocks: got {list(numbers)} of {path!r}, expected at least one of the {size} blocks of "
+                "such a list in this model"
             )
     changes = [change for path, numbers in kept.items() for change in _positions(lists[path], numbers)]
     counted = _counted(model, lists, kept)

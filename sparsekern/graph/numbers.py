@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 KeptBlocks = Mapping[str, Sequence[int]]
-"""The numbers of the blocks that stay, increasing, for each list of modules by its path before the removal."""
+"""The numbers of the blocks that stay, increasing, by the path that the list has before the removal."""
 
 
 def after_removal(name: str, kept: KeptBlocks) -> str | None:

@@ -1,8 +1,8 @@
 """Finding the residual blocks that can be removed as a whole, and proving it.
 
 A block qualifies if its ops are the identity as soon as some of its parameters are zero (``identity``), and
-if the program without the block is the whole program without the block's ops. Both are checked in every traced
-mode; for the second the copy runs, or is exported, with blocks removed from their list.
+if the program without the block is the whole program without the block's ops. Both are checked in every
+traced mode; for the second the copy runs, or is exported, with blocks removed from their list.
 """
 
 from __future__ import annotations

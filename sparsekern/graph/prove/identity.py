@@ -15,156 +15,40 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Zero if the first operand is. Elementwise functions with f(0) = 0, moves, means and sums.
-_KEEP_ZERO = frozenset(
-    [
-        "abs",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "alias",
-        "alpha_dropout",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "chunk",
-        "clone",
-        "contiguous",
-        "detach",
-        "dropout",
-        "elu",
-        "expand",
-        "feature_dropout",
-        "flatten",
-        "flip",
-        "gelu",
-        "hardswish",
-        "leaky_relu",
-        "max_pool2d",
-        "mean",
-        "mish",
-        "movedim",
-        "narrow",
-        "neg",
-        "permute",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "prelu",
-        "relu",
-        "relu6",
-        "repeat",
-        "reshape",
-        "roll",
-        "select",
-        "silu",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "sum",
-        "t",
-        "tanh",
-        "to",
-        "to_copy",
-        "transpose",
-        "type_as",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-        "upsample_bilinear2d",
-        "upsample_nearest2d",
-        "_to_copy",
-    ]
+_KEEP_ZERO = _words(
+    "abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alias avg_pool1d avg_pool2d "
+    "avg_pool3d chunk clone contiguous detach dropout elu expand feature_dropout flatten flip gelu "
+    "hardswish leaky_relu max_pool2d mean mish movedim narrow neg permute pixel_shuffle "
+    "pixel_unshuffle prelu relu relu6 repeat reshape roll select silu slice split split_with_sizes "
+    "squeeze sum t tanh to to_copy transpose type_as unflatten unsqueeze view view_as "
+    "upsample_bilinear2d upsample_nearest2d _to_copy"
 )
 # The same elements in the same order.
-_SAME_ORDER = frozenset(
-    [
-        "alias",
-        "clone",
-        "contiguous",
-        "detach",
-        "flatten",
-        "reshape",
-        "squeeze",
-        "to",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-        "_to_copy",
-    ]
+_SAME_ORDER = _words(
+    "alias clone contiguous detach flatten reshape squeeze to unflatten unsqueeze view view_as _to_copy"
 )
-_PRODUCTS = frozenset(["mul", "matmul", "mm", "bmm"])
-_WEIGHTED = frozenset(
-    [
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-    ]
+_PRODUCTS = _words("mul matmul mm bmm")
+_WEIGHTED = _words(
+    "linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d"
 )
 # Position of the weight and the bias, and whether an input of zeros has zeros before them.
 _NORMS = {"batch_norm": (1, 2, False), "layer_norm": (2, 3, True), "group_norm": (2, 3, True)}
-_NOT_NEGATIVE = frozenset(
-    ["relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "exp", "abs", "softplus", "square"]
-)
-_KEEP_SIGN = frozenset(
-    [
-        "alias",
-        "adaptive_avg_pool2d",
-        "avg_pool2d",
-        "clone",
-        "contiguous",
-        "detach",
-        "dropout",
-        "flatten",
-        "max_pool2d",
-        "mean",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "squeeze",
-        "sum",
-        "to",
-        "transpose",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "_to_copy",
-        "feature_dropout",
-    ]
+_NOT_NEGATIVE = _words("relu relu6 sigmoid hardsigmoid softmax exp abs softplus square")
+_KEEP_SIGN = _words(
+    "alias adaptive_avg_pool2d avg_pool2d clone contiguous detach dropout flatten max_pool2d mean "
+    "permute reshape select slice squeeze sum to transpose unflatten unsqueeze view _to_copy "
+    "feature_dropout"
 )
 # These write to memory that the first operand may share.
-_VIEWS = frozenset(
-    [
-        "alias",
-        "chunk",
-        "contiguous",
-        "detach",
-        "expand",
-        "flatten",
-        "movedim",
-        "narrow",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "split",
-        "squeeze",
-        "t",
-        "to",
-        "transpose",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-    ]
+_VIEWS = _words(
+    "alias chunk contiguous detach expand flatten movedim narrow permute reshape select slice split "
+    "squeeze t to transpose unflatten unsqueeze view view_as"
 )
 
 Needed = frozenset[int]
