@@ -1,8 +1,8 @@
 """Residual blocks as channels: a block that is removed is one more unit with rows, a saliency and a cost.
 
-The rows of a block are those of the parameters that make it the identity when they are zero. No dimension
-of a tensor gets shorter with it; whole tensors go. The blocks of one list form a group, so that the list keeps
-as many of them as a group has to keep channels.
+The rows of a block are those of the parameters that make it the identity when they are zero. No dimension of
+a tensor gets shorter with it; whole tensors go. The blocks of one list form a group. So the list keeps as
+many of them as a group has to keep channels.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from sparsekern.graph.capture.program import Captured
 from sparsekern.graph.capture.record import Origin, Record, Step, live, of_one_program
 from sparsekern.graph.capture.source import Source
 from sparsekern.graph.containers import containers, keep_blocks
-from sparsekern.graph.prove.identity import Identity, Needed, tensors_read, viewed
+from sparsekern.graph.prove.identity import Identity, Needed, read_later, tensors_read, viewed
 from sparsekern.graph.prove.recheck import Whole, whole_of
 
 
@@ -149,7 +149,7 @@ def _needed(program: _Program, path: str, parameters: set[int], tensors: set[int
         analysis = Identity(nodes, own, entry)
         found = [analysis.needed(node) for node in exits]
         known = [one for one in found if one is not None]
-        if len(known) == len(exits) and not _writes_outside(nodes, held, analysis):
+        if len(known) == len(exits) and not _writes(nodes, held, analysis):
             program.ends[path] = entry, exits
             return frozenset().union(*known)
     return "it does not return its input when its last layers are zero"
@@ -160,14 +160,16 @@ def _form(node: fx.Node) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
-def _writes_outside(nodes: Mapping[fx.Node, None], held: set[fx.Node], analysis: Identity) -> bool:
-    """Whether an op of the block may change memory of other modules to anything but what it holds."""
+def _writes(nodes: Mapping[fx.Node, None], held: set[fx.Node], analysis: Identity) -> bool:
+    """Whether an op of the block may change values that other modules hold or that later ops read."""
     for node in nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
             continue
-        base = viewed(node.args[0])
-        if base not in nodes and base not in held and analysis.same(node) is None:
+        base, keeps = viewed(node.args[0]), analysis.same(node) is not None
+        if not keeps and base not in nodes and base not in held:
+            return True
+        if (not keeps or analysis.same(node.args[0]) is None) and read_later(node.args[0], node):
             return True
     return False
 

@@ -123,7 +123,7 @@ class Identity:
         written = _operand(node, 0)
         if not _mutates(node) or written is stream or written is None:
             return True
-        return not _read_later(written, node)
+        return not read_later(written, node)
 
     def zero(self, node: fx.Node) -> Needed | None:
         """Parameters that have to be zero so that the node is zero; None if it is not known."""
@@ -139,7 +139,7 @@ class Identity:
         name = _name(node)
         if name == "getitem":
             return self._zero_operand(node, 0)
-        if _mutates(node) and (written := _operand(node, 0)) is not None and _read_later(written, node):
+        if _mutates(node) and (written := _operand(node, 0)) is not None and read_later(written, node):
             return None
         if name in _KEEP_ZERO:
             return self._zero_operand(node, 0)
@@ -234,8 +234,8 @@ def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _read_later(written: fx.Node, writer: fx.Node) -> bool:
-    """Whether a node after ``writer`` reads ``written`` or a value that may share its memory."""
+def read_later(written: fx.Node, writer: fx.Node) -> bool:
+    """Whether a node after ``writer`` reads ``written``, or another value that may share its memory."""
     order = {node: number for number, node in enumerate(writer.graph.nodes)}
     shared = set(_viewed(written))
     waiting = list(shared)
