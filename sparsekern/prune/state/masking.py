@@ -64,8 +64,8 @@ class Masks:
 
     @property
     def live(self) -> np.ndarray:
-        """bool ``[C]``; channels that are neither fading out nor masked."""
-        return self.state == LIVE
+        """bool ``[C]``; channels that are neither fading out nor masked, nor inside of such a block."""
+        return self._graph.without_inner(self.state == LIVE)
 
     @property
     def unmasked(self) -> np.ndarray:
