@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,29 @@ class PreparedState:
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
+
+
+def drop_parameters(optimizer: object, removed: Sequence[Tensor], undo: ExitStack) -> None:
+    """Take parameters and their state out of an optimizer. Groups stay, also those that become empty.
+
+    Args:
+        optimizer: the optimizer, possibly wrapped.
+        removed: the parameters; tensors that it does not hold are ignored.
+        undo: receives the callbacks that restore the optimizer.
+    """
+    gone = {id(tensor) for tensor in removed}
+    if not gone:
+        return
+    unwrapped = unwrap_optimizer(optimizer)
+    for held in (unwrapped.optimizer, *unwrapped.parts):
+        for group in held.param_groups:
+            before = list(group["params"])
+            undo.callback(group["params"].__setitem__, slice(None), before)
+            group["params"][:] = [param for param in before if id(param) not in gone]
+    for states in unwrapped.states:
+        for param in [param for param in states if id(param) in gone]:
+            undo.callback(states.__setitem__, param, states[param])
+            del states[param]
 
 
 def follows_shape(value: Any, param: Tensor) -> bool:

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsekern.compact.block_plans import (
+    ListPlan,
+    check_lists,
+    inside,
+    kept_of,
+    lists_after,
+    lists_from_json,
+    lists_then,
+    lists_to_json,
+    stays,
+)
 from sparsekern.compact.indices import Indices, Runs, check_indices, to_runs
+from sparsekern.compact.plan_checks import (
+    check_mapping,
+    check_shapes,
+    check_size,
+    check_sizes,
+    expect,
+    is_whole,
+)
 from sparsekern.files.atomic import parse_json
 from sparsekern.files.schema import describe, shorten
+from sparsekern.graph.numbers import after_removal, before_removal
 from sparsekern.graph.rescale import Rescale
 
 if TYPE_CHECKING:
     from sparsekern.graph import ChannelGraph
 
 FORMAT = "sparsekern.plan"
-VERSION = 2
-_WITHOUT_RESCALE = 1
+VERSION = 3
+_WITHOUT_BLOCKS, _WITHOUT_RESCALE = 2, 1
 
 
 # The most indices of a plan read without known shapes: 128 MiB, ten times the need of the widest networks.
@@ -52,10 +73,10 @@ class TensorPlan:
     rescale: Rescale | None = None
 
     def __post_init__(self) -> None:
-        shape = _check_sizes(self.shape)
+        shape = check_sizes(self.shape)
         keep = {}
-        for dim, indices in _check_mapping("keep", self.keep, "dimension -> indices").items():
-            if not _is_whole(dim) or not 0 <= dim < len(shape):
+        for dim, indices in check_mapping("keep", self.keep, "dimension -> indices").items():
+            if not is_whole(dim) or not 0 <= dim < len(shape):
                 raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
             checked = check_indices(indices, shape[dim], dim)
             if len(checked) < shape[dim]:
@@ -63,10 +84,10 @@ class TensorPlan:
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "keep", dict(sorted(keep.items())))
         object.__setattr__(
-            self, "sizes", dict(_check_mapping("sizes", self.sizes, "attribute -> (dimension, indices)"))
+            self, "sizes", dict(check_mapping("sizes", self.sizes, "attribute -> (dimension, indices)"))
         )
         for path, size in self.sizes.items():
-            _check_size(path, size, shape, self.new_shape)
+            check_size(path, size, shape, self.new_shape)
         if self.rescale is not None:
             self.rescale.check(shape)
 
@@ -104,6 +125,14 @@ class TensorPlan:
         rescale = None if self.rescale is None else self.rescale.inside(prefix)
         return replace(self, sizes=sizes, rescale=rescale)
 
+    def renamed(self, name_of: Callable[[str], str | None]) -> TensorPlan:
+        """The same part with other attribute names; without those for which ``name_of`` gives None."""
+        moved = {name_of(path): size for path, size in self.sizes.items()}
+        sizes = {path: size for path, size in moved.items() if path is not None}
+        return replace(
+            self, sizes=sizes, rescale=None if self.rescale is None else self.rescale.renamed(name_of)
+        )
+
     def after(self, done: TensorPlan) -> TensorPlan:
         """The rest of this plan after ``done`` was carried out: ``done.then(result)`` equals this plan."""
         if done.shape != self.shape:
@@ -138,22 +167,29 @@ class Plan:
     Attributes:
         tensors: the part of each tensor that stays. A tensor that is not listed stays whole. One name of a
             tied tensor suffices. The plan of an uncut model is ``Plan({})``.
+        blocks: the modules that stay of each list that loses some, by the list's path. All names in a plan
+            are those before any removal. Tensors of removed modules are not listed.
     """
 
     tensors: Mapping[str, TensorPlan]
+    blocks: Mapping[str, ListPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, part in _check_mapping("tensors", self.tensors, "str -> TensorPlan").items():
+        for name, part in check_mapping("tensors", self.tensors, "str -> TensorPlan").items():
             if not isinstance(name, str) or not isinstance(part, TensorPlan):
                 raise ValueError(
                     f"tensors: got {name!r} -> {type(part).__name__}, expected str -> TensorPlan"
                 )
-        object.__setattr__(self, "tensors", dict(self.tensors))
+        blocks = check_lists(self.blocks)
+        blocks = {path: part for path, part in blocks.items() if _stays_in_others(path, blocks)}
+        tensors = {name: part for name, part in self.tensors.items() if not blocks or stays(name, blocks)}
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "blocks", blocks)
 
     @property
     def removes_nothing(self) -> bool:
         """Whether every tensor stays whole."""
-        return not any(part.keep for part in self.tensors.values())
+        return not self.blocks and not any(part.keep for part in self.tensors.values())
 
     def then(self, later: Plan) -> Plan:
         """One plan for the original model that equals this plan followed by ``later``.
@@ -164,35 +200,44 @@ class Plan:
         Raises:
             ValueError: the shapes in ``later`` differ from those that this plan leaves.
         """
-        tensors = dict(self.tensors)
-        for name, part in later.tensors.items():
+        tensors, old_name = dict(self.tensors), partial(before_removal, kept=kept_of(self.blocks))
+        for new, part in later.tensors.items():
+            name, part = (old_name(new), part.renamed(old_name)) if self.blocks else (new, part)
             try:
                 tensors[name] = tensors[name].then(part) if name in tensors else part
             except ValueError as error:
                 raise ValueError(f"later: tensor {name!r}: {error}") from None
-        return Plan(tensors)
+        return Plan(tensors, lists_then(self.blocks, later.blocks))
 
     def after(self, done: Plan) -> Plan:
         """The rest of this plan for a model on which ``done`` was carried out already.
 
         Raises:
-            ValueError: ``done`` removed indices that this plan keeps.
+            ValueError: ``done`` removed indices or blocks that this plan keeps.
         """
+        blocks, new_name = (
+            lists_after(self.blocks, done.blocks),
+            partial(after_removal, kept=kept_of(done.blocks)),
+        )
         tensors = {}
         for name in {**self.tensors, **done.tensors}:
             first = done.tensors.get(name)
+            if not stays(name, self.blocks):
+                continue
             try:
                 own = self.tensors[name] if name in self.tensors else TensorPlan(done.tensors[name].shape)
-                tensors[name] = own if first is None else own.after(first)
+                rest = own if first is None else own.after(first)
             except ValueError as error:
                 raise ValueError(f"done: tensor {name!r}: {error}") from None
-        return Plan(tensors)
+            tensors[new_name(name) or name] = rest.renamed(new_name) if done.blocks else rest
+        return Plan(tensors, blocks)
 
     def inside(self, prefix: str) -> Plan:
         """The same plan for another model that holds this model as its submodule ``prefix``."""
         if not prefix:
             return self
-        return Plan({f"{prefix}.{name}": part.inside(prefix) for name, part in self.tensors.items()})
+        tensors = {f"{prefix}.{name}": part.inside(prefix) for name, part in self.tensors.items()}
+        return Plan(tensors, inside(self.blocks, prefix))
 
     def to_json(self) -> str:
         """The plan as JSON text. Each distinct set of indices is written once, as runs: ``0-3,7``.
@@ -211,14 +256,13 @@ class Plan:
                 tensors[name]["sizes"] = {path: list(size) for path, size in sorted(part.sizes.items())}
             if part.rescale is not None:
                 tensors[name]["rescale"] = part.rescale.to_plain()
-        # Version 1 knows no rescale. A reader of version 1 has to refuse such a plan.
+        # Version 1 knows no rescale, version 2 no blocks. Their readers have to refuse such a plan.
         rescales = any(part.rescale is not None for part in self.tensors.values())
-        document = {
-            "format": FORMAT,
-            "version": VERSION if rescales else _WITHOUT_RESCALE,
-            "indices": list(numbers),
-            "tensors": tensors,
-        }
+        version = VERSION if self.blocks else _WITHOUT_BLOCKS if rescales else _WITHOUT_RESCALE
+        blocks = lists_to_json(self.blocks, lambda kept: numbers.setdefault(to_runs(kept), len(numbers)))
+        document = {"format": FORMAT, "version": version, "indices": list(numbers), "tensors": tensors}
+        if blocks:
+            document["blocks"] = blocks
         return json.dumps(document, separators=(",", ":"))
 
     @classmethod
@@ -241,16 +285,16 @@ class Plan:
             raise ValueError(f"text: got no valid JSON, expected a plan as JSON ({error})") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"text: got JSON that is not a plan, expected an object of format {FORMAT!r}")
-        if document.get("version") not in (VERSION, _WITHOUT_RESCALE):
+        if document.get("version") not in (VERSION, _WITHOUT_BLOCKS, _WITHOUT_RESCALE):
             raise ValueError(
                 f"text: got a plan of version {describe(document.get('version'))}, expected {VERSION}"
             )
-        sets = [Runs(runs) for runs in _expect(document, "indices", list)]
-        entries = _expect(document, "tensors", dict)
+        sets = [Runs(runs) for runs in expect(document, "indices", list)]
+        entries = expect(document, "tensors", dict)
         claimed, tensors = {}, {}
         for name, entry in entries.items():
             with _naming_tensor(name):
-                claimed[name] = tuple(_expect(entry, "shape", list))
+                claimed[name] = tuple(expect(entry, "shape", list))
         if shapes is not None:
             check_shapes(claimed, shapes)
         elif (count := sum(runs.count for runs in sets)) > _MOST_INDICES:
@@ -261,13 +305,16 @@ class Plan:
         for name, entry in entries.items():
             with _naming_tensor(name):
                 tensors[name] = _tensor_from_json(entry, claimed[name], sets)
-        return cls(tensors)
+        return cls(tensors, lists_from_json(document.get("blocks", {}), sets))
 
     def __str__(self) -> str:
         lines = [
             f"{name}: {list(part.shape)} -> {list(part.new_shape)}"
             for name, part in self.tensors.items()
             if part.keep
+        ]
+        lines += [
+            f"{p or 'the model'}: {part.count} blocks -> {len(part.keep)}" for p, part in self.blocks.items()
         ]
         return "\n".join(lines) or "nothing is removed"
 
@@ -285,13 +332,17 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
     mask = np.asarray(kept)
     if mask.dtype != np.bool_ or mask.shape != (graph.num_channels,):
         raise ValueError(f"kept: got {mask.dtype} {list(mask.shape)}, expected bool [{graph.num_channels}]")
-    empty = [group.name for group in graph.groups if not mask[group.channels].any()]
-    if empty:
+    mask = graph.without_inner(mask)
+    if empty := graph.emptied_groups(mask):
         raise ValueError(f"kept: got no channel of {shorten(empty)}, expected at least one of every group")
     stays_of = np.append(mask, True)  # the last entry stands for index -1: slots without a channel
     parts: dict[bytes, Indices] = {}
     tensors = {}
+    left = graph.kept_blocks(mask)
+    sizes_of = {block.container: block.size for block in graph.blocks}
     for name, slots in graph.tensors.items():
+        if after_removal(name, left) is None:
+            continue
         keep = {}
         for dim, channels in enumerate(slots.channels):
             if channels is None:
@@ -302,7 +353,12 @@ def make_plan(graph: ChannelGraph, kept: Sequence[bool] | np.ndarray[Any, Any]) 
                 keep[dim] = parts.setdefault(stays.tobytes(), np.flatnonzero(stays))
         sizes = {path: (dim, per) for path, dim, per in slots.sizes}
         tensors[name] = TensorPlan(tuple(slots.shape), keep, sizes, slots.rescale)
-    return Plan(tensors)
+    return Plan(tensors, {path: ListPlan(sizes_of[path], numbers) for path, numbers in left.items()})
+
+
+def _stays_in_others(path: str, blocks: Mapping[str, ListPlan]) -> bool:
+    """Whether the list ``path`` is not a part of a module that another list loses."""
+    return stays(path, {other: part for other, part in blocks.items() if other != path})
 
 
 @contextmanager
@@ -315,9 +371,9 @@ def _naming_tensor(name: str) -> Iterator[None]:
 
 
 def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) -> TensorPlan:
-    _check_sizes(shape)
+    check_sizes(shape)
     keep = {}
-    for text, number in _expect(entry, "keep", dict).items():
+    for text, number in expect(entry, "keep", dict).items():
         dim = int(text) if _DIMENSION.fullmatch(text) else -1
         if dim < 0 or type(number) is not int or not 0 <= number < len(sets):
             raise ValueError(
@@ -328,7 +384,7 @@ def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) 
             raise ValueError(f"keep: dimension {dim} does not exist in a tensor of {shape}")
         keep[dim] = sets[number].within(shape[dim], dim)
     sizes = {}
-    for path, size in _expect(entry, "sizes", dict).items() if "sizes" in entry else ():
+    for path, size in expect(entry, "sizes", dict).items() if "sizes" in entry else ():
         if not isinstance(size, list):
             raise ValueError(
                 f"sizes: got {describe(path)}: {describe(size)}, expected [dimension, indices per unit]"
@@ -336,64 +392,3 @@ def _tensor_from_json(entry: Any, shape: tuple[Any, ...], sets: Sequence[Runs]) 
         sizes[path] = tuple(size)
     rescale = Rescale.from_plain(entry["rescale"]) if "rescale" in entry else None
     return TensorPlan(shape, keep, sizes, rescale)
-
-
-def check_shapes(claimed: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the tensors of a plan exist in a model with the same shapes.
-
-    Args:
-        claimed: shapes of the plan's tensors, by name.
-        shapes: shapes of all tensors of the model, by name.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape.
-    """
-    missing = claimed.keys() - shapes.keys()
-    if missing:
-        raise ValueError(
-            f"plan: got a plan for another model with {shorten(sorted(missing))}, expected only tensors that "
-            f"this model has"
-        )
-    for name, shape in claimed.items():
-        if shapes[name] != shape:
-            raise ValueError(
-                f"plan: got a plan for a model whose {name!r} has shape {list(shape)}, expected "
-                f"{list(shapes[name])} as in this model"
-            )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_sizes(shape: object) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, list | tuple) else None
-    if sizes is None or not all(_is_whole(size) and size >= 0 for size in sizes):
-        raise ValueError(f"shape: got {describe(shape)}, expected sizes >= 0")
-    return tuple(int(size) for size in sizes)
-
-
-def _check_mapping(name: str, value: Any, expected: str) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name}: got {describe(value)}, expected {expected}")
-    return value
-
-
-def _check_size(path: object, size: object, shape: tuple[int, ...], left: tuple[int, ...]) -> None:
-    if not isinstance(path, str) or not isinstance(size, tuple) or len(size) != 2:
-        raise ValueError(f"sizes: got {describe(path)} -> {describe(size)}, expected str -> (dim, per)")
-    dim, per = size
-    fits = _is_whole(dim) and _is_whole(per) and 0 <= dim < len(shape) and per >= 1
-    if not fits or left[dim] % per:
-        raise ValueError(
-            f"sizes: got {describe(path)} as dimension {describe(dim)} over {describe(per)} indices per "
-            f"unit, expected whole units of a tensor of shape {shape} with "
-            f"{left[dim] if fits else 'no'} indices left there"
-        )
-
-
-def _expect(document: object, key: str, kind: type) -> Any:
-    value = document.get(key) if isinstance(document, dict) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"text: got {type(value).__name__} as {key!r}, expected {kind.__name__}")
-    return value

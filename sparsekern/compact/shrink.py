@@ -12,9 +12,18 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from sparsekern.compact.attributes import update_attributes
-from sparsekern.compact.optimizer_state import StateCutter, prepare_state
+from sparsekern.compact.block_plans import check_counts
+from sparsekern.compact.optimizer_state import StateCutter, drop_parameters, prepare_state
 from sparsekern.compact.plan import Plan, TensorPlan
-from sparsekern.compact.surgery import Registered, cut, match, registered, remember
+from sparsekern.compact.surgery import (
+    Registered,
+    cut,
+    lengths,
+    match,
+    registered,
+    remember,
+    remove_blocks,
+)
 from sparsekern.compact.transaction import all_or_nothing
 from sparsekern.distributed.data_parallel import Rebuilding, check_rebuildable, wrappers_of
 from sparsekern.distributed.tensors import check_plain, unwrap
@@ -104,6 +113,8 @@ def cut_all(
         surgery.carry_out(undo)
     if state is not None:
         state.carry_out(undo)
+    if optimizer is not None:
+        drop_parameters(optimizer, live.removed, undo)
     rebuilding.carry_out()
     _forget_compiled()
 
@@ -152,10 +163,13 @@ class _Surgery:
         self.parts = match(plan, self.tensors)
         self.names = {id(entry.tensor): entry.names[0] for entry in self.tensors}
         self.module = module
+        self.removed = [entry.tensor for entry in self.tensors if entry.goes(plan)]
         self._smaller: list[tuple[Tensor, Tensor, Tensor | None]] = []
         _check_whole(self.tensors, label)
-        with _attributes_restored(module):
+        check_counts(plan.blocks, lengths(module))
+        with _attributes_restored(module), ExitStack() as undo:
             update_attributes(module, module, self.parts)
+            remove_blocks(module, plan, undo)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -174,7 +188,8 @@ class _Surgery:
         undo.callback(_restore_attributes, _attributes(self.module))
         update_attributes(self.module, self.module, self.parts)
         self._hold_factors()
-        remember(self.module, self.module, self.tensors, self.parts)
+        remember(self.module, self.module, self.tensors, self.parts, self.plan.blocks)
+        remove_blocks(self.module, self.plan, undo)
         for tensor, data, grad in self._smaller:
             undo.callback(_assign, tensor, tensor.data, tensor.grad if tensor.is_leaf else None)
             _assign(tensor, data, grad)

@@ -15,22 +15,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsekern.compact.block_plans import check_counts, kept_of
 from sparsekern.compact.plan import Plan, TensorPlan
 from sparsekern.compact.surgery import (
     Registered,
     build,
     compact,
     cut,
+    lengths,
     match,
     memory_order,
+    placeholder,
     plan_of,
     registered,
     remember,
+    remove_blocks,
     shapes_of,
 )
 from sparsekern.distributed.tensors import unwrap
 from sparsekern.files.atomic import check_name, opened, parse_json, replacing, target
 from sparsekern.files.schema import TEXT, Entries, Fields, Items, Row, Whole, shorten
+from sparsekern.graph.numbers import before_removal
 from sparsekern.nn.held_factor import holds_factors
 
 FORMAT = "sparsekern.model"
@@ -157,21 +162,30 @@ def fill(module: nn.Module, stored: Stored) -> nn.Module:
         shapes = shapes_of(tensors) | {name: part.shape for name, part in done.tensors.items()}
         plan = Plan.from_json(metadata["plan"], shapes)
         # A module that was already cut by the same plan only needs the values.
-        parts = match(Plan({}) if done == plan else plan, tensors)
+        left = Plan({}) if done == plan else plan
+        parts = match(left, tensors)
+        check_counts(left.blocks, lengths(module))
         tied = parse_json(metadata["tied"])
         Entries(TEXT, TEXT).check(tied, "tied")
         values = _by_name(values, tied)
+        values = {before_removal(name, kept_of(left.blocks)): value for name, value in values.items()}
     except ValueError as error:
         raise ValueError(
             f"{where}, expected a file that fits this {type(module).__name__}: {error}"
         ) from None
-    problems = list(_mismatches(tensors, parts, values))
+    problems = list(_mismatches([e for e in tensors if not e.goes(left)], parts, values))
     if problems:
         raise ValueError(
             f"{where}, expected the tensors of this {type(module).__name__}: {shorten(problems)}"
         )
-    loaded = build(module, tensors, parts, lambda entry: _filled(entry, parts, values))
-    remember(module, loaded, tensors, parts)
+    loaded = build(
+        module,
+        tensors,
+        parts,
+        lambda e: placeholder(e.tensor) if e.goes(left) else _filled(e, parts, values),
+    )
+    remove_blocks(loaded, left)
+    remember(module, loaded, tensors, parts, left.blocks)
     return loaded
 
 

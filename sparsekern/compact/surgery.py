@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsekern.compact.attributes import update_attributes
+from sparsekern.compact.block_plans import ListPlan, check_counts, kept_of, names_in
 from sparsekern.compact.load_hooks import forget_listeners
-from sparsekern.compact.plan import Plan, TensorPlan, check_shapes
+from sparsekern.compact.plan import Plan, TensorPlan
+from sparsekern.compact.plan_checks import check_shapes
 from sparsekern.distributed.tensors import copy_module, is_sharded, settle, unwrap, whole
 from sparsekern.files.schema import shorten
+from sparsekern.graph.containers import containers, keep_blocks
 from sparsekern.nn.held_factor import fold_factors, scaled
 
 # The attribute holds JSON text, so a pickled compact module can be loaded without this package.
@@ -36,6 +40,10 @@ class Registered:
     tensor: Tensor
     names: tuple[str, ...]
     persistent: bool
+
+    def goes(self, plan: Plan) -> bool:
+        """Whether the tensor belongs to blocks alone that ``plan`` removes."""
+        return names_in(self.names, plan.blocks)
 
 
 def compact(model: nn.Module, plan: Plan) -> nn.Module:
@@ -66,11 +74,44 @@ def compact(model: nn.Module, plan: Plan) -> nn.Module:
         raise TypeError(f"plan: got {type(plan).__name__}, expected a Plan")
     model = unwrap(model)
     tensors = registered(model)
-    parts = match(_left_to_do(plan, model, tensors), tensors)
-    small = build(model, tensors, parts, lambda entry: _fitted(entry.tensor, parts[id(entry.tensor)]))
+    plan = _left_to_do(plan, model, tensors)
+    parts = match(plan, tensors)
+    check_counts(plan.blocks, lengths(model))
+
+    def made(entry: Registered) -> Tensor:
+        part = parts[id(entry.tensor)]
+        return placeholder(entry.tensor) if entry.goes(plan) else _fitted(entry.tensor, part)
+
+    small = build(model, tensors, parts, made)
+    remove_blocks(small, plan)
     fold_factors(small)
-    remember(model, small, tensors, parts)
+    remember(model, small, tensors, parts, plan.blocks)
     return small
+
+
+def remove_blocks(model: nn.Module, plan: Plan, undo: ExitStack | None = None) -> None:
+    """Remove the blocks that ``plan`` removes from their lists, in place.
+
+    Args:
+        model: the model.
+        plan: a plan for it.
+        undo: receives callbacks that restore the model.
+
+    Raises:
+        ValueError: see :func:`sparsekern.graph.containers.keep_blocks`. Nothing has changed.
+    """
+    if plan.blocks:
+        keep_blocks(model, kept_of(plan.blocks), ExitStack() if undo is None else undo)
+
+
+def lengths(model: nn.Module) -> dict[str, int]:
+    """The number of modules in every numbered list of modules, by path."""
+    return {path: len(module._modules) for path, module in containers(model).items()}
+
+
+def placeholder(tensor: Tensor) -> Tensor:
+    """A tensor without memory, of the same shape, for one that goes with its block."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _fitted(tensor: Tensor, part: TensorPlan) -> Tensor:
@@ -81,8 +122,11 @@ def _fitted(tensor: Tensor, part: TensorPlan) -> Tensor:
 
 def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan:
     """``plan``, or its rest where it is for the original size of a model that was cut already."""
-    shapes = shapes_of(tensors)
-    if all(shapes.get(name, part.shape) == part.shape for name, part in plan.tensors.items()):
+    shapes, sizes, done = shapes_of(tensors), lengths(model), plan_of(model).blocks
+    fits = all(sizes.get(path) == part.count for path, part in plan.blocks.items())
+    # A plan for the original model also removes the blocks that are gone.
+    fits &= not done or not done.keys() <= plan.blocks.keys()
+    if fits and all(shapes.get(name, part.shape) == part.shape for name, part in plan.tensors.items()):
         return plan
     try:
         return plan.after(plan_of(model))
@@ -93,11 +137,13 @@ def _left_to_do(plan: Plan, model: nn.Module, tensors: list[Registered]) -> Plan
 def plan_of(model: nn.Module) -> Plan:
     """The plan of all cuts of ``model`` and its submodules since the model was created."""
     tensors: dict[str, TensorPlan] = {}
+    blocks: dict[str, ListPlan] = {}
     for prefix, module in unwrap(model).named_modules():
         text = module.__dict__.get(_PLAN_ATTRIBUTE)
         if text is not None:
-            tensors |= Plan.from_json(text).inside(prefix).tensors
-    return Plan(tensors)
+            plan = Plan.from_json(text).inside(prefix)
+            tensors, blocks = tensors | dict(plan.tensors), blocks | dict(plan.blocks)
+    return Plan(tensors, blocks)
 
 
 def registered(model: nn.Module) -> list[Registered]:
@@ -248,12 +294,13 @@ def remember(
     small: nn.Module,
     tensors: list[Registered],
     parts: Mapping[int, TensorPlan],
+    blocks: Mapping[str, ListPlan],
 ) -> None:
-    """Store on ``small`` the plan relative to the original model: earlier cuts followed by ``parts``."""
+    """Store on ``small`` the plan for the original model: earlier cuts, then ``parts`` and ``blocks``."""
     cuts = {e.names[0]: parts[id(e.tensor)] for e in tensors if parts[id(e.tensor)].keep}
-    plan = plan_of(model).then(Plan(cuts))
+    plan = plan_of(model).then(Plan(cuts, blocks))
     forget_plan(small)
-    if plan.tensors:
+    if not plan.removes_nothing or plan.tensors:
         small.__dict__[_PLAN_ATTRIBUTE] = plan.to_json()
 
 

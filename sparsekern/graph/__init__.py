@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsekern.graph.blocks import Block
 from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.cost import Cost
 from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
@@ -10,6 +11,7 @@ from sparsekern.graph.prove.dry_run import dry_run
 from sparsekern.graph.trace import trace
 
 __all__ = [
+    "Block",
     "ChannelGraph",
     "Cost",
     "Gates",

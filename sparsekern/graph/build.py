@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from sparsekern.graph.blocks import Block, block_groups, groups_inside, with_block_gates, with_writers
 from sparsekern.graph.channels import ChannelGraph
 from sparsekern.graph.cost import CostBuilder, CostModel
 from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
@@ -15,12 +16,19 @@ from sparsekern.graph.propagate.numbering import Numbering, row_ids
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.propagate.records import Producer, Records
 from sparsekern.graph.propagate.slots import Slots
+from sparsekern.graph.prove.blocks import FoundBlock
 
 _NO_CHANNELS = "no layer makes or reads channels along it"
 
 
 def build(
-    tensors: Sequence[Tracked], slots: Slots, records: Records, numbering: Numbering, untraced: str = ""
+    tensors: Sequence[Tracked],
+    slots: Slots,
+    records: Records,
+    numbering: Numbering,
+    untraced: str = "",
+    found: Sequence[FoundBlock] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> ChannelGraph:
     """Build the public graph, with names in place of numbers.
 
@@ -30,25 +38,51 @@ def build(
         records: the records of the settled interpretation.
         numbering: the numbers of channels and groups.
         untraced: why training mode was not traced; empty if it was.
+        found: the blocks that can be removed, list by list.
+        sizes: the number of modules in their lists, by path.
 
     Returns:
         The channel graph.
     """
     groups = _groups(tensors, numbering, records, slots)
-    costs, operations = _costs(tensors, numbering, records)
+    blocks = _blocks(tensors, groups, found, len(numbering.group_of), sizes or {})
+    of_blocks = block_groups(blocks, len(groups), {group.name for group in groups})
+    group_of = [numbering.group_of, *(np.full(len(g.channels), g.id, np.int64) for g in of_blocks)]
+    groups += of_blocks
+    costs, operations = _costs(tensors, numbering, records, blocks, np.concatenate(group_of))
     named = {t.entry.names[0]: s for t in tensors if (s := _tensor(t, numbering)) is not None}
     notes = _notes(tensors, numbering, slots)
+    written = [tensors[number].entry for block in found for number in block.writers]
+    all_named = with_writers(named, {e.names[0]: (e.names[1:], e.shape) for e in written})
     return ChannelGraph(
         groups=groups,
-        group_of=numbering.group_of,
-        tensors=named,
-        gates=_gates(tensors, numbering, records, slots),
+        group_of=np.concatenate(group_of),
+        tensors=all_named,
+        gates=with_block_gates(_gates(tensors, numbering, records, slots), blocks, all_named),
         frozen=_frozen(tensors, notes, records, slots) + _left_alone(tensors, named, notes, records, slots),
         costs=costs,
         notes=notes,
         operations=operations,
         untraced=untraced,
+        blocks=blocks,
     )
+
+
+def _blocks(
+    tensors: Sequence[Tracked],
+    groups: Sequence[Group],
+    found: Sequence[FoundBlock],
+    first: int,
+    sizes: Mapping[str, int],
+) -> tuple[Block, ...]:
+    """The blocks with names, and with channel ids from ``first`` on."""
+    blocks = []
+    for number, block in enumerate(found):
+        names = frozenset(tensors[n].entry.names[0] for n in block.tensors)
+        writers = tuple(tensors[n].entry.names[0] for n in block.writers)
+        inside, size = groups_inside(groups, names), sizes[block.container]
+        blocks.append(Block(block.container, block.index, size, first + number, writers, names, inside))
+    return tuple(blocks)
 
 
 def _tensor(tensor: Tracked, numbering: Numbering) -> TensorSlots | None:
@@ -209,13 +243,21 @@ def _by_channel(
 
 
 def _costs(
-    tensors: Sequence[Tracked], numbering: Numbering, records: Records
+    tensors: Sequence[Tracked],
+    numbering: Numbering,
+    records: Records,
+    blocks: Sequence[Block],
+    group_of: np.ndarray,
 ) -> tuple[CostModel, tuple[Operation, ...]]:
-    """The costs, and the operations. The sizes of operations are extents of the cost model."""
-    builder = CostBuilder(len(numbering.group_of))
+    """The costs, and the operations. The sizes of operations are extents of the cost model.
+
+    A block is one more factor of every term inside of it: 1 if the block is kept, else 0.
+    """
+    builder = CostBuilder(len(group_of))
+    channel_of = {name: block.channel for block in blocks for name in block.tensors}
     for tensor in tensors:
         if tensor.entry.parameter:
-            scale, factors = 1, []
+            scale, factors = 1, _factor(channel_of.get(tensor.entry.names[0]))
             for size, ids in zip(tensor.entry.shape, tensor.ids, strict=True):
                 if ids is None:
                     scale *= size
@@ -224,10 +266,15 @@ def _costs(
             builder.add("params", scale, factors)
     for measure, terms in (("macs", records.macs), ("activations", records.activations)):
         for term in terms:
-            factors = [np.where(ids >= 0, numbering.channel_of[ids], -1) for ids in term.factors]
+            factors = _factor(next((b.channel for b in blocks if b.has(term.module)), None))
+            factors += [np.where(ids >= 0, numbering.channel_of[ids], -1) for ids in term.factors]
             builder.add(measure, term.scale, factors)
     operations = tuple(entry.numbered(numbering.channel_of, builder.extent) for entry in records.operations)
-    return builder.build(numbering.group_of), operations
+    return builder.build(group_of), operations
+
+
+def _factor(channel: int | None) -> list[np.ndarray]:
+    return [] if channel is None else [np.array([channel], np.int64)]
 
 
 def _notes(tensors: Sequence[Tracked], numbering: Numbering, slots: Slots) -> dict[str, tuple[Note, ...]]:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
+from sparsekern.graph.blocks import (
+    Block,
+    closed,
+    emptied,
+    kept_blocks,
+    least_kept,
+    renamed,
+    renamed_group,
+    restricted,
+)
 from sparsekern.graph.cost import MEASURES, Cost, CostModel
 from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
+from sparsekern.graph.numbers import KeptBlocks, after_removal
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.table import describe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +44,8 @@ class ChannelGraph:
         notes: for every tensor, why indices along its dimensions stay.
         operations: the ops of a pass in evaluation mode, in order. Their sizes are extents of ``costs``.
         untraced: why training mode was not traced; empty if it was.
+        blocks: residual blocks that can be removed as a whole (``trace(..., depth=True)``). A channel stands
+            for each of them; without it, the channels inside of the block go, too.
     """
 
     groups: tuple[Group, ...]
@@ -40,6 +57,7 @@ class ChannelGraph:
     notes: dict[str, tuple[Note, ...]]
     operations: tuple[Operation, ...]
     untraced: str = ""
+    blocks: tuple[Block, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -103,26 +121,56 @@ class ChannelGraph:
         numbers = {self._number(name) for name in names}
         if not numbers:
             return self
-        gone = np.isin(self.group_of, sorted(numbers))
+        return self._frozen(np.isin(self.group_of, sorted(numbers)), reason)
+
+    def with_blocks(self, blocks: Iterable[Block], reason: str) -> ChannelGraph:
+        """Make the graph in which only these of its blocks can be removed.
+
+        Args:
+            blocks: some of ``self.blocks``.
+            reason: the reason to give for the others.
+
+        Returns:
+            The graph, with groups and channels renumbered; ``self`` if it has no other blocks.
+        """
+        channels = {block.channel for block in blocks}
+        others = [block for block in self.blocks if block.channel not in channels]
+        gone = np.zeros(self.num_channels, bool)
+        gone[[block.channel for block in others]] = True
+        graph = self._frozen(gone, reason) if others else self
+        return replace(graph, frozen=_merged(graph.frozen, (block.path for block in others), reason))
+
+    def _frozen(self, gone: np.ndarray, reason: str) -> ChannelGraph:
+        """The graph without the channels ``gone`` (bool ``[C]``): whole groups, or blocks."""
         renumbered = np.where(gone, -1, np.cumsum(~gone) - 1)
-        notes = _noted(self, gone, reason)
-        left = [g for g in self.groups if g.id not in numbers]
-        groups = tuple(
-            replace(g, id=number, channels=renumbered[g.channels]) for number, g in enumerate(left)
-        )
+        left = [g for g in self.groups if not len(g.channels) or not gone[g.channels].all()]
         new = np.full(len(self.groups), -1, np.int64)
         new[[g.id for g in left]] = np.arange(len(left))
-        fixed = [p for g in self.groups if g.id in numbers for p in g.producers]
+        blocks = tuple(
+            replace(
+                block,
+                channel=int(renumbered[block.channel]),
+                groups=tuple(int(new[g]) for g in block.groups if new[g] >= 0),
+            )
+            for block in self.blocks
+            if not gone[block.channel]
+        )
+        writers = {name for block in blocks for name in block.writers}
+        fixed = [p for g in self.groups if new[g.id] < 0 for p in g.producers]
         return ChannelGraph(
-            groups=groups,
+            groups=tuple(
+                replace(g, id=number, channels=renumbered[g.channels[~gone[g.channels]]])
+                for number, g in enumerate(left)
+            ),
             group_of=new[self.group_of[~gone]],
-            tensors=_renumbered(self.tensors, renumbered),
+            tensors=_renumbered(self.tensors, renumbered, writers),
             gates=_kept_gates(self.gates, gone),
             frozen=_merged(self.frozen, fixed, reason),
             costs=self.costs.fixed(gone),
-            notes=notes,
+            notes=_noted(self, gone, reason),
             operations=self.operations,
             untraced=self.untraced,
+            blocks=blocks,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
@@ -138,19 +186,50 @@ class ChannelGraph:
         Raises:
             ValueError: ``kept`` has another shape or dtype, or keeps no channel of a group.
         """
-        kept = self._checked(kept)
-        empty = [group.name for group in self.groups if not kept[group.channels].any()]
-        if empty:
+        kept = self.without_inner(self._checked(kept))
+        if empty := self.emptied_groups(kept):
             raise ValueError(f"kept: no channel is left of {empty[0]}, expected at least one per group")
         renumbered = np.where(kept, np.cumsum(kept) - 1, -1)
+        names = self.kept_blocks(kept)
+        tensors = {
+            new: _cut_slots(slots, kept, renumbered, names)
+            for name, slots in self.tensors.items()
+            if (new := after_removal(name, names)) is not None
+        }
         return replace(
             self,
-            groups=tuple(replace(g, channels=renumbered[g.channels[kept[g.channels]]]) for g in self.groups),
+            groups=tuple(
+                renamed_group(g, renumbered[g.channels[kept[g.channels]]], names) for g in self.groups
+            ),
             group_of=self.group_of[kept],
-            tensors={name: _cut_slots(slots, kept, renumbered) for name, slots in self.tensors.items()},
-            gates=_cut_gates(self.gates, self.tensors, kept),
+            tensors=tensors,
+            gates=_cut_gates(self.gates, self.tensors, kept, names),
             costs=self.costs.restrict(kept),
+            notes=_renamed_keys(self.notes, names),
+            frozen=tuple(_renamed_keys(dict(self.frozen), names).items()),
+            operations=tuple(op for op in self.operations if after_removal(op.module, names) is not None),
+            blocks=restricted(self.blocks, kept, renumbered, names),
         )
+
+    def without_inner(self, kept: np.ndarray) -> np.ndarray:
+        """``kept`` (bool ``[C]``) without the channels inside of blocks that are not kept."""
+        return closed(self.blocks, self.groups, kept) if self.blocks else kept
+
+    def multiples(self, round_to: int) -> np.ndarray:
+        """The multiple that the number of channels of each group has, int64 ``[groups]``: 1 for blocks."""
+        return np.array([1 if group.of_blocks else round_to for group in self.groups], np.int64)
+
+    def least_kept(self, wanted: Sequence[int] = ()) -> np.ndarray:
+        """The smallest number of channels that every group keeps; see ``sparsekern.graph.blocks``."""
+        return least_kept(self.blocks, self.groups, wanted)
+
+    def emptied_groups(self, kept: np.ndarray) -> list[str]:
+        """Names of the groups without a channel in ``kept`` (bool ``[C]``) that do not go with a block."""
+        return emptied(self.blocks, self.groups, kept)
+
+    def kept_blocks(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
+        """The numbers of the modules that stay, by path, in each list that loses blocks without ``kept``."""
+        return kept_blocks(self.blocks, kept)
 
     def _number(self, name: str | int | Group) -> int:
         for group in self.groups:
@@ -212,13 +291,17 @@ def _noted(graph: ChannelGraph, gone: np.ndarray, reason: str) -> dict[str, tupl
     return notes
 
 
-def _renumbered(tensors: dict[str, TensorSlots], new: np.ndarray) -> dict[str, TensorSlots]:
+def _renumbered(
+    tensors: dict[str, TensorSlots], new: np.ndarray, writers: set[str]
+) -> dict[str, TensorSlots]:
+    """The tensors with new channel ids; those without any are left out, unless they are writers of blocks."""
     result = {}
     for name, slots in tensors.items():
         channels = []
         for ids in slots.channels:
             moved = None if ids is None else np.where(ids >= 0, new[ids], -1)
-            channels.append(None if moved is None or (moved < 0).all() else moved)
+            rows = name in writers and len(channels) == slots.row_dim
+            channels.append(None if moved is None or ((moved < 0).all() and not rows) else moved)
         if any(ids is not None for ids in channels):
             result[name] = replace(slots, channels=tuple(channels))
     return result
@@ -230,17 +313,34 @@ def _staying(channels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return stays
 
 
-def _cut_slots(slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray) -> TensorSlots:
+def _renamed_keys(given: Mapping[str, T], names: KeptBlocks) -> dict[str, T]:
+    """The entries by the names that they have after blocks are removed, without those of the blocks."""
+    if not names:
+        return dict(given)
+    moved = ((after_removal(name, names), value) for name, value in given.items())
+    return {name: value for name, value in moved if name is not None}
+
+
+def _cut_slots(
+    slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray, names: KeptBlocks
+) -> TensorSlots:
     channels = []
     for ids in slots.channels:
         own = None if ids is None else ids[_staying(ids, kept)]
         channels.append(None if own is None else np.where(own >= 0, renumbered[own], -1))
     shape = tuple(size if own is None else len(own) for size, own in zip(slots.shape, channels, strict=True))
-    return replace(slots, shape=shape, channels=tuple(channels))
+    cut = replace(slots, shape=shape, channels=tuple(channels))
+    if not names:
+        return cut
+    paths = ((after_removal(path, names), dim, per) for path, dim, per in slots.sizes)
+    sizes = tuple((path, dim, per) for path, dim, per in paths if path is not None)
+    rescale = None if slots.rescale is None else slots.rescale.renamed(partial(after_removal, kept=names))
+    aliases = tuple(renamed(alias, names) for alias in slots.aliases)
+    return replace(cut, name=renamed(slots.name, names), aliases=aliases, sizes=sizes, rescale=rescale)
 
 
-def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray) -> Gates:
-    left = _kept_gates(gates, ~kept)
+def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks) -> Gates:
+    left = _kept_gates(gates, ~kept, [after_removal(name, names) is None for name in gates.names])
     rows = left.rows.copy()
     for index, name in enumerate(left.names):
         slots = tensors[name]
@@ -248,12 +348,16 @@ def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray) 
         assert ids is not None
         mine = left.tensors == index
         rows[mine] = (np.cumsum(_staying(ids, kept)) - 1)[rows[mine]]
-    return left._replace(rows=rows)
+    return left._replace(rows=rows, names=tuple(renamed(name, names) for name in left.names))
 
 
-def _kept_gates(gates: Gates, gone: np.ndarray) -> Gates:
-    counts = np.diff(gates.offsets)
-    kept = np.repeat(~gone, counts)
+def _kept_gates(gates: Gates, gone: np.ndarray, lost: Sequence[bool] = ()) -> Gates:
+    """The gates of channels that are not ``gone``, without rows of the tensors that are ``lost``."""
+    channel = np.repeat(np.arange(len(gone)), np.diff(gates.offsets))
+    kept = ~gone[channel]
+    if any(lost):
+        kept &= ~np.array(lost)[gates.tensors]
+    counts = np.bincount(channel[kept], minlength=len(gone))
     used, tensors = np.unique(gates.tensors[kept], return_inverse=True)
     offsets = np.concatenate([[0], np.cumsum(counts[~gone])]).astype(np.int64)
     names = tuple(gates.names[i] for i in used)

@@ -53,6 +53,7 @@ class Group:
         consumers: the (tensor, dimension) pairs of weights that are contracted over the channels.
         inexact: why removing some channels changes what the others compute (``exact=False``); empty if
             it does not.
+        of_blocks: whether each channel stands for a block of a list of modules; see ``Block``.
     """
 
     id: int
@@ -62,6 +63,7 @@ class Group:
     members: tuple[tuple[str, int], ...]
     consumers: tuple[tuple[str, int], ...]
     inexact: str = ""
+    of_blocks: bool = False
 
 
 class Gates(NamedTuple):

@@ -9,6 +9,7 @@ takes the inverse factor, and both networks compute the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,3 +90,8 @@ class Rescale:
     def inside(self, prefix: str) -> Rescale:
         """The same rule with ``prefix`` in front of the attribute names."""
         return replace(self, numbers=tuple((f"{prefix}.{path}", power) for path, power in self.numbers))
+
+    def renamed(self, name_of: Callable[[str], str | None]) -> Rescale:
+        """The same rule with other attribute names; without those for which ``name_of`` gives None."""
+        moved = ((name_of(path), power) for path, power in self.numbers)
+        return replace(self, numbers=tuple((path, power) for path, power in moved if path is not None))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from sparsekern.graph.blocks import Block
 from sparsekern.graph.cost import Cost
 from sparsekern.graph.groups import Gates, Group
 
@@ -27,6 +28,8 @@ class Described(Protocol):
     def frozen(self) -> tuple[tuple[str, str], ...]: ...
     @property
     def untraced(self) -> str: ...
+    @property
+    def blocks(self) -> tuple[Block, ...]: ...
     def cost(self, kept: np.ndarray) -> Cost: ...
     def price(self, kept: np.ndarray, of: str) -> np.ndarray: ...
 
@@ -54,14 +57,17 @@ def describe(graph: Described) -> str:
             _shortened(_gate_names(graph, group)),
         )
         for group in graph.groups
+        if len(group.channels) and not group.of_blocks
     ]
     inexact = [f"  {group.name}: {group.inexact}" for group in graph.groups if group.inexact]
     lines = [
-        f"{graph.num_channels} channels in {len(graph.groups)} groups; "
+        f"{graph.num_channels - len(graph.blocks)} channels in {len(rows)} groups; "
         f"{cost.params:,} parameters, {cost.macs:,} MACs, "
         f"{cost.activations / 2**20:.1f} MiB of activations",
     ]
     lines += _table(head, rows) if rows else []
+    if graph.blocks:
+        lines += ["", "blocks that can be removed", *_blocks(graph, prices, totals)]
     if inexact:
         lines += ["", "not exact: removing some channels changes the others", *inexact]
     if graph.untraced:
@@ -70,6 +76,20 @@ def describe(graph: Described) -> str:
         lines += ["", "not pruned because"]
         lines += _reasons(graph)
     return "\n".join(lines)
+
+
+def _blocks(graph: Described, prices: list[np.ndarray], totals: list[int]) -> list[str]:
+    """A table of the blocks: the parameters and MACs that go with each, and the layers that end it."""
+    rows = [
+        (
+            block.path,
+            str(len(block.groups)),
+            *(f"{p[block.channel] / t:.1%}" for p, t in zip(prices, totals, strict=True)),
+            _shortened(block.writers),
+        )
+        for block in graph.blocks
+    ]
+    return _table(("block", "groups", "params", "MACs", "zero in"), rows)
 
 
 def _reasons(graph: Described) -> list[str]:
@@ -84,6 +104,8 @@ def _reasons(graph: Described) -> list[str]:
 
 
 def _gate_names(graph: Described, group: Group) -> tuple[str, ...]:
+    if not len(group.channels):
+        return ()
     first = int(group.channels[0])
     span = slice(graph.gates.offsets[first], graph.gates.offsets[first + 1])
     return tuple(graph.gates.names[i] for i in Counter(graph.gates.tensors[span].tolist()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from sparsekern.graph.capture.export import Capture, arguments, capture, inner_m
 from sparsekern.graph.capture.program import Registered
 from sparsekern.graph.capture.undisturbed import low_overhead_tracing
 from sparsekern.graph.channels import ChannelGraph
+from sparsekern.graph.containers import containers
 from sparsekern.graph.propagate import makeup
 from sparsekern.graph.propagate.attributes import arrivals, follow, holders
 from sparsekern.graph.propagate.interpret import Interpreter, Tracked
@@ -23,6 +25,7 @@ from sparsekern.graph.propagate.numbering import number
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.slots import Slots
 from sparsekern.graph.propagate.split_interpretations import Round, best_interpretation
+from sparsekern.graph.prove.blocks import FoundBlock, find_blocks
 from sparsekern.graph.prove.courses import check_courses
 from sparsekern.graph.prove.recheck import faults
 
@@ -37,6 +40,7 @@ def trace(
     example_kwargs: Mapping[str, Any] | None = None,
     protect: Sequence[str | nn.Module | nn.Parameter] | str | nn.Module | nn.Parameter = (),
     exact: bool = True,
+    depth: bool = False,
 ) -> ChannelGraph:
     """Find the channels of ``model`` that can be removed without changing what the others compute.
 
@@ -54,6 +58,8 @@ def trace(
         exact: False also allows channels whose removal changes what the others compute: channels that
             are normalised or reduced over together, or are not zero where they are summed. The compact
             network then differs from the masked one and needs further training.
+        depth: also find residual blocks that can be removed as a whole from their ``nn.ModuleList`` or
+            ``nn.Sequential``, and prove for each that the program without it is the same but for its ops.
 
     Returns:
         The channel graph.
@@ -88,9 +94,25 @@ def trace(
         for fault in wrong:
             slots.freeze(fault.ids, fault.reason)
         numbering = number(tensors, slots, records)
-    graph = build(tensors, slots, records, numbering, captured.untraced)
+    found, sizes, refused = _blocks(captured, protected) if depth else ((), {}, {})
+    graph = build(tensors, slots, records, numbering, captured.untraced, found, sizes)
+    graph = replace(graph, frozen=(*graph.frozen, *refused.items()))
     _warn(graph)
     return graph
+
+
+def _blocks(
+    captured: Capture, protected: set[str]
+) -> tuple[tuple[FoundBlock, ...], dict[str, int], dict[str, str]]:
+    """The removable blocks, the sizes of all lists of modules, and why other blocks stay, by path."""
+    found, refused = find_blocks(captured)
+    kept = {
+        block.path: _PROTECTED
+        for block in found
+        if any(protected.intersection(captured.tensors[number].names) for number in block.tensors)
+    }
+    sizes = {path: len(module._modules) for path, module in containers(captured.source.clone).items()}
+    return tuple(block for block in found if block.path not in kept), sizes, refused | kept
 
 
 def _warn(graph: ChannelGraph) -> None:

@@ -247,7 +247,7 @@ class RowTable:
         """The :meth:`state_dict` of a table with only some of the rows and channels.
 
         Args:
-            rows: bool ``[R]``; True for rows to keep. All gate rows of a kept channel have to be kept.
+            rows: bool ``[R]``; True for rows to keep. Gates lose the other rows.
             channels: bool ``[C]``; True for channels to keep.
 
         Returns:
@@ -255,9 +255,11 @@ class RowTable:
         """
         offsets = self.gate_offsets.cpu().numpy()
         gates = self.gate_rows.cpu().numpy()
-        counts = np.diff(offsets)
-        left = (np.cumsum(rows) - 1)[gates[np.repeat(channels, counts)]]
-        starts = np.concatenate([[0], np.cumsum(counts[channels])]).astype(np.int64)
+        channel = np.repeat(np.arange(len(channels)), np.diff(offsets))
+        held = channels[channel] & rows[gates]
+        left = (np.cumsum(rows) - 1)[gates[held]]
+        counts = np.bincount(channel[held], minlength=len(channels))[channels]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         state = self.state_dict()
         device = self.countdown.device
         for kept, names in ((rows, self._PER_ROW), (channels, self._PER_CHANNEL)):

@@ -24,6 +24,7 @@ from sparsekern.prune.decide import criteria
 from sparsekern.prune.decide.allocate import WITHOUT_DATA, Allocator, Problem
 from sparsekern.prune.decide.budget import (
     Unit,
+    check_depth,
     check_keep,
     check_unit,
     first_feasible,
@@ -74,6 +75,7 @@ def prune_once(
     exact: bool = True,
     fold: bool = True,
     recalibrate: bool = True,
+    depth: bool = False,
     cache: str | os.PathLike[str] | None = None,
 ) -> Pruned:
     """Make a smaller copy of a trained network, however it was trained.
@@ -88,7 +90,7 @@ def prune_once(
     Args:
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
-            ``runtime``, ``round_to``, ``min_channels``, ``protect``, ``exact`` and ``cache``.
+            ``runtime``, ``round_to``, ``min_channels``, ``protect``, ``exact``, ``depth`` and ``cache``.
         select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
             which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
             nor a loss.
@@ -131,6 +133,7 @@ def prune_once(
             min_channels=min_channels,
             protect=protect,
             exact=exact,
+            depth=depth,
             cache=cache,
         )
         # From here on the code works on copies.
@@ -167,6 +170,7 @@ def task_of(
     min_channels: int | Mapping[str, int] = 1,
     protect: Sequence[str | nn.Module | nn.Parameter] = (),
     exact: bool = True,
+    depth: bool = False,
     cache: str | os.PathLike[str] | None = None,
 ) -> Problem:
     """The problem for an allocator with all parameters prunable and saliencies of 0, to be replaced.
@@ -174,10 +178,11 @@ def task_of(
     Raises:
         ValueError: as for :func:`prune_once`.
     """
+    check_depth(depth, of)
     choices = round_to_choices(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for p in parameters.values()}
-    graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
+    graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs, depth)
     floors = resolve_floors(min_channels, graph)
     live = graph.all_channels()
 

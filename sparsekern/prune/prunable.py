@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from sparsekern.distributed.tensors import is_sharded
 from sparsekern.graph import ChannelGraph, dry_run, trace
 
 _IDLE = (
@@ -23,13 +24,14 @@ def prunable_graph(
     protect: Sequence[str | nn.Module | nn.Parameter],
     exact: bool = True,
     example_kwargs: Mapping[str, Any] | None = None,
+    depth: bool = False,
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and groups that a dry run found not removable.
 
     Args:
         model: the model.
         trained: the result of :func:`sparsekern.prune.state.statistics.trained_by`.
-        example_inputs, protect, exact, example_kwargs: as for :class:`sparsekern.Pruner`.
+        example_inputs, protect, exact, example_kwargs, depth: as for :class:`sparsekern.Pruner`.
 
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
@@ -37,11 +39,18 @@ def prunable_graph(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_held(parameters, trained)
-    graph = trace(model, example_inputs, example_kwargs=example_kwargs, protect=protect, exact=exact)
+    if depth and any(map(is_sharded, parameters.values())):
+        raise ValueError("depth: got True for a model sharded by fully_shard, expected one that is not")
+    graph = trace(
+        model, example_inputs, example_kwargs=example_kwargs, protect=protect, exact=exact, depth=depth
+    )
+    trained_blocks = [b for b in graph.blocks if all(id(parameters[name]) in trained for name in b.writers)]
+    graph = graph.with_blocks(trained_blocks, _IDLE)
     idle = [
         group.name
         for group in graph.groups
-        if not any(
+        if not group.of_blocks
+        and not any(
             id(parameters[name]) in trained
             for name in (*_gate_names(graph, group.channels), *group.producers)
         )

@@ -77,6 +77,7 @@ class Pruner:
             ``"raise"`` checks all gradients before each step and raises a FloatingPointError.
         shrink: cut masked channels out of the live model at every event, see :meth:`shrink`, so that steps
             cost as much as those of the smaller network, see :class:`sparsekern.prune.schedule.Schedule`.
+        depth: also remove whole residual blocks; ``min_channels={"layers": 4}`` keeps 4 of such a list.
         also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel``.
         state_cutter: ``(parameter, name, value, TensorPlan) -> smaller value`` for unusual optimizer state.
         cache: directory of timings for latency; default ``$SPARSEKERN_CACHE``, else the user's cache.
@@ -114,13 +115,14 @@ class Pruner:
         penalty: float = 0.1,
         nonfinite: str = "ignore",
         shrink: bool = False,
+        depth: bool = False,
         also: Sequence[nn.Module] = (),
         state_cutter: StateCutter | None = None,
         cache: StrPath | None = None,
         process_group: Any = None,
     ) -> None:
         begin = perf_counter()
-        share, policy = check_keep(keep), Policy.from_arguments(select, allocate, of, penalty, runtime)
+        share, policy = check_keep(keep), Policy.from_arguments(select, allocate, of, penalty, runtime, depth)
         checks_gradients = check_nonfinite(nonfinite)
         timing = Timing(steps, warmup, finish, events)
         schedule = timing.schedule(share)
@@ -128,16 +130,14 @@ class Pruner:
         replaced = abandoned(unwrapped.optimizer, model)
         state_check = check_shrinkable(model, unwrapped, state_cutter) if shrink else None
         example, trained = as_arguments(example_inputs, example_kwargs), trained_by(unwrapped.optimizer)
-        graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs)
+        graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs, depth)
         choices = round_to_choices(round_to, model, bool(shrink))
-        counting = policy.select.needs_activations
-        network = Network(model, unwrapped, graph, schedule.decay, counting, also, state_cutter)
+        network = Network(model, unwrapped, graph, schedule.decay, policy.counts, also, state_cutter)
         ranks = Ranks(wrapped, process_group, network.device)
         time = functools.partial(network.time, example, ranks=ranks, cache=cache, runtime=runtime)
         policy = policy.fitted(network, share, min_channels, choices, time)
         settings = Settings(share, policy, timing, bool(shrink))
-        with ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
-            check(settings.to_plain(), network.fingerprint(), nonfinite)
+        settings.agree(ranks, network.fingerprint(), nonfinite)
         self._network, self._ranks, self._settings = network, ranks, settings
         self._events = Events(network, policy, schedule, ranks, shrinks=bool(shrink))
         self._budget_warning = BudgetWarning(settings, network, self._events)

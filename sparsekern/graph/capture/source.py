@@ -184,6 +184,21 @@ class Source:
         asked = self._answers.asked or self._answers.numbered
         return None if asked and training not in self._settled else made
 
+    @contextmanager
+    def renamed(self) -> Iterator[None]:
+        """Follow the names that the tensors of the copy have now, while the context lasts."""
+        usual = self._numbers
+        numbers = {id(tensor): number for number, tensor in self.held.items()}
+        tensors = (
+            *self.clone.named_parameters(remove_duplicate=False),
+            *self.clone.named_buffers(remove_duplicate=False),
+        )
+        self._numbers = {name: numbers[id(tensor)] for name, tensor in tensors}
+        try:
+            yield
+        finally:
+            self._numbers = usual
+
     def run(self, training: bool) -> Any:
         """Run the copy in the mode and on the inputs of ``export``.
 

@@ -263,7 +263,7 @@ class Interpreter:
                 factors = [
                     size if ids is None else ids for size, ids in zip(value.shape, value.ids, strict=True)
                 ]
-                self.records.activations.append(term(value.itemsize, factors))
+                self.records.activations.append(term(value.itemsize, factors, call.module))
 
     def _write(self, target: fx.Node, result: Value, env: _Environment) -> Value:
         """Record the result of an in-place op.

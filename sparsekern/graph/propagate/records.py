@@ -48,10 +48,12 @@ class Term:
     Attributes:
         scale: the constant factor.
         factors: raw slot ids of the dimensions whose sizes are multiplied, int64.
+        module: path of the module in whose forward the op is called.
     """
 
     scale: int
     factors: list[np.ndarray]
+    module: str = ""
 
 
 class Split(NamedTuple):
@@ -213,12 +215,13 @@ class Records:
             self.consumers[owner] = None
 
 
-def term(scale: int, factors: list[Factor]) -> Term:
+def term(scale: int, factors: list[Factor], module: str) -> Term:
     """Make a cost term.
 
     Args:
         scale: the constant factor.
         factors: slot ids of dimensions, or plain sizes, which are multiplied into the scale.
+        module: path of the module in whose forward the op is called.
 
     Returns:
         The term.
@@ -229,4 +232,4 @@ def term(scale: int, factors: list[Factor]) -> Term:
             tracked.append(factor)
         else:
             scale *= int(factor)
-    return Term(scale, tracked)
+    return Term(scale, tracked, module)

@@ -81,7 +81,7 @@ def faults(
 
 
 @dataclass(frozen=True)
-class _Whole:
+class Whole:
     """A graph of the whole model, as the ops that a smaller copy is compared with.
 
     Attributes:
@@ -100,7 +100,7 @@ class _Recheck:
         self, captured: Capture, tensors: Sequence[Tracked], numbering: Numbering, records: Records
     ) -> None:
         self._source, self._numbering, self._records = captured.source, numbering, records
-        self._wholes = [_whole(captured.source, graph) for graph in captured.graphs]
+        self._wholes = [whole_of(captured.source, graph) for graph in captured.graphs]
         self._trials = Trials(captured.source, _layout(tensors, numbering))
         self._epsilons = {epsilon.node: epsilon for epsilon in records.epsilons}
 
@@ -139,7 +139,7 @@ class _Recheck:
                 return found
         return {}
 
-    def _probe(self, whole: _Whole, groups: Sequence[int]) -> Outcome:
+    def _probe(self, whole: Whole, groups: Sequence[int]) -> Outcome:
         try:
             differences = self._tried(whole, groups)
         except Exception as error:
@@ -148,7 +148,7 @@ class _Recheck:
             return Outcome(reason, step, list(self._suspects(whole, step)))
         return Outcome(None)
 
-    def _tried(self, whole: _Whole, groups: Sequence[int]) -> list[_Difference]:
+    def _tried(self, whole: Whole, groups: Sequence[int]) -> list[_Difference]:
         """The differences between the whole program and that of a copy with ``groups`` halved.
 
         Raises:
@@ -169,7 +169,7 @@ class _Recheck:
         return found
 
     def _nearest(
-        self, whole: _Whole, differences: Sequence[_Difference], groups: Sequence[int]
+        self, whole: Whole, differences: Sequence[_Difference], groups: Sequence[int]
     ) -> dict[int, str]:
         """The nearest group that each difference's step reads, with the difference as the reason.
 
@@ -184,7 +184,7 @@ class _Recheck:
         explained = outcome.error is None or outcome.position > differences[-1].step
         return found if explained else {}
 
-    def _suspects(self, whole: _Whole, step: int) -> Iterator[int]:
+    def _suspects(self, whole: Whole, step: int) -> Iterator[int]:
         """The groups that the step reads, then those that earlier steps read, each once."""
         seen: set[int] = set()
         for one in reversed(live(whole.record, whole.record.strict)[: step + 1]):
@@ -234,7 +234,7 @@ class _Recheck:
         expected[place] = math.copysign(number, expected[place])
         return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(expected, found, strict=True))
 
-    def _differences(self, whole: _Whole, small: Record, gone: np.ndarray) -> list[_Difference]:
+    def _differences(self, whole: Whole, small: Record, gone: np.ndarray) -> list[_Difference]:
         """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
         odd: set[Origin] = set()
@@ -259,16 +259,16 @@ class _Recheck:
         return found
 
 
-def _whole(source: Source, graph: Captured) -> _Whole:
+def whole_of(source: Source, graph: Captured) -> Whole:
     """The ops of a graph: those of a run if each has a node, else those of the graph itself."""
     if graph.record is not None:
-        return _Whole(graph, graph.record, False)
+        return Whole(graph, graph.record, False)
     try:
         record = source.record(graph.training, course=graph.course)
     except Exception:
         record = None
     whole = None if record is None else attached(record, graph)
-    return _Whole(graph, exported(graph), True) if whole is None else _Whole(graph, whole, False)
+    return Whole(graph, exported(graph), True) if whole is None else Whole(graph, whole, False)
 
 
 def _modes(graph: Captured) -> tuple[bool, ...]:

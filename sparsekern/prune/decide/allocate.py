@@ -155,10 +155,11 @@ def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarr
     """Keep the blocks that lie mostly within ``widths(share)``, for the largest share within the budget."""
     blocks = Blocks.cut(problem)
     begins, group = blocks.rank[blocks.first], blocks.group[blocks.first]
+    half = problem.graph.multiples(problem.round_to)[group] / 2
 
     def keep(share: float) -> np.ndarray:
         # A block stays if at least half of it lies within the width.
-        within = begins + problem.round_to / 2 <= widths(share)[group]
+        within = begins + half <= widths(share)[group]
         return blocks.kept(within | ~blocks.removable, problem.graph.num_channels)
 
     if problem.cost(keep(1.0 + problem.round_to)) <= problem.budget:

@@ -43,6 +43,18 @@ def check_unit(of: object, runtime: object = "torch") -> Unit:
     raise ValueError(f"of: got {of!r}, expected one of {', '.join(map(repr, UNITS))}")
 
 
+def check_depth(depth: object, of: str) -> bool:
+    """Return ``depth``, or raise a ValueError if it is no bool or does not go with the cost."""
+    if not isinstance(depth, bool):
+        raise ValueError(f"depth: got {depth!r}, expected True or False")
+    if depth and of == "latency":
+        raise ValueError(
+            "depth: got True with of='latency', expected of='macs' or 'params': latencies are measured for "
+            "the ops of all blocks"
+        )
+    return depth
+
+
 def check_penalty(penalty: object) -> float:
     """Return ``penalty`` as a float, or raise a ValueError."""
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
@@ -76,7 +88,8 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
 
     Args:
         min_channels: one number for all groups, or numbers by pattern (as in :mod:`fnmatch`) of a group's
-            name. The first matching pattern applies; a group without one keeps at least 1.
+            name. The first matching pattern applies; a group without one keeps at least 1. A list of blocks
+            needs a pattern other than ``"*"``, and its number counts all of the list's modules.
         graph: the groups.
 
     Raises:
@@ -99,10 +112,17 @@ def resolve_floors(min_channels: int | Mapping[str, int], graph: ChannelGraph) -
                 f"such as {names}"
             )
     floors = [
-        next((number for pattern, number in rules.items() if fnmatchcase(group.name, pattern)), 1)
+        next(
+            (
+                number
+                for pattern, number in rules.items()
+                if fnmatchcase(group.name, pattern) and (pattern != "*" or not group.of_blocks)
+            ),
+            1,
+        )
         for group in graph.groups
     ]
-    return np.minimum(floors, [len(group.channels) for group in graph.groups]).astype(np.int64)
+    return graph.least_kept(floors)
 
 
 def first_feasible(choices: Sequence[int], problem_of: Callable[[int], Problem], keep: float) -> Problem:

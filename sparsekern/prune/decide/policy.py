@@ -15,6 +15,7 @@ import numpy as np
 from sparsekern.prune.decide.allocate import Allocator, Problem
 from sparsekern.prune.decide.budget import (
     Unit,
+    check_depth,
     check_feasible,
     check_keep,
     check_penalty,
@@ -79,6 +80,7 @@ class Policy:
         floors: int64 ``[groups]``; channels that every group keeps at least. Empty before :meth:`fitted`.
         round_to: the multiple of group widths. 1 before :meth:`fitted`.
         runtime: where latencies are measured.
+        depth: whether residual blocks can be removed as a whole.
     """
 
     select: Criterion
@@ -88,10 +90,17 @@ class Policy:
     floors: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     round_to: int = 1
     runtime: Runtime = "torch"
+    depth: bool = False
 
     @classmethod
     def from_arguments(
-        cls, select: object, allocate: object, of: object, penalty: object, runtime: Runtime
+        cls,
+        select: object,
+        allocate: object,
+        of: object,
+        penalty: object,
+        runtime: Runtime,
+        depth: object = False,
     ) -> Policy:
         """The policy of these arguments of a Pruner, before the network is known.
 
@@ -100,7 +109,13 @@ class Policy:
         """
         of = check_unit(of, runtime)
         select, allocate = resolve_select(select), resolve_allocate(allocate)
-        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime)
+        depth = check_depth(depth, of)
+        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime, depth=depth)
+
+    @property
+    def counts(self) -> bool:
+        """Whether fused normalisations have to count gradients."""
+        return self.select.needs_activations
 
     def problem(
         self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None

@@ -31,7 +31,7 @@ class Problem:
         budget: the cost to reach, in units of ``of``.
         of: the cost: ``"macs"``, ``"params"``, or the name of the cost that ``pricing`` gives.
         floors: int64 ``[groups]``; channels that every group keeps at least.
-        round_to: channels in a block.
+        round_to: channels in a block; 1 where channels stand for blocks of the network.
         whole: cost of the dense network, by default that of ``graph``.
         widths: int64 ``[groups]``; channels of the groups in the dense network, by default those of
             ``graph``.
@@ -93,7 +93,8 @@ class Blocks:
         group = group_of[channel]
         first = np.searchsorted(group, group, side="left")
         rank = np.arange(len(channel)) - first
-        starts = rank % problem.round_to == 0
+        multiples = problem.graph.multiples(problem.round_to)
+        starts = rank % multiples[group] == 0
         block = np.cumsum(starts) - 1
         # A block that begins below the floor contains channels that have to stay.
         removable = rank[starts] >= problem.floors[group[starts]]

@@ -10,9 +10,7 @@ from torch.optim import Optimizer
 
 from sparsekern.prune.save import generators
 from sparsekern.prune.save.schema import OPTIMIZER, optimizer_rule, tensors_rule
-
-Shapes = Mapping[int, tuple[int, ...]]
-"""Future shapes by ``id`` of tensors."""
+from sparsekern.prune.state.future import Future
 
 
 def classes(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
@@ -25,9 +23,9 @@ def check_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     also: Sequence[nn.Module],
-    shapes: Shapes,
+    future: Future,
 ) -> None:
-    """Check that all of a checkpoint fits; ``shapes`` has the future shapes of ``model`` and ``also``.
+    """Check that all of a checkpoint fits; ``future`` describes ``model`` and ``also`` after the load.
 
     Raises:
         ValueError: an entry does not fit.
@@ -38,14 +36,14 @@ def check_checkpoint(
                 f"checkpoint: got {content['classes'][kind]} as its {kind}, expected {name}; load it into "
                 f"objects of the classes that it was saved from"
             )
-    check_training(content["model"], content["optimizer"], model, optimizer, shapes)
+    check_training(content["model"], content["optimizer"], model, optimizer, future)
     if len(content["also"]) != len(also):
         raise ValueError(
             f"checkpoint: got {len(content['also'])} copies of the model, expected {len(also)}; give the "
             f"Pruner as many as it had when the checkpoint was saved (also=)"
         )
     for index, (module, own) in enumerate(zip(also, content["also"], strict=True)):
-        tensors_rule(module, shapes).check(own, f"checkpoint['also'][{index}]")
+        tensors_rule(module, future).check(own, f"checkpoint['also'][{index}]")
     for rank, state in enumerate(content["random"]):
         generators.check_cuda(state, model, f"checkpoint['random'][{rank}]")
 
@@ -55,14 +53,14 @@ def check_training(
     state: Mapping[str, Any],
     model: nn.Module,
     optimizer: Optimizer,
-    shapes: Shapes,
+    future: Future,
 ) -> None:
-    """Check that ``model`` and ``optimizer`` can load ``weights`` and ``state`` at ``shapes``.
+    """Check that ``model`` and ``optimizer`` can load ``weights`` and ``state`` after a cut to ``future``.
 
     Raises:
         ValueError: an entry does not fit; the text names it.
     """
-    expected = model.state_dict(keep_vars=True)
+    expected = future.entries(model)
     differing = sorted(weights.keys() ^ expected.keys())
     if differing:
         name = differing[0]
@@ -72,8 +70,8 @@ def check_training(
             f"differ); the checkpoint is of another network"
         )
     try:
-        tensors_rule(model, shapes).check(weights, "checkpoint['model']")
+        tensors_rule(model, future).check(weights, "checkpoint['model']")
     except ValueError as error:
         raise ValueError(f"{error}; the checkpoint is of another network or was changed") from None
     OPTIMIZER.check(state, "checkpoint['optimizer']")
-    optimizer_rule(optimizer, state, shapes).check(state, "checkpoint['optimizer']")
+    optimizer_rule(optimizer, state, future).check(state, "checkpoint['optimizer']")

@@ -75,8 +75,8 @@ class Checkpoint:
             if "activations" in state:
                 counted = content["activations"]
                 state |= {"activations": counted[ranks.rank % len(counted)]}
-            shapes = network.shapes(self._saved.check(state))
-            check_checkpoint(content, network.model, network.optimizer, network.also, shapes)
+            future = network.future(self._saved.check(state))
+            check_checkpoint(content, network.model, network.optimizer, network.also, future)
             check(state["step"], state["channels"].numpy())
         random = content["random"][ranks.rank % len(content["random"])]
         with all_or_nothing() as undo, ranks.changing(f"loading {os.fspath(path)!r}") as (ready, done):
@@ -100,8 +100,8 @@ class Checkpoint:
             ValueError: one of them does not fit.
         """
         network = self._network
-        shapes = network.shapes(self._saved.check(state))
-        check_training(weights, optimizer, network.model, network.optimizer, shapes)
+        future = network.future(self._saved.check(state))
+        check_training(weights, optimizer, network.model, network.optimizer, future)
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from sparsekern.files.schema import (
     like,
 )
 from sparsekern.prune.save.generators import GENERATORS
+from sparsekern.prune.state.future import Future
 from sparsekern.prune.state.schema import COUNTED, STATE
 
 FORMAT = "sparsekern.checkpoint"
@@ -117,26 +118,22 @@ _SCALARS = ("step", "mu_product", "eta", "mu")
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
 
 
-def tensors_rule(model: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> Rule:
+def tensors_rule(model: nn.Module, future: Future) -> Rule:
     """The rule for ``state_dict()`` of a module.
 
     Args:
         model: the module as it is now.
-        shapes: future shapes by ``id`` of the module's tensors; the other tensors keep theirs.
+        future: the module's tensors after the load.
     """
     return Fields(
         {
-            name: Array(shapes.get(id(own), tuple(own.shape)), own.dtype)
-            if isinstance(own, Tensor)
-            else Anything()
-            for name, own in model.state_dict(keep_vars=True).items()
+            name: Array(future.shape(own), own.dtype) if isinstance(own, Tensor) else Anything()
+            for name, own in future.entries(model).items()
         }
     )
 
 
-def optimizer_rule(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], shapes: Mapping[int, tuple[int, ...]]
-) -> Rule:
+def optimizer_rule(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], future: Future) -> Rule:
     """The rule for ``state_dict()`` of an optimizer, with as many groups and parameters as it has now.
 
     The rule covers every entry of the state of torch's and sparsekern's optimizers. Other optimizers may have
@@ -145,13 +142,14 @@ def optimizer_rule(
     Args:
         optimizer: the optimizer as it is now.
         state: the state to check; it has to satisfy :data:`OPTIMIZER`.
-        shapes: future shapes by ``id`` of the parameters.
+        future: the parameters after the load.
 
     Raises:
         ValueError: ``state`` has other groups or parameters.
     """
     theirs = [len(group["params"]) for group in state["param_groups"]]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
+    left = [[p for p in group["params"] if id(p) not in future.gone] for group in optimizer.param_groups]
+    ours = [len(params) for params in left]
     if theirs != ours:
         raise ValueError(
             f"checkpoint['optimizer']: got groups of {theirs} parameters, expected {ours}; make the "
@@ -159,10 +157,9 @@ def optimizer_rule(
         )
     entries: dict[Any, Rule] = {}
     pairs = set()
-    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        for number, param in zip(group["params"], own["params"], strict=True):
-            shape = shapes.get(id(param), tuple(param.shape))
-            entries[number] = _state_rule(optimizer, group, shape, param.dtype)
+    for group, own in zip(state["param_groups"], left, strict=True):
+        for number, param in zip(group["params"], own, strict=True):
+            entries[number] = _state_rule(optimizer, group, future.shape(param), param.dtype)
             pairs.add((number, id(param)))
     own_ids = {identity for _, identity in pairs}
     if not len(pairs) == len(entries) == len(own_ids):

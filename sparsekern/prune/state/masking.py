@@ -64,8 +64,8 @@ class Masks:
 
     @property
     def live(self) -> np.ndarray:
-        """bool ``[C]``; channels that are neither fading out nor masked."""
-        return self.state == LIVE
+        """bool ``[C]``; channels that are neither fading out nor masked, nor inside of such a block."""
+        return self._graph.without_inner(self.state == LIVE)
 
     @property
     def unmasked(self) -> np.ndarray:
@@ -96,15 +96,19 @@ class Masks:
     def fade_out(self, chosen: np.ndarray, fade_steps: int) -> None:
         """Let the gates of the channels ``chosen`` (bool ``[C]``) fade to zero over ``fade_steps`` steps."""
         self.state[chosen] = FADING
-        gates = self._rows.select(chosen, gates_only=True)
+        gates = self._rows.select(chosen, gates_only=True) & ~self._rows.select(self.state == MASKED)
         self._rows.table.countdown.masked_fill_(gates, fade_steps)
         self._rows.table.refresh()
 
     def mask(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
-        """Set every row of the channels ``chosen`` to zero for good, with its optimizer state."""
+        """Set every row of the channels ``chosen`` to zero for good, with its optimizer state.
+
+        The channels inside of a block that is chosen go with it.
+        """
         if not chosen.any():
             # Zeroing visits the whole model and its state, and many events mask no channel.
             return
+        chosen = ~self._graph.without_inner(~chosen)
         self.state[chosen] = MASKED
         table = self._rows.table
         table.countdown.masked_fill_(self._rows.select(chosen), 0)
@@ -195,6 +199,8 @@ class Masks:
         gates = self._rows.is_gate & (self._rows.channel_of >= 0) & self._rows.moving()
         left = np.zeros(len(self.state), np.int64)
         np.maximum.at(left, self._rows.channel_of[gates], np.maximum(countdown[gates], 0))
+        of_blocks = (self._rows.block_of >= 0) & self._rows.moving()
+        np.maximum.at(left, self._rows.block_of[of_blocks], np.maximum(countdown[of_blocks], 0))
         return np.where(self.state == FADING, left, 0)
 
     def restore(self) -> np.ndarray:
@@ -205,7 +211,8 @@ class Masks:
         """
         restored = self.state == FADING
         self.state[restored] = LIVE
-        self._rows.table.countdown.masked_fill_(self._rows.select(restored), LIVE_ROW)
+        rows = self._rows.select(restored) & ~self._rows.select(self.state == MASKED)
+        self._rows.table.countdown.masked_fill_(rows, LIVE_ROW)
         self._rows.table.refresh()
         return restored
 

@@ -23,6 +23,7 @@ from sparsekern.graph import ChannelGraph
 from sparsekern.kernels.rows import RowTable
 from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.future import Future
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.places import tensors_of
 from sparsekern.prune.state.schema import STATE, check_countdowns, counted_rule, rows_rule
@@ -298,6 +299,8 @@ class Network:
             ready=ready,
         )
         state = self.masks.state[kept]
+        if graph.blocks != self.graph.blocks:
+            self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.rows = self.rows.restricted(self.model, graph, kept)
         self.activations = self.activations.restricted(self.model, graph, kept)
         self.graph = graph
@@ -310,13 +313,16 @@ class Network:
             self.activations.attach()
         self._removed = self._removed.then(plan)
 
-    def shapes(self, kept: np.ndarray) -> dict[int, tuple[int, ...]]:
-        """Shapes by ``id`` of the model's and its copies' tensors after a cut to ``kept`` (bool ``[C]``)."""
+    def future(self, kept: np.ndarray) -> Future:
+        """The tensors of the model and its copies after a cut to ``kept`` (bool ``[C]``)."""
         plan = make_plan(self.graph, kept)
-        parts = match(plan, registered(self.model))
+        tensors = registered(self.model)
+        parts = match(plan, tensors)
         for copied in check_copies(self.model, plan, self.also):
             parts |= copied
-        return {identity: part.new_shape for identity, part in parts.items()}
+        gone = frozenset(id(entry.tensor) for entry in tensors if entry.goes(plan))
+        shapes = {identity: part.new_shape for identity, part in parts.items()}
+        return Future(shapes, gone, self.graph.kept_blocks(kept))
 
     def state_dict(self) -> dict[str, Any]:
         """``channels``: int8, states of all channels of the dense model; ``rows``: copies of the arrays of
@@ -355,12 +361,13 @@ class Network:
         expected = self.rows.restricted_state(kept)
         rows_rule(expected).check(state["rows"], "state['rows']")
         RowTable.check(state["rows"], expected)
-        of_rows = np.append(kept, True)[self.rows.channel_of]
+        of_rows = self.rows.kept_rows(kept)
         check_countdowns(
             channels[self.rows.numbers],
             state["rows"]["countdown"],
             self.rows.channel_of[of_rows],
             self.rows.is_gate[of_rows],
+            self.rows.block_of[of_rows],
         )
         if self.activations.counting:
             counted = self.activations.restricted_state(kept)

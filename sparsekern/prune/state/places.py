@@ -63,6 +63,12 @@ def places(graph: ChannelGraph) -> list[Place]:
                 found.append(Place(name, Kind.ROW, dim, channels))
             elif (name, dim) in columns:
                 found.append(Place(name, Kind.COLUMN, dim, channels))
+    for block in graph.blocks:
+        for name in block.writers:
+            slots = graph.tensors[name]
+            assert slots.row_dim is not None
+            whole = np.full(slots.shape[slots.row_dim], block.channel, np.int64)
+            found.append(Place(name, Kind.ROW, slots.row_dim, whole))
     return found
 
 

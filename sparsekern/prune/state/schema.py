@@ -110,7 +110,11 @@ def _arrays(expected: Mapping[str, Tensor], values: Mapping[str, Mapping[str, An
 
 
 def check_countdowns(
-    channels: np.ndarray, countdowns: Tensor, channel_of: np.ndarray, is_gate: np.ndarray
+    channels: np.ndarray,
+    countdowns: Tensor,
+    channel_of: np.ndarray,
+    is_gate: np.ndarray,
+    block_of: np.ndarray,
 ) -> None:
     """Check that the countdowns of rows agree with the states of their channels.
 
@@ -119,14 +123,16 @@ def check_countdowns(
         countdowns: int32 ``[R]``.
         channel_of: int64 ``[R]``; -1 for the rows of no channel.
         is_gate: bool ``[R]``.
+        block_of: int64 ``[R]``; the channels of the blocks whose writers have the rows, or -1.
 
     Raises:
         ValueError: the countdown of a row does not fit the state of its channel.
     """
     countdown = countdowns.cpu().numpy()
-    state = np.append(channels, -1)[channel_of]
-    declining = (state == FADING) & is_gate
-    low = np.where(declining | (state == MASKED), 0, LIVE_ROW)
+    state, of_block = (np.append(channels, -1)[owner] for owner in (channel_of, block_of))
+    masked = (state == MASKED) | (of_block == MASKED)
+    declining = (((state == FADING) & is_gate) | (of_block == FADING)) & ~masked
+    low = np.where(declining | masked, 0, LIVE_ROW)
     high = np.where(declining, np.iinfo(np.int32).max, low)
     wrong = np.flatnonzero((countdown < low) | (countdown > high))
     if len(wrong):

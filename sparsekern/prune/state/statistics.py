@@ -28,7 +28,8 @@ class ChannelRows:
 
     Attributes:
         table: the flat per-row arrays of all parameters in ``trained`` that have channels.
-        channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned.
+        channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned alone.
+        block_of: int64 ``[R]``, channel that stands for the block whose writers have the row, or -1.
         is_gate: bool ``[R]``; rows of gates. If no gate of a channel is trained (a batch norm whose affine
             parameters are frozen), its trained filters replace them.
         stands_in: bool ``[C]``; channels whose filters replace their gates.
@@ -42,6 +43,8 @@ class ChannelRows:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
+        writers = {name: block.channel for block in graph.blocks for name in block.writers}
+        self._graph = graph
         self._trained = trained
         self._spans: dict[str, slice] = {}
         start = 0
@@ -49,7 +52,7 @@ class ChannelRows:
             if slots.kind != "parameter" or slots.row_dim is None:
                 continue
             of_rows = slots.channels[slots.row_dim]
-            if of_rows is None or not (of_rows >= 0).any():
+            if of_rows is None or not (name in writers or (of_rows >= 0).any()):
                 continue
             param = parameters[name]
             if id(param) not in trained:
@@ -60,6 +63,9 @@ class ChannelRows:
             channels.append(of_rows)
             start += len(of_rows)
         self.channel_of = np.concatenate(channels) if channels else np.zeros(0, np.int64)
+        self.block_of = np.full(start, -1, np.int64)
+        for name, rows_of_name in self._spans.items():
+            self.block_of[rows_of_name] = writers.get(name, -1)
         self.num_channels = self.total = graph.num_channels
         self.numbers = np.arange(self.total)
         self.is_producer = self._mark_producers(graph)
@@ -70,7 +76,15 @@ class ChannelRows:
 
     def restricted_state(self, kept: np.ndarray) -> dict[str, Any]:
         """The table's state for a network with only the channels ``kept`` (bool ``[C]``)."""
-        return self.table.restricted(np.append(kept, True)[self.channel_of], kept)
+        return self.table.restricted(self.kept_rows(kept), kept)
+
+    def kept_rows(self, kept: np.ndarray) -> np.ndarray:
+        """The rows that a network with only the channels ``kept`` (bool ``[C]``) has, bool ``[R]``."""
+        rows: np.ndarray = np.append(kept, True)[self.channel_of]
+        for block in self._graph.blocks:
+            for name in () if kept[block.channel] else block.tensors & self._spans.keys():
+                rows[self._spans[name]] = False
+        return rows
 
     def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> ChannelRows:
         """The rows of ``model`` after its cut to the channels ``kept`` (bool ``[C]``), with their statistics.
@@ -129,7 +143,17 @@ class ChannelRows:
         rows = chosen[self.channel_of] & (self.channel_of >= 0)
         if gates_only:
             rows &= self.is_gate
+        rows |= chosen[self.block_of] & (self.block_of >= 0)
         return torch.from_numpy(rows).to(self.table.countdown.device)
+
+    def sums_over_blocks(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of a per-row quantity ``[R]`` over the writers of each block, and the numbers of their rows.
+
+        Both are float64 ``[C]``, and 0 for channels that stand for no block.
+        """
+        held = self.block_of >= 0
+        sums = np.bincount(self.block_of[held], weights=values[held], minlength=self.num_channels)
+        return sums, np.bincount(self.block_of[held], minlength=self.num_channels)
 
     def mean_over_producers(self, values: np.ndarray) -> np.ndarray:
         """Mean of a per-row quantity ``[R]`` over each channel's filters, float64 ``[C]``.
@@ -153,10 +177,12 @@ class Statistics:
     Attributes:
         graph: the groups that the channels form.
         live: bool ``[C]``; channels that are neither fading out nor masked.
-        activity: share of a filter's gradient elements above its threshold, mean over steps, in [0, 1].
+        activity: share of a filter's gradient elements above its threshold, mean over steps, in [0, 1]. For
+            a block, which is one more channel, the mean over the rows of its writers.
         taylor: root of the mean over steps of (gradient . weight)^2 over the channel's gates: the first-order
             change of the loss when the channel is scaled to zero.
-        magnitude: l2 norm of the channel's filters (root mean square over several producers).
+        magnitude: l2 norm of the channel's filters (root mean square over several producers). For a block,
+            the sum of the norms of its writers' rows.
         activation_counts: the share as in ``activity``, but of the gradients that reach the channel's
             activation, counted by fused normalisations (:func:`sparsekern.fusion.fuse`). Channels without
             one have ``activity``; None if nothing is counted.
@@ -217,13 +243,18 @@ def gather(
     taylor = np.sqrt(dot_sq)
     if rows.stands_in.any():
         taylor = np.where(rows.stands_in, np.maximum(taylor, _directional_taylor(rows)), taylor)
+    magnitude = np.sqrt(rows.mean_over_producers(weight_sq))
+    if graph.blocks:
+        norms, count = rows.sums_over_blocks(np.sqrt(weight_sq))
+        share = np.where(count > 0, rows.sums_over_blocks(activity)[0] / np.maximum(count, 1), share)
+        magnitude = np.where(count > 0, norms, magnitude)
     counted = None if activations is None else activations.shares(graph.num_channels)
     return Statistics(
         graph=graph,
         live=live.copy(),
         activity=share,
         taylor=taylor,
-        magnitude=np.sqrt(rows.mean_over_producers(weight_sq)),
+        magnitude=magnitude,
         parameters=parameters,
         numbers=rows.numbers,
         total=rows.total,

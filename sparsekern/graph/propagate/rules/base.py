@@ -375,7 +375,7 @@ class Call:
             factors: sizes, or slot ids of dimensions whose sizes are multiplied; None is ignored.
         """
         if self.counted and self.settled:
-            self.records.macs.append(term(scale, [f for f in factors if f is not None]))
+            self.records.macs.append(term(scale, [f for f in factors if f is not None], self.module))
 
     def size(self, value: Value, dim: int) -> Factor:
         """The size of a dimension as a cost factor: its slot ids if tracked, else a number."""
