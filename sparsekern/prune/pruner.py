@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.compact import Plan, compact, make_plan
+from sparsekern.compact import Plan
 from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.reshard import Shard
 from sparsekern.compact.verify import as_arguments
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.distributed.tensors import unwrap
 from sparsekern.graph import ChannelGraph
 from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune.calibration import ForwardLoss
+from sparsekern.prune.compaction import Compaction
 from sparsekern.prune.decide import criteria
 from sparsekern.prune.decide.allocate import Allocator
 from sparsekern.prune.decide.budget import Unit, check_keep, round_to_choices
@@ -27,8 +29,8 @@ from sparsekern.prune.decide.policy import Policy
 from sparsekern.prune.decide.settings import Settings
 from sparsekern.prune.forecast import Forecast, Forecaster
 from sparsekern.prune.prunable import prunable_graph
+from sparsekern.prune.resharding import Resharding
 from sparsekern.prune.run import progress
-from sparsekern.prune.run.budget_warning import BudgetWarning
 from sparsekern.prune.run.events import Events
 from sparsekern.prune.run.gradient_check import GradientCheck, check_nonfinite
 from sparsekern.prune.run.watch import Watch, abandoned
@@ -138,11 +140,12 @@ class Pruner:
         settings = Settings(share, policy, timing, bool(shrink))
         with ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
             check(settings.to_plain(), network.fingerprint(), nonfinite)
-        self._network, self._ranks, self._settings = network, ranks, settings
+        self._network, self._settings = network, settings
         self._events = Events(network, policy, schedule, ranks, shrinks=bool(shrink))
-        self._budget_warning = BudgetWarning(settings, network, self._events)
+        self._compaction = Compaction(settings, network, self._events, ranks)
         self._saved_state = SavedState(settings, network, self._events)
         self._checkpoint = Checkpoint(self._saved_state, network, ranks)
+        self._resharding = Resharding(wrapped, optimizer, network, ranks, self._saved_state)
         self._watch = Watch(self, network, self._events)
         self._watch.attach(replaced, GradientCheck(network, ranks) if checks_gradients else None, state_check)
         self._forecaster = Forecaster(network, settings, self._events, example, begin)
@@ -175,11 +178,7 @@ class Pruner:
         Warns:
             UserWarning: without ``keep``, as for :meth:`compact`.
         """
-        self._network.check_masked()
-        if keep is not None or of is not None:
-            return self._network.plan(self._settings.policy.widths(self._network, keep, of))
-        self._budget_warning.warn()
-        return self._network.plan(self._network.masks.unmasked)
+        return self._compaction.plan(keep, of)
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels; its outputs equal those of the masked model.
@@ -193,9 +192,7 @@ class Pruner:
         Warns:
             UserWarning: the budget is not met yet; the text names the share reached and the reason.
         """
-        self._network.check_masked(self._ranks if self._network.sharded else None)
-        self._budget_warning.warn()
-        return compact(self._network.model, make_plan(self.graph, self._network.masks.unmasked))
+        return self._compaction.compact()
 
     def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
         """Cut the masked channels out of the live model now, with its optimizer's state.
@@ -217,6 +214,22 @@ class Pruner:
                 any exception. Ctrl-C waits until everything is smaller.
         """
         return self._events.shrink(also)
+
+    def reshard(self, shard: Shard, state: Mapping[str, Any] | None = None) -> tuple[nn.Module, Any]:
+        """Put a smaller model in place of one sharded by ``fully_shard``; return it and its optimizer.
+
+        The optimizer stays the same object, and training goes on as after :meth:`shrink`. All processes have
+        to call this between steps. Without masked channels the present model stays, at no cost.
+
+        Args:
+            shard: applies ``fully_shard`` to the smaller model, as the user did before; returns None or it.
+            state: a :meth:`state_dict` to load, at whose size the model is made.
+
+        Raises:
+            TypeError, ValueError: the model, ``shard``, its result or ``state`` is not valid.
+            RuntimeError: another process failed. Until all have sharded, the former model stays in use.
+        """
+        return self._resharding.reshard(shard, state)
 
     def capturing(self) -> AbstractContextManager[None]:
         """A block that captures optimizer steps in a CUDA graph; :meth:`advance` counts those of replays."""
