@@ -8,6 +8,7 @@ left of it, so that it holds one part of one tensor more than its share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,9 @@ class SmallerModel:
             replaced[id(old)] = new
             part, grad = self._parts[id(old)], old.grad
             if is_sharded(old):
-                fully_sharded.fill(new, divided(old, part, new), recorded[id(new)])
-                fully_sharded.empty(old, former[id(old)])
+                held = divided(old, part, new, partial(fully_sharded.empty, old, former[id(old)]))
+                fully_sharded.fill(new, held, recorded[id(new)])
+                del held
             self._move_state(old, part, new)
             old.grad = None
             if grad is not None and grad.layout is torch.strided:
@@ -225,52 +227,72 @@ def _described(value: Any) -> str:
 
 def _moved(value: Tensor, part: TensorPlan, new: nn.Parameter) -> Tensor:
     """What ``part`` keeps of state or of a gradient, divided like the parameter ``new``; frees ``value``."""
-    made = wrapped_like(divided(value, part, new), new)
-    if is_sharded(value):
-        fully_sharded.empty(value)
-    return made
+    return wrapped_like(divided(value, part, new, partial(fully_sharded.empty, value)), new)
 
 
-def divided(tensor: Tensor, part: TensorPlan, like: Tensor) -> Tensor:
+def divided(tensor: Tensor, part: TensorPlan, like: Tensor, free: Callable[[], None]) -> Tensor:
     """This process's part of what ``part`` keeps of ``tensor``, if it is divided like ``like``.
 
-    The processes of ``tensor`` all have to call this. Each holds one more part of ``tensor`` meanwhile.
+    The processes of ``tensor`` all have to call this. Each holds the part of one other meanwhile.
 
     Args:
         tensor: a whole tensor, or a DTensor of any division.
         part: the part that stays.
         like: a tensor of the new shape; only its division counts.
+        free: frees the memory of ``tensor``, a DTensor; called when this process has cut its own part.
 
     Returns:
-        A plain tensor. It shares memory with ``tensor`` if nothing is cut and the division is the same.
+        A plain tensor.
     """
     if not part.keep and same_placement(tensor, like):
-        return local(tensor).detach()
+        same = local(tensor).detach()
+        if is_sharded(tensor):
+            free()
+        return same
     target = part_of(like) if is_sharded(like) else None
     shape = list(part.new_shape)
     if target is not None and target.dim is not None:
         shape[target.dim] = target.size
-    made = local(tensor).new_empty(shape)
-    for piece, dim, start in _pieces(tensor, part):
+    own = _Own(tensor, part)
+    if is_sharded(tensor):
+        free()
+    made = own.piece.new_empty(shape)
+    for piece, dim, start in own.pieces():
         view, where = overlap(piece, dim, start, target)
         made[where].copy_(view)
     return made
 
 
-def _pieces(tensor: Tensor, part: TensorPlan) -> Iterator[tuple[Tensor, int, int]]:
-    """The pieces of the cut tensor, each with the dimension along which it is one, and its first index."""
-    at = part_of(tensor) if is_sharded(tensor) else None
-    if at is None or at.dim is None:
-        yield cut(local(tensor), part), 0, 0
-        return
-    kept = part.keep.get(at.dim, np.arange(part.shape[at.dim]))
-    bounds = np.searchsorted(kept, spans(at, part.shape[at.dim]))
-    shapes = [
-        tuple(stop - start if dim == at.dim else size for dim, size in enumerate(part.new_shape))
-        for start, stop in bounds.tolist()
-    ]
-    for rank, piece in sent(_cut_part(local(tensor), part, at.dim, at.start, kept), shapes, at.group):
-        yield piece, at.dim, int(bounds[rank][0])
+class _Own:
+    """The cut piece of this process, and those of the others in turn.
+
+    Attributes:
+        piece: what stays of the local part, without a reference to the tensor before the cut.
+    """
+
+    def __init__(self, tensor: Tensor, part: TensorPlan) -> None:
+        at = part_of(tensor) if is_sharded(tensor) else None
+        self._at = None if at is None or at.dim is None else at
+        if at is None or at.dim is None:
+            self.piece = cut(local(tensor), part)
+            return
+        kept = part.keep.get(at.dim, np.arange(part.shape[at.dim]))
+        self._bounds = np.searchsorted(kept, spans(at, part.shape[at.dim])).tolist()
+        self._shape = part.new_shape
+        self.piece = _cut_part(local(tensor), part, at.dim, at.start, kept)
+
+    def pieces(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Each piece, the dimension along which it is one, and its first index in the cut tensor."""
+        if self._at is None or self._at.dim is None:
+            yield self.piece, 0, 0
+            return
+        dim = self._at.dim
+        shapes = [
+            tuple(stop - start if d == dim else size for d, size in enumerate(self._shape))
+            for start, stop in self._bounds
+        ]
+        for rank, piece in sent(self.piece, shapes, self._at.group):
+            yield piece, dim, self._bounds[rank][0]
 
 
 def _cut_part(mine: Tensor, part: TensorPlan, dim: int, start: int, kept: np.ndarray) -> Tensor:
@@ -281,4 +303,5 @@ def _cut_part(mine: Tensor, part: TensorPlan, dim: int, start: int, kept: np.nda
         return mine.new_empty(shape)
     keep = {**part.keep, dim: here}
     own = TensorPlan(tuple(mine.shape), keep)
-    return cut(mine, own) if own.keep else mine.contiguous()
+    # The tensor object before the cut is emptied, so that another one has to refer to its memory.
+    return cut(mine, own) if own.keep else mine.detach().contiguous()

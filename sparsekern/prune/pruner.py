@@ -88,7 +88,7 @@ class Pruner:
         TypeError: ``optimizer`` is not an optimizer, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: an argument is out of range, no channel can be removed, floors and frozen layers do not
             allow ``keep``, the optimizer lacks trainable parameters of the model, the model does not accept
-            ``example_inputs``, or it is sharded and ``shrink`` is True.
+            ``example_inputs``, or it is sharded and ``shrink`` is True (:meth:`reshard` is the way there).
         RuntimeError: the optimizer's steps already drive a Pruner of some of the parameters, or the processes
             differ in their arguments or models. Nothing has changed after any exception.
     """
@@ -143,9 +143,8 @@ class Pruner:
         self._network, self._settings = network, settings
         self._events = Events(network, policy, schedule, ranks, shrinks=bool(shrink))
         self._compaction = Compaction(settings, network, self._events, ranks)
-        self._saved_state = SavedState(settings, network, self._events)
-        self._checkpoint = Checkpoint(self._saved_state, network, ranks)
-        self._resharding = Resharding(wrapped, optimizer, network, ranks, self._saved_state)
+        self._checkpoint = Checkpoint(SavedState(settings, network, self._events), network, ranks)
+        self._resharding = Resharding(wrapped, optimizer, network, ranks, self._checkpoint.saved)
         self._watch = Watch(self, network, self._events)
         self._watch.attach(replaced, GradientCheck(network, ranks) if checks_gradients else None, state_check)
         self._forecaster = Forecaster(network, settings, self._events, example, begin)
@@ -258,17 +257,12 @@ class Pruner:
 
         Args:
             ranks: processes that average their gradients.
-            measure: False assumes that all layers keep an equal share, within floors and ``round_to``. Else
-                a copy decides by gradients of its first steps, and they are timed: on the example inputs
-                (True) or others, with the mean square of the outputs as the loss, or by a function that
-                takes the copy and returns the loss on a batch.
+            measure: False assumes that all layers keep an equal share. Anything else times steps, see
+                :meth:`sparsekern.prune.forecast.Forecaster.forecast`.
             forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``.
 
         Raises:
-            TypeError: ``forward_loss`` is not a function.
-            ValueError: ``ranks`` is not a whole number >= 1, a step on these inputs fails, or
-                ``forward_loss`` comes without a batch.
-            RuntimeError: channels have already been cut out of the model.
+            TypeError, ValueError, RuntimeError: as in that method.
         """
         return self._forecaster.forecast(ranks, measure, forward_loss)
 
@@ -281,13 +275,7 @@ class Pruner:
         self._watch.detach()
 
     def metrics(self) -> dict[str, int | float]:
-        """The state of the pruning for loggers: a flat dict of numbers.
-
-        ``step``: optimizer steps so far; ``macs``, ``params``: cost without the masked channels;
-        ``macs_share``, ``params_share``: the same as shares of the dense cost; ``kept``: channels that are
-        not masked; ``channels``: channels at first; ``condemned``: channels that are fading out;
-        ``nonfinite``: rows of gradients left out of the statistics; ``finished``: 0 or 1.
-        """
+        """The state of the pruning for loggers; :func:`sparsekern.prune.run.progress.metrics` lists it."""
         return progress.metrics(self._network, self._events)
 
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -299,7 +287,7 @@ class Pruner:
 
         ``torch.load(weights_only=True)`` reads it. Counts of activations are those of this process alone.
         """
-        return self._saved_state.state_dict()
+        return self._checkpoint.saved.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
         """Go on from a :meth:`state_dict`, in a full-size model or one of the size in the state.
@@ -316,7 +304,7 @@ class Pruner:
             ValueError: the state has another network or other settings, or needs more ``steps`` to meet its
                 budget. Nothing has changed after any exception. Ctrl-C waits until everything is loaded.
         """
-        self._saved_state.load(state, also)
+        self._checkpoint.saved.load(state, also)
 
     def save_checkpoint(self, path: StrPath, **extra: Any) -> None:
         """Write model, optimizer, Pruner, copies, random generators and ``extra`` to one file.
