@@ -1,4 +1,4 @@
-"""Sharded parameters (FSDP2): masks while training, checkpoints for any number of processes.
+"""Sharded parameters (FSDP2): a smaller model after every event, checkpoints for any number of processes.
 
 torchrun --nproc-per-node 2 examples/fsdp2.py --steps 300 --keep 0.2
 """
@@ -31,32 +31,54 @@ dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
 train, test = gratings(1000), gratings(200, seed=1)
-model = fully_shard(network(), mesh=init_device_mesh("cpu", (ranks,)))
-optimizer = sparsekern.optim.AdamW(model.parameters(), lr=2e-3)
+mesh = init_device_mesh("cpu", (ranks,))
+
+
+def shard(model: nn.Module) -> None:
+    """What makes a sharded model of the first one, and of every smaller one."""
+    fully_shard(model, mesh=mesh)
+
+
+model: nn.Module = network()
+shard(model)
+optimizer: torch.optim.Optimizer = sparsekern.optim.AdamW(model.parameters(), lr=2e-3)
 pruner = sparsekern.Pruner(model, optimizer, train[:1][0], keep=args.keep, steps=args.steps)
 
 
-def state(step: int) -> dict[str, Any]:
-    """Everything that a resumed run needs: sharded tensors, and the Pruner's, which are whole everywhere."""
+def sharded_state() -> dict[str, Any]:
+    """Weights and optimizer state, of which each process has its part."""
     weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments, "pruner": pruner.state_dict(), "step": step}
+    return {"model": weights, "optimizer": moments}
+
+
+def save(folder: Path, step: int) -> None:
+    """The Pruner's state is whole and the same in all processes, so that one of them writes it."""
+    progress = {"pruner": pruner.state_dict(), "step": step}
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(progress, folder / "progress.pt")
+    dist.barrier()
+    dcp.save(sharded_state(), checkpoint_id=folder)
 
 
 start = 0
 # A folder is complete when it has its metadata, which is written last.
 if complete := sorted(args.folder.glob("fsdp2-*/.metadata")):
-    loaded = state(0)
-    dcp.load(loaded, checkpoint_id=complete[-1].parent)
+    folder = complete[-1].parent
+    progress = torch.load(folder / "progress.pt", weights_only=True)
+    model, optimizer = pruner.reshard(shard, progress["pruner"])  # of the saved size
+    loaded = sharded_state()
+    dcp.load(loaded, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    pruner.load_state_dict(loaded["pruner"])
-    start = loaded["step"]
+    start = progress["step"]
 for step in range(start, args.steps):
     x, y = draw(train, step * ranks + rank, args.batch)
     nn.functional.cross_entropy(model.train()(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
+    model, optimizer = pruner.reshard(shard)  # the same ones, unless an event has masked channels
     if (step + 1) % 50 == 0:
-        dcp.save(state(step + 1), checkpoint_id=args.folder / f"fsdp2-{step + 1:06}")
+        save(args.folder / f"fsdp2-{step + 1:06}", step + 1)
         if rank == 0:
             print(f"step {step + 1}: {pruner.metrics()['macs_share']:.0%} of the MACs")
 

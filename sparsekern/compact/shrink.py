@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -116,7 +116,7 @@ def cut_all(
     if optimizer is not None:
         drop_parameters(optimizer, live.removed, undo)
     rebuilding.carry_out()
-    _forget_compiled()
+    forget_compiled()
 
 
 def check_cuttable(model: nn.Module) -> None:
@@ -187,7 +187,7 @@ class _Surgery:
         """Cut the module; ``undo`` receives the callbacks that restore it."""
         undo.callback(_restore_attributes, _attributes(self.module))
         update_attributes(self.module, self.module, self.parts)
-        self._hold_factors()
+        hold_factors(self.module, self.module, self.parts)
         remember(self.module, self.module, self.tensors, self.parts, self.plan.blocks)
         remove_blocks(self.module, self.plan, undo)
         for tensor, data, grad in self._smaller:
@@ -196,16 +196,22 @@ class _Surgery:
             # Autograd does not notice an assignment to `data`, so the version marks saved tensors as changed.
             increment_version(tensor)
 
-    def _hold_factors(self) -> None:
-        """Let the modules make up for means over fewer channels; see :mod:`sparsekern.nn.held_factor`.
 
-        The parameters keep their values: the optimizer's state and all later steps are the masked network's.
-        """
-        for module in self.module.modules():
-            for name, tensor in module._parameters.items():
-                part = None if tensor is None else self.parts.get(id(tensor))
-                if part is not None and part.factor != 1:
-                    hold_factor(module, name, part.factor, part.offset)
+def hold_factors(model: nn.Module, copy: nn.Module, parts: Mapping[int, TensorPlan]) -> None:
+    """Let modules make up for means over fewer channels; see :mod:`sparsekern.nn.held_factor`.
+
+    The parameters keep their values: the optimizer's state and all later steps are the masked network's.
+
+    Args:
+        model: the model before the cut.
+        copy: the cut model with the same module structure; may be ``model`` itself.
+        parts: the part of each tensor of ``model`` that stays, by the tensor's ``id``.
+    """
+    for before, after in zip(model.modules(), copy.modules(), strict=True):
+        for name, tensor in before._parameters.items():
+            part = None if tensor is None else parts.get(id(tensor))
+            if part is not None and part.factor != 1:
+                hold_factor(after, name, part.factor, part.offset)
 
 
 def listed(also: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
@@ -275,7 +281,8 @@ def _check_whole(tensors: Sequence[Registered], label: str) -> None:
     check_plain(
         label,
         ((entry.names[0], entry.tensor) for entry in tensors),
-        "sharded and other wrapped ones cannot be cut in place (fully_shard fixes the sizes of its parts)",
+        "sharded and other wrapped ones cannot be cut in place (fully_shard fixes the sizes of its parts; "
+        "pruner.reshard(shard) makes a smaller model instead)",
     )
 
 
@@ -318,7 +325,7 @@ def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         tensor.grad = grad
 
 
-def _forget_compiled() -> None:
+def forget_compiled() -> None:
     """Drop the code that torch.compile made for the old shapes.
 
     Old code never fits again but counts towards the recompile limit, beyond which torch.compile runs eagerly.

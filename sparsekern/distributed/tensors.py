@@ -200,7 +200,7 @@ def settle(model: nn.Module) -> None:
     After a forward pass without a backward pass, the outermost modules still have gathered parameters.
     """
     for module in model.modules():
-        if _is_fully_sharded(module):
+        if is_fully_sharded(module):
             module.reshard()  # type: ignore[operator]
 
 
@@ -221,7 +221,7 @@ def copy_module(
         The copy, with the modules' original classes.
     """
     modules = list(model.modules())
-    sharded = [module for module in modules if _is_fully_sharded(module)]
+    sharded = [module for module in modules if is_fully_sharded(module)]
     if not sharded:
         return copied(model, memo, result)
     contract = sys.modules["torch.distributed._composable.contract"]
@@ -251,7 +251,7 @@ _GONE = _Gone()
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
-def _is_fully_sharded(module: nn.Module) -> bool:
+def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` sharded the module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)

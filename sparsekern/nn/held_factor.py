@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.distributed.tensors import is_sharded
+
 # Attribute of a module: factor and offset by the name of a parameter.
 _FACTORS = "_sparsekern_factors"
 
@@ -98,7 +100,8 @@ def _holding(kind: Any, names: tuple[str, ...]) -> Any:
 def _read(name: str) -> Any:
     def read(self: nn.Module) -> Tensor | None:
         tensor = self._parameters[name]
-        return None if tensor is None else scaled(tensor, *factors(self)[name])
+        # Between forward passes ``fully_shard`` reads the parameter itself, whose part it keeps.
+        return tensor if tensor is None or is_sharded(tensor) else scaled(tensor, *factors(self)[name])
 
     return read
 

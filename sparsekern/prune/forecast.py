@@ -129,7 +129,22 @@ class Forecaster:
         self._setup_seconds = perf_counter() - begin
 
     def forecast(self, ranks: int, measure: Any, forward_loss: ForwardLoss | None) -> Forecast:
-        """See :meth:`sparsekern.Pruner.forecast`."""
+        """See :meth:`sparsekern.Pruner.forecast`.
+
+        Args:
+            ranks: processes that average their gradients.
+            measure: False assumes that all layers keep an equal share, within floors and ``round_to``. Else a
+                copy decides by gradients of its first steps, and they are timed: on the example inputs (True)
+                or others, with the mean square of the outputs as the loss, or by a function that takes the
+                copy and returns the loss on a batch.
+            forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``.
+
+        Raises:
+            TypeError: ``forward_loss`` is not a function.
+            ValueError: ``ranks`` is not a whole number >= 1, a step on these inputs fails, or
+                ``forward_loss`` comes without a batch.
+            RuntimeError: channels have already been cut out of the model.
+        """
         if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
             raise ValueError(f"ranks: got {ranks!r}, expected a whole number >= 1")
         now, whole = self._network.graph.num_channels, self._network.rows.total

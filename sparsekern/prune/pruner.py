@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.compact import Plan, compact, make_plan
+from sparsekern.compact import Plan
 from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.reshard import Shard
 from sparsekern.compact.verify import as_arguments
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.distributed.tensors import unwrap
 from sparsekern.graph import ChannelGraph
 from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune.calibration import ForwardLoss
+from sparsekern.prune.compaction import Compaction
 from sparsekern.prune.decide import criteria
 from sparsekern.prune.decide.allocate import Allocator
 from sparsekern.prune.decide.budget import Unit, check_keep, round_to_choices
@@ -27,8 +29,8 @@ from sparsekern.prune.decide.policy import Policy
 from sparsekern.prune.decide.settings import Settings
 from sparsekern.prune.forecast import Forecast, Forecaster
 from sparsekern.prune.prunable import prunable_graph
+from sparsekern.prune.resharding import Resharding
 from sparsekern.prune.run import progress
-from sparsekern.prune.run.budget_warning import BudgetWarning
 from sparsekern.prune.run.events import Events
 from sparsekern.prune.run.gradient_check import GradientCheck, check_nonfinite
 from sparsekern.prune.run.watch import Watch, abandoned
@@ -87,7 +89,7 @@ class Pruner:
         TypeError: ``optimizer`` is not an optimizer, see :func:`sparsekern.optim.unwrap_optimizer`.
         ValueError: an argument is out of range, no channel can be removed, floors and frozen layers do not
             allow ``keep``, the optimizer lacks trainable parameters of the model, the model does not accept
-            ``example_inputs``, or it is sharded and ``shrink`` is True.
+            ``example_inputs``, or it is sharded and ``shrink`` is True (:meth:`reshard` is the way there).
         RuntimeError: the optimizer's steps already drive a Pruner of some of the parameters, or the processes
             differ in their arguments or models. Nothing has changed after any exception.
     """
@@ -138,11 +140,11 @@ class Pruner:
         policy = policy.fitted(network, share, min_channels, choices, time)
         settings = Settings(share, policy, timing, bool(shrink))
         settings.agree(ranks, network.fingerprint(), nonfinite)
-        self._network, self._ranks, self._settings = network, ranks, settings
+        self._network, self._settings = network, settings
         self._events = Events(network, policy, schedule, ranks, shrinks=bool(shrink))
-        self._budget_warning = BudgetWarning(settings, network, self._events)
-        self._saved_state = SavedState(settings, network, self._events)
-        self._checkpoint = Checkpoint(self._saved_state, network, ranks)
+        self._compaction = Compaction(settings, network, self._events, ranks)
+        self._checkpoint = Checkpoint(SavedState(settings, network, self._events), network, ranks)
+        self._resharding = Resharding(wrapped, optimizer, network, ranks, self._checkpoint.saved)
         self._watch = Watch(self, network, self._events)
         self._watch.attach(replaced, GradientCheck(network, ranks) if checks_gradients else None, state_check)
         self._forecaster = Forecaster(network, settings, self._events, example, begin)
@@ -175,11 +177,7 @@ class Pruner:
         Warns:
             UserWarning: without ``keep``, as for :meth:`compact`.
         """
-        self._network.check_masked()
-        if keep is not None or of is not None:
-            return self._network.plan(self._settings.policy.widths(self._network, keep, of))
-        self._budget_warning.warn()
-        return self._network.plan(self._network.masks.unmasked)
+        return self._compaction.plan(keep, of)
 
     def compact(self) -> nn.Module:
         """A copy of the model without its masked channels; its outputs equal those of the masked model.
@@ -193,9 +191,7 @@ class Pruner:
         Warns:
             UserWarning: the budget is not met yet; the text names the share reached and the reason.
         """
-        self._network.check_masked(self._ranks if self._network.sharded else None)
-        self._budget_warning.warn()
-        return compact(self._network.model, make_plan(self.graph, self._network.masks.unmasked))
+        return self._compaction.compact()
 
     def shrink(self, also: Sequence[nn.Module] = ()) -> bool:
         """Cut the masked channels out of the live model now, with its optimizer's state.
@@ -217,6 +213,22 @@ class Pruner:
                 any exception. Ctrl-C waits until everything is smaller.
         """
         return self._events.shrink(also)
+
+    def reshard(self, shard: Shard, state: Mapping[str, Any] | None = None) -> tuple[nn.Module, Any]:
+        """Put a smaller model in place of one sharded by ``fully_shard``; return it and its optimizer.
+
+        The optimizer stays the same object, and training goes on as after :meth:`shrink`. All processes have
+        to call this between steps. Without masked channels the present model stays, at no cost.
+
+        Args:
+            shard: applies ``fully_shard`` to the smaller model, as the user did before; returns None or it.
+            state: a :meth:`state_dict` to load, at whose size the model is made.
+
+        Raises:
+            TypeError, ValueError: the model, ``shard``, its result or ``state`` is not valid.
+            RuntimeError: another process failed. Until all have sharded, the former model stays in use.
+        """
+        return self._resharding.reshard(shard, state)
 
     def capturing(self) -> AbstractContextManager[None]:
         """A block that captures optimizer steps in a CUDA graph; :meth:`advance` counts those of replays."""
@@ -245,17 +257,12 @@ class Pruner:
 
         Args:
             ranks: processes that average their gradients.
-            measure: False assumes that all layers keep an equal share, within floors and ``round_to``. Else
-                a copy decides by gradients of its first steps, and they are timed: on the example inputs
-                (True) or others, with the mean square of the outputs as the loss, or by a function that
-                takes the copy and returns the loss on a batch.
+            measure: False assumes that all layers keep an equal share. Anything else times steps, see
+                :meth:`sparsekern.prune.forecast.Forecaster.forecast`.
             forward_loss: ``forward_loss(model, batch)`` returns the loss of a copy on the batch ``measure``.
 
         Raises:
-            TypeError: ``forward_loss`` is not a function.
-            ValueError: ``ranks`` is not a whole number >= 1, a step on these inputs fails, or
-                ``forward_loss`` comes without a batch.
-            RuntimeError: channels have already been cut out of the model.
+            TypeError, ValueError, RuntimeError: as in that method.
         """
         return self._forecaster.forecast(ranks, measure, forward_loss)
 
@@ -268,13 +275,7 @@ class Pruner:
         self._watch.detach()
 
     def metrics(self) -> dict[str, int | float]:
-        """The state of the pruning for loggers: a flat dict of numbers.
-
-        ``step``: optimizer steps so far; ``macs``, ``params``: cost without the masked channels;
-        ``macs_share``, ``params_share``: the same as shares of the dense cost; ``kept``: channels that are
-        not masked; ``channels``: channels at first; ``condemned``: channels that are fading out;
-        ``nonfinite``: rows of gradients left out of the statistics; ``finished``: 0 or 1.
-        """
+        """The state of the pruning for loggers; :func:`sparsekern.prune.run.progress.metrics` lists it."""
         return progress.metrics(self._network, self._events)
 
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -286,7 +287,7 @@ class Pruner:
 
         ``torch.load(weights_only=True)`` reads it. Counts of activations are those of this process alone.
         """
-        return self._saved_state.state_dict()
+        return self._checkpoint.saved.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], also: Sequence[nn.Module] = ()) -> None:
         """Go on from a :meth:`state_dict`, in a full-size model or one of the size in the state.
@@ -303,7 +304,7 @@ class Pruner:
             ValueError: the state has another network or other settings, or needs more ``steps`` to meet its
                 budget. Nothing has changed after any exception. Ctrl-C waits until everything is loaded.
         """
-        self._saved_state.load(state, also)
+        self._checkpoint.saved.load(state, also)
 
     def save_checkpoint(self, path: StrPath, **extra: Any) -> None:
         """Write model, optimizer, Pruner, copies, random generators and ``extra`` to one file.

@@ -26,12 +26,12 @@ class BudgetWarning:
         self._warned: tuple[int, bytes] | None = None
 
     def warn(self) -> None:
-        """Warn the caller of the caller if the budget is not met, with the share reached and the reason."""
+        """Warn the caller of the Pruner's method if the budget is not met, with the share and the reason."""
         text = self._text()
         state = self._events.step, self._network.masks.state.tobytes()
         if text and state != self._warned:
             self._warned = state
-            warnings.warn(text, UserWarning, stacklevel=3)
+            warnings.warn(text, UserWarning, stacklevel=4)
 
     def _text(self) -> str:
         keep, of, fading = self._settings.keep, self._settings.policy.of, self._network.masks.state == FADING

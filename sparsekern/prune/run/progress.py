@@ -11,7 +11,13 @@ from sparsekern.prune.state.network import Network
 
 
 def metrics(network: Network, events: Events) -> dict[str, int | float]:
-    """See :meth:`sparsekern.Pruner.metrics`."""
+    """The state of the pruning for loggers: a flat dict of numbers.
+
+    ``step``: optimizer steps so far; ``macs``, ``params``: cost without the masked channels; ``macs_share``,
+    ``params_share``: the same as shares of the dense cost; ``kept``: channels that are not masked;
+    ``channels``: channels at first; ``condemned``: channels that are fading out; ``nonfinite``: rows of
+    gradients left out of the statistics; ``finished``: 0 or 1.
+    """
     network.rows.table.settle()
     masks, whole = network.masks, network.whole
     cost = network.graph.cost(masks.unmasked)

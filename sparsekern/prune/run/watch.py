@@ -27,15 +27,18 @@ class Watch:
 
     Attributes:
         pruner: weak reference to the Pruner; gives None once nobody else references it.
-        parameters: ``id`` of each of the model's parameters.
         hooks: handles of all registered hooks, including this one.
     """
 
     def __init__(self, pruner: object, network: Network, events: Events) -> None:
         self.pruner = weakref.ref(pruner)
-        self.parameters = {id(param) for param in network.model.parameters()}
         self.hooks: list[Any] = []
         self._network, self._events = network, events
+
+    @property
+    def parameters(self) -> set[int]:
+        """``id`` of each of the model's parameters."""
+        return set(map(id, self._network.parameters.values()))
 
     def attach(
         self, replaced: list[Watch], gradient_check: GradientCheck | None, state_check: StateCheck | None

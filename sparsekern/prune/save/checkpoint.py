@@ -32,13 +32,16 @@ class Checkpoint:
     """Saves a training to a file and goes on from it.
 
     Args:
-        saved: the part of the content that belongs to the Pruner.
+        saved: the Pruner's state.
         network: the model, its optimizer and its copies.
         ranks: the processes of the training.
+
+    Attributes:
+        saved: the part of the content that belongs to the Pruner.
     """
 
     def __init__(self, saved: SavedState, network: Network, ranks: Ranks) -> None:
-        self._saved, self._network, self._ranks = saved, network, ranks
+        self.saved, self._network, self._ranks = saved, network, ranks
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any]) -> None:
         """See :meth:`sparsekern.Pruner.save_checkpoint`."""
@@ -56,7 +59,7 @@ class Checkpoint:
                     "classes": classes(network.model, network.optimizer),
                     "model": network.model.state_dict(),
                     "optimizer": network.optimizer.state_dict(),
-                    "pruner": self._saved.state_dict(),
+                    "pruner": self.saved.state_dict(),
                     "also": [module.state_dict() for module in network.also],
                     "random": random,
                     "activations": counted,
@@ -75,12 +78,12 @@ class Checkpoint:
             if "activations" in state:
                 counted = content["activations"]
                 state |= {"activations": counted[ranks.rank % len(counted)]}
-            future = network.future(self._saved.check(state))
+            future = network.future(self.saved.check(state))
             check_checkpoint(content, network.model, network.optimizer, network.also, future)
             check(state["step"], state["channels"].numpy())
         random = content["random"][ranks.rank % len(content["random"])]
         with all_or_nothing() as undo, ranks.changing(f"loading {os.fspath(path)!r}") as (ready, done):
-            self._saved.load_within(undo, state, also, ready)
+            self.saved.load_within(undo, state, also, ready)
             restored_by(undo, (network.model, *network.also), network.optimizer)
             network.model.load_state_dict(content["model"])
             network.optimizer.load_state_dict(in_own_memory(content["optimizer"]))
@@ -100,7 +103,7 @@ class Checkpoint:
             ValueError: one of them does not fit.
         """
         network = self._network
-        future = network.future(self._saved.check(state))
+        future = network.future(self.saved.check(state))
         check_training(weights, optimizer, network.model, network.optimizer, future)
 
 

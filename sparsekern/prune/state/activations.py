@@ -129,9 +129,35 @@ class Activations:
         self.activity.zero_()
         self.updates.zero_()
 
-    def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> Activations:
-        """The arrays of ``model``, which was cut to ``kept`` (bool ``[C]``); ``graph`` is its new graph."""
-        norms = [norm.module for norm in self._norms]
+    def check_within(self, model: nn.Module) -> None:
+        """Check that the normalisations are modules of ``model``.
+
+        Raises:
+            ValueError: one was taken out of it.
+        """
+        lost = {id(norm.module) for norm in self._norms} - set(map(id, model.modules()))
+        if lost:
+            raise ValueError(
+                f"model: got one without {len(lost)} of the fused normalisations that it had, expected the "
+                f"modules that the Pruner was made with"
+            )
+
+    def restricted(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        kept: np.ndarray,
+        copies: Mapping[int, nn.Module] | None = None,
+    ) -> Activations:
+        """The arrays for only the channels ``kept`` (bool ``[C]``).
+
+        Args:
+            model: the smaller model.
+            graph: its channels.
+            kept: the channels that it keeps.
+            copies: the modules of ``model`` by ``id`` of the module before, if ``model`` is another object.
+        """
+        norms: Any = [(copies or {}).get(id(norm.module), norm.module) for norm in self._norms]
         own = Activations(model, graph, counting=self.counting, decay=self.decay, norms=norms)
         own.load_state_dict(self.restricted_state(kept))
         return own

@@ -15,24 +15,21 @@ from sparsekern import optim
 from sparsekern.compact import Plan, check_copies, make_plan
 from sparsekern.compact.load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
+from sparsekern.compact.reshard import SmallerModel
 from sparsekern.compact.shrink import cut_all, inside, listed
 from sparsekern.compact.surgery import match, registered
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.distributed.tensors import is_sharded, settle
 from sparsekern.graph import ChannelGraph
-from sparsekern.kernels.rows import RowTable
 from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.state.activations import Activations
 from sparsekern.prune.state.future import Future
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.places import tensors_of
-from sparsekern.prune.state.schema import STATE, check_countdowns, counted_rule, rows_rule
+from sparsekern.prune.state.saved import CUT, kept_by
 from sparsekern.prune.state.sharded import Handle, attach
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
 from sparsekern.prune.state.written import replaced_tensor, written_masked
-
-CUT = 3
-"""State of a channel that was cut out of the live network, besides the states of :mod:`masking`."""
 
 
 class Network:
@@ -167,7 +164,7 @@ class Network:
         """Attach rows and masks, so that the optimizer's steps use them from now on."""
         self._handle = attach(self.optimizer, self.rows.table)
         self.activations.attach()
-        self._loads = listen(self._holders(), self)
+        self._listen()
         own = weakref.ref(self)
 
         def loaded(_: Any) -> None:
@@ -175,6 +172,10 @@ class Network:
                 network.masks.zero()
 
         self._loads.append(self.optimizer.register_load_state_dict_post_hook(loaded))
+
+    def _listen(self) -> None:
+        """Watch loads of the model's modules."""
+        self._loads += listen(self._holders(), self)
 
     def _holders(self) -> list[nn.Module]:
         """The modules that contain tensors with channels, directly or in submodules."""
@@ -298,11 +299,17 @@ class Network:
             state_cutter=self._state_cutter,
             ready=ready,
         )
+        self._restrict(kept, graph, plan)
+
+    def _restrict(
+        self, kept: np.ndarray, graph: ChannelGraph, plan: Plan, copies: Mapping[int, nn.Module] | None = None
+    ) -> None:
+        """Restrict everything but tensors to ``kept``; ``copies`` is as in :meth:`Activations.restricted`."""
         state = self.masks.state[kept]
         if graph.blocks != self.graph.blocks:
             self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.rows = self.rows.restricted(self.model, graph, kept)
-        self.activations = self.activations.restricted(self.model, graph, kept)
+        self.activations = self.activations.restricted(self.model, graph, kept, copies)
         self.graph = graph
         if self.latency is not None:
             self.latency = self.latency.restrict(graph)
@@ -312,6 +319,33 @@ class Network:
             self._handle.replace(self.rows.table)
             self.activations.attach()
         self._removed = self._removed.then(plan)
+
+    def smaller(self, kept: np.ndarray) -> SmallerModel:
+        """A model of the channels ``kept`` (bool ``[C]``), to be sharded and given to :meth:`go_on_with`.
+
+        Raises:
+            ValueError: see :class:`~sparsekern.compact.reshard.SmallerModel`, or the network has copies.
+        """
+        if self.also:
+            raise ValueError(
+                f"also: got {len(self.also)} copies of a model that is sharded anew, expected none; keep an "
+                f"average of the parameters of each model instead"
+            )
+        self.activations.check_within(self.model)
+        self.graph.restrict(kept)
+        return SmallerModel(self.model, make_plan(self.graph, kept), self._unwrapped)
+
+    def go_on_with(self, smaller: SmallerModel, kept: np.ndarray) -> None:
+        """Move everything into ``smaller``, the sharded model of the channels ``kept`` (bool ``[C]``)."""
+        graph, former = self.graph.restrict(kept), self.model
+        smaller.move()
+        self.model = smaller.module
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        now = dict(self.model.named_modules())
+        copies = {id(module): now[name] for name, module in former.named_modules() if name in now}
+        self._restrict(kept, graph, smaller.plan, copies)
+        if self._loads:
+            self._listen()
 
     def future(self, kept: np.ndarray) -> Future:
         """The tensors of the model and its copies after a cut to ``kept`` (bool ``[C]``)."""
@@ -340,40 +374,7 @@ class Network:
         Raises:
             ValueError: the state belongs to another network, or to this one at a larger size.
         """
-        STATE.check(state, "state")
-        channels = state["channels"].cpu().numpy()
-        if channels.shape != (self.rows.total,) or not np.isin(channels, range(CUT + 1)).all():
-            raise ValueError(
-                f"state['channels']: got {channels.dtype}{list(channels.shape)}, expected the states of "
-                f"{self.rows.total} channels"
-            )
-        ours = np.zeros(self.rows.total, bool)
-        ours[self.rows.numbers] = True
-        lost = int(((channels != CUT) & ~ours).sum())
-        if lost:
-            raise ValueError(
-                f"state: got {lost} channels that have been cut out of this model since, expected none; load "
-                f"the state into a model of full size with a Pruner of its own"
-            )
-        kept = channels[self.rows.numbers] != CUT
-        # Each of these calls raises if the state does not fit; nothing has changed yet.
-        self.graph.restrict(kept)
-        expected = self.rows.restricted_state(kept)
-        rows_rule(expected).check(state["rows"], "state['rows']")
-        RowTable.check(state["rows"], expected)
-        of_rows = self.rows.kept_rows(kept)
-        check_countdowns(
-            channels[self.rows.numbers],
-            state["rows"]["countdown"],
-            self.rows.channel_of[of_rows],
-            self.rows.is_gate[of_rows],
-            self.rows.block_of[of_rows],
-        )
-        if self.activations.counting:
-            counted = self.activations.restricted_state(kept)
-            Activations.check(state.get("activations"), counted)
-            counted_rule(counted).check(state["activations"], "state['activations']")
-        return kept
+        return kept_by(state, self.graph, self.rows, self.activations)
 
     def load_state_dict(
         self,

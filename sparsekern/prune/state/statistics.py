@@ -87,11 +87,19 @@ class ChannelRows:
         return rows
 
     def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> ChannelRows:
-        """The rows of ``model`` after its cut to the channels ``kept`` (bool ``[C]``), with their statistics.
+        """The rows of the channels ``kept`` (bool ``[C]``), with their statistics.
 
-        ``graph`` belongs to the smaller network.
+        Args:
+            model: the smaller model, the same object as before or another.
+            graph: its channels.
+            kept: the channels that it keeps.
         """
-        rows = ChannelRows(model, graph, self._trained, decay=self.table.decay)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        trained = self._trained
+        if trained.isdisjoint(map(id, parameters.values())):
+            # Another model: its parameters have the same names.
+            trained = {id(parameters[name]) for name in self._spans}
+        rows = ChannelRows(model, graph, trained, decay=self.table.decay)
         rows.table.load_state_dict(self.restricted_state(kept))
         rows.numbers, rows.total = self.numbers[kept], self.total
         return rows
