@@ -199,11 +199,11 @@ class _Recheck:
                         seen.update(groups)
 
     def _cuts_elsewhere(self, before: Step, now: Step, gone: np.ndarray) -> bool:
-        """Whether a slice of channels starts elsewhere in the smaller program than its channels do.
+        """Whether a slice of channels, or a single one, is elsewhere in the smaller program than its channels.
 
-        Its end follows from the size of the result, which is compared, too.
+        The end of a slice follows from the size of the result, which is compared, too.
         """
-        if before.node is None or _op(before) not in ("slice", "narrow"):
+        if before.node is None or _op(before) not in ("slice", "narrow", "select"):
             return False
         value = self._records.values.get(before.node.all_input_nodes[0])
         if not isinstance(value, Value):
@@ -327,8 +327,8 @@ def _argument(step: Step, name: str, default: Any) -> Any:
 
 
 def _start(step: Step, size: int) -> int:
-    """The first index of a slice of a dimension of ``size`` indices."""
-    start = _argument(step, "start", None)
+    """The first index of a slice of a dimension of ``size`` indices, or the one that is selected."""
+    start = _argument(step, "index" if _op(step) == "select" else "start", None)
     if start is None or start == str(type(None)):
         return 0
     return slice(start, None).indices(size)[0] if isinstance(start, int) else -1
