@@ -20,7 +20,7 @@ from sparsekern.graph.propagate import makeup
 from sparsekern.graph.propagate.attributes import arrivals, follow, holders
 from sparsekern.graph.propagate.interpret import Interpreter, Tracked
 from sparsekern.graph.propagate.numbering import Numbering, number
-from sparsekern.graph.propagate.records import Records
+from sparsekern.graph.propagate.records import Records, Split
 from sparsekern.graph.propagate.slots import Slots
 from sparsekern.graph.propagate.split_interpretations import Choices, Round, best_interpretation
 from sparsekern.graph.prove.courses import check_courses
@@ -88,7 +88,8 @@ class _Attempt(NamedTuple):
         slots: all slots.
         records: the records of the settled interpretation.
         numbering: the numbers of channels and groups that are left.
-        choices: the interpretations of ambiguous splits, by module.
+        splits: the ambiguous splits.
+        choices: their interpretations, by module.
         wrong: slots that the smaller copy has shown to be no channels.
     """
 
@@ -96,6 +97,7 @@ class _Attempt(NamedTuple):
     slots: Slots
     records: Records
     numbering: Numbering
+    splits: Sequence[Split]
     choices: Mapping[str, Choices]
     wrong: Sequence[Fault]
 
@@ -138,7 +140,7 @@ def _attempt(
     if wrong:
         _freeze_all(wrong, slots)
         numbering = number(tensors, slots, records)
-    return _Attempt(tensors, slots, records, numbering, choices, wrong)
+    return _Attempt(tensors, slots, records, numbering, assumed.splits, choices, wrong)
 
 
 def _refuted(found: _Attempt) -> dict[str, Choices]:
@@ -146,7 +148,7 @@ def _refuted(found: _Attempt) -> dict[str, Choices]:
     wrong = np.concatenate([np.empty(0, np.int64), *(fault.ids for fault in found.wrong)])
     return {
         split.module: found.choices.get(split.module, ())
-        for split in found.records.splits
+        for split in found.splits
         if np.isin(split.ids, wrong).any()
     }
 

@@ -42,8 +42,8 @@ class _Mark(int):
         computed: gives the number for other values of the attributes.
         scaled: whether a number without a mark, perhaps the size of a tensor, multiplies or divides it. Such
             a size follows the channels by itself, so that nothing is known about the attributes.
-        distinct: whether the mark has another hash than its number, so that a function that caches its results
-            by numbers computes them again. A table of numbers then lacks it.
+        distinct: whether the mark has another hash than its number, so that a function that caches results by
+            numbers computes them again. A table of numbers then lacks it.
     """
 
     sources: tuple[Source, ...]

@@ -9,7 +9,7 @@ for all splits of a module; then, if these splits differ in form, all combinatio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import dropwhile, product, zip_longest
+from itertools import product, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -70,9 +70,9 @@ def best_interpretation(
     left = {module: _alternatives(splits) for module, splits in _of_modules(best.records).items()}
     for module, wrong in (refuted or {}).items():
         others = left.get(module, iter(()))
-        if wrong and any(wrong):
-            others = iter([*dropwhile(lambda choices: choices != wrong, others)][1:])
-            left[module] = others
+        if any(wrong):
+            # The choices are looked for among the others up to the wrong ones, which are dropped.
+            next((other for other in others if other == wrong), None)
         if (other := next(others, None)) is not None:
             chosen[module] = other
     if chosen:

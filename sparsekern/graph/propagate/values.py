@@ -80,7 +80,7 @@ class Value:
         average: the factor by which it depends on the number of channels; None if there is none.
         scale: a weight that it is a multiple of; None if none is known.
         total: slot ids of the channels that it is a sum over, int64; None if it is no such sum.
-        numbers: the numbers in a constant of integers that the program writes out; empty if they are not known.
+        numbers: the numbers in a constant of integers; empty if they are not known.
     """
 
     shape: tuple[int, ...]

@@ -199,7 +199,7 @@ class _Recheck:
                         seen.update(groups)
 
     def _cuts_elsewhere(self, before: Step, now: Step, gone: np.ndarray) -> bool:
-        """Whether a slice of channels, or a single one, is elsewhere in the smaller program than its channels.
+        """Whether a slice of channels, or a single one, is elsewhere in the smaller program.
 
         The end of a slice follows from the size of the result, which is compared, too.
         """

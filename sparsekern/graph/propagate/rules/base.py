@@ -83,20 +83,6 @@ def flags(zero: Flags, size: int) -> np.ndarray:
     return np.zeros(size, bool) if zero is None else zero
 
 
-def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
-    """Why rows stay if only the weight or only the bias is tracked.
-
-    Args:
-        rows: slot ids of the weight's rows; None if the weight is not tracked.
-        weight: the weight.
-        bias: the bias.
-
-    Returns:
-        The reason of the tensor that is not tracked.
-    """
-    return (weight.untracked_reason if rows is None else bias.untracked_reason) or "tied to a fixed bias"
-
-
 @dataclass
 class Call:
     """One op of the traced graph with its operands as values.
