@@ -167,3 +167,30 @@ def test_numbers_that_are_keys(model: type[nn.Module]) -> None:
     for _ in range(2):
         graph = check(model(), [X])
         assert [len(group.channels) for group in graph.groups] == [4]
+
+
+class OneHeadLeft(nn.Module):
+    """A bias for every head, picked by places that are computed by writing to a copy.
+
+    With a single head left, ``permute(2, 0, 1).contiguous()`` copies nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.qkv = nn.Parameter(torch.randn(11, 2)), nn.Linear(8, 12)
+        self.out = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        places = (torch.arange(6)[:, None] - torch.arange(6)[None]).t().contiguous()
+        places += 5
+        bias = self.table[places.view(-1)].view(6, 6, -1).permute(2, 0, 1).contiguous()
+        q, k, v = (part.view(n, length, -1, 2).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, bias[None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_a_copy_that_is_none_with_one_head_left() -> None:
+    torch.manual_seed(0)
+    graph = check(OneHeadLeft(), [X])
+    assert [len(group.channels) for group in graph.groups] == [2]

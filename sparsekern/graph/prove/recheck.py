@@ -164,7 +164,7 @@ class _Recheck:
         gone = self._numbering.slots_of(self._trials.gone(groups))
         found = self._differences(whole, small, gone)
         if graph.both and not found and (other is None or not of_one_program(small, other)):
-            last = len(live(whole.record, whole.record.strict)) - 1
+            last = len(live(whole.record)) - 1
             return [_Difference(last, "its training mode runs other ops where it is smaller")]
         return found
 
@@ -187,7 +187,7 @@ class _Recheck:
     def _suspects(self, whole: _Whole, step: int) -> Iterator[int]:
         """The groups that the step reads, then those that earlier steps read, each once."""
         seen: set[int] = set()
-        for one in reversed(live(whole.record, whole.record.strict)[: step + 1]):
+        for one in reversed(live(whole.record)[: step + 1]):
             for source in reversed(one.node.all_input_nodes if one.node else ()):
                 for value in _values(self._records.values.get(source)):
                     for ids in value.ids:
@@ -238,8 +238,7 @@ class _Recheck:
         """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
         odd: set[Origin] = set()
-        strict = whole.record.strict or small.strict
-        pairs = zip_longest(live(whole.record, strict), live(small, strict))
+        pairs = zip_longest(live(whole.record), live(small))
         for step, (before, now) in enumerate(pairs):
             if before is None or now is None or not _are_alike(before, now):
                 found.append(_Difference(step, "the program runs other ops where it is smaller"))
