@@ -149,7 +149,7 @@ def _refuted(found: _Attempt) -> dict[str, Choices]:
     return {
         split.module: found.choices.get(split.module, ())
         for split in found.splits
-        if np.isin(split.ids, wrong).any()
+        if len(set(split.axes)) > 1 and np.isin(split.ids, wrong).any()
     }
 
 

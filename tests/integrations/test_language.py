@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from sparsekern.integrations.transformers import PruningCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
-STEPS, SAVED, LENGTH, VOCABULARY = 18, 5, 12, 24
+STEPS, SAVED, LENGTH, VOCABULARY = 12, 5, 12, 24
 
 
 def language(*, tied: bool = False) -> LlamaForCausalLM:
@@ -80,13 +80,15 @@ def widths(model: LlamaForCausalLM) -> tuple[int, list[int], list[int]]:
 
 @pytest.mark.parametrize(
     ("tied", "options"),
-    [(False, {}), (True, {"gradient_checkpointing": True}), (True, {"bf16": True})],
-    ids=["plain", "tied, checkpointing", "tied, bf16"],
+    [(False, {}), (True, {"gradient_checkpointing": True, "bf16": True})],
+    ids=["plain", "tied, checkpointing, bf16"],
 )
 def test_a_resumed_run_ends_as_the_undisturbed_one(
     tmp_path: Path, tied: bool, options: dict[str, Any]
 ) -> None:
     pruning: dict[str, Any] = {"keep": 0.3, "events": 3, "shrink": True, "round_to": 1}
+    # Else the budget might be met without one of the kinds of channels.
+    pruning["allocate"] = "uniform"
     whole = PruningCallback(tokens(2), **pruning)
     trainer = train(tmp_path / "whole", whole, tied=tied, **options)
     assert whole.pruner is not None and whole.pruner.finished
@@ -96,16 +98,18 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
     head, embedding = trainer.model.lm_head.weight, trainer.model.model.embed_tokens.weight
     assert (head is embedding) == tied
     callback = PruningCallback(tokens(2), **pruning)
-    path = tmp_path / "whole" / f"checkpoint-{2 * SAVED}"
+    path = tmp_path / "whole" / f"checkpoint-{SAVED}"
     again = train(tmp_path / "again", callback, tied=tied, resume_from_checkpoint=str(path), **options)
     assert_same(trainer.model.state_dict(), again.model.state_dict())
     assert_same(trainer.optimizer.state_dict(), again.optimizer.state_dict())
     assert callback.pruner is not None
     assert_same(whole.pruner.state_dict(), callback.pruner.state_dict())
+    # accelerate's autocast rounds what comes out to bfloat16's 8 bits.
+    tolerance = 2**-6 if "bf16" in options else 1e-5
     small = callback.compact()
     with torch.no_grad():
         large = trainer.model.eval()(tokens(2)).logits
-        assert (small.eval()(tokens(2)).logits - large).abs().max() <= 1e-5 * large.abs().max()
+        assert (small.eval()(tokens(2)).logits - large).abs().max() <= tolerance * large.abs().max()
 
 
 def loss(outputs: Any, targets: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Slots:
         self._size = 0
         self._owners: list[tuple[int, int]] = []
         self._named: dict[Hashable, np.ndarray] = {}
+        self._held = np.empty(0, bool)
         self._reason_index: dict[str, int] = {}
         self.reasons: list[str] = []
         self.step = 0
@@ -84,11 +85,16 @@ class Slots:
 
     def registered(self, ids: np.ndarray) -> np.ndarray:
         """Which raw ids, all >= 0, are those of a parameter or buffer; bool in the shape of ``ids``."""
-        if not self._named:
-            return np.ones(ids.shape, bool)
-        tensors = np.asarray([tensor for tensor, _ in self._owners])
-        held: np.ndarray = tensors[self._where(ids)] != _NO_TENSOR
+        if len(self._held) != len(self._owners):
+            self._held = np.array([tensor != _NO_TENSOR for tensor, _ in self._owners])
+        held: np.ndarray = self._held[self._where(ids)]
         return held
+
+    def are_named(self, ids: np.ndarray) -> bool:
+        """Whether the slots ``ids`` are all those of a size that the program names."""
+        if not self._named or not len(ids) or (ids < 0).any():
+            return False
+        return not self.registered(ids).any()
 
     def owners(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """The distinct (tensor number, dimension) pairs that the raw ids were allocated for."""

@@ -73,7 +73,7 @@ def joint(call: Call, tied: Sequence[Ids]) -> Ids:
         beside a dimension that is not tracked.
     """
     tracked = [ids for ids in tied if ids is not None]
-    held = [ids for ids in tracked if not call.is_named(ids)]
+    held = [ids for ids in tracked if not call.slots.are_named(ids)]
     return held[0] if held else tracked[0] if len(tracked) == len(tied) else None
 
 

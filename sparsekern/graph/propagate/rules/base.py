@@ -250,15 +250,6 @@ class Call:
             self.slots.named(key, size) if size > 1 else None for key, size in zip(keys, sizes, strict=True)
         ]
 
-    def is_named(self, ids: Ids) -> bool:
-        """Whether the slots of a dimension are those of a size that the program names."""
-        return (
-            ids is not None
-            and len(ids) > 0
-            and bool((ids >= 0).all())
-            and not self.slots.registered(ids).any()
-        )
-
     def freeze(self, ids: Ids, reason: str) -> None:
         """Freeze the slots ``ids`` for ``reason``; None is ignored."""
         if ids is not None and len(ids):

@@ -45,7 +45,8 @@ def _flat(call: Call, x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | 
     A size that the program names stays what it is beside a dimension of channels.
     """
     tracked = [d for d in dims if x.ids[d] is not None]
-    named = [d for d in tracked if call.is_named(x.ids[d])] if len(tracked) > 1 else []
+    several = len(tracked) > 1
+    named = [d for d in tracked if several and call.slots.are_named(dense(x.ids[d], x.shape[d]))]
     for d in named[1:] if len(named) == len(tracked) else named:
         call.slots.freeze(dense(x.ids[d], x.shape[d]), f"{call.label} merges it with channels")
         tracked.remove(d)
