@@ -7,6 +7,10 @@ group goes at random. The network with these channels masked and the compact one
 outputs, in evaluation mode and in training mode where the forward has one (every probability of dropout is
 0, so that both runs do the same).
 
+The norms and attentions of transformers cast to float32 and back whatever the model's dtype is. float32 would
+round both outputs differently, so these casts leave float64 tensors as they are here; see
+``without_float32``.
+
 ``exact``: every difference is below 1e-12 of the largest output. ``channels`` counts those that can go,
 ``share`` is their part of all rows of weights with more than one row, and ``left`` are the parameters that
 are left. Seconds are those of the first trace on one thread.
@@ -15,14 +19,14 @@ are left. Seconds are those of the first trace on one thread.
 from __future__ import annotations
 
 import copy
-import json
+import io
 import multiprocessing
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Annotated, Any
 
 import numpy as np
@@ -36,6 +40,7 @@ from torch import Tensor, nn
 from benchmarks.environment import environment
 from benchmarks.exactness import mask
 from benchmarks.networks import randomise
+from benchmarks.saved import save
 from benchmarks.transformers_networks import NETWORKS
 from sparsekern import compact, trace
 from sparsekern.compact import make_plan
@@ -43,8 +48,10 @@ from sparsekern.compact.verify import leaves
 from sparsekern.graph import ChannelGraph
 
 BOUND = 1e-12
-_context = multiprocessing.get_context("fork")
-RESULTS = Path(__file__).parent / "results"
+_context = multiprocessing.get_context("forkserver")
+# Processes are forked from one that has imported the libraries and run nothing.
+_context.set_forkserver_preload(["benchmarks.transformers_networks", "sparsekern", "timm"])
+NOTE = "Casts from float64 to float32 inside the forwards of transformers are left out."
 
 
 @dataclass
@@ -92,6 +99,32 @@ def without_chance(model: nn.Module) -> None:
         for name, value in list(vars(thing).items()):
             if isinstance(value, float) and (name == "p" or "drop" in name):
                 setattr(thing, name, 0.0)
+
+
+def without_float32() -> None:
+    """Let casts from float64 to float32 return their operand, in this process."""
+
+    def patched(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        always = plain is Tensor.float
+
+        def cast(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            narrows = always or any(given is torch.float32 for given in (*args, *kwargs.values()))
+            return self if narrows and self.dtype == torch.float64 else plain(self, *args, **kwargs)
+
+        return cast
+
+    def wide(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if x.dtype == torch.float64 and kwargs.get("dtype") == torch.float32:
+                kwargs.pop("dtype")
+            return plain(x, *args, **kwargs)
+
+        return function
+
+    for owner, names in ((Tensor, ("to", "float", "type")), (nn.functional, ("softmax", "log_softmax"))):
+        for name in names:
+            plain = getattr(owner, name)
+            setattr(owner, name, patched(plain) if owner is Tensor else wide(plain))
 
 
 def half(graph: ChannelGraph) -> np.ndarray:
@@ -152,10 +185,13 @@ def runs(model: nn.Module, inputs: Mapping[str, Any], training: bool) -> bool:
 def examine(name: str) -> Report:
     """Measure everything about one network."""
     report = Report(name)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     try:
         model, inputs = NETWORKS[name]()
         model = model.double().eval()
+        without_float32()
         randomise(model)
         without_chance(model)
         inputs = {
@@ -197,10 +233,14 @@ def _measure(report: Report, model: nn.Module, inputs: dict[str, Any]) -> None:
         )
 
 
+def _send(name: str, theirs: Connection) -> None:
+    theirs.send(asdict(examine(name)))
+
+
 def isolated(name: str, seconds: float) -> Report:
-    """Examine a network in a process of its own, forked from this one, which has imported the libraries."""
+    """Examine a network in a process of its own."""
     ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=lambda: theirs.send(asdict(examine(name))), daemon=True)
+    process = _context.Process(target=_send, args=(name, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -228,36 +268,35 @@ def tabulate(reports: list[Report]) -> Table:
     return table
 
 
+def show(console: Console, reports: list[Report]) -> None:
+    """Print the table, the main reasons of what stays, and the machine."""
+    console.print(NOTE)
+    console.print(tabulate(reports))
+    for r in reports:
+        console.print(f"{r.network}: {r.error or '; '.join(r.reasons)}", highlight=False)
+        if r.untraced:
+            console.print(f"  training mode: {r.untraced}", highlight=False)
+    console.print(Counter(r.outcome for r in reports), highlight=False)
+    console.print(environment())
+
+
 def main(
     network: Annotated[list[str] | None, typer.Argument(help="Names; all by default.")] = None,
     seconds: Annotated[float, typer.Option(help="Time limit for each network.")] = 120.0,
-    results: Annotated[Path, typer.Option(help="Folder for transformers.txt and .json.")] = RESULTS,
+    name: Annotated[str, typer.Option(help="Name of the files for all networks.")] = "transformers",
 ) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     unknown = sorted(set(network or ()) - NETWORKS.keys())
     if unknown:
         raise typer.BadParameter(f"got {unknown}, expected some of {sorted(NETWORKS)}")
-    names = network or list(NETWORKS)
     reports: list[Report] = []
-    consoles = [Console(width=150)]
-    for name in track(names, console=Console(stderr=True)):
-        reports.append(isolated(name, seconds))
+    for one in track(network or list(NETWORKS), console=Console(stderr=True)):
+        reports.append(isolated(one, seconds))
         if not network:
-            # What is there counts, should the run be stopped.
-            text = json.dumps([asdict(r) for r in reports], indent=1)
-            (results / "transformers.json").write_text(f"{text}\n")
-    if not network:
-        consoles.append(Console(file=(results / "transformers.txt").open("w"), width=150))
-    for console in consoles:
-        console.print(tabulate(reports))
-        for r in reports:
-            why = r.error or "; ".join(r.reasons)
-            console.print(f"{r.network}: {why}", highlight=False)
-            if r.untraced:
-                console.print(f"  training mode: {r.untraced}", highlight=False)
-        console.print(Counter(r.outcome for r in reports), highlight=False)
-        console.print(environment())
+            # The results so far are kept if the run is stopped.
+            console = Console(width=150, record=True, file=io.StringIO())
+            show(console, reports)
+            save(name, console, [asdict(r) for r in reports])
+    show(Console(width=150), reports)
     if any(r.outcome == "WRONG" for r in reports):
         raise typer.Exit(1)
 

@@ -333,7 +333,7 @@ NETWORKS: dict[str, Callable[[], Made]] = {
         num_labels=3,
         num_denoising=0,
     ),
-    "MaskFormer": detector("MaskFormer", fpn_feature_size=16, mask_feature_size=16),
+    "MaskFormer": detector("MaskFormer", fpn_feature_size=32, mask_feature_size=32),
     "Mask2Former": detector(
         "Mask2Former",
         hidden_dim=32,

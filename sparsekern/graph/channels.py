@@ -215,10 +215,6 @@ class ChannelGraph:
         """``kept`` (bool ``[C]``) without the channels inside of blocks that are not kept."""
         return closed(self.blocks, self.groups, kept) if self.blocks else kept
 
-    def multiples(self, round_to: int) -> np.ndarray:
-        """The multiple that the number of channels of each group has, int64 ``[groups]``: 1 for blocks."""
-        return np.array([1 if group.of_blocks else round_to for group in self.groups], np.int64)
-
     def least_kept(self, wanted: Sequence[int] = ()) -> np.ndarray:
         """The smallest number of channels that every group keeps; see ``sparsekern.graph.blocks``."""
         return least_kept(self.blocks, self.groups, wanted)

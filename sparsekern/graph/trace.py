@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from sparsekern.graph.containers import containers
 from sparsekern.graph.propagate import makeup
 from sparsekern.graph.propagate.attributes import arrivals, follow, holders
 from sparsekern.graph.propagate.interpret import Interpreter, Tracked
-from sparsekern.graph.propagate.numbering import number
-from sparsekern.graph.propagate.records import Records
+from sparsekern.graph.propagate.numbering import Numbering, number
+from sparsekern.graph.propagate.records import Records, Split
 from sparsekern.graph.propagate.slots import Slots
-from sparsekern.graph.propagate.split_interpretations import Round, best_interpretation
+from sparsekern.graph.propagate.split_interpretations import Choices, Round, best_interpretation
 from sparsekern.graph.prove.blocks import FoundBlock, find_blocks
 from sparsekern.graph.prove.courses import check_courses
-from sparsekern.graph.prove.recheck import faults
+from sparsekern.graph.prove.recheck import Fault, faults
 
 _PROTECTED = "protected by the user"
 
@@ -76,13 +76,69 @@ def trace(
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
     check_courses(captured, partial(_first_round, protected=protected, exact=exact, interpretations={}))
-    tensors, slots, assumed = best_interpretation(
+    found = _attempt(captured, protected, exact)
+    refuted, follows = _refuted(found), not _divided_wrongly(found)
+    if refuted or not follows:
+        other = _attempt(captured, protected, exact, refuted, follows)
+        found = max(found, other, key=lambda one: int((one.numbering.channel_of >= 0).sum()))
+    blocks, sizes, refused = _blocks(captured, protected) if depth else ((), {}, {})
+    graph = build(
+        found.tensors, found.slots, found.records, found.numbering, captured.untraced, blocks, sizes
+    )
+    graph = replace(graph, frozen=(*graph.frozen, *refused.items()))
+    _warn(graph)
+    return graph
+
+
+class _Attempt(NamedTuple):
+    """An interpretation of the whole network that a smaller copy has proved.
+
+    Attributes:
+        tensors: the registered tensors with their slots.
+        slots: all slots.
+        records: the records of the settled interpretation.
+        numbering: the numbers of channels and groups that are left.
+        splits: the ambiguous splits.
+        choices: their interpretations, by module.
+        wrong: slots that the smaller copy has shown to be no channels.
+    """
+
+    tensors: Sequence[Tracked]
+    slots: Slots
+    records: Records
+    numbering: Numbering
+    splits: Sequence[Split]
+    choices: Mapping[str, Choices]
+    wrong: Sequence[Fault]
+
+
+def _attempt(
+    captured: Capture,
+    protected: set[str],
+    exact: bool,
+    refuted: Mapping[str, Choices] | None = None,
+    follows: bool = True,
+) -> _Attempt:
+    """Interpret the network and check the result on a smaller copy.
+
+    Args:
+        captured: the traced model.
+        protected: names of tensors that keep their shapes.
+        exact: see ``trace``.
+        refuted: interpretations of splits that are known to be wrong, by module.
+        follows: see ``Call``.
+
+    Returns:
+        The interpretation.
+    """
+    (tensors, slots, assumed), choices = best_interpretation(
         lambda interpretations: _first_round(
-            captured, protected=protected, exact=exact, interpretations=interpretations
-        )
+            captured, protected=protected, exact=exact, interpretations=interpretations, follows=follows
+        ),
+        refuted,
     )
     _settle_rows(tensors, slots, assumed)
-    records = _interpret(captured, tensors, slots, settled=True, exact=exact)
+    records = _interpret(captured, tensors, slots, settled=True, exact=exact, follows=follows)
     numbering = number(tensors, slots, records)
     arrived = arrivals(captured, numbering, records)
     unheld = makeup.follow(tensors, slots, numbering, records, holders(arrived, records))
@@ -90,15 +146,27 @@ def trace(
         _freeze_all(unheld, slots)
         numbering = number(tensors, slots, records)
     follow(captured, tensors, slots, numbering, records, arrived)
-    if wrong := faults(captured, tensors, numbering, records):
-        for fault in wrong:
-            slots.freeze(fault.ids, fault.reason)
+    wrong = faults(captured, tensors, numbering, records)
+    if wrong:
+        _freeze_all(wrong, slots)
         numbering = number(tensors, slots, records)
-    found, sizes, refused = _blocks(captured, protected) if depth else ((), {}, {})
-    graph = build(tensors, slots, records, numbering, captured.untraced, found, sizes)
-    graph = replace(graph, frozen=(*graph.frozen, *refused.items()))
-    _warn(graph)
-    return graph
+    return _Attempt(tensors, slots, records, numbering, assumed.splits, choices, wrong)
+
+
+def _refuted(found: _Attempt) -> dict[str, Choices]:
+    """The choices for the splits through which slots run that a smaller copy has shown to be no channels."""
+    wrong = np.concatenate([np.empty(0, np.int64), *(fault.ids for fault in found.wrong)])
+    return {
+        split.module: found.choices.get(split.module, ())
+        for split in found.splits
+        if len(set(split.axes)) > 1 and np.isin(split.ids, wrong).any()
+    }
+
+
+def _divided_wrongly(found: _Attempt) -> bool:
+    """Whether a number that was taken to count channels does not."""
+    wrong = np.concatenate([np.empty(0, np.int64), *(fault.ids for fault in found.wrong)])
+    return any(np.isin(ids, wrong).any() for ids in found.records.divisors)
 
 
 def _blocks(
@@ -132,7 +200,12 @@ def _warn(graph: ChannelGraph) -> None:
 
 
 def _first_round(
-    captured: Capture, *, protected: set[str], exact: bool, interpretations: Mapping[str, tuple[int, ...]]
+    captured: Capture,
+    *,
+    protected: set[str],
+    exact: bool,
+    interpretations: Mapping[str, tuple[int, ...]],
+    follows: bool = True,
 ) -> Round:
     """Allocate new slots and find which of them go together.
 
@@ -141,6 +214,7 @@ def _first_round(
         protected: names of tensors that keep their shapes.
         exact: see ``trace``.
         interpretations: see ``Interpreter``.
+        follows: see ``Call``.
     """
     slots = Slots()
     tensors = [_tracked(index, entry, slots) for index, entry in enumerate(captured.tensors)]
@@ -148,7 +222,13 @@ def _first_round(
         if protected.intersection(tensor.entry.names):
             _freeze(tensor, slots, _PROTECTED)
     records = _interpret(
-        captured, tensors, slots, settled=False, exact=exact, interpretations=interpretations
+        captured,
+        tensors,
+        slots,
+        settled=False,
+        exact=exact,
+        interpretations=interpretations,
+        follows=follows,
     )
     for index in set(range(len(tensors))) - records.read:
         _freeze(tensors[index], slots, "the forward does not read it")
@@ -182,10 +262,11 @@ def _interpret(
     settled: bool,
     exact: bool,
     interpretations: Mapping[str, tuple[int, ...]] | None = None,
+    follows: bool = True,
 ) -> Records:
     """Apply the rules to the graphs of both modes."""
     records = Records(slots)
-    interpreter = Interpreter(tensors, slots, records, settled, exact, interpretations or {})
+    interpreter = Interpreter(tensors, slots, records, settled, exact, follows, interpretations or {})
     for graph in captured.graphs:
         interpreter.run(graph)
     _freeze_all(makeup.unsuitable(tensors, slots, records), slots)
@@ -199,7 +280,8 @@ def _settle_rows(tensors: Sequence[Tracked], slots: Slots, records: Records) -> 
     (such as a scale per channel) has rows if exactly one of its dimensions is tied to other tensors.
     """
     roots, reasons = slots.classes()
-    sizes = np.bincount(roots, minlength=len(roots))
+    held = slots.registered(np.arange(len(roots)))
+    sizes = np.bincount(roots[held], minlength=len(roots))
     for index, tensor in enumerate(tensors):
         if not tensor.entry.parameter:
             continue

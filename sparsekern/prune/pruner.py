@@ -68,7 +68,7 @@ class Pruner:
         warmup: share of ``steps`` before the first event, in [0, 1).
         finish: share of ``steps`` by which the budget is met. The other steps train the smaller network.
         events: number of times that channels are chosen between ``warmup`` and ``finish``.
-        round_to: group widths are multiples of this number, or stay unchanged. ``"auto"`` chooses it for the
+        round_to: layer widths are multiples of this number, or stay unchanged. ``"auto"`` chooses it for the
             device, and a smaller one where ``keep`` needs it. Default: ``"auto"`` with ``shrink``, else 1.
         min_channels: channels that every group keeps at least, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns whose shape, outputs and inputs stay as they are.

@@ -58,6 +58,49 @@ class Numbered(WrittenOut):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2))
 
 
+class Beforehand(WrittenOut):
+    """The weight multiplies before the mean's factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class BeforehandMoved(WrittenOut):
+    """A move lies between the weight and the division."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+        return (self.weight * x).unsqueeze(0).squeeze(0) / root
+
+
+class SumBySize(WrittenOut):
+    """The mean is written as a sum over the number of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.pow(2).sum(-1, keepdim=True) / x.shape[-1]
+        return self.weight * (x * torch.rsqrt(mean + self.variance_epsilon))
+
+
+class SumByNumber(WrittenOut):
+    """The number that divides the sum does not follow the channels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.divisor = float(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.pow(2).sum(-1, keepdim=True) / self.divisor
+        return self.weight * (x * torch.rsqrt(mean + self.variance_epsilon))
+
+
+class BeforehandBorrowed(WrittenOut):
+    """What the weight multiplies is also read without the mean's factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.weight * x
+        return y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) + y
+
+
 class Borrowed(WrittenOut):
     """The weight is also used in another way."""
 

@@ -248,3 +248,30 @@ def test_selected_branches() -> None:
     torch.manual_seed(0)
     graph = check(Selective(), [torch.randn(2, 3, 6, 6)])
     assert [len(group.channels) for group in graph.groups] == [6, 6, 4]
+
+
+class Places(nn.Module):
+    """Single features are read by number, some counted from the end; what lies between them may go."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.one, self.two = how, nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x).relu()
+        if self.how == "numbers":
+            return self.two(y) + y[..., 4, None] + y[..., -2, None]
+        if self.how == "lists":
+            return self.two(y) + y[..., [4, 1]].sum(-1, keepdim=True) + y[..., [-2]]
+        # With fewer features another one stands there.
+        return self.two(y) + y[..., y.shape[-1] // 2, None]
+
+
+@pytest.mark.parametrize(("how", "free"), [("numbers", 5), ("lists", 5), ("half", 0)])
+def test_places_that_are_read_by_number_stay(how: str, free: int) -> None:
+    torch.manual_seed(0)
+    graph = check(Places(how), [X])
+    assert graph.num_channels == free
+    if free:
+        rows = graph.tensors["one.weight"].channels[0]
+        assert rows.tolist() == [-1] * 5 + list(range(5)) + [-1] * 2

@@ -11,6 +11,9 @@ import pytest
 import torch
 from graph.exactness import check, choose, difference, mask, randomise
 from graph.residual import (
+    Beforehand,
+    BeforehandBorrowed,
+    BeforehandMoved,
     Borrowed,
     Called,
     Divided,
@@ -21,6 +24,8 @@ from graph.residual import (
     Norm,
     Numbered,
     Shifted,
+    SumByNumber,
+    SumBySize,
     Unscaled,
     WrittenOut,
 )
@@ -41,6 +46,10 @@ EXACT: dict[str, Norm] = {
     "mean of sizes": MeanOfSizes,
     "called": Called,
     "fixed length": FixedLength,
+    "weight first": Beforehand,
+    "weight first, moved": BeforehandMoved,
+    "sum by size": SumBySize,
+    "sum by number": SumByNumber,
 }
 REFUSED: dict[str, tuple[Norm, str]] = {
     "number": (
@@ -48,6 +57,7 @@ REFUSED: dict[str, tuple[Norm, str]] = {
         "its epsilon 0.01 has to follow their number, and no attribute of a module holds it",
     ),
     "borrowed": (Borrowed, "also reads blocks.0.norm.weight"),
+    "weight first, borrowed": (BeforehandBorrowed, "add in .* also reads blocks.0.norm.weight"),
     "unscaled": (Unscaled, "mean in .* reduces over channels"),
     "shifted": (Shifted, "mean in .* reduces over channels"),
     "layer norm": (nn.LayerNorm, "normalises over channels"),

@@ -9,7 +9,7 @@ from graph.exactness import randomise
 from graph.residual import Language, WrittenOut
 from torch import nn
 
-from sparsekern import Pruner, optim
+from sparsekern import Pruner, optim, prune_once
 from sparsekern.nn.held_factor import holds_factors
 
 STEPS = 24
@@ -67,3 +67,27 @@ def test_a_checkpoint_goes_on_with_the_same_losses(masked: tuple[list[float], nn
     pruner.load_checkpoint(tmp_path / "run.pt")
     losses += [step(model, optimizer, tokens) for tokens in BATCHES[half:]]
     assert np.allclose(losses, masked[0], rtol=1e-10, atol=0)
+
+
+def test_heads_are_as_many_rows_as_they_have() -> None:
+    """A head of four rows is half a block of eight: heads go by twos, the features around them by eights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), Heads(), nn.Linear(32, 4))
+    inputs = torch.randn(2, 5, 6)
+    pruned = prune_once(
+        model, inputs, keep=0.5, of="params", round_to=8, select="magnitude", allocate="uniform"
+    ).network
+    assert pruned[1].qkv.in_features % 8 == 0 and pruned[1].out.in_features % 8 == 0
+    assert pruned[1].qkv.in_features < 32 and pruned[1].out.in_features < 32
+
+
+class Heads(nn.Module):
+    """Eight heads of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.out(nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))

@@ -21,7 +21,7 @@ from sparsekern.graph.capture.record import (
     live,
     numbers_of,
     sizes,
-    writes_to_copies,
+    written_copies,
 )
 
 # An export adds these around constants.
@@ -65,7 +65,7 @@ def attached(record: Record, graph: Captured) -> Record | None:
                 return None
         elif isinstance(node.target, torch._ops.HigherOrderOperator) or _is_region(graph.module, node):
             return None
-    whole = Record(ops, record.strict)
+    whole = Record(ops, record.written)
     lost = [step for step in live(whole, True) if step.node is None and step.shapes]
     return None if lost else whole
 
@@ -112,7 +112,7 @@ def exported(graph: Captured) -> Record:
         shapes = tuple(sizes(tensor) for tensor in made)
         origins[node] = len(found), 0
         found.append(Step(node.target, sources, tuple(numbers), shapes, (), node))
-    return Record(found, writes_to_copies(found))
+    return Record(found, written_copies(found))
 
 
 def _contents_of(constant: Any) -> Any:

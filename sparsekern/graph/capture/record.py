@@ -57,11 +57,12 @@ class Record:
 
     Attributes:
         steps: the ops in order; the output comes last.
-        strict: whether a copy and its operand are told apart, because one of them is written to.
+        written: the steps that are copies which have to be told apart from their operands, because one of
+            the two is written to.
     """
 
     steps: list[Step] = field(default_factory=list)
-    strict: bool = False
+    written: frozenset[int] = frozenset()
 
 
 class Recorder(ProxyTorchDispatchMode):
@@ -118,7 +119,7 @@ class Recorder(ProxyTorchDispatchMode):
         sources = tuple(self._origin(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         numbers = tuple(leaf for leaf in leaves if type(leaf) in (int, float))
         steps = [*self._steps, Step("output", sources, numbers, ())]
-        return Record(steps, writes_to_copies(steps))
+        return Record(steps, written_copies(steps))
 
 
 def _made_quickly(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -145,12 +146,13 @@ def _made_quickly(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return x.new_empty((*x.shape[:-1], rows)) if fits else None
 
 
-def live(record: Record, strict: bool) -> list[Step]:
+def live(record: Record, copies: bool = False) -> list[Step]:
     """The ops that reach the output or write to a tensor, with sources numbered among them.
 
     Args:
         record: a record.
-        strict: whether copies count as ops; otherwise a copy is the same as its operand.
+        copies: whether all copies count as ops. Otherwise a copy is the same as its operand, unless one of
+            the two is written to.
     """
     needed: set[int] = set()
     for number in range(len(record.steps) - 1, -1, -1):
@@ -164,7 +166,7 @@ def live(record: Record, strict: bool) -> list[Step]:
         if number not in needed:
             continue
         sources = tuple(origins.get(source, source) for source in step.sources)
-        if not strict and _is_copy(step):
+        if not copies and number not in record.written and _is_copy(step):
             origins[number, 0] = sources[0]
             continue
         for output in range(len(step.shapes)):
@@ -183,13 +185,13 @@ def _is_copy(step: Step) -> bool:
     return step.target._schema.name in _COPIES
 
 
-def writes_to_copies(steps: Sequence[Step]) -> bool:
-    """Whether an op writes to memory that is copied, or to a copy.
+def written_copies(steps: Sequence[Step]) -> frozenset[int]:
+    """The copies of which an op writes to the memory that is copied, or to the copy.
 
     Views share memory with their operand; every op that may make one counts.
     """
     family: dict[Origin, Origin] = {}
-    copied: set[Origin] = set()
+    copied: dict[int, Origin] = {}
     written: set[Origin] = set()
     for number, step in enumerate(steps):
         if not isinstance(step.target, torch._ops.OpOverload):
@@ -199,11 +201,11 @@ def writes_to_copies(steps: Sequence[Step]) -> bool:
         if schema.is_mutable and sources:
             written.add(sources[0])
         if _is_copy(step):
-            copied.add(sources[0])
+            copied[number] = sources[0]
         if sources and (_is_copy(step) or schema.is_mutable or _may_be_view(step.target)):
             for output in range(len(step.shapes)):
                 family[number, output] = sources[0]
-    return not copied.isdisjoint(written)
+    return frozenset(number for number, source in copied.items() if source in written)
 
 
 @cache
@@ -306,4 +308,4 @@ def _without_counters(record: Record) -> Record:
         for step, leave in zip(record.steps, gone, strict=True)
         if not leave
     ]
-    return Record(steps, record.strict)
+    return Record(steps)

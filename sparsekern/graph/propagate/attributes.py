@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.export import Capture
+from sparsekern.graph.capture.source import Source as SourceOfModel
 from sparsekern.graph.counts import own_numbers, set_number
 from sparsekern.graph.epsilons import own_floats
 from sparsekern.graph.propagate.counting import Finder, Source
@@ -28,7 +29,8 @@ from sparsekern.graph.propagate.numbering import Numbering
 from sparsekern.graph.propagate.records import Epsilon, Records, Shaped
 from sparsekern.graph.propagate.slots import Slots
 
-_RESHAPES = frozenset({"view", "reshape", "unflatten"})
+_RESHAPES = frozenset({"view", "reshape", "unflatten", "expand", "broadcast_to", "repeat", "tile"})
+_MADE = frozenset({"zeros", "ones", "empty", "full"})
 _CUTS = frozenset({"split", "split_with_sizes", "tensor_split", "narrow", "__getitem__"})
 
 
@@ -40,11 +42,17 @@ class _Mark(int):
         computed: gives the number for other values of the attributes.
         scaled: whether a number without a mark, perhaps the size of a tensor, multiplies or divides it. Such
             a size follows the channels by itself, so that nothing is known about the attributes.
+        distinct: whether the mark has another hash than its number, so that a function that caches results by
+            numbers computes them again. A table of numbers then lacks it.
     """
 
     sources: tuple[Source, ...]
     scaled: bool = False
     computed: Callable[[Mapping[Source, int]], int]
+    distinct: ClassVar[bool] = True
+
+    def __hash__(self) -> int:
+        return hash((_Mark, int(self))) if self.distinct else super().__hash__()
 
 
 def _computed(name: str) -> Any:
@@ -139,11 +147,23 @@ def arrivals(captured: Capture, numbering: Numbering, records: Records) -> Arriv
     recorder = _Recorder()
     with _marked(source.clone), recorder:
         for graph in captured.graphs:
-            # A forward may refuse marked numbers. The attributes that it has not shown by then stay, and a
-            # smaller copy shows which channels need them.
-            with suppress(Exception):
-                source.run(graph.training)
+            _run_marked(source, graph.training)
     return Arrivals(recorder.reshapes, recorder.constants, recorder.cuts)
+
+
+def _run_marked(source: SourceOfModel, training: bool) -> None:
+    """Run the copy. A forward may refuse marked numbers, and marks that are no keys of its tables.
+
+    The attributes that it has not shown by then stay, and a smaller copy shows which channels need them.
+    """
+    try:
+        source.run(training)
+    except Exception:
+        _Mark.distinct = False
+        with suppress(Exception):
+            source.run(training)
+    finally:
+        _Mark.distinct = True
 
 
 def _is_free(epsilon: Epsilon, numbering: Numbering) -> bool:
@@ -215,6 +235,8 @@ def follow(
                     computed += [] if mark.scaled else [(ids, mark)]
                 elif ids is None or (numbering.channel_of[ids] < 0).all():
                     fixed.add(sources[0])
+                elif not slots.owners(ids):
+                    computed.append((ids, mark))
                 else:
                     _note(ids, sources[0], tensors, slots, numbering)
     for mark in arrived.cuts:
@@ -291,8 +313,9 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _RESHAPES and isinstance(result, Tensor):
-            self._record(func.__name__, args, kwargs or {}, result)
+        name = getattr(func, "__name__", "")
+        if isinstance(result, Tensor) and (name in _RESHAPES or name.removeprefix("new_") in _MADE):
+            self._record(name, args, kwargs or {}, result)
         given = (*args, *(kwargs or {}).values())
         if getattr(func, "__name__", "") in _CUTS:
             self.cuts += _marks(given)
@@ -303,13 +326,17 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
-        x, *rest = *args, *kwargs.values()
+        """Record a reshape, or a tensor that is made, as one that was without dimensions before."""
+        rest = [*args, *kwargs.values()]
+        x = rest.pop(0) if name not in _MADE else None
         sizes = pytree.tree_leaves(rest, is_leaf=lambda item: isinstance(item, torch.Size))
         sizes = [s for item in sizes for s in (item if isinstance(item, torch.Size) else [item])]
         first = int(sizes.pop(0)) % x.ndim if name == "unflatten" else 0
         marks = {first + place: size for place, size in enumerate(sizes) if isinstance(size, _Mark)}
+        marks = {d: mark for d, mark in marks.items() if d < result.ndim and int(mark) == result.shape[d]}
         if marks:
-            self.reshapes.append(_Reshape(tuple(x.shape), tuple(result.shape), marks))
+            before = tuple(x.shape) if name in _RESHAPES else ()
+            self.reshapes.append(_Reshape(before, tuple(result.shape), marks))
 
 
 @contextmanager

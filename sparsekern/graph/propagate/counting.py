@@ -73,7 +73,7 @@ class Finder:
         """Record the fewest attributes with which a number is right where one channel less is left.
 
         Attributes that are equal to the number of channels come first. A number that counts no channels has
-        to stay if some of its attributes follow channels.
+        to stay if some of its attributes follow channels. Indices that stay may stand beside the channels.
 
         Args:
             ids: raw slot ids that the number counts, int64; None if it counts no channels.
@@ -85,11 +85,12 @@ class Finder:
             own = tensor.ids[dim]
         else:
             own = ids
-        channels = None if own is None else self._evenly(own)
-        if channels is None or len(channels) < 2:
+        free = None if own is None else own[self._numbering.channel_of[own] >= 0]
+        channels = None if free is None else self._evenly(free)
+        if free is None or channels is None or len(channels) < 2:
             return
         count = len(channels)
-        wanted = int(number) if ids is None else _less(len(ids), count)
+        wanted = int(number) if ids is None else len(ids) - len(free) // count
         follow = {source for source in known if self._counts(source, channels)}
         open_ = [
             s for s in number.sources if s not in known and s not in self._fixed and s.value % count == 0
@@ -109,7 +110,7 @@ class Finder:
     def _evenly(self, ids: np.ndarray) -> np.ndarray | None:
         """The channels of some slots, if none stays and all channels have equally many."""
         channels, counts = np.unique(self._numbering.channel_of[ids], return_counts=True)
-        even = (ids >= 0).all() and channels[0] >= 0 and (counts == counts[0]).all()
+        even = len(ids) > 0 and (ids >= 0).all() and channels[0] >= 0 and (counts == counts[0]).all()
         return channels if even else None
 
     def _place(self, source: Source) -> tuple[Tracked, int] | None:

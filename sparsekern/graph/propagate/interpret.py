@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsekern.graph.capture.program import CONSTANT, Captured, Registered
+from sparsekern.graph.capture.record import contents
 from sparsekern.graph.capture.unused import macs
 from sparsekern.graph.propagate.operations import read
 from sparsekern.graph.propagate.records import Records, term
@@ -24,6 +25,8 @@ from sparsekern.graph.propagate.values import Affine, Flags, Ids, Value, untrack
 from sparsekern.graph.rescale import Rescale
 
 _Environment = dict[fx.Node, Any]
+
+_MOST_NUMBERS = 64
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Interpreter:
         records: the records that the rules fill.
         settled: whether this is the second pass.
         exact: see ``Call``.
+        follows: see ``Call``.
         interpretations: by module, the choices to take for its ambiguous splits; the first one (0) for a
             module that is absent.
     """
@@ -97,6 +101,7 @@ class Interpreter:
     records: Records
     settled: bool
     exact: bool = True
+    follows: bool = True
     interpretations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     _splits: Counter[str] = field(default_factory=Counter)
     _storage: int = field(default=0)
@@ -112,7 +117,8 @@ class Interpreter:
             source = sources.get(node.name, CONSTANT)
             if isinstance(source, str):
                 shape, itemsize = shapes(node)[0] if shapes(node) else ((), 1)
-                return untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
+                made = untracked(shape, itemsize, source, self._next(), static=source == CONSTANT)
+                return replace(made, numbers=_integers(graph.constants.get(node.name)))
             if node.users:
                 self.records.read.add(source)
             if source not in known:
@@ -136,8 +142,8 @@ class Interpreter:
                 self.slots.freeze(ids, reason)
         if value.average is not None:
             self.slots.freeze(value.average.ids, reason)
-        if value.affine is not None:
-            self.records.otherwise.setdefault(value.affine.tensor, reason)
+        for number in _weights(value):
+            self.records.otherwise.setdefault(number, reason)
 
     def _next(self) -> int:
         self._storage += 1
@@ -169,7 +175,9 @@ class Interpreter:
     def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
         found = operator.attrgetter(str(node.target))(module)
         if isinstance(found, Tensor):
-            return untracked(tuple(found.shape), found.element_size(), CONSTANT, self._next(), static=True)
+            shape, itemsize = tuple(found.shape), found.element_size()
+            made = untracked(shape, itemsize, CONSTANT, self._next(), static=True)
+            return replace(made, numbers=_integers(found))
         return found
 
     def _step(self, node: fx.Node, env: _Environment, counted: bool) -> Any:
@@ -218,12 +226,14 @@ class Interpreter:
             else:
                 call.lose(*averages)
                 result = _mapped(result, lambda value: replace(value, average=None))
+        if call.rule.pure and len(operands) == 1 and not call.gave_up:
+            result = _mapped(result, lambda value: replace(value, scale=operands[0].scale))
         if in_place:
-            result = _mapped(result, lambda value: replace(value, affine=None))
-        carried = {v.affine.tensor for v in _each(result) if v.affine is not None}
+            result = _mapped(result, lambda value: replace(value, affine=None, scale=None))
+        carried = {number for value in _each(result) for number in _weights(value)} | call.made_up
         for value in operands:
-            if value.affine is not None and value.affine.tensor not in carried | call.made_up:
-                self.records.otherwise.setdefault(value.affine.tensor, call.label)
+            for number in _weights(value) - carried:
+                self.records.otherwise.setdefault(number, call.label)
         return result
 
     def _call(self, node: fx.Node, args: dict[str, Any], counted: bool) -> Call:
@@ -241,6 +251,7 @@ class Interpreter:
             settled=self.settled,
             counted=counted,
             exact=self.exact,
+            follows=self.follows,
             interpretation=self.interpretations.get(module, ()),
             splits=self._splits[module],
             new_storage=self._next,
@@ -296,6 +307,19 @@ class Interpreter:
             if isinstance(value, Value):
                 self._leaves(value, reason)
         return tuple(untracked(s, i, reason, self._next()) for s, i in shapes(node))
+
+
+def _weights(value: Value) -> set[int]:
+    """Numbers of the tensors that a value is an affine function or a multiple of."""
+    known = (value.affine, value.scale.weight if value.scale is not None else None)
+    return {weight.tensor for weight in known if weight is not None}
+
+
+def _integers(constant: Any) -> tuple[int, ...]:
+    """The numbers in a small constant of integers; empty for anything else."""
+    known = contents(constant) if isinstance(constant, Tensor) else None
+    values = known[1] if known is not None and len(known[1]) <= _MOST_NUMBERS else ()
+    return values if all(type(value) is int for value in values) else ()
 
 
 def _each(made: Any) -> list[Value]:

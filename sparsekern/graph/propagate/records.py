@@ -162,6 +162,7 @@ class Records:
         inexact: (slot ids, reason) of channels whose removal changes others; empty if those are frozen.
         values: the value of every node of the traced graphs, or lists and tuples of values.
         epsilons: constants that grow with a mean over channels.
+        divisors: raw slot ids of channels whose number divides a sum over them.
         absorbed: tensors that make up for the number of channels of a mean.
         otherwise: by number of a tensor, an op that reads it in another way than to make up for a mean.
     """
@@ -183,6 +184,7 @@ class Records:
         self.inexact: list[tuple[np.ndarray, str]] = []
         self.values: dict[fx.Node, Any] = {}
         self.epsilons: list[Epsilon] = []
+        self.divisors: list[np.ndarray] = []
         self.absorbed: list[Absorbed] = []
         self.otherwise: dict[int, str] = {}
 
@@ -200,6 +202,7 @@ class Records:
         """
         bias = np.empty(0, np.int64) if bias is None else bias[bias >= 0]
         rows = rows[rows >= 0]
+        rows, bias = (ids[self._slots.registered(ids)] for ids in (rows, bias))
         key = kind.encode() + rows.tobytes() + b"|" + bias.tobytes()
         number = self._keys.setdefault(key, len(self.producers))
         if number == len(self.producers):

@@ -1,15 +1,20 @@
 """Slots and their classes: a union-find over flat integer arrays.
 
-A slot is one index along one dimension of one parameter or buffer. Values that flow through the
-network carry an array of slot ids for each dimension. ``STAYS`` marks an index that can never be
-removed.
+A slot is one index along one dimension of one parameter or buffer, or of a dimension whose size the program
+names (``torch.zeros(n, size)``, ``expand``). Values that flow through the network carry an array of slot
+ids for each dimension. ``STAYS`` marks an index that can never be removed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 STAYS = -1
+
+# The tensor number of slots that belong to no parameter or buffer.
+_NO_TENSOR = -1
 
 
 class Slots:
@@ -31,6 +36,8 @@ class Slots:
         self._starts = np.empty(64, np.int64)
         self._size = 0
         self._owners: list[tuple[int, int]] = []
+        self._named: dict[Hashable, np.ndarray] = {}
+        self._held = np.empty(0, bool)
         self._reason_index: dict[str, int] = {}
         self.reasons: list[str] = []
         self.step = 0
@@ -60,10 +67,39 @@ class Slots:
         self._size = end
         return ids
 
+    def named(self, key: Hashable, count: int) -> np.ndarray:
+        """The slots of a dimension whose size the program names.
+
+        Whether that size follows channels shows in a smaller copy. No parameter or buffer holds these slots.
+
+        Args:
+            key: tells the dimension; the same key gives the same slots.
+            count: the size of the dimension.
+
+        Returns:
+            Slot ids, int64 ``[count]``.
+        """
+        if key not in self._named:
+            self._named[key] = self.allocate((_NO_TENSOR, 0), count)
+        return self._named[key]
+
+    def registered(self, ids: np.ndarray) -> np.ndarray:
+        """Which raw ids, all >= 0, are those of a parameter or buffer; bool in the shape of ``ids``."""
+        if len(self._held) != len(self._owners):
+            self._held = np.array([tensor != _NO_TENSOR for tensor, _ in self._owners])
+        held: np.ndarray = self._held[self._where(ids)]
+        return held
+
+    def are_named(self, ids: np.ndarray) -> bool:
+        """Whether the slots ``ids`` are all those of a size that the program names."""
+        if not self._named or not len(ids) or (ids < 0).any():
+            return False
+        return not self.registered(ids).any()
+
     def owners(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """The distinct (tensor number, dimension) pairs that the raw ids were allocated for."""
         where = np.unique(self._where(ids[ids >= 0]))
-        return [self._owners[i] for i in where]
+        return [self._owners[i] for i in where if self._owners[i][0] != _NO_TENSOR]
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find the places of slots.

@@ -51,26 +51,38 @@ class _Score(NamedTuple):
     reached: int
 
 
-def best_interpretation(attempt: Callable[[Mapping[str, Choices]], Round]) -> Round:
+def best_interpretation(
+    attempt: Callable[[Mapping[str, Choices]], Round], refuted: Mapping[str, Choices] | None = None
+) -> tuple[Round, dict[str, Choices]]:
     """Find the interpretations that leave the most slots free.
 
     Args:
         attempt: runs the interpreter with the given choices by module: the number of a choice for every
             split in the order in which the module's forward makes them. The first one (0) is taken
             where none is given.
+        refuted: choices that a smaller copy has shown to be wrong, by module. The search begins behind them.
 
     Returns:
-        The best round.
+        The best round, and its choices by module (none where they are the first ones).
     """
     best = attempt({})
     chosen: dict[str, Choices] = {}
     left = {module: _alternatives(splits) for module, splits in _of_modules(best.records).items()}
+    for module, wrong in (refuted or {}).items():
+        others = left.get(module, iter(()))
+        if any(wrong):
+            # The choices are looked for among the others up to the wrong ones, which are dropped.
+            next((other for other in others if other == wrong), None)
+        if (other := next(others, None)) is not None:
+            chosen[module] = other
+    if chosen:
+        best = attempt(chosen)
     while True:
         scores = _scores(best)
         stuck = {m: next(left[m], None) for m, score in scores.items() if score.free < 1 and m in left}
         tries = {module: choices for module, choices in stuck.items() if choices is not None}
         if not tries:
-            return best
+            return best, chosen
         tried = attempt({**chosen, **tries})
         now, frees = _scores(tried), _count(tried) >= _count(best)
         better = {

@@ -25,6 +25,18 @@ class Affine(NamedTuple):
     offset: float = 0.0
 
 
+class Scale(NamedTuple):
+    """A weight that a value is a multiple of, as in ``w * x``.
+
+    Attributes:
+        weight: the weight as an affine function of a tensor.
+        ids: its slot ids, per dimension.
+    """
+
+    weight: Affine
+    ids: tuple[Ids, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Average:
     """A factor of a value that depends on the number of channels that a mean runs over.
@@ -62,9 +74,13 @@ class Value:
             pooling, relu and the like lie between.
         storage: values with equal numbers may share memory; an in-place op affects all of them.
         static: whether it is computed from parameters, buffers and constants alone, like a weight.
+        picked: whether it is a stack of weights that data picks by number, such as those of experts.
         made_of: numbers of the parameters and buffers that a static value is computed from.
         affine: the tensor that it is an affine function of; None if it is none.
         average: the factor by which it depends on the number of channels; None if there is none.
+        scale: a weight that it is a multiple of; None if none is known.
+        total: slot ids of the channels that it is a sum over, int64; None if it is no such sum.
+        numbers: the numbers in a constant of integers; empty if they are not known.
     """
 
     shape: tuple[int, ...]
@@ -77,14 +93,23 @@ class Value:
     pure: frozenset[int] = field(default_factory=frozenset)
     storage: int = -1
     static: bool = False
+    picked: bool = False
     made_of: frozenset[int] = field(default_factory=frozenset)
     affine: Affine | None = None
     average: Average | None = None
+    scale: Scale | None = None
+    total: Ids = None
+    numbers: tuple[int, ...] = ()
 
     @property
     def ndim(self) -> int:
         """The number of dimensions."""
         return len(self.shape)
+
+    @property
+    def weight(self) -> bool:
+        """Whether it is a weight, or a stack of picked weights."""
+        return self.static or self.picked
 
     @property
     def tracked(self) -> bool:

@@ -164,7 +164,7 @@ class _Recheck:
         gone = self._numbering.slots_of(self._trials.gone(groups))
         found = self._differences(whole, small, gone)
         if graph.both and not found and (other is None or not of_one_program(small, other)):
-            last = len(live(whole.record, whole.record.strict)) - 1
+            last = len(live(whole.record)) - 1
             return [_Difference(last, "its training mode runs other ops where it is smaller")]
         return found
 
@@ -187,7 +187,7 @@ class _Recheck:
     def _suspects(self, whole: Whole, step: int) -> Iterator[int]:
         """The groups that the step reads, then those that earlier steps read, each once."""
         seen: set[int] = set()
-        for one in reversed(live(whole.record, whole.record.strict)[: step + 1]):
+        for one in reversed(live(whole.record)[: step + 1]):
             for source in reversed(one.node.all_input_nodes if one.node else ()):
                 for value in _values(self._records.values.get(source)):
                     for ids in value.ids:
@@ -199,11 +199,11 @@ class _Recheck:
                         seen.update(groups)
 
     def _cuts_elsewhere(self, before: Step, now: Step, gone: np.ndarray) -> bool:
-        """Whether a slice of channels starts elsewhere in the smaller program than its channels do.
+        """Whether a slice of channels, or a single one, is elsewhere in the smaller program.
 
-        Its end follows from the size of the result, which is compared, too.
+        The end of a slice follows from the size of the result, which is compared, too.
         """
-        if before.node is None or _op(before) not in ("slice", "narrow"):
+        if before.node is None or _op(before) not in ("slice", "narrow", "select"):
             return False
         value = self._records.values.get(before.node.all_input_nodes[0])
         if not isinstance(value, Value):
@@ -238,8 +238,7 @@ class _Recheck:
         """The differences in the order of steps, without those that follow from earlier ones."""
         found: list[_Difference] = []
         odd: set[Origin] = set()
-        strict = whole.record.strict or small.strict
-        pairs = zip_longest(live(whole.record, strict), live(small, strict))
+        pairs = zip_longest(live(whole.record), live(small))
         for step, (before, now) in enumerate(pairs):
             if before is None or now is None or not _are_alike(before, now):
                 found.append(_Difference(step, "the program runs other ops where it is smaller"))
@@ -327,8 +326,8 @@ def _argument(step: Step, name: str, default: Any) -> Any:
 
 
 def _start(step: Step, size: int) -> int:
-    """The first index of a slice of a dimension of ``size`` indices."""
-    start = _argument(step, "start", None)
+    """The first index of a slice of a dimension of ``size`` indices, or the one that is selected."""
+    start = _argument(step, "index" if _op(step) == "select" else "start", None)
     if start is None or start == str(type(None)):
         return 0
     return slice(start, None).indices(size)[0] if isinstance(start, int) else -1

@@ -1,8 +1,9 @@
 """Allocators choose the width of each group: they map saliencies and a budget to the channels to keep.
 
 All allocators work in *blocks*. The channels of a group are ranked by saliency and cut, from the most
-salient down, into blocks of ``round_to``. Only whole blocks are removed, the last one of the group first. So
-a group's width is a multiple of ``round_to`` or stays unchanged, and a floor is a number of blocks that stay.
+salient down, into blocks of ``round_to`` rows. Only whole blocks are removed, the last one of the group
+first. So the width of a layer is a multiple of ``round_to`` or stays unchanged, and a floor is a number of
+blocks that stay.
 """
 
 from __future__ import annotations
@@ -155,11 +156,10 @@ def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarr
     """Keep the blocks that lie mostly within ``widths(share)``, for the largest share within the budget."""
     blocks = Blocks.cut(problem)
     begins, group = blocks.rank[blocks.first], blocks.group[blocks.first]
-    half = problem.graph.multiples(problem.round_to)[group] / 2
 
     def keep(share: float) -> np.ndarray:
         # A block stays if at least half of it lies within the width.
-        within = begins + half <= widths(share)[group]
+        within = begins + problem.block_sizes[group] / 2 <= widths(share)[group]
         return blocks.kept(within | ~blocks.removable, problem.graph.num_channels)
 
     if problem.cost(keep(1.0 + problem.round_to)) <= problem.budget:

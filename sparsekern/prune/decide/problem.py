@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from sparsekern.graph import ChannelGraph
+from sparsekern.graph import ChannelGraph, Group
 
 
 class Pricing(Protocol):
@@ -31,7 +33,7 @@ class Problem:
         budget: the cost to reach, in units of ``of``.
         of: the cost: ``"macs"``, ``"params"``, or the name of the cost that ``pricing`` gives.
         floors: int64 ``[groups]``; channels that every group keeps at least.
-        round_to: channels in a block; 1 where channels stand for blocks of the network.
+        round_to: rows and columns of layers that a block is a multiple of; see ``block_sizes``.
         whole: cost of the dense network, by default that of ``graph``.
         widths: int64 ``[groups]``; channels of the groups in the dense network, by default those of
             ``graph``.
@@ -55,6 +57,18 @@ class Problem:
         if not len(self.widths):
             object.__setattr__(self, "widths", np.array([len(g.channels) for g in self.graph.groups]))
 
+    @cached_property
+    def block_sizes(self) -> np.ndarray:
+        """Channels in a block, int64 ``[groups]``.
+
+        A channel may be several rows and columns of its layers, such as a head. Then fewer channels are a
+        multiple of ``round_to``. A channel that stands for a block of the network is one of its own.
+        """
+        spans = [
+            self.round_to if group.of_blocks else _span(self.graph, group) for group in self.graph.groups
+        ]
+        return np.array([self.round_to // math.gcd(self.round_to, span) for span in spans], np.int64)
+
     def cost(self, kept: np.ndarray) -> float:
         """Cost of the network with the channels ``kept`` (bool ``[C]``), in units of ``of``."""
         return getattr(self.graph.cost(kept), self.of) if self.pricing is None else self.pricing.cost(kept)
@@ -63,6 +77,17 @@ class Problem:
         """The saving by each channel's removal, float64 ``[C]``; 0 for channels not ``kept`` (bool "
         "``[C]``)."""
         return self.graph.price(kept, self.of) if self.pricing is None else self.pricing.price(kept)
+
+
+def _span(graph: ChannelGraph, group: Group) -> int:
+    """The largest number of which a channel's rows and columns are a multiple in all layers of the group."""
+    span = 0
+    for name, dim in group.members:
+        channels = graph.tensors[name].channels[dim]
+        if channels is not None and (name in group.producers or (name, dim) in group.consumers):
+            counts = np.bincount(channels[channels >= 0], minlength=graph.num_channels)[group.channels]
+            span = math.gcd(span, int(np.gcd.reduce(counts)))
+    return max(span, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +110,7 @@ class Blocks:
 
     @classmethod
     def cut(cls, problem: Problem) -> Blocks:
-        """Rank the live channels of each group by saliency and cut them into blocks of ``round_to``."""
+        """Rank the live channels of each group by saliency and cut them into blocks."""
         group_of = problem.graph.group_of
         live = np.flatnonzero(problem.live)
         # Ties are broken by id: of equally salient channels the first one stays.
@@ -93,8 +118,7 @@ class Blocks:
         group = group_of[channel]
         first = np.searchsorted(group, group, side="left")
         rank = np.arange(len(channel)) - first
-        multiples = problem.graph.multiples(problem.round_to)
-        starts = rank % multiples[group] == 0
+        starts = rank % problem.block_sizes[group] == 0
         block = np.cumsum(starts) - 1
         # A block that begins below the floor contains channels that have to stay.
         removable = rank[starts] >= problem.floors[group[starts]]

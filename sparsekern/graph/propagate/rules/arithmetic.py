@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
 
-from sparsekern.graph.propagate.rules.averages import affine, bounded, product, raised, summed
+from sparsekern.graph.propagate.rules.averages import (
+    affine,
+    bounded,
+    divided,
+    product,
+    raised,
+    scale,
+    summed,
+)
 from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
 from sparsekern.graph.propagate.values import Flags, Ids, Value
 
@@ -48,8 +57,24 @@ def broadcast(call: Call, operands: list[Value]) -> list[Ids]:
         reason = untracked_reason or f"{call.label} pairs it with positions that stay"
         for _, ids in wide:
             call.unify(tracked[0], ids, size, reason)
-        result.append(tracked[0])
+        result.append(joint(call, [ids for _, ids in wide]))
     return result
+
+
+def joint(call: Call, tied: Sequence[Ids]) -> Ids:
+    """The slots of a dimension of a result.
+
+    Args:
+        call: the op.
+        tied: slot ids of the same dimension of the operands, which are tied; at least one is no None.
+
+    Returns:
+        Those of a parameter or buffer, if there are any. None if only sizes that the program names stand
+        beside a dimension that is not tracked.
+    """
+    tracked = [ids for ids in tied if ids is not None]
+    held = [ids for ids in tracked if not call.slots.are_named(ids)]
+    return held[0] if held else tracked[0] if len(tracked) == len(tied) else None
 
 
 def _aligned(operands: list[Value], dim: int, ndim: int) -> list[tuple[Value, int]]:
@@ -132,7 +157,9 @@ def multiply(call: Call) -> Result:
     ids = broadcast(call, tensors)
     zero = zeros(ids, tensors, some)
     made = affine(tensors[0], float(numbers[0]), 0.0) if numbers else None
-    return call.make(ids, zero, average=product(call, ((v, 1.0) for v in tensors)), affine=made)
+    average = product(call, ((v, 1.0) for v in tensors))
+    weight = scale(call, tensors) if len(tensors) == 2 and average is None else tensors[0].scale
+    return replace(call.make(ids, zero, average=average, affine=made), scale=None if made else weight)
 
 
 @register_rule("div", "true_divide", "divide", averages=True)
@@ -147,7 +174,11 @@ def divide(call: Call) -> Result:
     average = product(call, powers)
     made = affine(tensors[0], 1 / float(numbers[0]), 0.0) if numbers and numbers[0] else None
     kept = zeros(ids, tensors[:1], some)
-    return call.make(ids, kept, origins=tensors[0].origins, average=average, affine=made)
+    weight = scale(call, tensors[:1]) if average is None and tensors[0].affine is None else None
+    if average is None and numbers:
+        average = divided(call, tensors[0], float(numbers[0]))
+    result = call.make(ids, kept, origins=tensors[0].origins, average=average, affine=made)
+    return replace(result, scale=None if made else weight)
 
 
 def freeze_zeros(call: Call, ids: Sequence[Ids], zero: Sequence[Flags]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsekern.graph.propagate.records import Absorbed, Epsilon
 from sparsekern.graph.propagate.rules.base import Call
-from sparsekern.graph.propagate.values import Affine, Average, Value
+from sparsekern.graph.propagate.values import Affine, Average, Ids, Scale, Value
 
 
 def raised(average: Average | None, power: float) -> Average | None:
@@ -59,11 +59,33 @@ def product(call: Call, factors: Iterable[tuple[Value, float]]) -> Average | Non
     if total.exponent == 0:
         return None
     for value, power in factors:
-        if value.affine is not None and power == 1 and _has(call, value, total):
+        if value.affine is not None and power == 1 and _have(call, value.ids, total):
             call.made_up.add(value.affine.tensor)
             call.records.absorbed.append(Absorbed(value.affine, total, call.label))
             return None
+    for value, power in factors:
+        if value.scale is not None and power == 1 and _have(call, value.scale.ids, total):
+            call.made_up.add(value.scale.weight.tensor)
+            call.records.absorbed.append(Absorbed(value.scale.weight, total, call.label))
+            return None
     return total
+
+
+def scale(call: Call, factors: Iterable[Value]) -> Scale | None:
+    """The weight that a product of values is a multiple of.
+
+    A weight that multiplies before the mean's factor makes up for it, too, as in ``(w * x) * rsqrt(..)``.
+
+    Args:
+        call: the op.
+        factors: the values.
+
+    Returns:
+        The weight; None if there is none with channels, or several, or if it has made up in this op.
+    """
+    known = [v.scale for v in factors if v.scale is not None]
+    known += [Scale(v.affine, v.ids) for v in factors if v.affine is not None and v.tracked]
+    return known[0] if len(known) == 1 and known[0].weight.tensor not in call.made_up else None
 
 
 def _joined(call: Call, averages: list[Average]) -> Average | None:
@@ -77,9 +99,31 @@ def _joined(call: Call, averages: list[Average]) -> Average | None:
     return total
 
 
-def _has(call: Call, value: Value, average: Average) -> bool:
-    """Whether the value has a dimension of the channels of ``average``."""
-    return any(ids is not None and same_channels(call, ids, average.ids) for ids in value.ids)
+def _have(call: Call, dims: Iterable[Ids], average: Average) -> bool:
+    """Whether one of the dimensions has the channels of ``average``."""
+    return any(ids is not None and same_channels(call, ids, average.ids) for ids in dims)
+
+
+def divided(call: Call, value: Value, number: float) -> Average | None:
+    """The factor of a sum over channels that is divided by their number, which is a mean.
+
+    Args:
+        call: the op.
+        value: the dividend.
+        number: the divisor.
+
+    Returns:
+        The factor; None if the value is no such sum, or if the number is taken to stay.
+    """
+    ids = value.total
+    if ids is None or number != len(ids) or not call.follows:
+        return None
+    reason = f"{call.label} divides a sum over channels by their number"
+    # The divisor shrinks with the channels, which the check of a smaller copy proves.
+    shrinking = Average(ids, -1.0, reason)
+    call.records.epsilons.append(Epsilon(call.node, call.module, number, False, call.shape(), shrinking))
+    call.records.divisors.append(ids)
+    return Average(ids, 1.0, reason)
 
 
 def summed(call: Call, values: list[Value]) -> Average | None:

@@ -83,20 +83,6 @@ def flags(zero: Flags, size: int) -> np.ndarray:
     return np.zeros(size, bool) if zero is None else zero
 
 
-def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
-    """Why rows stay if only the weight or only the bias is tracked.
-
-    Args:
-        rows: slot ids of the weight's rows; None if the weight is not tracked.
-        weight: the weight.
-        bias: the bias.
-
-    Returns:
-        The reason of the tensor that is not tracked.
-    """
-    return (weight.untracked_reason if rows is None else bias.untracked_reason) or "tied to a fixed bias"
-
-
 @dataclass
 class Call:
     """One op of the traced graph with its operands as values.
@@ -115,6 +101,7 @@ class Call:
             facts, not assumptions.
         counted: whether the graph is that of evaluation mode, whose costs are counted.
         exact: whether channels stay if their removal changes what the others compute.
+        follows: whether a number by which a sum over as many channels is divided is taken to count them.
         interpretation: the choices to take for the ambiguous splits of this module; see ``split``.
         splits: the number of ambiguous splits of this module that came before in this graph.
         new_storage: makes a new storage number.
@@ -135,6 +122,7 @@ class Call:
     settled: bool
     counted: bool
     exact: bool
+    follows: bool
     interpretation: tuple[int, ...]
     splits: int
     new_storage: Callable[[], int]
@@ -228,6 +216,7 @@ class Call:
             pure,
             storage,
             static,
+            bool(self.rule.view and operands and operands[0].picked),
             made_of,
             affine,
             average,
@@ -245,6 +234,21 @@ class Call:
         if left is None and right is None:
             return
         self.slots.union(dense(left, size), dense(right, size), reason)
+
+    def named(self, sizes: Sequence[int], index: int = 0) -> list[Ids]:
+        """Slots of dimensions whose sizes the program names; None for a size of 1.
+
+        Args:
+            sizes: the sizes, 1 for a dimension that is not named.
+            index: the number of the output.
+
+        Returns:
+            Slot ids of the dimensions.
+        """
+        keys = ((self.node, index, dim) for dim in range(len(sizes)))
+        return [
+            self.slots.named(key, size) if size > 1 else None for key, size in zip(keys, sizes, strict=True)
+        ]
 
     def freeze(self, ids: Ids, reason: str) -> None:
         """Freeze the slots ``ids`` for ``reason``; None is ignored."""

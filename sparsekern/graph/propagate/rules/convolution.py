@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from sparsekern.graph.propagate.rules.base import Call, Result, dense, fixed_bias, flags, register_rule
+from sparsekern.graph.propagate.rules.base import Call, Result, dense, flags, register_rule
+from sparsekern.graph.propagate.rules.linear import fixed_bias
 from sparsekern.graph.propagate.values import Flags, Ids, Value
 
 

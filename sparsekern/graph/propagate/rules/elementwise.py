@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sparsekern.graph.propagate.records import Shaped
 from sparsekern.graph.propagate.rules.averages import affine, bounded, raised
 from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
 from sparsekern.graph.propagate.values import Value
@@ -34,8 +35,14 @@ sigmoid hardsigmoid exp exp2 cos cosh log_sigmoid softplus logical_not bitwise_n
 isfinite erfc acos
 """
 
+
+def copied(call: Call) -> Value:
+    """The result has the slots, zeros and known numbers of the first operand."""
+    return replace(same(call), numbers=next(call.values()).numbers)
+
+
 register_rule(*KEEP_ZERO.split())(same)
-register_rule(*IDENTITIES.split(), pure=True, view=True)(same)
+register_rule(*IDENTITIES.split(), pure=True, view=True)(copied)
 # Dropout multiplies elements or channels by a random mask: a zero stays zero, a scale passes through.
 register_rule("dropout", "feature_dropout", pure=True, view=True)(same)
 register_rule("relu", "leaky_relu", pure=True)(same)
@@ -131,19 +138,29 @@ def filled_like(call: Call) -> Result:
     return cleared(call)
 
 
+@register_rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+def named_size(call: Call) -> Result:
+    """A tensor of one value whose sizes the program names. A smaller copy shows whether they follow."""
+    shape = call.shape()
+    ids = call.named(shape)
+    if call.settled:
+        call.records.shaped.append(Shaped(call.module, (), shape, tuple(ids)))
+    empty = call.name.endswith("zeros") or call.args.get("fill_value") == 0
+    zero = [None if own is None else np.full(len(own), empty) for own in ids]
+    return call.make(
+        ids,
+        zero,
+        origins=frozenset(),
+        untracked_reason="tied to a tensor of fixed size",
+        zero_broken_by="" if empty else call.label,
+    )
+
+
 @register_rule(
-    "zeros",
-    "ones",
-    "empty",
-    "full",
     "rand",
     "randn",
     "arange",
     "scalar_tensor",
-    "new_zeros",
-    "new_ones",
-    "new_empty",
-    "new_full",
     "linspace",
     "eye",
     "empty_strided",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from sparsekern.graph.propagate.rules.arithmetic import every
+from sparsekern.graph.propagate.rules.arithmetic import every, joint
 from sparsekern.graph.propagate.rules.base import Call, Result, dense, flags, register_rule
 from sparsekern.graph.propagate.values import Flags, Ids, Value
 
@@ -26,8 +28,8 @@ def _pass_others(call: Call, values: list[Value], skip: int) -> tuple[list[Ids],
         for value in values:
             reason = untracked_reason or f"{call.label} joins it with positions that stay"
             call.unify(tracked[0], value.ids[dim], size, reason)
-        ids.append(tracked[0])
-        zero.append(every([flags(v.zero[dim], size) for v in values]))
+        ids.append(joint(call, [v.ids[dim] for v in values]))
+        zero.append(None if ids[-1] is None else every([flags(v.zero[dim], size) for v in values]))
     return ids, zero
 
 
@@ -118,11 +120,22 @@ def slice_(call: Call) -> Result:
     return call.make(ids, zero)
 
 
+def _up_to(ids: np.ndarray, place: int) -> np.ndarray:
+    """The indices that have to stay if ``place`` is to name the same one: it and all before it.
+
+    A place below 0 is counted from the end.
+    """
+    return ids[: place + 1] if place >= 0 else ids[place:]
+
+
 @register_rule("select", "unbind", pure=True, view=True)
 def select(call: Call) -> Result:
     x = call["self"]
     dim = call["dim"] % x.ndim
-    call.freeze(x.ids[dim], f"{call.label} takes it apart by number")
+    own, place = x.ids[dim], call.args.get("index")
+    if own is not None and isinstance(place, int):
+        own = _up_to(own, place)
+    call.freeze(own, f"{call.label} takes it apart by number")
     ids = [i for d, i in enumerate(x.ids) if d != dim]
     zero = [z for d, z in enumerate(x.zero) if d != dim]
     made = tuple(call.make(ids, zero, index=index) for index in range(len(call.outputs)))
@@ -139,17 +152,29 @@ def index_select(call: Call) -> Result:
     return call.make(ids, zero)
 
 
+def _named_by(ids: np.ndarray, places: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The indices that have to stay if ``places`` are to name the same ones."""
+    from_end = [place for place in places if place < 0]
+    first = ids[: max(places) + 1] if max(places) >= 0 else ids[:0]
+    return first, ids[min(from_end) :] if from_end else ids[:0]
+
+
 @register_rule("index")
 def index(call: Call) -> Result:
     """Indexing by tensors that hold positions. Dimensions that are not indexed do not change.
 
     The indexed dimensions and those of the positions, such as a table of relative positions in a buffer,
-    are frozen. The positions take the place of the indexed dimensions, or come first if others lie between.
+    are frozen. Of a dimension that a constant indexes, what lies behind all of its numbers is not. The
+    positions take the place of the indexed dimensions, or come first if others lie between.
     """
     x, indices = call["self"], call["indices"]
     used = [d for d, item in enumerate(indices) if item is not None]
     for dim in used:
-        call.freeze(x.ids[dim], f"{call.label} picks it by number")
+        own = x.ids[dim]
+        for part in (
+            (own,) if own is None or not indices[dim].numbers else _named_by(own, indices[dim].numbers)
+        ):
+            call.freeze(part, f"{call.label} picks it by number")
         for own in indices[dim].ids:
             call.freeze(own, f"{call.label} picks by the numbers that it holds")
     adjacent = used == list(range(used[0], used[-1] + 1))
@@ -159,7 +184,9 @@ def index(call: Call) -> Result:
     back = kept[len(front) :]
     ids = [*(x.ids[d] for d in front), *positions, *(x.ids[d] for d in back)]
     zero = [*(x.zero[d] for d in front), *positions, *(x.zero[d] for d in back)]
-    return call.make(ids, zero)
+    made = call.make(ids, zero)
+    # Whole matrices are picked, as those of experts.
+    return replace(made, picked=x.weight and not made.static and max(used) < x.ndim - 2)
 
 
 @register_rule("gather", "take_along_dim")

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from sparsekern.graph.propagate.rules.base import Call, Result, fixed_bias, flags, register_rule
-from sparsekern.graph.propagate.values import Flags
+from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
+from sparsekern.graph.propagate.values import Flags, Ids, Value
+
+
+def fixed_bias(rows: Ids, weight: Value, bias: Value) -> str:
+    """Why rows stay if only the weight or only the bias is tracked.
+
+    Args:
+        rows: slot ids of the weight's rows; None if the weight is not tracked.
+        weight: the weight.
+        bias: the bias.
+
+    Returns:
+        The reason of the tensor that is not tracked.
+    """
+    return (weight.untracked_reason if rows is None else bias.untracked_reason) or "tied to a fixed bias"
 
 
 @register_rule("linear")

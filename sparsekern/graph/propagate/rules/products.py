@@ -36,9 +36,9 @@ def _product(
         reason = f"{call.label} sums over it not as zero" + (f" after {by}" if by else "")
         call.inexact(ids[~vanishes], reason)
     made: frozenset[int] = frozenset()
-    if right.static and not left.static:
+    if right.weight and not left.weight:
         made = call.produce("dense", right.ids[-1], None)
-    elif left.static and not right.static:
+    elif left.weight and not right.weight:
         made = call.produce("dense", left.ids[m], None)
     out_ids, out_zero = _batch_dims(call, left, right, batch)
     out_ids += [left.ids[m], right.ids[-1]]
@@ -59,9 +59,9 @@ def _consume(call: Call, left: Value, right: Value) -> None:
     for value in (left, right):
         for producer in value.origins:
             call.records.producers[producer].consumed = True
-    if right.static and not left.static and right.ids[-2] is not None:
+    if right.weight and not left.weight and right.ids[-2] is not None:
         call.records.consume(right.ids[-2])
-    if left.static and not right.static and left.ids[-1] is not None:
+    if left.weight and not right.weight and left.ids[-1] is not None:
         call.records.consume(left.ids[-1])
 
 
@@ -124,6 +124,22 @@ def addmm(call: Call) -> Result:
     operands = [bias, product]
     joined = broadcast(call, operands)
     return call.make(joined, zeros(joined, operands, every), origins=origins | bias.origins)
+
+
+@register_rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(call: Call) -> Result:
+    """Rows of a matrix times the matrix of their expert: ``[S, k]`` times ``[E, k, n]``. No expert goes."""
+    x, weights, ends = list(call.values())[:3]
+    if (x.ndim, weights.ndim) != (2, 3) or len(list(call.values())) > 3:
+        return call.give_up(f"{call.label} of other shapes is not followed")
+    for ids in (x.ids[0], weights.ids[0], ends.ids[0]):
+        call.freeze(ids, f"{call.label} counts the rows of every expert")
+    call.contract(x, 1, weights, 1)
+    made = call.produce("dense", weights.ids[2], None)
+    call.count_macs(1, x.shape[0], call.size(x, 1), call.size(weights, 2))
+    return call.make(
+        [None, weights.ids[2]], [None, weights.zero[2]], origins=x.origins | made, pure=frozenset()
+    )
 
 
 @register_rule("einsum")

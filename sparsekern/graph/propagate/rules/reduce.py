@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sparsekern.graph.propagate.rules.base import Call, Result, dense, flags, register_rule
@@ -103,10 +105,11 @@ def total(call: Call) -> Result:
     """A sum over channels does not change if the removed ones are zero."""
     x = next(call.values())
     dims = _dims(call, x)
-    for dim in dims:
-        if x.ids[dim] is not None:
-            call.require_zero(x, dim)
-    return _reduced(call, x, dims, average=x.average)
+    tracked = [dim for dim in dims if x.ids[dim] is not None]
+    for dim in tracked:
+        call.require_zero(x, dim)
+    own = x.ids[tracked[0]] if len(tracked) == 1 and len(dims) == 1 and x.average is None else None
+    return replace(_reduced(call, x, dims, average=x.average), total=own)
 
 
 @register_rule("max.dim", "min.dim", "median.dim", "aminmax")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsekern.graph.propagate.records import Shaped
-from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
+from sparsekern.graph.propagate.rules.base import Call, Result, dense, flags, register_rule
 from sparsekern.graph.propagate.values import Flags, Ids, Value
 
 
@@ -39,9 +39,17 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ra
     return blocks
 
 
-def _flat(x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids and zero flags of a block in memory order; None unless exactly one dimension is tracked."""
+def _flat(call: Call, x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and zero flags of a block in memory order; None unless exactly one dimension is tracked.
+
+    A size that the program names stays what it is beside a dimension of channels.
+    """
     tracked = [d for d in dims if x.ids[d] is not None]
+    several = len(tracked) > 1
+    named = [d for d in tracked if several and call.slots.are_named(dense(x.ids[d], x.shape[d]))]
+    for d in named[1:] if len(named) == len(tracked) else named:
+        call.slots.freeze(dense(x.ids[d], x.shape[d]), f"{call.label} merges it with channels")
+        tracked.remove(d)
     if len(tracked) != 1:
         return None
     shape = [x.shape[d] for d in dims]
@@ -74,7 +82,7 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
     for old, new in _blocks(x.shape, shape):
         if all(x.ids[d] is None for d in old):
             continue
-        flat = _flat(x, old)
+        flat = _flat(call, x, old)
         if flat is None:
             for d in old:
                 call.freeze(x.ids[d], f"{call.label} merges two dimensions that hold channels")
@@ -231,10 +239,24 @@ def expand_as(call: Call) -> Result:
 
 @register_rule("expand", "broadcast_to", pure=True, view=True)
 def expand(call: Call) -> Result:
-    """An expanded dimension of size 1 holds a fixed number of positions."""
+    """The program names the size of an expanded dimension."""
     x = call["self"]
     extra: list[None] = [None] * (len(call.shape()) - x.ndim)
-    return call.make([*extra, *x.ids], [*extra, *x.zero])
+    return _widened(call, [*extra, *x.ids], [*extra, *x.zero])
+
+
+def _widened(call: Call, ids: list[Ids], zero: list[Flags]) -> Value:
+    """The output, with slots for dimensions that were of size 1. They hold the same values all along."""
+    x, shape = next(call.values()), call.shape()
+    before = [1] * (len(shape) - x.ndim) + list(x.shape)
+    grown = [size if old == 1 else 1 for old, size in zip(before, shape, strict=True)]
+    new = call.named(grown)
+    if call.settled and any(own is not None for own in new):
+        call.records.shaped.append(Shaped(call.module, x.shape, shape, tuple(new)))
+    for dim, own in enumerate(new):
+        if own is not None:
+            ids[dim], zero[dim] = own, np.zeros(len(own), bool)
+    return call.make(ids, zero)
 
 
 @register_rule("repeat", "tile", pure=True)
@@ -246,7 +268,7 @@ def repeat(call: Call) -> Result:
     extra: list[None] = [None] * (ndim - x.ndim)
     ids = [None if i is None else np.tile(i, n) for i, n in zip([*extra, *x.ids], times, strict=True)]
     zero = [None if z is None else np.tile(z, n) for z, n in zip([*extra, *x.zero], times, strict=True)]
-    return call.make(ids, zero)
+    return _widened(call, ids, zero)
 
 
 @register_rule("repeat_interleave", pure=True)
