@@ -53,6 +53,8 @@ class Group:
         consumers: the (tensor, dimension) pairs of weights that are contracted over the channels.
         inexact: why removing some channels changes what the others compute (``exact=False``); empty if
             it does not.
+        masked_columns: those of ``consumers`` whose columns are masked with the channels. A masked channel
+            reaches them as a constant, not as zero, so they stay at zero in training, too.
     """
 
     id: int
@@ -62,6 +64,7 @@ class Group:
     members: tuple[tuple[str, int], ...]
     consumers: tuple[tuple[str, int], ...]
     inexact: str = ""
+    masked_columns: tuple[tuple[str, int], ...] = ()
 
 
 class Gates(NamedTuple):

@@ -162,6 +162,8 @@ class Records:
         epsilons: constants that grow with a mean over channels.
         absorbed: tensors that make up for the number of channels of a mean.
         otherwise: by number of a tensor, an op that reads it in another way than to make up for a mean.
+        parameters: numbers of the tensors that are parameters.
+        masked_columns: raw slot ids of the columns that read constant channels, in arrays of int64.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -183,6 +185,8 @@ class Records:
         self.epsilons: list[Epsilon] = []
         self.absorbed: list[Absorbed] = []
         self.otherwise: dict[int, str] = {}
+        self.parameters: frozenset[int] = frozenset()
+        self.masked_columns: list[np.ndarray] = []
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """Record a producer. A tied weight that is used again is the same producer.

@@ -46,6 +46,19 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True)
+class Constant:
+    """The slices of a value that do not depend on the network's input while their channels are masked.
+
+    Attributes:
+        flags: along the only dimension with slots, whether the slice at an index is zero or constant, bool.
+        origins: producers (indices into ``Records.producers``) whose zeros make them constant.
+    """
+
+    flags: np.ndarray
+    origins: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
     """A tensor seen as slots.
 
@@ -65,6 +78,7 @@ class Value:
         made_of: numbers of the parameters and buffers that a static value is computed from.
         affine: the tensor that it is an affine function of; None if it is none.
         average: the factor by which it depends on the number of channels; None if there is none.
+        constant: the slices that are constant where they are not zero; None if no slice is known to be.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +94,7 @@ class Value:
     made_of: frozenset[int] = field(default_factory=frozenset)
     affine: Affine | None = None
     average: Average | None = None
+    constant: Constant | None = None
 
     @property
     def ndim(self) -> int:
@@ -92,7 +107,7 @@ class Value:
         return any(ids is not None for ids in self.ids)
 
     def with_cleared_zeros(self, op: str) -> Value:
-        """Make the same value with no slice known to be zero.
+        """Make the same value with no slice known to be zero or constant.
 
         Args:
             op: the op that broke the zeros, for messages.
@@ -101,7 +116,7 @@ class Value:
             The value.
         """
         zero = tuple(None if z is None else np.zeros_like(z) for z in self.zero)
-        return replace(self, zero=zero, zero_broken_by=op, origins=frozenset())
+        return replace(self, zero=zero, zero_broken_by=op, origins=frozenset(), constant=None)
 
 
 def untracked(

@@ -17,6 +17,7 @@ from sparsekern.distributed.tensors import local, rewritten
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.kernels.rows import LIVE as LIVE_ROW
 from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.columns import MaskedColumns
 from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.places import Kind, clear, places, tensors_of, written_entries
 from sparsekern.prune.state.statistics import ChannelRows
@@ -59,6 +60,7 @@ class Masks:
         self._optimizer_state = optimizer_state
         self._activations = activations
         self._places = places(graph)
+        self._columns = MaskedColumns(self._places)
         self._model = model
         self._copies = tuple(copies)
 
@@ -90,6 +92,7 @@ class Masks:
             if activations is not None and counted is not None:
                 activations.load_state_dict(counted[0])
                 activations.mask.copy_(counted[1])
+            self.hold_columns()
 
         undo.callback(restore)
 
@@ -111,13 +114,22 @@ class Masks:
         table.refresh()
         self.zero(undo=undo)
 
+    def hold_columns(self) -> None:
+        """Keep the columns of masked channels that are constants at zero in the steps from now on."""
+        self._columns.hold(self._parameters, self.state == MASKED)
+
+    def release_columns(self) -> None:
+        """Let steps change all columns again."""
+        self._columns.release()
+
     def zero(self, only: Set[int] | None = None, undo: ExitStack | None = None) -> None:
         """Zero all masked rows, and the columns that read them, with their optimizer state.
 
-        Weights that are loaded do not know the masks, so this also runs after a load. The columns change no
-        output. But they would count in a filter's norm, and they would send gradients to masked gates, which
-        count in a clipped norm of all gradients. The columns' own gradients are zero, so they stay zero. Rows
-        of channels that have faded out and wait to be masked are zeroed, too.
+        Weights that are loaded do not know the masks, so this also runs after a load. Columns that read zeros
+        change no output. But they would count in a filter's norm, and they would send gradients to masked
+        gates, which count in a clipped norm of all gradients. Their own gradients are zero, so they stay
+        zero; :class:`MaskedColumns` zeroes those of columns that read a constant. Rows of channels that have
+        faded out and wait to be masked are zeroed, too.
 
         Args:
             only: ``id`` of the tensors to zero; None for all.
@@ -139,14 +151,16 @@ class Masks:
                 if state.shape == tensor.shape:
                     clear(state, place, entries, undo)
         self._count_elements()
+        self.hold_columns()
         if self._activations is not None:
             self._activations.set_masked(masked)
 
     def count_written(self) -> np.ndarray:
         """int64 ``[C]``; the number of each masked channel's entries that would change the network's output.
 
-        These are rows that are not zero, and NaN or infinity in the columns that read them or in their
-        running statistics. For a sharded model only the entries that this process holds count.
+        These are rows that are not zero, columns that read a constant and are not zero, and NaN or infinity
+        in other columns or in running statistics. For a sharded model only the entries that this process
+        holds count.
         """
         masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
         if not masked.any():
@@ -252,6 +266,9 @@ class Masks:
 
 def _foldable(graph: ChannelGraph, group: Group) -> bool:
     """Whether a channel has one filter and one scale: its value is then linear in the filter's output."""
+    if group.masked_columns:
+        # Its constant is not scaled with the filter.
+        return False
     consumers = dict(group.consumers)
     others = [
         graph.tensors[name]

@@ -250,6 +250,7 @@ class Network:
     def detach(self) -> None:
         """Detach the rows from the optimizer and the masks from the modules."""
         self.activations.detach()
+        self.masks.release_columns()
         if self._handle is not None:
             self._handle.remove()
         for handle in self._loads:
@@ -283,6 +284,7 @@ class Network:
         self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack, ready: Callable[[], object]
     ) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
+        undo.callback(self.masks.hold_columns)
         copies = [*self.also, *(module for module in listed(also) if module not in self.also)]
         # Undo runs in reverse order: tensors get their sizes back before the old table is attached.
         if self._handle is not None:
@@ -298,6 +300,7 @@ class Network:
             ready=ready,
         )
         state = self.masks.state[kept]
+        self.masks.release_columns()
         self.rows = self.rows.restricted(self.model, graph, kept)
         self.activations = self.activations.restricted(self.model, graph, kept)
         self.graph = graph
