@@ -54,10 +54,10 @@ class ShiftedGelu(nn.Module):
 
 
 class InPlace(nn.Module):
-    """A ReLU and a number added to it, both in place."""
+    """A number added to a ReLU in place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(x.clone()).add_(0.5).mul_(1.5)
+        return F.relu(x).clone().add_(0.5).mul_(1.5)
 
 
 CONSTANTS: dict[str, Callable[[], nn.Module]] = {

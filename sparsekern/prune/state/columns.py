@@ -62,6 +62,9 @@ def _hook(parameter: nn.Parameter, dim: int, entries: np.ndarray) -> Any:
         if is_sharded(parameter):
             # The parts of a gradient exist only once they are accumulated.
             return parameter.register_post_accumulate_grad_hook(partial(_clear_accumulated, dim, index))
+        if parameter._backward_hooks is not None:
+            # A load that swaps tensors leaves the hooks with the old one; this registers them anew.
+            parameter._backward_hooks = parameter._backward_hooks
         return parameter.register_hook(partial(_cleared, dim, index))
     finally:
         parameter.requires_grad_(trained)
