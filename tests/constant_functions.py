@@ -102,3 +102,19 @@ class Gated(nn.Module):
         x = x * gate
         x = torch.exp(-self.left(x)) + F.silu(self.right(x))
         return self.head(x.amax((2, 3)))
+
+
+class Joined(nn.Module):
+    """Two constants that are concatenated and read by a layer without a bias before a batch norm."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(3, width, 1)
+        self.star, self.affine = StarReLU(), LearnableAffine()
+        self.mix = nn.Conv2d(2 * width, width, 3, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.star(self.one(x)), F.max_pool2d(self.affine(self.two(x)), 3, 1, 1)], 1)
+        x = F.relu(self.norm(self.mix(x)))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))

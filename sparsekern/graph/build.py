@@ -15,6 +15,7 @@ from sparsekern.graph.propagate.numbering import Numbering, row_ids
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.propagate.records import Producer, Records
 from sparsekern.graph.propagate.slots import Slots
+from sparsekern.graph.propagate.takeover import constant_reads
 
 _NO_CHANNELS = "no layer makes or reads channels along it"
 
@@ -48,6 +49,7 @@ def build(
         notes=notes,
         operations=operations,
         untraced=untraced,
+        constant_reads=constant_reads(tensors, records),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sparsekern.graph.cost import MEASURES, Cost, CostModel
-from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
+from sparsekern.graph.groups import ConstantRead, Gates, Group, Note, TensorSlots
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.table import describe
 
@@ -29,6 +29,7 @@ class ChannelGraph:
         notes: for every tensor, why indices along its dimensions stay.
         operations: the ops of a pass in evaluation mode, in order. Their sizes are extents of ``costs``.
         untraced: why training mode was not traced; empty if it was.
+        constant_reads: layers whose output need not change when a channel that is constant is masked.
     """
 
     groups: tuple[Group, ...]
@@ -40,6 +41,7 @@ class ChannelGraph:
     notes: dict[str, tuple[Note, ...]]
     operations: tuple[Operation, ...]
     untraced: str = ""
+    constant_reads: tuple[ConstantRead, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -123,6 +125,7 @@ class ChannelGraph:
             notes=notes,
             operations=self.operations,
             untraced=self.untraced,
+            constant_reads=self.constant_reads,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
@@ -150,6 +153,7 @@ class ChannelGraph:
             tensors={name: _cut_slots(slots, kept, renumbered) for name, slots in self.tensors.items()},
             gates=_cut_gates(self.gates, self.tensors, kept),
             costs=self.costs.restrict(kept),
+            constant_reads=tuple(_cut_read(read, self.tensors, kept) for read in self.constant_reads),
         )
 
     def _number(self, name: str | int | Group) -> int:
@@ -237,6 +241,11 @@ def _cut_slots(slots: TensorSlots, kept: np.ndarray, renumbered: np.ndarray) -> 
         channels.append(None if own is None else np.where(own >= 0, renumbered[own], -1))
     shape = tuple(size if own is None else len(own) for size, own in zip(slots.shape, channels, strict=True))
     return replace(slots, shape=shape, channels=tuple(channels))
+
+
+def _cut_read(read: ConstantRead, tensors: dict[str, TensorSlots], kept: np.ndarray) -> ConstantRead:
+    columns = tensors[read.weight].channels[1] if read.weight in tensors else None
+    return read if columns is None else replace(read, values=read.values[_staying(columns, kept)])
 
 
 def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray) -> Gates:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from constant_functions import CONSTANTS, Gated, Net, StarReLU
+from constant_functions import CONSTANTS, Gated, Joined, Net, StarReLU
+from graph.exactness import mask, randomise
 from prune.networks import batch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -143,6 +144,30 @@ def test_a_resumed_run_is_bit_identical(
     assert its_pruner.metrics() == pruner.metrics()
 
 
+NETWORKS = {name: (lambda act=act: Net(act)) for name, act in CONSTANTS.items()} | {"joined": Joined}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+def test_the_output_does_not_jump_when_constants_are_masked(network: Callable[[], nn.Module]) -> None:
+    model, _, pruner = parts(network=network)
+    randomise(model).eval()
+    masks, x = pruner._network.masks, batch(5, dtype=DOUBLE)
+    chosen = np.arange(pruner.graph.num_channels) % 2 == 0
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, slots in pruner.graph.tensors.items():
+            channels = None if slots.row_dim is None else slots.channels[slots.row_dim]
+            if channels is not None:
+                gone = np.flatnonzero((channels >= 0) & chosen[channels])
+                parameters[name].index_fill_(slots.row_dim, torch.from_numpy(gone), 0.0)
+        before, alone = model(x), mask(model, pruner.graph, ~chosen)
+        assert (alone(x) - before).abs().max() > 1e-3
+        masks.take_over(chosen)
+        masks.mask(chosen)
+        assert (model(x) - before).abs().max() < 1e-12
+    assert_exact(model, pruner)
+
+
 def test_a_step_in_the_backward_pass_is_the_same() -> None:
     runs = []
     for inside in (False, True):
@@ -212,6 +237,22 @@ def test_a_frozen_reader_that_is_trained_later_stays_masked() -> None:
     assert_exact(model, pruner)
 
 
+def test_a_captured_graph_reads_later_masks() -> None:
+    model, optimizer, pruner = parts()
+    with pruner.capturing():
+        train(model, optimizer, range(1))
+    hooked = {name: dict(p._backward_hooks) for name, p in model.named_parameters() if p._backward_hooks}
+    assert set(hooked) == {"body.0.weight", "bare.0.weight", "head.weight"}
+    (flags,) = (hook.args[0] for hook in hooked["body.0.weight"].values())
+    assert not flags.any()
+    train(model, optimizer, range(STEPS))
+    # A replay reads the same memory as the capture.
+    assert flags.any() and flags.shape == (1, 8, 1, 1)
+    (now,) = model.body[0].weight._backward_hooks.values()
+    assert now.args[0] is flags
+    assert_exact(model, pruner)
+
+
 def test_copies_have_no_hooks_and_detach_removes_them() -> None:
     model, optimizer, pruner = parts()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
@@ -254,5 +295,5 @@ def test_an_event_that_fails_leaves_the_columns_as_they_were(monkeypatch: pytest
             train(model, optimizer, range(due[1] - 1, due[1]))
     assert not any(p._backward_hooks for p in model.parameters())
     assert shapes == [tuple(p.shape) for p in model.parameters()]
-    train(model, optimizer, range(due[1], STEPS + 4))
+    train(model, optimizer, range(due[1], STEPS + 2))
     assert sparsekern.verify(model, pruner.compact(), batch(99, dtype=DOUBLE)) < 1e-12

@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import fx
 
+from sparsekern.graph.propagate.expressions import UNKNOWN, ZERO
 from sparsekern.graph.propagate.records import Records
 from sparsekern.graph.propagate.slots import Slots
 from sparsekern.graph.propagate.values import Constant, Flags, Value
@@ -41,10 +43,19 @@ flatten reshape_as view_as unflatten permute transpose swapaxes swapdims t mT nu
 unsqueeze squeeze expand broadcast_to repeat tile flip channel_shuffle native_channel_shuffle pixel_shuffle
 pixel_unshuffle chunk split split_with_sizes tensor_split slice narrow select unbind
 """
+_KEEPS = """
+dropout feature_dropout mean amax amin max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d
+adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+upsample_trilinear3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+replication_pad3d
+"""
+_KEEPS_VALUE = _JOINS.union(_MOVES.split(), _KEEPS.split())
+_HAS_STATE = frozenset(("batch_norm", "instance_norm"))
 _CHANNELWISE = _JOINS.union(_FUNCTIONS.split(), _OVER_SPACE.split(), _MOVES.split())
 
 
-def carried(name: str, args: Mapping[str, Any], slots: Slots, result: Value) -> Value:
+def carried(node: fx.Node, args: Mapping[str, Any], slots: Slots, records: Records, result: Value) -> Value:
     """Find which slices of a result are constant while their channels are masked.
 
     A slice is constant if the op computes it from zeros, from constant slices and from static values alone.
@@ -52,27 +63,77 @@ def carried(name: str, args: Mapping[str, Any], slots: Slots, result: Value) -> 
     holds channels of the other.
 
     Args:
-        name: name of the op without ``aten::``.
+        node: the op in the traced graph.
         args: its arguments by name.
         slots: all slots; those of the operands and the result are tied already.
-        result: what it makes.
+        records: receives the expressions of the constants.
+        result: what the op makes.
 
     Returns:
         The result with its constant slices.
     """
-    plain = name if name in _CHANNELWISE else name.removesuffix("_")
+    name = _plain_name(node)
     dim = _only_dim(result)
-    if plain not in _CHANNELWISE or dim is None or result.static or _divides(plain, args):
+    if name not in _CHANNELWISE or dim is None or result.static or _divides(name, args):
         return _with(result, None)
     ids, zero = result.ids[dim], result.zero[dim]
     if ids is None or zero is None or zero.all():
         return _with(result, None)
     moving = [value for value in _values(args) if not value.static]
-    constant = _constant_in_all(slots.find(ids), slots, moving, joined=plain in _JOINS)
+    roots = slots.find(ids)
+    constant = _constant_in_all(roots, slots, moving, joined=name in _JOINS)
     if constant is None or not (constant & ~zero).any():
         return _with(result, None)
     origins = frozenset[int]().union(*(v.origins for v in moving), *(_origins(v) for v in moving))
-    return _with(result, Constant(constant | zero, origins))
+    made = np.where(zero, ZERO, np.where(constant, _made(node, args, slots, records, moving, roots), UNKNOWN))
+    return _with(result, Constant(constant | zero, origins, made))
+
+
+def _plain_name(node: fx.Node) -> str:
+    """The name of an op that is known here; that of the op out of place for one in place."""
+    name = str(node.target._schema.name).removeprefix("aten::")  # type: ignore[union-attr]
+    return name if name in _CHANNELWISE else name.removesuffix("_")
+
+
+def _made(
+    node: fx.Node,
+    args: Mapping[str, Any],
+    slots: Slots,
+    records: Records,
+    moving: Sequence[Value],
+    roots: np.ndarray,
+) -> np.ndarray:
+    """The numbers of the expressions of a result's slices, int64; see ``carried`` for the arguments."""
+    name = _plain_name(node)
+    columns = [_values_of(value, slots, roots) for value in moving]
+    if name in _JOINS:
+        return np.max(columns, axis=0)
+    if name in _KEEPS_VALUE and len(columns) == 1:
+        return columns[0]
+    if name in _OVER_SPACE.split() or name in _MOVES.split() or name in _HAS_STATE:
+        return np.full(len(roots), UNKNOWN)
+    schema = node.target._schema  # type: ignore[union-attr]
+    op = f"{schema.name.removesuffix('_')}.{schema.overload_name}"
+    distinct, which = np.unique(np.stack(columns), axis=1, return_inverse=True)
+    pairs = ([(v, int(n)) for v, n in zip(moving, numbers, strict=True)] for numbers in distinct.T)
+    return np.array([records.expressions.apply(op, args, p) for p in pairs])[which.reshape(-1)]
+
+
+def _values_of(value: Value, slots: Slots, roots: np.ndarray) -> np.ndarray:
+    """The numbers of the expressions of the channels ``roots``; ``UNKNOWN`` where slices of one differ."""
+    dim = _only_dim(value)
+    ids = None if dim is None else value.ids[dim]
+    if dim is None or ids is None:
+        return np.full(len(roots), UNKNOWN)
+    known = np.full(len(ids), UNKNOWN) if value.constant is None else value.constant.values
+    zero = value.zero[dim]
+    known = known if zero is None else np.where(zero, ZERO, known)
+    found, which = np.unique(slots.find(ids), return_inverse=True)
+    low, high = np.full(len(found), np.iinfo(np.int64).max), np.full(len(found), UNKNOWN)
+    np.minimum.at(low, which.reshape(-1), known)
+    np.maximum.at(high, which.reshape(-1), known)
+    at = np.minimum(np.searchsorted(found, roots), len(found) - 1)
+    return np.where((found[at] == roots) & (low == high)[at], low[at], UNKNOWN)
 
 
 def _divides(name: str, args: Mapping[str, Any]) -> bool:
@@ -115,7 +176,14 @@ def _constant_in_all(
 
 
 def mask_columns(
-    records: Records, value: Value, zero: Flags, weight: Value, columns: np.ndarray, *, settled: bool
+    records: Records,
+    value: Value,
+    zero: Flags,
+    weight: Value,
+    columns: np.ndarray,
+    node: fx.Node,
+    *,
+    settled: bool,
 ) -> Flags:
     """Find the channels that a layer reads as nothing, and record the columns that have to be masked for it.
 
@@ -125,6 +193,7 @@ def mask_columns(
         zero: zero flags of the dimension that the layer sums over.
         weight: the weight. Columns are masked only in a parameter itself, not in what is computed from one.
         columns: raw slot ids of its columns, one for each channel.
+        node: the layer in the traced graph.
         settled: whether zero flags are facts, see ``Call``.
 
     Returns:
@@ -139,6 +208,7 @@ def mask_columns(
         records.producers[producer].consumed = True
     if settled:
         records.masked_columns.append(columns[constant.flags & ~zero])
+        records.constant_reads.append((node, constant.values))
     return zero | constant.flags
 
 

@@ -188,7 +188,7 @@ class Interpreter:
         self.slots.step += 1
         before = len(self.records.macs)
         result = self._averaged(call, self._apply(call), in_place=schema.is_mutable)
-        result = _mapped(result, partial(constants.carried, call.name, call.args, self.slots))
+        result = _mapped(result, partial(constants.carried, node, call.args, self.slots, self.records))
         self._splits[call.module] = call.splits
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
             # The cost is constant: nothing that enters an op without a rule is pruned.

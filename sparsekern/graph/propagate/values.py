@@ -52,10 +52,13 @@ class Constant:
     Attributes:
         flags: along the only dimension with slots, whether the slice at an index is zero or constant, bool.
         origins: producers (indices into ``Records.producers``) whose zeros make them constant.
+        values: along the same dimension, the number of the expression of each slice's value, int64; -1 where
+            it is not known or is not the same everywhere in the slice.
     """
 
     flags: np.ndarray
     origins: frozenset[int]
+    values: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

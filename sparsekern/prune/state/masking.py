@@ -21,6 +21,7 @@ from sparsekern.prune.state.columns import MaskedColumns
 from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.places import Kind, clear, places, tensors_of, written_entries
 from sparsekern.prune.state.statistics import ChannelRows
+from sparsekern.prune.state.takeover import take_over
 
 LIVE, FADING, MASKED = range(3)
 
@@ -103,6 +104,11 @@ class Masks:
         self._rows.table.countdown.masked_fill_(gates, fade_steps)
         self._rows.table.refresh()
 
+    def take_over(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
+        """Move the constants of channels ``chosen`` (bool ``[C]``), whose gates are at zero, to their readers."""
+        for tensors in self._held() if chosen.any() else ():
+            take_over(self._graph, tensors, chosen, undo)
+
     def mask(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
         """Set every row of the channels ``chosen`` to zero for good, with its optimizer state."""
         if not chosen.any():
@@ -114,9 +120,13 @@ class Masks:
         table.refresh()
         self.zero(undo=undo)
 
-    def hold_columns(self) -> None:
-        """Keep the columns of masked channels that are constants at zero in the steps from now on."""
-        self._columns.hold(self._parameters, self.state == MASKED)
+    def hold_columns(self, *, everywhere: bool = False) -> None:
+        """Keep the columns of masked channels that are constants at zero in the steps from now on.
+
+        Args:
+            everywhere: prepare for channels that are masked later, too, as a captured CUDA graph needs it.
+        """
+        self._columns.hold(self._parameters, self.state == MASKED, everywhere=everywhere)
 
     def release_columns(self) -> None:
         """Let steps change all columns again."""
@@ -137,8 +147,7 @@ class Masks:
         """
         masked = self.state == MASKED
         ended = (self._rows.table.countdown == 0).cpu().numpy()
-        held = [self._tensors(), *map(tensors_of, self._copies)]
-        for place, tensors in itertools.product(self._places, held):
+        for place, tensors in itertools.product(self._places, self._held()):
             tensor = tensors.get(place.name)
             if tensor is None or (only is not None and id(tensor) not in only):
                 continue
@@ -165,11 +174,15 @@ class Masks:
         masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
         if not masked.any():
             return count
-        for tensors in (self._tensors(), *map(tensors_of, self._copies)):
+        for tensors in self._held():
             found = [(place, place.indices(masked)) for place in self._places if place.name in tensors]
             for (place, _), bad in zip(found, written_entries(tensors, found), strict=True):
                 np.add.at(count, place.channels[bad], 1)
         return count
+
+    def _held(self) -> list[Mapping[str, Tensor]]:
+        """The tensors of the model and of each copy, by name."""
+        return [self._tensors(), *map(tensors_of, self._copies)]
 
     def _tensors(self) -> Mapping[str, Tensor]:
         buffers = {} if self._model is None else dict(self._model.named_buffers(remove_duplicate=False))

@@ -306,7 +306,7 @@ class Call:
             self.records.producers[producer].consumed = True
         ids, zero = value.ids[dim], value.zero[dim]
         if weight is not None and columns is not None:
-            zero = mask_columns(self.records, value, zero, weight, columns, settled=self.settled)
+            zero = mask_columns(self.records, value, zero, weight, columns, self.node, settled=self.settled)
         if ids is not None and zero is not None and not zero.all():
             by = f" after {value.zero_broken_by}" if value.zero_broken_by else ""
             reason = f"{self.label} reads it not as zero{by}"

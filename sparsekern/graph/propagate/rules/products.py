@@ -63,9 +63,8 @@ def _vanishing(call: Call, value: Value, dim: int, weight: Value, weight_dim: in
     zero, columns = flags(value.zero[dim], value.shape[dim]), weight.ids[weight_dim]
     if value.ids[dim] is None or columns is None:
         return zero
-    return flags(
-        mask_columns(call.records, value, zero, weight, columns, settled=call.settled), value.shape[dim]
-    )
+    found = mask_columns(call.records, value, zero, weight, columns, call.node, settled=call.settled)
+    return flags(found, value.shape[dim])
 
 
 def _consume(call: Call, left: Value, right: Value) -> None:
