@@ -105,7 +105,7 @@ class Masks:
         self._rows.table.refresh()
 
     def take_over(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
-        """Move the constants of channels ``chosen`` (bool ``[C]``), whose gates are zero, to their readers."""
+        """Move constants of the channels ``chosen`` (bool ``[C]``; their gates are zero) to their readers."""
         for tensors in self._held() if chosen.any() else ():
             take_over(self._graph, tensors, chosen, undo)
 
