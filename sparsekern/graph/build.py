@@ -16,6 +16,7 @@ from sparsekern.graph.propagate.numbering import Numbering, row_ids
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.propagate.records import Producer, Records
 from sparsekern.graph.propagate.slots import Slots
+from sparsekern.graph.propagate.takeover import constant_reads
 from sparsekern.graph.prove.blocks import FoundBlock
 
 _NO_CHANNELS = "no layer makes or reads channels along it"
@@ -65,6 +66,7 @@ def build(
         operations=operations,
         untraced=untraced,
         blocks=blocks,
+        constant_reads=constant_reads(tensors, records),
     )
 
 
@@ -124,6 +126,7 @@ def _groups(
     consumers = _by_group(records.consumers, inside_of)
     starts = np.searchsorted(numbering.group_of, np.arange(count + 1))
     inexact = _inexact(numbering, records)
+    masked = _by_group(_masked_columns(numbering, records, slots), inside_of)
     groups: list[Group] = []
     taken: set[str] = set()
     for number, inside in enumerate(members):
@@ -134,7 +137,10 @@ def _groups(
         name = _unused(_owner((producers or rows)[0]), taken)
         channels = np.arange(starts[number], starts[number + 1], dtype=np.int64)
         weights = tuple(producers), tuple(names), tuple(consumed)
-        groups.append(Group(number, name, channels, *weights, inexact.get(number, "")))
+        columns = tuple((tensors[i].entry.names[0], dim) for i, dim in masked.get(number, ()))
+        groups.append(
+            Group(number, name, channels, *weights, inexact.get(number, ""), masked_columns=columns)
+        )
     return tuple(groups)
 
 
@@ -146,6 +152,14 @@ def _inexact(numbering: Numbering, records: Records) -> dict[int, str]:
         for group in np.unique(numbering.group_of[channels[channels >= 0]]).tolist():
             found.setdefault(group, reason)
     return found
+
+
+def _masked_columns(numbering: Numbering, records: Records, slots: Slots) -> list[tuple[int, int]]:
+    """The distinct (tensor, dimension) pairs of columns that read a channel which is constant when masked."""
+    found: dict[tuple[int, int], None] = {}
+    for columns in records.masked_columns:
+        found.update(dict.fromkeys(slots.owners(columns[numbering.channel_of[columns] >= 0])))
+    return list(found)
 
 
 def _by_group(

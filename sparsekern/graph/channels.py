@@ -20,8 +20,9 @@ from sparsekern.graph.blocks import (
     restricted,
 )
 from sparsekern.graph.cost import MEASURES, Cost, CostModel
-from sparsekern.graph.groups import Gates, Group, Note, TensorSlots
+from sparsekern.graph.groups import ConstantRead, Gates, Group, Note, TensorSlots
 from sparsekern.graph.numbers import KeptBlocks, after_removal
+from sparsekern.graph.propagate.expressions import renamed_tensors
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.table import describe
 
@@ -46,6 +47,7 @@ class ChannelGraph:
         untraced: why training mode was not traced; empty if it was.
         blocks: residual blocks that can be removed as a whole (``trace(..., depth=True)``). A channel stands
             for each of them; without it, the channels inside of the block go, too.
+        constant_reads: layers whose output need not change when a channel that is constant is masked.
     """
 
     groups: tuple[Group, ...]
@@ -58,6 +60,7 @@ class ChannelGraph:
     operations: tuple[Operation, ...]
     untraced: str = ""
     blocks: tuple[Block, ...] = ()
+    constant_reads: tuple[ConstantRead, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -171,6 +174,7 @@ class ChannelGraph:
             operations=self.operations,
             untraced=self.untraced,
             blocks=blocks,
+            constant_reads=self.constant_reads,
         )
 
     def restrict(self, kept: np.ndarray) -> ChannelGraph:
@@ -209,6 +213,7 @@ class ChannelGraph:
             frozen=tuple(_renamed_keys(dict(self.frozen), names).items()),
             operations=tuple(op for op in self.operations if after_removal(op.module, names) is not None),
             blocks=restricted(self.blocks, kept, renumbered, names),
+            constant_reads=_cut_reads(self.constant_reads, self.tensors, kept, names),
         )
 
     def without_inner(self, kept: np.ndarray) -> np.ndarray:
@@ -293,7 +298,7 @@ def _renumbered(
     """The tensors with new channel ids; those without any are left out, unless they are writers of blocks."""
     result = {}
     for name, slots in tensors.items():
-        channels = []
+        channels: list[np.ndarray | None] = []
         for ids in slots.channels:
             moved = None if ids is None else np.where(ids >= 0, new[ids], -1)
             rows = name in writers and len(channels) == slots.row_dim
@@ -333,6 +338,21 @@ def _cut_slots(
     rescale = None if slots.rescale is None else slots.rescale.renamed(partial(after_removal, kept=names))
     aliases = tuple(renamed(alias, names) for alias in slots.aliases)
     return replace(cut, name=renamed(slots.name, names), aliases=aliases, sizes=sizes, rescale=rescale)
+
+
+def _cut_reads(
+    reads: tuple[ConstantRead, ...], tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks
+) -> tuple[ConstantRead, ...]:
+    cut = []
+    for read in reads:
+        weight, target = after_removal(read.weight, names), after_removal(read.target, names)
+        if weight is None or target is None:
+            continue
+        columns = tensors[read.weight].channels[1] if read.weight in tensors else None
+        values = read.values if columns is None else read.values[_staying(columns, kept)]
+        made = tuple(renamed_tensors(one, names) for one in read.expressions)
+        cut.append(replace(read, weight=weight, target=target, values=values, expressions=made))
+    return tuple(cut)
 
 
 def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks) -> Gates:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from sparsekern.graph.propagate.expressions import Expression
 from sparsekern.graph.rescale import Rescale
 
 
@@ -54,6 +55,8 @@ class Group:
         inexact: why removing some channels changes what the others compute (``exact=False``); empty if
             it does not.
         of_blocks: whether each channel stands for a block of a list of modules; see ``Block``.
+        masked_columns: those of ``consumers`` whose columns are masked with the channels. A masked channel
+            reaches them as a constant, not as zero, so they stay at zero in training, too.
     """
 
     id: int
@@ -64,6 +67,28 @@ class Group:
     consumers: tuple[tuple[str, int], ...]
     inexact: str = ""
     of_blocks: bool = False
+    masked_columns: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantRead:
+    """A layer that reads constants, and the tensor that takes them over when their channels are masked.
+
+    Attributes:
+        weight: name of the layer's weight, whose dimension 1 holds the columns.
+        values: for each column the index in ``expressions`` of the constant that it reads, int64, -1 if it
+            is not known.
+        expressions: the constants; see ``evaluate``.
+        target: name of the layer's bias, or of the running mean of the batch norm that alone reads the
+            output of the layer.
+        sign: 1.0 for a bias, -1.0 for a running mean.
+    """
+
+    weight: str
+    values: np.ndarray
+    expressions: tuple[Expression, ...]
+    target: str
+    sign: float
 
 
 class Gates(NamedTuple):

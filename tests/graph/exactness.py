@@ -53,7 +53,7 @@ def choose(graph: ChannelGraph, seed: int, share: float = 0.5) -> np.ndarray:
 
 
 def mask(model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> nn.Module:
-    """A copy with the rows of all channels that are not kept at zero."""
+    """A copy with the rows of all channels that are not kept at zero, and with their masked columns."""
     masked = copied(model)
     tensors = dict(masked.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -64,6 +64,10 @@ def mask(model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> nn.Module:
             if channels is not None:
                 gone = np.flatnonzero((channels >= 0) & ~kept[channels])
                 tensors[name].index_fill_(slots.row_dim, torch.from_numpy(gone), 0.0)
+        for name, dim in {column for group in graph.groups for column in group.masked_columns}:
+            channels = graph.tensors[name].channels[dim]
+            gone = np.flatnonzero((channels >= 0) & ~kept[channels])
+            tensors[name].index_fill_(dim, torch.from_numpy(gone), 0.0)
     return masked
 
 

@@ -31,7 +31,7 @@ class Normalised(nn.Module):
 
 
 class Reduced(nn.Module):
-    """A softmax, a mean and a sigmoid between layers."""
+    """A softmax, a mean, and a sigmoid times an input between layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,9 +39,10 @@ class Reduced(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = x[..., :1]
         x = self.one(x)
         x = self.two(x - x.mean(-1, keepdim=True)).softmax(-1)
-        return self.head(self.three(x).sigmoid())
+        return self.head(self.three(x).sigmoid() * scale)
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from sparsekern.graph.capture.program import CONSTANT, Captured, Registered
 from sparsekern.graph.capture.record import contents
 from sparsekern.graph.capture.unused import macs
+from sparsekern.graph.propagate import constants
 from sparsekern.graph.propagate.operations import read
 from sparsekern.graph.propagate.records import Records, term
 from sparsekern.graph.propagate.rules import RULES, Call, Rule
@@ -107,6 +108,9 @@ class Interpreter:
     _storage: int = field(default=0)
     _sharing: dict[int, list[tuple[_Environment, fx.Node]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.records.parameters = frozenset(n for n, t in enumerate(self.tensors) if t.entry.parameter)
+
     def run(self, graph: Captured) -> None:
         """Apply the rules to ``graph`` and freeze the slots that reach its outputs."""
         sources = graph.sources
@@ -192,6 +196,7 @@ class Interpreter:
         self.slots.step += 1
         before = len(self.records.macs)
         result = self._averaged(call, self._apply(call), in_place=schema.is_mutable)
+        result = _mapped(result, partial(constants.carried, node, call.args, self.slots, self.records))
         self._splits[call.module] = call.splits
         if call.gave_up and self.settled and counted and len(self.records.macs) == before:
             # The cost is constant: nothing that enters an op without a rule is pruned.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import fx
 
+from sparsekern.graph.propagate.expressions import Expressions
 from sparsekern.graph.propagate.operations import Read
 from sparsekern.graph.propagate.slots import Slots
 from sparsekern.graph.propagate.values import Affine, Average, Ids
@@ -165,6 +166,10 @@ class Records:
         divisors: raw slot ids of channels whose number divides a sum over them.
         absorbed: tensors that make up for the number of channels of a mean.
         otherwise: by number of a tensor, an op that reads it in another way than to make up for a mean.
+        parameters: numbers of the tensors that are parameters.
+        masked_columns: raw slot ids of the columns that read constant channels, in arrays of int64.
+        expressions: the constants as expressions of parameters.
+        constant_reads: (layer, numbers of expressions) of the layers that read constants, one for a column.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -187,6 +192,10 @@ class Records:
         self.divisors: list[np.ndarray] = []
         self.absorbed: list[Absorbed] = []
         self.otherwise: dict[int, str] = {}
+        self.parameters: frozenset[int] = frozenset()
+        self.masked_columns: list[np.ndarray] = []
+        self.expressions = Expressions()
+        self.constant_reads: list[tuple[fx.Node, np.ndarray]] = []
 
     def produce(self, kind: str, module: str, rows: np.ndarray, bias: np.ndarray | None) -> int:
         """Record a producer. A tied weight that is used again is the same producer.

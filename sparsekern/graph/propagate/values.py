@@ -58,6 +58,22 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True)
+class Constant:
+    """The slices of a value that do not depend on the network's input while their channels are masked.
+
+    Attributes:
+        flags: along the only dimension with slots, whether the slice at an index is zero or constant, bool.
+        origins: producers (indices into ``Records.producers``) whose zeros make them constant.
+        values: along the same dimension, the number of the expression of each slice's value, int64; -1 where
+            it is not known or is not the same everywhere in the slice.
+    """
+
+    flags: np.ndarray
+    origins: frozenset[int]
+    values: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
     """A tensor seen as slots.
 
@@ -81,6 +97,7 @@ class Value:
         scale: a weight that it is a multiple of; None if none is known.
         total: slot ids of the channels that it is a sum over, int64; None if it is no such sum.
         numbers: the numbers in a constant of integers; empty if they are not known.
+        constant: the slices that are constant where they are not zero; None if no slice is known to be.
     """
 
     shape: tuple[int, ...]
@@ -100,6 +117,7 @@ class Value:
     scale: Scale | None = None
     total: Ids = None
     numbers: tuple[int, ...] = ()
+    constant: Constant | None = None
 
     @property
     def ndim(self) -> int:
@@ -117,7 +135,7 @@ class Value:
         return any(ids is not None for ids in self.ids)
 
     def with_cleared_zeros(self, op: str) -> Value:
-        """Make the same value with no slice known to be zero.
+        """Make the same value with no slice known to be zero or constant.
 
         Args:
             op: the op that broke the zeros, for messages.
@@ -126,7 +144,7 @@ class Value:
             The value.
         """
         zero = tuple(None if z is None else np.zeros_like(z) for z in self.zero)
-        return replace(self, zero=zero, zero_broken_by=op, origins=frozenset())
+        return replace(self, zero=zero, zero_broken_by=op, origins=frozenset(), constant=None)
 
 
 def untracked(

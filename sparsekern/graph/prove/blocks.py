@@ -240,9 +240,8 @@ def _is_without(source: Source, program: _Program, blocks: Sequence[FoundBlock])
     else:
         small = source.record(graph.training, None, graph.course) or Record()
         other = source.record(True) if graph.both else None
-    strict = whole.record.strict or small.strict
-    expected = _without(program, live(whole.record, strict), blocks)
-    same = expected is not None and _alike(expected, live(small, strict))
+    expected = _without(program, live(whole.record), blocks)
+    same = expected is not None and _alike(expected, live(small))
     return same and (not graph.both or (other is not None and of_one_program(small, other)))
 
 

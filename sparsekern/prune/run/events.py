@@ -87,6 +87,7 @@ class Events:
                 "keeps the sizes that it was captured with"
             )
         self.before_step()
+        self._network.masks.hold_columns(everywhere=True)
         self._is_replayed = True
         try:
             yield
@@ -199,6 +200,7 @@ class Events:
         network = self._network
         undo.callback(setattr, self, "next", self.next)
         network.masks.restored_by(undo)
+        network.masks.take_over(faded_out, undo)
         network.masks.mask(faded_out, undo)
         if choice is not None:
             choice.carry_out(network.masks, undo)

@@ -17,9 +17,11 @@ from sparsekern.distributed.tensors import local, rewritten
 from sparsekern.graph import ChannelGraph, Group
 from sparsekern.kernels.rows import LIVE as LIVE_ROW
 from sparsekern.prune.state.activations import Activations
+from sparsekern.prune.state.columns import MaskedColumns
 from sparsekern.prune.state.partners import Partners
 from sparsekern.prune.state.places import Kind, clear, places, tensors_of, written_entries
 from sparsekern.prune.state.statistics import ChannelRows
+from sparsekern.prune.state.takeover import take_over
 
 LIVE, FADING, MASKED = range(3)
 
@@ -59,6 +61,7 @@ class Masks:
         self._optimizer_state = optimizer_state
         self._activations = activations
         self._places = places(graph)
+        self._columns = MaskedColumns(self._places)
         self._model = model
         self._copies = tuple(copies)
 
@@ -90,6 +93,7 @@ class Masks:
             if activations is not None and counted is not None:
                 activations.load_state_dict(counted[0])
                 activations.mask.copy_(counted[1])
+            self.hold_columns()
 
         undo.callback(restore)
 
@@ -99,6 +103,11 @@ class Masks:
         gates = self._rows.select(chosen, gates_only=True) & ~self._rows.select(self.state == MASKED)
         self._rows.table.countdown.masked_fill_(gates, fade_steps)
         self._rows.table.refresh()
+
+    def take_over(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
+        """Move constants of the channels ``chosen`` (bool ``[C]``; their gates are zero) to their readers."""
+        for tensors in self._held() if chosen.any() else ():
+            take_over(self._graph, tensors, chosen, undo)
 
     def mask(self, chosen: np.ndarray, undo: ExitStack | None = None) -> None:
         """Set every row of the channels ``chosen`` to zero for good, with its optimizer state.
@@ -115,13 +124,26 @@ class Masks:
         table.refresh()
         self.zero(undo=undo)
 
+    def hold_columns(self, *, everywhere: bool = False) -> None:
+        """Keep the columns of masked channels that are constants at zero in the steps from now on.
+
+        Args:
+            everywhere: prepare for channels that are masked later, too, as a captured CUDA graph needs it.
+        """
+        self._columns.hold(self._parameters, self.state == MASKED, everywhere=everywhere)
+
+    def release_columns(self) -> None:
+        """Let steps change all columns again."""
+        self._columns.release()
+
     def zero(self, only: Set[int] | None = None, undo: ExitStack | None = None) -> None:
         """Zero all masked rows, and the columns that read them, with their optimizer state.
 
-        Weights that are loaded do not know the masks, so this also runs after a load. The columns change no
-        output. But they would count in a filter's norm, and they would send gradients to masked gates, which
-        count in a clipped norm of all gradients. The columns' own gradients are zero, so they stay zero. Rows
-        of channels that have faded out and wait to be masked are zeroed, too.
+        Weights that are loaded do not know the masks, so this also runs after a load. Columns that read zeros
+        change no output. But they would count in a filter's norm, and they would send gradients to masked
+        gates, which count in a clipped norm of all gradients. Their own gradients are zero, so they stay
+        zero; :class:`MaskedColumns` zeroes those of columns that read a constant. Rows of channels that have
+        faded out and wait to be masked are zeroed, too.
 
         Args:
             only: ``id`` of the tensors to zero; None for all.
@@ -129,8 +151,7 @@ class Masks:
         """
         masked = self.state == MASKED
         ended = (self._rows.table.countdown == 0).cpu().numpy()
-        held = [self._tensors(), *map(tensors_of, self._copies)]
-        for place, tensors in itertools.product(self._places, held):
+        for place, tensors in itertools.product(self._places, self._held()):
             tensor = tensors.get(place.name)
             if tensor is None or (only is not None and id(tensor) not in only):
                 continue
@@ -143,23 +164,29 @@ class Masks:
                 if state.shape == tensor.shape:
                     clear(state, place, entries, undo)
         self._count_elements()
+        self.hold_columns()
         if self._activations is not None:
             self._activations.set_masked(masked)
 
     def count_written(self) -> np.ndarray:
         """int64 ``[C]``; the number of each masked channel's entries that would change the network's output.
 
-        These are rows that are not zero, and NaN or infinity in the columns that read them or in their
-        running statistics. For a sharded model only the entries that this process holds count.
+        These are rows that are not zero, columns that read a constant and are not zero, and NaN or infinity
+        in other columns or in running statistics. For a sharded model only the entries that this process
+        holds count.
         """
         masked, count = self.state == MASKED, np.zeros(len(self.state), np.int64)
         if not masked.any():
             return count
-        for tensors in (self._tensors(), *map(tensors_of, self._copies)):
+        for tensors in self._held():
             found = [(place, place.indices(masked)) for place in self._places if place.name in tensors]
             for (place, _), bad in zip(found, written_entries(tensors, found), strict=True):
                 np.add.at(count, place.channels[bad], 1)
         return count
+
+    def _held(self) -> list[Mapping[str, Tensor]]:
+        """The tensors of the model and of each copy, by name."""
+        return [self._tensors(), *map(tensors_of, self._copies)]
 
     def _tensors(self) -> Mapping[str, Tensor]:
         buffers = {} if self._model is None else dict(self._model.named_buffers(remove_duplicate=False))
@@ -259,6 +286,9 @@ class Masks:
 
 def _foldable(graph: ChannelGraph, group: Group) -> bool:
     """Whether a channel has one filter and one scale: its value is then linear in the filter's output."""
+    if group.masked_columns:
+        # Its constant is not scaled with the filter.
+        return False
     consumers = dict(group.consumers)
     others = [
         graph.tensors[name]

@@ -252,6 +252,7 @@ class Network:
     def detach(self) -> None:
         """Detach the rows from the optimizer and the masks from the modules."""
         self.activations.detach()
+        self.masks.release_columns()
         if self._handle is not None:
             self._handle.remove()
         for handle in self._loads:
@@ -285,6 +286,7 @@ class Network:
         self, kept: np.ndarray, also: Sequence[nn.Module], undo: ExitStack, ready: Callable[[], object]
     ) -> None:
         plan, graph = make_plan(self.graph, kept), self.graph.restrict(kept)
+        undo.callback(self.masks.hold_columns)
         copies = [*self.also, *(module for module in listed(also) if module not in self.also)]
         # Undo runs in reverse order: tensors get their sizes back before the old table is attached.
         if self._handle is not None:
@@ -308,6 +310,7 @@ class Network:
         state = self.masks.state[kept]
         if graph.blocks != self.graph.blocks:
             self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.masks.release_columns()
         self.rows = self.rows.restricted(self.model, graph, kept)
         self.activations = self.activations.restricted(self.model, graph, kept, copies)
         self.graph = graph

@@ -24,8 +24,14 @@ class Kind(Enum):
     COLUMN = auto()
     """They are multiplied by its value, which is zero: only NaN and infinity change the output."""
 
+    MASKED_COLUMN = auto()
+    """They are multiplied by its value, a constant: a value other than zero changes the output."""
+
     BUFFER = auto()
     """Running statistics of its value before a scale of zero: only NaN and infinity change the output."""
+
+
+_ZERO = (Kind.ROW, Kind.MASKED_COLUMN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,7 @@ class Place:
 def places(graph: ChannelGraph) -> list[Place]:
     """All places that hold entries of channels, in the order of the graph's tensors."""
     columns = {column for group in graph.groups for column in group.consumers}
+    masked = {column for group in graph.groups for column in group.masked_columns}
     found = []
     for name, slots in graph.tensors.items():
         for dim, channels in enumerate(slots.channels):
@@ -61,6 +68,8 @@ def places(graph: ChannelGraph) -> list[Place]:
                 found.append(Place(name, Kind.BUFFER, dim, channels))
             elif dim == slots.row_dim:
                 found.append(Place(name, Kind.ROW, dim, channels))
+            elif (name, dim) in masked:
+                found.append(Place(name, Kind.MASKED_COLUMN, dim, channels))
             elif (name, dim) in columns:
                 found.append(Place(name, Kind.COLUMN, dim, channels))
     for block in graph.blocks:
@@ -88,7 +97,7 @@ def clear(tensor: Tensor, place: Place, entries: np.ndarray, undo: ExitStack | N
         entries: int64 indices along the place's dimension.
         undo: receives a callback that restores the entries.
     """
-    mine, index, _ = _here(tensor, place.dim, entries)
+    mine, index, _ = entries_here(tensor, place.dim, entries)
     if not len(index):
         return
     if undo is not None:
@@ -110,11 +119,11 @@ def written_entries(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.n
     """
     flags, whose = [], []
     for number, (place, entries) in enumerate(found):
-        mine, index, at = _here(tensors[place.name], place.dim, entries)
+        mine, index, at = entries_here(tensors[place.name], place.dim, entries)
         if not len(index) or not mine.is_floating_point():
             continue
         slices = mine.index_select(place.dim, index).movedim(place.dim, 0).reshape(len(index), -1)
-        wrong = slices != 0 if place.kind is Kind.ROW else ~torch.isfinite(slices)
+        wrong = slices != 0 if place.kind in _ZERO else ~torch.isfinite(slices)
         flags.append(wrong.any(1))
         whose.append((number, entries[at]))
     bad = [np.zeros(0, np.int64) for _ in found]
@@ -127,7 +136,7 @@ def written_entries(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.n
     return bad
 
 
-def _here(tensor: Tensor, dim: int, entries: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
+def entries_here(tensor: Tensor, dim: int, entries: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
     """This process's part of a tensor, indices into it on its device, and their positions in ``entries``."""
     mine, at = local(tensor), np.arange(len(entries))
     if is_sharded(tensor) and (part := part_of(tensor)).dim == dim:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from sparsekern.graph.propagate.constants import mask_columns
 from sparsekern.graph.propagate.records import Cut, Factor, Records, Split, term
 from sparsekern.graph.propagate.slots import STAYS, Slots
 from sparsekern.graph.propagate.values import Affine, Average, Flags, Ids, Value, untracked
@@ -294,18 +295,22 @@ class Call:
         )
         return made[0] if len(made) == 1 else made
 
-    def require_zero(self, value: Value, dim: int) -> None:
-        """Require zeros in the channels of ``value`` that this op sums over.
+    def require_zero(self, value: Value, dim: int, weight: Value | None = None, columns: Ids = None) -> None:
+        """Require zeros in the channels that this op sums over, or in the columns that read them.
 
-        Channels that are not zero are frozen or, with ``exact=False``, recorded as inexact.
+        Other channels that are not zero are frozen or, with ``exact=False``, recorded as inexact.
 
         Args:
             value: an operand.
             dim: the dimension that the op sums over.
+            weight: the weight that the channels are multiplied by; None if there is none.
+            columns: raw slot ids of its columns, one for each channel.
         """
         for producer in value.origins:
             self.records.producers[producer].consumed = True
         ids, zero = value.ids[dim], value.zero[dim]
+        if weight is not None and columns is not None:
+            zero = mask_columns(self.records, value, zero, weight, columns, self.node, settled=self.settled)
         if ids is not None and zero is not None and not zero.all():
             by = f" after {value.zero_broken_by}" if value.zero_broken_by else ""
             reason = f"{self.label} reads it not as zero{by}"
@@ -332,7 +337,7 @@ class Call:
         columns = weight.ids[weight_dim]
         if columns is not None:
             self.records.consume(columns)
-        self.require_zero(value, dim)
+        self.require_zero(value, dim, weight, columns)
 
     def produce(self, kind: str, rows: Ids, bias: Ids) -> frozenset[int]:
         """Record a producer: a weight and a bias whose rows make the channels of the output.

@@ -122,7 +122,7 @@ def _contract_groups(call: Call, x: Value, channel: int, weight: Value, weight_d
     call.unify(x.ids[channel], spread, size, reason)
     if columns is not None:
         call.records.consume(columns)
-    call.require_zero(x, channel)
+    call.require_zero(x, channel, weight, spread)
 
 
 @register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

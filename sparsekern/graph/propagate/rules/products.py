@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
+from sparsekern.graph.propagate.constants import mask_columns
 from sparsekern.graph.propagate.rules.arithmetic import broadcast, every, zeros
 from sparsekern.graph.propagate.rules.base import Call, Result, flags, register_rule
 from sparsekern.graph.propagate.values import Flags, Ids, Value
@@ -28,7 +31,7 @@ def _product(
     size = left.shape[k]
     reason = left.untracked_reason or right.untracked_reason or f"{call.label} reads positions that stay"
     call.unify(left.ids[k], right.ids[-2], size, reason)
-    vanishes = flags(left.zero[k], size) | flags(right.zero[-2], size)
+    vanishes = _vanishing(call, left, k, right, -2) | _vanishing(call, right, -2, left, k)
     ids = left.ids[k] if left.ids[k] is not None else right.ids[-2]
     if ids is not None:
         _consume(call, left, right)
@@ -53,6 +56,15 @@ def _product(
         call.size(right, right.ndim - 1),
     )
     return out_ids, out_zero, left.origins | right.origins | made
+
+
+def _vanishing(call: Call, value: Value, dim: int, weight: Value, weight_dim: int) -> np.ndarray:
+    """Which positions of ``dim`` add nothing: the value is zero, or the weight's columns are masked."""
+    zero, columns = flags(value.zero[dim], value.shape[dim]), weight.ids[weight_dim]
+    if value.ids[dim] is None or columns is None:
+        return zero
+    found = mask_columns(call.records, value, zero, weight, columns, call.node, settled=call.settled)
+    return flags(found, value.shape[dim])
 
 
 def _consume(call: Call, left: Value, right: Value) -> None:
