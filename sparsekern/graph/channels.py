@@ -227,6 +227,10 @@ class ChannelGraph:
         """Names of the groups without a channel in ``kept`` (bool ``[C]``) that do not go with a block."""
         return emptied(self.blocks, self.groups, kept)
 
+    def tensors_without(self, kept: np.ndarray) -> frozenset[str]:
+        """Names of the tensors of blocks that are not in ``kept`` (bool ``[C]``)."""
+        return frozenset[str]().union(*(b.tensors for b in self.blocks if not kept[b.channel]))
+
     def kept_blocks(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
         """The numbers of the modules that stay, by path, in each list that loses blocks without ``kept``."""
         return kept_blocks(self.blocks, kept)
@@ -297,7 +301,7 @@ def _renumbered(
     """The tensors with new channel ids; those without any are left out, unless they are writers of blocks."""
     result = {}
     for name, slots in tensors.items():
-        channels = []
+        channels: list[np.ndarray | None] = []
         for ids in slots.channels:
             moved = None if ids is None else np.where(ids >= 0, new[ids], -1)
             rows = name in writers and len(channels) == slots.row_dim
