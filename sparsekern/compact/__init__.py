@@ -1,5 +1,6 @@
 """Carrying out a pruning plan: cut the network, verify the result, save and load it."""
 
+from sparsekern.compact.block_plans import ListPlan as ListPlan
 from sparsekern.compact.plan import Plan as Plan
 from sparsekern.compact.plan import TensorPlan as TensorPlan
 from sparsekern.compact.plan import make_plan as make_plan
@@ -13,6 +14,7 @@ from sparsekern.compact.surgery import plan_of as plan_of
 from sparsekern.compact.verify import verify as verify
 
 __all__ = [
+    "ListPlan",
     "Plan",
     "TensorPlan",
     "check_copies",

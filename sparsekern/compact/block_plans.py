@@ -131,10 +131,6 @@ def lists_to_json(blocks: Mapping[str, ListPlan], number_of: Any) -> dict[str, A
     }
 
 
-def _within(count: int, number: int, sets: Sequence[Runs]) -> bool:
-    return 1 <= count <= _MOST and 0 <= number < len(sets)
-
-
 def lists_from_json(entries: Any, sets: Sequence[Runs]) -> dict[str, ListPlan]:
     """The plans that :func:`lists_to_json` wrote.
 
@@ -147,13 +143,17 @@ def lists_from_json(entries: Any, sets: Sequence[Runs]) -> dict[str, ListPlan]:
     for path, entry in entries.items():
         fields = entry if isinstance(entry, dict) else {}
         count, number = fields.get("count"), fields.get("keep")
-        if type(count) is not int or type(number) is not int or not _within(count, number, sets):
+        if type(count) is not int or not 1 <= count <= _MOST or not _is_index(number, sets):
             raise ValueError(
                 f"text: got {describe(entry)} as the modules of {describe(path)}, expected a count and the "
                 f"number of a set of indices"
             )
         found[path] = ListPlan(count, tuple(sets[number].within(count, 0).tolist()))
     return found
+
+
+def _is_index(number: Any, sets: Sequence[Runs]) -> bool:
+    return type(number) is int and 0 <= number < len(sets)
 
 
 def inside(blocks: Mapping[str, ListPlan], prefix: str) -> dict[str, ListPlan]:

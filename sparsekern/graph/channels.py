@@ -228,6 +228,10 @@ class ChannelGraph:
         """Names of the groups without a channel in ``kept`` (bool ``[C]``) that do not go with a block."""
         return emptied(self.blocks, self.groups, kept)
 
+    def tensors_without(self, kept: np.ndarray) -> frozenset[str]:
+        """Names of the tensors of blocks that are not in ``kept`` (bool ``[C]``)."""
+        return frozenset[str]().union(*(b.tensors for b in self.blocks if not kept[b.channel]))
+
     def kept_blocks(self, kept: np.ndarray) -> dict[str, tuple[int, ...]]:
         """The numbers of the modules that stay, by path, in each list that loses blocks without ``kept``."""
         return kept_blocks(self.blocks, kept)

@@ -117,6 +117,8 @@ def _positions(blocks: nn.Module, kept: Sequence[int]) -> Iterator[tuple[nn.Modu
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attributes of a user's module that are no modules and no tensors."""
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        yield "num_layers", module.num_layers
     if type(module).__module__.startswith(("torch.nn.", "sparsekern.nn.")):
         return
     for name, value in vars(module).items():
@@ -154,8 +156,9 @@ def _counted(
     Raises:
         ValueError: an attribute may count the blocks of several lists that lose different blocks.
     """
-    held = [entry for entry in _held(model) if _COUNT.search(entry.name) and _length(entry.value)]
-    changes = []
+    named = [entry for entry in _held(model) if _COUNT.search(entry.name)]
+    held = [entry for entry in named if _length(entry.value)]
+    changes = [change for entry in named for change in _of_stages(entry, lists, kept)]
     for entry in held:
         owner = _owner(entry, held, lists)
         if owner is not None and len(kept.get(owner, lists[owner]._modules)) < len(lists[owner]._modules):
@@ -171,6 +174,25 @@ def _counted(
                 f"counts the blocks of one list; it may count those of {', '.join(_candidates(entry, lists))}"
             )
     return changes
+
+
+def _of_stages(
+    entry: _Held, lists: Mapping[str, nn.Module], kept: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Any, str, Any]]:
+    """The new value of an attribute such as ``config.depths``, which counts the blocks of every stage."""
+    if type(entry.value) not in (list, tuple) or len(entry.value) < 2:
+        return
+    stages: dict[str, list[str]] = {}
+    for path in lists:
+        parts = path.split(".")
+        for place in [number for number, part in enumerate(parts) if part.isdecimal()]:
+            stages.setdefault(".".join((*parts[:place], "*", *parts[place + 1 :])), []).append(path)
+    for paths in stages.values():
+        sizes = [len(lists[path]._modules) for path in paths]
+        if sizes == list(entry.value) and any(path in kept for path in paths):
+            left = (len(kept.get(path, lists[path]._modules)) for path in paths)
+            yield entry.holder, entry.name, type(entry.value)(left)
+            return
 
 
 def _length(value: Any) -> int:
@@ -208,7 +230,9 @@ def _owner(entry: _Held, held: Sequence[_Held], lists: Mapping[str, nn.Module]) 
         named = _named(entry, candidates)
         others = [other for other in held if other.holder is entry.holder and other is not entry]
         claimed = {path for other in others for path in _named(other, _candidates(other, lists))}
-        candidates = named or [path for path in candidates if path not in claimed]
+        beside = [path for path in candidates if path.rpartition(".")[0] == entry.root]
+        free = [path for path in candidates if path not in claimed]
+        candidates = named or (beside if len(beside) == 1 else free)
     return candidates[0] if len(candidates) == 1 else None
 
 

@@ -183,6 +183,26 @@ def test_a_count_that_may_be_of_several_lists_is_refused() -> None:
     assert compact(model, plan).one.config.num_hidden_layers == 3
 
 
+def test_the_depths_of_stages_follow() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # As many stages as the third one has blocks.
+            self.config, self.num_layers = SimpleNamespace(depths=[2, 2, 3]), 3
+            self.stages = nn.ModuleList(
+                nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))})
+                for depth in (2, 2, 3)
+            )
+
+    model = Stages()
+    small = compact(model, Plan({}, {"stages.2.blocks": ListPlan(3, (0, 2))}))
+    assert small.config.depths == [2, 2, 2] and small.num_layers == 3 and model.config.depths == [2, 2, 3]
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(4, 2, 4, norm_first=True), 3, enable_nested_tensor=False
+    )
+    assert compact(encoder, Plan({}, {"layers": ListPlan(3, (1,))})).num_layers == 1
+
+
 def test_encoder_and_decoder_are_counted_by_name() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -78,14 +78,15 @@ def test_a_resumed_training_goes_on_bit_by_bit(shrink: bool, tmp_path: Path) -> 
             assert torch.equal(own, model.state_dict()[name])
 
 
-def test_blocks_and_the_residual_stream_of_a_resnet_together() -> None:
+@pytest.mark.parametrize("select", [None, "magnitude"])
+def test_blocks_and_the_residual_stream_of_a_resnet_together(select: str | None) -> None:
     results = []
     for shrink in (False, True):
         torch.manual_seed(0)
         model = ResNet(nn.ReLU).double()
         optimizer = sparsekern.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         ema = copy.deepcopy(model)
-        options = {"keep": 0.3, "events": 4, "round_to": 1, "depth": True, "select": "taylor", "also": [ema]}
+        options = {"keep": 0.3, "events": 4, "round_to": 1, "depth": True, "select": select, "also": [ema]}
         pruner = Pruner(model, optimizer, images(), steps=STEPS, shrink=shrink, **options)
         for step in range(STEPS):
             (model(images() + step / 10) - 1).square().mean().backward()

@@ -118,7 +118,8 @@ def renamed_tensors(expression: Any, blocks: KeptBlocks) -> Any:
 
     Args:
         expression: the expression with names of tensors, or an argument in one.
-        blocks: the blocks that stay. Names inside of others stay as they are; nobody reads such an expression.
+        blocks: the blocks that stay. Names inside of others stay as they are, because nobody reads such an
+            expression.
 
     Returns:
         The same with the new names.

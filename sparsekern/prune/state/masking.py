@@ -267,11 +267,12 @@ class Masks:
         partner = partners.channel
         folded = fading & (partner >= 0) & (partners.coefficient > 0)
         folded &= self.live[partner] & ~fading[partner]
+        gone = self._graph.tensors_without(self.live)
         for group in self._graph.groups:
             mine = group.channels[folded[group.channels]]
             if not len(mine):
                 continue
-            if not _foldable(self._graph, group):
+            if not _foldable(self._graph, group, gone):
                 folded[mine] = False
                 continue
             for name, dim in group.consumers:
@@ -284,21 +285,25 @@ class Masks:
         return folded
 
 
-def _foldable(graph: ChannelGraph, group: Group) -> bool:
-    """Whether a channel has one filter and one scale: its value is then linear in the filter's output."""
+def _foldable(graph: ChannelGraph, group: Group, gone: Set[str]) -> bool:
+    """Whether a channel has one filter and one scale: its value is then linear in the filter's output.
+
+    Tensors of blocks that go (``gone``) do not count.
+    """
     if group.masked_columns:
         # Its constant is not scaled with the filter.
         return False
+    producers = [name for name in group.producers if name not in gone]
     consumers = dict(group.consumers)
     others = [
         graph.tensors[name]
         for name, _ in group.members
-        if name not in consumers and name not in group.producers
+        if name not in consumers and name not in group.producers and name not in gone
     ]
     # At most gamma, beta and a bias before them; a depthwise filter or a second norm differs per channel.
     parameters = [slots for slots in others if slots.kind == "parameter"]
     one_scale = len(parameters) <= 3 and all(len(slots.shape) == 1 for slots in parameters)
-    return len(group.producers) == 1 and bool(consumers) and one_scale
+    return len(producers) == 1 and bool(consumers) and one_scale
 
 
 def _add_columns(

@@ -30,6 +30,7 @@ class ChannelRows:
         table: the flat per-row arrays of all parameters in ``trained`` that have channels.
         channel_of: int64 ``[R]``, channel of each row, -1 for a row that is never pruned alone.
         block_of: int64 ``[R]``, channel that stands for the block whose writers have the row, or -1.
+        inside: int64 ``[R]``, channel that stands for the block that has the row's parameter, or -1.
         is_gate: bool ``[R]``; rows of gates. If no gate of a channel is trained (a batch norm whose affine
             parameters are frozen), its trained filters replace them.
         stands_in: bool ``[C]``; channels whose filters replace their gates.
@@ -44,7 +45,7 @@ class ChannelRows:
         tracked: list[tuple[nn.Parameter, int]] = []
         channels: list[np.ndarray] = []
         writers = {name: block.channel for block in graph.blocks for name in block.writers}
-        self._graph = graph
+        holders = {name: block.channel for block in graph.blocks for name in block.tensors}
         self._trained = trained
         self._spans: dict[str, slice] = {}
         start = 0
@@ -64,8 +65,9 @@ class ChannelRows:
             start += len(of_rows)
         self.channel_of = np.concatenate(channels) if channels else np.zeros(0, np.int64)
         self.block_of = np.full(start, -1, np.int64)
-        for name, rows_of_name in self._spans.items():
-            self.block_of[rows_of_name] = writers.get(name, -1)
+        self.inside = np.full(start, -1, np.int64)
+        for name, own in self._spans.items():
+            self.block_of[own], self.inside[own] = writers.get(name, -1), holders.get(name, -1)
         self.num_channels = self.total = graph.num_channels
         self.numbers = np.arange(self.total)
         self.is_producer = self._mark_producers(graph)
@@ -80,10 +82,8 @@ class ChannelRows:
 
     def kept_rows(self, kept: np.ndarray) -> np.ndarray:
         """The rows that a network with only the channels ``kept`` (bool ``[C]``) has, bool ``[R]``."""
-        rows: np.ndarray = np.append(kept, True)[self.channel_of]
-        for block in self._graph.blocks:
-            for name in () if kept[block.channel] else block.tensors & self._spans.keys():
-                rows[self._spans[name]] = False
+        stays = np.append(kept, True)
+        rows: np.ndarray = stays[self.channel_of] & stays[self.inside]
         return rows
 
     def restricted(self, model: nn.Module, graph: ChannelGraph, kept: np.ndarray) -> ChannelRows:
@@ -163,12 +163,13 @@ class ChannelRows:
         sums = np.bincount(self.block_of[held], weights=values[held], minlength=self.num_channels)
         return sums, np.bincount(self.block_of[held], minlength=self.num_channels)
 
-    def mean_over_producers(self, values: np.ndarray) -> np.ndarray:
+    def mean_over_producers(self, values: np.ndarray, live: np.ndarray) -> np.ndarray:
         """Mean of a per-row quantity ``[R]`` over each channel's filters, float64 ``[C]``.
 
-        For a channel without a filter (a bare parameter) it is the mean over all of its rows.
+        For a channel without a filter (a bare parameter) it is the mean over all of its rows. Filters inside
+        of blocks that are not ``live`` (bool ``[C]``) do not count, as they do not in a shrunk network.
         """
-        filters = self.is_producer & (self.channel_of >= 0)
+        filters = self.is_producer & (self.channel_of >= 0) & np.append(live, True)[self.inside]
         has_filter = np.zeros(self.num_channels, bool)
         has_filter[self.channel_of[filters]] = True
         counted = filters | ((self.channel_of >= 0) & ~has_filter[self.channel_of])
@@ -247,11 +248,11 @@ def gather(
     activity = table.activity.double().cpu().numpy() * unbias
     weight_sq = table.sums[:, WEIGHT_SQ].double().cpu().numpy()
     dot_sq = table.channel_dot_sq.double().cpu().numpy() * unbias
-    share = rows.mean_over_producers(activity)
+    share = rows.mean_over_producers(activity, live)
     taylor = np.sqrt(dot_sq)
     if rows.stands_in.any():
         taylor = np.where(rows.stands_in, np.maximum(taylor, _directional_taylor(rows)), taylor)
-    magnitude = np.sqrt(rows.mean_over_producers(weight_sq))
+    magnitude = np.sqrt(rows.mean_over_producers(weight_sq, live))
     if graph.blocks:
         norms, count = rows.sums_over_blocks(np.sqrt(weight_sq))
         share = np.where(count > 0, rows.sums_over_blocks(activity)[0] / np.maximum(count, 1), share)
@@ -304,18 +305,20 @@ def effective_filters(group: Group, statistics: Statistics) -> Tensor:
     """
     gates = gate_vectors(group, statistics)
     parts = []
-    for name in group.producers:
+    gone = statistics.graph.tensors_without(statistics.live)
+    producers = [name for name in group.producers if name not in gone]
+    for name in producers:
         slots = statistics.graph.tensors[name]
         assert slots.row_dim is not None
         weight = whole(statistics.parameters[name]).float().movedim(slots.row_dim, 0).flatten(1)
         rows = first_rows(slots.channels[slots.row_dim], group.channels)
         weight = weight[torch.from_numpy(rows).to(weight.device)]
-        if len(group.producers) > 1 or gates.normalised:
+        if len(producers) > 1 or gates.normalised:
             weight = torch.nn.functional.normalize(weight, dim=1)
         parts.append(weight)
-    if len(group.producers) == 1 and gates.scale is not None:
+    if len(producers) == 1 and gates.scale is not None:
         parts[0] = parts[0] * gates.scale[:, None]
-    if len(group.producers) == 1 and gates.shift is not None:
+    if len(producers) == 1 and gates.shift is not None:
         parts.append(gates.shift[:, None])
     return torch.cat(parts, dim=1)
 
@@ -334,7 +337,9 @@ def gate_vectors(group: Group, statistics: Statistics) -> GateVectors:
     graph = statistics.graph
     first = int(group.channels[0])
     span = slice(int(graph.gates.offsets[first]), int(graph.gates.offsets[first + 1]))
+    gone = graph.tensors_without(statistics.live)
     names = [graph.gates.names[index] for index in graph.gates.tensors[span]]
+    names = [name for name in names if name not in gone]
     vectors = [name for name in names if name not in group.producers]
 
     def values(suffix: str) -> Tensor | None:
