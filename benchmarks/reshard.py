@@ -177,7 +177,7 @@ class Training:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     def masked(self) -> bool:
         """Whether channels are masked that the live model still has."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsekern.compact import Plan, plan_of, shrink
+from sparsekern.compact.reshard import Shard
 from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, optimizer_of, progress
 from sparsekern.prune import Pruner
 from sparsekern.recipes._torchvision import blaming, warn_of_mismatch  # must be imported before lightning
@@ -40,11 +41,14 @@ class PruningCallback(Pruning, pl.Callback):
         module: name of the submodule to prune, whose ``forward`` takes ``example_inputs``; default the whole
             module.
         steps: optimizer steps of the training; default ``trainer.estimated_stepping_batches``.
+        shard: for a submodule that ``fully_shard`` sharded: a smaller one takes its place after every event,
+            see :meth:`sparsekern.Pruner.reshard`. Needs ``module``, as the trainer keeps the whole module.
         options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
 
     Raises:
-        ValueError: in ``fit``, the number of steps is not known, the checkpoint is of a run without this
-            callback, or an argument of the Pruner is not valid.
+        ValueError: ``shard`` comes without ``module``; in ``fit``, the number of steps is not known, the
+            checkpoint is of a run without this callback or comes with ``shard``, or an argument of the Pruner
+            is not valid.
         RuntimeError: in ``fit``, the callback has served another one.
     """
 
@@ -54,8 +58,15 @@ class PruningCallback(Pruning, pl.Callback):
         *,
         module: str = "",
         steps: int | None = None,
+        shard: Shard | None = None,
         **options: Any,
     ) -> None:
+        if shard is not None and not module:
+            raise ValueError(
+                "shard: got a function without module=, expected the name of a sharded submodule: the "
+                "trainer keeps the whole module, which cannot be replaced by a smaller one"
+            )
+        self._shard = shard
         self._inputs, self._module, self._steps, self._options = example_inputs, module, steps, options
         self._held: HeldWeights | None = None
         self._restored: dict[str, Any] | None = None
@@ -72,6 +83,11 @@ class PruningCallback(Pruning, pl.Callback):
         """Make the Pruner: the optimizers exist, and their states are not restored yet."""
         weights = self._take()
         check_both(weights, self._restored, "ckpt_path")
+        if self._shard is not None and self._restored is not None:
+            raise ValueError(
+                "ckpt_path: got a checkpoint for a callback with shard=, expected none: Lightning loads the "
+                "weights before the submodule has their sizes; resume in a loop of your own"
+            )
         self._whole = pl_module
         module = pl_module.get_submodule(self._module)
         inputs = pl_module.example_input_array if self._inputs is None else self._inputs
@@ -88,11 +104,19 @@ class PruningCallback(Pruning, pl.Callback):
             self.pruner.load_state_dict(self._restored["pruner"])
             pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 
+    def _reshard(self, pruner: Pruner, shard: Shard) -> None:
+        """Put a smaller submodule in place of the present one, if channels were masked since the last call."""
+        smaller, _ = pruner.reshard(shard)
+        parent, _, name = self._module.rpartition(".")
+        setattr(self._whole.get_submodule(parent), name, smaller)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Log the curves."""
+        """Reshard a submodule after an event, and log the curves."""
         if self.pruner is not None:
+            if self._shard is not None:
+                self._reshard(self.pruner, self._shard)
             pl_module.log_dict(progress(self.pruner))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

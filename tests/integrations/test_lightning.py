@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from integrations.networks import CLASSES, Network, assert_same, images
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsekern
@@ -119,6 +122,49 @@ def test_accumulation_and_precisions(tmp_path: Path, options: dict[str, Any]) ->
     assert metrics["finished"] and metrics["macs_share"] <= 0.4
     example = images(2)[0].to(next(module.parameters()).dtype)
     assert sparsekern.verify(module.net, callback.compact(), example) < 1e-5
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_submodule_becomes_smaller(tmp_path: Path, mesh: DeviceMesh) -> None:
+    class Sharded(Module):
+        def configure_model(self) -> None:
+            if not isinstance(self.net, FSDPModule):
+                fully_shard(self.net, mesh=mesh)
+
+    def callback() -> PruningCallback:
+        sharding = {"module": "net", "shard": lambda model: fully_shard(model, mesh=mesh)}
+        return PruningCallback(keep=0.3, events=3, **sharding)
+
+    def fresh() -> Sharded:
+        torch.manual_seed(0)
+        return Sharded()
+
+    masked, _ = fit(tmp_path / "masked", PruningCallback(keep=0.3, events=3, module="net"), module=fresh())
+    own = callback()
+    module, _ = fit(tmp_path / "whole", own, module=fresh())
+    assert own.pruner is not None and own.pruner.finished
+    assert isinstance(module.net, FSDPModule) and module.net.head.in_features < 32
+    example, small = images(2)[0], own.compact()
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(example), masked.eval()(example), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(small.eval()(example), module(example), rtol=1e-5, atol=1e-6)
+    held = callback()
+    held.load_state_dict(own.state_dict())
+    with pytest.raises(ValueError, match="ckpt_path: got a checkpoint for a callback with shard="):
+        fit(tmp_path / "again", held, module=fresh())
+    with pytest.raises(ValueError, match="shard: got a function without module="):
+        PruningCallback(keep=0.3, shard=lambda model: None)
 
 
 def test_the_curves_are_logged(tmp_path: Path) -> None:
