@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -152,7 +152,7 @@ def lists_from_json(entries: Any, sets: Sequence[Runs]) -> dict[str, ListPlan]:
     return found
 
 
-def _is_index(number: Any, sets: Sequence[Runs]) -> bool:
+def _is_index(number: object, sets: Sequence[Runs]) -> TypeGuard[int]:
     return type(number) is int and 0 <= number < len(sets)
 
 
