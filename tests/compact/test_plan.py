@@ -110,7 +110,7 @@ def changed(**changes: object) -> str:
         ("{", "^text: got no valid JSON"),
         ("[]", "is not a plan"),
         ("{}", "is not a plan"),
-        (changed(version=3), "version 3, expected 2"),
+        (changed(version=4), "version 4, expected 3"),
         (changed(indices={}), "got dict as 'indices'"),
         (changed(indices=["0--1"]), "expected runs"),
         (changed(indices=["0,2\n"]), "expected runs"),
