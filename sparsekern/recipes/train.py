@@ -18,6 +18,7 @@ from sparsekern.files.schema import Anything, Fields, Items, Kind, OneOf, Whole,
 from sparsekern.prune.pruner import check_run
 from sparsekern.prune.save.check import check_training
 from sparsekern.prune.save.checkpoint import in_own_memory
+from sparsekern.prune.state.future import Future
 from sparsekern.prune.state.schema import STATE
 from sparsekern.recipes.batches import Batches
 from sparsekern.recipes.checkpoint import RUN
@@ -322,7 +323,7 @@ class Trainer:
             check_run(self.pruner, state["pruner"], state["model"], state["optimizer"])
         else:
             OneOf((None,)).check(state["pruner"], "state['pruner']")
-            check_training(state["model"], state["optimizer"], self.model, self.optimizer, {})
+            check_training(state["model"], state["optimizer"], self.model, self.optimizer, Future())
 
 
 def _due(step: int, steps: int, times: int) -> bool:
