@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -141,9 +141,8 @@ def lists_from_json(entries: Any, sets: Sequence[Runs]) -> dict[str, ListPlan]:
         raise ValueError(f"text: got {type(entries).__name__} as 'blocks', expected dict")
     found = {}
     for path, entry in entries.items():
-        fields = entry if isinstance(entry, dict) else {}
-        count, number = fields.get("count"), fields.get("keep")
-        if type(count) is not int or not 1 <= count <= _MOST or not _is_index(number, sets):
+        count, number = _count_and_set(entry)
+        if not 1 <= count <= _MOST or not 0 <= number < len(sets):
             raise ValueError(
                 f"text: got {describe(entry)} as the modules of {describe(path)}, expected a count and the "
                 f"number of a set of indices"
@@ -152,8 +151,14 @@ def lists_from_json(entries: Any, sets: Sequence[Runs]) -> dict[str, ListPlan]:
     return found
 
 
-def _is_index(number: object, sets: Sequence[Runs]) -> TypeGuard[int]:
-    return type(number) is int and 0 <= number < len(sets)
+def _count_and_set(entry: Any) -> tuple[int, int]:
+    """The count and the number of a set in plain data; -1 for what is none."""
+    fields = entry if isinstance(entry, dict) else {}
+    found = [fields.get(key) for key in ("count", "keep")]
+    count, number = (
+        value if isinstance(value, int) and not isinstance(value, bool) else -1 for value in found
+    )
+    return count, number
 
 
 def inside(blocks: Mapping[str, ListPlan], prefix: str) -> dict[str, ListPlan]:

@@ -360,23 +360,32 @@ def _cut_reads(
 
 
 def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks) -> Gates:
-    left = _kept_gates(gates, ~kept, [after_removal(name, names) is None for name in gates.names])
+    stays = np.ones(len(gates.rows), bool)
+    for index, name in enumerate(gates.names):
+        # Writers of a block lose rows with the channels that the blocks of a list share.
+        stays[gates.tensors == index] = after_removal(name, names) is not None
+        ids = _ids_of_rows(tensors[name])
+        stays[gates.tensors == index] &= _staying(ids, kept)[gates.rows[gates.tensors == index]]
+    left = _kept_gates(gates, ~kept, stays)
     rows = left.rows.copy()
     for index, name in enumerate(left.names):
-        slots = tensors[name]
-        ids = None if slots.row_dim is None else slots.channels[slots.row_dim]
-        assert ids is not None
         mine = left.tensors == index
-        rows[mine] = (np.cumsum(_staying(ids, kept)) - 1)[rows[mine]]
+        rows[mine] = (np.cumsum(_staying(_ids_of_rows(tensors[name]), kept)) - 1)[rows[mine]]
     return left._replace(rows=rows, names=tuple(renamed(name, names) for name in left.names))
 
 
-def _kept_gates(gates: Gates, gone: np.ndarray, lost: Sequence[bool] = ()) -> Gates:
-    """The gates of channels that are not ``gone``, without rows of the tensors that are ``lost``."""
+def _ids_of_rows(slots: TensorSlots) -> np.ndarray:
+    ids = None if slots.row_dim is None else slots.channels[slots.row_dim]
+    assert ids is not None
+    return ids
+
+
+def _kept_gates(gates: Gates, gone: np.ndarray, stays: np.ndarray | None = None) -> Gates:
+    """The gates of channels that are not ``gone``, of which only some rows ``stay``: bool, by entry."""
     channel = np.repeat(np.arange(len(gone)), np.diff(gates.offsets))
     kept = ~gone[channel]
-    if any(lost):
-        kept &= ~np.array(lost)[gates.tensors]
+    if stays is not None:
+        kept &= stays
     counts = np.bincount(channel[kept], minlength=len(gone))
     used, tensors = np.unique(gates.tensors[kept], return_inverse=True)
     offsets = np.concatenate([[0], np.cumsum(counts[~gone])]).astype(np.int64)
