@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.distributed.tensors import is_sharded
+from sparsekern.distributed.tensors import local, rewritten, whole
 from sparsekern.graph import ChannelGraph
 from sparsekern.graph.groups import ConstantRead
 from sparsekern.graph.propagate.expressions import evaluate
@@ -22,7 +22,7 @@ def take_over(
     """Add the constants of channels, times their columns, to what their readers add to the output.
 
     The output of the network then stays the same when the columns are masked, except beside zeros that pad a
-    convolution. Sharded models are left as they are: their output changes.
+    convolution. Tensors of a sharded model are gathered one at a time; all processes have to call this.
 
     Args:
         graph: the channels.
@@ -35,17 +35,20 @@ def take_over(
         if columns is None or read.weight not in tensors or read.target not in tensors:
             continue
         gone = np.flatnonzero((columns >= 0) & chosen[columns] & (read.values >= 0))
-        if len(gone) and not is_sharded(tensors[read.weight]):
+        if len(gone):
             _add(read, tensors, gone, undo)
 
 
 def _add(read: ConstantRead, tensors: Mapping[str, Tensor], gone: np.ndarray, undo: ExitStack | None) -> None:
-    weight, target = tensors[read.weight].detach(), tensors[read.target].detach()
+    weight, target = whole(tensors[read.weight]), tensors[read.target]
     numbers, which = np.unique(read.values[gone], return_inverse=True)
-    constants = [evaluate(read.expressions[n], tensors.__getitem__, weight).reshape(()) for n in numbers]
+    expressions = [read.expressions[number] for number in numbers]
+    constants = [evaluate(e, lambda name: whole(tensors[name]), weight).reshape(()) for e in expressions]
     own, place = (torch.from_numpy(a).to(weight.device) for a in (gone, which.reshape(-1)))
     columns = weight.index_select(1, own).reshape(len(weight), len(gone), -1).sum(2)
     moved = columns @ torch.stack(constants)[place]
     if undo is not None:
-        undo.callback(torch.no_grad()(target.copy_), target.clone())
-    target.add_(moved.to(target), alpha=read.sign)
+        held = local(target)
+        undo.callback(torch.no_grad()(held.copy_), held.clone())
+    with rewritten(target) as values:
+        values.add_(moved.to(values), alpha=read.sign)
