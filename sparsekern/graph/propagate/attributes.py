@@ -328,7 +328,7 @@ class _Recorder(TorchFunctionMode):
     def _record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
         """Record a reshape, or a tensor that is made, as one that was without dimensions before."""
         rest = [*args, *kwargs.values()]
-        x = rest.pop(0) if name not in _MADE else None
+        x: Any = rest.pop(0) if name not in _MADE else None
         sizes = pytree.tree_leaves(rest, is_leaf=lambda item: isinstance(item, torch.Size))
         sizes = [s for item in sizes for s in (item if isinstance(item, torch.Size) else [item])]
         first = int(sizes.pop(0)) % x.ndim if name == "unflatten" else 0
