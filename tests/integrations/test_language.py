@@ -127,7 +127,12 @@ def test_a_trained_model_is_pruned_once() -> None:
         optimizer.step()
         optimizer.zero_grad()
     pruned = sparsekern.prune_once(
-        model, data[:2], keep=0.6, calibration=[(data[:12], data[:12]), (data[12:], data[12:])], loss=loss
+        model,
+        data[:2],
+        keep=0.7,
+        allocate="uniform",
+        calibration=[(data[:12], data[:12]), (data[12:], data[12:])],
+        loss=loss,
     )
     hidden, mlps, heads = widths(pruned.network)
     assert hidden < 32 and sum(mlps) < 2 * 48 and sum(heads) <= 2 * 32

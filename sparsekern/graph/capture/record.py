@@ -226,7 +226,10 @@ def contents(tensor: Tensor) -> Any:
         return None if constant is None else contents(constant)
     if tensor.numel() > _LARGEST_CONSTANT or tensor.is_meta:
         return None
-    return str(tensor.dtype), tuple(tensor.detach().flatten().tolist())
+    values = tuple(tensor.detach().flatten().tolist())
+    # A number that depends on data, such as a size, has no value while the program is traced.
+    known = all(type(value) in (bool, int, float, complex) for value in values)
+    return (str(tensor.dtype), values) if known else None
 
 
 def _plain(func: Any, args: Any, kwargs: Any) -> tuple[tuple[str, Any], ...]:
