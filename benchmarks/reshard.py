@@ -9,7 +9,6 @@ and from after the first cut. It takes no times. It writes benchmarks/results/re
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import tempfile
 from collections.abc import Callable
@@ -26,12 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
 from benchmarks.environment import environment
 from benchmarks.processes import run
 from benchmarks.saved import save
+from sparsekern.distributed.tensors import local
 from sparsekern.recipes.models import UNet
 
 STEPS, WARMUP, EVENTS, FINISH = 62, 0.05, 2, 0.25  # at least 50 steps follow the first cut
@@ -40,38 +42,43 @@ PATIENCE = 3000.0  # time limit of the processes in seconds
 VOCABULARY, LENGTH = 64, 16
 
 
-class _Heap(ctypes.Structure):
-    """glibc's ``struct mallinfo2``; sizes in bytes."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-def heap() -> int:
-    """The bytes that this process has allocated and not freed; needs glibc 2.33."""
-    read = ctypes.CDLL(None).mallinfo2
-    read.restype = _Heap
-    now = read()
-    return int(now.uordblks + now.hblkhd)
-
-
 class Peak(TorchDispatchMode):
-    """Reads the heap after every op of torch, also of ops inside other ops.
+    """Adds up the memory of all tensors after every op of torch.
 
     torch's profiler does not see that a thread of gloo frees a tensor, which is often the last to hold it.
 
     Attributes:
         above: the most bytes above those at the start of the block.
+        where: the op after which this was so.
     """
 
     def __enter__(self) -> Peak:
-        self.start, self.above = heap(), 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        # `type`, because some objects answer for the class of another.
+        for found in gc.get_objects():
+            if issubclass(type(found), Tensor):
+                self._note(found)
+        self._start, self.above, self.where = self._sum(), 0, ""
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.above = max(self.above, heap() - self.start)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        if (above := self._sum() - self._start) > self.above:
+            self.above, self.where = above, str(func)
         return result
+
+    def _note(self, tensor: Tensor) -> None:
+        own = local(tensor)
+        if type(own) in (Tensor, nn.Parameter) and own.device.type == "cpu":
+            storage = own.untyped_storage()
+            self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def _sum(self) -> int:
+        self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
+        return sum(size for _, size in self._held.values())
 
 
 def unet() -> nn.Module:
