@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -103,6 +104,13 @@ class SmallerModel:
         recorded = fully_sharded.records(self.module)
         for entry in self._tensors:
             self._check_sharded(entry, recorded)
+        parts = [part_of(tensor) for tensor in self._new.values() if is_sharded(tensor)]
+        meshes = {tuple(dist.get_process_group_ranks(part.group)) for part in parts if part.dim is not None}
+        if len(meshes) > 1:
+            raise ValueError(
+                f"shard: got parameters sharded over different processes {sorted(meshes)}, expected one "
+                f"device mesh"
+            )
         return result
 
     def _check_sharded(self, entry: Registered, recorded: dict[int, Any]) -> None:
@@ -119,8 +127,6 @@ class SmallerModel:
             raise ValueError(
                 f"shard: got a model whose {name!r} is not sharded, expected it to be, as in the model before"
             )
-        if is_sharded(made):
-            part_of(made)
 
     def division(self) -> list[str]:
         """How each tensor is divided, as text that is equal in all processes if they did the same."""

@@ -105,7 +105,7 @@ class PruningCallback(Pruning, pl.Callback):
             pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 
     def _reshard(self, pruner: Pruner, shard: Shard) -> None:
-        """Put a smaller submodule in place of the present one, if channels were masked since the last call."""
+        """Put a smaller submodule in place of the present one, if channels were masked since then."""
         smaller, _ = pruner.reshard(shard)
         parent, _, name = self._module.rpartition(".")
         setattr(self._whole.get_submodule(parent), name, smaller)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from sparsekern.nn.held_factor import holds_factors
 BEFORE, AFTER = 5, 8  # steps of the checkpoints: channels are masked and not cut yet, and cut
 
 
-def shard(model: nn.Module) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def shard(model: nn.Module, shape: tuple[int, ...] = ()) -> None:
+    shape = shape or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
     for module in model.modules():
         if isinstance(module, nn.ConvTranspose2d):
             fully_shard(module, mesh=mesh)
@@ -157,10 +159,11 @@ def convolutional(folder: Path) -> dict[str, Any]:
 
 
 def language(cut: bool) -> list[float]:
-    """A tied embedding, and norms that hold a factor for the channels that they lost."""
+    """A tied embedding, norms that hold a factor for the channels that they lost, and a mesh of replicas."""
     torch.manual_seed(0)
     model: nn.Module = Language(lambda size: WrittenOut(size, 1.0), size=16, tied=True).double()
-    shard(model)
+    again = functools.partial(shard, shape=(1, dist.get_world_size()))
+    again(model)
     optimizer = sparsekern.optim.AdamW(model.parameters(), lr=3e-3)
     batches = torch.randint(0, 7, (STEPS, 4, 6), generator=torch.Generator().manual_seed(0))
     pruner = sparsekern.Pruner(
@@ -176,7 +179,7 @@ def language(cut: bool) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         if cut:
-            model, optimizer = pruner.reshard(shard)
+            model, optimizer = pruner.reshard(again)
     if cut:
         assert model.norm.weight.shape[0] < 16 and holds_factors(model)
         assert len({id(param) for param in model.parameters()}) == len(list(model.parameters()))
