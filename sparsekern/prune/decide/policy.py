@@ -24,6 +24,7 @@ from sparsekern.prune.decide.budget import (
 )
 from sparsekern.prune.decide.criteria import Criterion, Partners, check_counted, saliency
 from sparsekern.prune.decide.names import resolve_allocate, resolve_select
+from sparsekern.prune.decide.roles import Equal, Roles, check_equal
 from sparsekern.prune.schedule import Event
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.network import Network
@@ -79,6 +80,8 @@ class Policy:
         floors: int64 ``[groups]``; channels that every group keeps at least. Empty before :meth:`fitted`.
         round_to: the multiple of group widths. 1 before :meth:`fitted`.
         runtime: where latencies are measured.
+        equal: the argument of a Pruner.
+        roles: the groups that keep the same width; None before :meth:`fitted`.
     """
 
     select: Criterion
@@ -88,10 +91,12 @@ class Policy:
     floors: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     round_to: int = 1
     runtime: Runtime = "torch"
+    equal: Equal = None
+    roles: Roles | None = None
 
     @classmethod
     def from_arguments(
-        cls, select: object, allocate: object, of: object, penalty: object, runtime: Runtime
+        cls, select: object, allocate: object, of: object, penalty: object, runtime: Runtime, equal: object
     ) -> Policy:
         """The policy of these arguments of a Pruner, before the network is known.
 
@@ -100,7 +105,13 @@ class Policy:
         """
         of = check_unit(of, runtime)
         select, allocate = resolve_select(select), resolve_allocate(allocate)
-        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime)
+        equal = check_equal(equal)
+        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime, equal=equal)
+
+    @property
+    def counts(self) -> bool:
+        """Whether fused normalisations have to count gradients."""
+        return self.select.needs_activations
 
     def problem(
         self, network: Network, saliency: np.ndarray, live: np.ndarray, share: float, of: str | None = None
@@ -123,6 +134,7 @@ class Policy:
             whole,
             network.widths,
             pricing,
+            **({} if self.roles is None else self.roles.of_problem()),
         )
 
     def fitted(
@@ -133,7 +145,7 @@ class Policy:
         choices: Sequence[int],
         time: Callable[[int], None],
     ) -> Policy:
-        """The same policy with the floors and the ``round_to`` for a network.
+        """The same policy with the floors, the roles and the ``round_to`` for a network.
 
         Args:
             network: the network at full size.
@@ -143,20 +155,23 @@ class Policy:
             time: measures the latency of the network for one of ``choices``; called if the cost is latency.
 
         Raises:
-            ValueError: ``min_channels`` is not valid, ``select`` needs counts of activations that no module
-                makes, or no choice can meet ``keep`` (:func:`sparsekern.prune.decide.budget.check_feasible`).
+            ValueError: ``min_channels`` or ``equal`` is not valid, ``select`` needs counts of activations
+                that no module makes, or no choice can meet ``keep``
+                (:func:`sparsekern.prune.decide.budget.check_feasible`).
         """
         floors = resolve_floors(min_channels, network.graph)
+        roles = Roles.of(self.equal, network.model, network.graph)
         check_counted(self.select, network.activations)
         everything = network.graph.all_channels()
 
         def problem_of(multiple: int) -> Problem:
             if self.of == "latency":
                 time(multiple)
-            own = replace(self, floors=floors, round_to=multiple)
+            own = replace(self, floors=floors, round_to=multiple, roles=roles)
             return own.problem(network, np.zeros(len(everything)), everything, keep)
 
-        return replace(self, floors=floors, round_to=first_feasible(choices, problem_of, keep).round_to)
+        multiple = first_feasible(choices, problem_of, keep).round_to
+        return replace(self, floors=floors, round_to=multiple, roles=roles)
 
     def widths(self, network: Network, keep: object, of: object = None) -> np.ndarray:
         """The channels (bool ``[C]``) that would stay if the budget were ``keep`` from now on.
@@ -178,14 +193,15 @@ class Policy:
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         problem = self.problem(network, self.saliency(statistics), statistics.live, share, of)
         check_feasible(problem, share)
-        return self.allocate(problem)
+        return problem.checked(self.allocate(problem))
 
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
         """Choose the channels that go and the next ones, which are penalised. Changes nothing."""
         live = network.masks.live
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         saliency = self.saliency(statistics)
-        kept = self.allocate(self.problem(network, saliency, live, event.share))
+        problem = self.problem(network, saliency, live, event.share)
+        kept = problem.checked(self.allocate(problem))
         partners = self.select.partners(statistics, saliency)
         penalised, penalty = self._next_in_line(network, event, following, saliency, kept)
         return Choice(event, live & ~kept, partners, penalised, penalty)

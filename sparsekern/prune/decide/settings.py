@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparsekern.distributed.ranks import Ranks
 from sparsekern.prune.decide.policy import Policy
 from sparsekern.prune.schedule import Timing
 
@@ -25,6 +27,20 @@ class Settings:
     timing: Timing
     shrink: bool
 
+    def agree(self, ranks: Ranks, channels: Sequence[str], nonfinite: str) -> None:
+        """Check that all processes have the same settings.
+
+        Args:
+            ranks: the processes.
+            channels: the fingerprint of the network's channels.
+            nonfinite: the response to gradients that are not finite.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        with ranks.agreeing("the Pruner's arguments and the channels of its model") as check:
+            check(self.to_plain(), channels, nonfinite)
+
     def to_plain(self) -> dict[str, Any]:
         """The settings as plain values, for a state."""
         policy = self.policy
@@ -37,6 +53,7 @@ class Settings:
             "allocate": repr(policy.allocate),
             "round_to": policy.round_to,
             "floors": policy.floors.tolist(),
+            "equal": None if policy.roles is None else policy.roles.setting,
             "penalty": policy.penalty,
             "shrink": self.shrink,
         }
