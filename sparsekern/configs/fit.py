@@ -43,14 +43,24 @@ class Unsayable(ValueError):
         text: the values and their tensors, without the name of an argument.
     """
 
-    def __init__(self, field: str, wishes: Mapping[Place, float], family: str) -> None:
-        self.wishes = dict(wishes)
+    def __init__(
+        self, field: str, wishes: Mapping[Place, float], family: str, value: float | None = None
+    ) -> None:
+        self.wishes, self._value = dict(wishes), value
         self.text = f"got sizes that no {family} makes: {_described(field, self.wishes)}"
         super().__init__(f"model: {self.text}")
 
-    def by_value(self) -> list[tuple[float, list[Place]]]:
-        """The values and the sizes that ask for them, the most frequent value first."""
-        return _by_value(self.wishes)
+    def sides(self) -> tuple[list[Place], list[Place]]:
+        """The sizes that fit the configuration as it is, and those that do not.
+
+        Where none fits, the first list has those that ask for the most frequent value.
+        """
+        if self._value not in self.wishes.values():
+            self._value = _by_value(self.wishes)[0][0]
+        return (
+            [place for place, wish in self.wishes.items() if wish == self._value],
+            [place for place, wish in self.wishes.items() if wish != self._value],
+        )
 
 
 def _by_value(wishes: Mapping[Place, float]) -> list[tuple[float, list[Place]]]:
@@ -216,7 +226,7 @@ def _settled(
             continue
         value = next(iter(wishes.values()))
         if any(wish != value for wish in wishes.values()) or value != int(value) or value < 1:
-            raise Unsayable(field, wishes, family)
+            raise Unsayable(field, wishes, family, found.value)
         return field, int(value)
     for field in sorted(fields, key=lambda name: _position(name.rpartition(".")[2])):
         return field, probed[field].value
@@ -249,7 +259,7 @@ def _with_numbers(kind: type[nn.Module], config: Any, model: nn.Module) -> Any:
             continue
         if len({want[place] for place in follows}) > 1:
             wishes = {(name, 0): want[name] for name in follows}
-            raise Unsayable(field, wishes, type(config).__name__)
+            raise Unsayable(field, wishes, type(config).__name__, value)
         config = changed(config, {field: want[follows[0]]})
     return config
 

@@ -193,10 +193,8 @@ def _arguments(
 
 def _way_out(small: nn.Module, error: Unsayable) -> str:
     """What to do, for a configuration that cannot say the widths of a model."""
-    (_, most), *others = error.by_value()
-    usual = {(role_name(small, name), dim) for name, dim in most}
-    unusual = [(role_name(small, name), dim) for _, places in others for name, dim in places]
-    if usual.intersection(unusual):
+    usual, unusual = ([(role_name(small, n), dim) for n, dim in side] for side in error.sides())
+    if set(usual).intersection(unusual):
         return "prune with equal='role', which keeps the same part of every layer as wide"
     modules = dict.fromkeys(role.rpartition(".")[0] or role for role, _ in unusual or usual)
     return (
