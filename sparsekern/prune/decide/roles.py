@@ -157,7 +157,9 @@ def _configured(
     parts: list[list[tuple[str, int]]] = [[] for _ in range(count)]
     sizes = [0] * count
     for group in graph.groups:
-        parts[numbers[group.id]] += group.members
+        for name, dim in group.members:
+            tied = graph.tensors[name].aliases if name in graph.tensors else ()
+            parts[numbers[group.id]] += [(alias, dim) for alias in (name, *tied)]
         sizes[numbers[group.id]] = len(group.channels)
     said = by_config(model, parts, sizes)
     merged = [said.numbers[number] for number in numbers]
