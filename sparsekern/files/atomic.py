@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import secrets
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -71,6 +72,51 @@ def replacing(path: AnyPath, argument: str = "path") -> Iterator[Path]:
             raise _named(error, path, "write", argument) from error
         raise
     # The rename is on the disk only after the directory is flushed. Some systems cannot flush directories.
+    with suppress(OSError):
+        _flush(destination.parent)
+
+
+@contextmanager
+def new_folder(path: AnyPath, argument: str = "folder") -> Iterator[Path]:
+    """Make the folder ``path`` with all of its files at once.
+
+    The block writes to a temporary folder on the same disk. At its end, all files are flushed and the folder
+    gets its name. If the block fails, or the process dies in it, there is no folder ``path``.
+
+    Args:
+        path: the folder; it has to be new or empty. Its parents are made.
+        argument: name of ``path`` in messages.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        OSError: ``path`` has files, is no folder or cannot be written; the message names ``path``.
+        TypeError, ValueError: ``path`` is not a valid file name.
+    """
+    check_name(path, argument)
+    destination = Path(os.path.realpath(path))
+    with _naming(path, "write", argument):
+        if destination.exists() and not destination.is_dir():
+            raise NotADirectoryError("it is a file, expected a new or an empty folder")
+        if destination.exists() and any(destination.iterdir()):
+            raise FileExistsError("it has files, expected a new or an empty folder")
+        parent = next(folder for folder in destination.parents if folder.is_dir())
+        temporary = parent / f".sparsekern-{secrets.token_hex(6)}.tmp"
+        temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        with _naming(path, "write", argument):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            if destination.exists():
+                destination.rmdir()
+            temporary.rename(destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     with suppress(OSError):
         _flush(destination.parent)
 

@@ -1,4 +1,4 @@
-"""Pruning in a Hugging Face ``Trainer``."""
+"""Pruning in a Hugging Face ``Trainer``, and folders that transformers opens without this package."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from sparsekern.integrations.pretrained import layer_widths, save_pretrained
 from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
 from sparsekern.optim import unwrap_optimizer
 from sparsekern.prune import Pruner
 
 _KEY = "sparsekern.pruner"
 
-__all__ = ["PruningCallback"]
+__all__ = ["PruningCallback", "layer_widths", "save_pretrained"]
 
 
 def __dir__() -> list[str]:
@@ -29,7 +30,7 @@ class PruningCallback(Pruning, TrainerCallback):
     ``pruning/{macs_share,params_share,condemned,channels}`` are added to the logs. One callback serves one
     ``train``. To resume, give a new Trainer a new model and callback created with the same arguments. The
     Pruner's state is stored in ``trainer_state.json``, the only file of a checkpoint that callbacks can write
-    to. ``config`` keeps the full sizes: save the result of :meth:`compact` with :func:`sparsekern.save`.
+    to. ``config`` keeps the full sizes: :func:`save_pretrained` finds those of :meth:`compact`.
 
     Args:
         example_inputs: see :class:`sparsekern.Pruner`.

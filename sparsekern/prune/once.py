@@ -32,6 +32,7 @@ from sparsekern.prune.decide.budget import (
     round_to_choices,
 )
 from sparsekern.prune.decide.names import resolve_allocate, resolve_select
+from sparsekern.prune.decide.roles import Equal, Roles, check_equal
 from sparsekern.prune.prunable import prunable_graph
 from sparsekern.prune.recalibrate import remeasure
 from sparsekern.prune.state.activations import Activations
@@ -73,6 +74,7 @@ def prune_once(
     min_channels: int | Mapping[str, int] = 1,
     protect: Sequence[str | nn.Module | nn.Parameter] = (),
     exact: bool = True,
+    equal: Equal = "auto",
     fold: bool = True,
     recalibrate: bool = True,
     depth: bool = False,
@@ -90,7 +92,8 @@ def prune_once(
     Args:
         model: the trained network (also the result of ``torch.compile``).
         example_inputs: as for :class:`sparsekern.Pruner`, and so are ``example_kwargs``, ``keep``, ``of``,
-            ``runtime``, ``round_to``, ``min_channels``, ``protect``, ``exact``, ``depth`` and ``cache``.
+            ``runtime``, ``round_to``, ``min_channels``, ``protect``, ``exact``, ``equal``, ``depth`` and
+            ``cache``.
         select: the criterion that ranks channels, or its name; default :func:`sparsekern.criteria.default`,
             which needs gradients. ``Magnitude``, ``Redundancy`` and ``Random`` need neither ``calibration``
             nor a loss.
@@ -134,6 +137,7 @@ def prune_once(
             protect=protect,
             exact=exact,
             depth=depth,
+            equal=equal,
             cache=cache,
         )
         # From here on the code works on copies.
@@ -147,7 +151,7 @@ def prune_once(
         parameters = dict(work.named_parameters(remove_duplicate=False))
         statistics = gather(rows, task.graph, task.live, parameters, activations)
         saliency = criteria.saliency(select, statistics)
-        kept = allocate(replace(task, saliency=saliency))
+        kept = task.checked(allocate(replace(task, saliency=saliency)))
         partners = select.partners(statistics, saliency) if fold else None
         if partners is not None:
             Masks(task.graph, rows, parameters, lambda _: ()).fold(~kept, partners)
@@ -171,6 +175,7 @@ def task_of(
     protect: Sequence[str | nn.Module | nn.Parameter] = (),
     exact: bool = True,
     depth: bool = False,
+    equal: Equal = "auto",
     cache: str | os.PathLike[str] | None = None,
 ) -> Problem:
     """The problem for an allocator with all parameters prunable and saliencies of 0, to be replaced.
@@ -182,8 +187,9 @@ def task_of(
     choices = round_to_choices(round_to, model, shrink=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for p in parameters.values()}
-    graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs, depth)
-    floors = resolve_floors(min_channels, graph)
+    equal = check_equal(equal)
+    graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs, depth, equal)
+    floors, roles = resolve_floors(min_channels, graph), Roles.of(equal, model, graph).of_problem()
     live = graph.all_channels()
 
     def problem_of(multiple: int) -> Problem:
@@ -198,7 +204,7 @@ def task_of(
                 runtime=runtime,
                 cache=cache,
             )
-        return Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing)
+        return Problem(graph, np.zeros(len(live)), live, 0.0, of, floors, multiple, pricing=pricing, **roles)
 
     whole = first_feasible(choices, problem_of, keep)
     return replace(whole, budget=keep * whole.whole)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.distributed.tensors import is_sharded
 from sparsekern.graph import ChannelGraph, dry_run, trace
+from sparsekern.prune.decide.roles import Equal, lone
 
 _IDLE = (
     "its weights and gates are not trained, so nothing is known of its channels (when the Pruner is "
@@ -25,13 +26,16 @@ def prunable_graph(
     exact: bool = True,
     example_kwargs: Mapping[str, Any] | None = None,
     depth: bool = False,
+    equal: Equal = None,
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and groups that a dry run found not removable.
+
+    With ``equal``, a group whose counterpart in another layer cannot change its width stays, too.
 
     Args:
         model: the model.
         trained: the result of :func:`sparsekern.prune.state.statistics.trained_by`.
-        example_inputs, protect, exact, example_kwargs, depth: as for :class:`sparsekern.Pruner`.
+        example_inputs, protect, exact, example_kwargs, depth, equal: as for :class:`sparsekern.Pruner`.
 
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
@@ -59,6 +63,10 @@ def prunable_graph(
         graph = graph.freeze(idle, _IDLE)
         # The trace has tried its groups in a dry run; with some of them frozen the smaller network is another
         # one.
+        graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
+    while unequal := lone(equal, model, graph):
+        for name, reason in unequal.items():
+            graph = graph.freeze([name], reason)
         graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
     if not graph.num_channels:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen[:3])

@@ -26,6 +26,7 @@ from sparsekern.prune.decide import criteria
 from sparsekern.prune.decide.allocate import Allocator
 from sparsekern.prune.decide.budget import Unit, check_keep, round_to_choices
 from sparsekern.prune.decide.policy import Policy
+from sparsekern.prune.decide.roles import Equal
 from sparsekern.prune.decide.settings import Settings
 from sparsekern.prune.forecast import Forecast, Forecaster
 from sparsekern.prune.prunable import prunable_graph
@@ -73,6 +74,8 @@ class Pruner:
         min_channels: channels that every group keeps at least, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns whose shape, outputs and inputs stay as they are.
         exact: False also allows channels whose removal changes values of others (:func:`sparsekern.trace`).
+        equal: ``"role"`` keeps the same part of all layers as wide, a mapping also by divisors; ``"auto"``
+            does so for models with a Hugging Face ``config``. See :mod:`sparsekern.prune.decide.roles`.
         penalty: extra decay >= 0 of the gates of channels that would go at the next event. Until then they
             are multiplied by about ``exp(-penalty)``, in addition to their training.
         nonfinite: response to NaN or infinity in gradients, which no statistics count: ``"ignore"`` goes on,
@@ -114,6 +117,7 @@ class Pruner:
         min_channels: int | Mapping[str, int] = 1,
         protect: Sequence[str | nn.Module | nn.Parameter] = (),
         exact: bool = True,
+        equal: Equal = "auto",
         penalty: float = 0.1,
         nonfinite: str = "ignore",
         shrink: bool = False,
@@ -124,15 +128,15 @@ class Pruner:
         process_group: Any = None,
     ) -> None:
         begin = perf_counter()
-        share, policy = check_keep(keep), Policy.from_arguments(select, allocate, of, penalty, runtime, depth)
-        checks_gradients = check_nonfinite(nonfinite)
-        timing = Timing(steps, warmup, finish, events)
+        share = check_keep(keep)
+        policy = Policy.from_arguments(select, allocate, of, penalty, runtime, depth, equal)
+        checks_gradients, timing = check_nonfinite(nonfinite), Timing(steps, warmup, finish, events)
         schedule = timing.schedule(share)
         wrapped, model, unwrapped = model, unwrap(model), unwrap_optimizer(optimizer)
         replaced = abandoned(unwrapped.optimizer, model)
         state_check = check_shrinkable(model, unwrapped, state_cutter) if shrink else None
         example, trained = as_arguments(example_inputs, example_kwargs), trained_by(unwrapped.optimizer)
-        graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs, depth)
+        graph = prunable_graph(model, trained, example_inputs, protect, exact, example_kwargs, depth, equal)
         choices = round_to_choices(round_to, model, bool(shrink))
         network = Network(model, unwrapped, graph, schedule.decay, policy.counts, also, state_cutter)
         ranks = Ranks(wrapped, process_group, network.device)

@@ -3,7 +3,8 @@
 All allocators work in *blocks*. The channels of a group are ranked by saliency and cut, from the most
 salient down, into blocks of ``round_to`` rows. Only whole blocks are removed, the last one of the group
 first. So the width of a layer is a multiple of ``round_to`` or stays unchanged, and a floor is a number of
-blocks that stay.
+blocks that stay. Groups that keep the same width (``equal="role"``) have common blocks, of the same ranks in
+each.
 """
 
 from __future__ import annotations
@@ -116,12 +117,11 @@ class Global(Allocator):
 
     @staticmethod
     def _removal_order(blocks: Blocks, candidates: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-        """Candidates by rising ratio; within a group, less salient blocks always come first."""
-        group_of_block = blocks.group[blocks.first[candidates]]
-        # The blocks of a group are sorted, most salient first. A running maximum from the last block keeps
+        """Candidates by rising ratio; within a role, less salient blocks always come first."""
+        # The blocks of a role are sorted, most salient first. A running maximum from the last block keeps
         # that.
         monotone = ratio[candidates].copy()
-        for start, stop in _runs(group_of_block):
+        for start, stop in _runs(blocks.role[candidates]):
             monotone[start:stop] = np.maximum.accumulate(monotone[start:stop][::-1])[::-1]
         return candidates[np.lexsort((-candidates, monotone))]
 
@@ -154,19 +154,22 @@ class Flat(Allocator):
 
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:
     """Keep the blocks that lie mostly within ``widths(share)``, for the largest share within the budget."""
-    blocks = Blocks.cut(problem)
+    blocks, whole = Blocks.cut(problem), 1.0 + int(problem.multiples.max(initial=1))
     begins, group = blocks.rank[blocks.first], blocks.group[blocks.first]
+    members = np.bincount(problem.roles)[blocks.role]
+    own = np.isin(blocks.role, list(problem.steps))
+    lengths = np.where(own, np.bincount(blocks.block) / members, problem.multiples[group])
 
     def keep(share: float) -> np.ndarray:
         # A block stays if at least half of it lies within the width.
-        within = begins + problem.block_sizes[group] / 2 <= widths(share)[group]
+        within = begins + lengths / 2 <= widths(share)[group]
         return blocks.kept(within | ~blocks.removable, problem.graph.num_channels)
 
-    if problem.cost(keep(1.0 + problem.round_to)) <= problem.budget:
-        return keep(1.0 + problem.round_to)
-    low, high = 0.0, 1.0 + problem.round_to
+    if problem.cost(keep(whole)) <= problem.budget:
+        return keep(whole)
+    low, high = 0.0, whole
     # The precision is 2^-20 of a group's width: less than one channel for groups below a million.
-    for _ in range(20 + problem.round_to.bit_length()):
+    for _ in range(20 + int(whole).bit_length()):
         middle = (low + high) / 2
         if problem.cost(keep(middle)) <= problem.budget:
             low = middle

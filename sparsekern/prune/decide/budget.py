@@ -151,11 +151,14 @@ def check_feasible(problem: Problem, keep: float) -> None:
     of_groups = [float(price[group.channels[kept[group.channels]]].sum()) for group in problem.graph.groups]
     costliest = problem.graph.groups[int(np.argmax(of_groups))]
     floor = int(kept[costliest.channels].sum())
+    reasons = f"min_channels and round_to={problem.round_to}"
+    if len(set(problem.roles.tolist())) < len(problem.roles):
+        reasons = f"min_channels, round_to={problem.round_to} and equal"
     # Rounded up, so that the value in the error is feasible.
     smallest_keep = np.ceil(reachable * 1e4) / 1e4
     raise ValueError(
         f"keep: got {keep!r} of {problem.of}, expected at least {smallest_keep:.4f}, the smallest share that "
         f"floors and frozen layers allow; the costliest floor is {costliest.name} with {floor} channels "
-        f"(min_channels and round_to={problem.round_to}), and {len(problem.graph.frozen)} tensors and "
+        f"({reasons}), and {len(problem.graph.frozen)} tensors and "
         f"modules are frozen: print(sparsekern.trace(model, example_inputs)) shows why"
     )

@@ -25,6 +25,7 @@ from sparsekern.prune.decide.budget import (
 )
 from sparsekern.prune.decide.criteria import Criterion, Partners, check_counted, saliency
 from sparsekern.prune.decide.names import resolve_allocate, resolve_select
+from sparsekern.prune.decide.roles import Equal, Roles, check_equal
 from sparsekern.prune.schedule import Event
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.network import Network
@@ -81,6 +82,8 @@ class Policy:
         round_to: the multiple of group widths. 1 before :meth:`fitted`.
         runtime: where latencies are measured.
         depth: whether residual blocks can be removed as a whole.
+        equal: the argument of a Pruner.
+        roles: the groups that keep the same width; None before :meth:`fitted`.
     """
 
     select: Criterion
@@ -91,6 +94,8 @@ class Policy:
     round_to: int = 1
     runtime: Runtime = "torch"
     depth: bool = False
+    equal: Equal = None
+    roles: Roles | None = None
 
     @classmethod
     def from_arguments(
@@ -101,6 +106,7 @@ class Policy:
         penalty: object,
         runtime: Runtime,
         depth: object = False,
+        equal: object = None,
     ) -> Policy:
         """The policy of these arguments of a Pruner, before the network is known.
 
@@ -109,8 +115,8 @@ class Policy:
         """
         of = check_unit(of, runtime)
         select, allocate = resolve_select(select), resolve_allocate(allocate)
-        depth = check_depth(depth, of)
-        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime, depth=depth)
+        depth, equal = check_depth(depth, of), check_equal(equal)
+        return cls(select, allocate, of, check_penalty(penalty), runtime=runtime, depth=depth, equal=equal)
 
     @property
     def counts(self) -> bool:
@@ -138,6 +144,7 @@ class Policy:
             whole,
             network.widths,
             pricing,
+            **({} if self.roles is None else self.roles.of_problem()),
         )
 
     def fitted(
@@ -148,7 +155,7 @@ class Policy:
         choices: Sequence[int],
         time: Callable[[int], None],
     ) -> Policy:
-        """The same policy with the floors and the ``round_to`` for a network.
+        """The same policy with the floors, the roles and the ``round_to`` for a network.
 
         Args:
             network: the network at full size.
@@ -158,20 +165,23 @@ class Policy:
             time: measures the latency of the network for one of ``choices``; called if the cost is latency.
 
         Raises:
-            ValueError: ``min_channels`` is not valid, ``select`` needs counts of activations that no module
-                makes, or no choice can meet ``keep`` (:func:`sparsekern.prune.decide.budget.check_feasible`).
+            ValueError: ``min_channels`` or ``equal`` is not valid, ``select`` needs counts of activations
+                that no module makes, or no choice can meet ``keep``
+                (:func:`sparsekern.prune.decide.budget.check_feasible`).
         """
         floors = resolve_floors(min_channels, network.graph)
+        roles = Roles.of(self.equal, network.model, network.graph)
         check_counted(self.select, network.activations)
         everything = network.graph.all_channels()
 
         def problem_of(multiple: int) -> Problem:
             if self.of == "latency":
                 time(multiple)
-            own = replace(self, floors=floors, round_to=multiple)
+            own = replace(self, floors=floors, round_to=multiple, roles=roles)
             return own.problem(network, np.zeros(len(everything)), everything, keep)
 
-        return replace(self, floors=floors, round_to=first_feasible(choices, problem_of, keep).round_to)
+        multiple = first_feasible(choices, problem_of, keep).round_to
+        return replace(self, floors=floors, round_to=multiple, roles=roles)
 
     def widths(self, network: Network, keep: object, of: object = None) -> np.ndarray:
         """The channels (bool ``[C]``) that would stay if the budget were ``keep`` from now on.
@@ -193,14 +203,15 @@ class Policy:
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         problem = self.problem(network, self.saliency(statistics), statistics.live, share, of)
         check_feasible(problem, share)
-        return self.allocate(problem)
+        return problem.checked(self.allocate(problem))
 
     def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
         """Choose the channels that go and the next ones, which are penalised. Changes nothing."""
         live = network.masks.live
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         saliency = self.saliency(statistics)
-        kept = self.allocate(self.problem(network, saliency, live, event.share))
+        problem = self.problem(network, saliency, live, event.share)
+        kept = problem.checked(self.allocate(problem))
         partners = self.select.partners(statistics, saliency)
         penalised, penalty = self._next_in_line(network, event, following, saliency, kept)
         return Choice(event, live & ~kept, partners, penalised, penalty)

@@ -53,6 +53,7 @@ class Settings:
             "allocate": repr(policy.allocate),
             "round_to": policy.round_to,
             "floors": policy.floors.tolist(),
+            "equal": None if policy.roles is None else policy.roles.setting,
             "penalty": policy.penalty,
             "shrink": self.shrink,
             "depth": policy.depth,

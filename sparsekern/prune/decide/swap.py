@@ -1,4 +1,4 @@
-"""Swaps blocks of channels between groups after a greedy choice, to use up the budget."""
+"""Swaps blocks of channels between roles after a greedy choice, to use up the budget."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRIES = 192
 def swap_blocks(problem: Problem, blocks: Blocks, stays: np.ndarray) -> np.ndarray:
     """Improve ``stays`` (bool ``[blocks]``) by single changes that add saliency within the budget.
 
-    A change restores the next block of one group. It may remove the last block of another group, if that
-    block is less salient and lies above the floor.
+    A change restores the next block of one role. It may remove the last block of another role, if that block
+    is less salient and lies above the floor.
 
     Returns:
         bool ``[blocks]``; the blocks that stay.
@@ -44,10 +44,10 @@ def _candidates(problem: Problem, blocks: Blocks, stays: np.ndarray) -> Iterator
     """The changes whose estimated cost fits the budget, by falling gain of saliency."""
     kept = blocks.kept(stays, problem.graph.num_channels)
     saliency, length = blocks.sums(problem.saliency), np.bincount(blocks.block)
-    group = blocks.group[blocks.first]
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    ends = np.append(starts[1:], len(group))
-    # The staying blocks of a group come first.
+    role = blocks.role
+    starts = np.flatnonzero(np.diff(role, prepend=-1))
+    ends = np.append(starts[1:], len(role))
+    # The staying blocks of a role come first.
     following = starts + np.add.reduceat(stays.astype(np.int64), starts)
     price = blocks.sums(problem.price(kept)) / length
     back, last = following[following < ends], following[following > starts] - 1
@@ -58,7 +58,7 @@ def _candidates(problem: Problem, blocks: Blocks, stays: np.ndarray) -> Iterator
     gain = saliency[back][:, None] - lost
     room = problem.budget - problem.cost(kept)
     fits = (costs[:, None] - saved <= room) & (gain > 0)
-    fits[:, :-1] &= group[back][:, None] != group[last]
+    fits[:, :-1] &= role[back][:, None] != role[last]
     for index in np.argsort(np.where(fits, -gain, np.inf), axis=None, kind="stable")[
         : min(TRIES, fits.sum())
     ]:

@@ -18,7 +18,7 @@ from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.schema import STATE, STATE_VERSION
 
 # Settings that states of earlier releases lack, with the values that those had.
-_EARLIER = {"runtime": "torch", "depth": False}
+_EARLIER = {"runtime": "torch", "depth": False, "equal": None}
 
 
 class SavedState:

@@ -1,0 +1,8 @@
+"""Which sizes a model's configuration sets: for models like those of Hugging Face transformers."""
+
+from sparsekern.configs.fields import Skeleton as Skeleton
+from sparsekern.configs.fields import has_config as has_config
+from sparsekern.configs.fit import Unsayable as Unsayable
+from sparsekern.configs.fit import fitted as fitted
+from sparsekern.configs.ties import by_config as by_config
+from sparsekern.configs.widths import layer_widths as layer_widths

@@ -1,0 +1,102 @@
+"""What a configuration says about the widths of parts: which are equal, and which it accepts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsekern.configs.fields import Influence, Place, Skeleton, changed, fields_of, influence
+from sparsekern.configs.fit import HEAD_SIZES, opened
+
+# Widths of the parts decided before, with which a width has to be accepted.
+_TRIED = 3
+
+
+@dataclass(frozen=True)
+class ByConfig:
+    """What a configuration says about the widths of some parts.
+
+    Attributes:
+        numbers: a number for each part, equal where one field sets the widths.
+        widths: for each number the widths, in rising order, that the configuration accepts, together with the
+            smallest ones of the parts before; only for parts whose width is not free.
+    """
+
+    numbers: list[int]
+    widths: dict[int, list[int]]
+
+
+def by_config(model: nn.Module, parts: Sequence[Sequence[Place]], sizes: Sequence[int]) -> ByConfig:
+    """Find the parts whose widths one field sets, such as those of T5's encoder and decoder.
+
+    A field sets the width of parts if it changes sizes of theirs and no others.
+
+    Args:
+        model: a model with a configuration.
+        parts: for each part all dimensions of tensors whose sizes are its width or a multiple of it.
+        sizes: the width of each part.
+
+    Returns:
+        The result; all parts are free where the configuration does not make a model of these sizes.
+    """
+    free = ByConfig(list(range(len(parts))), {})
+    kind, whole = type(model), Skeleton.of(model)
+    try:
+        config: Any = opened(kind, model.config, whole)
+        made = Skeleton.made(kind, config)
+    except ValueError:
+        return free
+    if made.differing(whole):
+        return free
+    owner = {place: number for number, part in enumerate(parts) for place in part}
+    numbers, setting = free.numbers, list[Influence]()
+    for field in fields_of(config, int):
+        if field.rpartition(".")[2] in HEAD_SIZES:
+            continue
+        found = influence(kind, config, made, field)
+        if found.slopes and found.slopes.keys() <= owner.keys():
+            first = sizes[owner[next(iter(found.slopes))]]
+            tied = {numbers[owner[place]] for place in found.slopes if sizes[owner[place]] == first}
+            numbers = [min(tied) if number in tied else number for number in numbers]
+            setting.append(found)
+    fields: dict[int, dict[str, int]] = defaultdict(dict)
+    for found in setting:
+        for number in {numbers[owner[place]] for place in found.slopes}:
+            fields[number][found.field] = found.value
+    return ByConfig(numbers, _accepted(config, fields, sizes))
+
+
+def _accepted(
+    config: Any, fields: Mapping[int, Mapping[str, int]], sizes: Sequence[int]
+) -> dict[int, list[int]]:
+    """For each part the widths that the configuration accepts, if it does not accept all of them."""
+    if not callable(getattr(config, "validate", None)) or not _accepts(config, {}):
+        return {}
+    before: list[dict[str, int]] = [{}]
+    accepted = {}
+    # The widest part first: its widths restrict those of the others, such as heads that divide a hidden size.
+    for number in sorted(fields, key=lambda n: -sizes[n]):
+        size = sizes[number]
+        values = {}
+        for width in range(1, size + 1):
+            if all(value * width % size == 0 for value in fields[number].values()):
+                values[width] = {name: value * width // size for name, value in fields[number].items()}
+        widths = [w for w, new in values.items() if all(_accepts(config, {**old, **new}) for old in before)]
+        if len(widths) < size and size in widths:
+            accepted[number] = widths
+        before += [{**old, **values[w]} for w in widths[:_TRIED] for old in before[:_TRIED]]
+    return accepted
+
+
+def _accepts(config: Any, values: dict[str, int]) -> bool:
+    """Whether a configuration's own checks pass with other values of some fields."""
+    try:
+        changed(config, values).validate()
+    except Exception:
+        # The checks of a family may raise anything.
+        return False
+    return True
