@@ -37,7 +37,7 @@ def notebook(*sources: str, outputs: list[Any] | None = None) -> Any:
     for number, source in enumerate(sources, 1):
         cell = nbformat.v4.new_code_cell(source, outputs=outputs or [], execution_count=number)
         cells.append(cell)
-    return nbformat.v4.new_notebook(cells=cells)
+    return nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
