@@ -3,6 +3,7 @@
 Pages link to files of the repository, so that they can also be read there. The site holds the files of
 PLACES. This program copies them to build/docs, points their links to the places on the site, runs Zensical in
 strict mode, and follows every link of the result to its file and anchor. No link to another host is opened.
+Notebooks become pages with their stored outputs and pictures. docs/execute.py executes them.
 
 Environment:
     SPARSEKERN_REPOSITORY=https://HOST/OWNER/NAME: the public repository. Links to files that the site does
@@ -20,6 +21,9 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import nbformat
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGED = ROOT / "build" / "docs"
@@ -49,7 +53,10 @@ def places(root: Path = ROOT) -> dict[str, str]:
             inner = "" if file == path else file.relative_to(path).as_posix()
             if file.suffix in {".pyc"} or (source == "docs" and file.suffix == ".py"):
                 continue
-            found[file.relative_to(root).as_posix()] = "/".join(part for part in (place, inner) if part)
+            on_site = "/".join(part for part in (place, inner) if part)
+            if file.suffix == ".ipynb":
+                on_site = on_site.removesuffix(".ipynb") + ".md"
+            found[file.relative_to(root).as_posix()] = on_site
     return found
 
 
@@ -80,6 +87,21 @@ def with_site_links(text: str, source: str, held: dict[str, str], repository: st
     return "".join(parts)
 
 
+def notebook_page(path: Path, source: str, held: dict[str, str], repository: str = "") -> dict[str, bytes]:
+    """The page of a notebook and its pictures: contents by file name.
+
+    Args:
+        path: the notebook, with stored outputs.
+        source, held, repository: as for :func:`with_site_links`; links stand in Markdown cells.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_site_links(cell.source, source, held, repository)
+    text, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
+    return {f"{path.stem}.md": text.encode(), **resources["outputs"]}
+
+
 def stage() -> None:
     """Copy everything that the site holds to build/docs, with its links rewritten."""
     held = places()
@@ -88,7 +110,10 @@ def stage() -> None:
     for source, place in held.items():
         target = STAGED / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".md":
+        if source.endswith(".ipynb"):
+            for name, content in notebook_page(ROOT / source, source, held, repository).items():
+                (target.parent / name).write_bytes(content)
+        elif target.suffix == ".md":
             text = (ROOT / source).read_text(encoding="utf-8")
             target.write_text(with_site_links(text, source, held, repository), encoding="utf-8")
         else:

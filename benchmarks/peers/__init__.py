@@ -1,0 +1,1 @@
+"""sparsekern beside other tools that remove channels: ``python -m benchmarks.peers``."""
