@@ -67,10 +67,7 @@ def replayed(commands: dict[str, list[str]], *, short: bool = False) -> dict[str
         AssertionError: a case differs from plain torch here.
         RuntimeError: a program did not end as it should.
     """
-    running = {
-        isa: subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
-        for isa, command in commands.items()
-    }
+    running = {isa: subprocess.Popen(command, stdin=PIPE, stdout=PIPE) for isa, command in commands.items()}
 
     def write(call: bytes) -> None:
         for program in running.values():

@@ -95,7 +95,8 @@ class Buffer {
     const int64_t size = size_of(type_);
     for (int64_t i = 0; i < elements(); ++i) {
       const unsigned char *mine = at_ + i * size, *recorded = after_.data() + i * size;
-      if (std::memcmp(mine, recorded, static_cast<size_t>(size)) != 0 && !(is_nan(mine, type_) && is_nan(recorded, type_)))
+      if (std::memcmp(mine, recorded, static_cast<size_t>(size)) != 0 &&
+          !(is_nan(mine, type_) && is_nan(recorded, type_)))
         return i;
     }
     return -1;
