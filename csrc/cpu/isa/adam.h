@@ -133,7 +133,7 @@ struct Adam {
       Vector top = v;
       if constexpr (kArrays == 4) {
         const Vector old_top = old[3];
-        top = (v > old_top) | (v != v) ? v : old_top;
+        top = ((v > old_top) | (v != v)) ? v : old_top;
         updated[3] = fade.state(i, top, old_top);
       }
       updated[0] = fade.weight(i, numbers.weight(w, m, top), old[0]);
