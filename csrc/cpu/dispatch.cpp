@@ -60,18 +60,18 @@ struct Isa {
 
 #if defined(__x86_64__)
 // Not all compilers know "f16c" as a name of __builtin_cpu_supports.
-bool converts_float16() {
+[[maybe_unused]] bool converts_float16() {
   unsigned a, b, c = 0, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
-bool runs_v3() {
+[[maybe_unused]] bool runs_v3() {
   __builtin_cpu_init();
   return converts_float16() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 }
 
-bool runs_v4() {
+[[maybe_unused]] bool runs_v4() {
   return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }

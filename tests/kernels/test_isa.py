@@ -44,7 +44,7 @@ print(native.isa(), digest.hexdigest())
 
 # Weights, gradients and state take every value of a type of two bytes, each in another order: NaN of all
 # kinds, infinities and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and
-# columns. Which bits a NaN has is free in float16: it keeps those of an operand. bfloat16 has one NaN.
+# columns. Which bits a NaN has is free in float16, which keeps those of an operand; bfloat16 has one NaN.
 EVERY_VALUE = """
 import hashlib, torch
 from sparsekern.kernels.selfcheck.calls import run_op

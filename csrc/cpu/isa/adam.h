@@ -100,8 +100,8 @@ struct Adam {
   bool expands_row_values() const { return kHasRegisters<S> && !amsgrad; }
 
  private:
-  // With AVX-512 one loop in registers takes the statistics and makes the update, except with AMSGrad and if `apart` asks
-  // for two.
+  // With AVX-512 one loop in registers takes the statistics and makes the update, except with AMSGrad and if `apart`
+  // asks for two.
   template <bool kDecoupled, class D, class Decay, class Fade, class Statistics>
   void with_decay(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if constexpr (__is_same(D, C)) {
@@ -133,7 +133,7 @@ struct Adam {
       Vector top = v;
       if constexpr (kArrays == 4) {
         const Vector old_top = old[3];
-        top = (v > old_top) | (v != v) ? v : old_top;
+        top = ((v > old_top) | (v != v)) ? v : old_top;
         updated[3] = fade.state(i, top, old_top);
       }
       updated[0] = fade.weight(i, numbers.weight(w, m, top), old[0]);
@@ -153,9 +153,10 @@ struct Adam {
   __attribute__((noinline)) void vectors(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade) const {
     S* arrays[kArrays] = {param + at, mean + at, square + at};
     if constexpr (kArrays == 4) arrays[3] = top + at;
-    vector_update<kAhead>(n, arrays, ds,
-                          [=, step = vector_step<kDecoupled, kArrays>()](int64_t i, const auto& old, auto d, auto& updated)
-                              SPARSEKERN_ALWAYS { step(i, decay, fade, old, d, updated); });
+    vector_update<kAhead>(
+        n, arrays, ds,
+        [=, step = vector_step<kDecoupled, kArrays>()](int64_t i, const auto& old, auto d, auto& updated)
+            SPARSEKERN_ALWAYS { step(i, decay, fade, old, d, updated); });
   }
 
   static AdamStep<C> step_of(const Hyper& hyper, const AdamBias& bias) {

@@ -1,5 +1,5 @@
-// Storage types and their compute types. float16 has a file of its own; bfloat16 is stored as bits and rounded as in torch: to nearest, ties to even,
-// and every NaN to 0x7fc0.
+// Storage types and their compute types. float16 has a file of its own; bfloat16 is stored as bits and rounded as in
+// torch: to nearest, ties to even, and every NaN to 0x7fc0.
 #pragma once
 
 #include "float16.h"

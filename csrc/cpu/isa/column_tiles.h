@@ -73,10 +73,11 @@ class ColumnTiles {
 
   void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
     const int64_t begin = view_.begin_of(row), n = rows * width;
-    view_.gradient.template with_gradient<kHasRegisters<S>>(begin, n, same ? nullptr : factors_.fade, [&](const auto* d) {
-      if (view_.statistics) accumulate_rows(row, rows, width, d, same);
-      update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
-    });
+    view_.gradient.template with_gradient<kHasRegisters<S>>(
+        begin, n, same ? nullptr : factors_.fade, [&](const auto* d) {
+          if (view_.statistics) accumulate_rows(row, rows, width, d, same);
+          update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
+        });
   }
 
   template <class D>

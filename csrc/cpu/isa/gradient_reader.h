@@ -26,8 +26,8 @@ class GradientReader {
   bool unmodified() const { return unmodified_; }
 
   // Calls work(d) with the gradient of n elements from `at` on. `fade` has one value for each of them; a negative one
-  // marks a masked row, whose stored gradient is not changed. `fade` is null if no row is masked. `kStored` says whether
-  // work() also takes gradients in their storage type.
+  // marks a masked row, whose stored gradient is not changed. `fade` is null if no row is masked. `kStored` says
+  // whether work() also takes gradients in their storage type.
   template <bool kStored, class Work>
   SPARSEKERN_INLINE void with_gradient(int64_t at, int64_t n, const C* fade, Work work) const {
     if constexpr (Update::kReadsGrad && kStored && !__is_same(S, C)) {

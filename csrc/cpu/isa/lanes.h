@@ -106,7 +106,8 @@ struct Vectors {
 
   SPARSEKERN_INLINE static Vector load(const Float16* from) {
 #if defined(__AVX512F__)
-    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    // GCC 12 warns about an uninitialised vector in the functions without a mask.
+    return (Vector)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
 #elif defined(__F16C__)
     return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #elif defined(__aarch64__)
@@ -146,7 +147,7 @@ struct Vectors {
 
   SPARSEKERN_INLINE static void store(Vector vector, Float16* to) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)vector, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)vector, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)vector, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__aarch64__)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "chunk_view.h"
+#include "fused_update.h"
 
 #if defined(__AVX512F__)
 SPARSEKERN_BEGIN_ISA

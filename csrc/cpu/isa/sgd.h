@@ -177,8 +177,9 @@ struct Sgd {
   template <Mode kMode, bool kAhead, class D, class Decay, class Fade>
   __attribute__((noinline)) void vectors(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade) const {
     with_step<kMode>(at, [=](const auto& arrays, auto step) SPARSEKERN_ALWAYS {
-      vector_update<kAhead>(n, arrays, ds, [=](int64_t i, const auto& old, auto d, auto& updated)
-                                               SPARSEKERN_ALWAYS { step(i, decay, fade, old, d, updated); });
+      vector_update<kAhead>(n, arrays, ds, [=](int64_t i, const auto& old, auto d, auto& updated) SPARSEKERN_ALWAYS {
+        step(i, decay, fade, old, d, updated);
+      });
     });
   }
 

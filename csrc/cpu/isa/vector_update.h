@@ -1,5 +1,5 @@
-// The loop that makes the update, over vectors in the compute type, for every ISA and dtype. Statistics are taken before
-// it, block by block.
+// The loop that makes the update, over vectors in the compute type, for every ISA and dtype. Statistics are taken
+// before it, block by block.
 #pragma once
 
 #include "statistics.h"

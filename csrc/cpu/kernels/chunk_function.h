@@ -1,5 +1,6 @@
 // The function that each file of an op defines: one chunk of a call, for one ISA and one dtype. The build compiles the
-// file once for each pair, which it names by SPARSEKERN_ISA (see isa.h) and SPARSEKERN_DTYPE (one of the aliases below).
+// file once for each pair, which it names by SPARSEKERN_ISA (see isa.h) and SPARSEKERN_DTYPE (one of the aliases
+// below).
 //
 // The headers use no STL and nothing else that creates inline functions with external linkage. Sums are taken in
 // sixteen lanes that are written out in the source, so the order of additions, and every bit of the result, does not

@@ -25,9 +25,6 @@ namespace {
 
 enum Kind : int64_t { kEnd, kStep, kForward, kBackward, kChannels };
 
-// Element types of a buffer: those of abi.h, then numbers without NaN.
-constexpr int64_t kWhole = kDtypes;
-
 // Bytes on both sides of a buffer that no call may write.
 constexpr int64_t kGuard = 64;
 constexpr unsigned char kUntouched = 0xa5;
@@ -51,6 +48,7 @@ std::vector<T> numbers(int64_t count) {
   return values;
 }
 
+// The size of an element: of those of abi.h, then of numbers without NaN, which are compared by bytes.
 int64_t size_of(int64_t type) {
   constexpr int64_t kSizes[] = {4, 8, 2, 2, 1};
   return kSizes[type];
@@ -95,7 +93,8 @@ class Buffer {
     const int64_t size = size_of(type_);
     for (int64_t i = 0; i < elements(); ++i) {
       const unsigned char *mine = at_ + i * size, *recorded = after_.data() + i * size;
-      if (std::memcmp(mine, recorded, static_cast<size_t>(size)) != 0 && !(is_nan(mine, type_) && is_nan(recorded, type_)))
+      if (std::memcmp(mine, recorded, static_cast<size_t>(size)) != 0 &&
+          !(is_nan(mine, type_) && is_nan(recorded, type_)))
         return i;
     }
     return -1;
