@@ -26,7 +26,7 @@ from benchmarks.environment import environment
 from benchmarks.method import lines, tables
 from benchmarks.method.arms import ARMS
 from benchmarks.method.latency import measure
-from benchmarks.method.runs import MODELS, STAGES, Study, queue
+from benchmarks.method.runs import MODELS, STAGES, TUNED, Study, queue, tuning
 from benchmarks.method.sets import find_sets
 from sparsekern.files.atomic import replacing
 
@@ -42,6 +42,7 @@ def main(
     results: Annotated[Path, typer.Option(help="The lines; the report lies beside them.")] = RESULTS,
     report: Annotated[bool, typer.Option("--report", help="Write the tables; train nothing.")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Time the networks; train nothing.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Try learning rates, on seeds of their own.")] = False,
     model: Annotated[str, typer.Option(help="unet, mobilenetv3; all stages of the queue if not given.")] = "",
     sets: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
     arms: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
@@ -72,8 +73,13 @@ def main(
         for stage in STAGES
         if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
     ]
+    if tune:
+        results = _tuning_of(results)
+        runs = tuning(chosen, [arm for arm in TUNED if arm in names])
+    else:
+        runs = queue(chosen, stages, range(seeds))
     study, left, failed = Study(results, found, environment()), limit, 0
-    for run in queue(chosen, stages, range(seeds)):
+    for run in runs:
         if left == 0:
             break
         if study.done(run) is not None:
@@ -88,12 +94,17 @@ def main(
             console.print(f"{run} failed:\n{traceback.format_exc()}", markup=False)
             continue
         console.print(
-            f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm}: Dice {record['dice']:.4f}, "
+            f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm} "
+            f"lr {study.settings(run).lr:g}: Dice {record['dice']:.4f}, "
             f"averaged {record['averaged_dice']:.4f}, {time.perf_counter() - begin:.0f} s"
         )
     if failed:
         console.print(f"{failed} trainings failed; the same command tries them again")
         raise typer.Exit(1)
+
+
+def _tuning_of(results: Path) -> Path:
+    return results.with_name(f"{results.stem}-rates.jsonl")
 
 
 def _times_of(results: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from sparsekern.recipes.settings import Settings
 
 MODELS: Mapping[str, Settings] = {"unet": UNET, "mobilenetv3": MOBILENET}
 SEEDS = range(6)
+TUNING_SEEDS = (100, 101)  # none of the study's, whose results they must not choose
+TUNING_KEEP = 0.1
+RATES = (0.002, 0.004, 0.008, 0.001)  # learning rates that are tried
+TUNED = ("dense", "narrow", "default")
 
 # First the arms for the main claim, then those that measure the value of each part, then the rest.
 CLAIMS = ("dense", "narrow", "default", "balance", "fresh", "shuffled", "random")
@@ -62,6 +66,7 @@ class Run:
     seed: int
     arm: str
     set: str
+    lr: float | None = None  # learning rate; None for that of the set
 
     def key(self, settings: Settings) -> dict[str, Any]:
         """The values that a stored line must have to count as this training."""
@@ -93,6 +98,17 @@ def queue(
                     yield Run(stage.model, stage.keep, seed, arm, name)
 
 
+def tuning(
+    sets: Sequence[str], arms: Sequence[str] = TUNED, seeds: Sequence[int] = TUNING_SEEDS
+) -> Iterator[Run]:
+    """Trainings of the arms that get a learning rate of their own, at every rate and with seeds of their own."""
+    for arm in arms:
+        for seed in seeds:
+            for lr in RATES:
+                for name in sets:
+                    yield Run("unet", TUNING_KEEP, seed, arm, name, lr)
+
+
 def find(records: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The last line that has all of `key`."""
     return next((record for record in reversed(records) if key.items() <= record.items()), None)
@@ -112,7 +128,8 @@ class Study:
         self.records = lines.read(path)
 
     def settings(self, run: Run) -> Settings:
-        return self.sets[run.set].settings(MODELS[run.model])
+        settings = self.sets[run.set].settings(MODELS[run.model])
+        return settings if run.lr is None else replace(settings, lr=run.lr)
 
     def done(self, run: Run) -> Mapping[str, Any] | None:
         return find(self.records, run.key(self.settings(run)))
