@@ -24,10 +24,11 @@ from rich.console import Console
 
 from benchmarks.environment import environment
 from benchmarks.method import lines, tables
-from benchmarks.method.arms import ARMS
+from benchmarks.method.arms import ARMS, VARIANTS
 from benchmarks.method.latency import measure
-from benchmarks.method.runs import MODELS, STAGES, TUNED, Study, queue, tuning
+from benchmarks.method.runs import MODELS, STAGES, Study, queue
 from benchmarks.method.sets import find_sets
+from benchmarks.method.tuning import TUNED, screening, tuning
 from sparsekern.files.atomic import replacing
 
 RESULTS = Path(__file__).parents[1] / "results" / "method.jsonl"
@@ -43,6 +44,7 @@ def main(
     report: Annotated[bool, typer.Option("--report", help="Write the tables; train nothing.")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Time the networks; train nothing.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Try learning rates, on seeds of their own.")] = False,
+    screen: Annotated[bool, typer.Option("--screen", help="Try variants of the default.")] = False,
     model: Annotated[str, typer.Option(help="unet, mobilenetv3; all stages of the queue if not given.")] = "",
     sets: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
     arms: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
@@ -67,18 +69,20 @@ def main(
         return
     found = find_sets(data)
     chosen = _chosen("--sets", sets, list(found))
-    names = _chosen("--arms", arms, list(ARMS))
-    stages = [
-        replace(stage, arms=[arm for arm in stage.arms if arm in names])
-        for stage in STAGES
-        if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
-    ]
+    study = Study(_tuning_of(results) if tune or screen else results, found, environment())
     if tune:
-        results = _tuning_of(results)
-        runs = tuning(chosen, [arm for arm in TUNED if arm in names])
+        runs = tuning(study, chosen, _chosen("--arms", arms, list(TUNED)))
+    elif screen:
+        runs = screening(chosen, _chosen("--arms", arms, list(VARIANTS)))
     else:
+        names, models = _chosen("--arms", arms, list(ARMS)), _chosen("--model", model, list(MODELS))
+        stages = [
+            replace(stage, arms=[arm for arm in stage.arms if arm in names])
+            for stage in STAGES
+            if stage.model in models and keep in (None, stage.keep)
+        ]
         runs = queue(chosen, stages, range(seeds))
-    study, left, failed = Study(results, found, environment()), limit, 0
+    left, failed = limit, 0
     for run in runs:
         if left == 0:
             break
@@ -104,7 +108,7 @@ def main(
 
 
 def _tuning_of(results: Path) -> Path:
-    return results.with_name(f"{results.stem}-rates.jsonl")
+    return results.with_name(f"{results.stem}-tuning.jsonl")
 
 
 def _times_of(results: Path) -> Path:

@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method import lines
-from benchmarks.method.arms import ARMS
-from benchmarks.method.sets import LR_WARMUP, MOBILENET, UNET, Set
+from benchmarks.method.arms import arm_of
+from benchmarks.method.sets import LR_WARMUP, MOBILENET, RATES, UNET, Set
 from benchmarks.method.training import figures, train
 from sparsekern.recipes.settings import Settings
 
 MODELS: Mapping[str, Settings] = {"unet": UNET, "mobilenetv3": MOBILENET}
 SEEDS = range(6)
-TUNING_SEEDS = (100, 101)  # none of the study's, whose results they must not choose
-TUNING_KEEP = 0.1
-RATES = (0.002, 0.004, 0.008, 0.001)  # learning rates that are tried
-TUNED = ("dense", "narrow", "default")
 
 # First the arms for the main claim, then those that measure the value of each part, then the rest.
 CLAIMS = ("dense", "narrow", "default", "balance", "fresh", "shuffled", "random")
 PARTS = ("taylor", "count", "magnitude", "activation", "redundancy", "uniform", "flat")
-TIMED = ("narrow-time", "narrow-long", "dense-time")
+TIMED = ("default-time", "narrow-time", "narrow-long", "dense-time")
 CURVE = ("narrow", "default", "balance", "fresh", "shuffled", "random", "taylor")
 MULTIPLIERS = ("dense", "default", "x0.75", "x0.5", "x0.35", "balance")
 
@@ -66,11 +62,11 @@ class Run:
     seed: int
     arm: str
     set: str
-    lr: float | None = None  # learning rate; None for that of the set
+    lr: float | None = None  # learning rate; None for the one chosen for arm and set
 
     def key(self, settings: Settings) -> dict[str, Any]:
         """The values that a stored line must have to count as this training."""
-        arm = ARMS[self.arm]
+        arm = arm_of(self.arm)
         return {
             "model": self.model,
             # A network that no budget touches is trained once.
@@ -98,17 +94,6 @@ def queue(
                     yield Run(stage.model, stage.keep, seed, arm, name)
 
 
-def tuning(
-    sets: Sequence[str], arms: Sequence[str] = TUNED, seeds: Sequence[int] = TUNING_SEEDS
-) -> Iterator[Run]:
-    """Trainings of the arms that get a learning rate of their own, at every rate and with seeds of their own."""
-    for arm in arms:
-        for seed in seeds:
-            for lr in RATES:
-                for name in sets:
-                    yield Run("unet", TUNING_KEEP, seed, arm, name, lr)
-
-
 def find(records: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The last line that has all of `key`."""
     return next((record for record in reversed(records) if key.items() <= record.items()), None)
@@ -129,14 +114,15 @@ class Study:
 
     def settings(self, run: Run) -> Settings:
         settings = self.sets[run.set].settings(MODELS[run.model])
-        return settings if run.lr is None else replace(settings, lr=run.lr)
+        tuned = RATES.get(arm_of(run.arm).rate_of, {}).get(run.set) if run.model == "unet" else None
+        return replace(settings, lr=run.lr or tuned or settings.lr)
 
     def done(self, run: Run) -> Mapping[str, Any] | None:
         return find(self.records, run.key(self.settings(run)))
 
     def execute(self, run: Run) -> dict[str, Any]:
         """Train, score, and add the line."""
-        settings, arm, data = self.settings(run), ARMS[run.arm], self.sets[run.set]
+        settings, arm, data = self.settings(run), arm_of(run.arm), self.sets[run.set]
         default = None
         if arm.widths == "default":
             default = self.execute_if_new(Run(run.model, run.keep, run.seed, "default", run.set))["widths"]
@@ -163,9 +149,9 @@ class Study:
         By processor time of the loop, medians over the seeds that are there: on one machine, with one thread,
         other programs change it less than wall time.
         """
-        arm = ARMS[run.arm]
+        arm = arm_of(run.arm)
         assert arm.time_of is not None
-        plain = {"uniform": "narrow", "dense": "dense"}[arm.widths]
+        plain = "default" if arm.pruned else {"uniform": "narrow", "dense": "dense"}[arm.widths]
         for name in (arm.time_of, plain):
             self.execute_if_new(Run(run.model, run.keep, run.seed, name, run.set))
         theirs, own = (self._processor_seconds(run, name) for name in (arm.time_of, plain))

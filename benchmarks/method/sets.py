@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,8 @@ TESTED = 33  # scored images of a folder; the cost of a dense network on large i
 
 LR_WARMUP = 0.05  # share of the steps in which the learning rate rises
 UNET = Settings(model="unet", width=16, steps=400, batch=4, crop=64, lr=2e-3)
+# The learning rates of the UNet that tuning has found best, by arm and set (`tuning.py`).
+RATES: Mapping[str, Mapping[str, float]] = {}
 MOBILENET = Settings(model="mobilenetv3", width=1.0, steps=400, batch=4, crop=96, lr=2e-3)
 
 

@@ -157,6 +157,7 @@ def train(
             round_to=1,
             shrink=True,
             also=[averaged],
+            **arm.options,
         )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, partial(learning_rate, steps=steps, warmup=LR_WARMUP)
