@@ -23,10 +23,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.environment import environment
-from benchmarks.method import lines, tables
+from benchmarks.method import lines, tables, tuning_tables
 from benchmarks.method.arms import ARMS, VARIANTS
 from benchmarks.method.latency import measure
-from benchmarks.method.runs import MODELS, STAGES, Study, queue
+from benchmarks.method.runs import MODELS, STAGES, Study, current, queue
 from benchmarks.method.sets import find_sets
 from benchmarks.method.tuning import TUNED, screening, tuning
 from sparsekern.files.atomic import replacing
@@ -55,7 +55,7 @@ def main(
     """Run the queue, or report what has been run."""
     if report:
         try:
-            text = tables.report(lines.read(results), _times(results))
+            text = _report(results)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         with replacing(results.with_suffix(".md")) as temporary:
@@ -105,6 +105,19 @@ def main(
     if failed:
         console.print(f"{failed} trainings failed; the same command tries them again")
         raise typer.Exit(1)
+
+
+def _report(results: Path) -> str:
+    """The text of the report.
+
+    Raises:
+        ValueError: there is no line of the study as it is now.
+    """
+    records = lines.read(results)
+    now = current(records)
+    rates = [r for r in records if r["model"] == "unet" and r["training"]["lr"] == MODELS["unet"].lr]
+    older = [] if all(any(r is one for one in now) for r in rates) else rates
+    return tables.report(now, _times(results), older, tuning_tables.report(lines.read(_tuning_of(results))))
 
 
 def _tuning_of(results: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method import lines
-from benchmarks.method.arms import arm_of
+from benchmarks.method.arms import ARMS, arm_of
 from benchmarks.method.sets import LR_WARMUP, MOBILENET, RATES, UNET, Set
 from benchmarks.method.training import figures, train
 from sparsekern.recipes.settings import Settings
@@ -64,6 +64,11 @@ class Run:
     set: str
     lr: float | None = None  # learning rate; None for the one chosen for arm and set
 
+    def rate(self) -> float:
+        """The learning rate."""
+        tuned = RATES.get(arm_of(self.arm).rate_of, {}).get(self.set) if self.model == "unet" else None
+        return self.lr or tuned or MODELS[self.model].lr
+
     def key(self, settings: Settings) -> dict[str, Any]:
         """The values that a stored line must have to count as this training."""
         arm = arm_of(self.arm)
@@ -99,6 +104,18 @@ def find(records: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mappin
     return next((record for record in reversed(records) if key.items() <= record.items()), None)
 
 
+def current(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines that the study would not run again, by the settings of now."""
+    found = []
+    for record in records:
+        if record["arm"] in ARMS and record["model"] in MODELS:
+            run = Run(*(record[name] for name in ("model", "keep", "seed", "arm", "set")))
+            settings = replace(MODELS[run.model], lr=run.rate())
+            if run.key(settings).items() <= record.items():
+                found.append(record)
+    return found
+
+
 class Study:
     """Runs the trainings that are not yet in a file of results, and adds their lines.
 
@@ -113,9 +130,7 @@ class Study:
         self.records = lines.read(path)
 
     def settings(self, run: Run) -> Settings:
-        settings = self.sets[run.set].settings(MODELS[run.model])
-        tuned = RATES.get(arm_of(run.arm).rate_of, {}).get(run.set) if run.model == "unet" else None
-        return replace(settings, lr=run.lr or tuned or settings.lr)
+        return replace(self.sets[run.set].settings(MODELS[run.model]), lr=run.rate())
 
     def done(self, run: Run) -> Mapping[str, Any] | None:
         return find(self.records, run.key(self.settings(run)))

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from benchmarks.method.arms import VARIANTS
-from benchmarks.method.runs import Run, Study
+from benchmarks.method.runs import Run
+
+
+class Done(Protocol):
+    """What is known of trainings; a `Study` is one."""
+
+    def done(self, run: Run) -> Mapping[str, Any] | None: ...
+
 
 # None of the study's: choices must not be made by the results that are then reported.
 SEEDS = (100, 101)
@@ -19,7 +27,7 @@ FINALISTS = 2  # rates that get a second seed
 TUNED = ("dense", "default", "narrow")
 
 
-def tuning(study: Study, sets: Sequence[str], arms: Sequence[str] = TUNED) -> Iterator[Run]:
+def tuning(study: Done, sets: Sequence[str], arms: Sequence[str] = TUNED) -> Iterator[Run]:
     """Trainings that choose rates: with the first seed all rates, then with the other seeds the best ones.
 
     What comes next depends on the runs before, which have been executed by then.
@@ -36,7 +44,7 @@ def tuning(study: Study, sets: Sequence[str], arms: Sequence[str] = TUNED) -> It
                     yield Run("unet", KEEP, seed, arm, name, lr)
 
 
-def _ranked(study: Study, arm: str, name: str) -> list[float]:
+def _ranked(study: Done, arm: str, name: str) -> list[float]:
     """The rates that have run with the first seed, the best first."""
     dice = {lr: found(study, arm, name, lr).get(SEEDS[0]) for lr in RATES}
     return sorted((lr for lr in RATES if dice[lr] is not None), key=lambda lr: -(dice[lr] or 0.0))
@@ -52,13 +60,13 @@ def screening(
                 yield Run("unet", KEEP, seed, arm, name)
 
 
-def found(study: Study, arm: str, name: str, lr: float) -> dict[int, float]:
+def found(study: Done, arm: str, name: str, lr: float) -> dict[int, float]:
     """Dice by seed of the trainings at one rate that are there."""
     records = {seed: study.done(Run("unet", KEEP, seed, arm, name, lr)) for seed in SEEDS}
     return {seed: record["dice"] for seed, record in records.items() if record is not None}
 
 
-def best(study: Study, arm: str, name: str) -> float | None:
+def best(study: Done, arm: str, name: str) -> float | None:
     """The rate with the best mean Dice, of those that have run with all seeds; None if there is none."""
     complete = {lr: list(found(study, arm, name, lr).values()) for lr in RATES}
     means = {lr: statistics.fmean(values) for lr, values in complete.items() if len(values) == len(SEEDS)}
