@@ -28,7 +28,7 @@ _DENSE = {"dsb2018": 0.002, "vessels": 0.008, "membranes": 0.008, "scenes": 0.00
 RATES: Mapping[str, Mapping[str, float]] = {
     "dense": _DENSE,
     "default": _DENSE,
-    "narrow": {"dsb2018": 0.002, "vessels": 0.016, "membranes": 0.016, "scenes": 0.016},
+    "narrow": {"dsb2018": 0.008, "vessels": 0.016, "membranes": 0.016, "scenes": 0.016},
 }
 MOBILENET = Settings(model="mobilenetv3", width=1.0, steps=400, batch=4, crop=96, lr=2e-3)
 
