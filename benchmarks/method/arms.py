@@ -33,6 +33,7 @@ class Arm:
         multiplier: that factor.
         time_of: another arm; so many steps that the training takes as long as that arm's.
         rate_of: the arm whose own best learning rate this arm trains with, of `sets.RATES`.
+        rate_power: the learning rate is multiplied by the share of the MACs that is left to minus this power.
         options: arguments of the Pruner that differ from its defaults.
     """
 
@@ -44,6 +45,7 @@ class Arm:
     multiplier: float = 1.0
     time_of: str | None = None
     rate_of: Rate = "default"
+    rate_power: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,7 +67,8 @@ class Arm:
         given = inspect.signature(Pruner).parameters
         options = {name: given[name].default for name in SCHEDULE} | dict(self.options)
         schedule = " ".join(f"{name}={value!r}" for name, value in options.items())
-        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}"
+        rate = f" rate_power={self.rate_power:g}" if self.rate_power else ""
+        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}{rate}"
 
 
 def _default(seed: int) -> Criterion:
@@ -125,6 +128,8 @@ VARIANTS: dict[str, Arm] = {
         "squared Taylor term, the second-order estimate",
         lambda seed: Redundancy(of=Taylor() * Taylor() * GradientCount()),
     ),
+    "rate0.5": Arm("learning rate times `share**-0.5` of the MACs left", _default, rate_power=0.5),
+    "rate0.25": Arm("learning rate times `share**-0.25`", _default, rate_power=0.25),
     "finish0.45": Arm("events until 0.45 of the steps", _default, options={"finish": 0.45}),
     "penalty0": Arm("no penalty before events", _default, options={"penalty": 0.0}),
 }

@@ -160,7 +160,7 @@ def train(
             **arm.options,
         )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(learning_rate, steps=steps, warmup=LR_WARMUP)
+        optimizer, partial(_rate, steps=steps, pruner=pruner, power=arm.rate_power)
     )
     batches = Batches(data.load()[0], settings.batch, settings.crop, seed)
     outcome = _loop(model, averaged, optimizer, schedule, batches, VoidLoss(data.void), steps)
@@ -168,6 +168,14 @@ def train(
         assert pruner.finished
         own = {name: kept for name, (kept, _) in pruner.widths().items()}
     return replace(outcome, widths=own)
+
+
+def _rate(step: int, *, steps: int, pruner: sparsekern.Pruner | None, power: float) -> float:
+    """The factor of the learning rate, which rises as the network gets smaller if `power` is above 0."""
+    plain = learning_rate(step, steps=steps, warmup=LR_WARMUP)
+    if pruner is None or not power:
+        return plain
+    return plain * pruner.metrics()["macs_share"] ** -power
 
 
 def _loop(
