@@ -129,9 +129,7 @@ VARIANTS: dict[str, Arm] = {
         lambda seed: Redundancy(of=Taylor() * Taylor() * GradientCount()),
     ),
     "rate0.5": Arm("learning rate times `share**-0.5` of the MACs left", _default, rate_power=0.5),
-    "rate0.25": Arm("learning rate times `share**-0.25`", _default, rate_power=0.25),
     "finish0.45": Arm("events until 0.45 of the steps", _default, options={"finish": 0.45}),
-    "penalty0": Arm("no penalty before events", _default, options={"penalty": 0.0}),
 }
 
 
