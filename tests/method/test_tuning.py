@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from benchmarks.method import lines, runs, tuning_tables
 from benchmarks.method.arms import ARMS, VARIANTS
 from benchmarks.method.sets import RATES, UNET
-from benchmarks.method.tuning import SEEDS, TUNED, best, found, screening, tuning
+from benchmarks.method.tuning import SEEDS, best, found, screening, tuning
 
 COMMITTED = Path(runs.__file__).parents[1] / "results" / "method-tuning.jsonl"
 
@@ -70,18 +71,30 @@ def test_the_seeds_are_none_of_the_study_and_variants_differ_from_the_default():
     assert {run.seed for run in screening(["a"])} == set(SEEDS)
 
 
-@pytest.mark.parametrize("arm", TUNED)
+class Committed:
+    """The committed lines of the tuning."""
+
+    records = lines.read(COMMITTED)
+
+    def done(self, run):
+        wanted = run.key(UNET)
+        wanted["training"]["lr"] = run.rate()
+        return runs.find(self.records, wanted)
+
+
+@pytest.mark.parametrize("arm", ["dense", "narrow"])
 def test_the_rates_of_the_study_are_the_best_of_the_committed_lines(arm):
-    class Committed:
-        records = lines.read(COMMITTED)
+    assert {name: best(Committed(), arm, name) for name in RATES[arm]} == RATES[arm]
 
-        def done(self, run):
-            wanted = run.key(UNET)
-            wanted["training"]["lr"] = run.rate()
-            return runs.find(self.records, wanted)
 
-    study = Committed()
-    assert {name: best(study, arm, name) for name in RATES[arm]} == RATES[arm]
+def test_no_rate_is_much_better_for_the_default_than_those_of_the_dense_network():
+    assert RATES["default"] == RATES["dense"]
+    for name, lr in RATES["default"].items():
+        highest, own = (
+            statistics.fmean(found(Committed(), "default", name, one).values())
+            for one in (best(Committed(), "default", name), lr)
+        )
+        assert highest - own < 0.001
 
 
 def test_the_tables_have_the_numbers_of_the_lines():
