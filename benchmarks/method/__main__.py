@@ -63,7 +63,7 @@ def main(
         return
     torch.set_num_threads(1)
     if latency:
-        record = {"environment": environment(), "times": measure(lines.read(results))}
+        record = {"environment": environment(), "times": measure(current(lines.read(results)))}
         with replacing(_times_of(results)) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
         return
