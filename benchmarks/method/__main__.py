@@ -1,12 +1,15 @@
 """Trainings that measure the value of pruning, and tables of their results.
 
-    python -m benchmarks.method --data DIR    # runs what is not there yet; takes hours, can be stopped
-    python -m benchmarks.method --latency     # times the networks of what has been run; on a quiet machine
-    python -m benchmarks.method --report      # writes method.md from the two files
+    python -m benchmarks.method --tune --data DIR    # learning rates, on seeds that the study does not use
+    python -m benchmarks.method --screen --data DIR  # variants of the default, on the same seeds
+    python -m benchmarks.method --data DIR           # the study: runs what is not there yet; takes hours
+    python -m benchmarks.method --latency            # times the networks of the study; on a quiet machine
+    python -m benchmarks.method --report             # writes method.md from the files of the others
 
-Every training is one line of ``benchmarks/results/method.jsonl``. Arms, sets, networks and the order of the
-queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the arm's criterion,
-allocator and the training are the same as now.
+Every training is one line of ``benchmarks/results/method.jsonl``, or of ``method-tuning.jsonl`` for the first
+two. A run can be stopped and goes on where it was. Arms, sets with their learning rates, networks and the
+order of the queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the
+arm's criterion, allocator and the training are the same as now.
 """
 
 from __future__ import annotations

@@ -195,7 +195,21 @@ def _costs(table: Table, times: Sequence[Record]) -> str:
         "steps",
         "latency",
     ]
-    return grid(head, rows)
+    return _dense(table) + grid(head, rows)
+
+
+def _dense(table: Table) -> str:
+    """What the shares are of, as a sentence; empty without the dense network."""
+    own = [line for key, line in table.lines.items() if key[0] == "dense"]
+    if not own:
+        return ""
+    names = ("parameters", "macs", "activation_bytes", "processor_seconds")
+    weights, macs, activations, seconds = (statistics.fmean(line[name] for line in own) for name in names)
+    return (
+        f"The dense network has {weights / 1e6:.2f} M parameters and takes {macs / 1e6:.0f} M MACs and "
+        f"{activations / 1e6:.1f} MB of activations for one crop; its training takes {seconds:.0f} s of "
+        "processor time.\n\n"
+    )
 
 
 def _share(table: Table, own: Mapping[Any, Record], value: Callable[[Record], float]) -> str:
