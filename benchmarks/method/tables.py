@@ -17,7 +17,8 @@ Record = Mapping[str, Any]
 class Table:
     """Lines of one network at one budget, by arm, set and seed.
 
-    Lines of an older recipe are left out: the last recipe of the file counts for an arm.
+    Lines of an older recipe are left out: the last recipe of the file counts for an arm. So are arms that have
+    not run on all sets.
 
     Args:
         records: lines whose trainings may be compared.
@@ -32,8 +33,9 @@ class Table:
         own = [r for r in records if r["model"] == model and r["keep"] in (None, keep)]
         recipe = {r["arm"]: r["recipe"] for r in own}
         self.lines = {(r["arm"], r["set"], r["seed"]): r for r in own if r["recipe"] == recipe[r["arm"]]}
-        self.arms = [arm for arm in names if any(arm == key[0] for key in self.lines)]
         self.sets = [name for name in SETS if any(name == key[1] for key in self.lines)]
+        trained = {key[:2] for key in self.lines}
+        self.arms = [arm for arm in names if all((arm, name) in trained for name in self.sets)]
 
     def values(self, arm: str, name: str, what: str) -> dict[int, float]:
         """A figure by seed."""

@@ -74,6 +74,12 @@ def test_only_seeds_that_both_arms_have_count(lines):
     assert "p=0.12 (4 seeds)" in report(fewer)
 
 
+def test_arms_that_have_not_run_on_all_sets_are_left_out(lines):
+    some = line("taylor", "vessels", 0, 0.5)
+    assert report([*lines, some]) == report(lines)
+    assert "| taylor |" in report([*lines, some, line("taylor", "scenes", 0, 0.5)])
+
+
 def test_lines_of_an_older_default_are_left_out(lines):
     older = [line("default", "vessels", seed, 0.1, recipe="before") for seed in range(6)]
     assert report([*older, *lines]) == report(lines)
