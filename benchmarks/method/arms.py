@@ -34,6 +34,7 @@ class Arm:
         time_of: another arm; so many steps that the training takes as long as that arm's.
         rate_of: the arm whose own best learning rate this arm trains with, of `sets.RATES`.
         rate_power: the learning rate is multiplied by the share of the MACs that is left to minus this power.
+        gain_power: the same in addition, for biases and gains.
         options: arguments of the Pruner that differ from its defaults.
     """
 
@@ -46,6 +47,7 @@ class Arm:
     time_of: str | None = None
     rate_of: Rate = "default"
     rate_power: float = 0.0
+    gain_power: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,8 +69,9 @@ class Arm:
         given = inspect.signature(Pruner).parameters
         options = {name: given[name].default for name in SCHEDULE} | dict(self.options)
         schedule = " ".join(f"{name}={value!r}" for name, value in options.items())
-        rate = f" rate_power={self.rate_power:g}" if self.rate_power else ""
-        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}{rate}"
+        powers = {"rate_power": self.rate_power, "gain_power": self.gain_power}
+        rates = "".join(f" {name}={power:g}" for name, power in powers.items() if power)
+        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}{rates}"
 
 
 def _default(seed: int) -> Criterion:
@@ -129,6 +132,7 @@ VARIANTS: dict[str, Arm] = {
         lambda seed: Redundancy(of=Taylor() * Taylor() * GradientCount()),
     ),
     "rate0.5": Arm("learning rate times `share**-0.5` of the MACs left", _default, rate_power=0.5),
+    "gains": Arm("learning rate of biases and gains times `share**-1`", _default, gain_power=1.0),
     "finish0.45": Arm("events until 0.45 of the steps", _default, options={"finish": 0.45}),
 }
 

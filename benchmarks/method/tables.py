@@ -17,8 +17,8 @@ Record = Mapping[str, Any]
 class Table:
     """Lines of one network at one budget, by arm, set and seed.
 
-    Lines of an older recipe are left out: the last recipe of the file counts for an arm. So are arms that have
-    not run on all sets.
+    Lines of an older recipe are left out: the last recipe of the file counts for an arm. So are arms that
+    have not run on all sets.
 
     Args:
         records: lines whose trainings may be compared.
