@@ -22,6 +22,9 @@ KEEP = 0.1
 HIGHEST = 0.016  # tried where the next lower one is the best of the others
 RATES = (0.002, 0.004, 0.008, 0.001, HIGHEST)
 FINALISTS = 2  # rates that get a second seed
+TIE = 0.01  # Dice between the best two rates, below which they get further seeds
+FURTHER = (102, 103)
+DOUBTED = ("narrow",)  # the arms with further seeds: the claims are about being better than they
 
 # The arms with rates of their own.
 TUNED = ("dense", "default", "narrow")
@@ -39,9 +42,15 @@ def tuning(study: Done, sets: Sequence[str], arms: Sequence[str] = TUNED) -> Ite
                 if lr != HIGHEST or _ranked(study, arm, name)[0] == max(RATES[:-1]):
                     yield Run("unet", KEEP, first, arm, name, lr)
         for name in sets:
-            for lr in _ranked(study, arm, name)[:FINALISTS]:
+            finalists = _ranked(study, arm, name)[:FINALISTS]
+            for lr in finalists:
                 for seed in others:
                     yield Run("unet", KEEP, seed, arm, name, lr)
+            means = [statistics.fmean(found(study, arm, name, lr).values()) for lr in finalists]
+            if arm in DOUBTED and max(means) - min(means) < TIE:
+                for lr in finalists:
+                    for seed in FURTHER:
+                        yield Run("unet", KEEP, seed, arm, name, lr)
 
 
 def _ranked(study: Done, arm: str, name: str) -> list[float]:
@@ -62,12 +71,14 @@ def screening(
 
 def found(study: Done, arm: str, name: str, lr: float) -> dict[int, float]:
     """Dice by seed of the trainings at one rate that are there."""
-    records = {seed: study.done(Run("unet", KEEP, seed, arm, name, lr)) for seed in SEEDS}
+    seeds = (*SEEDS, *FURTHER)
+    records = {seed: study.done(Run("unet", KEEP, seed, arm, name, lr)) for seed in seeds}
     return {seed: record["dice"] for seed, record in records.items() if record is not None}
 
 
 def best(study: Done, arm: str, name: str) -> float | None:
-    """The rate with the best mean Dice, of those that have run with all seeds; None if there is none."""
+    """The rate with the best mean Dice, of those that have run with most seeds; None if there is none."""
     complete = {lr: list(found(study, arm, name, lr).values()) for lr in RATES}
-    means = {lr: statistics.fmean(values) for lr, values in complete.items() if len(values) == len(SEEDS)}
+    most = max(map(len, complete.values()))
+    means = {lr: statistics.fmean(values) for lr, values in complete.items() if len(values) == most > 1}
     return max(means, key=lambda lr: means[lr]) if means else None
