@@ -10,7 +10,7 @@ import pytest
 from benchmarks.method import lines, runs, tuning_tables
 from benchmarks.method.arms import ARMS, VARIANTS
 from benchmarks.method.sets import RATES, UNET
-from benchmarks.method.tuning import SEEDS, best, found, screening, tuning
+from benchmarks.method.tuning import FURTHER, SEEDS, best, found, screening, tuning
 
 COMMITTED = Path(runs.__file__).parents[1] / "results" / "method-tuning.jsonl"
 
@@ -54,6 +54,18 @@ def test_a_still_higher_rate_runs_only_where_the_highest_is_the_best():
     assert best(study, "dense", "a") == 0.016 and best(study, "dense", "b") == 0.001
 
 
+def test_close_rates_of_the_narrow_network_get_further_seeds():
+    def order(gap, arm):
+        study, found = Known(lambda run: gap * (run.lr == 0.004) - 0.1 * (run.lr in (0.001, 0.008))), []
+        for run in tuning(study, ["a"], [arm]):
+            study.execute(run)
+            found.append((run.lr, run.seed))
+        return [one for one in found if one[1] in FURTHER]
+
+    assert order(0.005, "narrow") == [(lr, seed) for lr in (0.004, 0.002) for seed in FURTHER]
+    assert order(0.02, "narrow") == order(0.005, "dense") == []
+
+
 def test_the_best_rate_has_the_best_mean_of_all_seeds():
     # 0.004 is the best with the first seed, 0.002 on the mean of both.
     dice = {(0.004, 100): 0.9, (0.002, 100): 0.8, (0.004, 101): 0.1, (0.002, 101): 0.7}
@@ -65,7 +77,7 @@ def test_the_best_rate_has_the_best_mean_of_all_seeds():
 
 
 def test_the_seeds_are_none_of_the_study_and_variants_differ_from_the_default():
-    assert not set(SEEDS) & set(runs.SEEDS)
+    assert not {*SEEDS, *FURTHER} & set(runs.SEEDS)
     assert len({arm.recipe() for arm in (ARMS["default"], *VARIANTS.values())}) == 1 + len(VARIANTS)
     assert not set(VARIANTS) & set(ARMS)
     assert {run.seed for run in screening(["a"])} == set(SEEDS)
