@@ -13,6 +13,14 @@ from benchmarks.method.statistics import Difference, describe
 SETS = (FOLDER, *GENERATED)
 Record = Mapping[str, Any]
 
+# Arms that train for equally long.
+EQUAL_TIME = (
+    ("default-time", "dense"),
+    ("default-time", "narrow-long"),
+    ("default", "dense-time"),
+    ("default", "narrow-time"),
+)
+
 
 class Table:
     """Lines of one network at one budget, by arm, set and seed.
@@ -80,7 +88,8 @@ def report(
     tables = [Table(records, *pair) for pair in pairs]
     for table in tables:
         parts.append(f"## {table.model}, keep={table.keep:g} of the MACs")
-        parts += [_scores(table), _claims(table), _costs(table, times["times"] if times else [])]
+        parts += [_scores(table), _claims(table), _equal_time(table)]
+        parts.append(_costs(table, times["times"] if times else []))
     unets = [table for table in tables if table.model == "unet"]
     if len(unets) > 1:
         parts.append(_curve(unets))
@@ -155,6 +164,16 @@ def _claims(table: Table) -> str:
     others.sort(key=lambda arm: arm != "narrow")
     rows = [row(table, other, "default", other) for other in others]
     return grid(["default minus", *table.sets, "all"], rows) if "default" in table.arms else ""
+
+
+def _equal_time(table: Table) -> str:
+    """Differences of arms that train for equally long, of those that were run; empty without them."""
+    rows = [
+        row(table, f"{arm} minus {base}", arm, base)
+        for arm, base in EQUAL_TIME
+        if arm in table.arms and base in table.arms
+    ]
+    return grid(["equal processor time of training", *table.sets, "all"], rows) if rows else ""
 
 
 def row(table: Table, title: str, arm: str, base: str) -> list[str]:

@@ -93,6 +93,16 @@ def test_lines_at_another_learning_rate_have_tables_of_their_own(lines):
     assert rest.endswith("## Learning rates\n")
 
 
+def test_arms_of_equal_time_are_compared_with_each_other(lines):
+    assert "equal processor time" not in report(lines)
+    longer = [
+        line("default-time", r["set"], r["seed"], r["dice"] + 0.01) for r in lines if r["arm"] == "dense"
+    ]
+    text = report([*lines, *longer])
+    assert "| default-time minus dense | +0.0100 [+0.0100, +0.0100] | +0.0100 " in text
+    assert "minus dense-time" not in text
+
+
 def test_costs_are_shares_of_the_dense_training(lines):
     times = [
         {"model": "unet", "keep": 0.1, "arm": arm, "set": name, "latency": seconds}
