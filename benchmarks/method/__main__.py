@@ -1,12 +1,15 @@
 """Trainings that measure the value of pruning, and tables of their results.
 
-    python -m benchmarks.method --data DIR    # runs what is not there yet; takes hours, can be stopped
-    python -m benchmarks.method --latency     # times the networks of what has been run; on a quiet machine
-    python -m benchmarks.method --report      # writes method.md from the two files
+    python -m benchmarks.method --tune --data DIR    # learning rates, on seeds that the study does not use
+    python -m benchmarks.method --screen --data DIR  # variants of the default, on the same seeds
+    python -m benchmarks.method --data DIR           # the study: runs what is not there yet; takes hours
+    python -m benchmarks.method --latency            # times the networks of the study; on a quiet machine
+    python -m benchmarks.method --report             # writes method.md from the files of the others
 
-Every training is one line of ``benchmarks/results/method.jsonl``. Arms, sets, networks and the order of the
-queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the arm's criterion,
-allocator and the training are the same as now.
+Every training is one line of ``benchmarks/results/method.jsonl``, or of ``method-tuning.jsonl`` for the first
+two. A run can be stopped and goes on where it was. Arms, sets with their learning rates, networks and the
+order of the queue are data in ``arms.py``, ``sets.py`` and ``runs.py``. A line counts as done only if the
+arm's criterion, allocator and the training are the same as now.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import typer
 from rich.console import Console
 
 from benchmarks.environment import environment
-from benchmarks.method import lines, tables
-from benchmarks.method.arms import ARMS
+from benchmarks.method import lines, tables, tuning_tables
+from benchmarks.method.arms import ARMS, VARIANTS
 from benchmarks.method.latency import measure
-from benchmarks.method.runs import MODELS, STAGES, Study, queue
+from benchmarks.method.runs import MODELS, STAGES, Study, current, queue
 from benchmarks.method.sets import find_sets
+from benchmarks.method.tuning import TUNED, screening, tuning
 from sparsekern.files.atomic import replacing
 
 RESULTS = Path(__file__).parents[1] / "results" / "method.jsonl"
@@ -42,6 +46,8 @@ def main(
     results: Annotated[Path, typer.Option(help="The lines; the report lies beside them.")] = RESULTS,
     report: Annotated[bool, typer.Option("--report", help="Write the tables; train nothing.")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Time the networks; train nothing.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Try learning rates, on seeds of their own.")] = False,
+    screen: Annotated[bool, typer.Option("--screen", help="Try variants of the default.")] = False,
     model: Annotated[str, typer.Option(help="unet, mobilenetv3; all stages of the queue if not given.")] = "",
     sets: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
     arms: Annotated[str, typer.Option(help="Only these, by commas.")] = "",
@@ -52,7 +58,7 @@ def main(
     """Run the queue, or report what has been run."""
     if report:
         try:
-            text = tables.report(lines.read(results), _times(results))
+            text = _report(results)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         with replacing(results.with_suffix(".md")) as temporary:
@@ -60,20 +66,27 @@ def main(
         return
     torch.set_num_threads(1)
     if latency:
-        record = {"environment": environment(), "times": measure(lines.read(results))}
+        record = {"environment": environment(), "times": measure(current(lines.read(results)))}
         with replacing(_times_of(results)) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
         return
     found = find_sets(data)
     chosen = _chosen("--sets", sets, list(found))
-    names = _chosen("--arms", arms, list(ARMS))
-    stages = [
-        replace(stage, arms=[arm for arm in stage.arms if arm in names])
-        for stage in STAGES
-        if stage.model in _chosen("--model", model, list(MODELS)) and keep in (None, stage.keep)
-    ]
-    study, left, failed = Study(results, found, environment()), limit, 0
-    for run in queue(chosen, stages, range(seeds)):
+    study = Study(_tuning_of(results) if tune or screen else results, found, environment())
+    if tune:
+        runs = tuning(study, chosen, _chosen("--arms", arms, list(TUNED)))
+    elif screen:
+        runs = screening(chosen, _chosen("--arms", arms, list(VARIANTS)))
+    else:
+        names, models = _chosen("--arms", arms, list(ARMS)), _chosen("--model", model, list(MODELS))
+        stages = [
+            replace(stage, arms=[arm for arm in stage.arms if arm in names])
+            for stage in STAGES
+            if stage.model in models and keep in (None, stage.keep)
+        ]
+        runs = queue(chosen, stages, range(seeds))
+    left, failed = limit, 0
+    for run in runs:
         if left == 0:
             break
         if study.done(run) is not None:
@@ -88,12 +101,37 @@ def main(
             console.print(f"{run} failed:\n{traceback.format_exc()}", markup=False)
             continue
         console.print(
-            f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm}: Dice {record['dice']:.4f}, "
+            f"{run.model} {run.set} keep {run.keep:g} seed {run.seed} {run.arm} "
+            f"lr {study.settings(run).lr:g}: Dice {record['dice']:.4f}, "
             f"averaged {record['averaged_dice']:.4f}, {time.perf_counter() - begin:.0f} s"
         )
     if failed:
         console.print(f"{failed} trainings failed; the same command tries them again")
         raise typer.Exit(1)
+
+
+def _report(results: Path) -> str:
+    """The text of the report.
+
+    Raises:
+        ValueError: there is no line of the study as it is now.
+    """
+    records = lines.read(results)
+    now = current(records)
+    older = [r for r in records if r["model"] == "unet" and r["training"]["lr"] == MODELS["unet"].lr]
+    by_set: dict[str, set[int]] = {}
+    for record in older:
+        by_set.setdefault(record["set"], set()).add(record["seed"])
+    # Where this rate is the chosen one, a set has more seeds than the others.
+    common = set.intersection(*by_set.values()) if by_set else set()
+    older = [r for r in older if r["seed"] in common]
+    if all(any(r is one for one in now) for r in older):
+        older = []
+    return tables.report(now, _times(results), older, tuning_tables.report(lines.read(_tuning_of(results))))
+
+
+def _tuning_of(results: Path) -> Path:
+    return results.with_name(f"{results.stem}-tuning.jsonl")
 
 
 def _times_of(results: Path) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sparsekern import Pruner, allocate, criteria
 from sparsekern.prune.decide.allocate import Allocator, Global
@@ -14,6 +14,7 @@ from sparsekern.prune.decide.criteria import Criterion, GradientCount, Redundanc
 # Arguments of the Pruner that are the same for all arms.
 SCHEDULE = ("warmup", "finish", "events", "penalty", "exact")
 
+Rate = Literal["dense", "narrow", "default"]
 Widths = Literal["dense", "uniform", "flat", "default", "multiplier"]
 
 
@@ -31,6 +32,10 @@ class Arm:
             seed ends with. `"multiplier"`: the network's own factor on its widths.
         multiplier: that factor.
         time_of: another arm; so many steps that the training takes as long as that arm's.
+        rate_of: the arm whose own best learning rate this arm trains with, of `sets.RATES`.
+        rate_power: the learning rate is multiplied by the share of the MACs that is left to minus this power.
+        gain_power: the same in addition, for biases and gains.
+        options: arguments of the Pruner that differ from its defaults.
     """
 
     about: str
@@ -40,6 +45,10 @@ class Arm:
     widths: Widths = "dense"
     multiplier: float = 1.0
     time_of: str | None = None
+    rate_of: Rate = "default"
+    rate_power: float = 0.0
+    gain_power: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pruned(self) -> bool:
@@ -58,8 +67,11 @@ class Arm:
             own = f"widths={self.widths} multiplier={self.multiplier:g} time_of={self.time_of}"
             return f"{own} of {ARMS['default'].recipe()}" if follows else own
         given = inspect.signature(Pruner).parameters
-        schedule = " ".join(f"{name}={given[name].default!r}" for name in SCHEDULE)
-        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}"
+        options = {name: given[name].default for name in SCHEDULE} | dict(self.options)
+        schedule = " ".join(f"{name}={value!r}" for name, value in options.items())
+        powers = {"rate_power": self.rate_power, "gain_power": self.gain_power}
+        rates = "".join(f" {name}={power:g}" for name, power in powers.items() if power)
+        return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}{rates}"
 
 
 def _default(seed: int) -> Criterion:
@@ -67,10 +79,14 @@ def _default(seed: int) -> Criterion:
 
 
 ARMS: dict[str, Arm] = {
-    "dense": Arm("the full network, never pruned"),
-    "narrow": Arm("all widths scaled alike to the same MACs, from scratch", widths="uniform"),
-    "flat": Arm("all layers equally wide at the same MACs, from scratch", widths="flat"),
-    "fresh": Arm("the widths that the default ends with, new weights, same steps", widths="default"),
+    "dense": Arm("the full network, never pruned", rate_of="dense"),
+    "narrow": Arm(
+        "all widths scaled alike to the same MACs, from scratch", widths="uniform", rate_of="narrow"
+    ),
+    "flat": Arm("all layers equally wide at the same MACs, from scratch", widths="flat", rate_of="narrow"),
+    "fresh": Arm(
+        "the widths that the default ends with, new weights, same steps", widths="default", rate_of="narrow"
+    ),
     "default": Arm("sparsekern as it comes", _default),
     "balance": Arm("default with `Global(balance=0.75)`", _default, Global(balance=0.75)),
     "shuffled": Arm(
@@ -92,10 +108,35 @@ ARMS: dict[str, Arm] = {
         lambda seed: Redundancy(of=Taylor() * GradientCount(level="activation")),
         fused=True,
     ),
-    "narrow-time": Arm("narrow, as long as the default trains", widths="uniform", time_of="default"),
-    "narrow-long": Arm("narrow, as long as the dense network trains", widths="uniform", time_of="dense"),
-    "dense-time": Arm("dense, as long as the default trains", time_of="default"),
+    "default-time": Arm("default, as long as the dense network trains", _default, time_of="dense"),
+    "narrow-time": Arm(
+        "narrow, as long as the default trains", widths="uniform", time_of="default", rate_of="narrow"
+    ),
+    "narrow-long": Arm(
+        "narrow, as long as the dense network trains", widths="uniform", time_of="dense", rate_of="narrow"
+    ),
+    "dense-time": Arm("dense, as long as the default trains", time_of="default", rate_of="dense"),
     "x0.75": Arm("width multiplier 0.75, from scratch", widths="multiplier", multiplier=0.75),
     "x0.5": Arm("width multiplier 0.5, from scratch", widths="multiplier", multiplier=0.5),
     "x0.35": Arm("width multiplier 0.35, from scratch", widths="multiplier", multiplier=0.35),
 }
+
+
+# The default with one change each, tried on the seeds of `tuning.py` at the learning rates of the default.
+VARIANTS: dict[str, Arm] = {
+    "finish0.8": Arm("events until 0.8 of the steps", _default, options={"finish": 0.8}),
+    "later": Arm("events from 0.2 to 0.8 of the steps", _default, options={"warmup": 0.2, "finish": 0.8}),
+    "balance0.5": Arm("`Global(balance=0.5)`", _default, Global(balance=0.5)),
+    "fisher": Arm(
+        "squared Taylor term, the second-order estimate",
+        lambda seed: Redundancy(of=Taylor() * Taylor() * GradientCount()),
+    ),
+    "rate0.5": Arm("learning rate times `share**-0.5` of the MACs left", _default, rate_power=0.5),
+    "gains": Arm("learning rate of biases and gains times `share**-1`", _default, gain_power=1.0),
+    "finish0.45": Arm("events until 0.45 of the steps", _default, options={"finish": 0.45}),
+}
+
+
+def arm_of(name: str) -> Arm:
+    """The arm or variant of that name."""
+    return ARMS[name] if name in ARMS else VARIANTS[name]

@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.method import lines
-from benchmarks.method.arms import ARMS
-from benchmarks.method.sets import LR_WARMUP, MOBILENET, UNET, Set
+from benchmarks.method.arms import ARMS, arm_of
+from benchmarks.method.sets import LR_WARMUP, MOBILENET, RATES, UNET, Set
 from benchmarks.method.training import figures, train
 from sparsekern.recipes.settings import Settings
 
 MODELS: Mapping[str, Settings] = {"unet": UNET, "mobilenetv3": MOBILENET}
 SEEDS = range(6)
 
-# First the arms for the main claim, then those that measure the value of each part, then the rest.
-CLAIMS = ("dense", "narrow", "default", "balance", "fresh", "shuffled", "random")
-PARTS = ("taylor", "count", "magnitude", "activation", "redundancy", "uniform", "flat")
-TIMED = ("narrow-time", "narrow-long", "dense-time")
-CURVE = ("narrow", "default", "balance", "fresh", "shuffled", "random", "taylor")
+CONTROLS = ("shuffled", "random", "fresh", "taylor")
+PARTS = ("balance", "count", "magnitude", "activation", "redundancy", "uniform", "flat")
+TIMED = ("default-time", "narrow-time", "narrow-long", "dense-time")
+CURVE = ("narrow", "default", "fresh", "shuffled", "random", "taylor")
 MULTIPLIERS = ("dense", "default", "x0.75", "x0.5", "x0.35", "balance")
 
 
@@ -41,15 +40,21 @@ class Stage:
     sets: Sequence[str] | None = None
 
 
+# First the arms for the main claim, then those that measure the value of each part, then the rest.
 STAGES = (
-    Stage("unet", 0.1, CLAIMS + PARTS[:5]),
-    Stage("unet", 0.2, CURVE),
-    Stage("unet", 0.1, PARTS[5:] + TIMED),
-    Stage("unet", 0.05, CURVE[:5]),
-    Stage("unet", 0.5, CURVE[:5]),
+    Stage("unet", 0.1, ("dense", "narrow", "default")),
+    Stage("unet", 0.2, CURVE[:2]),
+    Stage("unet", 0.1, CONTROLS),
     # Its output has an eighth of the resolution, too coarse for vessels and membranes.
-    Stage("mobilenetv3", 0.5, MULTIPLIERS, ("dsb2018", "scenes")),
-    Stage("unet", 0.2, PARTS[1:] + TIMED),
+    Stage("mobilenetv3", 0.5, MULTIPLIERS[:4], ("dsb2018", "scenes")),
+    Stage("unet", 0.1, TIMED),
+    Stage("unet", 0.05, CURVE[:2]),
+    Stage("unet", 0.5, CURVE[:2]),
+    Stage("unet", 0.1, PARTS),
+    Stage("mobilenetv3", 0.5, MULTIPLIERS[4:], ("dsb2018", "scenes")),
+    Stage("unet", 0.2, CURVE[2:] + TIMED),
+    Stage("unet", 0.05, CURVE[2:]),
+    Stage("unet", 0.5, CURVE[2:]),
 )
 
 
@@ -62,10 +67,16 @@ class Run:
     seed: int
     arm: str
     set: str
+    lr: float | None = None  # learning rate; None for the one chosen for arm and set
+
+    def rate(self) -> float:
+        """The learning rate."""
+        tuned = RATES.get(arm_of(self.arm).rate_of, {}).get(self.set) if self.model == "unet" else None
+        return self.lr or tuned or MODELS[self.model].lr
 
     def key(self, settings: Settings) -> dict[str, Any]:
         """The values that a stored line must have to count as this training."""
-        arm = ARMS[self.arm]
+        arm = arm_of(self.arm)
         return {
             "model": self.model,
             # A network that no budget touches is trained once.
@@ -98,6 +109,18 @@ def find(records: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mappin
     return next((record for record in reversed(records) if key.items() <= record.items()), None)
 
 
+def current(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines that the study would not run again, by the settings of now."""
+    found = []
+    for record in records:
+        if record["arm"] in ARMS and record["model"] in MODELS:
+            run = Run(*(record[name] for name in ("model", "keep", "seed", "arm", "set")))
+            settings = replace(MODELS[run.model], lr=run.rate())
+            if run.key(settings).items() <= record.items():
+                found.append(record)
+    return found
+
+
 class Study:
     """Runs the trainings that are not yet in a file of results, and adds their lines.
 
@@ -112,14 +135,14 @@ class Study:
         self.records = lines.read(path)
 
     def settings(self, run: Run) -> Settings:
-        return self.sets[run.set].settings(MODELS[run.model])
+        return replace(self.sets[run.set].settings(MODELS[run.model]), lr=run.rate())
 
     def done(self, run: Run) -> Mapping[str, Any] | None:
         return find(self.records, run.key(self.settings(run)))
 
     def execute(self, run: Run) -> dict[str, Any]:
         """Train, score, and add the line."""
-        settings, arm, data = self.settings(run), ARMS[run.arm], self.sets[run.set]
+        settings, arm, data = self.settings(run), arm_of(run.arm), self.sets[run.set]
         default = None
         if arm.widths == "default":
             default = self.execute_if_new(Run(run.model, run.keep, run.seed, "default", run.set))["widths"]
@@ -146,9 +169,9 @@ class Study:
         By processor time of the loop, medians over the seeds that are there: on one machine, with one thread,
         other programs change it less than wall time.
         """
-        arm = ARMS[run.arm]
+        arm = arm_of(run.arm)
         assert arm.time_of is not None
-        plain = {"uniform": "narrow", "dense": "dense"}[arm.widths]
+        plain = "default" if arm.pruned else {"uniform": "narrow", "dense": "dense"}[arm.widths]
         for name in (arm.time_of, plain):
             self.execute_if_new(Run(run.model, run.keep, run.seed, name, run.set))
         theirs, own = (self._processor_seconds(run, name) for name in (arm.time_of, plain))

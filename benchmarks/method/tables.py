@@ -13,29 +13,37 @@ from benchmarks.method.statistics import Difference, describe
 SETS = (FOLDER, *GENERATED)
 Record = Mapping[str, Any]
 
-# The arms that others are compared with, if they were run.
-BASELINES = ("dense", "narrow", "x0.5", "x0.75")
+# Arms that train for equally long.
+EQUAL_TIME = (
+    ("default-time", "dense"),
+    ("default-time", "narrow-long"),
+    ("default", "dense-time"),
+    ("default", "narrow-time"),
+)
 
 
 class Table:
     """Lines of one network at one budget, by arm, set and seed.
 
-    Lines of an older recipe or training are left out: the last recipe of the file counts for an arm, and the
-    last training for all.
+    Lines of an older recipe are left out: the last recipe of the file counts for an arm. So are arms that
+    have not run on all sets.
+
+    Args:
+        records: lines whose trainings may be compared.
+        model, keep: the network and the budget.
+        names: the arms in their order.
     """
 
-    def __init__(self, records: Sequence[Record], model: str, keep: float) -> None:
+    def __init__(
+        self, records: Sequence[Record], model: str, keep: float, names: Iterable[str] = ARMS
+    ) -> None:
         self.model, self.keep = model, keep
         own = [r for r in records if r["model"] == model and r["keep"] in (None, keep)]
-        training = [r for r in records if r["model"] == model][-1]["training"]
         recipe = {r["arm"]: r["recipe"] for r in own}
-        self.lines = {
-            (r["arm"], r["set"], r["seed"]): r
-            for r in own
-            if r["training"] == training and r["recipe"] == recipe[r["arm"]]
-        }
-        self.arms = [arm for arm in ARMS if any(arm == key[0] for key in self.lines)]
+        self.lines = {(r["arm"], r["set"], r["seed"]): r for r in own if r["recipe"] == recipe[r["arm"]]}
         self.sets = [name for name in SETS if any(name == key[1] for key in self.lines)]
+        trained = {key[:2] for key in self.lines}
+        self.arms = [arm for arm in names if all((arm, name) in trained for name in self.sets)]
 
     def values(self, arm: str, name: str, what: str) -> dict[int, float]:
         """A figure by seed."""
@@ -56,41 +64,54 @@ class Table:
         return [statistics.fmean(one[seed] for one in differences) for seed in seeds]
 
 
-def report(records: Sequence[Record], times: Mapping[str, Any] | None = None) -> str:
+def report(
+    records: Sequence[Record],
+    times: Mapping[str, Any] | None = None,
+    older: Sequence[Record] = (),
+    tuning: str = "",
+) -> str:
     """All tables of `records`, and of `times` of their networks.
 
+    Args:
+        records: the lines of the study with its settings of now.
+        times: what `--latency` has written.
+        older: lines at the learning rate that all arms had before each got its own.
+        tuning: tables of the tuning, as text.
+
     Raises:
-        ValueError: there are none.
+        ValueError: there are no `records`.
     """
     if not records:
         raise ValueError("results: got no complete line, expected some; run the study first")
-    parts = [_head(records)]
+    parts = [_head([*records, *older])]
     pairs = sorted({(r["model"], r["keep"]) for r in records if r["keep"] is not None}, key=_order)
     tables = [Table(records, *pair) for pair in pairs]
     for table in tables:
         parts.append(f"## {table.model}, keep={table.keep:g} of the MACs")
-        parts.append(_scores(table, "dice", "Dice"))
-        parts.append(_claims(table))
-        parts += [_differences(table, base) for base in BASELINES if base in table.arms]
-        parts.append(_averaged(table))
+        parts += [_scores(table), _claims(table), _equal_time(table)]
         parts.append(_costs(table, times["times"] if times else []))
     unets = [table for table in tables if table.model == "unet"]
     if len(unets) > 1:
         parts.append(_curve(unets))
+    if older:
+        table = Table(older, "unet", 0.1)
+        rate = older[0]["training"]["lr"]
+        parts.append(f"## unet, keep=0.1, learning rate {rate:g} for all arms and sets")
+        parts += [_scores(table), _claims(table)]
+    parts.append(tuning)
     if times:
         parts.append(_timed(times["environment"]))
-    parts.append(_legend(records))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _order(pair: tuple[str, float]) -> tuple[bool, float]:
-    return pair[0] != "unet", -pair[1]
+def _order(pair: tuple[str, float]) -> tuple[bool, float, float]:
+    """The budget of the main claim first, then the others from wide to narrow."""
+    return pair[0] != "unet", abs(pair[1] - 0.1) > 1e-9, -pair[1]
 
 
 def _head(records: Sequence[Record]) -> str:
-    places = sorted(
-        {f"{r['machine']}, torch {r['torch']}, {r['threads']} thread, commit {r['commit']}" for r in records}
-    )
+    machines = sorted({f"{r['machine']}, torch {r['torch']}, {r['threads']} thread" for r in records})
+    commits = sorted({str(r["commit"]) for r in records})
     trainings = {r["model"]: r["training"] for r in records}
     lines = [
         "# The method: what pruning is worth",
@@ -98,13 +119,14 @@ def _head(records: Sequence[Record]) -> str:
         "Commands: `python -m benchmarks.method --data DIR`, then `--report`. Dice is the mean over the "
         "foreground classes, over all pixels of the held-out images together; void pixels do not count.",
         "Seeds are paired: all arms have the same first weights (where they have the same layers), order and "
-        "augmentation. An entry `+0.010 [+0.002, +0.018] p=0.03` is a mean difference, its 95 % percentile "
-        "bootstrap interval over seeds, and the exact two-sided sign-flip probability. With six seeds the "
-        "interval is rather too short, and the least possible probability is 0.03; neither is corrected for "
-        "the number of comparisons. `all` is the mean over the sets, one number a seed.",
+        "augmentation. An entry `+0.010 [+0.002, +0.018]` is a mean difference with its 95 % percentile "
+        "bootstrap interval over seeds. `all` is the mean over the sets, one number a seed, with the exact "
+        "two-sided sign-flip probability. With six seeds the interval is rather too short, and the least "
+        "possible probability is 0.03; neither is corrected for the number of comparisons.",
         "",
         *(f"* {model}: {_training(training)}" for model, training in sorted(trainings.items())),
-        *(f"* {place}" for place in places),
+        *(f"* {machine}" for machine in machines),
+        f"* commits {', '.join(commits)}",
     ]
     return "\n".join(lines)
 
@@ -112,69 +134,68 @@ def _head(records: Sequence[Record]) -> str:
 def _training(training: Mapping[str, Any]) -> str:
     return (
         f"width {training['width']:g}, {training['steps']} steps of {training['batch']} crops of "
-        f"{training['crop']}x{training['crop']} pixels, AdamW, lr {training['lr']:g}, weight decay "
-        f"{training['weight_decay']:g}"
+        f"{training['crop']}x{training['crop']} pixels, AdamW, weight decay {training['weight_decay']:g}"
     )
 
 
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _scores(table: Table, what: str, title: str) -> str:
+def _scores(table: Table) -> str:
     rows = []
     for arm in table.arms:
         cells, means = [], []
         for name in table.sets:
-            found = list(table.values(arm, name, what).values())
+            found = list(table.values(arm, name, "dice").values())
             cells.append(f"{statistics.fmean(found):.4f} ({len(found)})" if found else "")
             means += [statistics.fmean(found)] if found else []
         whole = f"{statistics.fmean(means):.4f}" if len(means) == len(table.sets) else ""
-        rows.append([arm, *cells, whole])
-    return _grid([f"{title} (seeds)", *table.sets, "all"], rows)
+        rows.append([arm, ARMS[arm].about, *cells, whole])
+    return grid(["Dice (seeds)", "what it is", *table.sets, "all"], rows)
 
 
 def _claims(table: Table) -> str:
     """The default minus each other arm."""
-    rows = [_row(table, other, "default", other) for other in table.arms if other != "default"]
-    return _grid(["default minus", *table.sets, "all"], rows) if "default" in table.arms else ""
+    others = [arm for arm in table.arms if arm != "default"]
+    # First the comparison that a user asks for first.
+    others.sort(key=lambda arm: arm != "narrow")
+    rows = [row(table, other, "default", other) for other in others]
+    return grid(["default minus", *table.sets, "all"], rows) if "default" in table.arms else ""
 
 
-def _differences(table: Table, base: str) -> str:
-    """Each arm minus `base`."""
-    rows = [_row(table, arm, arm, base) for arm in table.arms if arm != base]
-    return _grid([f"minus {base}", *table.sets, "all"], rows)
+def _equal_time(table: Table) -> str:
+    """Differences of arms that train for equally long, of those that were run; empty without them."""
+    rows = [
+        row(table, f"{arm} minus {base}", arm, base)
+        for arm, base in EQUAL_TIME
+        if arm in table.arms and base in table.arms
+    ]
+    return grid(["equal processor time of training", *table.sets, "all"], rows) if rows else ""
 
 
-def _row(table: Table, title: str, arm: str, base: str) -> list[str]:
+def row(table: Table, title: str, arm: str, base: str) -> list[str]:
+    """Cells of `arm` minus `base`: of each set, and of their mean."""
     found = [table.paired(arm, base, name) for name in table.sets]
-    return [title, *(_cell(list(one.values())) for one in found), _cell(table.over_sets(found))]
+    whole = table.over_sets(found)
+    return [title, *(cell(list(one.values())) for one in found), cell(whole, p=True)]
 
 
-def _cell(differences: Sequence[float]) -> str:
+def cell(differences: Sequence[float], *, p: bool = False) -> str:
+    """A mean difference with its interval, with `p` also its probability; the number of seeds if not 6."""
     if not differences:
         return ""
     if len(differences) == 1:
         return f"{differences[0]:+.4f} (1 seed)"
-    return _written(describe(differences))
+    return _written(describe(differences), p)
 
 
-def _written(found: Difference) -> str:
+def _written(found: Difference, p: bool) -> str:
     seeds = "" if found.count == 6 else f" ({found.count} seeds)"
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] p={found.p:.2f}{seeds}"
-
-
-def _averaged(table: Table) -> str:
-    """Scores of averaged weights beside those of the last ones."""
-    rows = []
-    for arm in table.arms:
-        found = []
-        for name in table.sets:
-            last, mean = (table.values(arm, name, what) for what in ("dice", "averaged_dice"))
-            found.append({seed: mean[seed] - last[seed] for seed in last})
-        rows.append([arm, *(_cell(list(one.values())) for one in found), _cell(table.over_sets(found))])
-    return _grid(["averaged weights minus last", *table.sets, "all"], rows)
+    chance = f" p={found.p:.2f}" if p else ""
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{chance}{seeds}"
 
 
 def _costs(table: Table, times: Sequence[Record]) -> str:
@@ -195,7 +216,21 @@ def _costs(table: Table, times: Sequence[Record]) -> str:
         "steps",
         "latency",
     ]
-    return _grid(head, rows)
+    return _dense(table) + grid(head, rows)
+
+
+def _dense(table: Table) -> str:
+    """What the shares are of, as a sentence; empty without the dense network."""
+    own = [line for key, line in table.lines.items() if key[0] == "dense"]
+    if not own:
+        return ""
+    names = ("parameters", "macs", "activation_bytes", "processor_seconds")
+    weights, macs, activations, seconds = (statistics.fmean(line[name] for line in own) for name in names)
+    return (
+        f"The dense network has {weights / 1e6:.2f} M parameters and takes {macs / 1e6:.0f} M MACs and "
+        f"{activations / 1e6:.1f} MB of activations for one crop; its training takes {seconds:.0f} s of "
+        "processor time.\n\n"
+    )
 
 
 def _share(table: Table, own: Mapping[Any, Record], value: Callable[[Record], float]) -> str:
@@ -217,16 +252,17 @@ def _latency(table: Table, arm: str, times: Sequence[Record]) -> str:
 
 def _curve(tables: Sequence[Table]) -> str:
     """Differences to dense over the budget."""
+    tables = sorted(tables, key=lambda table: -table.keep)
     arms = [arm for arm in ARMS if sum(arm in table.arms for table in tables) > 1 and arm != "dense"]
     rows = []
     for arm in arms:
         cells = []
         for table in tables:
             found = [table.paired(arm, "dense", name) for name in table.sets]
-            cells.append(_cell(table.over_sets(found)))
+            cells.append(cell(table.over_sets(found), p=True))
         rows.append([arm, *cells])
     head = ["minus dense, mean over sets", *(f"keep={table.keep:g}" for table in tables)]
-    return "## unet over the budget\n\n" + _grid(head, rows)
+    return "## unet over the budget\n\n" + grid(head, rows)
 
 
 def _timed(environment: Record) -> str:
@@ -235,8 +271,3 @@ def _timed(environment: Record) -> str:
         f"{environment['threads']} thread, commit {environment['commit']}, networks of one seed, in turns. "
         "Processor time is that of trainings beside which other programs ran."
     )
-
-
-def _legend(records: Sequence[Record]) -> str:
-    arms = [arm for arm in ARMS if any(r["arm"] == arm for r in records)]
-    return "\n".join(["## Arms", "", *(f"* `{arm}`: {ARMS[arm].about}" for arm in arms)])

@@ -143,9 +143,9 @@ def train(
     optimizer: torch.optim.Optimizer
     pruner = None
     if arm.select is None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(_groups(model), lr=rate, weight_decay=decay, fused=True)
     else:
-        optimizer = sparsekern.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+        optimizer = sparsekern.optim.AdamW(_groups(model), lr=rate, weight_decay=decay)
         pruner = sparsekern.Pruner(
             model,
             optimizer,
@@ -157,16 +157,34 @@ def train(
             round_to=1,
             shrink=True,
             also=[averaged],
+            **arm.options,
         )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(learning_rate, steps=steps, warmup=LR_WARMUP)
-    )
+    powers = (arm.rate_power, arm.rate_power + arm.gain_power)
+    rates = [partial(_rate, steps=steps, pruner=pruner, power=power) for power in powers]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     batches = Batches(data.load()[0], settings.batch, settings.crop, seed)
     outcome = _loop(model, averaged, optimizer, schedule, batches, VoidLoss(data.void), steps)
     if pruner is not None:
         assert pruner.finished
         own = {name: kept for name, (kept, _) in pruner.widths().items()}
     return replace(outcome, widths=own)
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The weights, and the biases and gains, as two groups of an optimizer."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() < 2]},
+    ]
+
+
+def _rate(step: int, *, steps: int, pruner: sparsekern.Pruner | None, power: float) -> float:
+    """The factor of the learning rate, which rises as the network gets smaller if `power` is above 0."""
+    plain = learning_rate(step, steps=steps, warmup=LR_WARMUP)
+    if pruner is None or not power:
+        return plain
+    return plain * pruner.metrics()["macs_share"] ** -power
 
 
 def _loop(

@@ -7,10 +7,10 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.method import lines, runs, tables
+from benchmarks.method import lines, runs, tables, training
 from benchmarks.method.arms import ARMS
-from benchmarks.method.runs import STAGES, Run, Stage, Study, find, queue
-from benchmarks.method.sets import Set
+from benchmarks.method.runs import STAGES, Run, Stage, Study, current, find, queue
+from benchmarks.method.sets import MOBILENET, UNET, Set
 from benchmarks.method.training import Outcome, VoidLoss, example, figures, network, score
 from sparsekern.recipes.measure import macs, parameters
 from sparsekern.recipes.metrics import SegmentationLoss
@@ -83,8 +83,37 @@ def test_a_line_of_another_recipe_or_training_counts_for_nothing(study):
     assert find(study.records, key) is line(study, "default")
     assert find(study.records, key | {"recipe": "another"}) is None
     assert find(study.records, key | {"training": key["training"] | {"steps": 7}}) is None
+    assert find(study.records, key | {"training": key["training"] | {"lr": 0.5}}) is None
     # Arms that depend on the default change with it.
     assert ARMS["default"].recipe() in ARMS["fresh"].recipe()
+
+
+def test_current_lines_are_those_that_would_not_run_again(study):
+    assert current(study.records) == study.records
+    assert current([record | {"recipe": "another"} for record in study.records]) == []
+    assert current([record | {"arm": "removed"} for record in study.records]) == []
+    other = [record | {"training": record["training"] | {"lr": 0.5}} for record in study.records]
+    assert current(other) == []
+
+
+def test_a_rate_that_rises_as_the_network_shrinks():
+    class Left:
+        def metrics(self):
+            return {"macs_share": 0.25}
+
+    plain = training._rate(50, steps=100, pruner=None, power=0.5)
+    assert training._rate(50, steps=100, pruner=Left(), power=0.0) == plain
+    assert training._rate(50, steps=100, pruner=Left(), power=0.5) == pytest.approx(2 * plain)
+
+
+def test_an_arm_trains_at_its_own_rate_unless_the_run_names_one(monkeypatch):
+    monkeypatch.setattr(runs, "RATES", {"default": {"scenes": 0.1}, "narrow": {"scenes": 0.2}})
+    for arm, rate in (("default", 0.1), ("shuffled", 0.1), ("fresh", 0.2), ("narrow-time", 0.2)):
+        assert Run("unet", 0.5, 0, arm, "scenes").rate() == rate
+    monkeypatch.setattr(runs, "MODELS", {"unet": UNET, "mobilenetv3": MOBILENET})
+    assert Run("unet", 0.5, 0, "dense", "scenes").rate() == UNET.lr
+    assert Run("unet", 0.5, 0, "default", "scenes", lr=0.3).rate() == 0.3
+    assert Run("mobilenetv3", 0.5, 0, "default", "scenes").rate() == MOBILENET.lr
 
 
 def test_equal_runs_give_equal_scores(study):
@@ -103,7 +132,7 @@ def test_the_cost_of_a_line_is_that_of_the_network():
 
 def test_the_report_has_the_numbers_of_the_lines(study):
     text = tables.report(lines.read(study.path))
-    assert f"| default | {line(study, 'default')['dice']:.4f} (1) |" in text
+    assert f"| default | sparsekern as it comes | {line(study, 'default')['dice']:.4f} (1) |" in text
     difference = line(study, "default")["dice"] - line(study, "fresh")["dice"]
     assert f"| fresh | {difference:+.4f} (1 seed) |" in text
     with pytest.raises(ValueError, match="results: got no complete line"):
