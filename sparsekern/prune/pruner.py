@@ -76,12 +76,10 @@ class Pruner:
         exact: False also allows channels whose removal changes values of others (:func:`sparsekern.trace`).
         equal: ``"role"`` keeps the same part of all layers as wide, a mapping also by divisors; ``"auto"``
             does so for models with a Hugging Face ``config``. See :mod:`sparsekern.prune.decide.roles`.
-        penalty: extra decay >= 0 of the gates of channels that would go at the next event. Until then they
-            are multiplied by about ``exp(-penalty)``, in addition to their training.
+        penalty: extra decay >= 0 of the gates of channels that would go, about ``exp(-penalty)`` an event.
         nonfinite: response to NaN or infinity in gradients, which no statistics count: ``"ignore"`` goes on,
             ``"raise"`` checks all gradients before each step and raises a FloatingPointError.
-        shrink: cut masked channels out of the live model at every event, see :meth:`shrink`, so that steps
-            cost as much as those of the smaller network, see :class:`sparsekern.prune.schedule.Schedule`.
+        shrink: cut masked channels out of the live model at every event, for cheaper steps (:meth:`shrink`).
         depth: also remove whole residual blocks; ``min_channels={"layers": 4}`` keeps 4 of such a list.
         also: copies of the model that are masked and cut in the same way, such as an ``AveragedModel``.
         state_cutter: ``(parameter, name, value, TensorPlan) -> smaller value`` for unusual optimizer state.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekern.compact import Plan, TensorPlan, make_plan
+from sparsekern.graph.blocks import emptied, kept_blocks
 
 
 @st.composite
@@ -155,7 +157,15 @@ def graph() -> Any:
         SimpleNamespace(name="one", channels=np.array([0, 1, 2])),
         SimpleNamespace(name="two", channels=np.array([3, 4])),
     )
-    return SimpleNamespace(num_channels=5, tensors=slots, groups=groups)
+    return SimpleNamespace(
+        num_channels=5,
+        tensors=slots,
+        groups=groups,
+        blocks=(),
+        without_inner=lambda kept: kept,
+        emptied_groups=partial(emptied, (), groups),
+        kept_blocks=partial(kept_blocks, ()),
+    )
 
 
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])

@@ -17,7 +17,7 @@ from sparsekern import Pruner, prune
 from sparsekern.prune.state.statistics import ChannelRows, trained_by
 
 FILES = sorted(Path(inspect.getfile(prune)).parent.rglob("*.py"))
-OF_TORCH = {"_BatchNorm", "_buffers", "_optimizer_step_post_hooks", "_parameters"}
+OF_TORCH = {"_BatchNorm", "_backward_hooks", "_buffers", "_optimizer_step_post_hooks", "_parameters"}
 
 
 def private(tree: ast.AST, *, own: bool) -> Iterator[str]:
