@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekern.compact import Plan, TensorPlan, make_plan
+from sparsekern.graph import Group
 from sparsekern.graph.blocks import emptied, kept_blocks
 
 
@@ -154,8 +155,8 @@ def graph() -> Any:
         ),
     }
     groups = (
-        SimpleNamespace(name="one", channels=np.array([0, 1, 2])),
-        SimpleNamespace(name="two", channels=np.array([3, 4])),
+        Group(0, "one", np.array([0, 1, 2]), (), (), ()),
+        Group(1, "two", np.array([3, 4]), (), (), ()),
     )
     return SimpleNamespace(
         num_channels=5,
