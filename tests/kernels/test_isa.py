@@ -31,7 +31,9 @@ digest = hashlib.sha256()
 for dtype in problems.DTYPES:
     contiguous = [("contiguous", shapes) for shapes in (problems.SHAPES, problems.ROW_LENGTHS)]
     for layout, shapes in *contiguous, ("channels_last", problems.SHAPES):
-        for row_state in problems.ROW_STATES:
+        # float16 differs from the others in its loads and stores alone.
+        states = ["some masked, some fading"] if dtype is torch.float16 else problems.ROW_STATES
+        for row_state in states:
             unused = problems.problem(dtype, layout, row_state, shapes=shapes)
             for op in calls.OPS.values():
                 problem = unused.clone()

@@ -121,7 +121,7 @@ def check(target: str, isas: list[str], folder: Path, *, short: bool) -> bool:
 
 
 def uses_vectors(folder: Path) -> bool:
-    """Print the instructions of each Arm64 kernel; whether arithmetic is on vectors and never fused."""
+    """Print the instructions of each kernel; whether most arithmetic is on vectors and none is fused."""
     good = True
     for name, code in of_arm_objects(folder, ARM[1]):
         print(f"{name:20} vectors {code.vector:5}, scalars {code.scalar:5}, fused {code.fused}")
