@@ -122,9 +122,7 @@ def written_entries(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.n
         mine, index, at = entries_here(tensors[place.name], place.dim, entries)
         if not len(index) or not mine.is_floating_point():
             continue
-        slices = mine.index_select(place.dim, index).movedim(place.dim, 0).reshape(len(index), -1)
-        wrong = slices != 0 if place.kind in _ZERO else ~torch.isfinite(slices)
-        flags.append(wrong.any(1))
+        flags.append(_wrong(mine.index_select(place.dim, index), place))
         whose.append((number, entries[at]))
     bad = [np.zeros(0, np.int64) for _ in found]
     if flags:
@@ -134,6 +132,15 @@ def written_entries(tensors: Mapping[str, Tensor], found: list[tuple[Place, np.n
         for (number, entries), own in zip(whose, np.split(every, stops), strict=True):
             bad[number] = entries[own]
     return bad
+
+
+def _wrong(entries: Tensor, place: Place) -> Tensor:
+    """Whether any value of each entry changes the output, bool ``[entries]``; overwrites ``entries``."""
+    if place.kind not in _ZERO:
+        # Finite values become 0, others NaN. In place, because entries may be most of the largest tensor.
+        entries.sub_(entries)
+    others = [dim for dim in range(entries.dim()) if dim != place.dim]
+    return (entries != 0).any(others) if others else entries != 0
 
 
 def entries_here(tensor: Tensor, dim: int, entries: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
