@@ -119,12 +119,10 @@ def _report(results: Path) -> str:
     records = lines.read(results)
     now = current(records)
     older = [r for r in records if r["model"] == "unet" and r["training"]["lr"] == MODELS["unet"].lr]
-    by_set: dict[str, set[int]] = {}
-    for record in older:
-        by_set.setdefault(record["set"], set()).add(record["seed"])
-    # Where this rate is the chosen one, a set has more seeds than the others.
-    common = set.intersection(*by_set.values()) if by_set else set()
-    older = [r for r in older if r["seed"] in common]
+    # Where this rate is the chosen one, a set has more seeds of an arm than the others.
+    trained = {(r["arm"], r["seed"], r["set"]) for r in older}
+    sets = {name for _, _, name in trained}
+    older = [r for r in older if all((r["arm"], r["seed"], name) in trained for name in sets)]
     if all(any(r is one for one in now) for r in older):
         older = []
     return tables.report(now, _times(results), older, tuning_tables.report(lines.read(_tuning_of(results))))
