@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern.distributed.tensors import is_sharded, local
+from sparsekern.distributed.tensors import local
+from sparsekern.optim.gradients import change_gradient
 from sparsekern.prune.state.places import Kind, Place, entries_here
 
 
@@ -20,8 +21,8 @@ class MaskedColumns:
     A masked channel that is a constant gives the columns that read it a gradient. With a gradient, a weight
     and an optimizer state of zero, steps of SGD, Adam and the like leave the columns at zero, with momentum
     and weight decay, too. The hooks run before a gradient is clipped, averaged or used, so the norm of all
-    gradients is that of the compact network. Each one is a single op without a host synchronisation. It reads
-    which columns are masked from the device, so replays of a CUDA graph obey later masks.
+    gradients is that of the compact network. They need no host synchronisation: the device holds which
+    columns are masked, so replays of a CUDA graph obey later masks.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -54,7 +55,7 @@ class MaskedColumns:
                 mine, index, _ = entries_here(parameter, place.dim, entries)
                 flags = self._flags_of(number, mine, place.dim)
                 flags.zero_().index_fill_(place.dim, index, True)
-                self._handles.append(_hook(parameter, flags))
+                self._handles.append(change_gradient(parameter, partial(_clear, flags)))
 
     def release(self) -> None:
         """Remove the hooks."""
@@ -71,31 +72,8 @@ class MaskedColumns:
         return held
 
 
-def _hook(parameter: nn.Parameter, flags: Tensor) -> Any:
-    """Register the hook for the columns ``flags`` of a parameter; returns its handle."""
-    trained = parameter.requires_grad
-    # A parameter that is frozen now may be trained later; torch takes no hooks for it while it is frozen.
-    parameter.requires_grad_(True)
-    try:
-        if is_sharded(parameter):
-            # The parts of a gradient exist only once they are accumulated.
-            return parameter.register_post_accumulate_grad_hook(partial(_clear_accumulated, flags))
-        if parameter._backward_hooks is not None:
-            # A load that swaps tensors leaves the hooks with the old one; this registers them anew.
-            parameter._backward_hooks = parameter._backward_hooks
-        return parameter.register_hook(partial(_cleared, flags))
-    finally:
-        parameter.requires_grad_(trained)
-
-
-def _cleared(flags: Tensor, grad: Tensor | None) -> Tensor | None:
-    """Hook on a gradient: the gradient with zeros in the columns ``flags``."""
-    return None if grad is None else grad.masked_fill(flags.to(grad.device), 0)
-
-
 @torch.no_grad()
-def _clear_accumulated(flags: Tensor, parameter: Tensor) -> None:
-    """Hook on a sharded parameter: set this process's part of the columns' gradient to zero."""
-    if parameter.grad is not None:
-        mine = local(parameter.grad)
-        mine.masked_fill_(flags.to(mine.device), 0)
+def _clear(flags: Tensor, grad: Tensor) -> None:
+    """Set the columns ``flags`` of this process's part of a gradient to zero."""
+    mine = local(grad)
+    mine.masked_fill_(flags.to(mine.device), 0)
