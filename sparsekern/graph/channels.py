@@ -22,7 +22,6 @@ from sparsekern.graph.blocks import (
 from sparsekern.graph.cost import MEASURES, Cost, CostModel
 from sparsekern.graph.groups import ConstantRead, Gates, Group, Note, TensorSlots
 from sparsekern.graph.numbers import KeptBlocks, after_removal
-from sparsekern.graph.propagate.expressions import renamed_tensors
 from sparsekern.graph.propagate.operations import Operation
 from sparsekern.graph.table import describe
 
@@ -347,16 +346,10 @@ def _cut_slots(
 def _cut_reads(
     reads: tuple[ConstantRead, ...], tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks
 ) -> tuple[ConstantRead, ...]:
-    cut = []
-    for read in reads:
-        weight, target = after_removal(read.weight, names), after_removal(read.target, names)
-        if weight is None or target is None:
-            continue
-        columns = tensors[read.weight].channels[1] if read.weight in tensors else None
-        values = read.values if columns is None else read.values[_staying(columns, kept)]
-        made = tuple(renamed_tensors(one, names) for one in read.expressions)
-        cut.append(replace(read, weight=weight, target=target, values=values, expressions=made))
-    return tuple(cut)
+    columns = {name: slots.channels[1] for name, slots in tensors.items() if len(slots.channels) > 1}
+    stay = {name: _staying(ids, kept) for name, ids in columns.items() if ids is not None}
+    cut = (read.restricted(stay.get(read.weight), names) for read in reads)
+    return tuple(read for read in cut if read is not None)
 
 
 def _cut_gates(gates: Gates, tensors: dict[str, TensorSlots], kept: np.ndarray, names: KeptBlocks) -> Gates:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sparsekern.graph.propagate.expressions import Expression
+from sparsekern.graph.numbers import KeptBlocks, after_removal
+from sparsekern.graph.propagate.expressions import Expression, renamed_tensors
 from sparsekern.graph.rescale import Rescale
 
 
@@ -89,6 +90,24 @@ class ConstantRead:
     expressions: tuple[Expression, ...]
     target: str
     sign: float
+
+    def restricted(self, stay: np.ndarray | None, names: KeptBlocks) -> ConstantRead | None:
+        """The layer in a smaller network; None if it went.
+
+        Args:
+            stay: the columns that stay, bool ``[columns]``; None for all.
+            names: the blocks that stay.
+        """
+        weight, target = after_removal(self.weight, names), after_removal(self.target, names)
+        if weight is None or target is None:
+            return None
+        return replace(
+            self,
+            weight=weight,
+            values=self.values if stay is None else self.values[stay],
+            expressions=tuple(renamed_tensors(one, names) for one in self.expressions),
+            target=target,
+        )
 
 
 class Gates(NamedTuple):

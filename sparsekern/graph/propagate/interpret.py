@@ -26,7 +26,6 @@ from sparsekern.graph.propagate.values import Affine, Flags, Ids, Value, untrack
 from sparsekern.graph.rescale import Rescale
 
 _Environment = dict[fx.Node, Any]
-
 _MOST_NUMBERS = 64
 
 
@@ -374,10 +373,8 @@ def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
     for index, (name, has_default, default) in enumerate(_signature(target)):
         if index < len(args):
             bound[name] = args[index]
-        elif name in kwargs:
-            bound[name] = kwargs[name]
-        elif has_default:
-            bound[name] = default
+        elif name in kwargs or has_default:
+            bound[name] = kwargs.get(name, default)
     return bound
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
+from sparsekern.compact import make_plan
+from sparsekern.compact.shrink import check_copies
+from sparsekern.compact.surgery import match, registered
+from sparsekern.graph import ChannelGraph
 from sparsekern.graph.numbers import KeptBlocks, after_removal
 
 
@@ -35,3 +40,25 @@ class Future:
             (after_removal(name, self.blocks), own) for name, own in model.state_dict(keep_vars=True).items()
         )
         return {name: own for name, own in moved if name is not None}
+
+
+def future_of(model: nn.Module, graph: ChannelGraph, kept: np.ndarray, also: Sequence[nn.Module]) -> Future:
+    """The tensors of a model and its copies after a cut.
+
+    Args:
+        model: the model.
+        graph: its channels.
+        kept: the channels that stay, bool ``[C]``.
+        also: copies of the model.
+
+    Raises:
+        TypeError, ValueError: an entry of ``also`` is not a copy of the model.
+    """
+    plan, tensors = make_plan(graph, kept), registered(model)
+    parts = match(plan, tensors)
+    for copied in check_copies(model, plan, also):
+        parts |= copied
+    gone = frozenset(id(entry.tensor) for entry in tensors if entry.goes(plan))
+    return Future(
+        {identity: part.new_shape for identity, part in parts.items()}, gone, graph.kept_blocks(kept)
+    )

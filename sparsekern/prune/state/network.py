@@ -17,13 +17,12 @@ from sparsekern.compact.load_hooks import listen
 from sparsekern.compact.optimizer_state import StateCutter
 from sparsekern.compact.reshard import SmallerModel
 from sparsekern.compact.shrink import cut_all, inside, listed
-from sparsekern.compact.surgery import match, registered
 from sparsekern.distributed.ranks import Ranks
 from sparsekern.distributed.tensors import is_sharded, settle
 from sparsekern.graph import ChannelGraph
 from sparsekern.latency import LatencyModel, measure
 from sparsekern.prune.state.activations import Activations
-from sparsekern.prune.state.future import Future
+from sparsekern.prune.state.future import Future, future_of
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.places import tensors_of
 from sparsekern.prune.state.saved import CUT, kept_by
@@ -352,14 +351,7 @@ class Network:
 
     def future(self, kept: np.ndarray) -> Future:
         """The tensors of the model and its copies after a cut to ``kept`` (bool ``[C]``)."""
-        plan = make_plan(self.graph, kept)
-        tensors = registered(self.model)
-        parts = match(plan, tensors)
-        for copied in check_copies(self.model, plan, self.also):
-            parts |= copied
-        gone = frozenset(id(entry.tensor) for entry in tensors if entry.goes(plan))
-        shapes = {identity: part.new_shape for identity, part in parts.items()}
-        return Future(shapes, gone, self.graph.kept_blocks(kept))
+        return future_of(self.model, self.graph, kept, self.also)
 
     def state_dict(self) -> dict[str, Any]:
         """``channels``: int8, states of all channels of the dense model; ``rows``: copies of the arrays of
