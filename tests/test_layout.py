@@ -110,3 +110,9 @@ def test_files_that_the_map_names_exist() -> None:
     assert len(named) >= 10
     for file in named:
         assert (ROOT / file).is_file() or (PACKAGE / file).is_file(), file
+
+
+def test_every_folder_is_a_package() -> None:
+    """Tools that read sources, such as those of the site, find no module in a folder that is none."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
