@@ -74,7 +74,7 @@ def _averaged() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if own.rank:
         activations.updates.sub_(1)
     before = activations.state_dict()
-    activations.average(own.pruner._ranks)
+    activations.average(own.pruner._events._ranks)
     return before, activations.state_dict()
 
 

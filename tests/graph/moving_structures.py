@@ -39,7 +39,7 @@ def channel_shuffle_views(net: Piece, x: Tensor) -> Tensor:
     return x.view(n, 4, c // 4, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-@structure(0)
+@structure(4)
 def blocks_of_fixed_size(net: Piece, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     return x.view(n, c // 4, 4, h, w).flip(2).reshape(n, c, h, w)

@@ -13,7 +13,7 @@ def scaled_by_a_buffer(net: Piece, x: Tensor) -> Tensor:
     return x * net.scale
 
 
-@structure(0, shift=lambda: torch.rand(16, 1, 1))
+@structure(16, shift=lambda: torch.rand(16, 1, 1))
 def shifted_by_a_buffer(net: Piece, x: Tensor) -> Tensor:
     return x + net.shift
 
@@ -32,7 +32,7 @@ def position_embedding(net: Piece, x: Tensor) -> Tensor:
     return x + net.position
 
 
-@structure(0)
+@structure(16)
 def shifted_by_a_number(net: Piece, x: Tensor) -> Tensor:
     return x + 0.5
 
@@ -42,12 +42,12 @@ def scaled_and_clamped(net: Piece, x: Tensor) -> Tensor:
     return (x * 3 / 2).clamp(-1, 2) - 0 + x.clamp_min(0)
 
 
-@structure(0)
+@structure(16)
 def clamped_away_from_zero(net: Piece, x: Tensor) -> Tensor:
     return x.clamp(0.1, 2)
 
 
-@structure(0)
+@structure(16)
 def sigmoid(net: Piece, x: Tensor) -> Tensor:
     return x.sigmoid()
 
@@ -125,7 +125,7 @@ def instance_norm_without_affine(net: Piece, x: Tensor) -> Tensor:
     return net.norm2(x)
 
 
-@structure(0, norm2=lambda: nn.BatchNorm2d(16, affine=False))
+@structure(16, norm2=lambda: nn.BatchNorm2d(16, affine=False))
 def batch_norm_without_affine(net: Piece, x: Tensor) -> Tensor:
     return net.norm2(x)
 
