@@ -164,7 +164,8 @@ def dense(name: str) -> Callable[[], Made]:
     def make() -> Made:
         options: dict[str, Any] = {}
         if name == "DPT":
-            options = {**VIT, "backbone_out_indices": [0, 1, 1, 1], "neck_hidden_sizes": [8, 8, 16, 16]}
+            options = {**VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}
+            options |= {"neck_hidden_sizes": [8, 8, 16, 16]}
             options |= {"fusion_hidden_size": 16, "head_in_index": -1, "is_hybrid": False}
             model = "DPTForDepthEstimation"
         elif name == "DepthAnything":
