@@ -102,7 +102,14 @@ FAMILIES = {
     ),
     "T5": Family(
         both(
-            "T5Config", "T5ForConditionalGeneration", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+            "T5Config",
+            "T5ForConditionalGeneration",
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
         ),
         "AutoModelForSeq2SeqLM",
     ),
