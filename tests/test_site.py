@@ -9,10 +9,10 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from docs_programs import DOCS, load
 
 import sparsekern
 
@@ -22,20 +22,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 DIRECTIVE = re.compile(r"^::: ([\w.]+)(?:\n    options:\n      heading: ([\w.]+))?$", re.MULTILINE)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
-
-
-def load(name: str) -> ModuleType:
-    """A program of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 build = load("build")

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sparsekern.graph.numbers import KeptBlocks, after_removal
-from sparsekern.graph.propagate.expressions import Expression, renamed_tensors
+from sparsekern.graph.propagate.expressions import Expression, named
 from sparsekern.graph.rescale import Rescale
 
 
@@ -101,11 +101,16 @@ class ConstantRead:
         weight, target = after_removal(self.weight, names), after_removal(self.target, names)
         if weight is None or target is None:
             return None
+
+        def name_of(tensor: str) -> str:
+            # Nobody reads an expression of a tensor that went.
+            return after_removal(tensor, names) or tensor
+
         return replace(
             self,
             weight=weight,
             values=self.values if stay is None else self.values[stay],
-            expressions=tuple(renamed_tensors(one, names) for one in self.expressions),
+            expressions=tuple(named(one, name_of) for one in self.expressions),
             target=target,
         )
 

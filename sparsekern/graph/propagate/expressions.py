@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.graph.numbers import KeptBlocks, after_removal
 from sparsekern.graph.propagate.values import Value
 
 UNKNOWN = -1
@@ -96,41 +95,21 @@ class Expressions:
             return UNKNOWN
 
 
-def named(expression: Any, names: Sequence[str]) -> Any:
-    """An expression with names in place of the numbers of tensors.
+def named(expression: Any, name_of: Callable[[Any], str]) -> Any:
+    """An expression with other names of its tensors.
 
     Args:
         expression: the expression, or an argument in one.
-        names: the names of the tensors by number.
-
-    Returns:
-        The same with names.
-    """
-    if isinstance(expression, Reference):
-        return Reference(names[int(expression.tensor)])
-    if isinstance(expression, Applied):
-        return Applied(expression.op, tuple((name, named(a, names)) for name, a in expression.arguments))
-    return tuple(named(a, names) for a in expression) if type(expression) is tuple else expression
-
-
-def renamed_tensors(expression: Any, blocks: KeptBlocks) -> Any:
-    """An expression with the names that its tensors have after blocks are removed.
-
-    Args:
-        expression: the expression with names of tensors, or an argument in one.
-        blocks: the blocks that stay. Names inside of others stay as they are, because nobody reads such an
-            expression.
+        name_of: gives the new name of a tensor by what its references hold: its number, or its name.
 
     Returns:
         The same with the new names.
     """
     if isinstance(expression, Reference):
-        name = str(expression.tensor)
-        return Reference(after_removal(name, blocks) or name)
+        return Reference(name_of(expression.tensor))
     if isinstance(expression, Applied):
-        moved = ((name, renamed_tensors(a, blocks)) for name, a in expression.arguments)
-        return Applied(expression.op, tuple(moved))
-    return tuple(renamed_tensors(a, blocks) for a in expression) if type(expression) is tuple else expression
+        return Applied(expression.op, tuple((name, named(a, name_of)) for name, a in expression.arguments))
+    return tuple(named(a, name_of) for a in expression) if type(expression) is tuple else expression
 
 
 def evaluate(expression: Any, tensor: Callable[[str], Tensor], like: Tensor) -> Any:

@@ -32,7 +32,7 @@ def constant_reads(tensors: Sequence[Tracked], records: Records) -> tuple[Consta
         The layers. A weight or a bias that is read twice in a mode has none.
     """
     names = [tensor.entry.names[0] for tensor in tensors]
-    known = tuple(named(expression, names) for expression in records.expressions.known)
+    known = tuple(named(expression, names.__getitem__) for expression in records.expressions.known)
     found: dict[str, ConstantRead | None] = {}
     for node, values in records.constant_reads:
         read = _read(node, values, records, names, known)
