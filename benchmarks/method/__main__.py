@@ -74,7 +74,8 @@ def main(
     chosen = _chosen("--sets", sets, list(found))
     study = Study(_tuning_of(results) if tune or screen else results, found, environment())
     if tune:
-        runs = tuning(study, chosen, _chosen("--arms", arms, list(TUNED)))
+        network = _chosen("--model", model, list(TUNED))[0]
+        runs = tuning(study, chosen, _chosen("--arms", arms, list(TUNED[network].arms)), network)
     elif screen:
         runs = screening(chosen, _chosen("--arms", arms, list(VARIANTS)))
     else:

@@ -14,7 +14,7 @@ from sparsekern.prune.decide.criteria import Criterion, GradientCount, Redundanc
 # Arguments of the Pruner that are the same for all arms.
 SCHEDULE = ("warmup", "finish", "events", "penalty", "exact")
 
-Rate = Literal["dense", "narrow", "default"]
+Rate = Literal["dense", "narrow", "default", "x0.5"]
 Widths = Literal["dense", "uniform", "flat", "default", "multiplier"]
 
 
@@ -116,9 +116,9 @@ ARMS: dict[str, Arm] = {
         "narrow, as long as the dense network trains", widths="uniform", time_of="dense", rate_of="narrow"
     ),
     "dense-time": Arm("dense, as long as the default trains", time_of="default", rate_of="dense"),
-    "x0.75": Arm("width multiplier 0.75, from scratch", widths="multiplier", multiplier=0.75),
-    "x0.5": Arm("width multiplier 0.5, from scratch", widths="multiplier", multiplier=0.5),
-    "x0.35": Arm("width multiplier 0.35, from scratch", widths="multiplier", multiplier=0.35),
+    "x0.75": Arm("width multiplier 0.75, from scratch", widths="multiplier", multiplier=0.75, rate_of="x0.5"),
+    "x0.5": Arm("width multiplier 0.5, from scratch", widths="multiplier", multiplier=0.5, rate_of="x0.5"),
+    "x0.35": Arm("width multiplier 0.35, from scratch", widths="multiplier", multiplier=0.35, rate_of="x0.5"),
 }
 
 

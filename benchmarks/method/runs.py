@@ -71,7 +71,7 @@ class Run:
 
     def rate(self) -> float:
         """The learning rate."""
-        tuned = RATES.get(arm_of(self.arm).rate_of, {}).get(self.set) if self.model == "unet" else None
+        tuned = RATES[self.model].get(arm_of(self.arm).rate_of, {}).get(self.set)
         return self.lr or tuned or MODELS[self.model].lr
 
     def key(self, settings: Settings) -> dict[str, Any]:

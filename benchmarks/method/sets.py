@@ -22,15 +22,20 @@ TESTED = 33  # scored images of a folder; the cost of a dense network on large i
 
 LR_WARMUP = 0.05  # share of the steps in which the learning rate rises
 UNET = Settings(model="unet", width=16, steps=400, batch=4, crop=64, lr=2e-3)
-_DENSE = {"dsb2018": 0.002, "vessels": 0.008, "membranes": 0.008, "scenes": 0.004}
-# The learning rates of the UNet by arm and set, as tuning has found them (`tuning.py`). For the default no
-# rate is better than that of the dense network by more than chance.
-RATES: Mapping[str, Mapping[str, float]] = {
-    "dense": _DENSE,
-    "default": _DENSE,
-    "narrow": {"dsb2018": 0.008, "vessels": 0.016, "membranes": 0.016, "scenes": 0.016},
-}
 MOBILENET = Settings(model="mobilenetv3", width=1.0, steps=400, batch=4, crop=96, lr=2e-3)
+
+_DENSE = {"dsb2018": 0.002, "vessels": 0.008, "membranes": 0.008, "scenes": 0.004}
+# The learning rates by network, arm and set, as tuning has found them (`tuning.py`). For the default UNet no
+# rate is better than that of the dense network by more than chance. A set that is missing has the rate of the
+# settings above.
+RATES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "unet": {
+        "dense": _DENSE,
+        "default": _DENSE,
+        "narrow": {"dsb2018": 0.008, "vessels": 0.016, "membranes": 0.016, "scenes": 0.016},
+    },
+    "mobilenetv3": {},
+}
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ def report(records: Sequence[Record]) -> str:
     """Both tables of the lines of the tuning; empty where there are none."""
     if not records:
         return ""
-    parts = [_about_rates(), _rates(records)]
+    parts = [_about_rates(), *(_rates(records, model) for model in TUNED)]
     screened = _screened(records)
     if len(screened.arms) > 1:
         parts += [_about_variants(), _variants(screened)]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _about_rates() -> str:
@@ -33,20 +33,24 @@ default is more than 0.001 above that of the dense network, so pruned networks h
 one, and narrow networks from scratch those of `narrow`, also at other budgets."""
 
 
-def _rates(records: Sequence[Record]) -> str:
+def _rates(records: Sequence[Record], model: str) -> str:
+    """The rates of one network; empty if it has not been tuned."""
+    arms = TUNED[model].arms
     found: dict[tuple[str, str, float], dict[int, float]] = {}
     for record in records:
         key = record["arm"], record["set"], record["training"]["lr"]
-        if record["arm"] in TUNED and record["recipe"] == arm_of(record["arm"]).recipe():
+        known = record["model"] == model and record["arm"] in arms
+        if known and record["recipe"] == arm_of(record["arm"]).recipe():
             found.setdefault(key, {})[record["seed"]] = record["dice"]
     rates = sorted(RATES)
     rows = []
-    for arm in TUNED:
+    for arm in arms:
         for name in SETS:
-            cells = [_written(found.get((arm, name, lr), {}), _chosen(arm, name) == lr) for lr in rates]
+            own = CHOSEN[model].get(arm, {}).get(name)
+            cells = [_written(found.get((arm, name, lr), {}), own == lr) for lr in rates]
             if any(cells):
                 rows.append([arm, name, *cells])
-    return grid(["arm", "set", *(f"{lr:g}" for lr in rates)], rows)
+    return grid([f"{model}: arm", "set", *(f"{lr:g}" for lr in rates)], rows) if rows else ""
 
 
 def _written(values: Mapping[int, float], chosen: bool) -> str:
@@ -54,10 +58,6 @@ def _written(values: Mapping[int, float], chosen: bool) -> str:
         return ""
     mark = "**" if chosen else ""
     return f"{mark}{statistics.fmean(values.values()):.4f}{mark} ({len(values)})"
-
-
-def _chosen(arm: str, name: str) -> float | None:
-    return CHOSEN.get(arm, {}).get(name)
 
 
 def _screened(records: Sequence[Record]) -> Table:

@@ -107,7 +107,8 @@ def test_a_rate_that_rises_as_the_network_shrinks():
 
 
 def test_an_arm_trains_at_its_own_rate_unless_the_run_names_one(monkeypatch):
-    monkeypatch.setattr(runs, "RATES", {"default": {"scenes": 0.1}, "narrow": {"scenes": 0.2}})
+    rates = {"unet": {"default": {"scenes": 0.1}, "narrow": {"scenes": 0.2}}, "mobilenetv3": {}}
+    monkeypatch.setattr(runs, "RATES", rates)
     for arm, rate in (("default", 0.1), ("shuffled", 0.1), ("fresh", 0.2), ("narrow-time", 0.2)):
         assert Run("unet", 0.5, 0, arm, "scenes").rate() == rate
     monkeypatch.setattr(runs, "MODELS", {"unet": UNET, "mobilenetv3": MOBILENET})

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.method import lines, runs, tuning_tables
 from benchmarks.method.arms import ARMS, VARIANTS
-from benchmarks.method.sets import RATES, UNET
-from benchmarks.method.tuning import FURTHER, SEEDS, best, found, screening, tuning
+from benchmarks.method.sets import RATES
+from benchmarks.method.tuning import FURTHER, SEEDS, TUNED, best, found, screening, tuning
 
 COMMITTED = Path(runs.__file__).parents[1] / "results" / "method-tuning.jsonl"
 
@@ -54,6 +54,17 @@ def test_a_still_higher_rate_runs_only_where_the_highest_is_the_best():
     assert best(study, "dense", "a") == 0.016 and best(study, "dense", "b") == 0.001
 
 
+def test_a_network_is_tuned_at_its_own_budget_with_its_own_arms():
+    study = Known(lambda run: -run.lr)
+    runs_of = []
+    for run in tuning(study, ["a"], model="mobilenetv3"):
+        study.execute(run)
+        runs_of.append(run)
+    assert {(run.model, run.keep) for run in runs_of} == {("mobilenetv3", 0.5)}
+    assert {run.arm for run in runs_of} == set(TUNED["mobilenetv3"].arms)
+    assert best(study, "x0.5", "a", "mobilenetv3") == 0.001 and best(study, "x0.5", "a") is None
+
+
 def test_close_rates_of_the_narrow_network_get_further_seeds():
     def order(gap, arm):
         study, found = Known(lambda run: gap * (run.lr == 0.004) - 0.1 * (run.lr in (0.001, 0.008))), []
@@ -89,19 +100,24 @@ class Committed:
     records = lines.read(COMMITTED)
 
     def done(self, run):
-        wanted = run.key(UNET)
+        wanted = run.key(runs.MODELS[run.model])
         wanted["training"]["lr"] = run.rate()
         return runs.find(self.records, wanted)
 
 
-@pytest.mark.parametrize("arm", ["dense", "narrow"])
-def test_the_rates_of_the_study_are_the_best_of_the_committed_lines(arm):
-    assert {name: best(Committed(), arm, name) for name in RATES[arm]} == RATES[arm]
+@pytest.mark.parametrize(
+    "model, arm",
+    [(model, arm) for model, rates in RATES.items() for arm in rates if (model, arm) != ("unet", "default")],
+)
+def test_the_rates_of_the_study_are_the_best_of_the_committed_lines(model, arm):
+    rates = RATES[model][arm]
+    assert {name: best(Committed(), arm, name, model) for name in rates} == rates
 
 
 def test_no_rate_is_much_better_for_the_default_than_those_of_the_dense_network():
-    assert RATES["default"] == RATES["dense"]
-    for name, lr in RATES["default"].items():
+    rates = RATES["unet"]["default"]
+    assert rates == RATES["unet"]["dense"]
+    for name, lr in rates.items():
         highest, own = (
             statistics.fmean(found(Committed(), "default", name, one).values())
             for one in (best(Committed(), "default", name), lr)
@@ -111,12 +127,17 @@ def test_no_rate_is_much_better_for_the_default_than_those_of_the_dense_network(
 
 def test_the_tables_have_the_numbers_of_the_lines():
     text = tuning_tables.report(lines.read(COMMITTED))
-    for arm, rates in RATES.items():
-        for name, lr in rates.items():
-            own = [
-                record["dice"]
-                for record in lines.read(COMMITTED)
-                if (record["arm"], record["set"], record["training"]["lr"]) == (arm, name, lr)
-            ]
-            assert f"**{sum(own) / len(own):.4f}** ({len(own)})" in text
+    chosen = [
+        (model, arm, name, lr)
+        for model, rates in RATES.items()
+        for arm, own in rates.items()
+        for name, lr in own.items()
+    ]
+    for wanted in chosen:
+        own = [
+            record["dice"]
+            for record in lines.read(COMMITTED)
+            if (record["model"], record["arm"], record["set"], record["training"]["lr"]) == wanted
+        ]
+        assert f"**{sum(own) / len(own):.4f}** ({len(own)})" in text
     assert tuning_tables.report([]) == ""
