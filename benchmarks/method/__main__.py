@@ -27,11 +27,11 @@ from rich.console import Console
 
 from benchmarks.environment import environment
 from benchmarks.method import lines, tables, tuning_tables
-from benchmarks.method.arms import ARMS, VARIANTS
+from benchmarks.method.arms import ARMS
 from benchmarks.method.latency import measure
 from benchmarks.method.runs import MODELS, STAGES, Study, current, queue
 from benchmarks.method.sets import find_sets
-from benchmarks.method.tuning import TUNED, screening, tuning
+from benchmarks.method.tuning import FURTHER, SCREENED, SEEDS, TUNED, screening, tuning
 from sparsekern.files.atomic import replacing
 
 RESULTS = Path(__file__).parents[1] / "results" / "method.jsonl"
@@ -77,7 +77,7 @@ def main(
         network = _chosen("--model", model, list(TUNED))[0]
         runs = tuning(study, chosen, _chosen("--arms", arms, list(TUNED[network].arms)), network)
     elif screen:
-        runs = screening(chosen, _chosen("--arms", arms, list(VARIANTS)))
+        runs = screening(chosen, _chosen("--arms", arms, list(SCREENED)), (*SEEDS, *FURTHER)[:seeds])
     else:
         names, models = _chosen("--arms", arms, list(ARMS)), _chosen("--model", model, list(MODELS))
         stages = [

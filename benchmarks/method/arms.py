@@ -133,6 +133,10 @@ VARIANTS: dict[str, Arm] = {
     ),
     "rate0.5": Arm("learning rate times `share**-0.5` of the MACs left", _default, rate_power=0.5),
     "gains": Arm("learning rate of biases and gains times `share**-1`", _default, gain_power=1.0),
+    "rate0.25": Arm("learning rate times `share**-0.25` of the MACs left", _default, rate_power=0.25),
+    "events20": Arm("20 events", _default, options={"events": 20}),
+    "penalty0": Arm("no extra decay of gates before an event", _default, options={"penalty": 0.0}),
+    "plain": Arm("Taylor times gradient count, redundancy left out", lambda seed: Taylor() * GradientCount()),
     "finish0.45": Arm("events until 0.45 of the steps", _default, options={"finish": 0.45}),
 }
 

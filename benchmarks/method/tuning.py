@@ -24,6 +24,7 @@ RATES = (0.002, 0.004, 0.008, 0.001, HIGHEST)
 FINALISTS = 2  # rates that get a second seed
 TIE = 0.01  # Dice between the best two rates, below which they get further seeds
 FURTHER = (102, 103)
+SCREENED = ("default", *VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def _ranked(study: Done, arm: str, name: str, model: str) -> list[float]:
 
 
 def screening(
-    sets: Sequence[str], arms: Sequence[str] = tuple(VARIANTS), seeds: Sequence[int] = SEEDS
+    sets: Sequence[str], arms: Sequence[str] = SCREENED, seeds: Sequence[int] = (*SEEDS, *FURTHER)
 ) -> Iterator[Run]:
-    """Trainings of variants of the default UNet, with the seeds of the tuning and the chosen rates."""
+    """Trainings of the default UNet and its variants, with the seeds of the tuning and the chosen rates."""
     for seed in seeds:
         for arm in arms:
             for name in sets:
