@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from sparsekern.cli.app import Threads, app, console, set_quiet, set_threads
@@ -41,11 +44,20 @@ def latency(
         raise InputError(f"--size, --batch: got {size} and {batch}, expected whole numbers >= 1")
     chosen = [check_runtime(name, "--runtime") for name in runtime] if runtime else installed()
     found = []
+    errors = Console(stderr=True)
     for path in files:
         file = path / "model.safetensors" if path.is_dir() else path
         networks, image = dense_and_compact(file, size)
         folded = {name: deploy(network, image) for name, network in networks.items()}
-        for speed in speeds(folded, image, chosen, batch):
+        measured = track(
+            speeds(folded, image, chosen, batch),
+            description=escape(str(path)),
+            total=len(chosen) * len(batch),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
+        )
+        for speed in measured:
             entry: dict[str, Any] = {
                 "file": str(path),
                 "runtime": speed.runtime,

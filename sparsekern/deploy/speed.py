@@ -15,7 +15,8 @@ from sparsekern.graph.capture.courses import first_line
 from sparsekern.runtimes import Runtime
 from sparsekern.runtimes.prepare import prepare
 
-# Networks take turns for ROUNDS rounds; each turn runs for SHORTEST seconds.
+# Networks take turns for ROUNDS rounds; each turn runs for SHORTEST seconds, as clock and scheduler dominate
+# shorter ones.
 ROUNDS, SHORTEST = 7, 0.02
 
 
@@ -72,7 +73,7 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     """Median seconds of one call of each function, over ``rounds`` turns."""
     repeats = {}
     for name, run in runs.items():
-        run()
+        run()  # the first pass allocates, and runtimes choose their kernels
         begin = perf_counter()
         run()
         repeats[name] = max(1, round(SHORTEST / max(perf_counter() - begin, 1e-9)))

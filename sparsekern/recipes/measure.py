@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
-from time import perf_counter
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern._copying import copied
-
-# Least seconds of a measurement; clock and scheduler dominate shorter ones.
-SHORTEST = 0.02
+from sparsekern.deploy.speed import in_turns
 
 
 def parameters(model: nn.Module) -> int:
@@ -36,18 +33,5 @@ def latency(models: Mapping[str, nn.Module], example: Tensor, rounds: int = 11) 
     The models are left in evaluation mode. They take turns in every round, so that a slow phase of the
     machine affects all of them.
     """
-    repeats = {}
-    for name, model in models.items():
-        model.eval()
-        model(example)  # the first pass allocates and lets oneDNN choose its kernels
-        begin = perf_counter()
-        model(example)
-        repeats[name] = max(1, round(SHORTEST / (perf_counter() - begin)))
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            begin = perf_counter()
-            for _ in range(repeats[name]):
-                model(example)
-            times[name].append((perf_counter() - begin) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    passes = {name: partial(model.eval(), example) for name, model in models.items()}
+    return in_turns(passes, rounds)
