@@ -4,7 +4,7 @@
     python -m benchmarks.method --screen --data DIR  # variants of the default, on the same seeds
     python -m benchmarks.method --data DIR           # the study: runs what is not there yet; takes hours
     python -m benchmarks.method --latency            # times the networks of the study; on a quiet machine
-    python -m benchmarks.method --report             # writes method.md from the files of the others
+    python -m benchmarks.method --report             # writes method.md and .png from the files of the others
 
 Every training is one line of ``benchmarks/results/method.jsonl``, or of ``method-tuning.jsonl`` for the first
 two. A run can be stopped and goes on where it was. Arms, sets with their learning rates, networks and the
@@ -28,6 +28,7 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.method import lines, tables, tuning_tables
 from benchmarks.method.arms import ARMS
+from benchmarks.method.figure import draw
 from benchmarks.method.latency import measure
 from benchmarks.method.runs import MODELS, STAGES, Study, current, queue
 from benchmarks.method.sets import find_sets
@@ -58,11 +59,9 @@ def main(
     """Run the queue, or report what has been run."""
     if report:
         try:
-            text = _report(results)
+            _report(results)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        with replacing(results.with_suffix(".md")) as temporary:
-            temporary.write_text(text)
         return
     torch.set_num_threads(1)
     if latency:
@@ -111,8 +110,8 @@ def main(
         raise typer.Exit(1)
 
 
-def _report(results: Path) -> str:
-    """The text of the report.
+def _report(results: Path) -> None:
+    """Write the tables beside the lines, and their picture where a UNet has trained at two budgets.
 
     Raises:
         ValueError: there is no line of the study as it is now.
@@ -126,7 +125,14 @@ def _report(results: Path) -> str:
     older = [r for r in older if all((r["arm"], r["seed"], name) in trained for name in sets)]
     if all(any(r is one for one in now) for r in older):
         older = []
-    return tables.report(now, _times(results), older, tuning_tables.report(lines.read(_tuning_of(results))))
+    tuned = tuning_tables.report(lines.read(_tuning_of(results)))
+    picture = results.with_suffix(".png")
+    budgets = tables.unets(now)
+    text = tables.report(now, _times(results), older, tuned, picture.name)
+    if len(budgets) > 1:
+        draw(budgets, picture)
+    with replacing(results.with_suffix(".md")) as temporary:
+        temporary.write_text(text)
 
 
 def _tuning_of(results: Path) -> Path:

@@ -69,6 +69,7 @@ def report(
     times: Mapping[str, Any] | None = None,
     older: Sequence[Record] = (),
     tuning: str = "",
+    picture: str = "",
 ) -> str:
     """All tables of `records`, and of `times` of their networks.
 
@@ -77,6 +78,7 @@ def report(
         times: what `--latency` has written.
         older: lines at the learning rate that all arms had before each got its own.
         tuning: tables of the tuning, as text.
+        picture: name of the file with the picture of the budgets, shown where there are two.
 
     Raises:
         ValueError: there are no `records`.
@@ -84,15 +86,13 @@ def report(
     if not records:
         raise ValueError("results: got no complete line, expected some; run the study first")
     parts = [_head([*records, *older])]
-    pairs = sorted({(r["model"], r["keep"]) for r in records if r["keep"] is not None}, key=_order)
-    tables = [Table(records, *pair) for pair in pairs]
-    for table in tables:
+    for table in _tables(records):
         parts.append(f"## {table.model}, keep={table.keep:g} of the MACs")
         parts += [_scores(table), _claims(table), _equal_time(table)]
         parts.append(_costs(table, times["times"] if times else []))
-    unets = [table for table in tables if table.model == "unet"]
-    if len(unets) > 1:
-        parts.append(_curve(unets))
+    budgets = unets(records)
+    if len(budgets) > 1:
+        parts += [_curve(budgets), f"![Dice over the budget]({picture})" if picture else ""]
     if older:
         table = Table(older, "unet", 0.1)
         rate = older[0]["training"]["lr"]
@@ -102,6 +102,16 @@ def report(
     if times:
         parts.append(_timed(times["environment"]))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def unets(records: Sequence[Record]) -> list[Table]:
+    """The tables of the UNet, one for each budget."""
+    return [table for table in _tables(records) if table.model == "unet"]
+
+
+def _tables(records: Sequence[Record]) -> list[Table]:
+    pairs = {(r["model"], r["keep"]) for r in records if r["keep"] is not None}
+    return [Table(records, *pair) for pair in sorted(pairs, key=_order)]
 
 
 def _order(pair: tuple[str, float]) -> tuple[bool, float, float]:

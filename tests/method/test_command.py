@@ -6,7 +6,9 @@ import pytest
 from method.test_tables import line
 from typer.testing import CliRunner
 
+from benchmarks.method import tables
 from benchmarks.method.__main__ import app
+from benchmarks.method.figure import draw, figure_of
 from benchmarks.method.lines import append
 from benchmarks.method.runs import Run
 from benchmarks.method.sets import UNET
@@ -21,6 +23,26 @@ def test_the_report_lies_beside_the_lines(tmp_path):
     found = CliRunner().invoke(app, ["--report", "--results", str(path)])
     assert found.exit_code == 0, found.output
     assert "| dense | -0.0500 (1 seed) |" in (tmp_path / "some.md").read_text()
+    assert not (tmp_path / "some.png").exists()  # one budget makes no curve
+
+
+def test_the_picture_shows_the_differences_to_dense_at_every_budget(tmp_path):
+    records = [line("dense", name, 0, 0.75) for name in ("vessels", "scenes")]
+    records += [
+        line(arm, name, 0, 0.75 + gain) | {"keep": keep}
+        for arm, gains in (("default", (-0.03, 0.01)), ("narrow", (-0.2, -0.1)))
+        for keep, gain in zip((0.1, 0.5), gains, strict=True)
+        for name in ("vessels", "scenes")
+    ]
+    figure = figure_of(tables.unets(records))
+    panels = figure.get_axes()
+    assert [panel.get_title() for panel in panels] == ["vessels", "scenes", "mean of the sets"]
+    for panel in panels:
+        bars = {bar.get_label(): bar.lines[0].get_ydata() for bar in panel.containers}
+        assert list(bars["default"]) == pytest.approx([-0.03, 0.01])
+        assert list(bars["narrow"]) == pytest.approx([-0.2, -0.1])
+    draw(tables.unets(records), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
