@@ -31,7 +31,7 @@ from torch import nn
 
 import sparsekern
 from benchmarks.environment import environment
-from benchmarks.peers.structures import HINTS, TOOLS, Outcome, examine, networks
+from benchmarks.peers.structures import HINTS, TOOLS, Outcome, isolated, networks
 from benchmarks.peers.tasks import TASKS, Task
 from benchmarks.peers.tools import ONCE, RATE, WHILE, lines_of_code, train
 from benchmarks.saved import save
@@ -41,14 +41,14 @@ CALIBRATION = 16  # batches that tell which channels matter
 OTO = "only_train_once"
 
 
-def structures(only: list[str]) -> list[Outcome]:
+def structures(only: list[str], limit: int) -> list[Outcome]:
     """The outcomes of all tools on all networks; Torch-Pruning without and with hints where it needs them."""
     found = []
     for name in only or networks():
         for tool in TOOLS:
-            found.append(examine(tool, name, hinted=False))
+            found.append(isolated(tool, name, False, limit))
         if name in HINTS:
-            found.append(examine("Torch-Pruning", name, hinted=True))
+            found.append(isolated("Torch-Pruning", name, True, limit))
     return found
 
 
@@ -180,6 +180,7 @@ def main(
     keep: Annotated[float, typer.Option(help="share of the multiply-adds that stays")] = 0.2,
     steps: Annotated[int, typer.Option(help="of the training before pruning")] = 200,
     tuning: Annotated[int, typer.Option(help="steps of the training after it")] = 60,
+    limit: Annotated[int, typer.Option(help="seconds of processor time for one structure and tool")] = 120,
     times: Annotated[bool, typer.Option(help="time steps and forward passes")] = True,
 ) -> None:
     """Compare the tools."""
@@ -191,7 +192,7 @@ def main(
             )
     torch.set_num_threads(1)
     console = Console(width=150, record=True)
-    outcomes = structures(network or [])
+    outcomes = structures(network or [], limit)
     console.print(structure_table(outcomes))
     records = []
     for name in task or TASKS:

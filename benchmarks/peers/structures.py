@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from benchmarks.export_networks import CASES
+from benchmarks.limited import limited
 from benchmarks.networks import randomise
 from sparsekern.compact import make_plan
 from sparsekern.compact.verify import leaves
@@ -205,7 +206,15 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         return [tensor for _, tensor in leaves(model.eval()(*inputs[0], **inputs[1]))]
 
 
-def examine(tool: str, name: str, *, hinted: bool) -> Outcome:
+def isolated(tool: str, name: str, hinted: bool, seconds: int) -> Outcome:
+    """:func:`examine` in a process of its own: Torch-Pruning came to no end on a small Llama."""
+    try:
+        return limited(examine, tool, name, hinted, seconds=seconds)
+    except TimeoutError as error:
+        return Outcome(tool, name, f"TimeoutError: {error}", hints=HINTS[name].lines if hinted else 0)
+
+
+def examine(tool: str, name: str, hinted: bool) -> Outcome:
     """Prune one network with one tool, and compare."""
     hints = HINTS.get(name, Hints()) if hinted else Hints()
     outcome = Outcome(tool, name, hints=hints.lines)

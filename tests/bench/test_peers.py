@@ -45,7 +45,7 @@ def use(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *shape: int) -> None:
 def test_removing_channels_of_convolutions_is_exact(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     use(monkeypatch, convolutions(), 2, 3, 6, 6)
-    outcome = examine(tool, "it", hinted=False)
+    outcome = examine(tool, "it", False)
     assert outcome.error == "" and outcome.difference < 1e-12
     # Half of 8 filters of 27 weights and a bias each, of 8 gammas and betas, and of 16 weights of the head.
     assert outcome.params_left == pytest.approx((4 * 28 + 8 + 8 + 2) / (8 * 28 + 16 + 16 + 2))
@@ -55,8 +55,8 @@ def test_removing_channels_of_convolutions_is_exact(tool: str, monkeypatch: pyte
 def test_a_layer_norm_over_removed_channels_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     use(monkeypatch, Normed(), 2, 4)
-    assert examine("Torch-Pruning", "it", hinted=False).difference > 1e-3
-    whole = examine("sparsekern", "it", hinted=False)
+    assert examine("Torch-Pruning", "it", False).difference > 1e-3
+    whole = examine("sparsekern", "it", False)
     assert whole.error == "" and whole.difference < 1e-12 and whole.params_left == 1
 
 
@@ -66,12 +66,12 @@ def test_an_error_of_a_tool_is_its_outcome(monkeypatch: pytest.MonkeyPatch) -> N
 
     use(monkeypatch, convolutions(), 2, 3, 6, 6)
     monkeypatch.setitem(structures.TOOLS, "sparsekern", fails)
-    assert examine("sparsekern", "it", hinted=False).text == "fails: RuntimeError: first line"
+    assert examine("sparsekern", "it", False).text == "fails: RuntimeError: first line"
 
 
 def test_an_output_of_another_shape_is_an_error() -> None:
-    assert "[1, 8] has become [1, 4]" in examine("Torch-Pruning", "outputs", hinted=False).error
-    assert examine("sparsekern", "outputs", hinted=False).error == ""
+    assert "[1, 8] has become [1, 4]" in examine("Torch-Pruning", "outputs", False).error
+    assert examine("sparsekern", "outputs", False).error == ""
 
 
 def test_lines_of_code_are_those_of_the_body() -> None:
