@@ -1,11 +1,11 @@
 """Transformers and networks beside them: traced, half of all channels removed, compared.
 
 ``python -m benchmarks.transformers`` takes every network of ``benchmarks.transformers_networks`` with random
-weights in float64. Each runs in a process of its own, with a time limit. A model is traced twice: as it is
-made, and after a first run of its forward. The two traces have to find the same channels. Half of every
-group goes at random. The network with these channels masked and the compact one have to give the same
-outputs, in evaluation mode and in training mode where the forward has one (every probability of dropout is
-0, so that both runs do the same).
+weights in float64. Each runs in a process of its own, with a limit of processor time, so that other work on
+the machine changes no result. A model is traced twice: as it is made, and after a first run of its forward.
+The two traces have to find the same channels. Half of every group goes at random. The network with these
+channels masked and the compact one have to give the same outputs, in evaluation mode and in training mode
+where the forward has one (every probability of dropout is 0, so that both runs do the same).
 
 The norms and attentions of transformers cast to float32 and back whatever the model's dtype is. float32 would
 round both outputs differently, so these casts leave float64 tensors as they are here; see
@@ -21,6 +21,8 @@ from __future__ import annotations
 import copy
 import io
 import multiprocessing
+import resource
+import signal
 import time
 import warnings
 from collections import Counter
@@ -233,23 +235,25 @@ def _measure(report: Report, model: nn.Module, inputs: dict[str, Any]) -> None:
         )
 
 
-def _send(name: str, theirs: Connection) -> None:
+def _send(name: str, seconds: int, theirs: Connection) -> None:
+    used = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, used + seconds + 1))
     theirs.send(asdict(examine(name)))
 
 
-def isolated(name: str, seconds: float) -> Report:
-    """Examine a network in a process of its own."""
+def isolated(name: str, seconds: int) -> Report:
+    """Examine a network in a process of its own, for at most so many seconds of processor time."""
     ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_send, args=(name, theirs), daemon=True)
+    process = _context.Process(target=_send, args=(name, seconds, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        if not ours.poll(seconds):
-            return Report(name, error=f"no result in {seconds:.0f} s")
         return Report(**ours.recv())
     except EOFError:
         process.join()
-        return Report(name, error=f"exit code {process.exitcode}")
+        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        error = f"no result in {seconds} s of processor time" if late else f"exit code {process.exitcode}"
+        return Report(name, error=error)
     finally:
         process.kill()
         process.join()
@@ -282,7 +286,7 @@ def show(console: Console, reports: list[Report]) -> None:
 
 def main(
     network: Annotated[list[str] | None, typer.Argument(help="Names; all by default.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time limit for each network.")] = 120.0,
+    seconds: Annotated[int, typer.Option(help="Limit of processor time for each network.", min=1)] = 120,
     name: Annotated[str, typer.Option(help="Name of the files for all networks.")] = "transformers",
 ) -> None:
     unknown = sorted(set(network or ()) - NETWORKS.keys())

@@ -118,3 +118,25 @@ class Joined(nn.Module):
         x = torch.cat([self.star(self.one(x)), F.max_pool2d(self.affine(self.two(x)), 3, 1, 1)], 1)
         x = F.relu(self.norm(self.mix(x)))
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class SharedHeads(nn.Module):
+    """Attention whose heads share one key and one value head, as in Falcon: a masked head averages values."""
+
+    def __init__(self, written: bool = False, heads: int = 6, size: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.size, self.written = heads, size, written
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.qkv, self.out = nn.Linear(8, (heads + 2) * size), nn.Linear(heads * size, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        fused = self.qkv(x).view(*x.shape[:2], self.num_heads + 2, self.size).transpose(1, 2)
+        q, k, v = fused[:, :-2], fused[:, [-2]], fused[:, [-1]]
+        if self.written:
+            mixed = (q @ k.transpose(2, 3) * self.size**-0.5).softmax(-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = mixed.transpose(1, 2).reshape(*x.shape[:2], self.num_heads * self.size)
+        return self.head((x + self.out(mixed)).mean(1))

@@ -72,7 +72,7 @@ def describe(graph: Described) -> str:
         lines += ["", "not exact: removing some channels changes the others", *inexact]
     masked = tuple(group.name for group in graph.groups if group.masked_columns)
     if masked:
-        lines += ["", f"masked with the columns that read them (constants, not zero): {_shortened(masked)}"]
+        lines += ["", f"masked with the columns that read them (not zero themselves): {_shortened(masked)}"]
     if graph.untraced:
         lines += ["", f"training mode was not traced: {graph.untraced}"]
     if graph.frozen:

@@ -76,11 +76,13 @@ def trace(
     protected = _protected(model, protect)
     captured = capture(model, args, example_kwargs or {})
     check_courses(captured, partial(_first_round, protected=protected, exact=exact, interpretations={}))
-    found = _attempt(captured, protected, exact)
+    found = _proved(captured, _attempt(captured, protected, exact))
     refuted, follows = _refuted(found), not _divided_wrongly(found)
     if refuted or not follows:
         other = _attempt(captured, protected, exact, refuted, follows)
-        found = max(found, other, key=lambda one: int((one.numbering.channel_of >= 0).sum()))
+        # A proof only takes channels away.
+        if other.size > found.size:
+            found = max(found, _proved(captured, other), key=lambda one: one.size)
     blocks, sizes, refused = _blocks(captured, protected) if depth else ((), {}, {})
     graph = build(
         found.tensors, found.slots, found.records, found.numbering, captured.untraced, blocks, sizes
@@ -91,7 +93,7 @@ def trace(
 
 
 class _Attempt(NamedTuple):
-    """An interpretation of the whole network that a smaller copy has proved.
+    """An interpretation of the whole network.
 
     Attributes:
         tensors: the registered tensors with their slots.
@@ -100,7 +102,7 @@ class _Attempt(NamedTuple):
         numbering: the numbers of channels and groups that are left.
         splits: the ambiguous splits.
         choices: their interpretations, by module.
-        wrong: slots that the smaller copy has shown to be no channels.
+        wrong: slots that a smaller copy has shown to be no channels; empty before the proof.
     """
 
     tensors: Sequence[Tracked]
@@ -109,7 +111,12 @@ class _Attempt(NamedTuple):
     numbering: Numbering
     splits: Sequence[Split]
     choices: Mapping[str, Choices]
-    wrong: Sequence[Fault]
+    wrong: Sequence[Fault] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of slots that belong to channels."""
+        return int((self.numbering.channel_of >= 0).sum())
 
 
 def _attempt(
@@ -119,7 +126,7 @@ def _attempt(
     refuted: Mapping[str, Choices] | None = None,
     follows: bool = True,
 ) -> _Attempt:
-    """Interpret the network and check the result on a smaller copy.
+    """Interpret the network.
 
     Args:
         captured: the traced model.
@@ -146,11 +153,17 @@ def _attempt(
         _freeze_all(unheld, slots)
         numbering = number(tensors, slots, records)
     follow(captured, tensors, slots, numbering, records, arrived)
-    wrong = faults(captured, tensors, numbering, records)
-    if wrong:
-        _freeze_all(wrong, slots)
-        numbering = number(tensors, slots, records)
-    return _Attempt(tensors, slots, records, numbering, assumed.splits, choices, wrong)
+    return _Attempt(tensors, slots, records, numbering, assumed.splits, choices)
+
+
+def _proved(captured: Capture, attempt: _Attempt) -> _Attempt:
+    """The interpretation without the channels that a smaller copy shows to be none."""
+    wrong = faults(captured, attempt.tensors, attempt.numbering, attempt.records)
+    if not wrong:
+        return attempt
+    _freeze_all(wrong, attempt.slots)
+    numbering = number(attempt.tensors, attempt.slots, attempt.records)
+    return attempt._replace(numbering=numbering, wrong=wrong)
 
 
 def _refuted(found: _Attempt) -> dict[str, Choices]:

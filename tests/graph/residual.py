@@ -171,3 +171,11 @@ class GlobalResponse(nn.Module):
         share = length / (length.mean(dim=-1, keepdim=True) + self.eps)
         y = y + torch.addcmul(self.bias.view(1, 1, 1, -1), self.weight.view(1, 1, 1, -1), y * share)
         return self.head(x + self.down(y))
+
+
+class Autocast(Language):
+    """The same in a region under autocast, as trainers wrap a forward. Float64 stays what it is there."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(tokens)

@@ -1,4 +1,4 @@
-"""Channels that are constant, not zero, where their rows are zero go exactly, with their columns."""
+"""Channels that are not zero where their rows are zero go exactly, with the columns that read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from constant_functions import CONSTANTS, Gated, LearnableAffine, Net, StarReLU
+from constant_functions import CONSTANTS, Gated, LearnableAffine, Net, SharedHeads, StarReLU
 from graph.exactness import check, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ def test_every_channel_goes_and_names_its_columns(act: Callable[[], nn.Module]) 
     assert set(graph.gates.names) == {
         "stem.1.weight", "stem.1.bias", "body.1.weight", "body.1.bias", "bare.0.weight", "bare.0.bias",
     }  # fmt: skip
-    assert "masked with the columns that read them (constants, not zero): stem.0, body.0 and 1 more" in str(
+    assert "masked with the columns that read them (not zero themselves): stem.0, body.0 and 1 more" in str(
         graph
     )
 
@@ -101,7 +101,7 @@ def test_a_layer_over_tokens(plain: bool) -> None:
 
 
 class Kept(nn.Module):
-    """Channels whose readers cannot be masked, or which still depend on the input."""
+    """Channels whose readers cannot be masked, apart from the first kind."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -124,9 +124,23 @@ class Kept(nn.Module):
         return self.down(F.layer_norm(hidden, (16,)))
 
 
+def test_channels_that_depend_on_the_input_where_they_are_masked() -> None:
+    graph = check(Kept("scaled by the input"), [torch.randn(2, 6)])
+    assert [len(group.channels) for group in graph.groups] == [16]
+    assert graph.groups[0].masked_columns == (("down.weight", 1),)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_heads_that_share_a_key_and_a_value_head(written: bool) -> None:
+    graph = check(SharedHeads(written), [X])
+    heads = next(group for group in graph.groups if group.name == "qkv")
+    assert len(heads.channels) == 6
+    assert heads.masked_columns == (("out.weight", 1),)
+
+
 @pytest.mark.parametrize(
     "kind",
-    ["scaled by the input", "divided", "computed weight", "fixed weight", "summed", "normed"],
+    ["divided", "computed weight", "fixed weight", "summed", "normed"],
 )
 def test_what_is_read_in_another_way_stays(kind: str) -> None:
     model = randomise(Kept(kind))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from graph.exactness import check, choose, difference, mask, randomise
 from graph.residual import (
+    Autocast,
     Beforehand,
     BeforehandBorrowed,
     BeforehandMoved,
@@ -73,6 +74,12 @@ def test_the_residual_stream_is_one_group(name: str, tied: bool) -> None:
     assert [len(group.channels) for group in graph.groups] == [12, 24, 24]
     members = {tensor for tensor, _ in graph.groups[0].members}
     assert {"embedding.weight", "blocks.1.down.weight", "blocks.0.gate.weight", "norm.weight"} <= members
+
+
+def test_the_residual_stream_goes_under_autocast() -> None:
+    torch.manual_seed(0)
+    graph = check(Autocast(WrittenOut), [TOKENS])
+    assert [len(group.channels) for group in graph.groups] == [12, 24, 24]
 
 
 @pytest.mark.parametrize("name", REFUSED)

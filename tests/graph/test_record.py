@@ -115,6 +115,38 @@ def test_one_export_where_both_modes_agree(
     assert ("more.weight" in graph.tensors) == own
 
 
+class Made(nn.Module):
+    """Norms with the epsilon that is torch's default, and tensors that the forward makes.
+
+    ``drops`` leaves the branch out by chance in training, as stochastic depth does.
+    """
+
+    def __init__(self, drops: bool) -> None:
+        super().__init__()
+        self.drops = drops
+        self.first, self.last = nn.Linear(16, 8), nn.Linear(8, 16)
+        self.norm, self.groups = nn.LayerNorm(16), nn.GroupNorm(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.first(self.groups(self.norm(x).transpose(1, 2)).transpose(1, 2)).relu())
+        if self.drops and self.training:
+            kept = torch.empty((x.shape[0], 1, 1), dtype=x.dtype, device=x.device)
+            y = y * kept.bernoulli_(0.9).div_(0.9)
+        filled = torch.empty_like(x).fill_(2.0)
+        return x + y * filled + torch.zeros(16, dtype=x.dtype) + torch.arange(16)
+
+
+@pytest.mark.parametrize(("drops", "expected"), [(False, [False]), (True, [False, True])])
+def test_a_proof_on_runs_knows_defaults_and_tensors_that_are_made(
+    drops: bool, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = exports(monkeypatch)
+    graph = trace(Made(drops), X)
+    assert [len(group.channels) for group in graph.groups] == [8]
+    # No smaller copy had to be exported.
+    assert modes == expected
+
+
 def test_a_training_mode_that_differs_where_it_is_smaller_is_found() -> None:
     class Sized(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from constant_functions import CONSTANTS, Gated, Joined, Net, StarReLU
+from constant_functions import CONSTANTS, Gated, Joined, Net, SharedHeads, StarReLU
 from graph.exactness import mask, randomise
 from prune.networks import batch
 from torch import nn
@@ -108,8 +108,9 @@ def test_masked_equals_compact_for_every_constant(act: Callable[[], nn.Module]) 
         *((Net, make) for make in list(OPTIMIZERS.values())[:4]),
         (lambda: Net(StarReLU), OURS),
         (Gated, OPTIMIZERS["torch.AdamW"]),
+        (SharedHeads, OURS),
     ],
-    ids=[*list(OPTIMIZERS)[:4], "star", "gated"],
+    ids=[*list(OPTIMIZERS)[:4], "star", "gated", "shared heads"],
 )
 def test_a_training_with_shrink_is_the_masked_one_to_rounding(
     network: Callable[[], nn.Module], make: Callable[[Any], torch.optim.Optimizer]

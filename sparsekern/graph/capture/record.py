@@ -77,6 +77,8 @@ class Recorder(ProxyTorchDispatchMode):
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
         self._origins: dict[int, Origin] = {key: ("tensor", number) for key, number in tensors.items()}
         self._origins |= {id(tensor): ("input", number) for number, tensor in enumerate(inputs)}
+        # torch returns a shallow copy of a tensor that a factory makes. It has the same memory.
+        self._by_memory: dict[tuple[int, tuple[int, ...]], Origin] = {}
         self._steps: list[Step] = []
         # The results keep their ids as long as they live.
         self._held: list[Any] = []
@@ -101,6 +103,8 @@ class Recorder(ProxyTorchDispatchMode):
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for number, tensor in enumerate(made):
             self._origins[id(tensor)] = len(self._steps), number
+            if tensor.layout is torch.strided and (not sources or func._schema.name.endswith("_like")):
+                self._by_memory[_memory(tensor)] = len(self._steps), number
         self._held += made
         numbers = tuple(numbers_of(func, args, kwargs))
         shapes = tuple(sizes(tensor) for tensor in made)
@@ -110,7 +114,9 @@ class Recorder(ProxyTorchDispatchMode):
         known = self._origins.get(id(tensor))
         if known is None:
             self._held.append(tensor)
-            known = self._origins[id(tensor)] = "constant", sizes(tensor), contents(tensor)
+            known = self._by_memory.get(_memory(tensor))
+            known = known or ("constant", sizes(tensor), contents(tensor))
+            self._origins[id(tensor)] = known
         return known
 
     def record(self, output: Any) -> Record:
@@ -120,6 +126,12 @@ class Recorder(ProxyTorchDispatchMode):
         numbers = tuple(leaf for leaf in leaves if type(leaf) in (int, float))
         steps = [*self._steps, Step("output", sources, numbers, ())]
         return Record(steps, written_copies(steps))
+
+
+def _memory(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """The address of a dense tensor's storage, and its sizes; 0 for the address of any other tensor."""
+    dense = tensor.layout is torch.strided
+    return tensor.untyped_storage()._cdata if dense else 0, sizes(tensor)
 
 
 def _made_quickly(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -247,10 +259,13 @@ def _without_tensors(value: Any) -> Any:
 
 
 def numbers_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments of an op that are values, not sizes or positions."""
+    """The arguments of an op that are values, not sizes or positions.
+
+    An export and a run differ in whether they pass arguments that equal their defaults.
+    """
     numbers = []
-    for index, (name, kinds) in enumerate(_kinds(target)):
-        given = args[index] if index < len(args) else kwargs.get(name)
+    for index, (name, kinds, default) in enumerate(_kinds(target)):
+        given = args[index] if index < len(args) else kwargs.get(name, default)
         if type(given) in kinds:
             numbers.append(given)
         elif isinstance(given, (list, tuple)):
@@ -259,14 +274,17 @@ def numbers_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> l
 
 
 @cache
-def _kinds(target: torch._ops.OpOverload) -> list[tuple[str, tuple[type, ...]]]:
-    """The name of every argument of an op, and the types of number that are values there.
+def _kinds(target: torch._ops.OpOverload) -> list[tuple[str, tuple[type, ...], Any]]:
+    """The name of every argument of an op, the types of number that are values there, and the default.
 
     Integers are sizes or positions, which may differ, where the schema says int.
     """
-    types = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    types = [(a.name, str(a.type), a.default_value) for a in target._schema.arguments]
     values = (int, float, complex)
-    return [(name, values if "number" in kind or "Tensor" in kind else (float,)) for name, kind in types]
+    return [
+        (name, values if "number" in kind or "Tensor" in kind else (float,), default)
+        for name, kind, default in types
+    ]
 
 
 def of_one_program(evaluation: Record, training: Record) -> bool:

@@ -27,11 +27,15 @@ def drop_unused(module: fx.GraphModule) -> None:
     """Remove the ops that change neither an output nor a tensor and have no counted cost.
 
     Checks of values are removed, too: they compute nothing and also hold for the smaller network. The
-    dry run shows whether the removed code runs at a smaller size.
+    dry run shows whether the removed code runs at a smaller size. The same goes for the graphs inside of
+    ``module``, which are regions under autocast or a gradient mode.
 
     Args:
         module: the traced graph, changed in place.
     """
+    for inner in module.children():
+        if isinstance(inner, fx.GraphModule):
+            drop_unused(inner)
     for node in reversed(module.graph.nodes):
         if node.op == "call_function" and not node.users and _idle(node):
             module.graph.erase_node(node)

@@ -256,8 +256,12 @@ def _around(module: str, outer: str) -> bool:
 
 
 def _counted(model: nn.Module, shaped: Shaped, numbering: Numbering) -> bool:
-    """Whether a module around the reshape has an attribute equal to the size of a dimension of channels."""
-    sizes = {len(ids) for ids in shaped.ids if ids is not None and (numbering.channel_of[ids] >= 0).any()}
+    """Whether a module around the reshape has an attribute equal to a size or a number of channels in it.
+
+    The size may be computed from the number of channels, as in ``num_heads + 2``.
+    """
+    channels = [numbering.channel_of[ids] for ids in shaped.ids if ids is not None]
+    sizes = {count for own in channels if (own >= 0).any() for count in (len(own), len(set(own[own >= 0])))}
     path = shaped.module.split(".") if shaped.module else []
     around = [".".join(path[:n]) for n in range(len(path) + 1)]
     return any(value in sizes for name in around for _, value in _numbers(model.get_submodule(name)))

@@ -1,7 +1,8 @@
-"""Channels that are constant, not zero, while they are masked, and the columns that are masked with them.
+"""Channels that are not zero while they are masked, and the columns that are masked with them.
 
 A function such as ``sigmoid``, or an added number, turns the zeros of a masked channel into a constant. The
-layer that reads the channel does not see it if the columns of its weight for this channel are zero, too.
+layer that reads the channel does not see it if the columns of its weight for this channel are zero, too. The
+same holds where tensors without channels make it depend on the input, such as the values that heads share.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ log_sigmoid softplus erfc acos hardtanh clamp clip clamp_min clamp_max threshold
 negative abs absolute pow add sub rsub subtract mul multiply div true_divide divide maximum minimum fmax fmin
 addcmul eq ne lt le gt ge logical_and logical_or logical_xor logical_not where masked_fill batch_norm
 instance_norm dropout feature_dropout
+softmax log_softmax matmul bmm baddbmm scaled_dot_product_attention
 """
 _OVER_SPACE = """
 mean sum amax amin var std max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
@@ -56,9 +58,10 @@ _CHANNELWISE = _JOINS.union(_FUNCTIONS.split(), _OVER_SPACE.split(), _MOVES.spli
 
 
 def carried(node: fx.Node, args: Mapping[str, Any], slots: Slots, records: Records, result: Value) -> Value:
-    """Find which slices of a result are constant while their channels are masked.
+    """Find which slices of a result columns can be masked for, because no other channel has a part in them.
 
-    A slice is constant if the op computes it from zeros, from constant slices and from static values alone.
+    The op computes such a slice from zeros, from such slices of the same channel, from values without
+    channels and from static values alone. Where its value is known, it is a constant.
     Slices are followed along a single dimension with slots: with two of them, a slice along one dimension
     holds channels of the other.
 
@@ -157,13 +160,14 @@ def _constant_in_all(
 ) -> np.ndarray | None:
     """Which of the channels ``roots`` are zero or constant in all operands, bool; None if it is not known.
 
-    An operand that is ``joined`` with others and does not have a channel has no part in its slice.
+    An operand without channels has a part in all slices alike. One that is ``joined`` with others and does
+    not have a channel has no part in its slice.
     """
     constant = roots >= 0
     for value in operands:
         dim = _only_dim(value)
         if dim is None:
-            if joined and not value.tracked:
+            if not value.tracked:
                 continue
             return None
         own, still = value.ids[dim], _still(value, dim)

@@ -59,7 +59,7 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """The slices of a value that do not depend on the network's input while their channels are masked.
+    """The slices of a value that depend on no other channel while their own channels are masked.
 
     Attributes:
         flags: along the only dimension with slots, whether the slice at an index is zero or constant, bool.

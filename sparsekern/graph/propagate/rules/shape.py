@@ -39,24 +39,21 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ra
     return blocks
 
 
-def _flat(call: Call, x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids and zero flags of a block in memory order; None unless exactly one dimension is tracked.
+def _flat(call: Call, x: Value, dims: range) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and zero flags of a block in memory order, along the one of its dimensions that holds channels.
 
-    A size that the program names stays what it is beside a dimension of channels.
+    Of several dimensions the first one does, such as that of the heads in front of the positions inside of
+    them. A size that the program names comes last. The other dimensions stay what they are.
     """
     tracked = [d for d in dims if x.ids[d] is not None]
-    several = len(tracked) > 1
-    named = [d for d in tracked if several and call.slots.are_named(dense(x.ids[d], x.shape[d]))]
-    for d in named[1:] if len(named) == len(tracked) else named:
+    tracked.sort(key=lambda d: len(tracked) > 1 and call.slots.are_named(dense(x.ids[d], x.shape[d])))
+    for d in tracked[1:]:
         call.slots.freeze(dense(x.ids[d], x.shape[d]), f"{call.label} merges it with channels")
-        tracked.remove(d)
-    if len(tracked) != 1:
-        return None
+    carrier = tracked[0]
     shape = [x.shape[d] for d in dims]
     where = [1] * len(shape)
-    where[tracked[0] - dims.start] = -1
-    ids = x.ids[tracked[0]]
-    zero = flags(x.zero[tracked[0]], x.shape[tracked[0]])
+    where[carrier - dims.start] = -1
+    ids, zero = x.ids[carrier], flags(x.zero[carrier], x.shape[carrier])
     assert ids is not None
     spread = (np.broadcast_to(a.reshape(where), shape).ravel() for a in (ids, zero))
     return next(spread), next(spread)
@@ -83,10 +80,6 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
         if all(x.ids[d] is None for d in old):
             continue
         flat = _flat(call, x, old)
-        if flat is None:
-            for d in old:
-                call.freeze(x.ids[d], f"{call.label} merges two dimensions that hold channels")
-            continue
         axes = [d for d in new if shape[d] > 1]
         axis = _carrier(call, flat[0], [shape[d] for d in axes], axes, inferred)
         table, truth = (a.reshape([shape[d] for d in axes]) for a in flat)
