@@ -144,7 +144,7 @@ def test_no_event_goes_below_the_last_budget(allocator: Allocator, shrink: bool)
     assert pruner.widths()["layers.0.0"] == pruner.widths()["layers.1.0"]
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.5, 0.94])
+@pytest.mark.parametrize("keep", [0.3, 0.75])
 def test_a_trained_network_comes_near_its_budget(keep: float) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"equal": {"layers.*": 16, "last.*": 1}, "keep": keep, "of": "params"}
