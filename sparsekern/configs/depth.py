@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from sparsekern.configs.fields import Skeleton, changed, fields_of, value_of
+from sparsekern.configs.fields import Skeleton
+from sparsekern.graph.containers import containers, keep_blocks
 
 
 def with_depth(kind: type[nn.Module], config: Any, want: Skeleton) -> Any:
@@ -18,40 +20,24 @@ def with_depth(kind: type[nn.Module], config: Any, want: Skeleton) -> Any:
         want: the skeleton of the model.
 
     Returns:
-        A copy of ``config`` if lists of modules have other lengths, else ``config``. A field counts a list
-        if the list is shorter by one where the field is. Lists in the configuration with an entry for each
-        layer keep the entries of the layers that are left.
+        A changed copy of ``config`` if lists of modules are shorter, else ``config``. Its counts of layers
+        and its lists with an entry for each layer follow as in the removal of blocks
+        (:func:`sparsekern.graph.containers.keep_blocks`).
 
     Raises:
-        ValueError: ``config`` makes no model of this class.
+        ValueError: ``config`` makes no model of this class, or it is not known which list a number counts.
     """
     made = Skeleton.made(kind, config)
-    wrong = {name: n for name, n in made.lengths.items() if want.lengths.get(name, n) != n}
-    for field in fields_of(config, int) if wrong else ():
-        layers = value_of(config, field)
-        if layers not in wrong.values() or layers < 2:
-            continue
-        shorter = _shortened(config, field, layers, list(range(layers - 1)))
-        try:
-            counted = Skeleton.made(kind, shorter).lengths
-        except ValueError:
-            continue
-        lists = [n for n in wrong if wrong[n] == layers and counted.get(n) == layers - 1]
-        if lists and len({want.lengths[name] for name in lists}) == 1:
-            kept = _kept(made.module.get_submodule(lists[0]), want.module.get_submodule(lists[0]))
-            config = _shortened(config, field, layers, kept)
-    return config
-
-
-def _shortened(config: Any, field: str, layers: int, kept: list[int]) -> Any:
-    """The configuration with the layers ``kept``, of ``layers``."""
-    owner = field.rpartition(".")[0]
-    values: dict[str, Any] = {field: len(kept)}
-    for name in fields_of(config, list):
-        entries = value_of(config, name)
-        if name.rpartition(".")[0] == owner and len(entries) == layers:
-            values[name] = [entries[index] for index in kept]
-    return changed(config, values)
+    kept = {
+        path: _kept(blocks, want.module.get_submodule(path))
+        for path, blocks in containers(made.module).items()
+        if 0 < want.lengths.get(path, 0) < made.lengths[path]
+    }
+    if not kept:
+        return config
+    # The model is thrown away, so nothing has to be restored.
+    keep_blocks(made.module, kept, ExitStack())
+    return made.module.config
 
 
 def _kept(before: Any, after: Any) -> list[int]:

@@ -245,13 +245,13 @@ def _with_numbers(kind: type[nn.Module], config: Any, model: nn.Module) -> Any:
     Raises:
         Unsayable: modules ask for different values of one field.
     """
-    want = _reals(model)
-    before = _reals(Skeleton.made(kind, config).module)
+    want = reals(model)
+    before = reals(Skeleton.made(kind, config).module)
     wrong = {place for place in before if want.get(place, before[place]) != before[place]}
     for field in fields_of(config, float) if wrong else ():
         value = value_of(config, field)
         try:
-            after = _reals(Skeleton.made(kind, changed(config, {field: 2 * value + 1})).module)
+            after = reals(Skeleton.made(kind, changed(config, {field: 2 * value + 1})).module)
         except ValueError:
             continue
         follows = [p for p in before if after.get(p) == 2 * value + 1 and before[p] == value and p in want]
@@ -264,7 +264,7 @@ def _with_numbers(kind: type[nn.Module], config: Any, model: nn.Module) -> Any:
     return config
 
 
-def _reals(model: nn.Module) -> dict[str, float]:
+def reals(model: nn.Module) -> dict[str, float]:
     """The real numbers that modules keep as attributes, by name."""
     return {
         f"{prefix}.{name}" if prefix else name: value

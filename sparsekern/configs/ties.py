@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from torch import nn
 from sparsekern.configs.fields import Influence, Place, Skeleton, changed, fields_of, influence
 from sparsekern.configs.fit import HEAD_SIZES, opened
 
-# Widths of the parts decided before, with which a width has to be accepted.
-_TRIED = 3
+# Widths of each part decided before, and combinations of them, with which a width has to be accepted.
+_TRIED, _COMBINED = 3, 64
+# A part may keep to every second, third or fourth of its widths, if so many are left.
+_STRIDES, _LEFT = (2, 3, 4), 8
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,42 @@ def _accepted(
     """For each part the widths that the configuration accepts, if it does not accept all of them."""
     if not callable(getattr(config, "validate", None)) or not _accepts(config, {}):
         return {}
-    before: list[dict[str, int]] = [{}]
-    accepted = {}
+    accepted: dict[int, list[int]] = {}
+    values: dict[int, dict[int, dict[str, int]]] = {}
+    tried: dict[int, list[int]] = {}
+
+    def fitting(number: int, tried: Mapping[int, list[int]]) -> list[int]:
+        before = [[{}, *(values[n][width] for width in widths)] for n, widths in tried.items()]
+        combined = [
+            {name: value for part in parts for name, value in part.items()}
+            for parts in itertools.islice(itertools.product(*before), _COMBINED)
+        ]
+        return [
+            width
+            for width, new in values[number].items()
+            if all(_accepts(config, old | new) for old in combined)
+        ]
+
     # The widest part first: its widths restrict those of the others, such as heads that divide a hidden size.
     for number in sorted(fields, key=lambda n: -sizes[n]):
-        size = sizes[number]
-        values = {}
-        for width in range(1, size + 1):
-            if all(value * width % size == 0 for value in fields[number].values()):
-                values[width] = {name: value * width // size for name, value in fields[number].items()}
-        widths = [w for w, new in values.items() if all(_accepts(config, {**old, **new}) for old in before)]
+        size, own = sizes[number], fields[number].items()
+        values[number] = {
+            width: {name: value * width // size for name, value in own}
+            for width in range(1, size + 1)
+            if all(value * width % size == 0 for _, value in own)
+        }
+        widths = fitting(number, tried)
+        for other, stride in itertools.product(accepted if len(widths) < size else (), _STRIDES):
+            # Fewer widths of one part may allow more of another: every second multiple of 6 allows 4 heads.
+            fewer = accepted[other][stride - 1 :: stride]
+            if fewer[-1:] != [sizes[other]] or len(fewer) < _LEFT:
+                continue
+            found = fitting(number, {**tried, other: fewer[:_TRIED]})
+            if len(found) > len(widths):
+                widths, accepted[other], tried[other] = found, fewer, fewer[:_TRIED]
         if len(widths) < size and size in widths:
             accepted[number] = widths
-        before += [{**old, **values[w]} for w in widths[:_TRIED] for old in before[:_TRIED]]
+        tried[number] = widths[:_TRIED]
     return accepted
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 
 from sparsekern.distributed.tensors import is_fully_sharded, local, wrapped_like
 
@@ -82,6 +83,21 @@ def retire(model: nn.Module) -> None:
     """Let every forward pass of ``model`` raise a RuntimeError, before ``fully_shard`` gathers anything."""
     for module in (model, *filter(is_fully_sharded, model.modules())):
         module.register_forward_pre_hook(_refuse, prepend=True)
+
+
+def stand_for(former: nn.Module, model: nn.Module) -> None:
+    """Let ``former`` be ``model`` for everyone who refers to it, such as a trainer's loop.
+
+    Both objects have the same dictionary of attributes from here on: modules, parameters, hooks, mode.
+
+    Args:
+        former: a module that ``fully_shard`` sharded, and whose place ``model`` has taken.
+        model: another one of the same class.
+    """
+    object.__setattr__(former, "__dict__", model.__dict__)
+    # fully_shard remembers its state by the module.
+    states = _composable_state._module_state_mapping
+    states[former] = states[model]
 
 
 def _refuse(*_: Any) -> NoReturn:

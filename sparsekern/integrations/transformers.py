@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sparsekern.compact.reshard import Shard
+from sparsekern.distributed.fully_sharded import stand_for
+from sparsekern.distributed.tensors import unwrap
 from sparsekern.integrations.pretrained import layer_widths, save_pretrained
 from sparsekern.integrations.trainers import HeldWeights, Pruning, check_both, from_text, progress, to_text
 from sparsekern.optim import unwrap_optimizer
@@ -35,18 +38,27 @@ class PruningCallback(Pruning, TrainerCallback):
     Args:
         example_inputs: see :class:`sparsekern.Pruner`.
         steps: optimizer steps of the training; default ``max_steps`` of the Trainer's state.
+        shard: for a model that FSDP2 shards (``fsdp_version: 2``): shards a model as the Trainer has done it.
+            A smaller one takes its place after every event, see :meth:`sparsekern.Pruner.reshard`; the
+            Trainer's own object stays and becomes the smaller model.
         options: ``keep`` and other arguments of :class:`sparsekern.Pruner`.
 
     Raises:
         ValueError: in ``Trainer(...)``, ``load_best_model_at_end`` is set; in ``train()``, the checkpoint is
-            of a run without this callback, or an argument of the Pruner is not valid.
+            of a run without this callback or comes with ``shard``, or an argument of the Pruner is not
+            valid.
         RuntimeError: in ``train()``, the callback has served another one.
     """
 
     def __init__(
-        self, example_inputs: Tensor | tuple[Any, ...], *, steps: int | None = None, **options: Any
+        self,
+        example_inputs: Tensor | tuple[Any, ...],
+        *,
+        steps: int | None = None,
+        shard: Shard | None = None,
+        **options: Any,
     ) -> None:
-        self._inputs, self._steps, self._options = example_inputs, steps, options
+        self._inputs, self._steps, self._shard, self._options = example_inputs, steps, shard, options
         self._held: HeldWeights | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,6 +79,11 @@ class PruningCallback(Pruning, TrainerCallback):
             )
         weights, saved = self._held.take(), state.stateful_callbacks.get(_KEY)
         check_both(weights, saved, "resume_from_checkpoint")
+        if self._shard is not None and saved is not None:
+            raise ValueError(
+                "resume_from_checkpoint: got one for a callback with shard=, expected none: the Trainer "
+                "loads the weights before the model has their sizes; resume in a loop of your own"
+            )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = unwrap_optimizer(optimizer).optimizer  # accelerate wraps it
         restored = optimizer.state_dict()
@@ -79,8 +96,17 @@ class PruningCallback(Pruning, TrainerCallback):
             model.load_state_dict(weights, strict=False)
         optimizer.load_state_dict(restored)
 
+    def _reshard(self, pruner: Pruner, shard: Shard, model: nn.Module) -> None:
+        """Let the Trainer's model become a smaller one, if channels were masked since the last call."""
+        smaller, _ = pruner.reshard(shard)
+        smaller = unwrap(smaller)
+        if vars(smaller) is not vars(model):
+            stand_for(model, smaller)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the Pruner's state into the Trainer's state before a save."""
+        """Reshard the model after an event; put the Pruner's state into the Trainer's state before a save."""
+        if self._shard is not None and self.pruner is not None:
+            self._reshard(self.pruner, self._shard, kwargs["model"])
         if control.should_save and self.pruner is not None:
             state.stateful_callbacks[_KEY] = to_text(self.pruner.state_dict())
 

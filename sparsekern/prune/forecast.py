@@ -239,7 +239,7 @@ def _fast_forward(
             trial.step()
         begin = perf_counter()
         for event in schedule.events:
-            choice = policy.choose(own, event, schedule.after(event.step))
+            choice = policy.choose(own, event, schedule)
             choice.carry_out(own.masks)
             own.masks.mask(~own.masks.live & own.masks.unmasked)
             with all_or_nothing() as undo:

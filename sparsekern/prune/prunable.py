@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from sparsekern.distributed.tensors import is_sharded
 from sparsekern.graph import ChannelGraph, dry_run, trace
-from sparsekern.prune.decide.roles import Equal, lone
+from sparsekern.prune.decide.roles import Equal, lone, resolve_equal, role_name
+from sparsekern.prune.decide.sayable import unsayable
 
 _IDLE = (
     "its weights and gates are not trained, so nothing is known of its channels (when the Pruner is "
@@ -30,7 +32,8 @@ def prunable_graph(
 ) -> ChannelGraph:
     """The model's graph, without groups that are not trained and groups that a dry run found not removable.
 
-    With ``equal``, a group whose counterpart in another layer cannot change its width stays, too.
+    With ``equal``, a group whose counterpart in another layer cannot change its width stays, too. With
+    ``equal="config"`` so does a group whose width the configuration cannot say.
 
     Args:
         model: the model.
@@ -40,6 +43,9 @@ def prunable_graph(
     Raises:
         ValueError: the optimizer lacks trainable parameters, the model does not accept the inputs, or no
             channel is left.
+
+    Warns:
+        UserWarning: the configuration cannot say the width of a group.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_held(parameters, trained)
@@ -64,6 +70,10 @@ def prunable_graph(
         # The trace has tried its groups in a dry run; with some of them frozen the smaller network is another
         # one.
         graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
+    if unsaid := _unsaid(model, graph, equal):
+        for name, reason in unsaid.items():
+            graph = graph.freeze([name], f"equal='config', and {reason}")
+        graph = dry_run(model, graph, example_inputs, example_kwargs=example_kwargs)
     while unequal := lone(equal, model, graph):
         for name, reason in unequal.items():
             graph = graph.freeze([name], reason)
@@ -75,6 +85,32 @@ def prunable_graph(
             f"one ({reasons}); print(sparsekern.trace(model, example_inputs)) shows all reasons"
         )
     return graph
+
+
+def _unsaid(model: nn.Module, graph: ChannelGraph, equal: Equal) -> dict[str, str]:
+    """The groups that stay whole because a configuration cannot say their width, with the reason, by name.
+
+    Only ``equal="config"`` keeps them; the user is told of them with every other ``equal`` but None.
+    """
+    resolved = resolve_equal(equal, model)
+    if resolved is None or not (found := unsayable(model, graph)):
+        return {}
+    roles = dict.fromkeys(role_name(model, name) for name in found)
+    listed = f"{', '.join(list(roles)[:4])}: {next(iter(found.values()))}"
+    if resolved == "config":
+        warnings.warn(
+            f"equal: got 'config', which keeps {len(found)} groups whole, as the configuration cannot say "
+            f"their width ({listed}); pass equal='role' to prune them, too, and save with sparsekern.save",
+            stacklevel=4,
+        )
+        return found
+    warnings.warn(
+        f"equal: got {equal!r} for a {type(model).__name__}, expected 'config' for a result that "
+        f"save_pretrained can write, as the configuration cannot say the width of {len(found)} groups "
+        f"({listed}); sparsekern.save writes any widths",
+        stacklevel=4,
+    )
+    return {}
 
 
 def _gate_names(graph: ChannelGraph, channels: np.ndarray) -> set[str]:

@@ -74,8 +74,8 @@ class Pruner:
         min_channels: channels that every group keeps at least, or such numbers by pattern of group names.
         protect: modules, parameters or name patterns whose shape, outputs and inputs stay as they are.
         exact: False also allows channels whose removal changes values of others (:func:`sparsekern.trace`).
-        equal: ``"role"`` keeps the same part of all layers as wide, a mapping also by divisors; ``"auto"``
-            does so for models with a Hugging Face ``config``. See :mod:`sparsekern.prune.decide.roles`.
+        equal: ``"role"``, the default with a Hugging Face ``config``, keeps the same part of all layers as
+            wide, a mapping also by divisors; ``"config"`` keeps what it cannot say whole (docs/settings.md).
         penalty: extra decay >= 0 of the gates of channels that would go, about ``exp(-penalty)`` an event.
         nonfinite: response to NaN or infinity in gradients, which no statistics count: ``"ignore"`` goes on,
             ``"raise"`` checks all gradients before each step and raises a FloatingPointError.

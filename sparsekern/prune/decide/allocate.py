@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsekern.prune.decide.problem import Blocks, Pricing, Problem
+from sparsekern.prune.decide.refine import exchange, give_back
 from sparsekern.prune.decide.swap import swap_blocks
 
 __all__ = [
@@ -78,13 +79,37 @@ class Global(Allocator):
 
     def __call__(self, problem: Problem) -> np.ndarray:
         blocks = Blocks.cut(problem)
-        stays = np.ones(len(blocks.removable), bool)
-        for removable in (blocks.removable & self._above_balance(problem, blocks), blocks.removable):
-            stays = self._remove(problem, blocks, stays, removable)
+        stays, above = np.ones(len(blocks.removable), bool), self._above_balance(problem, blocks)
+        order = np.zeros(0, np.int64)
+        for removable in (blocks.removable & above, blocks.removable):
+            stays, removed = self._remove(problem, blocks, stays, removable)
+            order = np.append(order, removed)
+        if problem.coarse.any():
+            stays = self._refine(problem, blocks, stays, order, blocks.removable & above)
         if problem.pricing is not None:
             # Latency changes in steps, so a swap of blocks can still use a rest of the budget.
             stays = swap_blocks(problem, blocks, stays)
         return blocks.kept(stays, problem.graph.num_channels)
+
+    def _refine(
+        self, problem: Problem, blocks: Blocks, stays: np.ndarray, order: np.ndarray, removable: np.ndarray
+    ) -> np.ndarray:
+        """Use up the rest of the budget that the last large steps have left.
+
+        Args:
+            problem: the problem.
+            blocks: its blocks.
+            stays: bool ``[blocks]``; the blocks that stay so far.
+            order: int64 ``[n]``; the removed blocks, the first removed one first.
+            removable: bool ``[blocks]``; those that may go in place of a large step.
+        """
+
+        def remove(stays: np.ndarray, held: np.ndarray) -> np.ndarray:
+            stays, removed = self._remove(problem, blocks, stays, removable & ~held)
+            return give_back(problem, blocks, stays, np.append(order, removed)[::-1])
+
+        stays = give_back(problem, blocks, stays, order[::-1])
+        return exchange(problem, blocks, stays, remove)
 
     def _above_balance(self, problem: Problem, blocks: Blocks) -> np.ndarray:
         """bool ``[blocks]``; blocks beyond the width that ``balance`` reserves for their group."""
@@ -98,9 +123,13 @@ class Global(Allocator):
 
     def _remove(
         self, problem: Problem, blocks: Blocks, stays: np.ndarray, removable: np.ndarray
-    ) -> np.ndarray:
-        """The blocks of ``stays`` that are left once the budget is met or no removable block is left."""
-        stays = stays.copy()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Remove blocks of ``stays`` until the budget is met or no removable block is left.
+
+        Returns:
+            The blocks that are left, bool ``[blocks]``, and the removed ones in that order, int64 ``[n]``.
+        """
+        stays, removed = stays.copy(), [np.zeros(0, np.int64)]
         saliency = blocks.sums(problem.saliency)
         size = problem.graph.num_channels
         kept = blocks.kept(stays, size)
@@ -111,9 +140,10 @@ class Global(Allocator):
             saved = np.cumsum(price[order])
             take = max(1, int(np.searchsorted(saved, excess * self.portion, side="right")))
             stays[order[:take]] = False
+            removed.append(order[:take])
             kept = blocks.kept(stays, size)
             excess = problem.cost(kept) - problem.budget
-        return stays
+        return stays, np.concatenate(removed)
 
     @staticmethod
     def _removal_order(blocks: Blocks, candidates: np.ndarray, ratio: np.ndarray) -> np.ndarray:
@@ -153,29 +183,37 @@ class Flat(Allocator):
 
 
 def _bisect(problem: Problem, widths: Callable[[float], np.ndarray]) -> np.ndarray:
-    """Keep the blocks that lie mostly within ``widths(share)``, for the largest share within the budget."""
+    """Keep the blocks that lie mostly within ``widths(share)``, for the largest share within the budget.
+
+    Where blocks are large steps, those that follow and still fit into the budget stay as well.
+    """
     blocks, whole = Blocks.cut(problem), 1.0 + int(problem.multiples.max(initial=1))
     begins, group = blocks.rank[blocks.first], blocks.group[blocks.first]
     members = np.bincount(problem.roles)[blocks.role]
     own = np.isin(blocks.role, list(problem.steps))
     lengths = np.where(own, np.bincount(blocks.block) / members, problem.multiples[group])
+    middles, size = begins + lengths / 2, problem.graph.num_channels
 
-    def keep(share: float) -> np.ndarray:
+    def stays(share: float) -> np.ndarray:
         # A block stays if at least half of it lies within the width.
-        within = begins + lengths / 2 <= widths(share)[group]
-        return blocks.kept(within | ~blocks.removable, problem.graph.num_channels)
+        within: np.ndarray = middles <= widths(share)[group]
+        return within | ~blocks.removable
 
-    if problem.cost(keep(whole)) <= problem.budget:
-        return keep(whole)
-    low, high = 0.0, whole
+    def fits(share: float) -> bool:
+        return problem.cost(blocks.kept(stays(share), size)) <= problem.budget
+
+    low, high = (whole, whole) if fits(whole) else (0.0, whole)
     # The precision is 2^-20 of a group's width: less than one channel for groups below a million.
-    for _ in range(20 + int(whole).bit_length()):
+    for _ in range(20 + int(whole).bit_length() if low < high else 0):
         middle = (low + high) / 2
-        if problem.cost(keep(middle)) <= problem.budget:
+        if fits(middle):
             low = middle
         else:
             high = middle
-    return keep(low)
+    chosen = stays(low)
+    if problem.coarse.any():
+        chosen = give_back(problem, blocks, chosen, np.argsort(middles / widths(1.0)[group], kind="stable"))
+    return blocks.kept(chosen, size)
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from sparsekern.prune.decide.budget import (
 from sparsekern.prune.decide.criteria import Criterion, Partners, check_counted, saliency
 from sparsekern.prune.decide.names import resolve_allocate, resolve_select
 from sparsekern.prune.decide.roles import Equal, Roles, check_equal
-from sparsekern.prune.schedule import Event
+from sparsekern.prune.schedule import Event, Schedule
 from sparsekern.prune.state.masking import Masks
 from sparsekern.prune.state.network import Network
 from sparsekern.prune.state.statistics import Statistics, gather
@@ -205,24 +205,49 @@ class Policy:
         check_feasible(problem, share)
         return problem.checked(self.allocate(problem))
 
-    def choose(self, network: Network, event: Event, following: Event | None) -> Choice:
-        """Choose the channels that go and the next ones, which are penalised. Changes nothing."""
+    def choose(self, network: Network, event: Event, schedule: Schedule) -> Choice:
+        """Choose the channels that go and the next ones, which are penalised. Changes nothing.
+
+        Args:
+            network: the network.
+            event: the event.
+            schedule: its schedule, with the budgets of the events that follow.
+
+        Raises:
+            ValueError: see :meth:`saliency` and :meth:`Problem.checked`.
+        """
         live = network.masks.live
         statistics = gather(network.rows, network.graph, live, network.parameters, network.activations)
         saliency = self.saliency(statistics)
-        problem = self.problem(network, saliency, live, event.share)
-        kept = problem.checked(self.allocate(problem))
+        kept = self._allocated(network, saliency, live, event, schedule)
         partners = self.select.partners(statistics, saliency)
-        penalised, penalty = self._next_in_line(network, event, following, saliency, kept)
+        penalised, penalty = self._next_in_line(network, event, schedule, saliency, kept)
         return Choice(event, live & ~kept, partners, penalised, penalty)
 
+    def _allocated(
+        self, network: Network, saliency: np.ndarray, live: np.ndarray, event: Event, schedule: Schedule
+    ) -> np.ndarray:
+        """The channels that stay under the budget of an event, bool ``[C]``.
+
+        A large step, such as a head of every layer, may exceed the budget of an event by far. At an event
+        before the last one, only channels go that the last budget does not leave room for either.
+        """
+        problem = self.problem(network, saliency, live, event.share)
+        last = schedule.events[-1].share
+        if event.share > last and problem.coarse.any():
+            least = self.allocate(self.problem(network, saliency, live, last))
+            widths = np.bincount(network.graph.group_of[least], minlength=len(problem.floors))
+            problem = replace(problem, floors=np.maximum(problem.floors, widths))
+        return problem.checked(self.allocate(problem))
+
     def _next_in_line(
-        self, network: Network, event: Event, following: Event | None, saliency: np.ndarray, kept: np.ndarray
+        self, network: Network, event: Event, schedule: Schedule, saliency: np.ndarray, kept: np.ndarray
     ) -> tuple[np.ndarray, float]:
         """The channels that would go at the next event, and the extra weight decay of their gates."""
+        following = schedule.after(event.step)
         if not self.penalty or following is None:
             return np.zeros_like(kept), 0.0
-        then = self.allocate(self.problem(network, saliency, kept, following.share))
+        then = self._allocated(network, saliency, kept, following, schedule)
         group = _group_of(network)
         momentum = float(group.get("momentum", 0.0))
         # A step subtracts lr * penalty, and a momentum buffer repeats that 1 / (1 - momentum) times.

@@ -73,6 +73,18 @@ class Problem:
         """int64 ``[groups]``; channels in a block of each group."""
         return np.where(self.divisors > 0, self.divisors, self.block_sizes)
 
+    @cached_property
+    def coarse(self) -> np.ndarray:
+        """Roles whose blocks are large steps of the cost, bool ``[roles]``.
+
+        Such a block holds channels of several groups, reaches to the next width that a configuration accepts,
+        or is a block of the network.
+        """
+        coarse = np.bincount(self.roles) > 1
+        coarse[list(self.steps)] = True
+        coarse[self.roles[[group.of_blocks for group in self.graph.groups]]] = True
+        return coarse
+
     def edges(self, role: int) -> np.ndarray:
         """The widths at which blocks of a role in ``steps`` end, int64 in rising order."""
         steps, multiple = self.steps[role], self.multiples[self.roles == role][0]

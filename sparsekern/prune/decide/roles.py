@@ -17,7 +17,7 @@ from torch import nn
 from sparsekern.configs import by_config, has_config
 from sparsekern.graph import ChannelGraph
 
-Equal = Literal["auto", "role"] | Mapping[str, int] | None
+Equal = Literal["auto", "role", "config"] | Mapping[str, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +68,12 @@ class Roles:
 
 def check_equal(equal: object) -> Equal:
     """Return ``equal``, or raise a ValueError if no network has roles for it."""
-    if equal is None or equal in ("auto", "role"):
+    if equal is None or equal in ("auto", "role", "config"):
         return equal
     if not isinstance(equal, Mapping) or not all(isinstance(pattern, str) for pattern in equal):
         raise ValueError(
-            f"equal: got {equal!r}, expected 'role', 'auto', None, or a mapping from patterns of roles to "
-            f"whole numbers >= 1"
+            f"equal: got {equal!r}, expected 'role', 'config', 'auto', None, or a mapping from patterns of "
+            f"roles to whole numbers >= 1"
         )
     for pattern, number in equal.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -82,10 +82,19 @@ def check_equal(equal: object) -> Equal:
 
 
 def resolve_equal(equal: Equal, model: nn.Module) -> Equal:
-    """``equal`` with ``"auto"`` replaced: ``"role"`` for a model with a configuration, else None."""
+    """``equal`` with ``"auto"`` replaced: ``"role"`` for a model with a configuration, else None.
+
+    Raises:
+        ValueError: ``equal`` is not valid, or ``"config"`` for a model without a configuration.
+    """
     equal = check_equal(equal)
     if equal == "auto":
         return "role" if has_config(model) else None
+    if equal == "config" and not has_config(model):
+        raise ValueError(
+            f"equal: got 'config' for a {type(model).__name__}, expected a model with a configuration like "
+            f"those of Hugging Face, or equal='role'"
+        )
     return equal
 
 

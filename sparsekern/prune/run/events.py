@@ -186,7 +186,7 @@ class Events:
                 faded_out = network.masks.faded_out()
                 choice = None
                 if event is not None:
-                    choice = self._policy.choose(network, event, self.schedule.after(due))
+                    choice = self._policy.choose(network, event, self.schedule)
                 check(due, rates, faded_out, *(choice.parts() if choice is not None else ()))
             with all_or_nothing() as undo, ranks.changing(f"masking after step {due}") as (ready, done):
                 self._carry_out(faded_out, choice, undo, ready)
