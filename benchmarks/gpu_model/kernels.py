@@ -133,7 +133,7 @@ def read(files: Sequence[Path]) -> dict[tuple[str, str, str], Kernel]:
 
 
 def _named(symbol: str) -> tuple[str, str]:
-    """Operation and dtype of a kernel. "short list" in the operation leaves out variants with the same code."""
+    """Operation and dtype of a kernel. Those for short lists have names of their own and the same code."""
     name, _, dtype = readable(symbol).rpartition(" ")
     return (name, dtype) if "4step" in symbol else ("", "")
 

@@ -88,17 +88,17 @@ class Loop:
 
 
 def loops(code: Sequence[Instruction]) -> Iterator[Loop]:
-    """The loops with wide loads that contain no other one."""
+    """The loops with wide loads that contain no other one; each ends at the last branch to its beginning."""
     position = {one.at: i for i, one in enumerate(code)}
-    found = []
+    ends: dict[int, int] = {}
     for i, one in enumerate(code):
         if one.name == "BRA" and one.target is not None and one.target <= one.at and one.target in position:
-            loop = Loop(tuple(code[position[one.target] : i + 1]))
-            if loop.wide_loads:
-                found.append((position[one.target], i, loop))
-    for begin, end, loop in found:
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e, _ in found):
-            yield loop
+            ends[position[one.target]] = i
+    found = {begin: Loop(tuple(code[begin : end + 1])) for begin, end in ends.items()}
+    wide = {begin: ends[begin] for begin, loop in found.items() if loop.wide_loads}
+    for begin, end in wide.items():
+        if not any(begin < b and e <= end for b, e in wide.items()):
+            yield found[begin]
 
 
 def main_loop(code: Sequence[Instruction]) -> Loop | None:
@@ -146,7 +146,7 @@ def path(loop: Loop, stores: int) -> list[Instruction]:
     # before.
     best: list[dict[int, tuple[int, int, tuple[int, int] | None]]] = [{} for _ in blocks]
     best[0][0] = 0, 0, None
-    ends: dict[int, tuple[int, int]] = {}
+    ends: dict[tuple[int, int], tuple[int, int]] = {}
     for k, (start, stop) in enumerate(blocks):
         part = body[start:stop]
         if any(one.name == "CALL" and not one.predicate for one in part):
@@ -158,8 +158,8 @@ def path(loop: Loop, stores: int) -> list[Instruction]:
             followers.append(of_start[position[last.target]])
         for before, (loads, length, _) in best[k].items():
             after, total = before + more_stores, (loads + more_loads, length + len(part))
-            if k == len(blocks) - 1 and after == stores:
-                ends[before] = total
+            if last.target == body[0].at and after == stores:
+                ends[k, before] = total
             for follower in followers:
                 if k < follower < len(blocks) and total > best[follower].get(after, (-1, -1, None))[:2]:
                     best[follower][after] = *total, (k, before)
@@ -167,7 +167,7 @@ def path(loop: Loop, stores: int) -> list[Instruction]:
         raise ValueError(
             f"loop at {body[0].at:#x}: got no way with {stores} wide stores, expected one without calls"
         )
-    at: tuple[int, int] | None = (len(blocks) - 1, max(ends, key=lambda before: ends[before]))
+    at: tuple[int, int] | None = max(ends, key=lambda end: ends[end])
     taken = []
     while at is not None:
         taken.append(at[0])
