@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels: registers, spills, wide loads and stores.
 
 Reads the machine code of the installed library, so it needs no GPU, only ``cuobjdump`` and ``nvdisasm``: in
-the CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
+the CUDA toolkit, in Triton, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
 
     python -m benchmarks.sass
 """
@@ -41,6 +41,9 @@ PASSES = {
     "GradSums": "norm sums",
     "Backward": "norm gradients",
 }
+FEW_TENSORS = 32
+"""Tensors of the variants for short lists (`kFewTensors` in csrc/cuda/table.cuh)."""
+
 SMALL = {
     "fold_channels": "channels",
     "store_moments": "norm moments merged",
@@ -69,6 +72,9 @@ def tools_path() -> str:
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
         folders += [str(path) for path in Path(root).glob("*/bin")]
+    triton = importlib.util.find_spec("triton")
+    for root in (triton.submodule_search_locations or []) if triton else []:
+        folders.append(str(Path(root) / "backends/nvidia/bin"))
     path = os.pathsep.join(folders)
     missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if missing:
@@ -100,7 +106,9 @@ def readable(symbol: str) -> str:
         follows = f" {ACTIVATIONS[int(activation[1])]}" if activation else ""
         return f"{PASSES[found[2].removesuffix('Pass')]}{follows} {dtype}"
     flag = re.search(r"Lb[01]", found[3])
-    return f"{UPDATES[found[2] + (flag[0] if flag else '')]} {dtype}"
+    tensors = re.search(r"ArgumentsILi(\d+)E", found[3])
+    short = " short list" if tensors and int(tensors[1]) == FEW_TENSORS else ""
+    return f"{UPDATES[found[2] + (flag[0] if flag else '')]}{short} {dtype}"
 
 
 def kernels(library: Path) -> list[Kernel]:

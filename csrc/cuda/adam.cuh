@@ -7,20 +7,36 @@
 
 namespace sparsekern::cuda {
 
-// Bias corrections in float64. A power takes longer than an element, so the first two threads of the block compute one
-// each. Called by whole blocks.
+// 1 - beta^count. -expm1(count * log(beta)) has fewer instructions than a power and is more accurate than the difference.
+// In float64 that difference shows, so the formula of the reference stays.
+template <class C>
+__device__ inline double bias_correction(double beta, double log_beta, double count) {
+  if constexpr (sizeof(C) == sizeof(double)) {
+    return 1 - pow(beta, count);
+  } else {
+    return -expm1(count * log_beta);
+  }
+}
+
+// Bias corrections in float64. They take longer than an element, so the first thread of each of two warps computes one,
+// with its division or root. Called by whole blocks.
+template <class C>
 struct AdamBias {
   double step_size, inverse_root;
 
-  __device__ AdamBias(const Hyper& hyper, const float* step, double lr) {
-    __shared__ double left[2];
-    if (threadIdx.x < 2) {
+  __device__ AdamBias(const Table& table, const float* step, double lr) {
+    __shared__ double shared[2];
+    if (threadIdx.x % kWarp == 0 && threadIdx.x < 2 * kWarp) {
       const double count = *step + 1.0f;
-      left[threadIdx.x] = 1 - pow(threadIdx.x == 0 ? hyper.beta1 : hyper.beta2, count);
+      if (threadIdx.x == 0) {
+        shared[0] = lr / bias_correction<C>(table.hyper.beta1, table.log_beta1, count);
+      } else {
+        shared[1] = 1 / sqrt(bias_correction<C>(table.hyper.beta2, table.log_beta2, count));
+      }
     }
     __syncthreads();
-    step_size = lr / left[0];
-    inverse_root = 1 / sqrt(left[1]);
+    step_size = shared[0];
+    inverse_root = shared[1];
   }
 };
 
@@ -37,7 +53,7 @@ struct Adam {
         lerp_from_start(1 - table.hyper.beta1 < 0.5),
         decoupled(table.hyper.decoupled),
         decays(entry.start >= 0 || table.hyper.weight_decay != 0) {
-    const AdamBias bias(table.hyper, entry.step, conditions.lr);
+    const AdamBias<C> bias(table, entry.step, conditions.lr);
     step_size = static_cast<C>(bias.step_size);
     inverse_root = static_cast<C>(bias.inverse_root);
     // torch.lerp has two formulas, chosen by its weight so that both ends are exact: start + weight * (end - start)

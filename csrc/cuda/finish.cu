@@ -2,6 +2,8 @@
 // pieces, and updates means, thresholds, countdowns and the step counter.
 #include "factors.cuh"
 #include "kernels.h"
+#include "pack.cuh"
+#include "sums.cuh"
 
 namespace sparsekern::cuda {
 namespace {
@@ -30,11 +32,17 @@ __device__ RowCounts fold(const RowCounts& mine) {
   return all[0];
 }
 
-__device__ void fold_pieces(const Table& table, const Entry& entry, int32_t row, float (&sums)[kSums]) {
-  for (int32_t piece = 0; piece < entry.pieces; ++piece) {
-    const float* part = table.partials + (entry.partial + static_cast<int64_t>(piece) * entry.rows + row) * kSums;
-    for (int s = 0; s < kSums; ++s) sums[s] = piece == 0 ? part[s] : sums[s] + part[s];
+__device__ RowSums fold_pieces(const Table& table, const Entry& entry, int32_t row) {
+  const auto part = [&](int32_t piece) {
+    const int64_t at = entry.partial + static_cast<int64_t>(piece) * entry.rows + row;
+    return load<kSums>(table.partials + at * kSums, table.sums_aligned);
+  };
+  RowSums sums = part(0);
+  for (int32_t piece = 1; piece < entry.pieces; ++piece) {
+    const RowSums next = part(piece);
+    for (int s = 0; s < kSums; ++s) sums.values[s] += next.values[s];
   }
+  return sums;
 }
 
 // Folds the sums of a row and updates its mean activity. A row is counted if it is not masked and its four sums are
@@ -43,12 +51,13 @@ __device__ void fold_pieces(const Table& table, const Entry& entry, int32_t row,
 __device__ void update_mean(const Table& table, const Entry& entry, int32_t row, RowCounts& rows) {
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   float* out = table.rows.sums + r * kSums;
-  float sums[kSums] = {out[0], out[1], out[2], out[3]};
   const bool live = table.rows.countdown[r] != 0;
-  if (live && entry.pieces > 1) fold_pieces(table, entry, row, sums);
+  const RowSums taken =
+      live && entry.pieces > 1 ? fold_pieces(table, entry, row) : load<kSums>(const_cast<const float*>(out), table.sums_aligned);
+  const float(&sums)[kSums] = taken.values;
   const bool is_finite = finite(sums[0]) && finite(sums[1]) && finite(sums[2]) && finite(sums[3]);
   const bool is_counted = live && is_finite;
-  for (int s = 0; s < kSums; ++s) out[s] = is_counted ? sums[s] : 0.0f;
+  store(is_counted ? taken : RowSums{}, out, table.sums_aligned);
   rows.nonfinite += live && !is_finite;
   if (!is_counted) return;
   ++rows.counted;
@@ -83,10 +92,12 @@ __device__ void finish_statistics(const Table& table, const Entry& entry) {
               static_cast<unsigned long long>(rows.nonfinite));
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish(const Table __grid_constant__ table) {
+template <class Argument>
+__global__ void __launch_bounds__(kFinishThreads) finish(const Argument __grid_constant__ list) {
+  const Table& table = list.table;
   const Conditions conditions = conditions_of(table);
   if (!conditions.apply) return;
-  const Entry& entry = table.entries[blockIdx.x];
+  const Entry& entry = list.entries[blockIdx.x];
   if (table.counts && threadIdx.x == 0) *entry.step += 1;
   if (entry.start < 0 || !conditions.update_statistics) return;
   if (table.statistics) finish_statistics(table, entry);
@@ -99,17 +110,15 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const Table __grid_cons
 
 }  // namespace
 
-cudaError_t finish_step(const Table& table, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(table.tensors));
-  config.blockDim = dim3(kFinishThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, finish, table);
+cudaError_t finish_step(const ManyTensors& list, cudaStream_t stream) {
+  const int32_t tensors = list.table.tensors;
+  return tensors <= kFewTensors ? launch_list(finish<FewTensors>, tensors, kFinishThreads, few_of(list), stream)
+                                : launch_list(finish<ManyTensors>, tensors, kFinishThreads, list, stream);
 }
 
 cudaError_t try_device() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, finish);
+  return cudaFuncGetAttributes(&attributes, finish<FewTensors>);
 }
 
 }  // namespace sparsekern::cuda

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "table.cuh"
 
 namespace sparsekern::cuda {
@@ -10,13 +12,31 @@ namespace sparsekern::cuda {
 // The variants of the first launch. The table holds all other options, such as nesterov and decoupled.
 enum Kernel { kSgdPlain, kSgdMomentum, kAdamPlain, kAdamAmsgrad, kExternalStatistics, kExternalMask };
 
-cudaError_t step_float32(Kernel kernel, const Table& table, cudaStream_t stream);
-cudaError_t step_float64(Kernel kernel, const Table& table, cudaStream_t stream);
-cudaError_t step_bfloat16(Kernel kernel, const Table& table, cudaStream_t stream);
-cudaError_t step_float16(Kernel kernel, const Table& table, cudaStream_t stream);
+// The launches pass the first kFewTensors tensors alone where there are no more.
+cudaError_t step_float32(Kernel kernel, const ManyTensors& list, cudaStream_t stream);
+cudaError_t step_float64(Kernel kernel, const ManyTensors& list, cudaStream_t stream);
+cudaError_t step_bfloat16(Kernel kernel, const ManyTensors& list, cudaStream_t stream);
+cudaError_t step_float16(Kernel kernel, const ManyTensors& list, cudaStream_t stream);
 
 // The second launch: the rows of each tensor after its last chunk (finish.cu).
-cudaError_t finish_step(const Table& table, cudaStream_t stream);
+cudaError_t finish_step(const ManyTensors& list, cudaStream_t stream);
+
+// Launches `kernel` with the arguments of a list of tensors.
+template <class Kernel, class Argument>
+cudaError_t launch_list(Kernel kernel, int32_t blocks, int threads, const Argument& list, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, list);
+}
+
+// The arguments without the entries that a short list does not use.
+inline FewTensors few_of(const ManyTensors& list) {
+  FewTensors few = {list.table, {}};
+  std::copy_n(list.entries, list.table.tensors, few.entries);
+  return few;
+}
 
 cudaError_t fold_moments(const Moments& moments, cudaStream_t stream);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 
 #include "cut.h"
@@ -61,6 +62,8 @@ class DeviceGuard {
 bool fill_head(const Call& call, Table& table) {
   table.hyper = call.hyper;
   table.hyper.decoupled = call.op == kMask || call.hyper.decoupled;
+  table.log_beta1 = std::log(call.hyper.beta1);
+  table.log_beta2 = std::log(call.hyper.beta2);
   table.partials = call.partials;
   table.lr = call.lr;
   table.grad_scale = call.grad_scale;
@@ -83,6 +86,8 @@ bool fill_head(const Call& call, Table& table) {
   table.rows = {static_cast<float*>(arrays[0]),   static_cast<float*>(arrays[1]), static_cast<int32_t*>(arrays[2]),
                 static_cast<float*>(arrays[3]),   static_cast<float*>(arrays[4]), static_cast<float*>(arrays[5]),
                 static_cast<int64_t*>(arrays[6]), static_cast<float*>(arrays[7])};
+  const uintptr_t sums = reinterpret_cast<uintptr_t>(table.rows.sums) | reinterpret_cast<uintptr_t>(table.partials);
+  table.sums_aligned = sums % 16 == 0;
   return !cut_rows || call.partials != nullptr;
 }
 
@@ -116,36 +121,37 @@ bool fill_entry(const Call& call, const Requirements& needs, int64_t tensor, int
   return call.op != kAdam || entry.step != nullptr;
 }
 
-cudaError_t launch(const Call& call, Kernel kernel, const Table& table) {
+cudaError_t launch(const Call& call, Kernel kernel, const ManyTensors& list) {
   const auto stream = static_cast<cudaStream_t>(call.stream);
   const auto step = call.dtype == kFloat32    ? step_float32
                     : call.dtype == kFloat64  ? step_float64
                     : call.dtype == kBFloat16 ? step_bfloat16
                                               : step_float16;
-  const cudaError_t error = step(kernel, table, stream);
+  const cudaError_t error = step(kernel, list, stream);
   ++launches;
-  if (error != cudaSuccess || !(table.tracks || table.counts)) return error;
+  if (error != cudaSuccess || !(list.table.tracks || list.table.counts)) return error;
   ++launches;
-  return finish_step(table, stream);
+  return finish_step(list, stream);
 }
 
 int run(const Call& call) {
   const Requirements needs = requirements_of(call);
-  Table table;
+  ManyTensors list;
+  Table& table = list.table;
   if (!fill_head(call, table)) return -kNullPointer;
   // All tensors are checked before the first launch.
   for (int64_t i = 0; i < call.tensors; ++i)
-    if (!fill_entry(call, needs, i, 0, table.entries[0])) return -kNullPointer;
+    if (!fill_entry(call, needs, i, 0, list.entries[0])) return -kNullPointer;
   const DeviceGuard guard(call.device);
   if (guard.error != cudaSuccess) return guard.error;
   for (int64_t first = 0; first < call.tensors; first += kTableTensors) {
     table.tensors = static_cast<int32_t>(std::min<int64_t>(kTableTensors, call.tensors - first));
     table.chunks = 0;
     for (int32_t i = 0; i < table.tensors; ++i) {
-      fill_entry(call, needs, first + i, table.chunks, table.entries[i]);
+      fill_entry(call, needs, first + i, table.chunks, list.entries[i]);
       table.chunks += call.cuts[first + i].chunks;
     }
-    const cudaError_t error = launch(call, needs.kernel, table);
+    const cudaError_t error = launch(call, needs.kernel, list);
     if (error != cudaSuccess) return error;
   }
   return 0;

@@ -11,17 +11,18 @@
 namespace sparsekern::cuda {
 
 // The entry of the tensor that chunk `chunk` of a launch belongs to.
-__device__ inline const Entry& entry_of(const Table& table, int32_t chunk) {
-  int32_t low = 0, high = table.tensors;
+template <class Argument>
+__device__ inline const Entry& entry_of(const Argument& list, int32_t chunk) {
+  int32_t low = 0, high = list.table.tensors;
   while (high - low > 1) {
     const int32_t middle = (low + high) / 2;
-    if (table.entries[middle].first_chunk <= chunk) {
+    if (list.entries[middle].first_chunk <= chunk) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  return table.entries[low];
+  return list.entries[low];
 }
 
 // Chunk `index` of a tensor. The pieces of the same rows have consecutive indices.
@@ -34,16 +35,17 @@ __device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
           row,   minimum(entry.rows, row + entry.row_step),      piece};
 }
 
-// Minimum number of blocks that fit the registers of a multiprocessor. With three, some kernels would spill. Two have
-// 32 KB of loads in flight, twice what the latency of memory requires.
+// Minimum number of blocks that fit the registers of a multiprocessor. With three, some kernels would spill. Two have up
+// to 64 KB of loads in flight: the memory of an A100 needs 16 KB, that of a B200 64 KB (benchmarks/gpu_model).
 constexpr int kBlocks = 2;
 
-template <class S, class Update>
-__global__ void __launch_bounds__(kThreads, kBlocks) step(const Table __grid_constant__ table) {
+template <class S, class Update, class Argument>
+__global__ void __launch_bounds__(kThreads, kBlocks) step(const Argument __grid_constant__ list) {
+  const Table& table = list.table;
   const Conditions conditions = conditions_of(table);
   if (!conditions.apply) return;
   const int32_t index = static_cast<int32_t>(blockIdx.x);
-  const Entry& entry = entry_of(table, index);
+  const Entry& entry = entry_of(list, index);
   const Chunk chunk = chunk_of(entry, index - entry.first_chunk);
   const Worker<S, Update> work(table, entry, conditions);
   if (entry.lanes > 0) {
@@ -54,24 +56,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const Table __grid_con
 }
 
 template <class S, class Update>
-cudaError_t launch_step(const Table& table, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(table.chunks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, step<S, Update>, table);
+cudaError_t launch_step(const ManyTensors& list, cudaStream_t stream) {
+  const int32_t blocks = list.table.chunks;
+  return list.table.tensors <= kFewTensors
+             ? launch_list(step<S, Update, FewTensors>, blocks, kThreads, few_of(list), stream)
+             : launch_list(step<S, Update, ManyTensors>, blocks, kThreads, list, stream);
 }
 
 // The kernels of one dtype, in the order of Kernel.
 template <class S>
-cudaError_t launch_step(Kernel kernel, const Table& table, cudaStream_t stream) {
+cudaError_t launch_step(Kernel kernel, const ManyTensors& list, cudaStream_t stream) {
   switch (kernel) {
-    case kSgdPlain: return launch_step<S, Sgd<S, false>>(table, stream);
-    case kSgdMomentum: return launch_step<S, Sgd<S, true>>(table, stream);
-    case kAdamPlain: return launch_step<S, Adam<S, false>>(table, stream);
-    case kAdamAmsgrad: return launch_step<S, Adam<S, true>>(table, stream);
-    case kExternalStatistics: return launch_step<S, ExternalStatistics<S>>(table, stream);
-    default: return launch_step<S, ExternalMask<S>>(table, stream);
+    case kSgdPlain: return launch_step<S, Sgd<S, false>>(list, stream);
+    case kSgdMomentum: return launch_step<S, Sgd<S, true>>(list, stream);
+    case kAdamPlain: return launch_step<S, Adam<S, false>>(list, stream);
+    case kAdamAmsgrad: return launch_step<S, Adam<S, true>>(list, stream);
+    case kExternalStatistics: return launch_step<S, ExternalStatistics<S>>(list, stream);
+    default: return launch_step<S, ExternalMask<S>>(list, stream);
   }
 }
 

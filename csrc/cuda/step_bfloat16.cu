@@ -2,8 +2,8 @@
 
 namespace sparsekern::cuda {
 
-cudaError_t step_bfloat16(Kernel kernel, const Table& table, cudaStream_t stream) {
-  return launch_step<BFloat16>(kernel, table, stream);
+cudaError_t step_bfloat16(Kernel kernel, const ManyTensors& list, cudaStream_t stream) {
+  return launch_step<BFloat16>(kernel, list, stream);
 }
 
 }  // namespace sparsekern::cuda

@@ -2,8 +2,8 @@
 
 namespace sparsekern::cuda {
 
-cudaError_t step_float32(Kernel kernel, const Table& table, cudaStream_t stream) {
-  return launch_step<float>(kernel, table, stream);
+cudaError_t step_float32(Kernel kernel, const ManyTensors& list, cudaStream_t stream) {
+  return launch_step<float>(kernel, list, stream);
 }
 
 }  // namespace sparsekern::cuda

@@ -3,9 +3,13 @@
 
 #include <cuda_runtime.h>
 
+#include "pack.cuh"
 #include "table.cuh"
 
 namespace sparsekern::cuda {
+
+// The sums of a row as they are stored.
+using RowSums = Pack<float, kSums>;
 
 template <class C>
 struct Sums {
@@ -71,10 +75,9 @@ __device__ inline void store_sums(const Table& table, const Entry& entry, int32_
   float* out = entry.pieces == 1
                    ? table.rows.sums + (static_cast<int64_t>(entry.start) + row) * kSums
                    : table.partials + (entry.partial + static_cast<int64_t>(piece) * entry.rows + row) * kSums;
-  out[0] = static_cast<float>(sums.count);
-  out[1] = static_cast<float>(sums.dot);
-  out[2] = static_cast<float>(sums.grad_sq);
-  out[3] = static_cast<float>(sums.weight_sq);
+  const RowSums four = {{static_cast<float>(sums.count), static_cast<float>(sums.dot),
+                         static_cast<float>(sums.grad_sq), static_cast<float>(sums.weight_sq)}};
+  store(four, out, table.sums_aligned);
 }
 
 }  // namespace sparsekern::cuda

@@ -1,5 +1,5 @@
-// The arguments of a launch: the table of up to kTableTensors tensors, passed by value. A launch thus needs no device
-// memory of its own, and a captured CUDA graph keeps its arguments.
+// The arguments of a launch: a table of tensors, passed by value. A launch thus needs no device memory of its own, and a
+// captured CUDA graph keeps its arguments.
 #pragma once
 
 #include "abi.h"
@@ -28,11 +28,10 @@ struct Entry {
   uint32_t aligned : 1, grad_aligned : 1;
 };
 
-// As many as fit into the 32764 bytes that the arguments of a kernel may have.
-constexpr int kTableTensors = 290;
-
+// What all tensors of a launch share.
 struct Table {
   Hyper hyper;
+  double log_beta1, log_beta2;  // natural logarithms, Adam only
   RowArrays rows;
   float* partials;
   Scalar lr, grad_scale, found_inf;
@@ -42,9 +41,22 @@ struct Table {
   int32_t fades;              // the op applies and advances countdowns
   int32_t counts;             // the op increments step counters
   int32_t tracks;             // some tensor of the list is tracked
-  Entry entries[kTableTensors];
+  int32_t sums_aligned;       // the sums of all rows are aligned to 16 bytes
 };
 
-static_assert(sizeof(Table) <= 32764, "the arguments of a kernel");
+template <int kTensors>
+struct Arguments {
+  Table table;
+  Entry entries[kTensors];
+};
+
+// As many tensors as fit into the 32764 bytes that the arguments of a kernel may have; and into 4 KB, for short lists: the
+// host copies all arguments at every launch, whether they are used or not.
+constexpr int kTableTensors = 289, kFewTensors = 32;
+
+using ManyTensors = Arguments<kTableTensors>;
+using FewTensors = Arguments<kFewTensors>;
+
+static_assert(sizeof(ManyTensors) <= 32764 && sizeof(FewTensors) <= 4096, "the arguments of a kernel");
 
 }  // namespace sparsekern::cuda

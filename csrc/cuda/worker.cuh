@@ -13,6 +13,12 @@ template <class S, class Update>
 class Worker {
  public:
   using C = typename Compute<S>::Type;
+  static constexpr int kStates = Update::kStates > 0 ? Update::kStates : 1;
+
+  // Packs of each list that a thread loads before it uses the first one: about eight in all lists together, so that the
+  // threads of two blocks have up to 64 KB in flight.
+  static constexpr int kLists = 1 + Update::kReadsGrad + Update::kStates;
+  static constexpr int kAhead = kLists < 3 ? 4 : (8 + kLists - 1) / kLists;
 
   __device__ Worker(const Table& table, const Entry& entry, const Conditions& conditions)
       : entry_(entry),
@@ -27,15 +33,28 @@ class Worker {
     return (row.masked && !Update::kClearsMasked) || update_.skips(row);
   }
 
-  // Updates elements [at, at + kCount) of the tensor, all of one row. kCount is 1, or the size of a pack if the
+  // What a thread loads of the elements [at, at + kCount) of the tensor. kCount is 1, or the size of a pack if the
   // addresses of the parameter and of its states are aligned; that of the gradient need not be.
   template <int kCount>
-  __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
-    Pack<S, kCount> weights = load<kCount>(list(kParam) + at), gradients = {}, states[kStates] = {};
-    if constexpr (Update::kReadsGrad) gradients = load<kCount>(list(kGrad) + at, entry_.grad_aligned);
+  struct Loaded {
+    Pack<S, kCount> weights, gradients, states[kStates];
+  };
+
+  template <int kCount>
+  __device__ __forceinline__ Loaded<kCount> fetch(int64_t at, bool grad_aligned) const {
+    Loaded<kCount> in = {load<kCount>(list(kParam) + at), {}, {}};
+    if constexpr (Update::kReadsGrad) in.gradients = load<kCount>(list(kGrad) + at, grad_aligned);
 #pragma unroll
     for (int s = 0; s < Update::kStates; ++s)
-      if (!update_.ignores_states()) states[s] = load<kCount>(list(kState0 + s) + at);
+      if (!update_.ignores_states()) in.states[s] = load<kCount>(list(kState0 + s) + at);
+    return in;
+  }
+
+  // Updates and stores elements [at, at + kCount), all of one row.
+  template <int kCount>
+  __device__ __forceinline__ void update(int64_t at, Loaded<kCount>& in, bool grad_aligned, const Factors<C>& row,
+                                         C threshold, Sums<C>& sums) const {
+    auto& [weights, gradients, states] = in;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const C w = widen(weights.values[k]);
@@ -56,12 +75,16 @@ class Worker {
 #pragma unroll
     for (int s = 0; s < Update::kStates; ++s) store(states[s], list(kState0 + s) + at);
     if constexpr (Update::kReadsGrad)
-      if (scaled_) store(gradients, list(kGrad) + at, entry_.grad_aligned);
+      if (scaled_) store(gradients, list(kGrad) + at, grad_aligned);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void run(int64_t at, const Factors<C>& row, C threshold, Sums<C>& sums) const {
+    Loaded<kCount> in = fetch<kCount>(at, entry_.grad_aligned);
+    update<kCount>(at, in, entry_.grad_aligned, row, threshold, sums);
   }
 
  private:
-  static constexpr int kStates = Update::kStates > 0 ? Update::kStates : 1;
-
   __device__ S* list(int slot) const { return static_cast<S*>(entry_.address[slot]); }
 
   // The gradient in the compute type, unscaled (and then stored unscaled), and negated if `maximize` is set.
