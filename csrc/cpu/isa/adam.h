@@ -125,20 +125,20 @@ struct Adam {
   template <bool kDecoupled, int kArrays>
   SPARSEKERN_INLINE auto vector_step() const {
     using Vector = typename Vectors<C>::Vector;
-    return [numbers = step](int64_t i, auto decay, auto fade, const Vector(&old)[kArrays], Vector d,
+    return [numbers = step](auto place, auto decay, auto fade, const Vector(&old)[kArrays], Vector d,
                             Vector(&updated)[kArrays]) SPARSEKERN_ALWAYS {
       Vector w = old[0], m = old[1], v = old[2];
       constexpr bool kDecaysGradient = kDecays<decltype(decay)>;
-      numbers.template moments<kDecoupled, kDecaysGradient>(w, m, v, d, decay.vector(i));
+      numbers.template moments<kDecoupled, kDecaysGradient>(w, m, v, d, decay.vector(place));
       Vector top = v;
       if constexpr (kArrays == 4) {
         const Vector old_top = old[3];
         top = ((v > old_top) | (v != v)) ? v : old_top;
-        updated[3] = fade.state(i, top, old_top);
+        updated[3] = fade.state(place, top, old_top);
       }
-      updated[0] = fade.weight(i, numbers.weight(w, m, top), old[0]);
-      updated[1] = fade.state(i, m, old[1]);
-      updated[2] = fade.state(i, v, old[2]);
+      updated[0] = fade.weight(place, numbers.weight(w, m, top), old[0]);
+      updated[1] = fade.state(place, m, old[1]);
+      updated[2] = fade.state(place, v, old[2]);
     };
   }
 
@@ -155,8 +155,8 @@ struct Adam {
     if constexpr (kArrays == 4) arrays[3] = top + at;
     vector_update<kAhead>(
         n, arrays, ds,
-        [=, step = vector_step<kDecoupled, kArrays>()](int64_t i, const auto& old, auto d, auto& updated)
-            SPARSEKERN_ALWAYS { step(i, decay, fade, old, d, updated); });
+        [=, step = vector_step<kDecoupled, kArrays>()](auto place, const auto& old, auto d, auto& updated)
+            SPARSEKERN_ALWAYS { step(place, decay, fade, old, d, updated); });
   }
 
   static AdamStep<C> step_of(const Hyper& hyper, const AdamBias& bias) {

@@ -86,9 +86,9 @@ class ColumnTiles {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = r * width;
       if (!same && factors_.fade[i] < 0) continue;
-      Lanes<C> sums;
+      RowLanes<S> sums;
       accumulate_statistics(width, view_.weight + begin + i, d + i,
-                            RowStatistics<C>{&sums, view_.readable_from(begin + i), {view_.threshold_of(row + r)}});
+                            RowStatistics<S>{&sums, view_.readable_from(begin + i), {view_.threshold_of(row + r)}});
       store_row(sums, view_.sums_of(row + r));
     }
   }

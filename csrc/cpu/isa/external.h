@@ -67,8 +67,9 @@ struct ExternalMask {
     using Vector = typename Vectors<C>::Vector;
     // The weights stand in for a gradient, which is not used.
     vector_update<false>(n, {ws}, ws,
-                         [=](int64_t i, const Vector(&old)[1], Vector, Vector(&updated)[1])
-                             SPARSEKERN_ALWAYS { updated[0] = fade.weight(i, old[0] * decay.vector(i), old[0]); });
+                         [=](auto place, const Vector(&old)[1], Vector, Vector(&updated)[1]) SPARSEKERN_ALWAYS {
+                           updated[0] = fade.weight(place, old[0] * decay.vector(place), old[0]);
+                         });
   }
 
   S* param;

@@ -141,7 +141,7 @@ SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[
     const Same<float> decay = {rows.decay[row]}, threshold = {rows.threshold[row]};
     const SameFade<float> fade = {rows.fade[row]};
     Lanes<float> sums;
-    const RowStatistics<float> statistics = {nullptr, 0, threshold};
+    const RowStatistics<S> statistics = {nullptr, 0, threshold};
     const auto of_row = [=](int64_t i, const typename R::Vector(&from)[kArrays], typename R::Vector vector_d,
                             typename R::Vector(&updated)[kArrays])
                             SPARSEKERN_ALWAYS { update(i, decay, fade, from, vector_d, updated); };

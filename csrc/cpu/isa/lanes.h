@@ -40,6 +40,12 @@ struct IntegerOf<double> {
   using Type = int64_t;
 };
 
+// The even (first = 0) or the odd (first = 1) ones of sixteen elements, which begin at element i.
+template <int first>
+struct EveryOther {
+  int64_t i;
+};
+
 template <class C>
 struct Vectors {
   static constexpr int kWidth = kVectorBytes / sizeof(C);
@@ -173,6 +179,12 @@ struct Vectors {
     return vector;
   }
 
+  // Elements `first`, first + 2, and so on of those of `a`, then of `b`.
+  template <int first>
+  SPARSEKERN_INLINE static Vector every_other(Vector a, Vector b) {
+    return alternate<first>(a, b, typename PlacesBelow<kWidth>::Type());
+  }
+
   // Replaces the elements from `count` on by 0, even NaN.
   SPARSEKERN_INLINE static Vector first(Vector vector, int64_t count) {
     Integers index;
@@ -230,10 +242,21 @@ struct Vectors {
 
   template <int i, int j, bool kInterleaved, int... l>
   SPARSEKERN_INLINE static Vector picked(Vector a, Vector b, Places<l...>) {
+    return shuffled<source(i, j, kInterleaved, l)...>(a, b);
+  }
+
+  template <int first, int... l>
+  SPARSEKERN_INLINE static Vector alternate(Vector a, Vector b, Places<l...>) {
+    return shuffled<(first + 2 * l)...>(a, b);
+  }
+
+  // Lanes of `b` are counted behind those of `a`.
+  template <int... from>
+  SPARSEKERN_INLINE static Vector shuffled(Vector a, Vector b) {
 #if __has_builtin(__builtin_shufflevector)
-    return __builtin_shufflevector(a, b, source(i, j, kInterleaved, l)...);
+    return __builtin_shufflevector(a, b, from...);
 #else
-    return __builtin_shuffle(a, b, Integers{source(i, j, kInterleaved, l)...});
+    return __builtin_shuffle(a, b, Integers{from...});
 #endif
   }
 };

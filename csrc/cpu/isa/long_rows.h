@@ -81,8 +81,8 @@ class LongRows {
     }
     const int64_t begin = view_.begin_of(row), n = view_.end_of(row) - begin;
     if (!view_.statistics) return update_row(begin, n, factors, NoStatistics());
-    Lanes<C> sums;
-    update_row(begin, n, factors, RowStatistics<C>{&sums, view_.readable_from(begin), {view_.threshold_of(row)}});
+    RowLanes<S> sums;
+    update_row(begin, n, factors, RowStatistics<S>{&sums, view_.readable_from(begin), {view_.threshold_of(row)}});
     store_row(sums, view_.sums_of(row));
   }
 
@@ -92,8 +92,8 @@ class LongRows {
     view_.gradient.template with_gradient<true>(begin, (end - row) * width, nullptr, [&](const auto* d) {
       for (int64_t r = row; view_.statistics && r < end; ++r) {
         const int64_t i = (r - row) * width;
-        Lanes<C> sums;
-        const RowStatistics<C> of_row = {&sums, view_.readable_from(begin + i), {view_.threshold_of(r)}};
+        RowLanes<S> sums;
+        const RowStatistics<S> of_row = {&sums, view_.readable_from(begin + i), {view_.threshold_of(r)}};
         accumulate_statistics(width, view_.weight + begin + i, d + i, of_row);
         store_row(sums, view_.sums_of(r));
       }

@@ -149,20 +149,20 @@ struct Sgd {
     const SgdStep<C> numbers = step;
     if constexpr (kMode == kPlain) {
       S* const arrays[] = {param + at};
-      work(arrays, [=](int64_t i, auto decay, auto fade, const Vector(&old)[1], Vector d, Vector(&updated)[1])
+      work(arrays, [=](auto place, auto decay, auto fade, const Vector(&old)[1], Vector d, Vector(&updated)[1])
                        SPARSEKERN_ALWAYS {
                          Vector w = old[0], unused;
-                         numbers.template update<kMode, kDecays<decltype(decay)>>(w, unused, d, decay.vector(i));
-                         updated[0] = fade.weight(i, w, old[0]);
+                         numbers.template update<kMode, kDecays<decltype(decay)>>(w, unused, d, decay.vector(place));
+                         updated[0] = fade.weight(place, w, old[0]);
                        });
     } else {
       S* const arrays[] = {param + at, buffer + at};
-      work(arrays, [=](int64_t i, auto decay, auto fade, const Vector(&old)[2], Vector d, Vector(&updated)[2])
+      work(arrays, [=](auto place, auto decay, auto fade, const Vector(&old)[2], Vector d, Vector(&updated)[2])
                        SPARSEKERN_ALWAYS {
                          Vector w = old[0], b = old[1];
-                         numbers.template update<kMode, kDecays<decltype(decay)>>(w, b, d, decay.vector(i));
-                         updated[0] = fade.weight(i, w, old[0]);
-                         updated[1] = fade.state(i, b, old[1]);
+                         numbers.template update<kMode, kDecays<decltype(decay)>>(w, b, d, decay.vector(place));
+                         updated[0] = fade.weight(place, w, old[0]);
+                         updated[1] = fade.state(place, b, old[1]);
                        });
     }
   }
@@ -177,8 +177,8 @@ struct Sgd {
   template <Mode kMode, bool kAhead, class D, class Decay, class Fade>
   __attribute__((noinline)) void vectors(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade) const {
     with_step<kMode>(at, [=](const auto& arrays, auto step) SPARSEKERN_ALWAYS {
-      vector_update<kAhead>(n, arrays, ds, [=](int64_t i, const auto& old, auto d, auto& updated) SPARSEKERN_ALWAYS {
-        step(i, decay, fade, old, d, updated);
+      vector_update<kAhead>(n, arrays, ds, [=](auto place, const auto& old, auto d, auto& updated) SPARSEKERN_ALWAYS {
+        step(place, decay, fade, old, d, updated);
       });
     });
   }

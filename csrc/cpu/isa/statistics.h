@@ -2,8 +2,7 @@
 // them.
 #pragma once
 
-#include "row_sums.h"
-#include "values.h"
+#include "row_lanes.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -46,16 +45,16 @@ struct NoStatistics {
 };
 
 // Statistics of one row with one threshold. `readable` is the number of elements that may be read.
-template <class C>
+template <class S>
 struct RowStatistics {
-  using Local = Lanes<C>;
-  Lanes<C>* sums;
+  using Local = RowLanes<S>;
+  Local* sums;
   int64_t readable;
-  Same<C> threshold;
+  Same<typename Compute<S>::Type> threshold;
 
   Local begin() const { return *sums; }
   void end(const Local& local) const { *sums = local; }
-  template <class S, class D>
+  template <class D>
   SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const D* d) const {
     local.add(w, d, threshold, 0);
   }
@@ -63,7 +62,7 @@ struct RowStatistics {
   SPARSEKERN_INLINE void add_vector(Local& local, int64_t, Vector w, Vector d) const {
     local.add_vector(w, d, threshold.vector(0));
   }
-  template <class S, class D>
+  template <class D>
   SPARSEKERN_INLINE void add_last(Local& local, int64_t i, const S* w, const D* d, int64_t n) const {
     const Last<S> last_w(w, n, readable - i);
     const Last<D> last_d(d, n, readable - i);
@@ -74,8 +73,8 @@ struct RowStatistics {
 // Whether statistics are those of contiguous rows, whose blocks follow each other.
 template <class Statistics>
 constexpr bool kOfRows = false;
-template <class C>
-constexpr bool kOfRows<RowStatistics<C>> = true;
+template <class S>
+constexpr bool kOfRows<RowStatistics<S>> = true;
 
 // None: the statistics of these rows were taken before.
 struct TakenStatistics : NoStatistics {};

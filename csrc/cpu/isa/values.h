@@ -1,5 +1,6 @@
 // Per-element values of a loop (decays, fades, thresholds), for a vector of elements: the same for all,
-// one for each, or one for every four. And the effect of a fade on an updated element.
+// one for each, or one for every four. And the effect of a fade on an updated element. The place of a vector is the
+// index of its first element, or EveryOther.
 #pragma once
 
 #include "lanes.h"
@@ -13,7 +14,10 @@ struct Same {
   C value;
 
   C operator[](int64_t) const { return value; }
-  SPARSEKERN_INLINE Vector vector(int64_t) const { return Vectors<C>::repeat(value); }
+  template <class Place>
+  SPARSEKERN_INLINE Vector vector(Place) const {
+    return Vectors<C>::repeat(value);
+  }
 };
 
 // A value for each element.
@@ -24,6 +28,10 @@ struct Each {
 
   C operator[](int64_t i) const { return value[i]; }
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::load(value + i); }
+  template <int first>
+  SPARSEKERN_INLINE Vector vector(EveryOther<first> place) const {
+    return Vectors<C>::template every_other<first>(vector(place.i), vector(place.i + Vectors<C>::kWidth));
+  }
 };
 
 // A value for every four elements, for rows of four: with a quarter of the memory a tile stays in the first-level
@@ -43,7 +51,10 @@ struct NoDecay {
   using Vector = typename Vectors<C>::Vector;
 
   C operator[](int64_t) const { return 0; }
-  SPARSEKERN_INLINE Vector vector(int64_t) const { return Vector{}; }
+  template <class Place>
+  SPARSEKERN_INLINE Vector vector(Place) const {
+    return Vector{};
+  }
 };
 
 template <class C>
@@ -70,12 +81,12 @@ struct SameFade {
   C value;
 
   bool masked(int64_t) const { return false; }
-  template <class T>
-  SPARSEKERN_INLINE T weight(int64_t, T updated, T) const {
+  template <class Place, class T>
+  SPARSEKERN_INLINE T weight(Place, T updated, T) const {
     return updated * value;
   }
-  template <class T>
-  SPARSEKERN_INLINE T state(int64_t, T updated, T) const {
+  template <class Place, class T>
+  SPARSEKERN_INLINE T state(Place, T updated, T) const {
     return updated;
   }
 };
@@ -92,11 +103,13 @@ struct RowFades {
   Values values;
 
   bool masked(int64_t i) const { return values[i] < 0; }
-  SPARSEKERN_INLINE Vector weight(int64_t i, Vector updated, Vector old) const {
-    return state(i, updated * values.vector(i), old);
+  template <class Place>
+  SPARSEKERN_INLINE Vector weight(Place place, Vector updated, Vector old) const {
+    return state(place, updated * values.vector(place), old);
   }
-  SPARSEKERN_INLINE Vector state(int64_t i, Vector updated, Vector old) const {
-    return values.vector(i) < 0 ? old : updated;
+  template <class Place>
+  SPARSEKERN_INLINE Vector state(Place place, Vector updated, Vector old) const {
+    return values.vector(place) < 0 ? old : updated;
   }
 };
 
