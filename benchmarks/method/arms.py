@@ -136,6 +136,18 @@ VARIANTS: dict[str, Arm] = {
     "rate0.25": Arm("learning rate times `share**-0.25` of the MACs left", _default, rate_power=0.25),
     "events20": Arm("20 events", _default, options={"events": 20}),
     "penalty0": Arm("no extra decay of gates before an event", _default, options={"penalty": 0.0}),
+    "finish0.45 rate0.5": Arm(
+        "events until 0.45 of the steps, and rates as in rate0.5",
+        _default,
+        rate_power=0.5,
+        options={"finish": 0.45},
+    ),
+    "finish0.3 rate0.5": Arm(
+        "events until 0.3 of the steps, and rates as in rate0.5",
+        _default,
+        rate_power=0.5,
+        options={"finish": 0.3},
+    ),
     "plain": Arm("Taylor times gradient count, redundancy left out", lambda seed: Taylor() * GradientCount()),
     "finish0.45": Arm("events until 0.45 of the steps", _default, options={"finish": 0.45}),
 }
