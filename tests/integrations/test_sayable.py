@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -39,7 +39,7 @@ def bert() -> Any:
 
 
 def gpt2() -> Any:
-    config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=48, n_positions=64, use_cache=False)
+    config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=48, n_positions=64, use_cache=False)
     return hf.GPT2LMHeadModel(config)
 
 
