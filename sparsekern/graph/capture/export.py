@@ -42,8 +42,8 @@ def inner_module(model: object) -> nn.Module:
         The wrapped module.
 
     Raises:
-        ValueError: ``model`` is no module, is a FullyShardedDataParallel, or has parameters that are loaded for
-            each forward pass.
+        ValueError: ``model`` is no module, is a FullyShardedDataParallel, or has parameters that are loaded
+            for each forward pass.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
