@@ -55,6 +55,7 @@ from sparsekern.kernels.rows import Rows, RowTable
 digest = hashlib.sha256()
 dtype = torch.DTYPE
 bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+thresholds = torch.tensor([0.5, 1e-3, 0.0, -0.0, -1.0, 1e-40, torch.inf, torch.nan])
 shapes = ((64, 1024), 0), ((64, 1021), 0), ((4096, 16), 0), ((16, 256, 4, 4), 1), ((64, 113, 3, 3), 1)
 for shape, dim in shapes:
     size = torch.Size(shape).numel()
@@ -64,7 +65,8 @@ for shape, dim in shapes:
     for fading in False, True:
         w, d, m, v = map(some, range(4))
         table = RowTable([(w, dim)], [torch.arange(w.shape[dim]).numpy()])
-        table.threshold.fill_(0.5)
+        # bfloat16 is compared with a threshold as integers in some loops.
+        table.threshold.copy_(thresholds.repeat(len(table.threshold))[: len(table.threshold)])
         if fading:
             table.countdown[::3] = 4
         rows = Rows(table, [0], [dim])
