@@ -351,9 +351,9 @@ NETWORKS: dict[str, Callable[[], Made]] = {
     "Depth Anything": dense("DepthAnything"),
     "UperNet": dense("UperNet"),
     "HGNetV2": timm_model("hgnetv2_b0"),
-    "CAFormer": timm_model("caformer_s18", depths=[1, 1, 1, 1], dims=[16, 32, 40, 64]),
+    "CAFormer": timm_model("caformer_s18"),
     "ConvNeXt V2": timm_model("convnextv2_atto", depths=[1, 1, 1, 1], dims=[8, 16, 16, 32]),
     "CaiT": timm_model("cait_xxs24_224", depth=2, embed_dim=48, img_size=64),
     "XCiT": timm_model("xcit_nano_12_p16_224", depth=2, embed_dim=32, img_size=64),
-    "NextViT": timm_model("nextvit_small", depths=(1, 1, 2, 1)),
+    "NextViT": timm_model("nextvit_small", depths=(1, 1, 5, 1)),
 }

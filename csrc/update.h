@@ -24,7 +24,7 @@
 //       Updates elements [at, at + n) of the tensor. `d` points to n gradients, of type C, or of type S if
 //       reads_stored_gradients(). `decay` and `fade` are types of values.h. `statistics` (statistics.h) receives
 //       weights and gradients before the update and keeps the four sums of each row; it is NoStatistics if none are
-//       wanted.
+//       wanted. A NaN in an updated state has to make the updated weight a NaN: a loop looks for NaN in weights alone.
 //   update_rows(at, d, rows)              the same for a RowRun (fused_update.h): contiguous short rows, with AVX-512
 //   masked(at, n)                         called for n elements of masked rows: does nothing, or writes zeros if an
 //   external

@@ -132,7 +132,7 @@ def main(
     if library is None:
         sys.exit(str(cuda_library.reason))
     kernels = read(files or [Path(library._name)])
-    console = Console(width=150)
+    console = Console(width=172)
     console.print(HEAD, highlight=False)
     console.print(kernel_table(kernels))
     console.print(share_table(kernels, library))

@@ -93,8 +93,8 @@ def kernel_of(code: Sequence[listing.Instruction], registers: int, shared: int, 
     loop = listing.main_loop(code)
     if loop is None:
         raise ValueError("code: got no loop with accesses of 16 bytes, expected one")
-    packs = loop.wide_loads // op.reads
-    way = listing.path(loop, packs * op.writes)
+    way = listing.path(loop, op.reads, op.writes)
+    packs = listing.Loop(tuple(way)).wide_loads // op.reads
     return Kernel(
         registers,
         shared,

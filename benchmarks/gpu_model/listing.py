@@ -120,20 +120,22 @@ def _blocks(body: Sequence[Instruction]) -> list[tuple[int, int]]:
 
 
 def _accesses(part: Sequence[Instruction]) -> tuple[int, int]:
-    """Wide loads and wide stores of a block."""
-    wide = [one.name for one in part if one.is_wide]
-    return wide.count("LDG"), wide.count("STG")
+    """Wide loads and wide stores of a block. Stores under a condition are those of unscaled gradients."""
+    wide = [one for one in part if one.is_wide]
+    loads = sum(one.name == "LDG" for one in wide)
+    return loads, sum(one.name == "STG" and not one.predicate for one in wide)
 
 
-def path(loop: Loop, stores: int) -> list[Instruction]:
-    """The longest way through the loop with the most wide loads and a number of wide stores.
+def path(loop: Loop, reads: int, writes: int) -> list[Instruction]:
+    """The longest way through the loop, of those with the most wide loads and their share of wide stores.
 
     Blocks with calls are left out: those are the slow paths of divisions and roots, for denormal numbers and
     infinities.
 
     Args:
         loop: the loop.
-        stores: the number of wide stores of the way.
+        reads: loads of each pack.
+        writes: stores of each pack.
 
     Raises:
         ValueError: there is no such way.
@@ -158,14 +160,15 @@ def path(loop: Loop, stores: int) -> list[Instruction]:
             followers.append(of_start[position[last.target]])
         for before, (loads, length, _) in best[k].items():
             after, total = before + more_stores, (loads + more_loads, length + len(part))
-            if last.target == body[0].at and after == stores:
+            if last.target == body[0].at and after * reads == total[0] * writes:
                 ends[k, before] = total
             for follower in followers:
                 if k < follower < len(blocks) and total > best[follower].get(after, (-1, -1, None))[:2]:
                     best[follower][after] = *total, (k, before)
     if not ends:
         raise ValueError(
-            f"loop at {body[0].at:#x}: got no way with {stores} wide stores, expected one without calls"
+            f"loop at {body[0].at:#x}: got no way with {writes} wide stores for {reads} loads, "
+            "expected one without calls"
         )
     at: tuple[int, int] | None = max(ends, key=lambda end: ends[end])
     taken = []

@@ -7,8 +7,8 @@
 
 namespace sparsekern::cuda {
 
-// 1 - beta^count. -expm1(count * log(beta)) has fewer instructions than a power and is more accurate than the difference.
-// In float64 that difference shows, so the formula of the reference stays.
+// 1 - beta^count. -expm1(count * log(beta)) has fewer instructions than a power and is more accurate than the
+// difference. In float64 that difference shows, so the formula of the reference stays.
 template <class C>
 __device__ inline double bias_correction(double beta, double log_beta, double count) {
   if constexpr (sizeof(C) == sizeof(double)) {

@@ -52,9 +52,9 @@ __device__ void update_mean(const Table& table, const Entry& entry, int32_t row,
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   float* out = table.rows.sums + r * kSums;
   const bool live = table.rows.countdown[r] != 0;
-  const RowSums taken =
-      live && entry.pieces > 1 ? fold_pieces(table, entry, row) : load<kSums>(const_cast<const float*>(out), table.sums_aligned);
-  const float(&sums)[kSums] = taken.values;
+  const RowSums taken = live && entry.pieces > 1 ? fold_pieces(table, entry, row)
+                                                 : load<kSums>(const_cast<const float*>(out), table.sums_aligned);
+  const float (&sums)[kSums] = taken.values;
   const bool is_finite = finite(sums[0]) && finite(sums[1]) && finite(sums[2]) && finite(sums[3]);
   const bool is_counted = live && is_finite;
   store(is_counted ? taken : RowSums{}, out, table.sums_aligned);

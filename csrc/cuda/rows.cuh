@@ -27,8 +27,8 @@ __device__ __forceinline__ void update_row(const Worker<S, Update>& work, int64_
   using Work = Worker<S, Update>;
   const int64_t step = lanes * kSize;
   int64_t at = first + lane * kSize;
-  // A loop without the alternative of gradients that are not aligned: the compiler makes a condition of it, and the thread
-  // then waits for each pack before it loads the next one.
+  // A loop without the alternative of gradients that are not aligned: the compiler makes a condition of it, and the
+  // thread then waits for each pack before it loads the next one.
   for (; grad_aligned && at < last; at += Work::kAhead * step) {
     typename Work::template Loaded<kPack<S>> in[Work::kAhead];
 #pragma unroll

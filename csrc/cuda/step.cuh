@@ -35,8 +35,7 @@ __device__ inline Chunk chunk_of(const Entry& entry, int32_t index) {
           row,   minimum(entry.rows, row + entry.row_step),      piece};
 }
 
-// Minimum number of blocks that fit the registers of a multiprocessor. With three, some kernels would spill. Two have up
-// to 64 KB of loads in flight: the memory of an A100 needs 16 KB, that of a B200 64 KB (benchmarks/gpu_model).
+// Minimum number of blocks that fit the registers of a multiprocessor. With three, some kernels would spill.
 constexpr int kBlocks = 2;
 
 template <class S, class Update, class Argument>

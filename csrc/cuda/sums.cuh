@@ -57,8 +57,8 @@ __device__ inline void fold_block(Sums<C>& sums) {
     for (int warp = 1; warp < kThreads / kWarp; ++warp) sums += of_warps[warp];
 }
 
-// Adds up all[i + j * stride] over j < count for each i. Each thread is one (i, j), and (i, 0) has the result. Called by
-// whole blocks.
+// Adds up all[i + j * stride] over j < count for each i. Each thread is one (i, j), and (i, 0) has the result. Called
+// by whole blocks.
 template <class C>
 __device__ inline void fold_strided(Sums<C>* all, int at, int j, int count, int stride) {
   int reach = 1;
@@ -75,8 +75,8 @@ __device__ inline void store_sums(const Table& table, const Entry& entry, int32_
   float* out = entry.pieces == 1
                    ? table.rows.sums + (static_cast<int64_t>(entry.start) + row) * kSums
                    : table.partials + (entry.partial + static_cast<int64_t>(piece) * entry.rows + row) * kSums;
-  const RowSums four = {{static_cast<float>(sums.count), static_cast<float>(sums.dot),
-                         static_cast<float>(sums.grad_sq), static_cast<float>(sums.weight_sq)}};
+  const RowSums four = {{static_cast<float>(sums.count), static_cast<float>(sums.dot), static_cast<float>(sums.grad_sq),
+                         static_cast<float>(sums.weight_sq)}};
   store(four, out, table.sums_aligned);
 }
 

@@ -1,5 +1,5 @@
-// The arguments of a launch: a table of tensors, passed by value. A launch thus needs no device memory of its own, and a
-// captured CUDA graph keeps its arguments.
+// The arguments of a launch: a table of tensors, passed by value. A launch thus needs no device memory of its own, and
+// a captured CUDA graph keeps its arguments.
 #pragma once
 
 #include "abi.h"
@@ -50,8 +50,8 @@ struct Arguments {
   Entry entries[kTensors];
 };
 
-// As many tensors as fit into the 32764 bytes that the arguments of a kernel may have; and into 4 KB, for short lists: the
-// host copies all arguments at every launch, whether they are used or not.
+// As many tensors as fit into the 32764 bytes that the arguments of a kernel may have; and into 4 KB, for short lists:
+// the host copies all arguments at every launch, whether they are used or not.
 constexpr int kTableTensors = 289, kFewTensors = 32;
 
 using ManyTensors = Arguments<kTableTensors>;

@@ -15,10 +15,9 @@ class Worker {
   using C = typename Compute<S>::Type;
   static constexpr int kStates = Update::kStates > 0 ? Update::kStates : 1;
 
-  // Packs of each list that a thread loads before it uses the first one: about eight in all lists together, so that the
-  // threads of two blocks have up to 64 KB in flight.
-  static constexpr int kLists = 1 + Update::kReadsGrad + Update::kStates;
-  static constexpr int kAhead = kLists < 3 ? 4 : (8 + kLists - 1) / kLists;
+  // Packs of each list that a thread loads before it uses the first one. More of them take registers from other blocks,
+  // which on short rows brings less than it costs (benchmarks/gpu_model).
+  static constexpr int kAhead = 2;
 
   __device__ Worker(const Table& table, const Entry& entry, const Conditions& conditions)
       : entry_(entry),

@@ -1,6 +1,7 @@
 """Which sizes a model's configuration sets: for models like those of Hugging Face transformers."""
 
 from sparsekern.configs.fields import Skeleton as Skeleton
+from sparsekern.configs.fields import class_of as class_of
 from sparsekern.configs.fields import has_config as has_config
 from sparsekern.configs.fit import Unsayable as Unsayable
 from sparsekern.configs.fit import fitted as fitted

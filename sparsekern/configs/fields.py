@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekern.distributed.tensors import is_fully_sharded
+
 Place = tuple[str, int]
 """A dimension of a parameter or buffer, as (name, dimension)."""
 
@@ -23,6 +25,15 @@ Place = tuple[str, int]
 def has_config(model: nn.Module) -> bool:
     """Whether a model has a configuration that makes models of its class."""
     return is_config(getattr(model, "config", None))
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that makes a model from its configuration, also if ``fully_shard`` gave it another."""
+    if is_fully_sharded(model):
+        # fully_shard derives a class from FSDPModule and the model's own class, in this order.
+        own: type[nn.Module] = type(model).__bases__[-1]
+        return own
+    return type(model)
 
 
 def is_config(value: object) -> bool:

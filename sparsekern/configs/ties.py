@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsekern.configs.fields import Influence, Place, Skeleton, changed, fields_of, influence
+from sparsekern.configs.fields import Influence, Place, Skeleton, changed, class_of, fields_of, influence
 from sparsekern.configs.fit import HEAD_SIZES, opened
 
 # Widths of each part decided before, and combinations of them, with which a width has to be accepted.
@@ -47,7 +47,7 @@ def by_config(model: nn.Module, parts: Sequence[Sequence[Place]], sizes: Sequenc
         The result; all parts are free where the configuration does not make a model of these sizes.
     """
     free = ByConfig(list(range(len(parts))), {})
-    kind, whole = type(model), Skeleton.of(model)
+    kind, whole = class_of(model), Skeleton.of(model)
     try:
         config: Any = opened(kind, model.config, whole)
         made = Skeleton.made(kind, config)

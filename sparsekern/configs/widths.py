@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sparsekern.configs.depth import with_depth
-from sparsekern.configs.fields import Skeleton, changed, fields_of, value_of
+from sparsekern.configs.fields import Skeleton, changed, class_of, fields_of, value_of
 from sparsekern.configs.fit import Fit, Unsayable, opened
 
 _NAMES = {
@@ -36,7 +36,7 @@ def layer_widths(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model has several lists of layers, or a width that this table cannot hold.
     """
-    kind, want = type(model), Skeleton.of(model)
+    kind, want = class_of(model), Skeleton.of(model)
     config = with_depth(kind, model.config, want)
     path, layers = _layers(want, config)
     config = opened(kind, config, want)

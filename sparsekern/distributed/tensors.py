@@ -194,6 +194,21 @@ def check_not_flattened(model: nn.Module) -> None:
             )
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """Check that accelerate keeps no parameters elsewhere, to load them for each forward pass.
+
+    Raises:
+        ValueError: a module's parameters are elsewhere (``cpu_offload``, ``disk_offload``, ``device_map``).
+    """
+    for name, module in model.named_modules():
+        hook = vars(module).get("_hf_hook")
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise ValueError(
+                f"model: got one whose {name or 'root'} accelerate loads for each forward pass, expected all "
+                f"parameters in memory; load it without offloading"
+            )
+
+
 def settle(model: nn.Module) -> None:
     """Reshard every module that ``fully_shard`` sharded, so that its parameters are the sharded ones.
 

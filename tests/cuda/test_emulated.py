@@ -120,6 +120,33 @@ def test_gradients_alone_are_not_aligned(emulated: Any, name: str, dtype: torch.
         assert torch.equal(one.view.nan_to_num(7), two.view.nan_to_num(7)), what
 
 
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw", "statistics"])
+def test_a_list_with_the_large_table_of_arguments(emulated: Any, name: str) -> None:
+    """More tensors than the arguments of 4 KB hold; all other lists of problems are shorter."""
+    shapes = (*SHAPES, *SHAPES, *SHAPES, *SHAPES)
+    assert len(shapes) > 32 > len(SHAPES)
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=10, shapes=shapes)
+    _compare(emulated, OPS[name], want, steps=1)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE], ids=["small", "large"])
+def test_sums_that_are_not_aligned(emulated: Any, shapes: Any) -> None:
+    """Number by number; an access of sixteen bytes would be an error of the emulation."""
+    want = problem(torch.float32, "contiguous", "some masked, some fading", seed=11, shapes=shapes)
+    want.arrays["sums"] = Guarded.of(want.arrays["sums"].view, guard=GUARD - 1)
+    assert want.arrays["sums"].view.data_ptr() % 16 == 4 * (GUARD - 1) % 16
+    _compare(emulated, OPS["statistics"], want, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("step", [0, 1, 10, 1000, 100_000])
+def test_bias_corrections_of_early_and_late_steps(emulated: Any, step: int, dtype: torch.dtype) -> None:
+    want = problem(dtype, "contiguous", "all live", seed=12)
+    for guarded in want.tensors["steps"]:
+        guarded.view.fill_(step)
+    _compare(emulated, OPS["adamw"], want, steps=1)
+
+
 @pytest.mark.parametrize("name", ["sgd nesterov", "adamw", "statistics", "mask"])
 @pytest.mark.parametrize("shapes", [SHAPES, LARGE], ids=["small", "large"])
 def test_no_order_of_blocks_and_threads_changes_a_bit(

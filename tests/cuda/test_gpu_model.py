@@ -54,22 +54,22 @@ def test_registers_of_wide_loads_and_branches() -> None:
 def test_the_way_through_a_loop_has_all_loads_and_the_wanted_stores() -> None:
     loop = listing.main_loop(listing.read(CODE))
     assert loop is not None and loop.wide_loads == 4
-    way = [one.at for one in listing.path(loop, stores=2)]
+    way = [one.at for one in listing.path(loop, 2, 1)]
     # Without the call, and without the store of the gradient at 00e0: the way over 0118 is longer.
     assert way == [*range(0x20, 0xA0, 0x10), 0xC0, 0xD0, 0xF0, 0x100, 0x110, 0x118, 0x120, 0x130]
-    assert 0xE0 in [one.at for one in listing.path(loop, stores=3)]
-    with pytest.raises(ValueError, match="no way with 5 wide stores"):
-        listing.path(loop, stores=5)
+    assert 0xE0 in [one.at for one in listing.path(loop, 4, 3)]
+    with pytest.raises(ValueError, match="no way with 5 wide stores for 4 loads"):
+        listing.path(loop, 4, 5)
 
 
 def test_loads_count_as_in_flight_until_one_is_used() -> None:
     code = listing.read(CODE)
     loop = listing.main_loop(code)
     assert loop is not None
-    assert listing.bytes_in_flight(listing.path(loop, stores=2)) == 4 * 16
+    assert listing.bytes_in_flight(listing.path(loop, 2, 1)) == 4 * 16
     # A use of the first load before the third one is requested.
     early = listing.read([*CODE[:5], "/*0038*/ FADD R4, R4, R4 ;", *CODE[5:]])
-    assert listing.bytes_in_flight(listing.path(listing.main_loop(early) or loop, stores=2)) == 2 * 16
+    assert listing.bytes_in_flight(listing.path(listing.main_loop(early) or loop, 2, 1)) == 2 * 16
 
 
 def test_figures_of_a_kernel() -> None:

@@ -71,7 +71,7 @@ def softmax_over_channels(net: Piece, x: Tensor) -> Tensor:
     return x.softmax(1)
 
 
-@structure(0)
+@structure(16)
 def softmax_over_space(net: Piece, x: Tensor) -> Tensor:
     return x.flatten(2).softmax(2).view_as(x)
 

@@ -159,3 +159,21 @@ def test_the_reason_is_that_of_the_interpretation_that_gets_furthest() -> None:
     graph = check(Ordered(), [X])
     assert graph.num_channels == 0
     assert "sort puts channels in an order" in dict(graph.frozen)["v.weight"]
+
+
+class Outer(nn.Module):
+    """The products of all pairs of two kinds of channels, merged into one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Linear(16, 6), nn.Linear(16, 4)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.rows(x)[..., None] * self.columns(x)[..., None, :]).flatten(-2))
+
+
+def test_of_two_dimensions_that_are_merged_the_first_one_keeps_its_channels() -> None:
+    graph = check(Outer(), [torch.randn(2, 16)])
+    assert [(group.name, len(group.channels)) for group in graph.groups] == [("rows", 6)]
+    assert "flatten merges it with channels" in graph.explain("columns.weight")

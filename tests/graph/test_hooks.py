@@ -124,3 +124,17 @@ def test_a_hook_that_needs_data_is_left_out() -> None:
     model = Watched(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     model[0].register_forward_hook(model.watch)
     assert trace(model, X).num_channels == 8
+
+
+def test_parameters_that_accelerate_loads_for_each_forward_pass_are_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    with pytest.raises(ValueError, match="model: got one whose 0 accelerate loads for each forward pass"):
+        trace(accelerate.cpu_offload(network(), execution_device="cpu"), X)
+    # Hooks that only move inputs are no obstacle, and the copy calls its own modules.
+    placed = accelerate.dispatch_model(network(), device_map={"": "cpu"}, force_hooks=True)
+    check(placed, [X])

@@ -31,7 +31,7 @@ class Normalised(nn.Module):
 
 
 class Reduced(nn.Module):
-    """A softmax, a mean, and a sigmoid times an input between layers."""
+    """A softmax, a mean, and an input over a sigmoid between layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Reduced(nn.Module):
         scale = x[..., :1]
         x = self.one(x)
         x = self.two(x - x.mean(-1, keepdim=True)).softmax(-1)
-        return self.head(self.three(x).sigmoid() * scale)
+        return self.head(scale / self.three(x).sigmoid())
 
 
 class Block(nn.Module):

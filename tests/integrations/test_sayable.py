@@ -15,6 +15,7 @@ import sparsekern.recipes._torchvision  # noqa: F401  # has to come before trans
 
 import transformers as hf
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from sparsekern import Pruner, optim, prune_once, trace
 from sparsekern.integrations.transformers import save_pretrained
@@ -26,7 +27,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -39,7 +40,7 @@ def bert() -> Any:
 
 
 def gpt2() -> Any:
-    config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=48, n_positions=64, use_cache=False)
+    config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=48, n_positions=64, use_cache=False)
     return hf.GPT2LMHeadModel(config)
 
 
@@ -127,3 +128,14 @@ def test_every_second_hidden_width_leaves_all_numbers_of_heads() -> None:
     roles = Roles.of("role", model, graph)
     steps = {graph.groups[list(roles.numbers).index(n)].name: w.tolist() for n, w in roles.steps.items()}
     assert steps == {"model.embed_tokens": list(range(12, 97, 12))}
+
+
+def test_a_model_that_is_sharded_keeps_its_configuration() -> None:
+    model = eager(bert)
+    expected = Roles.of("role", model, graph := trace(model, (), example_kwargs=IDS))
+    said = unsayable(model, graph)
+    # As fully_shard does, without processes.
+    model.__class__ = type("FSDPBertForMaskedLM", (FSDPModule, type(model)), {})
+    assert unsayable(model, graph) == said != {}
+    found = Roles.of("role", model, graph)
+    assert found.numbers.tolist() == expected.numbers.tolist() and found.steps.keys() == expected.steps.keys()

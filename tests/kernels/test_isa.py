@@ -80,6 +80,32 @@ for shape, dim in shapes:
 print(native.isa(), digest.hexdigest())
 """
 
+# Rows whose sums are finite, with thresholds of all kinds: some loops compare bfloat16 as integers. The
+# gradients are all numbers of a type of two bytes below 2 ** 15.
+COUNTS = """
+import hashlib, torch
+from sparsekern.kernels.selfcheck.calls import SGD, run_op
+from sparsekern.kernels import native, ops as _ops
+from sparsekern.kernels.rows import Rows, RowTable
+digest = hashlib.sha256()
+every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+thresholds = torch.tensor([0.5, 1e-3, 0.0, -0.0, 1e-40, 0.501, torch.inf, torch.nan])
+for dtype in torch.bfloat16, torch.float16, torch.float32:
+    values = every.view(torch.float16 if dtype is torch.float16 else torch.bfloat16)
+    values = values[values.abs() < 2**15]
+    values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))].to(dtype)
+    for width in 16, 72, 250, 1024:
+        d = values[: len(values) // width * width].view(-1, width).clone()
+        w = d.roll(1, 0)
+        table = RowTable([(w, 0)], [torch.arange(len(w)).numpy()])
+        table.threshold.copy_(thresholds.repeat(len(w))[: len(w)])
+        expected = (d.abs() > table.threshold[:, None]).sum(1)
+        run_op(_ops, "sgd_step_", [w], [d], [], **SGD, rows=Rows(table, [0], [0]))
+        assert torch.equal(table.sums.view(-1, 4)[:, 0], expected.float()), (dtype, width)
+        digest.update(table.sums.numpy().tobytes())
+print(native.isa(), digest.hexdigest())
+"""
+
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -97,7 +123,7 @@ def isas() -> list[str]:
 EVERY = {dtype: EVERY_VALUE.replace("DTYPE", dtype) for dtype in ("bfloat16", "float16")}
 
 
-@pytest.mark.parametrize("code", [DIGEST, *EVERY.values()], ids=["ops", *EVERY])
+@pytest.mark.parametrize("code", [DIGEST, COUNTS, *EVERY.values()], ids=["ops", "counts", *EVERY])
 def test_isas_agree_bit_for_bit(code: str) -> None:
     digests = {}
     for isa in isas():

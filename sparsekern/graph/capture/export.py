@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsekern.distributed.tensors import check_not_flattened, unwrap
+from sparsekern.distributed.tensors import check_in_memory, check_not_flattened, unwrap
 from sparsekern.graph.capture.matching import attached
 from sparsekern.graph.capture.program import Captured, Registered
 from sparsekern.graph.capture.record import of_one_program
@@ -42,13 +42,15 @@ def inner_module(model: object) -> nn.Module:
         The wrapped module.
 
     Raises:
-        ValueError: ``model`` is no module, or is a FullyShardedDataParallel.
+        ValueError: ``model`` is no module, is a FullyShardedDataParallel, or has parameters that are loaded
+            for each forward pass.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     # The wrappers of torch.compile and data parallelism hold the module itself, with the same parameters.
     inner = unwrap(model)
     check_not_flattened(inner)
+    check_in_memory(inner)
     return inner
 
 

@@ -53,6 +53,13 @@ upsample_trilinear3d reflection_pad1d reflection_pad2d reflection_pad3d replicat
 replication_pad3d
 """
 _KEEPS_VALUE = _JOINS.union(_MOVES.split(), _KEEPS.split())
+# The dimensions that an op sums over. A channel along them adds zeros, or else the rule of the op freezes it.
+_SUMS_OVER: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "scaled_dot_product_attention": {"query": (-1, -2), "key": (-1, -2), "value": (-2,)},
+    "matmul": {"self": (-1,), "other": (-2,)},
+    "bmm": {"self": (-1,), "mat2": (-2,)},
+    "baddbmm": {"batch1": (-1,), "batch2": (-2,)},
+}
 _HAS_STATE = frozenset(("batch_norm", "instance_norm"))
 _CHANNELWISE = _JOINS.union(_FUNCTIONS.split(), _OVER_SPACE.split(), _MOVES.split())
 
@@ -82,7 +89,8 @@ def carried(node: fx.Node, args: Mapping[str, Any], slots: Slots, records: Recor
     ids, zero = result.ids[dim], result.zero[dim]
     if ids is None or zero is None or zero.all():
         return _with(result, None)
-    moving = [value for value in _values(args) if not value.static]
+    left = {key: _without(args[key], dims) for key, dims in _SUMS_OVER.get(name, {}).items()}
+    moving = [value for value in _values({**args, **left}) if not value.static]
     roots = slots.find(ids)
     constant = _constant_in_all(roots, slots, moving, joined=name in _JOINS)
     if constant is None or not (constant & ~zero).any():
@@ -113,7 +121,7 @@ def _made(
         return np.max(columns, axis=0)
     if name in _KEEPS_VALUE and len(columns) == 1:
         return columns[0]
-    if name in _OVER_SPACE.split() or name in _MOVES.split() or name in _HAS_STATE:
+    if name in {*_OVER_SPACE.split(), *_MOVES.split(), *_HAS_STATE, *_SUMS_OVER}:
         return np.full(len(roots), UNKNOWN)
     schema = node.target._schema  # type: ignore[union-attr]
     op = f"{schema.name.removesuffix('_')}.{schema.overload_name}"
@@ -147,6 +155,14 @@ def _divides(name: str, args: Mapping[str, Any]) -> bool:
     below = args.get("other") if name in _QUOTIENTS else None
     inverted = name in _QUOTIENTS and not isinstance(args["self"], Value)
     return inverted or (isinstance(below, Value) and not below.static)
+
+
+def _without(value: Value, dims: Sequence[int]) -> Value:
+    """The value without the slots of some dimensions."""
+    gone = {dim % value.ndim for dim in dims if -dim <= value.ndim}
+    ids = tuple(None if dim in gone else own for dim, own in enumerate(value.ids))
+    zero = tuple(None if dim in gone else own for dim, own in enumerate(value.zero))
+    return replace(value, ids=ids, zero=zero)
 
 
 def _values(args: Mapping[str, Any]) -> list[Value]:

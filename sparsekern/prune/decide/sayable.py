@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 
 from sparsekern.compact import compact
 from sparsekern.compact.plan import make_plan
-from sparsekern.configs import Skeleton, has_config, opened, refusal
+from sparsekern.configs import Skeleton, class_of, has_config, opened, refusal
 from sparsekern.graph import ChannelGraph
 from sparsekern.prune.decide.roles import Roles
 
@@ -28,7 +29,8 @@ def unsayable(model: nn.Module, graph: ChannelGraph) -> dict[str, str]:
     """
     if not has_config(model):
         return {}
-    roles, whole, config = Roles.of("role", model, graph), Skeleton.of(model), _opened(model)
+    kind, whole, roles = class_of(model), Skeleton.of(model), Roles.of("role", model, graph)
+    config = _opened(kind, model, whole)
     found: dict[str, str] = {}
     for number in np.unique(roles.numbers):
         groups = [graph.groups[n] for n in np.flatnonzero(roles.numbers == number)]
@@ -44,7 +46,7 @@ def unsayable(model: nn.Module, graph: ChannelGraph) -> dict[str, str]:
             for group in groups:
                 kept[group.channels[left:]] = False
             plan = make_plan(graph, kept)
-            reason = refusal(type(model), config, whole, lambda made, plan=plan: compact(made, plan))
+            reason = refusal(kind, config, whole, partial(compact, plan=plan))
             if reason is None:
                 break
         if reason is not None:
@@ -52,9 +54,9 @@ def unsayable(model: nn.Module, graph: ChannelGraph) -> dict[str, str]:
     return found
 
 
-def _opened(model: Any) -> Any:
+def _opened(kind: type[nn.Module], model: Any, whole: Skeleton) -> Any:
     """The configuration of a model, with the fields for widths that it has left open."""
     try:
-        return opened(type(model), model.config, Skeleton.of(model))
+        return opened(kind, model.config, whole)
     except ValueError:
         return model.config

@@ -39,17 +39,21 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ra
     return blocks
 
 
-def _flat(call: Call, x: Value, dims: range) -> tuple[np.ndarray, np.ndarray]:
+def _flat(call: Call, x: Value, dims: range) -> tuple[np.ndarray, np.ndarray] | None:
     """Ids and zero flags of a block in memory order, along the one of its dimensions that holds channels.
 
     Of several dimensions the first one does, such as that of the heads in front of the positions inside of
-    them. A size that the program names comes last. The other dimensions stay what they are.
+    them. A size that the program names comes last. The other dimensions stay what they are. A weight keeps
+    all of its dimensions: None.
     """
     tracked = [d for d in dims if x.ids[d] is not None]
-    tracked.sort(key=lambda d: len(tracked) > 1 and call.slots.are_named(dense(x.ids[d], x.shape[d])))
-    for d in tracked[1:]:
+    several = len(tracked) > 1
+    order = sorted((several and call.slots.are_named(dense(x.ids[d], x.shape[d])), d) for d in tracked)
+    if x.static and sum(not named for named, _ in order) > 1:
+        return None
+    carrier, *others = [d for _, d in order]
+    for d in others:
         call.slots.freeze(dense(x.ids[d], x.shape[d]), f"{call.label} merges it with channels")
-    carrier = tracked[0]
     shape = [x.shape[d] for d in dims]
     where = [1] * len(shape)
     where[carrier - dims.start] = -1
@@ -80,6 +84,10 @@ def reshape(call: Call, x: Value, sizes: Sequence[int] | None) -> Value:
         if all(x.ids[d] is None for d in old):
             continue
         flat = _flat(call, x, old)
+        if flat is None:
+            for d in old:
+                call.freeze(x.ids[d], f"{call.label} merges two dimensions that hold channels")
+            continue
         axes = [d for d in new if shape[d] > 1]
         axis = _carrier(call, flat[0], [shape[d] for d in axes], axes, inferred)
         table, truth = (a.reshape([shape[d] for d in axes]) for a in flat)

@@ -109,7 +109,7 @@ def finish(
                         tl.store(countdown, left - 1, mask=left > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("channels",))
 def fold_channels(
     offsets,
     gates,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from sparsekern.kernels.backends.triton.norm_elements import (
+    OF_CHANNELS,
+    OF_TILES,
     affine,
     channels_here,
     gradient_of,
@@ -21,7 +23,7 @@ from sparsekern.kernels.backends.triton.norm_elements import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TILES)
 def sum_up(
     grad,
     x,
@@ -79,7 +81,7 @@ def _sum_of_parts(parts, which: tl.constexpr, pieces, channel, channels, there, 
     return tl.sum(found, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_CHANNELS)
 def merge_sums(
     parts,
     mask,
@@ -109,7 +111,7 @@ def merge_sums(
             tl.store(grad_weight + channel, of_weight.to(COMPUTE), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TILES)
 def descend(
     grad,
     x,
@@ -172,7 +174,7 @@ def _counted(sums, weight, bias, mask, first, channels, BLOCK: tl.constexpr):
     return channel, there, live_of(mask, channel, there) & finite, norm_sq, grad_sq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_CHANNELS)
 def count(
     sums,
     weight,

@@ -23,6 +23,13 @@ RELU, RELU6, HARDSWISH, SILU = (
     tl.constexpr(reference_norm.ACTIVATIONS.index(name)) for name in ("relu", "relu6", "hardswish", "silu")
 )
 
+OF_TILES = ("outer", "tiles")
+"""Arguments of the kernels over tiles that Triton does not compile variants for: no access is wider by them.
+``channels`` and ``inner`` stay, because the accesses have 16 bytes where these are multiples of 16."""
+
+OF_CHANNELS = ("channels", "elements", "pieces")
+"""The same for the kernels that merge and count. A shrink changes the numbers of channels of all layers."""
+
 
 @triton.jit
 def vector(address, channel, there, missing, COMPUTE: tl.constexpr):

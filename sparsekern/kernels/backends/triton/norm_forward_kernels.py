@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from sparsekern.kernels.backends.triton.norm_elements import (
+    OF_CHANNELS,
+    OF_TILES,
     activated,
     affine,
     channels_here,
@@ -21,7 +23,7 @@ from sparsekern.kernels.backends.triton.norm_elements import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TILES)
 def moments(
     x,
     mask,
@@ -76,7 +78,7 @@ def _merged(number, means, distances):
     return count, mean, tl.sum(tl.where(number > 0, distances + number * apart * apart, 0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_CHANNELS)
 def merge_moments(
     parts,
     mask,
@@ -118,7 +120,7 @@ def merge_moments(
     tl.store(var + channel, tl.where(live, (distance / some).to(COMPUTE), left * factor), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TILES)
 def normalise(
     x,
     residual,
