@@ -20,15 +20,11 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
-import resource
-import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from typing import Annotated, Any
 
 import numpy as np
@@ -41,6 +37,8 @@ from torch import Tensor, nn
 
 from benchmarks.environment import environment
 from benchmarks.exactness import mask
+from benchmarks.float64 import without_float32
+from benchmarks.limited import limited, preload
 from benchmarks.networks import randomise
 from benchmarks.saved import save
 from benchmarks.transformers_networks import NETWORKS
@@ -50,9 +48,7 @@ from sparsekern.compact.verify import leaves
 from sparsekern.graph import ChannelGraph
 
 BOUND = 1e-12
-_context = multiprocessing.get_context("forkserver")
-# Processes are forked from one that has imported the libraries and run nothing.
-_context.set_forkserver_preload(["benchmarks.transformers_networks", "sparsekern", "timm"])
+preload(["benchmarks.transformers_networks", "sparsekern", "timm"])
 NOTE = "Casts from float64 to float32 inside the forwards of transformers are left out."
 
 
@@ -101,32 +97,6 @@ def without_chance(model: nn.Module) -> None:
         for name, value in list(vars(thing).items()):
             if isinstance(value, float) and (name == "p" or "drop" in name):
                 setattr(thing, name, 0.0)
-
-
-def without_float32() -> None:
-    """Let casts from float64 to float32 return their operand, in this process."""
-
-    def patched(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        always = plain is Tensor.float
-
-        def cast(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            narrows = always or any(given is torch.float32 for given in (*args, *kwargs.values()))
-            return self if narrows and self.dtype == torch.float64 else plain(self, *args, **kwargs)
-
-        return cast
-
-    def wide(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if x.dtype == torch.float64 and kwargs.get("dtype") == torch.float32:
-                kwargs.pop("dtype")
-            return plain(x, *args, **kwargs)
-
-        return function
-
-    for owner, names in ((Tensor, ("to", "float", "type")), (nn.functional, ("softmax", "log_softmax"))):
-        for name in names:
-            plain = getattr(owner, name)
-            setattr(owner, name, patched(plain) if owner is Tensor else wide(plain))
 
 
 def half(graph: ChannelGraph) -> np.ndarray:
@@ -235,28 +205,12 @@ def _measure(report: Report, model: nn.Module, inputs: dict[str, Any]) -> None:
         )
 
 
-def _send(name: str, seconds: int, theirs: Connection) -> None:
-    used = int(time.process_time())
-    resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, used + seconds + 1))
-    theirs.send(asdict(examine(name)))
-
-
 def isolated(name: str, seconds: int) -> Report:
     """Examine a network in a process of its own, for at most so many seconds of processor time."""
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_send, args=(name, seconds, theirs), daemon=True)
-    process.start()
-    theirs.close()
     try:
-        return Report(**ours.recv())
-    except EOFError:
-        process.join()
-        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-        error = f"no result in {seconds} s of processor time" if late else f"exit code {process.exitcode}"
-        return Report(name, error=error)
-    finally:
-        process.kill()
-        process.join()
+        return limited(examine, name, seconds=seconds)
+    except (TimeoutError, RuntimeError) as error:
+        return Report(name, error=str(error))
 
 
 def tabulate(reports: list[Report]) -> Table:

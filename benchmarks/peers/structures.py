@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sparsekern
 from benchmarks.export_networks import CASES
+from benchmarks.float64 import without_float32
 from benchmarks.limited import limited
 from benchmarks.networks import randomise
 from sparsekern.compact import make_plan
@@ -168,7 +169,13 @@ def by_sparsekern(model: nn.Module, inputs: Inputs, hints: Hints) -> Pair:
     for group in graph.groups:
         kept[random.permutation(group.channels)[: len(group.channels) // 2]] = False
     plan = make_plan(graph, kept)
-    return sparsekern.compact(model, plan), sparsekern.compact(numbered(model), plan)
+    numbers = sparsekern.compact(numbered(model), plan)
+    with torch.no_grad():
+        for name, parameter in numbers.named_parameters():
+            # The weight of a mean of squares was scaled for the shorter mean, which is undone here.
+            if name in plan.tensors and (part := plan.tensors[name]).factor != 1:
+                parameter.copy_(((parameter + part.offset) / part.factor - part.offset).round())
+    return sparsekern.compact(model, plan), numbers
 
 
 def by_torch_pruning(model: nn.Module, inputs: Inputs, hints: Hints) -> Pair:
@@ -209,9 +216,14 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def isolated(tool: str, name: str, hinted: bool, seconds: int) -> Outcome:
     """:func:`examine` in a process of its own: Torch-Pruning came to no end on a small Llama."""
     try:
-        return limited(examine, tool, name, hinted, seconds=seconds)
+        return limited(_examine, tool, name, hinted, seconds=seconds)
     except TimeoutError as error:
         return Outcome(tool, name, f"TimeoutError: {error}", hints=HINTS[name].lines if hinted else 0)
+
+
+def _examine(tool: str, name: str, hinted: bool) -> Outcome:
+    without_float32()
+    return examine(tool, name, hinted)
 
 
 def examine(tool: str, name: str, hinted: bool) -> Outcome:

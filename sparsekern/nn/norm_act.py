@@ -121,7 +121,8 @@ class NormAct2d(nn.BatchNorm2d):
             ValueError: ``x`` does not have 4 dimensions, or has one value per channel in training.
         """
         self._check_input_dim(x)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # Dynamo of torch 2.11 takes is_exporting() for true in torch.compile, too. It guards this flag.
+        if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
             # Readers of exported graphs know only torch's operators.
             z = super().forward(x)
             return _IN_PLACE[self.activation](z if residual is None else z + residual)

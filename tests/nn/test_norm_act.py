@@ -194,9 +194,10 @@ def test_compiles_whole(backend: str) -> None:
         torch.testing.assert_close(mine, other)
 
 
-def test_exports_as_torchs_operators() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_as_torchs_operators(strict: bool) -> None:
     module = NormAct2d(6, activation="hardswish").eval()
-    program = torch.export.export(module, (data(torch.float32),))
+    program = torch.export.export(module, (data(torch.float32),), strict=strict)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("sparsekern" in name for name in names)
     torch.testing.assert_close(program.module()(data(torch.float32)), module(data(torch.float32)))
