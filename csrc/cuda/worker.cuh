@@ -15,9 +15,11 @@ class Worker {
   using C = typename Compute<S>::Type;
   static constexpr int kStates = Update::kStates > 0 ? Update::kStates : 1;
 
-  // Packs of each list that a thread loads before it uses the first one. More of them take registers from other blocks,
-  // which on short rows brings less than it costs (benchmarks/gpu_model).
-  static constexpr int kAhead = 2;
+  // Packs of each list that a thread loads before it uses the first one. More take registers from other blocks, which
+  // on short rows costs more than it brings (benchmarks/gpu_model). SGD with momentum has registers for a third in two
+  // blocks.
+  static constexpr int kLists = 1 + Update::kReadsGrad + Update::kStates;
+  static constexpr int kAhead = kLists == 3 ? 3 : 2;
 
   __device__ Worker(const Table& table, const Entry& entry, const Conditions& conditions)
       : entry_(entry),
