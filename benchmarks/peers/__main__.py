@@ -180,6 +180,7 @@ def main(
     keep: Annotated[float, typer.Option(help="share of the multiply-adds that stays")] = 0.2,
     steps: Annotated[int, typer.Option(help="of the training before pruning")] = 200,
     tuning: Annotated[int, typer.Option(help="steps of the training after it")] = 60,
+    of_structures: Annotated[bool, typer.Option("--structures/--no-structures", help="try networks")] = True,
     limit: Annotated[int, typer.Option(help="seconds of processor time for one structure and tool")] = 120,
     times: Annotated[bool, typer.Option(help="time steps and forward passes")] = True,
 ) -> None:
@@ -192,8 +193,9 @@ def main(
             )
     torch.set_num_threads(1)
     console = Console(width=150, record=True)
-    outcomes = structures(network or [], limit)
-    console.print(structure_table(outcomes))
+    outcomes = structures(network or [], limit) if of_structures else []
+    if outcomes:
+        console.print(structure_table(outcomes))
     records = []
     for name in task or TASKS:
         for seed in range(seeds):
