@@ -36,13 +36,13 @@ def draw(tables: Sequence[Table], path: Path) -> None:
 def figure_of(tables: Sequence[Table]) -> Figure:
     """One panel for each set, and one for their mean."""
     sets = [name for name in tables[0].sets if all(name in table.sets for table in tables)]
-    figure = Figure(figsize=(2.6 * (len(sets) + 1), 3.2))
+    figure = Figure(figsize=(2.6 * (len(sets) + 1), 3.4))
     panels = figure.subplots(1, len(sets) + 1)
     for panel, name in zip(panels, [*sets, None], strict=True):
         _panel(panel, tables, sets if name is None else [name])
         panel.set_title(name or "mean of the sets")
     panels[0].set_ylabel("Dice minus dense")
-    panels[0].legend(loc="lower right")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS))
     return figure
 
 
