@@ -68,18 +68,15 @@ class LongRows {
   int64_t end_of_run(int64_t row, const Factors<C>& factors) const {
     const int64_t n = view_.end_of(row) - view_.begin_of(row);
     int64_t next = row + 1;
-    if (!takes_runs() || n != view_.shape.inner) return next;
+    if (kHasRegisters<S> || view_.update.fuses_statistics() || n != view_.shape.inner) return next;
     while (next < view_.chunk.row_end && (next + 1 - row) * n <= kBlock &&
            factors_of<C>(view_.job, view_.shape, next) == factors)
       ++next;
     return next;
   }
 
-  // Whether statistics and update are two loops.
-  bool takes_runs() const { return !view_.update.fuses_statistics() && (!kHasRegisters<S> || view_.job.apart); }
-
   void update_rows(int64_t row, int64_t end, const Factors<C>& factors) const {
-    if constexpr (!kHasRegisters<S> || __is_same(S, C)) {
+    if constexpr (!kHasRegisters<S>) {
       if (end > row + 1) return update_run(row, end, factors);
     }
     const int64_t begin = view_.begin_of(row), n = view_.end_of(row) - begin;

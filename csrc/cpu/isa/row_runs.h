@@ -4,12 +4,11 @@
 
 #include "chunk_view.h"
 #include "fused_update.h"
-#include "long_rows.h"
 
 #if defined(__AVX512F__)
 SPARSEKERN_BEGIN_ISA
 
-// Shortest row that has a loop of its own (long_rows.h); of float32 if statistics are taken apart: kWideRow.
+// Shortest row that has a loop of its own (long_rows.h).
 constexpr int64_t kOwnLoopRow = 256;
 
 template <class S, class Update>
@@ -22,8 +21,7 @@ class RowRuns {
   static bool takes(const ChunkView<S, Update>& view) {
     if constexpr (kHasRegisters<S> && Update::kTakesRowRuns) {
       const Shape& shape = view.shape;
-      const int64_t end = __is_same(S, C) && view.job.apart ? kWideRow : kOwnLoopRow;
-      return view.statistics && shape.outer == 1 && shape.inner >= kLongRow && shape.inner < end &&
+      return view.statistics && shape.outer == 1 && shape.inner >= kLongRow && shape.inner < kOwnLoopRow &&
              view.gradient.unmodified() && view.update.expands_row_values();
     }
     return false;
