@@ -86,8 +86,11 @@ def quality(name: str, seed: int, keep: float, steps: int, tuning: int) -> Itera
         yield record(way, network, None, lines_of_code(whole))
 
 
-def steps_table(task: Task, rounds: int) -> dict[str, float]:
-    """Median seconds of an optimizer's step with what each tool does in it, on the same gradients."""
+def steps_table(task: Task, rounds: int) -> dict[str, float | str]:
+    """Median seconds of an optimizer's step with what each tool does in it, on the same gradients.
+
+    The first error of a tool stands in the place of its seconds.
+    """
     x, y = task.batch(0)
 
     def prepared() -> nn.Module:
@@ -111,14 +114,21 @@ def steps_table(task: Task, rounds: int) -> dict[str, float]:
     ):
         regular = kind(other, task.example, importance, ignored_layers=[other.get_submodule(task.head)])
         calls[f"torch AdamW with Torch-Pruning's {label}"] = _regularized(other, regular)
+    found: dict[str, float | str] = {}
+    for label in list(calls):
+        try:
+            calls[label]()
+        except Exception as error:
+            found[label] = f"fails: {type(error).__name__}: {error}"
+            del calls[label]
     times: dict[str, list[float]] = {label: [] for label in calls}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for label, call in calls.items():
             begin = perf_counter()
             call()
             times[label].append(perf_counter() - begin)
     pruner.detach()
-    return {label: statistics.median(values[1:]) for label, values in times.items()}
+    return found | {label: statistics.median(values) for label, values in times.items()}
 
 
 def _regularized(model: nn.Module, pruner: Any) -> Callable[[], object]:
@@ -201,7 +211,7 @@ def main(
         for seed in range(seeds):
             records += list(quality(name, seed, keep, steps, tuning))
     timed: dict[tuple[str, str], float] = {}
-    cost: dict[str, dict[str, float]] = {}
+    cost: dict[str, dict[str, float | str]] = {}
     for name in (task or TASKS) if times and seeds else ():
         first = {r["way"]: r["network"] for r in records if r["task"] == name and r["seed"] == 0}
         seconds = latency(first, TASKS[name](0).example)
@@ -212,7 +222,7 @@ def main(
     for name, seconds in cost.items():
         table = Table("step", "ms", title=f"Steps, {name}")
         for label, value in seconds.items():
-            table.add_row(label, f"{1e3 * value:.2f}")
+            table.add_row(label, value if isinstance(value, str) else f"{1e3 * value:.2f}")
         console.print(table)
     console.print(oto(), highlight=False, soft_wrap=True)
     versions = {"torch-pruning": importlib.metadata.version("torch-pruning")}
