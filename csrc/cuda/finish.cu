@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const Argument __grid_c
 
 cudaError_t finish_step(const ManyTensors& list, cudaStream_t stream) {
   const int32_t tensors = list.table.tensors;
-  return tensors <= kFewTensors ? launch_list(finish<FewTensors>, tensors, kFinishThreads, few_of(list), stream)
-                                : launch_list(finish<ManyTensors>, tensors, kFinishThreads, list, stream);
+  return tensors <= kFewTensors ? launch(finish<FewTensors>, tensors, kFinishThreads, few_of(list), stream)
+                                : launch(finish<ManyTensors>, tensors, kFinishThreads, list, stream);
 }
 
 cudaError_t try_device() {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "launch.h"
 #include "table.cuh"
 
 namespace sparsekern::cuda {
@@ -20,16 +21,6 @@ cudaError_t step_float16(Kernel kernel, const ManyTensors& list, cudaStream_t st
 
 // The second launch: the rows of each tensor after its last chunk (finish.cu).
 cudaError_t finish_step(const ManyTensors& list, cudaStream_t stream);
-
-// Launches `kernel` with the arguments of a list of tensors.
-template <class Kernel, class Argument>
-cudaError_t launch_list(Kernel kernel, int32_t blocks, int threads, const Argument& list, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, list);
-}
 
 // The arguments without the entries that a short list does not use.
 inline FewTensors few_of(const ManyTensors& list) {

@@ -39,11 +39,7 @@ __global__ void __launch_bounds__(kThreads) fold_channels(const Moments __grid_c
 }  // namespace
 
 cudaError_t fold_moments(const Moments& moments, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(moments.channels / kThreads + 1));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, fold_channels, moments);
+  return launch(fold_channels, moments.channels / kThreads + 1, kThreads, moments, stream);
 }
 
 }  // namespace sparsekern::cuda

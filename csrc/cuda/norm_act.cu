@@ -1,5 +1,6 @@
 // The small launches between and after the passes of a normalisation. One warp for each channel merges its tiles and
 // updates the running statistics, and one block updates the gradient counts of all channels.
+#include "launch.h"
 #include "norm_parts.cuh"
 
 namespace sparsekern::cuda {
@@ -138,15 +139,6 @@ __global__ void __launch_bounds__(kFinishThreads) update_counts(const NormCall _
         norm_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(norm.tau * rms / sqrt(norm_sq));
   }
   if (threadIdx.x == 0) *norm.updates += 1;
-}
-
-template <class Kernel>
-cudaError_t launch(Kernel kernel, int64_t blocks, int threads, const NormCall& call, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, call);
 }
 
 int64_t blocks_of(const NormCall& call) {

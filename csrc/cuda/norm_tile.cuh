@@ -1,6 +1,7 @@
 // The kernel of a pass of a normalisation, with one block for each tile.
 #pragma once
 
+#include "launch.h"
 #include "norm_passes.cuh"
 
 namespace sparsekern::cuda {
@@ -152,11 +153,7 @@ __global__ void __launch_bounds__(kThreads, kNormBlocks) norm_pass(const NormCal
 
 template <class S, class Pass>
 cudaError_t launch_norm(const NormCall& call, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(call.cut.blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, norm_pass<S, Pass>, call);
+  return launch(norm_pass<S, Pass>, call.cut.blocks, kThreads, call, stream);
 }
 
 template <class S, template <class, int32_t> class Pass>

@@ -58,8 +58,8 @@ template <class S, class Update>
 cudaError_t launch_step(const ManyTensors& list, cudaStream_t stream) {
   const int32_t blocks = list.table.chunks;
   return list.table.tensors <= kFewTensors
-             ? launch_list(step<S, Update, FewTensors>, blocks, kThreads, few_of(list), stream)
-             : launch_list(step<S, Update, ManyTensors>, blocks, kThreads, list, stream);
+             ? launch(step<S, Update, FewTensors>, blocks, kThreads, few_of(list), stream)
+             : launch(step<S, Update, ManyTensors>, blocks, kThreads, list, stream);
 }
 
 // The kernels of one dtype, in the order of Kernel.
