@@ -51,8 +51,7 @@ struct Adam {
         one_minus_beta2(static_cast<C>(1 - table.hyper.beta2)),
         eps(static_cast<C>(table.hyper.eps)),
         lerp_from_start(1 - table.hyper.beta1 < 0.5),
-        decoupled(table.hyper.decoupled),
-        decays(entry.start >= 0 || table.hyper.weight_decay != 0) {
+        decoupled(table.hyper.decoupled) {
     const AdamBias<C> bias(table, entry.step, conditions.lr);
     step_size = static_cast<C>(bias.step_size);
     inverse_root = static_cast<C>(bias.inverse_root);
@@ -68,7 +67,7 @@ struct Adam {
   __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
     if (decoupled) {
       w = w * row.decay;
-    } else if (decays) {
+    } else if (row.decay != 0) {
       d = d + w * row.decay;
     }
     const C old = state[0];
@@ -82,7 +81,7 @@ struct Adam {
   }
 
   C lerp_weight, beta2, one_minus_beta2, eps, step_size, inverse_root;
-  bool lerp_from_start, decoupled, decays;
+  bool lerp_from_start, decoupled;
 };
 
 }  // namespace sparsekern::cuda

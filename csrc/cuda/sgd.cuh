@@ -16,7 +16,6 @@ struct Sgd {
       : lr(static_cast<C>(conditions.lr)),
         momentum(static_cast<C>(table.hyper.momentum)),
         one_minus_dampening(static_cast<C>(1 - table.hyper.dampening)),
-        decays(entry.start >= 0 || table.hyper.weight_decay != 0),
         first(table.hyper.first),
         nesterov(table.hyper.nesterov) {}
 
@@ -25,7 +24,7 @@ struct Sgd {
   __device__ bool skips(const Factors<C>&) const { return false; }
 
   __device__ C operator()(C w, C d, C* state, const Factors<C>& row) const {
-    if (decays) d = d + w * row.decay;
+    if (row.decay != 0) d = d + w * row.decay;
     if (kMomentum) {
       const C buffer = first ? d : state[0] * momentum + d * one_minus_dampening;
       state[0] = buffer;
@@ -35,7 +34,7 @@ struct Sgd {
   }
 
   C lr, momentum, one_minus_dampening;
-  bool decays, first, nesterov;
+  bool first, nesterov;
 };
 
 }  // namespace sparsekern::cuda

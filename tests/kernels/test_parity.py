@@ -102,6 +102,21 @@ def test_spoilt_gradients(route: Callable[[Op, Problem], None], name: str, spoil
     _compare(route, OPS[name], want, steps=2)
 
 
+@pytest.mark.parametrize("penalised", [0, 1, 2], ids=["none", "some", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["sgd", "sgd scaled", "adam", "adam amsgrad maximize"])
+def test_infinite_weights(
+    route: Callable[[Op, Problem], None], name: str, dtype: torch.dtype, penalised: int
+) -> None:
+    """They stay infinite where nothing decays (0 times infinity is NaN), whatever the other rows do."""
+    want = problem(dtype, "contiguous", "some masked, some fading", seed=8, shapes=ROW_LENGTHS)
+    penalty = want.arrays["penalty"].view
+    penalty.copy_(torch.arange(len(penalty)) % 2 if penalised == 1 else torch.tensor(penalised / 2))
+    for guarded in want.tensors["params"]:
+        guarded.view.view(-1)[::3] = float("inf")
+    _compare(route, OPS[name], want, steps=2)
+
+
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw", "statistics"])
 def test_expanded_gradients(route: Callable[[Op, Problem], None], name: str) -> None:
     """Gradients with all strides 0, as the backward pass of a sum makes them."""

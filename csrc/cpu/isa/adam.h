@@ -21,7 +21,7 @@ struct AdamStep {
     if constexpr (kDecoupled) {
       w = w * decay;
     } else if constexpr (kDecaysGradient) {
-      d = d + w * decay;
+      d = add_decay(d, w, decay);
     }
     m = mean(m, d);
     v = square(v, d);

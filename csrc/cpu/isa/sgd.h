@@ -24,7 +24,7 @@ struct SgdStep {
   // Updates weights `w` and momentum buffers `b` by gradients `d`.
   template <SgdMode kMode, bool kDecaysGradient, class Vector>
   SPARSEKERN_INLINE void update(Vector& w, Vector& b, Vector d, Vector decay) const {
-    if constexpr (kDecaysGradient) d = d + w * decay;
+    if constexpr (kDecaysGradient) d = add_decay(d, w, decay);
     if constexpr (kMode == kHeavyBall) {
       b = b * momentum + d;
       d = b;

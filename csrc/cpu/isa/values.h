@@ -45,7 +45,7 @@ struct EachFour {
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::fourfold(value + i / 4); }
 };
 
-// No weight decay on the gradient. Adding 0 times the weight would turn an infinite weight into NaN.
+// No weight decay on the gradient, for any element: its arithmetic is left out.
 template <class C>
 struct NoDecay {
   using Vector = typename Vectors<C>::Vector;

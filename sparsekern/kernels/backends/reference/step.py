@@ -74,9 +74,7 @@ def _sgd(lists: Lists, options: SgdOptions, rows: Rows | None, scaling: Scaling)
     buffers, momentum, lr = lists[2], options.momentum, _rate(options.lr)
 
     def update(i: int, w: Tensor, d: Tensor, row: _RowStep | None) -> tuple[Tensor, State]:
-        decay = _l2(options.weight_decay, row, w)
-        if decay is not None:
-            d = d + w * decay
+        d = _add_decay(d, w, options.weight_decay, row)
         state: State = []
         if momentum != 0:
             buf = d
@@ -101,8 +99,7 @@ def _adam(lists: Lists, options: AdamOptions, rows: Rows | None, scaling: Scalin
         if options.decoupled:
             w = _shrink(w, lr, options.weight_decay, row)
         else:
-            decay = _l2(options.weight_decay, row, w)
-            d = d if decay is None else d + w * decay
+            d = _add_decay(d, w, options.weight_decay, row)
         m = _lerp(_widen(exp_avgs[i]), d, 1 - beta1)
         v = _widen(exp_avg_sqs[i]) * _scalar(beta2, w) + d * _scalar(1 - beta2, w) * d
         state = [(exp_avgs[i], m), (exp_avg_sqs[i], v)]
@@ -342,11 +339,12 @@ def _gradient(
     return -d if maximize else d
 
 
-def _l2(weight_decay: float, row: _RowStep | None, w: Tensor) -> Tensor | None:
-    """Factor of ``w`` in the gradient: ``weight_decay + penalty``; None for 0 without rows."""
+def _add_decay(d: Tensor, w: Tensor, weight_decay: float, row: _RowStep | None) -> Tensor:
+    """``d + w * (weight_decay + penalty)``, and ``d`` where that factor is 0, even if ``w`` is infinite."""
     if row:
-        return row.spread((weight_decay + row.penalty).to(w.dtype))
-    return None if weight_decay == 0 else _scalar(weight_decay, w)
+        decay = row.spread((weight_decay + row.penalty).to(w.dtype))
+        return torch.where(decay == 0, d, d + w * decay)
+    return d if weight_decay == 0 else d + w * _scalar(weight_decay, w)
 
 
 def _shrink(w: Tensor, lr: float | Tensor, weight_decay: float, row: _RowStep | None) -> Tensor:

@@ -98,7 +98,6 @@ def _tile(
     clears,
     decay,
     fade,
-    decays,
     hyper,
     OP: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -123,7 +122,7 @@ def _tile(
     if OP == IS_MASK or DECOUPLED & FLAGS:
         w = w * decay
     elif OP != IS_STATISTICS:
-        d = tl.where(decays, d + w * decay, d)
+        d = tl.where(decay != 0, d + w * decay, d)
     if OP == IS_SGD:
         w = sgd(table, tensor, at, inside, clears, w, d, hyper, FLAGS, STORAGE, ALIGNED)
     elif OP == IS_ADAM:
@@ -169,7 +168,6 @@ def _some_rows(
     clears = (ends | ~live)[None, :, None]
     reach = array(table, THRESHOLD, tl.float32) + start + row
     threshold = tl.load(reach, mask=only_if(start >= 0, there), other=float("inf")).to(COMPUTE)
-    decays = (start >= 0) | (number(table, WEIGHT_DECAY) != 0)
     if tl.sum(works.to(tl.int32)) == 0:
         outer_end = outer_begin
     count = tl.zeros((OUTERS, row.shape[0], INNERS), COMPUTE)
@@ -189,7 +187,6 @@ def _some_rows(
                 clears,
                 decay[None, :, None],
                 fade[None, :, None],
-                decays,
                 hyper,
                 OP,
                 FLAGS,
