@@ -26,15 +26,18 @@ MOBILENET = Settings(model="mobilenetv3", width=1.0, steps=400, batch=4, crop=96
 
 _DENSE = {"dsb2018": 0.002, "vessels": 0.008, "membranes": 0.008, "scenes": 0.004}
 # The learning rates by network, arm and set, as tuning has found them (`tuning.py`). For the default UNet no
-# rate is better than that of the dense network by more than chance. A set that is missing has the rate of the
-# settings above.
+# rate is better than that of the dense network by more than chance.
 RATES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     "unet": {
         "dense": _DENSE,
         "default": _DENSE,
         "narrow": {"dsb2018": 0.008, "vessels": 0.016, "membranes": 0.016, "scenes": 0.016},
     },
-    "mobilenetv3": {},
+    "mobilenetv3": {
+        "dense": {"dsb2018": 0.016, "scenes": 0.016},
+        "default": {"dsb2018": 0.008, "scenes": 0.016},
+        "x0.5": {"dsb2018": 0.008, "scenes": 0.016},
+    },
 }
 
 
