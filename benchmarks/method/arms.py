@@ -35,6 +35,8 @@ class Arm:
         rate_of: the arm whose own best learning rate this arm trains with, of `sets.RATES`.
         rate_power: the learning rate is multiplied by the share of the MACs that is left to minus this power.
         gain_power: the same in addition, for biases and gains.
+        fan_in_power: the learning rate of a weight is multiplied by the share of its inputs that is left to
+            minus this power. With 1 it is the rule for Adam in Yang et al. 2022, "Tensor Programs V".
         options: arguments of the Pruner that differ from its defaults.
     """
 
@@ -48,6 +50,7 @@ class Arm:
     rate_of: Rate = "default"
     rate_power: float = 0.0
     gain_power: float = 0.0
+    fan_in_power: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,7 +72,7 @@ class Arm:
         given = inspect.signature(Pruner).parameters
         options = {name: given[name].default for name in SCHEDULE} | dict(self.options)
         schedule = " ".join(f"{name}={value!r}" for name, value in options.items())
-        powers = {"rate_power": self.rate_power, "gain_power": self.gain_power}
+        powers = {name: getattr(self, name) for name in ("rate_power", "gain_power", "fan_in_power")}
         rates = "".join(f" {name}={power:g}" for name, power in powers.items() if power)
         return f"select={self.select(0)!r} allocate={self.allocate!r} fused={self.fused} {schedule}{rates}"
 
@@ -133,6 +136,12 @@ VARIANTS: dict[str, Arm] = {
     ),
     "rate0.5": Arm("learning rate times `share**-0.5` of the MACs left", _default, rate_power=0.5),
     "gains": Arm("learning rate of biases and gains times `share**-1`", _default, gain_power=1.0),
+    "fan_in": Arm(
+        "learning rate of a weight times `share**-1` of its inputs left", _default, fan_in_power=1.0
+    ),
+    "fan_in0.5": Arm(
+        "learning rate of a weight times `share**-0.5` of its inputs left", _default, fan_in_power=0.5
+    ),
     "rate0.25": Arm("learning rate times `share**-0.25` of the MACs left", _default, rate_power=0.25),
     "events20": Arm("20 events", _default, options={"events": 20}),
     "penalty0": Arm("no extra decay of gates before an event", _default, options={"penalty": 0.0}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -145,7 +145,8 @@ def train(
     if arm.select is None:
         optimizer = torch.optim.AdamW(_groups(model), lr=rate, weight_decay=decay, fused=True)
     else:
-        optimizer = sparsekern.optim.AdamW(_groups(model), lr=rate, weight_decay=decay)
+        apart = arm.fan_in_power != 0
+        optimizer = sparsekern.optim.AdamW(_groups(model, apart), lr=rate, weight_decay=decay)
         pruner = sparsekern.Pruner(
             model,
             optimizer,
@@ -159,9 +160,7 @@ def train(
             also=[averaged],
             **arm.options,
         )
-    powers = (arm.rate_power, arm.rate_power + arm.gain_power)
-    rates = [partial(_rate, steps=steps, pruner=pruner, power=power) for power in powers]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rates(arm, model, optimizer, pruner, steps))
     batches = Batches(data.load()[0], settings.batch, settings.crop, seed)
     outcome = _loop(model, averaged, optimizer, schedule, batches, VoidLoss(data.void), steps)
     if pruner is not None:
@@ -170,21 +169,42 @@ def train(
     return replace(outcome, widths=own)
 
 
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The weights, and the biases and gains, as two groups of an optimizer."""
+def _groups(model: nn.Module, apart: bool = False) -> list[dict[str, Any]]:
+    """Groups of an optimizer: the weights, or each weight, and last the biases and gains."""
     parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1]},
-        {"params": [p for p in parameters if p.dim() < 2]},
-    ]
+    weights = [p for p in parameters if p.dim() > 1]
+    groups = [[p] for p in weights] if apart else [weights]
+    return [{"params": group} for group in (*groups, [p for p in parameters if p.dim() < 2])]
 
 
-def _rate(step: int, *, steps: int, pruner: sparsekern.Pruner | None, power: float) -> float:
-    """The factor of the learning rate, which rises as the network gets smaller if `power` is above 0."""
-    plain = learning_rate(step, steps=steps, warmup=LR_WARMUP)
-    if pruner is None or not power:
-        return plain
-    return plain * pruner.metrics()["macs_share"] ** -power
+def _rates(
+    arm: Arm,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruner: sparsekern.Pruner | None,
+    steps: int,
+) -> list[Callable[[int], float]]:
+    """Learning rate factors of the groups; with a power of `arm` they rise as the network shrinks."""
+
+    def rate(step: int, *, inputs: Callable[[], float], power: float) -> float:
+        factor = learning_rate(step, steps=steps, warmup=LR_WARMUP) * inputs() ** -arm.fan_in_power
+        return factor * pruner.metrics()["macs_share"] ** -power if pruner is not None and power else factor
+
+    *weights, _ = optimizer.param_groups
+    transposed = {m.weight for m in model.modules() if isinstance(m, nn.ConvTranspose2d)}
+    shares = [_share_of_inputs(w, w in transposed) for w in (group["params"][0] for group in weights)]
+    rates = [partial(rate, inputs=share, power=arm.rate_power) for share in shares]
+    return [*rates, partial(rate, inputs=lambda: 1.0, power=arm.rate_power + arm.gain_power)]
+
+
+def _share_of_inputs(weight: Tensor, transposed: bool) -> Callable[[], float]:
+    """Tells how many inputs of an output channel are left of those of now."""
+
+    def inputs() -> int:
+        return (weight[:, 0] if transposed else weight[0]).numel()
+
+    first = inputs()
+    return lambda: inputs() / first
 
 
 def _loop(
