@@ -42,14 +42,15 @@ def main(
     torch.set_num_threads(threads)
     state = load_checkpoint(checkpoint)
     settings = Settings(**state["settings"])
-    images = load_data(data, settings)
-    train, val = images.train, images.val
+    # The images of `benchmarks.training`, which holds none back for validation.
+    images = load_data(data, replace(settings, validation=0))
+    train, test = images.train, images.test
     del state
     narrow = replace(settings, width=settings.width / 4, keep=settings.keep and 0.9, round_to=1)
-    _train(Trainer(narrow, train, val), 1)
+    _train(Trainer(narrow, train, test), 1)
     _release()
     before = _status("VmRSS")
-    trainer = Trainer(settings, train, val)
+    trainer = Trainer(settings, train, test)
     trainer.load_state_dict(load_checkpoint(checkpoint))
     _release()
     Path("/proc/self/clear_refs").write_text("5")

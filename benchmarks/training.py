@@ -180,7 +180,7 @@ def _memory(checkpoint: Path, data: Path) -> dict[str, int]:
     """The output of :mod:`benchmarks.peak_memory`."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--data", str(data)]
     command += ["--checkpoint", str(checkpoint), "--threads", str(torch.get_num_threads())]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     memory: dict[str, int] = json.loads(finished.stdout)
     return memory
 
