@@ -67,6 +67,11 @@ FAMILIES = {
         protect=("model.layers.*.input_layernorm",),
         why="hidden width: its epsilon is also that of the norms of queries and keys",
     ),
+    "Gemma": Family(
+        text("GemmaConfig", "GemmaForCausalLM", **{**LONG_GQA, "num_key_value_heads": 1}, head_dim=8),
+        protect=("model.embed_tokens",),
+        why="hidden width: its square root multiplies the embedding",
+    ),
     "Gemma2": Family(
         text("Gemma2Config", "Gemma2ForCausalLM", **LONG_GQA, head_dim=8),
         protect=("model.embed_tokens",),

@@ -237,6 +237,7 @@ NETWORKS: dict[str, Callable[[], Made]] = {
     "Mistral": text("MistralConfig", "MistralForCausalLM", **GQA),
     "Qwen2": text("Qwen2Config", "Qwen2ForCausalLM", **GQA),
     "Qwen3": text("Qwen3Config", "Qwen3ForCausalLM", **GQA, head_dim=8),
+    "Gemma": text("GemmaConfig", "GemmaForCausalLM", **{**GQA, "num_key_value_heads": 1}, head_dim=8),
     "Gemma2": text("Gemma2Config", "Gemma2ForCausalLM", **GQA, head_dim=8),
     "Gemma3": text("Gemma3TextConfig", "Gemma3ForCausalLM", **GQA, head_dim=8),
     "Phi": text("PhiConfig", "PhiForCausalLM", **LLAMA),

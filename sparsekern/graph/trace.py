@@ -145,6 +145,7 @@ def _attempt(
         refuted,
     )
     _settle_rows(tensors, slots, assumed)
+    slots.settle()
     records = _interpret(captured, tensors, slots, settled=True, exact=exact, follows=follows)
     numbering = number(tensors, slots, records)
     arrived = arrivals(captured, numbering, records)

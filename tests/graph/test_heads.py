@@ -110,6 +110,30 @@ class Gathered(Attention):
         return (q @ k.transpose(-1, -2) + scores).softmax(-1) @ v
 
 
+class OneKeyAndValue(Attention):
+    """All heads of the queries share one key and one value, which are repeated for them."""
+
+    def __init__(self, product: str) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.num_key_value_heads, self.num_key_value_groups, self.product = 1, 4, product
+
+    def repeated(self, x: Tensor) -> Tensor:
+        if self.num_key_value_groups == 1:
+            return x
+        n, groups, length, size = x.shape
+        x = x[:, :, None].expand(n, groups, self.num_key_value_groups, length, size)
+        return x.reshape(n, groups * self.num_key_value_groups, length, size)
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.product == "shared":
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        k, v = self.repeated(k), self.repeated(v)
+        if self.product == "fused":
+            return F.scaled_dot_product_attention(q, k, v)
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
 class Picked(nn.Module):
     """Some positions of a sequence are picked; its channels run beside the numbers."""
 
@@ -139,6 +163,13 @@ def test_whole_heads_go(model: type[nn.Module], widths: list[int]) -> None:
     torch.manual_seed(0)
     graph = check(model(), [X])
     assert [len(group.channels) for group in graph.groups] == widths
+
+
+@pytest.mark.parametrize("product", ["written", "fused", "shared"])
+def test_heads_of_queries_go_that_share_one_key_and_value(product: str) -> None:
+    torch.manual_seed(0)
+    graph = check(OneKeyAndValue(product), [X])
+    assert [(group.name, len(group.channels)) for group in graph.groups] == [("q", 4)]
 
 
 def test_what_is_picked_beside_broadcast_numbers_stays() -> None:

@@ -69,8 +69,8 @@ def carried(node: fx.Node, args: Mapping[str, Any], slots: Slots, records: Recor
 
     The op computes such a slice from zeros, from such slices of the same channel, from values without
     channels and from static values alone. Where its value is known, it is a constant.
-    Slices are followed along a single dimension with slots: with two of them, a slice along one dimension
-    holds channels of the other.
+    Slices are followed along a single dimension that holds channels: with two of them, a slice along one
+    dimension holds channels of the other.
 
     Args:
         node: the op in the traced graph.
@@ -83,7 +83,7 @@ def carried(node: fx.Node, args: Mapping[str, Any], slots: Slots, records: Recor
         The result with its constant slices.
     """
     name = _plain_name(node)
-    dim = _only_dim(result)
+    dim = _only_dim(result, slots)
     if name not in _CHANNELWISE or dim is None or result.static or _divides(name, args):
         return _with(result, None)
     ids, zero = result.ids[dim], result.zero[dim]
@@ -132,7 +132,7 @@ def _made(
 
 def _values_of(value: Value, slots: Slots, roots: np.ndarray) -> np.ndarray:
     """The numbers of the expressions of the channels ``roots``; ``UNKNOWN`` where slices of one differ."""
-    dim = _only_dim(value)
+    dim = _only_dim(value, slots)
     ids = None if dim is None else value.ids[dim]
     if dim is None or ids is None:
         return np.full(len(roots), UNKNOWN)
@@ -181,9 +181,9 @@ def _constant_in_all(
     """
     constant = roots >= 0
     for value in operands:
-        dim = _only_dim(value)
+        dim = _only_dim(value, slots)
         if dim is None:
-            if not value.tracked:
+            if not _dims(value, slots):
                 continue
             return None
         own, still = value.ids[dim], _still(value, dim)
@@ -232,10 +232,15 @@ def mask_columns(
     return zero | constant.flags
 
 
-def _only_dim(value: Value) -> int | None:
-    """The dimension with slots, if there is exactly one."""
-    dims = [dim for dim, ids in enumerate(value.ids) if ids is not None]
+def _only_dim(value: Value, slots: Slots) -> int | None:
+    """The dimension that holds channels, if there is exactly one."""
+    dims = _dims(value, slots)
     return dims[0] if len(dims) == 1 else None
+
+
+def _dims(value: Value, slots: Slots) -> list[int]:
+    """The dimensions with slots of which some may go."""
+    return [dim for dim, ids in enumerate(value.ids) if ids is not None and slots.may_go(ids)]
 
 
 def _still(value: Value, dim: int) -> np.ndarray:

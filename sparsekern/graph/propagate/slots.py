@@ -39,6 +39,7 @@ class Slots:
         self._named: dict[Hashable, np.ndarray] = {}
         self._held = np.empty(0, bool)
         self._reason_index: dict[str, int] = {}
+        self._stays: np.ndarray | None = None
         self.reasons: list[str] = []
         self.step = 0
         self.steps: list[int] = []
@@ -170,6 +171,15 @@ class Slots:
             self.reasons.append(reason)
             self.steps.append(self.step)
         self._reason[ids] = np.where(self._reason[ids] < 0, index, self._reason[ids])
+
+    def settle(self) -> None:
+        """Remember which slots stay. From now on, no others are joined."""
+        self._stays = self.classes()[1] >= 0
+
+    def may_go(self, ids: np.ndarray) -> bool:
+        """Whether any of ``ids`` may be removed, as far as is known since ``settle``."""
+        own = ids[ids >= 0]
+        return bool(len(own)) and (self._stays is None or not self._stays[own].all())
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Find the classes of all slots.

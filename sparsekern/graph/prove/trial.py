@@ -280,13 +280,27 @@ def patterns(group_of: np.ndarray) -> int:
         group_of: the group of every channel, int64 ``[C]``.
 
     Returns:
-        0 without narrow groups. Else 2, one for each mode; 3 if two of them would not tell all equally
-        narrow groups apart.
+        0 without narrow groups. Else at least 2, one for each mode, and up to 4 to tell all equally narrow
+        groups apart.
     """
     sizes = np.bincount(group_of)
     alike = np.bincount(sizes[sizes < NARROW], minlength=2)[2:]
-    distinct = np.arange(1, len(alike) + 1) ** 2
-    return 0 if not alike.any() else 2 + int((alike > distinct).any())
+    if not alike.any():
+        return 0
+    numbers = np.array([_numbers(size) for size in range(2, 2 + len(alike))])
+    count = 2
+    while count < 4 and ((alike > numbers**count) & (numbers > 1)).any():
+        count += 1
+    return count
+
+
+def _numbers(size: int) -> int:
+    """How many different numbers of channels a group of ``size`` loses.
+
+    Two of four or more stay: with a single one, programs may take a shorter way, as with one head of queries
+    for each of the keys.
+    """
+    return size - 1 if size < 4 else size - 2
 
 
 def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
@@ -303,10 +317,11 @@ def _halves(group_of: np.ndarray, pattern: int) -> dict[int, np.ndarray]:
         size = end - start
         if size > 1:
             order = seen[size] = seen.get(size, -1) + 1
-            least = max(size // 4, 1)
-            removed = least + (size // 2 - least + order) % (size - 2 * least + 1)
+            least, numbers = max(size // 4, 1), _numbers(size)
+            most = min(size - least, numbers)
+            removed = least + (size // 2 - least + order) % (most - least + 1)
             if pattern and size < NARROW:
-                removed = 1 + (order // (size - 1) ** (pattern - 1) + 7 * pattern) % (size - 1)
+                removed = 1 + (order // numbers ** (pattern - 1) + 7 * pattern) % numbers
             ids = np.arange(start, end)
             halves[group] = np.concatenate([ids[1::2], ids[2::2]])[:removed]
     return halves

@@ -45,6 +45,9 @@ def attention(call: Call) -> Result:
 def _shared_heads(value: Value, times: int) -> Value:
     """Keys or values, repeated so that every head of the queries has its own."""
     dim = value.ndim - 3
+    if value.shape[dim] == 1:
+        # All heads share this one; it is broadcast to however many there are.
+        return value
     ids, zero = list(value.ids), list(value.zero)
     own = ids[dim]
     if own is not None:

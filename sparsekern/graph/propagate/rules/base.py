@@ -311,14 +311,16 @@ class Call:
         ids, zero = value.ids[dim], value.zero[dim]
         if weight is not None and columns is not None:
             zero = mask_columns(self.records, value, zero, weight, columns, self.node, settled=self.settled)
-        if ids is not None and zero is not None and not zero.all():
-            by = f" after {value.zero_broken_by}" if value.zero_broken_by else ""
-            reason = f"{self.label} reads it not as zero{by}"
-            if self.exact:
-                # ``Call.freeze`` would also give this reason to the outputs of the op.
-                self.slots.freeze(ids[~zero], reason)
-            else:
-                self.inexact(ids[~zero], reason)
+        if not self.settled or ids is None or zero is None or zero.all():
+            # Which channels are zero or constant shows in the second pass.
+            return
+        by = f" after {value.zero_broken_by}" if value.zero_broken_by else ""
+        reason = f"{self.label} reads it not as zero{by}"
+        if self.exact:
+            # ``Call.freeze`` would also give this reason to the outputs of the op.
+            self.slots.freeze(ids[~zero], reason)
+        else:
+            self.inexact(ids[~zero], reason)
 
     def contract(self, value: Value, dim: int, weight: Value, weight_dim: int) -> None:
         """Record a sum over a dimension of a value and the columns of a weight.
