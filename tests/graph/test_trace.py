@@ -108,7 +108,7 @@ def test_batch_of_one_behind_a_global_pool() -> None:
         ((), "expected what Small.forward accepts in evaluation mode"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int64), r"int64\[2, 3, 8, 8\]"),
         ("image.png", "example_inputs: got str"),
-        ({"x": X}, "example_inputs: got dict"),
+        ({"x": X}, "example_inputs: got dict.* keyword arguments go into example_kwargs"),
     ],
 )
 def test_inputs_that_the_model_rejects(inputs: object, said: str) -> None:

@@ -70,7 +70,7 @@ def arguments(example_inputs: object) -> tuple[Any, ...]:
     if not isinstance(args, (tuple, list)):
         raise ValueError(
             f"example_inputs: got {type(example_inputs).__name__}, expected a tensor or a tuple "
-            "of the arguments of the model's forward"
+            "of the positional arguments of the model's forward; keyword arguments go into example_kwargs"
         )
     return tuple(args)
 
