@@ -97,7 +97,7 @@ def carried(node: fx.Node, args: Mapping[str, Any], slots: Slots, records: Recor
         return _with(result, None)
     origins = frozenset[int]().union(*(v.origins for v in moving), *(_origins(v) for v in moving))
     made = np.where(zero, ZERO, np.where(constant, _made(node, args, slots, records, moving, roots), UNKNOWN))
-    return _with(result, Constant(constant | zero, origins, made))
+    return _with(result, Constant(dim, constant | zero, origins, made))
 
 
 def _plain_name(node: fx.Node) -> str:
@@ -198,7 +198,7 @@ def _constant_in_all(
 def mask_columns(
     records: Records,
     value: Value,
-    zero: Flags,
+    dim: int,
     weight: Value,
     columns: np.ndarray,
     node: fx.Node,
@@ -210,7 +210,7 @@ def mask_columns(
     Args:
         records: the records.
         value: the activations.
-        zero: zero flags of the dimension that the layer sums over.
+        dim: the dimension that the layer sums over.
         weight: the weight. Columns are masked only in a parameter itself, not in what is computed from one.
         columns: raw slot ids of its columns, one for each channel.
         node: the layer in the traced graph.
@@ -219,8 +219,8 @@ def mask_columns(
     Returns:
         Which channels are zero or are read by columns that are masked with them, bool.
     """
-    source, constant = weight.affine, value.constant
-    if zero is None or constant is None or source is None or len(constant.flags) != len(zero):
+    source, constant, zero = weight.affine, value.constant, value.zero[dim]
+    if zero is None or constant is None or source is None or constant.dim != dim % value.ndim:
         return zero
     if source.tensor not in records.parameters or (source.factor, source.offset) != (1.0, 0.0):
         return zero

@@ -62,12 +62,14 @@ class Constant:
     """The slices of a value that depend on no other channel while their own channels are masked.
 
     Attributes:
-        flags: along the only dimension with slots, whether the slice at an index is zero or constant, bool.
+        dim: the only dimension that holds channels.
+        flags: along it, whether the slice at an index is zero or constant, bool.
         origins: producers (indices into ``Records.producers``) whose zeros make them constant.
         values: along the same dimension, the number of the expression of each slice's value, int64; -1 where
             it is not known or is not the same everywhere in the slice.
     """
 
+    dim: int
     flags: np.ndarray
     origins: frozenset[int]
     values: np.ndarray

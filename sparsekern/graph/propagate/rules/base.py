@@ -310,7 +310,7 @@ class Call:
             self.records.producers[producer].consumed = True
         ids, zero = value.ids[dim], value.zero[dim]
         if weight is not None and columns is not None:
-            zero = mask_columns(self.records, value, zero, weight, columns, self.node, settled=self.settled)
+            zero = mask_columns(self.records, value, dim, weight, columns, self.node, settled=self.settled)
         if not self.settled or ids is None or zero is None or zero.all():
             # Which channels are zero or constant shows in the second pass.
             return

@@ -63,7 +63,7 @@ def _vanishing(call: Call, value: Value, dim: int, weight: Value, weight_dim: in
     zero, columns = flags(value.zero[dim], value.shape[dim]), weight.ids[weight_dim]
     if value.ids[dim] is None or columns is None:
         return zero
-    found = mask_columns(call.records, value, zero, weight, columns, call.node, settled=call.settled)
+    found = mask_columns(call.records, value, dim, weight, columns, call.node, settled=call.settled)
     return flags(found, value.shape[dim])
 
 
