@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.method import lines, runs, tables, training
 from benchmarks.method.arms import ARMS
@@ -96,14 +98,35 @@ def test_current_lines_are_those_that_would_not_run_again(study):
     assert current(other) == []
 
 
-def test_a_rate_that_rises_as_the_network_shrinks():
-    class Left:
-        def metrics(self):
-            return {"macs_share": 0.25}
+class Left:
+    """A Pruner of which a quarter of the MACs is left."""
 
-    plain = training._rate(50, steps=100, pruner=None, power=0.5)
-    assert training._rate(50, steps=100, pruner=Left(), power=0.0) == plain
-    assert training._rate(50, steps=100, pruner=Left(), power=0.5) == pytest.approx(2 * plain)
+    def metrics(self):
+        return {"macs_share": 0.25}
+
+
+def test_rates_that_rise_as_the_network_shrinks():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 2, 2))
+    optimizer = torch.optim.SGD(training._groups(model), lr=1)
+
+    def rates(pruner, **powers):
+        arm = replace(ARMS["default"], **powers)
+        return [rate(50) for rate in training._rates(arm, model, optimizer, pruner, 100)]
+
+    plain = rates(None, rate_power=0.5)
+    assert plain == rates(Left()) and plain[0] == plain[1] > 0
+    assert rates(Left(), rate_power=0.5) == pytest.approx([2 * plain[0]] * 2)
+    assert rates(Left(), rate_power=0.5, gain_power=0.5) == pytest.approx([2 * plain[0], 4 * plain[0]])
+
+
+def test_a_rate_that_rises_as_a_weight_loses_inputs():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 2, 2))
+    optimizer = torch.optim.SGD(training._groups(model, apart=True), lr=1)
+    rates = training._rates(replace(ARMS["default"], fan_in_power=1.0), model, optimizer, None, 100)
+    before = [rate(50) for rate in rates]
+    model[0].weight.data = model[0].weight.data[:6, :2]
+    model[1].weight.data = model[1].weight.data[:6]
+    assert [rate(50) for rate in rates] == pytest.approx([2 * before[0], 8 / 6 * before[1], before[2]])
 
 
 def test_an_arm_trains_at_its_own_rate_unless_the_run_names_one(monkeypatch):
