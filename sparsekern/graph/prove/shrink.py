@@ -62,11 +62,11 @@ def _smaller(source: Source, number: int, part: Part) -> Tensor:
     key = number, part.new_shape
     if key not in source.smaller:
         tensor = source.held[number]
-        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-        inverse = sorted(range(tensor.ndim), key=order.__getitem__)
-        shape = [part.new_shape[dim] for dim in order]
+        strides, step = [1] * tensor.ndim, 1
+        for dim in reversed(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)):
+            strides[dim], step = step, step * part.new_shape[dim]
         with source.mode:
-            small = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).permute(inverse)
+            small = torch.empty_strided(part.new_shape, strides, dtype=tensor.dtype, device=tensor.device)
         parameter = isinstance(tensor, nn.Parameter)
         source.smaller[key] = nn.Parameter(small, tensor.requires_grad) if parameter else small
     return source.smaller[key]
