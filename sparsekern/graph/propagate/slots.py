@@ -39,7 +39,7 @@ class Slots:
         self._named: dict[Hashable, np.ndarray] = {}
         self._held = np.empty(0, bool)
         self._reason_index: dict[str, int] = {}
-        self._stays: np.ndarray | None = None
+        self._stays = np.empty(0, bool)
         self.reasons: list[str] = []
         self.step = 0
         self.steps: list[int] = []
@@ -179,7 +179,8 @@ class Slots:
     def may_go(self, ids: np.ndarray) -> bool:
         """Whether any of ``ids`` may be removed, as far as is known since ``settle``."""
         own = ids[ids >= 0]
-        return bool(len(own)) and (self._stays is None or not self._stays[own].all())
+        old = own[own < len(self._stays)]
+        return len(old) < len(own) or not self._stays[old].all()
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Find the classes of all slots.
