@@ -12,7 +12,7 @@ struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
   static constexpr bool kReadsGrad = true, kWrites = true, kClearsMasked = false;
 
-  __device__ Sgd(const Table& table, const Entry& entry, const Conditions& conditions)
+  __device__ Sgd(const Table& table, const Entry&, const Conditions& conditions)
       : lr(static_cast<C>(conditions.lr)),
         momentum(static_cast<C>(table.hyper.momentum)),
         one_minus_dampening(static_cast<C>(1 - table.hyper.dampening)),
