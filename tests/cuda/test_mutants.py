@@ -7,10 +7,11 @@ What compiles and runs programs takes minutes: `SPARSEKERN_MUTANTS=1 pytest test
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
-from cuda.mutants import CSRC, Barrier, Program, barriers, noticed, without
+from cuda.mutants import COMPILER, CSRC, EMULATION, FLAGS, RACES, Barrier, Program, barriers, noticed, without
 
 runs = pytest.mark.skipif("SPARSEKERN_MUTANTS" not in os.environ, reason="SPARSEKERN_MUTANTS=1 runs it")
 
@@ -32,6 +33,12 @@ def test_one_barrier_is_removed(barrier: Barrier, tmp_path: Path) -> None:
     changed = [line for line, (one, two) in enumerate(zip(before, after, strict=True), 1) if one != two]
     assert changed == [barrier.line]
     assert before[barrier.line - 1].replace("__syncthreads();", ";", 1) == after[barrier.line - 1]
+
+
+@pytest.mark.parametrize("name", ["kernels.cpp", "drive.cpp"])
+def test_the_program_fits_the_kernels(name: str) -> None:
+    includes = (f"-I{EMULATION}", f"-I{CSRC / 'cuda'}")
+    subprocess.run([COMPILER, *FLAGS, *includes, "-fsyntax-only", "-x", "c++", str(RACES / name)], check=True)
 
 
 @runs

@@ -4,11 +4,11 @@
 
 namespace sparsekern::cuda {
 
-cudaError_t step_float32(Kernel kernel, const Table& table, cudaStream_t stream) {
+cudaError_t step_float32(Kernel kernel, const ManyTensors& list, cudaStream_t stream) {
   switch (kernel) {
-    case kSgdMomentum: return launch_step<float, Sgd<float, true>>(table, stream);
-    case kExternalStatistics: return launch_step<float, ExternalStatistics<float>>(table, stream);
-    default: return launch_step<float, Adam<float, false>>(table, stream);
+    case kSgdMomentum: return launch_step<float, Sgd<float, true>>(list, stream);
+    case kExternalStatistics: return launch_step<float, ExternalStatistics<float>>(list, stream);
+    default: return launch_step<float, Adam<float, false>>(list, stream);
   }
 }
 
@@ -31,9 +31,9 @@ cudaError_t norm_bfloat16(NormPass pass, const NormCall& call, cudaStream_t stre
 }
 
 // The drive does not ask for these.
-cudaError_t step_float64(Kernel, const Table&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
-cudaError_t step_bfloat16(Kernel, const Table&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
-cudaError_t step_float16(Kernel, const Table&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
+cudaError_t step_float64(Kernel, const ManyTensors&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
+cudaError_t step_bfloat16(Kernel, const ManyTensors&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
+cudaError_t step_float16(Kernel, const ManyTensors&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
 cudaError_t norm_float64(NormPass, const NormCall&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
 cudaError_t norm_float16(NormPass, const NormCall&, cudaStream_t) { return cudaErrorInvalidConfiguration; }
 
