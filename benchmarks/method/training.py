@@ -198,7 +198,7 @@ def _rates(
 
 
 def _share_of_inputs(weight: Tensor, transposed: bool) -> Callable[[], float]:
-    """Tells how many inputs of an output channel are left of those of now."""
+    """Tells which share of the inputs that an output channel has now is left."""
 
     def inputs() -> int:
         return (weight[:, 0] if transposed else weight[0]).numel()

@@ -181,12 +181,12 @@ def _constant_in_all(
     """
     constant = roots >= 0
     for value in operands:
-        dim = _only_dim(value, slots)
-        if dim is None:
-            if not _dims(value, slots):
-                continue
+        dims = _dims(value, slots)
+        if not dims:
+            continue
+        if len(dims) > 1:
             return None
-        own, still = value.ids[dim], _still(value, dim)
+        own, still = value.ids[dims[0]], _still(value, dims[0])
         assert own is not None
         theirs = slots.find(own)
         constant &= ~np.isin(roots, theirs[~still])
@@ -244,7 +244,7 @@ def _dims(value: Value, slots: Slots) -> list[int]:
 
 
 def _still(value: Value, dim: int) -> np.ndarray:
-    """Which slices along the only dimension with slots are zero or constant, bool."""
+    """Which slices along the only dimension that holds channels are zero or constant, bool."""
     zero = value.zero[dim]
     flags = np.zeros(value.shape[dim], bool) if zero is None else zero
     return flags if value.constant is None else flags | value.constant.flags

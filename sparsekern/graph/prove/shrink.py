@@ -63,7 +63,8 @@ def _smaller(source: Source, number: int, part: Part) -> Tensor:
     if key not in source.smaller:
         tensor = source.held[number]
         strides, step = [1] * tensor.ndim, 1
-        for dim in reversed(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)):
+        # From the innermost dimension outwards; of equal strides, beside a size of 1, the last one is inside.
+        for dim in sorted(range(tensor.ndim), key=lambda dim: (tensor.stride(dim), -dim)):
             strides[dim], step = step, step * part.new_shape[dim]
         with source.mode:
             small = torch.empty_strided(part.new_shape, strides, dtype=tensor.dtype, device=tensor.device)

@@ -153,11 +153,11 @@ def maximum(call: Call) -> Result:
 @register_rule("mul", "multiply", averages=True)
 def multiply(call: Call) -> Result:
     """A product keeps the zeros of its operands, and the producers of these zeros."""
+    # So both halves of a gated MLP are gates, although one would do: with the linear half alone, a small
+    # Llama of the same widths trained worse (a loss higher by 0.015, three seeds of three).
     tensors, numbers = _operands(call)
     ids = broadcast(call, tensors)
     zero = zeros(ids, tensors, some)
-    # Both halves of a gated MLP are gates, although one would do: with the linear half alone, a small Llama
-    # of the same widths trained worse (a loss higher by 0.015, three seeds of three).
     made = affine(tensors[0], float(numbers[0]), 0.0) if numbers else None
     average = product(call, ((v, 1.0) for v in tensors))
     weight = scale(call, tensors) if len(tensors) == 2 and average is None else tensors[0].scale
