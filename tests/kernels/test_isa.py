@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels.isa_digests import RESULTS
 
 from sparsekern.kernels import native
 from sparsekern.kernels import ops as _ops
@@ -22,95 +24,14 @@ from sparsekern.kernels.selfcheck.problems import problem
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
-# Each instruction set runs in its own process, because it is chosen once, when the kernels are loaded.
-DIGEST = """
-import hashlib, sys, torch
-from sparsekern.kernels.selfcheck import calls, problems
-from sparsekern.kernels import native, ops as _ops
-digest = hashlib.sha256()
-for dtype in problems.DTYPES:
-    contiguous = [("contiguous", shapes) for shapes in (problems.SHAPES, problems.ROW_LENGTHS)]
-    for layout, shapes in *contiguous, ("channels_last", problems.SHAPES):
-        # float16 differs from the others in its loads and stores alone.
-        states = ["some masked, some fading"] if dtype is torch.float16 else problems.ROW_STATES
-        for row_state in states:
-            unused = problems.problem(dtype, layout, row_state, shapes=shapes)
-            for op in calls.OPS.values():
-                problem = unused.clone()
-                op.call(_ops, problem)
-                for entry in problem.entries().values():
-                    digest.update(entry.buffer.view(torch.uint8).numpy().tobytes())
-print(native.isa(), digest.hexdigest())
-"""
 
-
-# Weights, gradients and state take every value of a type of two bytes, each in another order: NaN of all
-# kinds, infinities and subnormal numbers meet ordinary ones. Lengths of rows that end within a register, and
-# columns. Which bits a NaN has is free in float16, which keeps those of an operand; bfloat16 has one NaN.
-EVERY_VALUE = """
-import hashlib, torch
-from sparsekern.kernels.selfcheck.calls import run_op
-from sparsekern.kernels import native, ops as _ops
-from sparsekern.kernels.rows import Rows, RowTable
-digest = hashlib.sha256()
-dtype = torch.DTYPE
-bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-shapes = ((64, 1024), 0), ((64, 1021), 0), ((4096, 16), 0), ((16, 256, 4, 4), 1), ((64, 113, 3, 3), 1)
-for shape, dim in shapes:
-    size = torch.Size(shape).numel()
-    def some(seed):
-        order = torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))
-        return bits[order].repeat(2)[:size].view(shape).clone()
-    for fading in False, True:
-        w, d, m, v = map(some, range(4))
-        table = RowTable([(w, dim)], [torch.arange(w.shape[dim]).numpy()])
-        table.threshold.fill_(0.5)
-        if fading:
-            table.countdown[::3] = 4
-        rows = Rows(table, [0], [dim])
-        options = dict(lr=0.1, weight_decay=0.01, maximize=False, grad_scale=None, found_inf=None, rows=rows)
-        betas = dict(beta1=0.9, beta2=0.99, eps=1e-8, decoupled=True, amsgrad=False)
-        momentum = dict(momentum=0.9, dampening=0.0, nesterov=False, first=False)
-        run_op(_ops, "adam_step_", [w], [d], [m], [v], [], [torch.tensor(3.0)], **betas, **options)
-        run_op(_ops, "sgd_step_", [w], [d], [m], **momentum, **options)
-        for tensor in (w, m, v, table.sums, table.activity):
-            if dtype is torch.float16:
-                tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-print(native.isa(), digest.hexdigest())
-"""
-
-# Rows whose sums are finite, with thresholds of all kinds: some loops compare bfloat16 as integers. The
-# gradients are all numbers of a type of two bytes below 2 ** 15.
-COUNTS = """
-import hashlib, torch
-from sparsekern.kernels.selfcheck.calls import SGD, run_op
-from sparsekern.kernels import native, ops as _ops
-from sparsekern.kernels.rows import Rows, RowTable
-digest = hashlib.sha256()
-every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-thresholds = torch.tensor([0.5, 1e-3, 0.0, -0.0, 1e-40, 0.501, torch.inf, torch.nan])
-for dtype in torch.bfloat16, torch.float16, torch.float32:
-    values = every.view(torch.float16 if dtype is torch.float16 else torch.bfloat16)
-    values = values[values.abs() < 2**15]
-    values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))].to(dtype)
-    for width in 16, 72, 250, 1024:
-        d = values[: len(values) // width * width].view(-1, width).clone()
-        w = d.roll(1, 0)
-        table = RowTable([(w, 0)], [torch.arange(len(w)).numpy()])
-        table.threshold.copy_(thresholds.repeat(len(w))[: len(w)])
-        expected = (d.abs() > table.threshold[:, None]).sum(1)
-        run_op(_ops, "sgd_step_", [w], [d], [], **SGD, rows=Rows(table, [0], [0]))
-        assert torch.equal(table.sums.view(-1, 4)[:, 0], expected.float()), (dtype, width)
-        digest.update(table.sums.numpy().tobytes())
-print(native.isa(), digest.hexdigest())
-"""
+def environment(**variables: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))} | variables
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": path} | variables
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables))
 
 
 @functools.cache
@@ -120,20 +41,28 @@ def isas() -> list[str]:
     return error.strip().rpartition(": ")[2].split(", ")
 
 
-EVERY = {dtype: EVERY_VALUE.replace("DTYPE", dtype) for dtype in ("bfloat16", "float16")}
+@functools.cache
+def digests(isa: str, threads: int = 1, *names: str) -> dict[str, str]:
+    """Digests by name of what an instruction set computes, of all names if none is given."""
+    command = [sys.executable, "-m", "kernels.isa_digests", *names]
+    choice = {"SPARSEKERN_CPU_ISA": isa, "SPARSEKERN_BACKEND": "cpu", "OMP_NUM_THREADS": str(threads)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(**choice))
+    assert result.returncode == 0, result.stderr
+    found: dict[str, str] = json.loads(result.stdout)
+    assert found.pop("isa") == isa
+    return found
 
 
-@pytest.mark.parametrize("code", [DIGEST, COUNTS, *EVERY.values()], ids=["ops", "counts", *EVERY])
-def test_isas_agree_bit_for_bit(code: str) -> None:
-    digests = {}
-    for isa in isas():
-        result = run(code, SPARSEKERN_CPU_ISA=isa, SPARSEKERN_BACKEND="cpu")
-        assert result.returncode == 0, result.stderr
-        chosen, digest = result.stdout.split()
-        assert chosen == isa
-        digests[isa] = digest
-    assert "baseline" in digests
-    assert len(set(digests.values())) == 1, digests
+@pytest.mark.parametrize("name", RESULTS)
+def test_isas_agree_bit_for_bit(name: str) -> None:
+    assert "baseline" in isas()
+    found = {isa: digests(isa)[name] for isa in isas()}
+    assert len(set(found.values())) == 1, found
+
+
+def test_threads_of_normalisations_do_not_change_a_bit() -> None:
+    best = isas()[0]
+    assert digests(best, 2, "norms")["norms"] == digests(best)["norms"]
 
 
 def test_unknown_isa_is_refused() -> None:
