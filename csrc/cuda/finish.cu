@@ -45,10 +45,9 @@ __device__ RowSums fold_pieces(const Table& table, const Entry& entry, int32_t r
   return sums;
 }
 
-// Folds the sums of a row and updates its mean activity. A row is counted if it is not masked and its four sums are
-// finite. The sums of other rows become 0. The threshold of a counted row is marked as due with a negative number,
-// which a threshold never is.
-__device__ void update_mean(const Table& table, const Entry& entry, int32_t row, RowCounts& rows) {
+// Folds the sums of a row. It is counted if it is not masked and its four sums are finite. The sums of other rows
+// become 0. The threshold of a counted row is marked as due with a negative number, which a threshold never is.
+__device__ void fold_row(const Table& table, const Entry& entry, int32_t row, RowCounts& rows) {
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   float* out = table.rows.sums + r * kSums;
   const bool live = table.rows.countdown[r] != 0;
@@ -62,15 +61,18 @@ __device__ void update_mean(const Table& table, const Entry& entry, int32_t row,
   if (!is_counted) return;
   ++rows.counted;
   rows.total += static_cast<double>(sums[2]) * static_cast<double>(sums[3]);
-  const float keep = static_cast<float>(table.hyper.decay), one_minus_decay = static_cast<float>(1 - table.hyper.decay);
-  table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / table.rows.elements[r] * one_minus_decay;
   table.rows.threshold[r] = -1.0f;
 }
 
-__device__ void set_threshold(const Table& table, const Entry& entry, int32_t row, double scaled_rms) {
+// Updates the mean activity and the threshold of a row that is counted. The activity has to wait for this loop: for
+// sm_100 the compiler would keep the totals of the other loop in local memory around its division.
+__device__ void update_row(const Table& table, const Entry& entry, int32_t row, double scaled_rms) {
   const int64_t r = static_cast<int64_t>(entry.start) + row;
   if (!(table.rows.threshold[r] < 0)) return;
-  const double weight_sq = table.rows.sums[r * kSums + 3];
+  const float* sums = table.rows.sums + r * kSums;
+  const float keep = static_cast<float>(table.hyper.decay), one_minus_decay = static_cast<float>(1 - table.hyper.decay);
+  table.rows.activity[r] = table.rows.activity[r] * keep + sums[0] / table.rows.elements[r] * one_minus_decay;
+  const double weight_sq = sums[3];
   table.rows.threshold[r] =
       weight_sq == 0 ? __int_as_float(0x7f800000) : static_cast<float>(scaled_rms / sqrt(weight_sq));
 }
@@ -79,12 +81,12 @@ __device__ void set_threshold(const Table& table, const Entry& entry, int32_t ro
 __device__ void finish_statistics(const Table& table, const Entry& entry) {
   RowCounts mine = {};
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
-    update_mean(table, entry, row, mine);
+    fold_row(table, entry, row, mine);
   const RowCounts rows = fold(mine);
   const double elements = static_cast<double>(rows.counted) * static_cast<double>(table.rows.elements[entry.start]);
   const double scaled_rms = table.hyper.tau * sqrt(rows.total / elements);
   for (int32_t row = static_cast<int32_t>(threadIdx.x); row < entry.rows; row += kFinishThreads)
-    set_threshold(table, entry, row, scaled_rms);
+    update_row(table, entry, row, scaled_rms);
   if (threadIdx.x > 0) return;
   atomicExch(table.rows.pending, 1.0f);  // by one block for each tensor
   if (rows.nonfinite > 0)

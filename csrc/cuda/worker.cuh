@@ -17,9 +17,9 @@ class Worker {
 
   // Packs of each list that a thread loads before it uses the first one. More take registers from other blocks, which
   // on short rows costs more than it brings (benchmarks/gpu_model). SGD with momentum has registers for a third in two
-  // blocks.
+  // blocks. Adam in float64 would spill with a second.
   static constexpr int kLists = 1 + Update::kReadsGrad + Update::kStates;
-  static constexpr int kAhead = kLists == 3 ? 3 : 2;
+  static constexpr int kAhead = kLists == 3 ? 3 : kLists > 3 && sizeof(S) == sizeof(double) ? 1 : 2;
 
   __device__ Worker(const Table& table, const Entry& entry, const Conditions& conditions)
       : entry_(entry),
