@@ -26,6 +26,7 @@ from sparsekern.cli.progress import progress
 from sparsekern.recipes.checkpoint import load_backbone
 from sparsekern.recipes.classes import ClassTable
 from sparsekern.recipes.devices import find_device
+from sparsekern.recipes.metrics import import_torchmetrics
 from sparsekern.recipes.resume import Saved, check_data, check_settings, open_run
 from sparsekern.recipes.run import Result, check_counts, check_out, execute
 from sparsekern.recipes.settings import Settings
@@ -79,6 +80,7 @@ def train(
     **_: Any,
 ) -> None:
     """Train on a folder of images and masks, prune meanwhile, and store the compact network."""
+    import_torchmetrics()  # the scores need it, long after the start
     set_quiet(quiet)
     saved = None if resume is None else open_run(resume)
     arguments = context.params if saved is None else saved.fill(context.params, given(context))
@@ -165,6 +167,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Train a UNet on generated images twice, dense and pruned to 20 % of its MACs; compare."""
+    import_torchmetrics()
     kind = named(data)
     settings = Settings(
         classes=kind.classes,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports nothing yet
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -181,7 +182,7 @@ class RowOptimizer(Optimizer):
             return self._step_uncompiled(closure)
         return self._step_all(closure)
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _step_uncompiled(self, closure: Callable[[], float] | None) -> float | None:
         # A trace would record the local parts of parameters and gradients as constants.
         return self._step_all(closure)

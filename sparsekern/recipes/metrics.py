@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekern.recipes._torchmetrics import MulticlassConfusionMatrix
 from sparsekern.recipes.data import COARSEST, VOID, Split, normalise
 from sparsekern.recipes.errors import InputError
 from sparsekern.recipes.networks import Padded
@@ -123,6 +122,17 @@ def class_weights(text: str | None, pixels: NDArray[np.int64]) -> Tensor | None:
 
 
 @torch.no_grad()
+def import_torchmetrics() -> Any:
+    """The class that counts. Its import takes seconds, so it waits until somebody scores or trains.
+
+    Raises:
+        ImportError: torchmetrics is missing, or torchvision does not fit torch.
+    """
+    from sparsekern.recipes._torchmetrics import MulticlassConfusionMatrix
+
+    return MulticlassConfusionMatrix
+
+
 def count_confusion(
     model: nn.Module,
     split: Split,
@@ -146,7 +156,7 @@ def count_confusion(
         Pixels by true class (rows) and predicted class, int64 `[classes, classes]` on the CPU; None if
         `asked` stopped the evaluation.
     """
-    confusion = MulticlassConfusionMatrix(classes, ignore_index=VOID)
+    confusion = import_torchmetrics()(classes, ignore_index=VOID)
     if not isinstance(model, Padded):
         split = split.padded(COARSEST)
     training = model.training

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports nothing yet
 from torch.optim import Optimizer
 
 from sparsekern.prune.run.events import Events
@@ -71,7 +72,7 @@ class Watch:
             raise
 
     # A compiled step must not trace the work of events.
-    @torch.compiler.disable
+    @_disable_dynamo
     def __call__(self, *_: Any) -> None:
         self._events.after_step()
 
