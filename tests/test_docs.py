@@ -90,28 +90,50 @@ ARMS = {
     "choose the same number of channels at random in each layer": "shuffled",
     "default widths, new weights": "fresh",
     "train the default's widths from scratch": "fresh",
+    "`Redundancy` alone": "redundancy",
+    "`Redundancy()` alone": "redundancy",
+    "default with `Global(balance=0.75)`": "balance",
+    "default, uniform widths": "uniform",
+    "default, `allocate=Uniform()`": "uniform",
+    "random channels, the default's widths": "shuffled",
+    "all layers equally wide, from scratch, equal MACs": "flat",
+    "train a UNet with equally wide layers from scratch, equal MACs": "flat",
+    "do not prune, train as long as pruning takes": "dense-time",
     "narrow from scratch, equal MACs": "narrow",
     "train a narrow UNet from scratch, equal MACs": "narrow",
 }
 
 
-# The heads of the columns of Dice in the pages, and where the results have these numbers.
-SECTIONS = {
-    "Dice": "keep=0.1 of the MACs",
-    "Dice at 0.002": "keep=0.1, learning rate 0.002 for all arms and sets",
-}
+MAIN = "keep=0.1 of the MACs"
 
 
 @pytest.mark.parametrize("name", ["benchmarks", "comparison", "settings"])
 def test_numbers_of_the_study_are_those_of_its_results(name: str) -> None:
     results = (ROOT / "benchmarks" / "results" / "method.md").read_text()
+    table = results.partition(MAIN)[2].partition("| default minus")[0]
+    measured = dict(re.findall(r"^\| ([\w-]+) \|.* ([\d.]+) \|$", table, re.MULTILINE))
+    page = (ROOT / "docs" / f"{name}.md").read_text()
     checked = 0
-    for head, section in SECTIONS.items():
-        table = results.partition(section)[2].partition("| default minus")[0]
-        measured = dict(re.findall(r"^\| ([\w-]+) \|.* ([\d.]+) \|$", table, re.MULTILINE))
-        page = (ROOT / "docs" / f"{name}.md").read_text()
-        for rows in re.findall(rf"^\| [^|]+ \| {head} \| seeds \|\n\|[- |]+\n((?:\|.*\n)+)", page, re.M):
-            for label, number in re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", rows, re.M):
-                assert f"{float(measured[ARMS[label]]):.3f}" == number, f"{label}: got {number}"
-                checked += 1
+    for rows in re.findall(r"^\| [^|]+ \| Dice \|\n\|[- |]+\n((?:\|.*\n)+)", page, re.M):
+        for label, number in re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", rows, re.M):
+            assert f"{float(measured[ARMS[label]]):.3f}" == number, f"{label}: got {number}"
+            checked += 1
     assert checked >= 8
+
+
+def test_differences_of_the_study_are_those_of_its_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "method.md").read_text().partition(MAIN)[2]
+    measured = _rows(results.partition("| default minus")[2])
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    shown = _rows(page.partition("bootstrap intervals over seeds:")[2])
+    assert len(shown) >= 8
+    for label, numbers in shown.items():
+        exact = [f"{float(number):+.3f}" for number in measured[ARMS[label]]]
+        assert exact == numbers, label
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    """The numbers with a sign in each row of the first table of a text, by the first column."""
+    table = text[text.index("\n| --- |") :].partition("\n\n")[0]
+    lines = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    return {name.strip(): re.findall(r"[-+]\d\.\d+", "".join(cells)) for name, *cells in lines}
