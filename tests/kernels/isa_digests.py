@@ -24,7 +24,7 @@ from sparsekern.kernels.rows import Rows, RowTable
 from sparsekern.kernels.selfcheck import norms, problems
 from sparsekern.kernels.selfcheck.calls import OPS, SGD, run_op
 
-# The gradients of a type of two bytes: all its numbers.
+# Every pattern of the bits of a type of two bytes.
 EVERY = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
 
 
