@@ -24,8 +24,8 @@ CHOSEN = HEADERS if os.environ.get("SPARSEKERN_HEADERS") == "1" else [CSRC / nam
 def test_a_header_compiles_alone(header: Path) -> None:
     command = [str(COMPILER), "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-x", "c++", "-"]
     command += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-    if "isa" in header.parts:
-        command.append("-DSPARSEKERN_ISA=baseline")
+    if "cpu" in header.parts:
+        command += ["-DSPARSEKERN_ISA=baseline", "-DSPARSEKERN_DTYPE=float32"]
     if "cuda" in header.parts:
         command += ["-Wno-unknown-pragmas", f"-I{ROOT / 'tests/cuda/emulation'}", f"-I{CSRC / 'cuda'}"]
     result = subprocess.run(command, input=f'#include "{header}"\n', capture_output=True, text=True)

@@ -40,17 +40,23 @@ SPARSEKERN_KERNELS_OF(v3)
 #endif
 #if defined(SPARSEKERN_HAS_V4)
 SPARSEKERN_KERNELS_OF(v4)
-
-// The same kernels with statistics of long rows apart. On AMD's Zen 4 one loop for statistics and update takes 10 to
-// 25 % longer than two, of which the second prefetches for the first; on Intel's Xeons the two took up to 60 % longer.
-const Kernels v4_apart = [] {
-  Kernels kernels = v4::kernels;
-  kernels.apart = 1;
-  return kernels;
-}();
 #endif
 
 namespace {
+
+// The same kernels with statistics of long rows apart. On AMD's Zen 4 one loop for statistics and update takes 10 to
+// 25 % longer than two, of which the second prefetches for the first. On Zen 5 the two take 10 to 40 % longer than one,
+// and on Intel's Xeons up to 60 %.
+[[maybe_unused]] Kernels with_statistics_apart(Kernels kernels) {
+  kernels.apart = 1;
+  return kernels;
+}
+#if defined(SPARSEKERN_HAS_V3)
+const Kernels v3_apart = with_statistics_apart(v3::kernels);
+#endif
+#if defined(SPARSEKERN_HAS_V4)
+const Kernels v4_apart = with_statistics_apart(v4::kernels);
+#endif
 
 struct Isa {
   const char* name;
@@ -75,6 +81,14 @@ struct Isa {
   return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// Whether two loops are faster than one.
+[[maybe_unused]] bool is_amd_before_zen_5() {
+  unsigned a = 0, b, c, d;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+  return family < 0x1a;
+}
 #endif
 
 }  // namespace
@@ -83,10 +97,11 @@ const Kernels& choose_kernels(const std::string& name, std::string& chosen) {
   // Best first.
   const Isa isas[] = {
 #if defined(SPARSEKERN_HAS_V4)
-      {"v4-apart", v4_apart, runs_v4() && (!name.empty() || __builtin_cpu_is("amd"))},
+      {"v4-apart", v4_apart, runs_v4() && (!name.empty() || is_amd_before_zen_5())},
       {"v4", v4::kernels, runs_v4()},
 #endif
 #if defined(SPARSEKERN_HAS_V3)
+      {"v3-apart", v3_apart, runs_v3() && (!name.empty() || is_amd_before_zen_5())},
       {"v3", v3::kernels, runs_v3()},
 #endif
       {"baseline", baseline::kernels, true},

@@ -5,7 +5,6 @@
 
 #include "../../update.h"
 #include "fused_update.h"
-#include "vector_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -16,12 +15,12 @@ struct AdamStep {
   typename IntegerOf<C>::Type lerp_from_start;
 
   // Decays weights `w` (or adds their decay to the gradient), and updates both moments by gradients `d`.
-  template <bool kDecoupled, bool kDecaysGradient, class Vector>
-  SPARSEKERN_INLINE void moments(Vector& w, Vector& m, Vector& v, Vector d, Vector decay) const {
+  template <bool kDecoupled, class Decay, class Place, class Vector>
+  SPARSEKERN_INLINE void moments(Vector& w, Vector& m, Vector& v, Vector d, Decay decay, Place place) const {
     if constexpr (kDecoupled) {
-      w = w * decay;
-    } else if constexpr (kDecaysGradient) {
-      d = add_decay(d, w, decay);
+      w = w * decay.vector(place);
+    } else {
+      d = add_decay(decay, place, d, w);
     }
     m = mean(m, d);
     v = square(v, d);
@@ -62,10 +61,8 @@ struct Adam {
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if (decoupled) {
       with_decay<true>(at, n, d, decay, fade, statistics);
-    } else if (is_zero(decay)) {
-      with_decay<false>(at, n, d, NoDecay<C>(), fade, statistics);
     } else {
-      with_decay<false>(at, n, d, decay, fade, statistics);
+      with_known_decay(decay, [&](auto known) { with_decay<false>(at, n, d, known, fade, statistics); });
     }
   }
 
@@ -94,14 +91,14 @@ struct Adam {
   }
 
   bool reads_stored_gradients() const { return !amsgrad; }
-  bool fuses_statistics() const { return kHasRegisters<S> && !amsgrad && !apart; }
+  bool fuses_statistics() const { return kTakesStored<S> && !amsgrad && !apart; }
 
   // The loop reads one factor and one threshold for every four elements.
   bool expands_row_values() const { return kHasRegisters<S> && !amsgrad; }
 
  private:
-  // With AVX-512 one loop in registers takes the statistics and makes the update, except with AMSGrad and if `apart`
-  // asks for two.
+  // One loop takes the statistics and makes the update where there is one, except with AMSGrad and if `apart` asks for
+  // two.
   template <bool kDecoupled, class D, class Decay, class Fade, class Statistics>
   void with_decay(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if constexpr (__is_same(D, C)) {
@@ -110,14 +107,14 @@ struct Adam {
         return vectors<kDecoupled, false, 4>(at, n, d, decay, fade);
       }
     }
-    constexpr bool kRegisterLoop = kHasRegisters<S> && __is_same(D, S);
+    constexpr bool kFused = kFuses<S, D, Statistics>;
     constexpr bool kMayBeApart = __is_same(S, C) && kOfRows<Statistics>;
-    if constexpr (kRegisterLoop) {
-      if (!kMayBeApart || !apart) return registers<kDecoupled>(at, n, d, decay, fade, statistics);
+    if constexpr (kFused) {
+      if (!kMayBeApart || !apart) return fused<kDecoupled>(at, n, d, decay, fade, statistics);
     }
-    if constexpr (!kRegisterLoop || kMayBeApart) {
+    if constexpr (!kFused || kMayBeApart) {
       accumulate_statistics(n, param + at, d, statistics);
-      vectors<kDecoupled, kOfRows<Statistics>, 3>(at, n, d, decay, fade);
+      vectors<kDecoupled, !__is_same(Statistics, NoStatistics), 3>(at, n, d, decay, fade);
     }
   }
 
@@ -128,8 +125,7 @@ struct Adam {
     return [numbers = step](auto place, auto decay, auto fade, const Vector(&old)[kArrays], Vector d,
                             Vector(&updated)[kArrays]) SPARSEKERN_ALWAYS {
       Vector w = old[0], m = old[1], v = old[2];
-      constexpr bool kDecaysGradient = kDecays<decltype(decay)>;
-      numbers.template moments<kDecoupled, kDecaysGradient>(w, m, v, d, decay.vector(place));
+      numbers.template moments<kDecoupled>(w, m, v, d, decay, place);
       Vector top = v;
       if constexpr (kArrays == 4) {
         const Vector old_top = old[3];
@@ -142,8 +138,8 @@ struct Adam {
     };
   }
 
-  template <bool kDecoupled, class Decay, class Fade, class Statistics>
-  void registers(int64_t at, int64_t n, const S* ds, Decay decay, Fade fade, Statistics statistics) const {
+  template <bool kDecoupled, class D, class Decay, class Fade, class Statistics>
+  void fused(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade, Statistics statistics) const {
     S* const arrays[] = {param + at, mean + at, square + at};
     fused_update(n, arrays, ds, decay, fade, statistics, vector_step<kDecoupled, 3>());
   }

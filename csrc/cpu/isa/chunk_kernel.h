@@ -32,7 +32,7 @@ class ChunkKernel {
     for (int64_t at = view_.chunk.inner_begin, n; at < end; at += n) {
       n = minimum(step, end - at);
       view_.gradient.template with_gradient<true>(at, n, nullptr, [&](const auto* d) {
-        view_.update.update(at, n, d, Same<C>{decay}, SameFade<C>{1}, NoStatistics());
+        view_.update.update(at, n, d, Same<C>{decay}, NoFade(), NoStatistics());
       });
     }
   }

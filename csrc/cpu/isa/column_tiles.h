@@ -4,6 +4,7 @@
 #pragma once
 
 #include "chunk_view.h"
+#include "fused_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -47,49 +48,53 @@ class ColumnTiles {
   }
 
   void tile(int64_t row, int64_t rows, int64_t width) {
-    const RowMix mix = factors_.of_rows(view_.job, view_.shape, row, rows);
-    const bool in_columns = view_.statistics && !sums_by_row() && mix != kAllMasked;
+    mix_ = factors_.of_rows(view_.job, view_.shape, row, rows);
+    const bool in_columns = view_.statistics && !sums_by_row() && mix_ != kAllMasked;
     columns_a_value_ = in_columns && in_fours(width) ? 4 : 1;
     if (in_columns) {
       if (!single()) tile_->columns.clear(rows * width, width);
       const float* threshold = view_.job.rows.threshold + view_.shape.start + row;
       spread(tile_->threshold, threshold, rows, width / columns_a_value_);
     }
-    if (mix == kMixed) factors_.widen(rows, width / columns_a_value_);
+    if (mix_ == kMixed) factors_.widen(rows, width / columns_a_value_);
     for (int64_t o = view_.chunk.outer_begin; o < view_.chunk.outer_end; ++o) {
       const int64_t begin = column_address(o, row);
-      if (mix == kAllMasked) {
+      if (mix_ == kAllMasked) {
         view_.update.masked(begin, rows * width);
       } else if (sums_by_row()) {
-        row_block(row, rows, width, mix == kUniform);
+        row_block(row, rows, width);
       } else {
-        column_blocks(begin, row, rows * width, mix == kUniform);
+        column_blocks(begin, row, rows * width);
       }
-      if (mix == kMixed && factors_.any_ends)
+      if (mix_ == kMixed && factors_.any_ends)
         view_.end_rows(factors_.fade, begin, rows, width, width / columns_a_value_);
     }
     if (in_columns && !single()) store_columns(tile_->columns, rows, width, view_.sums_of(row));
   }
 
-  void row_block(int64_t row, int64_t rows, int64_t width, bool same) {
+  // The fades of the columns from `column` on; null if there are none.
+  const C* fades_from(int64_t column) const { return mix_ == kMixed ? factors_.fade + column : nullptr; }
+
+  void row_block(int64_t row, int64_t rows, int64_t width) {
     const int64_t begin = view_.begin_of(row), n = rows * width;
-    view_.gradient.template with_gradient<kHasRegisters<S>>(
-        begin, n, same ? nullptr : factors_.fade, [&](const auto* d) {
-          if (view_.statistics) accumulate_rows(row, rows, width, d, same);
-          update_columns<Each<C>>(begin, n, d, 0, same, NoStatistics());
-        });
+    view_.gradient.template with_gradient<kTakesStored<S>>(begin, n, fades_from(0), [&](const auto* d) {
+      if (view_.statistics) accumulate_rows(row, rows, width, d);
+      update_columns<Each<C>>(begin, n, d, 0, NoStatistics());
+    });
   }
 
   template <class D>
-  void accumulate_rows(int64_t row, int64_t rows, int64_t width, const D* d, bool same) {
-    const int64_t begin = view_.begin_of(row);
+  void accumulate_rows(int64_t row, int64_t rows, int64_t width, const D* d) {
+    const int64_t begin = view_.begin_of(row), readable = view_.readable_from(begin);
+    const S* const w = view_.weight + begin;
+    const float* const thresholds = view_.job.rows.threshold + view_.shape.start + row;
+    const C* const fades = fades_from(0);
+    float* const out = view_.sums_of(row);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = r * width;
-      if (!same && factors_.fade[i] < 0) continue;
-      RowLanes<S> sums;
-      accumulate_statistics(width, view_.weight + begin + i, d + i,
-                            RowStatistics<S>{&sums, view_.readable_from(begin + i), {view_.threshold_of(row + r)}});
-      store_row(sums, view_.sums_of(row + r));
+      if (fades && fades[i] < 0) continue;
+      const Same<C> threshold = {C(thresholds[r])};
+      store_row(sums_of_row<S>(width, w + i, d + i, threshold, readable - i), out + r * kSums);
     }
   }
 
@@ -107,46 +112,45 @@ class ColumnTiles {
   }
 
   // The columns of a tile at one outer index. The first of them belongs to `row` and is element `begin`.
-  void column_blocks(int64_t begin, int64_t row, int64_t columns, bool same) {
+  void column_blocks(int64_t begin, int64_t row, int64_t columns) {
     for (int64_t column = 0; column < columns; column += kBlock) {
       const int64_t n = minimum(kBlock, columns - column), readable = columns - column;
-      const C* fade = same ? nullptr : factors_.fade + column;
-      view_.gradient.template with_gradient<kHasRegisters<S>>(begin + column, n, fade, [&](const auto* d) {
-        column_block(begin + column, n, readable, d, row, column, same);
+      view_.gradient.template with_gradient<kTakesStored<S>>(begin + column, n, fades_from(column), [&](const auto* d) {
+        column_block(begin + column, n, readable, d, row, column);
       });
     }
   }
 
   template <class D>
-  void column_block(int64_t at, int64_t n, int64_t readable, const D* d, int64_t row, int64_t column, bool same) {
+  void column_block(int64_t at, int64_t n, int64_t readable, const D* d, int64_t row, int64_t column) {
     Columns<C>& sums = tile_->columns;
     const C* threshold = tile_->threshold + column / columns_a_value_;
     if (!view_.statistics) {
-      update_columns<Each<C>>(at, n, d, column, same, NoStatistics());
+      update_columns<Each<C>>(at, n, d, column, NoStatistics());
     } else if (single()) {
       using Statistics = SingleStatistics<C>;
       float* const out = view_.sums_of(row + column);
-      update_columns<Each<C>>(at, n, d, column, same, Statistics{out, n, readable, {threshold}});
+      update_columns<Each<C>>(at, n, d, column, Statistics{out, n, readable, {threshold}});
     } else if (sums.quads) {
       if constexpr (kHasRegisters<S> && __is_same(D, S)) {
         using Statistics = QuadStatistics<C, EachFour<C>>;
         const Statistics statistics = {sums.quad_sums + column, readable, {threshold}};
-        if (columns_a_value_ == 4) return update_columns<EachFour<C>>(at, n, d, column, same, statistics);
+        if (columns_a_value_ == 4) return update_columns<EachFour<C>>(at, n, d, column, statistics);
       }
       using Statistics = QuadStatistics<C, Each<C>>;
-      update_columns<Each<C>>(at, n, d, column, same, Statistics{sums.quad_sums + column, readable, {threshold}});
+      update_columns<Each<C>>(at, n, d, column, Statistics{sums.quad_sums + column, readable, {threshold}});
     } else {
       using Statistics = ColumnStatistics<C>;
       Lanes<C>* lanes = sums.sums + column / kLanes;
-      update_columns<Each<C>>(at, n, d, column, same, Statistics{lanes, readable, {threshold}});
+      update_columns<Each<C>>(at, n, d, column, Statistics{lanes, readable, {threshold}});
     }
   }
 
   template <class Values, class D, class Statistics>
-  void update_columns(int64_t at, int64_t n, const D* d, int64_t column, bool same, Statistics statistics) {
+  void update_columns(int64_t at, int64_t n, const D* d, int64_t column, Statistics statistics) {
     const int64_t first = column / columns_a_value_;
-    if (same) {
-      view_.update.update(at, n, d, Same<C>{factors_.decay[0]}, SameFade<C>{1}, statistics);
+    if (mix_ == kUniform) {
+      view_.update.update(at, n, d, Same<C>{factors_.decay[0]}, NoFade(), statistics);
     } else {
       const RowFades<C, Values> fade{{factors_.fade + first}};
       view_.update.update(at, n, d, Values{factors_.decay + first}, fade, statistics);
@@ -154,6 +158,8 @@ class ColumnTiles {
   }
 
   const ChunkView<S, Update>& view_;
+  // Of the rows of the tile.
+  RowMix mix_ = kMixed;
   // Columns for each number in the arrays of factors and thresholds.
   int64_t columns_a_value_ = 1;
   ColumnFactors<C> factors_;

@@ -38,21 +38,18 @@ struct ExternalMask {
 
   ExternalMask(const Job& job, int32_t tensor) : param(static_cast<S*>(job.addresses[kParam][tensor])) {}
 
-  void update(int64_t at, int64_t n, const C*, Same<C> decay, SameFade<C> fade, NoStatistics) const {
+  template <class Statistics>
+  void update(int64_t at, int64_t n, const C*, Same<C> decay, NoFade fade, Statistics) const {
     // Most rows have no penalty and no fade; their memory is not touched.
-    if (decay.value == 1 && fade.value == 1) return;
-    loop(param + at, n, decay, fade);
+    if (decay.value != 1) loop(param + at, n, decay, fade);
   }
 
-  template <class Values>
-  void update(int64_t at, int64_t n, const C*, Values decay, RowFades<C, Values> fade, NoStatistics) const {
+  template <class Values, class Statistics>
+  void update(int64_t at, int64_t n, const C*, Values decay, RowFades<C, Values> fade, Statistics) const {
     loop(param + at, n, decay, fade);
     S* __restrict ws = param + at;
     for (int64_t i = 0; i < n; ++i) ws[i] = fade.masked(i) ? S{} : ws[i];
   }
-
-  template <class Decay, class Fade, class Statistics>
-  void update(int64_t, int64_t, const C*, Decay, Fade, Statistics) const {}
 
   void masked(int64_t at, int64_t n) const { __builtin_memset(param + at, 0, n * sizeof(S)); }
   void end(int64_t at, int64_t n) const { masked(at, n); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk_view.h"
+#include "fused_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -76,14 +77,25 @@ class LongRows {
   }
 
   void update_rows(int64_t row, int64_t end, const Factors<C>& factors) const {
+    if (factors.fade != 1) return update_fading(row, end, factors);
     if constexpr (!kHasRegisters<S>) {
       if (end > row + 1) return update_run(row, end, factors);
     }
     const int64_t begin = view_.begin_of(row), n = view_.end_of(row) - begin;
-    if (!view_.statistics) return update_row(begin, n, factors, NoStatistics());
-    RowLanes<S> sums;
-    update_row(begin, n, factors, RowStatistics<S>{&sums, view_.readable_from(begin), {view_.threshold_of(row)}});
-    store_row(sums, view_.sums_of(row));
+    if constexpr (Update::kReadsGrad) {
+      if (view_.statistics) return update_row_with_sums(row, begin, n, factors);
+    }
+    update_row(begin, n, factors, NoStatistics());
+  }
+
+  void update_row_with_sums(int64_t row, int64_t begin, int64_t n, const Factors<C>& factors) const {
+    // Clearing the memory of the sums would take as long as a short row.
+    union Sums {
+      RowLanes<S> lanes;
+      Sums() {}
+    } sums;
+    update_row(begin, n, factors, RowStatistics<S>{&sums.lanes, 0, {view_.threshold_of(row)}});
+    store_row(sums.lanes, view_.sums_of(row));
   }
 
   // Takes the statistics of each row, then updates all of them.
@@ -92,14 +104,33 @@ class LongRows {
     view_.gradient.template with_gradient<true>(begin, (end - row) * width, nullptr, [&](const auto* d) {
       for (int64_t r = row; view_.statistics && r < end; ++r) {
         const int64_t i = (r - row) * width;
-        RowLanes<S> sums;
-        const RowStatistics<S> of_row = {&sums, view_.readable_from(begin + i), {view_.threshold_of(r)}};
-        accumulate_statistics(width, view_.weight + begin + i, d + i, of_row);
-        store_row(sums, view_.sums_of(r));
+        const Same<C> threshold = {view_.threshold_of(r)};
+        const int64_t readable = view_.readable_from(begin + i);
+        store_row(sums_of_row<S>(width, view_.weight + begin + i, d + i, threshold, readable), view_.sums_of(r));
       }
-      view_.update.update(begin, (end - row) * width, d, Same<C>{factors.decay}, SameFade<C>{factors.fade},
-                          TakenStatistics());
+      view_.update.update(begin, (end - row) * width, d, Same<C>{factors.decay}, NoFade(), TakenStatistics());
     });
+  }
+
+  // Few rows fade at a time. They use the loops of column_tiles.h, which read the factors of each element.
+  void update_fading(int64_t row, int64_t end, const Factors<C>& factors) const {
+    C decay[kBlock + kLanes], fade[kBlock + kLanes];
+    for (int64_t i = 0; i < kBlock + kLanes; ++i) {
+      decay[i] = factors.decay;
+      fade[i] = factors.fade;
+    }
+    for (int64_t r = row; r < end; ++r) {
+      RowLanes<S> sums;
+      for (int64_t at = view_.begin_of(r), n; at < view_.end_of(r); at += n) {
+        n = minimum(kBlock, view_.end_of(r) - at);
+        view_.gradient.template with_gradient<kTakesStored<S>>(at, n, nullptr, [&](const auto* d) {
+          const RowStatistics<S> of_row = {&sums, view_.readable_from(at), {view_.threshold_of(r)}};
+          if (view_.statistics) accumulate_statistics(n, view_.weight + at, d, of_row);
+          view_.update.update(at, n, d, Each<C>{decay}, RowFades<C, Each<C>>{{fade}}, NoStatistics());
+        });
+      }
+      if (view_.statistics) store_row(sums, view_.sums_of(r));
+    }
   }
 
   template <class Statistics>
@@ -108,8 +139,9 @@ class LongRows {
     for (int64_t at = begin, n; at < begin + count; at += n) {
       n = minimum(step, begin + count - at);
       statistics.readable = view_.readable_from(at);
+      statistics.first = at == begin;
       view_.gradient.template with_gradient<true>(at, n, nullptr, [&](const auto* d) {
-        view_.update.update(at, n, d, Same<C>{factors.decay}, SameFade<C>{factors.fade}, statistics);
+        view_.update.update(at, n, d, Same<C>{factors.decay}, NoFade(), statistics);
       });
     }
   }

@@ -1,4 +1,5 @@
-// The lanes that take the four sums of a contiguous row: those of lanes.h, or lanes in the order of sixteen.h.
+// The lanes that take the four sums of a contiguous row: those of lanes.h; with AVX2, lanes that need fewer registers,
+// for bfloat16 in the order of sixteen.h.
 #pragma once
 
 #include "row_sums.h"
@@ -100,6 +101,57 @@ SPARSEKERN_INLINE void store_row(const EveryOtherLanes& sums, float* out) {
   const V::Vector weight_sq = halves_added(sums.weight_sq[0], sums.weight_sq[1]);
   const __m256 quads = (__m256)V::quads(count, dot, grad_sq, weight_sq);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// One vector counts for both vectors of sixteen lanes: whole numbers add up exactly in any order.
+struct TwoVectorLanes {
+  using V = Vectors<float>;
+  using Vector = V::Vector;
+
+  V::Integers count = {};
+  Vector dot[2] = {}, grad_sq[2] = {}, weight_sq[2] = {};
+
+  template <class S, class D>
+  SPARSEKERN_INLINE void add(const S* w, const D* d, Same<float> threshold, int64_t) {
+    add_vector(0, V::load(w), V::load(d), threshold.vector(0));
+    add_vector(1, V::load(w + V::kWidth), V::load(d + V::kWidth), threshold.vector(0));
+  }
+  template <class S, class D>
+  SPARSEKERN_INLINE void add_first(const S* w, const D* d, int64_t n, Same<float> threshold, int64_t) {
+    add_vector(0, V::first(V::load(w), n), V::first(V::load(d), n), threshold.vector(0));
+    const int64_t left = n - V::kWidth;
+    add_vector(1, V::first(V::load(w + V::kWidth), left), V::first(V::load(d + V::kWidth), left), threshold.vector(0));
+  }
+
+ private:
+  SPARSEKERN_INLINE void add_vector(int part, Vector w, Vector d, Vector threshold) {
+    count -= V::magnitude(d) > threshold;
+    dot[part] += w * d;
+    grad_sq[part] += d * d;
+    weight_sq[part] += w * w;
+  }
+};
+
+template <>
+struct RowLanesOf<float> {
+  using Type = TwoVectorLanes;
+};
+template <>
+struct RowLanesOf<Float16> {
+  using Type = TwoVectorLanes;
+};
+
+// The same order of additions as in row_sums.h.
+SPARSEKERN_INLINE void store_row(const TwoVectorLanes& sums, float* out) {
+  using V = Vectors<float>;
+  const V::Vector count = (V::Vector)_mm256_cvtepi32_ps((__m256i)sums.count);
+  const __m256 a = (__m256)halves_added(count, sums.dot[0] + sums.dot[1]);
+  const __m256 b = (__m256)halves_added(sums.grad_sq[0] + sums.grad_sq[1], sums.weight_sq[0] + sums.weight_sq[1]);
+  const __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  const __m256 total = _mm256_add_ps(pairs, _mm256_permute_ps(pairs, 0xb1));
+  _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1), 0xa));
 }
 #endif
 

@@ -25,10 +25,10 @@ inline void transpose(const typename FourOf<C>::Type (&sums)[kSums], typename Fo
 }
 
 #if defined(__AVX512F__)
-// Quarters i and j of `a`, then of `b`.
+// Quarters i and j of `a`, then of `b`. GCC 12 warns about an uninitialised vector in the functions without a mask.
 template <int i, int j>
 SPARSEKERN_INLINE __m512 quarters(__m512 a, __m512 b) {
-  return _mm512_shuffle_f32x4(a, b, i | j << 2 | i << 4 | j << 6);
+  return _mm512_maskz_shuffle_f32x4(0xffff, a, b, i | j << 2 | i << 4 | j << 6);
 }
 
 // The function below for AVX-512, with the same order of additions: 16 to 4 lanes, of two sums at a time.
@@ -38,10 +38,10 @@ SPARSEKERN_INLINE void store_row(const Lanes<float>& sums, float* out) {
   const __m512 a = _mm512_add_ps(quarters<0, 1>(count, dot), quarters<2, 3>(count, dot));
   const __m512 b = _mm512_add_ps(quarters<0, 1>(grad_sq, weight_sq), quarters<2, 3>(grad_sq, weight_sq));
   __m512 folded = _mm512_add_ps(quarters<0, 2>(a, b), quarters<1, 3>(a, b));
-  folded = _mm512_add_ps(folded, _mm512_permute_ps(folded, 0x4e));
-  folded = _mm512_add_ps(folded, _mm512_permute_ps(folded, 0xb1));
+  folded = _mm512_add_ps(folded, _mm512_maskz_permute_ps(0xffff, folded, 0x4e));
+  folded = _mm512_add_ps(folded, _mm512_maskz_permute_ps(0xffff, folded, 0xb1));
   const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, folded)));
+  _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, _mm512_maskz_permutexvar_ps(0xffff, firsts, folded), 0));
 }
 #endif
 

@@ -3,7 +3,6 @@
 
 #include "../../update.h"
 #include "fused_update.h"
-#include "vector_update.h"
 
 SPARSEKERN_BEGIN_ISA
 
@@ -22,9 +21,9 @@ struct SgdStep {
   typename IntegerOf<C>::Type nesterov;
 
   // Updates weights `w` and momentum buffers `b` by gradients `d`.
-  template <SgdMode kMode, bool kDecaysGradient, class Vector>
-  SPARSEKERN_INLINE void update(Vector& w, Vector& b, Vector d, Vector decay) const {
-    if constexpr (kDecaysGradient) d = add_decay(d, w, decay);
+  template <SgdMode kMode, class Decay, class Place, class Vector>
+  SPARSEKERN_INLINE void update(Vector& w, Vector& b, Vector d, Decay decay, Place place) const {
+    d = add_decay(decay, place, d, w);
     if constexpr (kMode == kHeavyBall) {
       b = b * momentum + d;
       d = b;
@@ -48,23 +47,19 @@ struct Sgd {
         step(step_of(job.hyper)),
         mode(mode_of(job.hyper)),
         first(mode != kPlain && job.hyper.first),
-        apart(job.apart) {}
+        apart(__is_same(S, C) && job.apart) {}
 
   template <class D, class Decay, class Fade, class Statistics>
   void update(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
     if (first) start_buffer(at, n, fade);
-    if (is_zero(decay)) {
-      fused_or_apart(at, n, d, NoDecay<C>(), fade, statistics);
-    } else {
-      fused_or_apart(at, n, d, decay, fade, statistics);
-    }
+    with_known_decay(decay, [&](auto known) { fused_or_apart(at, n, d, known, fade, statistics); });
   }
 
 #if defined(__AVX512F__)
   // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     for (int64_t r = 0; first && r < rows.count; ++r)
-      start_buffer(at + rows.live[r] * rows.width, rows.width, SameFade<C>{1});
+      start_buffer(at + rows.live[r] * rows.width, rows.width, NoFade());
     with_mode([&](auto mode) {
       with_step<mode.value>(
           at, [&](const auto& arrays, auto step) SPARSEKERN_ALWAYS { fused_update_rows(rows, arrays, ds, step); });
@@ -85,7 +80,7 @@ struct Sgd {
   }
 
   bool reads_stored_gradients() const { return true; }
-  bool fuses_statistics() const { return kHasRegisters<S> && !__is_same(S, C); }
+  bool fuses_statistics() const { return kTakesStored<S> && !apart; }
   bool expands_row_values() const { return kHasRegisters<S>; }
 
  private:
@@ -124,21 +119,22 @@ struct Sgd {
       if (!fade.masked(i)) buffer[at + i] = start;
   }
 
-  // With AVX-512 one loop in registers takes the statistics and makes the update, if `apart` does not ask for two. The
-  // fused loop prefetches. An update without statistics does not need that, and it
-  // costs 25 % on lists that fit the third-level cache.
+  // One loop takes the statistics and makes the update where there is one and `apart` does not ask for two. The fused
+  // loop prefetches. An update without statistics does not need that, and it costs 25 % on lists that fit the
+  // third-level cache.
   template <class D, class Decay, class Fade, class Statistics>
   void fused_or_apart(int64_t at, int64_t n, const D* d, Decay decay, Fade fade, Statistics statistics) const {
-    constexpr bool kRegisterLoop = kHasRegisters<S> && __is_same(D, S);
-    constexpr bool kUpdateAlone = __is_same(S, C) && kIsUniform<Fade> && __is_same(Statistics, NoStatistics);
+    constexpr bool kFused = kFuses<S, D, Statistics>;
+    constexpr bool kUpdateAlone = __is_same(S, C) && __is_same(Fade, NoFade) && __is_same(Statistics, NoStatistics);
     constexpr bool kMayBeApart = __is_same(S, C) && kOfRows<Statistics>;
-    if constexpr (kRegisterLoop) {
+    if constexpr (kFused) {
       if (!(kUpdateAlone && n >= kUnrolled) && !(kMayBeApart && apart))
-        return with_mode([&](auto mode) { registers<mode.value>(at, n, d, decay, fade, statistics); });
+        return with_mode([&](auto mode) { fused<mode.value>(at, n, d, decay, fade, statistics); });
     }
-    if constexpr (!kRegisterLoop || kUpdateAlone || kMayBeApart) {
+    if constexpr (!kFused || kUpdateAlone || kMayBeApart) {
       accumulate_statistics(n, param + at, d, statistics);
-      with_mode([&](auto mode) { vectors<mode.value, kOfRows<Statistics>>(at, n, d, decay, fade); });
+      constexpr bool kAhead = !__is_same(Statistics, NoStatistics);
+      with_mode([&](auto mode) { vectors<mode.value, kAhead>(at, n, d, decay, fade); });
     }
   }
 
@@ -152,7 +148,7 @@ struct Sgd {
       work(arrays, [=](auto place, auto decay, auto fade, const Vector(&old)[1], Vector d, Vector(&updated)[1])
                        SPARSEKERN_ALWAYS {
                          Vector w = old[0], unused;
-                         numbers.template update<kMode, kDecays<decltype(decay)>>(w, unused, d, decay.vector(place));
+                         numbers.template update<kMode>(w, unused, d, decay, place);
                          updated[0] = fade.weight(place, w, old[0]);
                        });
     } else {
@@ -160,15 +156,15 @@ struct Sgd {
       work(arrays, [=](auto place, auto decay, auto fade, const Vector(&old)[2], Vector d, Vector(&updated)[2])
                        SPARSEKERN_ALWAYS {
                          Vector w = old[0], b = old[1];
-                         numbers.template update<kMode, kDecays<decltype(decay)>>(w, b, d, decay.vector(place));
+                         numbers.template update<kMode>(w, b, d, decay, place);
                          updated[0] = fade.weight(place, w, old[0]);
                          updated[1] = fade.state(place, b, old[1]);
                        });
     }
   }
 
-  template <Mode kMode, class Decay, class Fade, class Statistics>
-  void registers(int64_t at, int64_t n, const S* ds, Decay decay, Fade fade, Statistics statistics) const {
+  template <Mode kMode, class D, class Decay, class Fade, class Statistics>
+  void fused(int64_t at, int64_t n, const D* ds, Decay decay, Fade fade, Statistics statistics) const {
     with_step<kMode>(at, [=](const auto& arrays, auto step)
                              SPARSEKERN_ALWAYS { fused_update(n, arrays, ds, decay, fade, statistics, step); });
   }

@@ -32,10 +32,16 @@ struct Last {
   }
 };
 
+// Prefetch distance in elements. Below about 2 KB prefetching gains nothing; 2 to 3 KB is up to 10 % faster than 400
+// bytes. A loop over fewer arrays is shorter and needs a larger distance.
+template <class S, int kArrays>
+constexpr int64_t kPrefetchDistance = (kArrays < 3 ? 3072 : 2304) / sizeof(S);
+
 struct Empty {};
 
 struct NoStatistics {
   int64_t readable;
+  bool first;
 
   Empty begin() const { return {}; }
   void end(Empty) const {}
@@ -51,8 +57,9 @@ struct RowStatistics {
   Local* sums;
   int64_t readable;
   Same<typename Compute<S>::Type> threshold;
+  bool first = false;  // the sums are not there yet
 
-  Local begin() const { return *sums; }
+  Local begin() const { return first ? Local() : *sums; }
   void end(const Local& local) const { *sums = local; }
   template <class D>
   SPARSEKERN_INLINE void add(Local& local, int64_t, const S* w, const D* d) const {
@@ -171,6 +178,26 @@ struct SingleStatistics {
   }
 };
 
+typedef uint64_t SixteenBytes __attribute__((vector_size(16)));
+
+// Copies the first n of sixteen elements; the others become 0.
+template <class S>
+SPARSEKERN_INLINE void copy_first(int64_t n, const S* from, S (&to)[kLanes]) {
+  const SixteenBytes zeros = {};
+#pragma GCC unroll 8
+  for (uint64_t b = 0; b < sizeof(to); b += sizeof(zeros))
+    __builtin_memcpy(reinterpret_cast<char*>(to) + b, &zeros, sizeof(zeros));
+  __builtin_memcpy(to, from, n * sizeof(S));
+}
+
+// Whether a loop still has to take the statistics.
+template <class Statistics>
+constexpr bool kTakes = true;
+template <>
+constexpr bool kTakes<NoStatistics> = false;
+template <>
+constexpr bool kTakes<TakenStatistics> = false;
+
 // Adds n elements to the statistics.
 template <class S, class D, class Statistics>
 SPARSEKERN_INLINE void accumulate_statistics(int64_t n, const S* w, const D* d, Statistics statistics) {
@@ -179,6 +206,26 @@ SPARSEKERN_INLINE void accumulate_statistics(int64_t n, const S* w, const D* d, 
   for (; i + kLanes <= n; i += kLanes) statistics.add(local, i, w + i, d + i);
   if (i < n) statistics.add_last(local, i, w + i, d + i, n - i);
   statistics.end(local);
+}
+
+// The sums of a row of n elements, of which at least n are `readable`.
+template <class S, class D>
+SPARSEKERN_INLINE RowLanes<S> sums_of_row(int64_t n, const S* w, const D* d, Same<typename Compute<S>::Type> threshold,
+                                          int64_t readable) {
+  RowLanes<S> sums;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sums.add(w + i, d + i, threshold, 0);
+  if (i == n) return sums;
+  if (__builtin_expect(readable - i >= kLanes, 1)) {
+    sums.add_first(w + i, d + i, n - i, threshold, 0);
+  } else {
+    S last_w[kLanes];
+    D last_d[kLanes];
+    copy_first(n - i, w + i, last_w);
+    copy_first(n - i, d + i, last_d);
+    sums.add(last_w, last_d, threshold, 0);
+  }
+  return sums;
 }
 
 template <class S, class D>

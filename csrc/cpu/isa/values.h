@@ -45,35 +45,57 @@ struct EachFour {
   SPARSEKERN_INLINE Vector vector(int64_t i) const { return Vectors<C>::fourfold(value + i / 4); }
 };
 
-// No weight decay on the gradient, for any element: its arithmetic is left out.
-template <class C>
-struct NoDecay {
-  using Vector = typename Vectors<C>::Vector;
+// Weight decay on the gradient: gradients `d` plus the decay of weights `w`. Where the decay is 0, nothing is added: 0
+// times an infinite weight is NaN.
+template <class Decay, class Place, class Vector>
+SPARSEKERN_INLINE Vector add_decay(Decay decay, Place place, Vector d, Vector w) {
+  const Vector factor = decay.vector(place);
+  return factor == Vector{} ? d : d + w * factor;
+}
 
-  C operator[](int64_t) const { return 0; }
-  template <class Place>
-  SPARSEKERN_INLINE Vector vector(Place) const {
-    return Vector{};
-  }
+// One decay for all elements, known to be 0 or known to be another number: each has its arithmetic.
+struct NoDecay {};
+
+template <class C>
+struct SomeDecay {
+  C value;
 };
 
-template <class C>
-inline bool is_zero(Same<C> decay) {
-  return decay.value == 0;
+template <class Place, class Vector>
+SPARSEKERN_INLINE Vector add_decay(NoDecay, Place, Vector d, Vector) {
+  return d;
 }
-template <class Decay>
-inline bool is_zero(Decay) {
-  return false;
+template <class C, class Place, class Vector>
+SPARSEKERN_INLINE Vector add_decay(SomeDecay<C> decay, Place, Vector d, Vector w) {
+  return d + w * Vectors<C>::repeat(decay.value);
 }
 
-template <class T>
-constexpr bool kDecays = true;
-template <class C>
-constexpr bool kDecays<NoDecay<C>> = false;
+// Calls work(decay) with the decay that takes the fewest instructions.
+template <class C, class Work>
+SPARSEKERN_INLINE void with_known_decay(Same<C> decay, Work work) {
+  decay.value == 0 ? work(NoDecay()) : work(SomeDecay<C>{decay.value});
+}
+template <class Decay, class Work>
+SPARSEKERN_INLINE void with_known_decay(Decay decay, Work work) {
+  work(decay);
+}
 
 // The fade of a masked row, whose elements do not change. Other fades multiply the new weight; a fade of 0 is the last
 // one, and then weights and state become 0, even NaN.
 constexpr int kMasked = -1;
+
+// No element is masked or fading.
+struct NoFade {
+  bool masked(int64_t) const { return false; }
+  template <class Place, class T>
+  SPARSEKERN_INLINE T weight(Place, T updated, T) const {
+    return updated;
+  }
+  template <class Place, class T>
+  SPARSEKERN_INLINE T state(Place, T updated, T) const {
+    return updated;
+  }
+};
 
 // One fade for all elements, none of which is masked.
 template <class C>
@@ -90,11 +112,6 @@ struct SameFade {
     return updated;
   }
 };
-
-template <class Fade>
-constexpr bool kIsUniform = false;
-template <class C>
-constexpr bool kIsUniform<SameFade<C>> = true;
 
 // A fade for each element; some may be masked and keep their old value.
 template <class C, class Values>

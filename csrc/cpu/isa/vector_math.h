@@ -1,4 +1,4 @@
-// Square roots, selections and decays, for a vector of elements.
+// Square roots and selections, for a vector of elements.
 #pragma once
 
 #include "lanes.h"
@@ -53,12 +53,6 @@ SPARSEKERN_INLINE Floats select(int32_t which, Floats a, Floats b) {
 SPARSEKERN_INLINE Doubles select(int64_t which, Doubles a, Doubles b) {
   using Integers = Vectors<double>::Integers;
   return (Doubles)(((Integers)a & which) | ((Integers)b & ~which));
-}
-
-// Gradients `d` plus the decay of weights `w`. Where it is 0, nothing is added: 0 times an infinite weight is NaN.
-template <class Vector>
-SPARSEKERN_INLINE Vector add_decay(Vector d, Vector w, Vector decay) {
-  return decay == Vector{} ? d : d + w * decay;
 }
 
 SPARSEKERN_END_ISA

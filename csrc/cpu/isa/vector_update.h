@@ -1,5 +1,5 @@
-// The loop that makes the update, over vectors in the compute type, for every ISA and dtype. Statistics are taken
-// before it, block by block.
+// The loop that makes the update, over vectors in the compute type, for every ISA and dtype. Where fused_update.h has
+// no loop for it, statistics are taken before, block by block.
 #pragma once
 
 #include "statistics.h"
@@ -7,17 +7,9 @@
 
 SPARSEKERN_BEGIN_ISA
 
-typedef uint64_t SixteenBytes __attribute__((vector_size(16)));
-
-// Copies the first n of sixteen elements; the others become 0.
+// Elements to update between two prefetches of an array: those of a cache line, or the least that a loop updates.
 template <class S>
-SPARSEKERN_INLINE void copy_first(int64_t n, const S* from, S (&to)[kLanes]) {
-  const SixteenBytes zeros = {};
-#pragma GCC unroll 8
-  for (uint64_t b = 0; b < sizeof(to); b += sizeof(zeros))
-    __builtin_memcpy(reinterpret_cast<char*>(to) + b, &zeros, sizeof(zeros));
-  __builtin_memcpy(to, from, n * sizeof(S));
-}
+constexpr int64_t kLine = sizeof(S) < 4 ? 64 / sizeof(S) : kLanes;
 
 // Computes the updates of vector `part` of sixteen elements, the first of which is element i of the call.
 template <int part, class S, class D, int kArrays, class Step>
@@ -66,12 +58,28 @@ SPARSEKERN_INLINE void update_sixteen(int64_t i, S* const (&arrays)[kArrays], co
   }
 }
 
+// Updates the last n < 16 elements, the first of which is element i of the call, in copies padded with zeros.
+template <class S, class D, int kArrays, class Step>
+SPARSEKERN_INLINE void update_last(int64_t n, int64_t i, S* const (&arrays)[kArrays], const D* ds, Step step) {
+  S copies[kArrays][kLanes];
+  D copy[kLanes];
+  S* at[kArrays];
+  copy_first(n, ds + i, copy);
+#pragma GCC unroll 4
+  for (int a = 0; a < kArrays; ++a) {
+    at[a] = copies[a];
+    copy_first(n, arrays[a] + i, copies[a]);
+  }
+  update_sixteen(i, at, copy, step);
+#pragma GCC unroll 4
+  for (int a = 0; a < kArrays; ++a) __builtin_memcpy(arrays[a] + i, copies[a], n * sizeof(S));
+}
+
 // Updates n elements of kArrays arrays, of which the first holds the weights. `step(place, old, d, updated)` gets
 // the vectors of the arrays and of the gradient at a place (values.h).
 //
-// kAhead: statistics of the next block follow, so its weights and gradients are prefetched. With AVX2 that takes 84 to
-// 91 % of the time of the update alone, one loop for statistics and update 102 to 110 %, and two loops without the
-// prefetch 86 to 99 % (AMD EPYC, Zen 4). Prefetching into the first-level cache is a quarter slower.
+// kAhead: statistics of the next block follow, so its weights and gradients are prefetched. On AMD's Zen 4 prefetching
+// into the first-level cache is a quarter slower.
 template <bool kAhead, class S, class D, int kArrays, class Step>
 SPARSEKERN_INLINE void vector_update(int64_t n, S* const (&arrays)[kArrays], const D* ds, Step step) {
   const auto update = [&](int64_t i) SPARSEKERN_ALWAYS {
@@ -80,34 +88,18 @@ SPARSEKERN_INLINE void vector_update(int64_t n, S* const (&arrays)[kArrays], con
     for (int a = 0; a < kArrays; ++a) at[a] = arrays[a] + i;
     update_sixteen(i, at, ds + i, step);
   };
-  // One prefetch for each cache line.
-  constexpr int64_t kLine = sizeof(S) < 4 ? 64 / sizeof(S) : kLanes;
   int64_t i = 0;
   if constexpr (kAhead) {
-    for (; i + kLine <= n; i += kLine) {
+    for (; i + kLine<S> <= n; i += kLine<S>) {
       prefetch_far(arrays[0] + i + kBlock);
       prefetch_far(ds + i + kBlock);
 #pragma GCC unroll 2
-      for (int64_t in_line = 0; in_line < kLine; in_line += kLanes) update(i + in_line);
+      for (int64_t in_line = 0; in_line < kLine<S>; in_line += kLanes) update(i + in_line);
     }
   }
-  if constexpr (!kAhead || kLine > kLanes)
+  if constexpr (!kAhead || kLine<S> > kLanes)
     for (; i + kLanes <= n; i += kLanes) update(i);
-  const int64_t left = n - i;
-  if (left <= 0) return;
-  // The last elements are updated in copies, padded with zeros.
-  S copies[kArrays][kLanes];
-  D copy[kLanes];
-  S* at[kArrays];
-  copy_first(left, ds + i, copy);
-#pragma GCC unroll 4
-  for (int a = 0; a < kArrays; ++a) {
-    at[a] = copies[a];
-    copy_first(left, arrays[a] + i, copies[a]);
-  }
-  update_sixteen(i, at, copy, step);
-#pragma GCC unroll 4
-  for (int a = 0; a < kArrays; ++a) __builtin_memcpy(arrays[a] + i, copies[a], left * sizeof(S));
+  if (i < n) update_last(n - i, i, arrays, ds, step);
 }
 
 SPARSEKERN_END_ISA
