@@ -66,12 +66,12 @@ struct Adam {
     }
   }
 
-#if defined(__AVX512F__)
-  // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
+#if defined(__AVX2__)
+  // Updates a run of rows from element `at` on and takes their statistics. Requires takes_row_runs().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     S* const arrays[] = {param + at, mean + at, square + at};
-    decoupled ? fused_update_rows(rows, arrays, ds, vector_step<true, 3>())
-              : fused_update_rows(rows, arrays, ds, vector_step<false, 3>());
+    decoupled ? fused_update_rows<false>(rows, arrays, ds, vector_step<true, 3>())
+              : fused_update_rows<true>(rows, arrays, ds, vector_step<false, 3>());
   }
 #endif
 
@@ -92,6 +92,8 @@ struct Adam {
 
   bool reads_stored_gradients() const { return !amsgrad; }
   bool fuses_statistics() const { return kTakesStored<S> && !amsgrad && !apart; }
+
+  bool takes_row_runs() const { return kFusesRows<S> && !amsgrad; }
 
   // The loop reads one factor and one threshold for every four elements.
   bool expands_row_values() const { return kHasRegisters<S> && !amsgrad; }

@@ -17,7 +17,7 @@ class ChunkKernel {
 
   void run() const {
     if (view_.shape.start < 0) return untracked();
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     if (RowRuns<S, Update>::takes(view_)) return RowRuns<S, Update>(view_).run();
 #endif
     if (view_.shape.outer == 1 && view_.shape.inner >= kWideRow) return LongRows<S, Update>(view_).run();

@@ -29,6 +29,23 @@ constexpr int64_t rows_ahead(int64_t width) {
   return (kPrefetchDistance<S, kArrays> + width - 1) / width;
 }
 
+// Whether a loop runs through contiguous rows, and what divides their width: a vector or sixteen elements.
+template <class S>
+constexpr bool kFusesRows = kHasRegisters<S> || (kVectorBytes == 32 && (__is_same(S, float) || kEveryOther<S>));
+template <class S>
+constexpr int64_t kRowUnit = kHasRegisters<S> ? 1
+                             : kEveryOther<S> ? kLanes
+                                              : Vectors<float>::kWidth;
+
+// The live rows of a tile, with their factors and thresholds.
+struct RowRun {
+  // `live` lists the indices in the tile of `count` rows of `width` elements, then padding: prefetched, never used.
+  int64_t count, width;
+  const int32_t* live;
+  const float *decay, *fade, *threshold;  // one for each row of the tile
+  float* sums;                            // four for each
+};
+
 #if defined(__AVX512F__)
 // Statistics and update of the first `parts` vectors of one register, which starts at element i.
 template <int part, class S, int kArrays, class Statistics, class Local, class Update>
@@ -110,19 +127,10 @@ SPARSEKERN_INLINE void fused_update(int64_t n, S* const (&arrays)[kArrays], cons
   statistics.end(local);
 }
 
-// The live rows of a tile, with their factors and thresholds.
-struct RowRun {
-  // `live` lists the indices in the tile of `count` rows of `width` elements, then padding: prefetched, never used.
-  int64_t count, width;
-  const int32_t* live;
-  const float *decay, *fade, *threshold;  // one for each row of the tile
-  float* sums;                            // four for each
-};
-
 // The same for a run of rows of at least half a vector each, with statistics for each row. Loads continue across the
 // ends of rows, so that every load is ahead of the stores before it and waits for none of them. The prefetch follows
 // the order of the rows, because memory between them may belong to masked rows.
-template <class S, int kArrays, class Update>
+template <bool /* kDecaysGradient: for AVX2 */, class S, int kArrays, class Update>
 SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[kArrays], const S* __restrict ds,
                                          Update update) {
   using R = Registers<S>;
@@ -202,6 +210,54 @@ SPARSEKERN_INLINE void fused_update(int64_t n, S* const (&arrays)[kArrays], cons
   if (i < n) statistics.add_last(local, i, arrays[0] + i, ds + i, n - i);
   statistics.end(local);
   if (i < n) update_last(n - i, i, arrays, ds, update);
+}
+
+// The same for a run of rows of whole vectors, with statistics for each row. The prefetch follows the order of the
+// rows: a long row prefetches its own elements, then those of the next live row.
+template <bool kDecaysGradient, class S, int kArrays, class Update>
+SPARSEKERN_INLINE void fused_update_rows(const RowRun& rows, S* const (&arrays)[kArrays], const S* ds, Update step) {
+  constexpr int64_t kAhead = kPrefetchDistance<S, kArrays>;
+  const int64_t width = rows.width, whole = width / kLanes * kLanes, near = width > kAhead ? width - kAhead : 0;
+  const int32_t* const ahead = rows.live + rows_ahead<S, kArrays>(width);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t row = rows.live[r], begin = row * width;
+    const int64_t gap = ahead[r] * width - begin - near;
+    const Same<float> threshold = {rows.threshold[row]}, decay = {rows.decay[row]};
+    RowLanes<S> sums;
+    const auto update_row = [&](auto of_row, auto fade) SPARSEKERN_ALWAYS {
+      const auto update = [=](auto place, const auto& old, auto d, auto& updated)
+                              SPARSEKERN_ALWAYS { step(place, of_row, fade, old, d, updated); };
+      S* at[kArrays];
+      const auto go_to = [&](int64_t i, int64_t distance) SPARSEKERN_ALWAYS {
+        __builtin_prefetch(ds + i + distance);
+#pragma GCC unroll 4
+        for (int a = 0; a < kArrays; ++a) {
+          at[a] = arrays[a] + i;
+          __builtin_prefetch(at[a] + distance);
+        }
+      };
+      for (int64_t i = begin; i < begin + whole; i += kLanes) {
+        go_to(i, i < begin + near ? kAhead : gap);
+        sums.add(at[0], ds + i, threshold, i);
+        update_sixteen(i, at, ds + i, update);
+      }
+      if constexpr (kRowUnit<S> < kLanes) {
+        if (whole == width) return;
+        const int64_t last = begin + whole;
+        go_to(last, gap);
+        sums.add_first_vector(at[0], ds + last, threshold);
+        update_first_vector(last, at, ds + last, update);
+      }
+    };
+    if (rows.fade[row] != 1) {
+      update_row(decay, SameFade<float>{rows.fade[row]});
+    } else if constexpr (kDecaysGradient) {
+      with_known_decay(decay, [&](auto known) SPARSEKERN_ALWAYS { update_row(known, NoFade()); });
+    } else {
+      update_row(decay, NoFade());
+    }
+    store_row(sums, rows.sums + row * kSums);
+  }
 }
 #endif
 

@@ -124,6 +124,10 @@ struct TwoVectorLanes {
     const int64_t left = n - V::kWidth;
     add_vector(1, V::first(V::load(w + V::kWidth), left), V::first(V::load(d + V::kWidth), left), threshold.vector(0));
   }
+  // Adds the first vector of sixteen elements, if the others are not there.
+  SPARSEKERN_INLINE void add_first_vector(const float* w, const float* d, Same<float> threshold) {
+    add_vector(0, V::load(w), V::load(d), threshold.vector(0));
+  }
 
  private:
   SPARSEKERN_INLINE void add_vector(int part, Vector w, Vector d, Vector threshold) {

@@ -1,11 +1,11 @@
-// The loop for contiguous short rows with AVX-512: one fused loop runs through all live rows of a tile. For rows of 9
-// to 40 elements it is twice as fast as taking the statistics row by row before updating all rows together.
+// The loop for contiguous rows, with AVX-512 for short ones: one fused loop runs through all live rows of a tile. For
+// rows of 9 to 40 elements it is twice as fast as taking the statistics row by row before updating all rows together.
 #pragma once
 
 #include "chunk_view.h"
 #include "fused_update.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 SPARSEKERN_BEGIN_ISA
 
 // Shortest row that has a loop of its own (long_rows.h).
@@ -19,17 +19,18 @@ class RowRuns {
   explicit RowRuns(const ChunkView<S, Update>& view) : view_(view) {}
 
   static bool takes(const ChunkView<S, Update>& view) {
-    if constexpr (kHasRegisters<S> && Update::kTakesRowRuns) {
+    if constexpr (kFusesRows<S> && Update::kTakesRowRuns) {
       const Shape& shape = view.shape;
-      return view.statistics && shape.outer == 1 && shape.inner >= kLongRow && shape.inner < kOwnLoopRow &&
-             view.gradient.unmodified() && view.update.expands_row_values();
+      const bool any_length = kVectorBytes == 32 && !view.job.apart;
+      return view.statistics && shape.outer == 1 && shape.inner >= kLongRow && shape.inner % kRowUnit<S> == 0 &&
+             (any_length || shape.inner < kOwnLoopRow) && view.gradient.unmodified() && view.update.takes_row_runs();
     }
     return false;
   }
 
   void run() {
     static_assert(kPrefetchDistance<S, 1> <= kMaxRowsAhead * kLongRow);
-    if constexpr (kHasRegisters<S> && Update::kTakesRowRuns) {
+    if constexpr (kFusesRows<S> && Update::kTakesRowRuns) {
       const Chunk& chunk = view_.chunk;
       for (int64_t row = chunk.row_begin; row < chunk.row_end; row += kTile)
         update_tile(row, minimum(kTile, chunk.row_end - row), chunk.inner_end - chunk.inner_begin);

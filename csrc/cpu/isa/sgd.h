@@ -55,14 +55,14 @@ struct Sgd {
     with_known_decay(decay, [&](auto known) { fused_or_apart(at, n, d, known, fade, statistics); });
   }
 
-#if defined(__AVX512F__)
-  // Updates a run of rows from element `at` on and takes their statistics. Requires expands_row_values().
+#if defined(__AVX2__)
+  // Updates a run of rows from element `at` on and takes their statistics. Requires takes_row_runs().
   void update_rows(int64_t at, const S* ds, const RowRun& rows) const {
     for (int64_t r = 0; first && r < rows.count; ++r)
       start_buffer(at + rows.live[r] * rows.width, rows.width, NoFade());
     with_mode([&](auto mode) {
-      with_step<mode.value>(
-          at, [&](const auto& arrays, auto step) SPARSEKERN_ALWAYS { fused_update_rows(rows, arrays, ds, step); });
+      with_step<mode.value>(at, [&](const auto& arrays, auto step)
+                                    SPARSEKERN_ALWAYS { fused_update_rows<true>(rows, arrays, ds, step); });
     });
   }
 #endif
@@ -81,6 +81,7 @@ struct Sgd {
 
   bool reads_stored_gradients() const { return true; }
   bool fuses_statistics() const { return kTakesStored<S> && !apart; }
+  bool takes_row_runs() const { return kFusesRows<S>; }
   bool expands_row_values() const { return kHasRegisters<S>; }
 
  private:

@@ -35,6 +35,16 @@ SPARSEKERN_INLINE void update_in_order(int64_t i, S* const (&arrays)[kArrays], c
   }
 }
 
+// Updates vector 0 of sixteen neighbouring elements.
+template <class S, class D, int kArrays, class Step>
+SPARSEKERN_INLINE void update_first_vector(int64_t i, S* const (&arrays)[kArrays], const D* ds, Step step) {
+  using V = Vectors<typename Compute<S>::Type>;
+  typename V::Vector updated[kArrays];
+  update_vector<0>(i, arrays, ds, step, updated);
+#pragma GCC unroll 4
+  for (int a = 0; a < kArrays; ++a) V::store(updated[a], arrays[a]);
+}
+
 // Updates sixteen elements, the first of which is element i of the call.
 template <class S, class D, int kArrays, class Step>
 SPARSEKERN_INLINE void update_sixteen(int64_t i, S* const (&arrays)[kArrays], const D* ds, Step step) {
