@@ -65,6 +65,17 @@ def test_threads_of_normalisations_do_not_change_a_bit() -> None:
     assert digests(best, 2, "norms")["norms"] == digests(best)["norms"]
 
 
+def test_two_loops_are_the_default_on_amd_before_zen_5() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    early = facts.get("vendor_id") == "AuthenticAMD" and int(facts["cpu family"]) < 26
+    isa = run(
+        "from sparsekern.kernels import native; native.load(); print(native.isa())", SPARSEKERN_CPU_ISA=""
+    ).stdout
+    assert isa.strip().endswith("-apart") == (early and isa.strip() != "baseline")
+
+
 def test_unknown_isa_is_refused() -> None:
     result = run("from sparsekern.kernels import native; native.load()", SPARSEKERN_CPU_ISA="v9")
     assert result.returncode != 0
