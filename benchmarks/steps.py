@@ -52,17 +52,23 @@ def table_of(report: Report) -> Table:
     return table
 
 
-def main(
-    figures: Annotated[Path | None, typer.Option("--json", help="Where all figures go.")] = None,
-) -> None:
-    torch.set_num_threads(1)
-    report = measure(Console(stderr=True))
+def show(table: Table, report: Report, figures: Path | None) -> None:
+    """Print a table and the environment; write all figures to a JSON file, if one is named."""
     console = Console()
-    console.print(table_of(report))
+    console.print(table)
     console.print(environment(), soft_wrap=True)
     if figures is not None:
         with replacing(figures) as path:
             path.write_text(json.dumps(report.plain(), indent=1) + "\n")
+
+
+Figures = Annotated[Path | None, typer.Option("--json", help="Where all figures go.")]
+
+
+def main(figures: Figures = None) -> None:
+    torch.set_num_threads(1)
+    report = measure(Console(stderr=True))
+    show(table_of(report), report, figures)
 
 
 if __name__ == "__main__":
