@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.steps import PLACEMENTS, ROUNDS, STEPS, Figures, show
+from benchmarks.steps import PLACEMENTS, ROUNDS, STEPS, Figures, run
 from sparsekern.bench import networks
 from sparsekern.bench.cases import Case
 from sparsekern.bench.suite import Report, Suite
@@ -71,9 +70,7 @@ def table_of(report: Report) -> Table:
 
 
 def main(figures: Figures = None) -> None:
-    torch.set_num_threads(1)
-    report = measure(Console(stderr=True))
-    show(table_of(report), report, figures)
+    run(measure, table_of, figures)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ each of four memory locations.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -52,23 +53,25 @@ def table_of(report: Report) -> Table:
     return table
 
 
-def show(table: Table, report: Report, figures: Path | None) -> None:
-    """Print a table and the environment; write all figures to a JSON file, if one is named."""
+Figures = Annotated[Path | None, typer.Option("--json", help="Where all figures go.")]
+
+
+def run(
+    measure: Callable[[Console], Report], table_of: Callable[[Report], Table], figures: Path | None
+) -> None:
+    """Measure on one thread; print a table and the environment, and write all figures to a file if asked."""
+    torch.set_num_threads(1)
+    report = measure(Console(stderr=True))
     console = Console()
-    console.print(table)
+    console.print(table_of(report))
     console.print(environment(), soft_wrap=True)
     if figures is not None:
         with replacing(figures) as path:
             path.write_text(json.dumps(report.plain(), indent=1) + "\n")
 
 
-Figures = Annotated[Path | None, typer.Option("--json", help="Where all figures go.")]
-
-
 def main(figures: Figures = None) -> None:
-    torch.set_num_threads(1)
-    report = measure(Console(stderr=True))
-    show(table_of(report), report, figures)
+    run(measure, table_of, figures)
 
 
 if __name__ == "__main__":

@@ -178,18 +178,6 @@ struct SingleStatistics {
   }
 };
 
-typedef uint64_t SixteenBytes __attribute__((vector_size(16)));
-
-// Copies the first n of sixteen elements; the others become 0.
-template <class S>
-SPARSEKERN_INLINE void copy_first(int64_t n, const S* from, S (&to)[kLanes]) {
-  const SixteenBytes zeros = {};
-#pragma GCC unroll 8
-  for (uint64_t b = 0; b < sizeof(to); b += sizeof(zeros))
-    __builtin_memcpy(reinterpret_cast<char*>(to) + b, &zeros, sizeof(zeros));
-  __builtin_memcpy(to, from, n * sizeof(S));
-}
-
 // Whether a loop still has to take the statistics.
 template <class Statistics>
 constexpr bool kTakes = true;
@@ -198,14 +186,16 @@ constexpr bool kTakes<NoStatistics> = false;
 template <>
 constexpr bool kTakes<TakenStatistics> = false;
 
-// Adds n elements to the statistics.
+// Adds n elements to the statistics, unless they are taken already or not wanted.
 template <class S, class D, class Statistics>
 SPARSEKERN_INLINE void accumulate_statistics(int64_t n, const S* w, const D* d, Statistics statistics) {
-  auto local = statistics.begin();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) statistics.add(local, i, w + i, d + i);
-  if (i < n) statistics.add_last(local, i, w + i, d + i, n - i);
-  statistics.end(local);
+  if constexpr (kTakes<Statistics>) {
+    auto local = statistics.begin();
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) statistics.add(local, i, w + i, d + i);
+    if (i < n) statistics.add_last(local, i, w + i, d + i, n - i);
+    statistics.end(local);
+  }
 }
 
 // The sums of a row of n elements, of which at least n are `readable`.
@@ -213,25 +203,8 @@ template <class S, class D>
 SPARSEKERN_INLINE RowLanes<S> sums_of_row(int64_t n, const S* w, const D* d, Same<typename Compute<S>::Type> threshold,
                                           int64_t readable) {
   RowLanes<S> sums;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sums.add(w + i, d + i, threshold, 0);
-  if (i == n) return sums;
-  if (__builtin_expect(readable - i >= kLanes, 1)) {
-    sums.add_first(w + i, d + i, n - i, threshold, 0);
-  } else {
-    S last_w[kLanes];
-    D last_d[kLanes];
-    copy_first(n - i, w + i, last_w);
-    copy_first(n - i, d + i, last_d);
-    sums.add(last_w, last_d, threshold, 0);
-  }
+  accumulate_statistics(n, w, d, RowStatistics<S>{&sums, readable, threshold});
   return sums;
 }
-
-template <class S, class D>
-SPARSEKERN_INLINE void accumulate_statistics(int64_t, const S*, const D*, NoStatistics) {}
-
-template <class S, class D>
-SPARSEKERN_INLINE void accumulate_statistics(int64_t, const S*, const D*, TakenStatistics) {}
 
 SPARSEKERN_END_ISA

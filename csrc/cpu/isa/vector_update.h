@@ -7,6 +7,18 @@
 
 SPARSEKERN_BEGIN_ISA
 
+typedef uint64_t SixteenBytes __attribute__((vector_size(16)));
+
+// Copies the first n of sixteen elements; the others become 0.
+template <class S>
+SPARSEKERN_INLINE void copy_first(int64_t n, const S* from, S (&to)[kLanes]) {
+  const SixteenBytes zeros = {};
+#pragma GCC unroll 8
+  for (uint64_t b = 0; b < sizeof(to); b += sizeof(zeros))
+    __builtin_memcpy(reinterpret_cast<char*>(to) + b, &zeros, sizeof(zeros));
+  __builtin_memcpy(to, from, n * sizeof(S));
+}
+
 // Elements to update between two prefetches of an array: those of a cache line, or the least that a loop updates.
 template <class S>
 constexpr int64_t kLine = sizeof(S) < 4 ? 64 / sizeof(S) : kLanes;
